@@ -1,0 +1,131 @@
+"""The view: an immutable snapshot of the peers as this node knows them.
+
+Membership publishes a new `View` on every change; routing, placement, generations and index
+replication read it by attribute: no lock, no await, no copy. Times are the local monotonic
+clock of the node that holds the view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+
+import msgspec
+
+from mesh.ids import Address, ModelId, NodeId
+
+
+class PeerState(StrEnum):
+    ALIVE = "alive"
+    SUSPECT = "suspect"  # keeps what runs there, gets nothing new unless nothing else is left
+    DEAD = "dead"
+    LEFT = "left"
+
+
+class Span(msgspec.Struct, frozen=True, order=True):
+    """Contiguous decoder layers `[start, end)` of one model, held and served by one node."""
+
+    model: ModelId
+    start: int
+    end: int
+
+
+class Load(msgspec.Struct, frozen=True, array_like=True):
+    """How busy a node is: soft state, newest wins, on every gossip message and peer answer.
+
+    Counts are what the node drives or computes for any entry; all are 0 at rest.
+    """
+
+    running: int = 0  # sequences that hold KV blocks
+    waiting: int = 0  # requests admitted but not yet computed
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    prefill_tokens_queued: int = 0
+    prefill_tok_s: float = 0.0  # measured average; 0: not yet known
+    step_ms: float = 0.0  # measured average of one decode step over the node's own layers; 0: not yet known
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """What every node that knows a model says of it; two cards with one id must agree in `weights`."""
+
+    id: ModelId
+    layers: int
+    max_model_len: int
+    weights: str  # digest of the checkpoint's config and tensor index
+    numerics: str  # fingerprint: equal ones promise equal tokens
+    kind: str = "chat"
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """What a node tells of itself that does not fit a datagram; only its owner writes it.
+
+    `documents` belongs to `rag` and is opaque to all others: plain MessagePack values.
+    """
+
+    http: str = ""  # URL of the node's HTTP endpoint
+    spans: tuple[Span, ...] = ()  # listed once they serve
+    models: tuple[ModelCard, ...] = ()
+    draining: bool = False
+    version: str = ""
+    pid: int = 0
+    documents: dict[str, Any] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """One node as seen from here; the node itself is in its own view too."""
+
+    id: NodeId
+    name: str
+    address: Address
+    region: str = ""
+    state: PeerState = PeerState.ALIVE
+    epoch: int = 0  # counts restarts of the process on the same data directory
+    incarnation: int = 0
+    facts: Facts = field(default_factory=Facts)
+    load: Load = field(default_factory=Load)
+    load_at: float = 0.0  # when the load record was heard, local monotonic seconds
+    rtt_s: float | None = None  # last measured round trip; None: never measured
+
+    @property
+    def usable(self) -> bool:
+        """May be given new work."""
+        return self.state is PeerState.ALIVE and not self.facts.draining
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """All known peers at one moment. `version` grows with every change of membership or facts, not of load."""
+
+    me: NodeId
+    peers: Mapping[NodeId, Peer] = field(default_factory=lambda: MappingProxyType({}))
+    version: int = 0
+
+    def live(self) -> Iterator[Peer]:
+        """Peers that are alive or merely suspect, this node included."""
+        return (peer for peer in self.peers.values() if peer.state in (PeerState.ALIVE, PeerState.SUSPECT))
+
+    def is_live(self, node: NodeId) -> bool:
+        peer = self.peers.get(node)
+        return peer is not None and peer.state in (PeerState.ALIVE, PeerState.SUSPECT)
+
+    def models(self) -> dict[ModelId, ModelCard]:
+        """Every model some live peer knows; the lowest node id's card wins where cards differ."""
+        cards: dict[ModelId, ModelCard] = {}
+        for peer in sorted(self.live(), key=lambda peer: peer.id):
+            for card in peer.facts.models:
+                cards.setdefault(card.id, card)
+        return cards
+
+    def replicas(self, model: ModelId, layers: int) -> list[int]:
+        """How many live peers hold each layer of `model`; length `layers`."""
+        counts = [0] * layers
+        for peer in self.live():
+            held = {layer for span in peer.facts.spans if span.model == model for layer in range(span.start, span.end)}
+            for layer in held:
+                if layer < layers:
+                    counts[layer] += 1
+        return counts

@@ -1,0 +1,1 @@
+"""The engine: torch lives here and nowhere else in the node."""

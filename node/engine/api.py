@@ -1,0 +1,154 @@
+"""The seam between the node and its engine: what goes in, what comes out. No torch here.
+
+One engine thread computes; the trio thread talks to it through `Engine`. A sequence is a row of
+one attempt of one choice of one stream on one stage `[start, end)` of a model. Positions count
+tokens from 0 over prompt and answer. Everything is idempotent by (key, position): what comes twice
+changes nothing; what comes for an unknown or closed key is counted and dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from mesh.ids import ModelId, StreamId
+from mesh.view import Load, ModelCard, Span
+from node.requests import SamplingParams
+
+
+class SequenceKey(NamedTuple):
+    stream: StreamId
+    choice: int
+    attempt: int
+
+
+class OpenSequence(msgspec.Struct, frozen=True):
+    """Take up one sequence on the layers `[start, end)`, which lie within a span that is loaded here.
+
+    `tokens` are all tokens known so far, prompt and then answer; the first stage (`start == 0`) needs
+    them to prefill, the last (`end == layers`) for penalties and for where sampling begins; stages
+    between are sent only `known`, their count. The last stage samples position `known` first; the
+    sequence ends at position `prompt_tokens + sampling.max_tokens`.
+    """
+
+    stream: StreamId
+    choice: int
+    attempt: int
+    model: ModelId
+    start: int
+    end: int
+    prompt_tokens: int
+    known: int
+    tokens: tuple[int, ...]
+    sampling: SamplingParams
+
+    @property
+    def key(self) -> SequenceKey:
+        return SequenceKey(self.stream, self.choice, self.attempt)
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenOut:
+    """Activations for the next stage: positions `position … position + count - 1`.
+
+    `data` is the raw little-endian bytes of a `[count, hidden]` array in the model's dtype.
+    """
+
+    key: SequenceKey
+    position: int
+    count: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOut:
+    """The token drawn for `position`; with `finish` ("stop" or "length") it is the last."""
+
+    key: SequenceKey
+    position: int
+    token: int
+    finish: str | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()  # alternatives (token, logprob), likeliest first
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceLost:
+    """This stage gave the sequence up and freed its blocks.
+
+    retryable: another attempt may succeed (evicted for lack of KV blocks, step failed); else the request itself is at fault.
+    """
+
+    key: SequenceKey
+    reason: str
+    retryable: bool = True
+
+
+EngineOutput = HiddenOut | TokenOut | SequenceLost
+
+Deliver = Callable[[list[EngineOutput]], None]
+"""Called in the ENGINE thread with the outputs of one step; the node's shell passes them on to trio."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    device: str = "auto"  # auto | cpu | cuda:N
+    dtype: str = "auto"  # auto | float32 | bfloat16
+    threads: int = 1  # torch threads; several nodes on one machine: 1 each
+    kv_memory_bytes: int | None = None  # for all KV caches; None: a share of free memory
+    step_tokens: int = 512  # token budget of one step: prefill chunks and decodes together
+    max_sequences: int = 64  # per stage; one more is refused as BUSY
+
+
+class Engine(Protocol):
+    """All methods may be called from the trio thread; those marked *blocking* in a worker thread."""
+
+    def start(self, deliver: Deliver) -> None: ...
+
+    def stop(self) -> None:
+        """Ends the engine thread after its current step (*blocking*)."""
+
+    def inspect(self, directory: Path, model: ModelId) -> ModelCard:
+        """Reads the checkpoint's config, without weights (*blocking*). `numerics` is empty until a span is loaded.
+
+        Raises:
+            BadRequest: not a directory, not a causal LM, pickled weights, or an architecture that cannot be served
+                exactly; the message gives the reason and what would work.
+        """
+
+    def load(self, directory: Path, model: ModelId, start: int, end: int) -> ModelCard:
+        """Loads layers `[start, end)`, runs the self-check, and serves them from its return on (*blocking*).
+
+        Raises:
+            BadRequest: as `inspect`; also layers out of range, or the self-check failed.
+        """
+
+    def unload(self, span: Span) -> None:
+        """Drops a span; its sequences are lost (*blocking*)."""
+
+    def open(self, sequence: OpenSequence) -> None:
+        """Admits a sequence; a first stage begins its prefill at the next step.
+
+        Raises:
+            Refused: no room (sequences or KV blocks); try elsewhere or later.
+            BadRequest: it can never fit here.
+            LocalError: no loaded span holds `[start, end)`.
+        """
+
+    def push(self, key: SequenceKey, position: int, count: int, data: bytes) -> None:
+        """Activations from the stage before, for a sequence that is open here."""
+
+    def token(self, key: SequenceKey, position: int, token: int) -> None:
+        """The token drawn by the last stage, back at the first: it decodes on from there."""
+
+    def close(self, key: SequenceKey) -> None:
+        """Frees the sequence within a step. Unknown keys are fine."""
+
+    def close_streams(self, keep: Callable[[StreamId], bool]) -> None:
+        """Frees every sequence whose stream `keep` does not want (its entry node died)."""
+
+    def load_report(self) -> Load: ...

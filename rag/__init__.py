@@ -1,0 +1,1 @@
+"""What the mesh knows: parse, chunk, embed, store, search, replicate."""

@@ -1,0 +1,1 @@
+"""Who shall do it: pure decisions over the view."""
