@@ -51,7 +51,9 @@ class NoPath(MeshError):
     def __init__(self, model: str, gaps: tuple[tuple[int, int], ...]) -> None:
         spans = ", ".join(f"{start}:{end}" for start, end in gaps) or "any layer"
         first = f"{gaps[0][0]}:{gaps[0][1]}" if gaps else "auto"
-        super().__init__(f"no live peer holds layers {spans} of {model}; start one with: mesh up --join HOST:PORT --layers {first}")
+        super().__init__(
+            f"no live peer holds layers {spans} of {model}; start one with: mesh up --join HOST:PORT --layers {first}"
+        )
         self.model = model
         self.gaps = gaps
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """A document. Its id is `file-` and 24 hex digits of a digest of its name and bytes: the same file has the same id everywhere."""
+    """A document. Its id is `file-` and 24 hex digits of a digest of its name and bytes: one file, one id, on every node."""
 
     id: str
     name: str
