@@ -1,0 +1,94 @@
+"""What one node is told at its start. The only file that reads the environment.
+
+Each field: unit, default, reason. Values are checked here once, so the rest may trust them.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from mesh.errors import BadRequest
+from mesh.ids import Address
+
+LAYERS_FORM = "expected auto, none, A:B or A:B,C:D with 0 <= A < B"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """Everything `mesh up` can set; see `docs/cli.md`."""
+
+    name: str = ""  # empty: the host's name and the first digits of the node's id
+    region: str = ""
+    bind: Address = ("127.0.0.1", 7946)  # gossip (UDP) and peer links (TCP); port 0: any free one
+    http: Address = ("127.0.0.1", 8000)
+    join: tuple[Address, ...] = ()
+    models: tuple[str, ...] = ()  # a directory or NAME=DIR each; none: the small default model
+    layers: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    memory_bytes: int | None = None  # for weights and KV together; None: half of what is free at the start
+    data_dir: Path | None = None  # identity and documents; None: one of its own under the user's data directory
+    key_file: Path | None = None
+    api_key_file: Path | None = None
+    cluster: str = "mesh"  # label: nodes of another label are refused
+    threads: int = 1  # torch threads; several nodes on one machine must take 1 each
+    drain_s: float = 30.0  # how long open streams may go on after SIGTERM
+    request_timeout_s: float = 600.0  # a request's own deadline where the client set none
+    log_format: str = "text"
+
+    def __post_init__(self) -> None:
+        """Raises BadRequest with what was expected, what came and what to do."""
+        pinned_spans(self.layers)
+        if self.log_format not in ("text", "json"):
+            raise BadRequest(f"--log-format: expected text or json, got {self.log_format!r}", "log_format")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise BadRequest(f"--dtype: expected auto, float32 or bfloat16, got {self.dtype!r}", "dtype")
+        if self.memory_bytes is not None and self.memory_bytes < 16 << 20:
+            raise BadRequest(f"--memory: expected at least 16MiB, got {self.memory_bytes} bytes", "memory")
+        if self.key_file is None and not is_loopback(self.bind[0]):
+            raise BadRequest(
+                f"--bind {self.bind[0]}: without a mesh key a node listens on loopback only, since anyone who reaches it could "
+                "join; make one with `mesh key new` and give it to every node with --key-file",
+                "bind",
+            )
+        if self.api_key_file is None and not is_loopback(self.http[0]):
+            raise BadRequest(
+                f"--http {self.http[0]}: without API keys the endpoint listens on loopback only; make one with `mesh key api` "
+                "and give the file with --api-key-file",
+                "http",
+            )
+
+
+def is_loopback(host: str) -> bool:
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def pinned_spans(layers: str) -> tuple[tuple[int, int], ...] | None:
+    """The spans that `--layers` pins; empty for `none`; None for `auto`.
+
+    Raises:
+        BadRequest: when the text has another form.
+    """
+    if layers == "auto":
+        return None
+    if layers == "none":
+        return ()
+    spans = []
+    for part in layers.split(","):
+        start, colon, end = part.partition(":")
+        if not (colon and start.isdigit() and end.isdigit() and int(start) < int(end)):
+            raise BadRequest(f"--layers {layers!r}: {LAYERS_FORM}", "layers")
+        spans.append((int(start), int(end)))
+    return tuple(spans)
+
+
+def data_home() -> Path:
+    """Where nodes keep what must survive a restart, by the XDG convention."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "gossip-mesh"
+
+
+def cache_home() -> Path:
+    """Where a node keeps what it can make again (the default model)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gossip-mesh"
