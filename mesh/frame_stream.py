@@ -1,0 +1,55 @@
+"""Frames over a trio stream: the thin shell around `mesh.frames`."""
+
+from __future__ import annotations
+
+import ssl
+
+import trio
+
+from mesh.frames import Frame, FrameError, FrameReader
+
+RECEIVE_BYTES = 256 << 10
+COALESCE_BYTES = 256 << 10  # one send for many small frames
+
+
+class FrameSource:
+    """Frames of one stream, one by one. How it ended is kept, not raised: an end is what every link comes to."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self._stream = stream
+        self._reader = FrameReader()
+        self._ready: list[Frame] = []
+        self.end_reason = ""
+        self.broke_the_protocol = False
+
+    async def next(self) -> Frame | None:
+        """The next frame; None once the stream has ended, orderly or suddenly: then `end_reason` says how."""
+        while not self._ready:
+            try:
+                data = await self._stream.receive_some(RECEIVE_BYTES)
+                self._ready = self._reader.feed(bytes(data))[::-1]
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                self.end_reason = _broken_reason(error)
+                return None
+            except FrameError as error:
+                self.end_reason, self.broke_the_protocol = f"not a mesh node: {error}", True
+                return None
+            if not data:
+                self.end_reason = "closed by the peer"
+                return None
+        return self._ready.pop()
+
+
+async def send(connection: trio.abc.Stream, data: bytes) -> bool:
+    """Sends; False when the stream is broken; the reading side learns why."""
+    try:
+        await connection.send_all(data)
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        return False
+    return True
+
+
+def _broken_reason(error: BaseException) -> str:
+    if isinstance(error.__cause__, ssl.SSLError):
+        return "TLS handshake failed: the peer has another mesh key, or is no mesh node"
+    return "connection broken"

@@ -1,0 +1,210 @@
+"""One outgoing link: dialled once, shared by all calls and one-way frames to a peer, failed as a whole."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from mesh.call_errors import error_from_header
+from mesh.calls import Header, Reply
+from mesh.errors import PeerLost
+from mesh.frame_stream import COALESCE_BYTES, FrameSource, send
+from mesh.frames import Frame, encode
+from mesh.ids import Address, NodeId, format_address
+from mesh.view import Load
+
+PROTOCOL_VERSION = 1
+HANDSHAKE_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 3.0
+OUTBOX_FRAMES = 4096  # some seconds of tokens for 1,000 sequences; beyond it the peer does not read and is as good as lost
+OUTBOX_BYTES = 256 << 20
+
+
+@dataclass(slots=True)
+class LinkStatistics:
+    """Counters since the start."""
+
+    frames_sent: int = 0
+    frames_received: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    links_opened: int = 0
+    links_lost: int = 0
+    handshakes_refused: int = 0
+    frames_rejected: int = 0
+    handler_failures: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkConfig:
+    me: NodeId
+    address: Address
+    cluster: str = "mesh"
+    server_tls: ssl.SSLContext | None = None
+    client_tls: ssl.SSLContext | None = None
+
+
+class Link:
+    """One outgoing link. Frames wait in the outbox while it is being dialled."""
+
+    def __init__(
+        self,
+        to: Address,
+        config: LinkConfig,
+        counters: LinkStatistics,
+        load: Callable[[], Load],
+        on_load: Callable[[NodeId, Load], None],
+    ) -> None:
+        self.to = to
+        self.peer: NodeId | None = None
+        self._config = config
+        self._counters = counters
+        self._load = load
+        self._on_load = on_load
+        self._inbox, self._outbox = trio.open_memory_channel[Frame](OUTBOX_FRAMES)
+        self._outbox_bytes = 0
+        self._calls: dict[int, PendingCall] = {}
+        self._last_number = 0
+        self._failed: str | None = None
+
+    async def call(self, kind: str, header: Header, tail: bytes) -> Reply:
+        self._last_number += 1
+        number = self._last_number
+        pending = self._calls[number] = PendingCall()
+        try:
+            self.enqueue(Frame(kind, header, tail, number))
+            await pending.answered.wait()
+        finally:
+            self._calls.pop(number, None)
+        if pending.reply is None:
+            raise PeerLost(format_address(self.to), pending.failure)
+        error = pending.reply.header.get("error")
+        if error is not None:
+            raise error_from_header(self.peer or format_address(self.to), error)
+        return pending.reply.header, pending.reply.tail
+
+    def enqueue(self, frame: Frame) -> None:
+        if self._failed is not None:
+            raise PeerLost(format_address(self.to), self._failed)
+        if self._outbox_bytes + len(frame.tail) > OUTBOX_BYTES:
+            raise PeerLost(format_address(self.to), f"{self._outbox_bytes} bytes wait unread: the peer does not read")
+        try:
+            self._inbox.send_nowait(frame)
+        except trio.WouldBlock:
+            raise PeerLost(format_address(self.to), f"{OUTBOX_FRAMES} frames wait unread: the peer does not read") from None
+        self._outbox_bytes += len(frame.tail)
+
+    def fail(self, reason: str) -> None:
+        """Everything that waits on this link, and whoever still holds it, gets PeerLost."""
+        self._failed = reason
+        for pending in self._calls.values():
+            pending.failure = reason
+            pending.answered.set()
+
+    async def run(self) -> str:
+        """Returns why the link ended; raises only what is a bug."""
+        try:
+            with trio.fail_after(CONNECT_TIMEOUT_S):
+                stream = await trio.open_tcp_stream(*self.to)
+        except (OSError, trio.TooSlowError) as error:
+            return "connection refused: no node listens there" if _is_refusal(error) else f"cannot connect: {error or 'timeout'}"
+        connection: trio.abc.Stream = stream
+        if self._config.client_tls is not None:
+            connection = trio.SSLStream(stream, self._config.client_tls, server_hostname="mesh")
+        frames = FrameSource(connection)
+        try:
+            refusal: str | None = "no answer to the handshake: not a mesh node, or a wedged one"
+            with trio.move_on_after(HANDSHAKE_TIMEOUT_S):
+                refusal = await self._greet(connection, frames)
+            if refusal is not None:
+                return refusal
+            self._counters.links_opened += 1
+            async with trio.open_nursery() as link_nursery:
+                link_nursery.start_soon(self._write, connection, link_nursery.cancel_scope)
+                while (frame := await frames.next()) is not None:
+                    self._on_reply(frame)
+                link_nursery.cancel_scope.cancel()
+            return frames.end_reason
+        finally:
+            self._counters.frames_rejected += frames.broke_the_protocol
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(connection)
+
+    async def _greet(self, connection: trio.abc.Stream, frames: FrameSource) -> str | None:
+        """Why the handshake failed; None when it did not."""
+        config = self._config
+        hello: Header = {"version": PROTOCOL_VERSION, "cluster": config.cluster, "node": config.me}
+        if not await send(connection, encode(Frame("hello", hello))):
+            return _why_greeting_ended(frames, tls=config.client_tls is not None)
+        answer = await frames.next()
+        if answer is None:
+            return _why_greeting_ended(frames, tls=config.client_tls is not None)
+        if answer.header.get("refused"):
+            return f"refused: {str(answer.header['refused'])[:300]}"
+        if answer.kind != "hello" or not isinstance(answer.header.get("node"), str):
+            return "not a mesh node: its answer to the handshake is not ours"
+        self.peer = NodeId(answer.header["node"])
+        return None
+
+    async def _write(self, connection: trio.abc.Stream, link_scope: trio.CancelScope) -> None:
+        counters = self._counters
+        async for first in self._outbox:
+            batch, size = [], 0
+            frame: Frame | None = first
+            load = self._load()
+            while frame is not None:
+                self._outbox_bytes -= len(frame.tail)
+                data = encode(Frame(frame.kind, frame.header, frame.tail, frame.number, load=load))
+                batch.append(data)
+                size += len(data)
+                try:
+                    frame = self._outbox.receive_nowait() if size < COALESCE_BYTES else None
+                except trio.WouldBlock:
+                    frame = None
+            if not await send(connection, b"".join(batch)):
+                link_scope.cancel()
+                return
+            counters.frames_sent += len(batch)
+            counters.bytes_sent += size
+
+    def _on_reply(self, frame: Frame) -> None:
+        counters = self._counters
+        counters.frames_received += 1
+        counters.bytes_received += len(frame.tail)
+        if frame.load is not None and self.peer is not None:
+            self._on_load(self.peer, frame.load)
+        pending = self._calls.get(frame.number)
+        if pending is None or not frame.is_reply:
+            counters.frames_rejected += 1  # the caller's deadline passed; late answers change nothing
+            return
+        pending.reply = frame
+        pending.answered.set()
+
+
+class PendingCall:
+    __slots__ = ("answered", "failure", "reply")
+
+    def __init__(self) -> None:
+        self.answered = trio.Event()
+        self.reply: Frame | None = None
+        self.failure = ""
+
+
+def _is_refusal(error: BaseException) -> bool:
+    causes = [error, error.__cause__]
+    return any(
+        isinstance(cause, ConnectionRefusedError)
+        or (isinstance(cause, BaseExceptionGroup) and any(isinstance(e, ConnectionRefusedError) for e in cause.exceptions))
+        for cause in causes
+    )
+
+
+def _why_greeting_ended(frames: FrameSource, *, tls: bool) -> str:
+    if frames.broke_the_protocol:
+        return frames.end_reason
+    if tls:
+        return "TLS handshake failed: the peer has another mesh key or none, or is not a mesh node"
+    return "closed during the handshake: it wants a mesh key, or is not a mesh node"

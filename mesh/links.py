@@ -1,0 +1,220 @@
+"""Links: long-lived, multiplexed streams between this node and its peers.
+
+A node dials each peer it talks to once and keeps the stream; calls and one-way frames of all
+requests share it, and answers come back on it. Every frame carries the sender's load. A link that
+breaks fails everything that waits on it with `PeerLost` at once, and says so to `on_lost`: failover
+starts from there, not from a timer. No retries here: they have one place and one budget, in routing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import structlog
+import trio
+
+from mesh.call_errors import error_to_header
+from mesh.calls import Handlers, Header, Receivers, Reply
+from mesh.errors import BadRequest, DeadlineExceeded, LocalError, MeshError
+from mesh.frame_stream import COALESCE_BYTES, FrameSource, send
+from mesh.frames import Frame, encode
+from mesh.ids import Address, NodeId, format_address
+from mesh.link import HANDSHAKE_TIMEOUT_S, PROTOCOL_VERSION, Link, LinkConfig, LinkStatistics
+from mesh.view import Load
+
+CALLS_AT_ONCE = 512  # handlers running for one inbound link; beyond it we stop reading, and TCP tells the peer
+
+log = structlog.get_logger()
+
+
+OnLost = Callable[[NodeId | None, Address | None, str], None]
+"""Told of every link that ended: the peer's id unless the handshake never came so far, its address where we dialled it, why."""
+
+
+class Links:
+    """All links of one node. `handlers` answer calls, `receivers` take one-way frames; both may be added to until `run`."""
+
+    def __init__(
+        self,
+        config: LinkConfig,
+        *,
+        load: Callable[[], Load] = Load,
+        on_load: Callable[[NodeId, Load], None] = lambda node, load: None,
+        on_lost: OnLost = lambda node, address, reason: None,
+    ) -> None:
+        self.config = config
+        self.handlers: dict[str, Any] = {}
+        self.receivers: dict[str, Any] = {}
+        self.load = load
+        self.on_load = on_load
+        self.on_lost = on_lost
+        self.counters = LinkStatistics()
+        self._nursery: trio.Nursery | None = None
+        self._links: dict[Address, Link] = {}
+
+    def statistics(self) -> LinkStatistics:
+        return replace(self.counters)
+
+    def add(self, handlers: Handlers | None = None, receivers: Receivers | None = None) -> None:
+        """Raises LocalError when a kind is already taken."""
+        for table, new in ((self.handlers, handlers or {}), (self.receivers, receivers or {})):
+            for kind, function in new.items():
+                if kind in self.handlers or kind in self.receivers:
+                    raise LocalError(f"frame kind {kind!r} is registered twice")
+                table[kind] = function
+
+    async def run(self, listener: trio.SocketListener, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serves peers on `listener` and owns all outgoing links, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await trio.serve_listeners(self._serve_peer, [listener], handler_nursery=nursery)
+
+    async def call(self, to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> Reply:
+        """See `mesh.calls.Call`."""
+        if to == self.config.address:
+            return await self.handlers[kind](self.config.me, header, tail)
+        with trio.move_on_after(timeout_s) as scope:
+            return await self._link_to(to).call(kind, header, tail)
+        assert scope.cancelled_caught
+        raise DeadlineExceeded(f"{kind} to {format_address(to)} had no answer within {timeout_s:g} s")
+
+    def post(self, to: Address, kind: str, header: Header, tail: bytes = b"") -> None:
+        """See `mesh.calls.Post`."""
+        if to == self.config.address:
+            self.receivers[kind](self.config.me, header, tail)
+        else:
+            self._link_to(to).enqueue(Frame(kind, header, tail))
+
+    def _link_to(self, to: Address) -> Link:
+        link = self._links.get(to)
+        if link is None:
+            if self._nursery is None:
+                raise LocalError("Links.run must be running before a call")
+            link = self._links[to] = Link(to, self.config, self.counters, self.load, self.on_load)
+            self._nursery.start_soon(self._keep_link, link)
+        return link
+
+    async def _keep_link(self, link: Link) -> None:
+        """One link's life, from dialling to its loss."""
+        reason = await link.run()
+        if self._links.get(link.to) is link:
+            del self._links[link.to]
+        link.fail(reason)
+        self.counters.links_lost += 1
+        self.on_lost(link.peer, link.to, reason)
+
+    async def _serve_peer(self, stream: trio.SocketStream) -> None:
+        """One inbound link: handshake, then answer until it ends."""
+        connection: trio.abc.Stream = stream
+        if self.config.server_tls is not None:
+            connection = trio.SSLStream(stream, self.config.server_tls, server_side=True)
+        frames = FrameSource(connection)
+        peer: NodeId | None = None
+        try:
+            with trio.move_on_after(HANDSHAKE_TIMEOUT_S):
+                peer = await self._greet_caller(connection, frames)
+            if peer is None:
+                self.counters.handshakes_refused += 1
+            else:
+                await self._answer(peer, connection, frames)
+        finally:
+            self.counters.frames_rejected += frames.broke_the_protocol
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(connection)
+        if peer is not None:
+            self.on_lost(peer, None, frames.end_reason)
+
+    async def _greet_caller(self, connection: trio.abc.Stream, frames: FrameSource) -> NodeId | None:
+        hello = await frames.next()
+        if hello is None:
+            return None
+        refusal = self._why_refuse(hello)
+        answer: Header = {"node": self.config.me, "refused": refusal}
+        if not await send(connection, encode(Frame("hello", answer, is_reply=True))):
+            return None
+        if refusal is None:
+            return NodeId(hello.header["node"])
+        log.warning("link.refused", reason=refusal)
+        return None
+
+    def _why_refuse(self, hello: Frame) -> str | None:
+        header = hello.header
+        if hello.kind != "hello" or not isinstance(header.get("node"), str):
+            return "expected a hello frame with a node id"
+        if header.get("version") != PROTOCOL_VERSION:
+            return f"protocol version {header.get('version')!r}, here {PROTOCOL_VERSION}: run the same release on both nodes"
+        if header.get("cluster") != self.config.cluster:
+            return f"cluster label {header.get('cluster')!r}, here {self.config.cluster!r}: these are two meshes"
+        return None
+
+    async def _answer(self, peer: NodeId, connection: trio.abc.Stream, frames: FrameSource) -> None:
+        replies_in, replies = trio.open_memory_channel[bytes](CALLS_AT_ONCE)
+        slots = trio.Semaphore(CALLS_AT_ONCE)
+        async with trio.open_nursery() as link_nursery:
+            link_nursery.start_soon(self._write_replies, connection, replies)
+            while (frame := await frames.next()) is not None:
+                self.counters.frames_received += 1
+                self.counters.bytes_received += len(frame.tail)
+                self._note_load(peer, frame)
+                if frame.number == 0:
+                    self._receive(peer, frame)
+                else:
+                    await slots.acquire()
+                    link_nursery.start_soon(self._answer_call, peer, frame, replies_in, slots)
+            link_nursery.cancel_scope.cancel()
+
+    def _note_load(self, peer: NodeId, frame: Frame) -> None:
+        if frame.load is not None:
+            self.on_load(peer, frame.load)
+
+    def _receive(self, peer: NodeId, frame: Frame) -> None:
+        receiver = self.receivers.get(frame.kind)
+        if receiver is None:
+            self.counters.frames_rejected += 1
+            return
+        try:
+            receiver(peer, frame.header, frame.tail)
+        except (MeshError, KeyError, TypeError, ValueError, msgspec.MsgspecError) as error:
+            # A peer's malformed frame must not end the node: counted, dropped.
+            self.counters.frames_rejected += 1
+            log.warning("link.frame_rejected", kind=frame.kind, peer=peer, error=f"{type(error).__name__}: {error}")
+
+    async def _answer_call(
+        self, peer: NodeId, frame: Frame, replies: trio.MemorySendChannel[bytes], slots: trio.Semaphore
+    ) -> None:
+        try:
+            handler = self.handlers.get(frame.kind)
+            if handler is None:
+                raise BadRequest(f"this node answers no {frame.kind!r} call; are both nodes of one release?")
+            header, tail = await handler(peer, frame.header, frame.tail)
+        except Exception as error:  # supervised: one peer call
+            if not isinstance(error, MeshError):
+                self.counters.handler_failures += 1
+                log.error("call.failed", kind=frame.kind, peer=peer, exc_info=error)
+            header, tail = {"error": error_to_header(error)}, b""
+        finally:
+            slots.release()
+        await replies.send(encode(Frame(frame.kind, header, tail, frame.number, is_reply=True, load=self.load())))
+
+    async def _write_replies(self, connection: trio.abc.Stream, replies: trio.MemoryReceiveChannel[bytes]) -> None:
+        async for data in replies:
+            batch = _drain(replies, data)
+            self.counters.frames_sent += len(batch)
+            self.counters.bytes_sent += sum(map(len, batch))
+            if not await send(connection, b"".join(batch)):
+                return
+
+
+def _drain(channel: trio.MemoryReceiveChannel[bytes], first: bytes) -> list[bytes]:
+    batch, size = [first], len(first)
+    while size < COALESCE_BYTES:
+        try:
+            batch.append(channel.receive_nowait())
+        except trio.WouldBlock:
+            break
+        size += len(batch[-1])
+    return batch
