@@ -1,0 +1,59 @@
+"""The numbers of membership, with their units, bounds and reasons. The defaults are for one LAN."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+# (lowest, highest) sensible value of every field; outside them the protocol's promises do not hold.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "probe_period_s": (0.05, 60),
+    "probe_timeout_s": (0.01, 30),
+    "indirect_peers": (0, 16),
+    "suspicion_multiplier": (1, 32),
+    "suspicion_max_factor": (1, 16),
+    "confirmations": (0, 16),
+    "gossip_period_s": (0.02, 10),
+    "gossip_peers": (1, 16),
+    "eager_peers": (0, 16),
+    "transmit_multiplier": (1, 16),
+    "redial_period_s": (0.1, 3600),
+    "forget_s": (1, 30 * 86400),
+    "members_max": (2, 16_000),
+    "lag_tolerance_s": (0.01, 10),
+    "exchange_gap_s": (0.01, 60),
+    "exchange_pace_s": (0.0, 10),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipConfig:
+    """How eagerly a node watches and tells.
+
+    Raises:
+        ValueError: a number is outside its bounds, or the probe timeout leaves no room for indirect probes.
+    """
+
+    probe_period_s: float = 0.5  # one member is probed each period
+    probe_timeout_s: float = 0.2  # then others are asked to try; above any LAN round trip, even of a busy process
+    indirect_peers: int = 3
+    suspicion_multiplier: float = 4.0  # shortest suspicion: this * log10(live), at least this, periods: 2 s up to 10 nodes
+    suspicion_max_factor: float = 3.0  # an unconfirmed suspicion lasts this much longer
+    confirmations: int = 3  # independent ones that bring suspicion down to its shortest (Lifeguard's K)
+    gossip_period_s: float = 0.1  # while there are rumours to tell
+    gossip_peers: int = 3
+    eager_peers: int = 2  # fresh news goes to so many at once, outside the copy budget
+    transmit_multiplier: int = 4
+    redial_period_s: float = 2.0  # one dead member or absent seed is tried each period, so that partitions heal
+    forget_s: float = 72 * 3600.0  # how long the dead and the departed are remembered
+    members_max: int = 4096  # table bound: an older tombstone makes room, else newcomers are refused
+    lag_tolerance_s: float = 0.1  # a tick later than this means that we slept: our own timers prove nothing
+    exchange_gap_s: float = 0.5  # between two exchanges with one peer
+    exchange_pace_s: float = 0.02  # between any two exchanges of this node
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            low, high = _BOUNDS[field.name]
+            if not low <= (value := getattr(self, field.name)) <= high:
+                raise ValueError(f"{field.name} must be from {low:g} to {high:g}, got {value!r}")
+        if self.probe_timeout_s >= self.probe_period_s:
+            raise ValueError("probe_timeout_s must be below probe_period_s: indirect probes use the time between them")

@@ -1,0 +1,78 @@
+"""What the cores of membership ask of the shell. Frozen, so that a test compares them with `==`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mesh.gossip import Message
+from mesh.ids import Address, NodeId
+from mesh.sync import Sync
+from mesh.view import Load, PeerState
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """One datagram; may be lost."""
+
+    to: Address
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Compare notes with whoever answers at `to`: a `membership.sync` call with a digest."""
+
+    to: Address
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """Tell news that no datagram holds: a `membership.sync` call without a digest."""
+
+    to: Address
+    sync: Sync
+
+
+@dataclass(frozen=True, slots=True)
+class MemberChanged:
+    """A member is not as it was: state, standing, name, address or region. `before` is None for a newcomer.
+
+    `restarted`: it came back with a higher epoch, so whatever ran there is gone even if it was never seen dead.
+    """
+
+    node: NodeId
+    before: PeerState | None
+    after: PeerState
+    restarted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MemberForgotten:
+    """A tombstone was dropped: nothing is known of the node any more."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class FactsChanged:
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A datagram came straight from `node`: its load as of `load_at`, and the round trip if this one timed it."""
+
+    node: NodeId
+    load: Load
+    load_at: float
+    rtt_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """Somebody knew a later run of this node than this one; it now counts as run `epoch`. Worth keeping on disk."""
+
+    epoch: int
+
+
+Effect = Send | Exchange | Push | MemberChanged | MemberForgotten | FactsChanged | Measured | Renewed

@@ -1,0 +1,47 @@
+"""Eight bytes that are equal on two nodes when both know the same of everyone alive.
+
+The exclusive or of one hash a live member, so a change costs two hashes, whatever the size of the mesh. It covers
+incarnations too: a refutation that got lost is repaired by the same exchange as a lost facts record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from mesh.ids import NodeId
+
+
+class Fingerprint:
+    def __init__(self) -> None:
+        self.value = 0
+        self._standing: dict[NodeId, tuple[int, int]] = {}  # of the live: epoch, incarnation
+        self._facts: dict[NodeId, tuple[int, int]] = {}  # of all known: epoch, version
+
+    def live(self, node: NodeId, epoch: int, incarnation: int) -> None:
+        self._swap(node, (epoch, incarnation), self._facts.get(node))
+
+    def gone(self, node: NodeId) -> None:
+        self._swap(node, None, self._facts.get(node))
+
+    def facts(self, node: NodeId, epoch: int, version: int) -> None:
+        self._swap(node, self._standing.get(node), (epoch, version))
+
+    def forget(self, node: NodeId) -> None:
+        self._swap(node, None, None)
+
+    def _swap(self, node: NodeId, standing: tuple[int, int] | None, facts: tuple[int, int] | None) -> None:
+        self.value ^= _hash_of(node, self._standing.pop(node, None), self._facts.pop(node, None))
+        self.value ^= _hash_of(node, standing, facts)
+        if standing is not None:
+            self._standing[node] = standing
+        if facts is not None:
+            self._facts[node] = facts
+
+
+def _hash_of(node: NodeId, standing: tuple[int, int] | None, facts: tuple[int, int] | None) -> int:
+    """One member's share; 0 for one that is not alive. Facts of an earlier run count for nothing."""
+    if standing is None:
+        return 0
+    version = facts[1] if facts is not None and facts[0] == standing[0] else 0
+    text = f"{node} {standing[0]} {standing[1]} {version}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

@@ -1,0 +1,66 @@
+"""How long a suspect may take to speak up: Lifeguard's dynamic suspicion.
+
+Source: Dadgar, Phillips, Currey, "Lifeguard: SWIM-ing with Situational Awareness" (arXiv 1707.00788), section IV-B.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from mesh.ids import NodeId
+
+
+def remaining_s(confirmations: int, expected: int, elapsed_s: float, min_s: float, max_s: float) -> float:
+    """Time left before a suspect is declared dead; negative or zero means now.
+
+    Each independent confirmation shortens the wait, logarithmically, from `max_s` (none) to `min_s` (`expected`
+    or more). With none expected, as in a mesh too small to give any, the wait is `min_s`.
+    Source: Lifeguard, section IV-B: max(min, max - (max - min) * log(C + 1) / log(K + 1)).
+    """
+    if expected < 1:
+        return min_s - elapsed_s
+    share = math.log(confirmations + 1) / math.log(expected + 1)
+    return max(min_s, max_s - (max_s - min_s) * share) - elapsed_s
+
+
+def minimum_s(multiplier: float, live: int, probe_period_s: float) -> float:
+    """The shortest suspicion in a mesh of `live` members: rumours need log(n) periods to reach everyone, and back.
+
+    Source: memberlist's `suspicionTimeout`: multiplier * max(1, log10(n)) * period.
+    """
+    return multiplier * max(1.0, math.log10(max(1, live))) * probe_period_s
+
+
+def expected_confirmations(wanted: int, live: int) -> int:
+    """How many others could confirm at all: not the accuser, not the suspect."""
+    return max(0, min(wanted, live - 2))
+
+
+@dataclass(slots=True)
+class Suspicion:
+    """One member's running suspicion at one node. A named accuser counts once, however often it is heard."""
+
+    started_at: float
+    expected: int
+    min_s: float
+    max_s: float
+    first: NodeId  # the first accuser: whom exports of this suspicion name
+    accusers: set[NodeId] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.accusers.add(self.first)
+
+    @property
+    def deadline(self) -> float:
+        """When the suspect is declared dead, in local monotonic seconds."""
+        return self.started_at + remaining_s(len(self.accusers) - 1, self.expected, 0.0, self.min_s, self.max_s)
+
+    def confirm(self, accusers: Iterable[NodeId]) -> bool:
+        """Takes independent accusers in; True when one of them is new and still counts, so it is worth passing on."""
+        news = set(accusers) - self.accusers
+        counts = bool(news) and len(self.accusers) - 1 < self.expected
+        if counts:
+            self.accusers |= news
+        return counts

@@ -1,0 +1,193 @@
+"""The datagrams of membership: what one fits in, what it may say, and how bytes become one.
+
+Three probes' messages (`Ping`, `Ack`, `PingReq`) and `Gossip`, which asks for no answer. Each carries the
+sender's own standing, its load and one 8-byte fingerprint of all it knows, and as many claims about members
+as still fit. Structs travel as MessagePack arrays: a newer version may append fields, an older one ignores them.
+Source: SWIM (Das, Gupta, Motivala, DSN 2002), section 4, with Lifeguard's accuser in each suspicion.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from mesh.ids import Address, NodeId
+from mesh.view import Load
+
+MAX_DATAGRAM_BYTES = 1400  # sealed; fits an Ethernet frame under IPv6, UDP and one tunnel header
+MAX_SEAL_BYTES = 64  # what a seal may add
+MAX_MESSAGE_BYTES = MAX_DATAGRAM_BYTES - MAX_SEAL_BYTES
+MAX_CLAIM_BYTES = 150
+MAX_CLAIMS = 128  # the smallest claim takes 22 bytes, so no honest datagram holds more
+MAX_NAME_BYTES = 32
+MAX_HOST_BYTES = 46  # the longest text form of an IPv6 address, and most host names
+MAX_REGION_BYTES = 16
+
+_COUNTER_MAX = 2**48  # of epochs and incarnations: far from what 64 bits would overflow on one more step
+ZERO_LOAD = Load()
+
+Id = Annotated[NodeId, Meta(pattern=r"^[0-9a-f]{16}\Z")]
+Counter = Annotated[int, Meta(ge=0, le=_COUNTER_MAX)]
+Sequence = Annotated[int, Meta(ge=0, le=2**32)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Name = Annotated[str, Meta(max_length=MAX_NAME_BYTES)]
+Host = Annotated[str, Meta(max_length=MAX_HOST_BYTES)]
+Region = Annotated[str, Meta(max_length=MAX_REGION_BYTES)]
+
+
+class BadDatagram(ValueError):
+    """The bytes are no message of ours; the text says why. Drop and count."""
+
+
+def check_description(name: str, host: str, region: str) -> None:
+    """Refuses what would not fit a claim: it could never spread.
+
+    Raises:
+        ValueError: naming the part, its size and its limit in bytes of UTF-8.
+    """
+    limits = (("name", name, MAX_NAME_BYTES), ("host", host, MAX_HOST_BYTES), ("region", region, MAX_REGION_BYTES))
+    for part, text, limit_bytes in limits:
+        size_bytes = len(text.encode())
+        if size_bytes > limit_bytes:
+            raise ValueError(f"a node's {part} may take {limit_bytes} bytes, {text!r} takes {size_bytes}")
+
+
+class Alive(msgspec.Struct, frozen=True, array_like=True, tag="a"):
+    """`node` lives and is reached here. Only the node itself makes one with a new incarnation."""
+
+    node: Id
+    epoch: Counter
+    incarnation: Counter
+    name: Name
+    host: Host
+    port: Port
+    region: Region = ""
+
+    def __post_init__(self) -> None:
+        check_description(self.name, self.host, self.region)
+
+    @property
+    def address(self) -> Address:
+        return self.host, self.port
+
+
+class Suspect(msgspec.Struct, frozen=True, array_like=True, tag="s"):
+    """`by` probed `node` at this incarnation, itself and through others, and heard nothing."""
+
+    node: Id
+    epoch: Counter
+    incarnation: Counter
+    by: Id
+
+
+class Dead(msgspec.Struct, frozen=True, array_like=True, tag="d"):
+    """A suspicion of `node` ran out at `by`. `cause`: "timeout" (silence) or "refused" (its host says nobody listens)."""
+
+    node: Id
+    epoch: Counter
+    incarnation: Counter
+    by: Id
+    cause: Annotated[str, Meta(max_length=8)] = "timeout"
+
+
+class Left(msgspec.Struct, frozen=True, array_like=True, tag="l"):
+    """`node` said goodbye itself."""
+
+    node: Id
+    epoch: Counter
+    incarnation: Counter
+
+
+Claim = Alive | Suspect | Dead | Left
+
+
+class Sender(msgspec.Struct, frozen=True, array_like=True):
+    """Who speaks, and soft state of its own that is newer than any record."""
+
+    node: Id
+    epoch: Counter
+    incarnation: Counter
+    fingerprint: Annotated[int, Meta(ge=0)]  # of all live (node, epoch, incarnation, facts version), 64 bits
+    load: Load = ZERO_LOAD
+    load_age_ms: Annotated[int, Meta(ge=0, le=2**31)] = 0
+
+
+class Ping(msgspec.Struct, frozen=True, array_like=True, tag="ping"):
+    """Are you there, `target`? Answered by an `Ack` with the same `seq`, unless somebody else got that address."""
+
+    sender: Sender
+    seq: Sequence
+    target: Id
+    claims: Annotated[tuple[Claim, ...], Meta(max_length=MAX_CLAIMS)] = ()
+
+
+class Ack(msgspec.Struct, frozen=True, array_like=True, tag="ack"):
+    """Answers a `Ping`, or, from the peer that was asked, a `PingReq` whose target answered."""
+
+    sender: Sender
+    seq: Sequence
+    claims: Annotated[tuple[Claim, ...], Meta(max_length=MAX_CLAIMS)] = ()
+
+
+class PingReq(msgspec.Struct, frozen=True, array_like=True, tag="req"):
+    """Ping `target`, a member you know, for me, and pass its `Ack` on under my `seq`."""
+
+    sender: Sender
+    seq: Sequence
+    target: Id
+    claims: Annotated[tuple[Claim, ...], Meta(max_length=MAX_CLAIMS)] = ()
+
+
+class Gossip(msgspec.Struct, frozen=True, array_like=True, tag="say"):
+    """Claims alone."""
+
+    sender: Sender
+    claims: Annotated[tuple[Claim, ...], Meta(max_length=MAX_CLAIMS)] = ()
+
+
+Message = Ping | Ack | PingReq | Gossip
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    """The bytes to seal; the caller has kept the claims within `claim_budget_bytes`."""
+    return _encoder.encode(message)
+
+
+def encoded_bytes(struct: Message | Claim) -> int:
+    """The size of a message or claim on the wire."""
+    return len(_encoder.encode(struct))
+
+
+def claim_budget_bytes(bare: Message) -> int:
+    """How many bytes of claims still fit into `bare`, a message without claims."""
+    return MAX_MESSAGE_BYTES - encoded_bytes(bare) - 2  # an array of 16 and more takes a longer header
+
+
+def decode(opened: bytes) -> Message:
+    """A message out of what a seal held.
+
+    Raises:
+        BadDatagram: too long, not MessagePack, of another shape, or out of bounds.
+    """
+    if len(opened) > MAX_MESSAGE_BYTES:
+        raise BadDatagram(f"a message takes at most {MAX_MESSAGE_BYTES} bytes, got {len(opened)}")
+    try:
+        message = _decoder.decode(opened)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise BadDatagram(f"not a gossip message: {error}") from None
+    if not load_is_sane(message.sender.load):
+        raise BadDatagram("a load record holds negative or infinite figures")
+    return message
+
+
+def load_is_sane(load: Load) -> bool:
+    """No figure is negative, infinite or not a number: one such would poison every score computed from it."""
+    counts = (load.running, load.waiting, load.kv_blocks_used, load.kv_blocks_total, load.prefill_tokens_queued)
+    rates = (load.prefill_tok_s, load.step_ms)
+    return all(0 <= count <= _COUNTER_MAX for count in counts) and all(0 <= rate and math.isfinite(rate) for rate in rates)
