@@ -1,0 +1,351 @@
+"""A generation: the life of one choice of one request, as a state machine without I/O.
+
+It decides which attempt counts, which token comes next, and when to plan a new path. Rules:
+
+1. Only the current attempt speaks: whatever an older one still sends changes nothing (fencing).
+2. Tokens come in order of position, each once; a repeat is dropped, a gap loses the attempt.
+3. Whatever is lost (a stage, its link, its member, its answer in time) leads to the same transition:
+   close the old attempt, plan the next, replay prompt and tokens, go on. There is no other failover.
+4. A refusal costs no attempt's work: another path at once, twice; then the request waits here, at the
+   entry, where it can still go anywhere (late binding).
+
+A later journal commits each token to a peer before `Emit`; it slots in between `token` and `Emit`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from mesh.errors import DeadlineExceeded, MeshError, NoPath, Refused
+from mesh.ids import Address, NodeId
+
+
+class Phase(Enum):
+    NEW = "new"
+    PLANNING = "planning"  # a Plan effect is out
+    WAITING = "waiting"  # nothing to be had just now; tick plans again
+    OPENING = "opening"  # an OpenPath effect is out
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class StageAt:
+    """One stage of a path: `node` at `address` computes layers `[start, end)`."""
+
+    node: NodeId
+    address: Address
+    start: int
+    end: int
+
+
+Stages = tuple[StageAt, ...]
+
+
+# --- what happens to a generation
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    attempt: int
+    path: Stages
+
+
+@dataclass(frozen=True, slots=True)
+class Unplannable:
+    """Routing found no path, or no peer that would take it."""
+
+    attempt: int
+    error: MeshError
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRefused:
+    """A stage said BUSY; nothing is open any more on the others."""
+
+    attempt: int
+    node: NodeId
+    retry_after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDrawn:
+    attempt: int
+    position: int
+    token: int
+    finish: str | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StageLost:
+    """A stage gave the attempt up, or cannot be reached. `node` None: it is not known which."""
+
+    attempt: int
+    node: NodeId | None
+    reason: str
+    retryable: bool = True
+    error: MeshError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PeerGone:
+    """Membership or a broken link says that a node is lost, whatever it did."""
+
+    node: NodeId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopFound:
+    """The entry found a stop string in the text: the answer ends here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """Nobody wants the rest."""
+
+
+Event = Planned | Unplannable | Opened | OpenRefused | TokenDrawn | StageLost | PeerGone | StopFound | Cancelled
+
+
+# --- what is to be done about it
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Find a path for `attempt` that avoids `exclude`; answer with Planned or Unplannable."""
+
+    attempt: int
+    exclude: frozenset[NodeId]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPath:
+    """Open every stage for prompt and `tokens` (the answer so far); answer with Opened, OpenRefused or StageLost."""
+
+    attempt: int
+    path: Stages
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ClosePath:
+    """Free the attempt's sequences on all its stages; nobody waits for it."""
+
+    attempt: int
+    path: Stages
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """The next token of the answer, for the client."""
+
+    position: int
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    error: MeshError
+
+
+Effect = Plan | OpenPath | ClosePath | Emit | Finish | Fail
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long and how often to try."""
+
+    replan_s: float = 20.0  # a path that breaks may come back: a peer restarts, a span is placed anew
+    refused_s: float = 30.0  # how long a request may wait at the entry for room
+    retry_s: float = 0.25  # between plans while waiting; membership events plan at once
+    silence_s: float = 30.0  # no token for so long, and no other sign: the attempt is lost
+    prefill_tok_s: float = 20.0  # the slowest prefill believed in, added to the first token's silence
+    avoid_s: float = 3.0  # a node that was lost gets no part of the next plans for so long
+    bounces: int = 2  # refusals answered by another path at once
+    barren_attempts: int = 6  # attempts lost in a row without one new token: give up
+
+
+@dataclass(slots=True)
+class Generation:
+    """One choice. Positions count from 0 over prompt and answer; the answer begins at `prompt_tokens`."""
+
+    prompt_tokens: int
+    deadline_at: float
+    patience: Patience = field(default_factory=Patience)
+    phase: Phase = Phase.NEW
+    attempt: int = 0
+    tokens: list[int] = field(default_factory=list)
+    path: Stages = ()
+    history: list[str] = field(default_factory=list)  # why each attempt after the first was needed
+    _avoid: dict[NodeId, float] = field(default_factory=dict)
+    _bounced: int = 0
+    _barren: int = 0
+    _wake_at: float = math.inf
+    _give_up_at: float = math.inf
+    _last_error: MeshError | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.phase in (Phase.DONE, Phase.FAILED, Phase.CANCELLED)
+
+    @property
+    def deadline(self) -> float:
+        """When `tick` next has something to do; infinite once ended."""
+        return math.inf if self.ended else min(self._wake_at, self.deadline_at)
+
+    def start(self, now: float) -> list[Effect]:
+        return self._plan(now)
+
+    def receive(self, event: Event, now: float) -> list[Effect]:
+        """The one door: every event passes here, and is dropped when it is not of the current attempt."""
+        attempt = getattr(event, "attempt", self.attempt)
+        if self.ended or attempt != self.attempt:
+            return []
+        match event:
+            case Planned(path=path):
+                return self._open(path, now) if self.phase is Phase.PLANNING else []
+            case Unplannable(error=error):
+                return self._wait(error, now) if self.phase is Phase.PLANNING else []
+            case Opened():
+                return self._opened(now)
+            case OpenRefused(node=node, retry_after_s=retry_after_s):
+                return self._refused(node, retry_after_s, now)
+            case TokenDrawn():
+                return self._token(event, now)
+            case StageLost():
+                return self._lost(event.node, event.reason, now, None if event.retryable else _fault(event))
+            case PeerGone(node=node, reason=reason):
+                return self._peer_gone(node, reason, now)
+            case StopFound():
+                return self._end(Phase.DONE, Finish("stop"))
+            case Cancelled():
+                return self._end(Phase.CANCELLED)
+
+    def tick(self, now: float) -> list[Effect]:
+        if self.ended:
+            return []
+        if now >= self.deadline_at:
+            return self._end(Phase.FAILED, Fail(DeadlineExceeded("the request's deadline passed before its answer was complete")))
+        if now < self._wake_at:
+            return []
+        if self.phase is Phase.WAITING:
+            return self._plan(now)
+        return self._lost(None, f"no token for {self.patience.silence_s:g} s", now)
+
+    # --- transitions
+
+    def _plan(self, now: float) -> list[Effect]:
+        self.phase = Phase.PLANNING
+        self.attempt += 1
+        self._wake_at = math.inf  # the shell answers a Plan at once
+        self._avoid = {node: until for node, until in self._avoid.items() if until > now}
+        return [Plan(self.attempt, frozenset(self._avoid))]
+
+    def _open(self, path: Stages, now: float) -> list[Effect]:
+        self.phase, self.path = Phase.OPENING, path
+        self._wake_at = now + self.patience.silence_s
+        return [OpenPath(self.attempt, path, tuple(self.tokens))]
+
+    def _opened(self, now: float) -> list[Effect]:
+        if self.phase is Phase.OPENING:
+            self.phase = Phase.RUNNING
+            replayed = self.prompt_tokens + len(self.tokens)
+            self._wake_at = now + self.patience.silence_s + replayed / self.patience.prefill_tok_s
+        return []
+
+    def _token(self, drawn: TokenDrawn, now: float) -> list[Effect]:
+        expected = self.prompt_tokens + len(self.tokens)
+        if self.phase not in (Phase.RUNNING, Phase.OPENING) or drawn.position < expected:
+            return []
+        if drawn.position > expected:
+            return self._lost(None, f"a gap: token {drawn.position} came where {expected} was due", now)
+        self.phase = Phase.RUNNING
+        self.tokens.append(drawn.token)
+        self._wake_at = now + self.patience.silence_s
+        self._barren = self._bounced = 0
+        self._give_up_at = math.inf
+        emit = Emit(drawn.position, drawn.token, drawn.logprob, drawn.top)
+        return [emit] if drawn.finish is None else [emit, *self._end(Phase.DONE, Finish(drawn.finish))]
+
+    def _refused(self, node: NodeId, retry_after_s: float, now: float) -> list[Effect]:
+        if self.phase is not Phase.OPENING:
+            return []
+        self._bounced += 1
+        self._avoid[node] = now + max(retry_after_s, self.patience.retry_s)
+        refusal = Refused("every node that could serve this is full", retry_after_s)
+        if self._bounced > self.patience.bounces:
+            return self._wait(refusal, now)
+        self._last_error = refusal
+        return self._plan(now)
+
+    def _lost(self, node: NodeId | None, reason: str, now: float, fault: MeshError | None = None) -> list[Effect]:
+        if self.phase not in (Phase.OPENING, Phase.RUNNING):
+            return []
+        if fault is not None:
+            return self._end(Phase.FAILED, Fail(fault))
+        self._barren += 1
+        self.history.append(reason)
+        close: list[Effect] = [ClosePath(self.attempt, self.path)]
+        if node is not None:
+            self._avoid[node] = now + self.patience.avoid_s
+        self.path = ()
+        if self._barren >= self.patience.barren_attempts:
+            error = Refused(f"{self._barren} attempts in a row were lost without a token; the last: {reason}", 1.0)
+            return close + self._end(Phase.FAILED, Fail(error))
+        return close + self._plan(now)
+
+    def _peer_gone(self, node: NodeId, reason: str, now: float) -> list[Effect]:
+        self._avoid[node] = now + self.patience.avoid_s
+        if any(stage.node == node for stage in self.path):
+            return self._lost(node, f"{node}: {reason}", now)
+        return []
+
+    def _wait(self, error: MeshError, now: float) -> list[Effect]:
+        """Nothing to be had: fail at once when nothing was ever begun and nobody could serve it, else wait a while."""
+        if isinstance(error, NoPath) and not self.history:
+            if not isinstance(self._last_error, Refused):
+                return self._end(Phase.FAILED, Fail(error))
+            error = self._last_error  # the path exists, but all its nodes have just refused
+        if not isinstance(error, NoPath | Refused):
+            return self._end(Phase.FAILED, Fail(error))
+        patience_s = self.patience.replan_s if isinstance(error, NoPath) else self.patience.refused_s
+        self._give_up_at = min(self._give_up_at, now + patience_s)
+        if now >= self._give_up_at:
+            return self._end(Phase.FAILED, Fail(error))
+        self.phase, self.path, self._last_error = Phase.WAITING, (), error
+        self._wake_at = now + self.patience.retry_s
+        return []
+
+    def _end(self, phase: Phase, last: Effect | None = None) -> list[Effect]:
+        effects: list[Effect] = [ClosePath(self.attempt, self.path)] if self.path else []
+        self.phase = phase
+        return effects if last is None else [*effects, last]
+
+
+def _fault(event: StageLost) -> MeshError:
+    return event.error or MeshError(event.reason)
+
+
+def count_attempts(generations: Mapping[int, Generation]) -> int:
+    """Attempts of a request as the client is told: 1 when undisturbed, one more for each path that was lost."""
+    return 1 + sum(len(generation.history) for generation in generations.values())

@@ -1,0 +1,209 @@
+"""A generation's promises: the client sees each token once, in order, whatever is lost on the way."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mesh.errors import BadRequest, DeadlineExceeded, NoPath, Refused
+from mesh.ids import ModelId, NodeId
+from node.generation import (
+    Cancelled,
+    ClosePath,
+    Emit,
+    Fail,
+    Finish,
+    Generation,
+    Opened,
+    OpenPath,
+    OpenRefused,
+    PeerGone,
+    Phase,
+    Plan,
+    Planned,
+    StageAt,
+    StageLost,
+    StopFound,
+    TokenDrawn,
+    Unplannable,
+)
+
+A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
+PATH = (StageAt(A, ("h", 1), 0, 3), StageAt(B, ("h", 2), 3, 6))
+OTHER = (StageAt(A, ("h", 1), 0, 3), StageAt(C, ("h", 3), 3, 6))
+
+
+def running(path=PATH, prompt_tokens=10):
+    generation = Generation(prompt_tokens=prompt_tokens, deadline_at=100.0)
+    assert generation.start(0.0) == [Plan(1, frozenset())]
+    assert generation.receive(Planned(1, path), 0.0) == [OpenPath(1, path, ())]
+    assert generation.receive(Opened(1), 0.0) == []
+    return generation
+
+
+def test_tokens_reach_the_client_in_order_and_the_last_one_ends_it():
+    generation = running()
+
+    assert generation.receive(TokenDrawn(1, 10, 7), 1.0) == [Emit(10, 7, None, ())]
+    assert generation.receive(TokenDrawn(1, 11, 8, finish="length"), 1.0) == [
+        Emit(11, 8, None, ()),
+        ClosePath(1, PATH),
+        Finish("length"),
+    ]
+    assert generation.ended and generation.deadline == math.inf
+
+
+def test_a_lost_stage_means_a_new_path_that_avoids_it_and_replays_what_was_said():
+    generation = running()
+    generation.receive(TokenDrawn(1, 10, 7), 1.0)
+
+    assert generation.receive(StageLost(1, B, "link broke"), 1.0) == [ClosePath(1, PATH), Plan(2, frozenset({B}))]
+    assert generation.receive(Planned(2, OTHER), 1.0) == [OpenPath(2, OTHER, (7,))]
+    assert generation.receive(TokenDrawn(2, 11, 9), 2.0) == [Emit(11, 9, None, ())]
+
+
+def test_what_an_older_attempt_still_sends_changes_nothing():
+    generation = running()
+    generation.receive(StageLost(1, B, "link broke"), 1.0)
+    generation.receive(Planned(2, OTHER), 1.0)
+
+    for late in (TokenDrawn(1, 10, 7), StageLost(1, A, "late"), Opened(1), OpenRefused(1, A, 1.0), Planned(1, PATH)):
+        assert generation.receive(late, 1.0) == []
+    assert generation.tokens == []
+
+
+def test_a_repeated_token_is_dropped_and_a_gap_loses_the_attempt():
+    generation = running()
+    generation.receive(TokenDrawn(1, 10, 7), 1.0)
+
+    assert generation.receive(TokenDrawn(1, 10, 7), 1.0) == []
+    assert generation.receive(TokenDrawn(1, 12, 9), 1.0) == [ClosePath(1, PATH), Plan(2, frozenset())]
+
+
+def test_membership_s_verdict_counts_only_for_nodes_in_the_path_but_is_remembered():
+    generation = running()
+
+    assert generation.receive(PeerGone(C, "dead"), 1.0) == []
+    assert generation.receive(PeerGone(B, "dead"), 1.0) == [ClosePath(1, PATH), Plan(2, frozenset({B, C}))]
+
+
+def test_two_refusals_are_answered_by_other_paths_then_the_request_waits_at_the_entry():
+    generation = running()
+    generation = Generation(prompt_tokens=10, deadline_at=100.0)
+    generation.start(0.0)
+    for attempt in (1, 2):
+        generation.receive(Planned(attempt, PATH), 0.0)
+        [plan] = generation.receive(OpenRefused(attempt, B, 0.1), 0.0)
+        assert isinstance(plan, Plan) and B in plan.exclude
+    generation.receive(Planned(3, PATH), 0.0)
+    assert generation.receive(OpenRefused(3, B, 0.1), 0.0) == []
+    assert generation.phase is Phase.WAITING and generation.deadline == pytest.approx(0.25)
+    assert generation.tick(0.25) == [Plan(4, frozenset())]
+
+
+def test_all_nodes_full_for_too_long_is_refused_with_when_to_retry():
+    generation = Generation(prompt_tokens=10, deadline_at=1000.0)
+    now, effects = 0.0, generation.start(0.0)
+    while not generation.ended:
+        for effect in effects:
+            if isinstance(effect, Plan):
+                effects = generation.receive(Planned(effect.attempt, PATH), now)
+            elif isinstance(effect, OpenPath):
+                effects = generation.receive(OpenRefused(effect.attempt, B, 0.5), now)
+        if not effects:
+            now = generation.deadline
+            effects = generation.tick(now)
+    assert isinstance(effects[-1], Fail) and isinstance(effects[-1].error, Refused)
+    assert 29 < now < 32
+
+
+def test_no_path_at_the_beginning_fails_at_once_and_in_mid_answer_waits_for_one():
+    no_path = NoPath(ModelId("m"), ((3, 6),))
+    fresh = Generation(prompt_tokens=10, deadline_at=100.0)
+    fresh.start(0.0)
+    assert fresh.receive(Unplannable(1, no_path), 0.0) == [Fail(no_path)]
+
+    generation = running()
+    generation.receive(TokenDrawn(1, 10, 7), 1.0)
+    generation.receive(StageLost(1, B, "dead"), 1.0)
+    assert generation.receive(Unplannable(2, no_path), 1.0) == []
+    assert generation.tick(1.25) == [Plan(3, frozenset({B}))]
+    generation.receive(Planned(3, OTHER), 1.3)
+    assert generation.receive(TokenDrawn(3, 11, 9), 2.0) == [Emit(11, 9, None, ())]
+
+
+def test_silence_loses_the_attempt_and_the_deadline_ends_the_request():
+    generation = running()
+    generation.receive(TokenDrawn(1, 10, 7), 1.0)
+    assert generation.deadline == 31.0
+    assert generation.tick(31.0) == [ClosePath(1, PATH), Plan(2, frozenset())]
+    generation.receive(Planned(2, OTHER), 31.0)
+    [close, fail] = generation.tick(100.0)
+    assert close == ClosePath(2, OTHER) and isinstance(fail.error, DeadlineExceeded)
+
+
+def test_a_request_at_fault_fails_without_another_attempt():
+    generation = running()
+    error = BadRequest("token 99 is out of range", "prompt")
+
+    assert generation.receive(StageLost(1, A, "bad", retryable=False, error=error), 1.0) == [ClosePath(1, PATH), Fail(error)]
+
+
+def test_attempts_that_never_bring_a_token_come_to_an_end():
+    generation = running()
+    effects = []
+    for attempt in range(1, 20):
+        effects = generation.receive(StageLost(attempt, None, "step failed"), 1.0)
+        if generation.ended:
+            break
+        generation.receive(Planned(attempt + 1, PATH), 1.0)
+    assert attempt == 6 and isinstance(effects[-1].error, Refused)
+
+
+def test_cancel_and_stop_free_the_path():
+    generation = running()
+    assert generation.receive(Cancelled(), 1.0) == [ClosePath(1, PATH)]
+    assert generation.phase is Phase.CANCELLED
+
+    generation = running()
+    assert generation.receive(StopFound(), 1.0) == [ClosePath(1, PATH), Finish("stop")]
+
+
+events = st.one_of(
+    st.builds(Planned, st.integers(1, 6), st.sampled_from([PATH, OTHER])),
+    st.builds(Opened, st.integers(1, 6)),
+    st.builds(OpenRefused, st.integers(1, 6), st.sampled_from([A, B, C]), st.floats(0, 2)),
+    st.builds(TokenDrawn, st.integers(1, 6), st.integers(8, 16), st.integers(0, 5), st.sampled_from([None, None, "stop"])),
+    st.builds(StageLost, st.integers(1, 6), st.sampled_from([None, A, B]), st.just("x")),
+    st.builds(PeerGone, st.sampled_from([A, B, C]), st.just("dead")),
+    st.builds(Unplannable, st.integers(1, 6), st.just(NoPath(ModelId("m"), ()))),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(events, st.floats(0, 40)), max_size=60))
+def test_whatever_happens_tokens_are_emitted_once_in_order_and_every_opened_path_is_closed(steps):
+    generation, now = Generation(prompt_tokens=10, deadline_at=500.0), 0.0
+    effects = generation.start(now)
+    for step in steps:
+        if isinstance(step, float):
+            now += step
+            effects += generation.tick(now)
+            assert generation.deadline > now
+        else:
+            effects += generation.receive(step, now)
+    effects += generation.tick(1000.0)
+
+    assert generation.ended
+    assert [e.position for e in effects if isinstance(e, Emit)] == list(range(10, 10 + len(generation.tokens)))
+    closed = [e.attempt for e in effects if isinstance(e, ClosePath)]
+    refused = {step.attempt for step in steps if isinstance(step, OpenRefused)}  # those left nothing open
+    assert len(closed) == len(set(closed))
+    assert {e.attempt for e in effects if isinstance(e, OpenPath)} - refused <= set(closed)
+    assert sum(isinstance(e, Finish | Fail) for e in effects) == 1
+    opened = [e for e in effects if isinstance(e, OpenPath)]
+    for earlier, later in itertools.pairwise(opened):
+        assert earlier.attempt < later.attempt
+        assert later.tokens[: len(earlier.tokens)] == earlier.tokens
