@@ -98,7 +98,9 @@ class Member:
             case PeerState.ALIVE:
                 return self.alive_claim()
             case PeerState.SUSPECT:
-                return Suspect(self.node, self.epoch, self.incarnation, self.suspicion.first if self.suspicion else me)
+                # Its own name stands for an accuser that is not known.
+                first = self.suspicion.first if self.suspicion else None
+                return Suspect(self.node, self.epoch, self.incarnation, first or self.node)
             case PeerState.DEAD:
                 return Dead(self.node, self.epoch, self.incarnation, me)
             case PeerState.LEFT:

@@ -46,21 +46,27 @@ class Suspicion:
     expected: int
     min_s: float
     max_s: float
-    first: NodeId  # the first accuser: whom exports of this suspicion name
+    first: NodeId | None  # the first accuser: whom exports of this suspicion name; None: an exchange did not say
     accusers: set[NodeId] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.accusers.add(self.first)
+        if self.first is not None:
+            self.accusers.add(self.first)
+
+    @property
+    def confirmations(self) -> int:
+        """Accusers beyond the first. An unnamed first one may be the next one named, so it counts for nothing."""
+        return max(0, len(self.accusers) - 1)
 
     @property
     def deadline(self) -> float:
         """When the suspect is declared dead, in local monotonic seconds."""
-        return self.started_at + remaining_s(len(self.accusers) - 1, self.expected, 0.0, self.min_s, self.max_s)
+        return self.started_at + remaining_s(self.confirmations, self.expected, 0.0, self.min_s, self.max_s)
 
     def confirm(self, accusers: Iterable[NodeId]) -> bool:
         """Takes independent accusers in; True when one of them is new and still counts, so it is worth passing on."""
         news = set(accusers) - self.accusers
-        counts = bool(news) and len(self.accusers) - 1 < self.expected
-        if counts:
-            self.accusers |= news
-        return counts
+        if not news or self.confirmations >= self.expected:
+            return False
+        self.accusers |= news
+        return True

@@ -1,0 +1,259 @@
+"""How what is said changes what is known: the half of SWIM that judges claims.
+
+All changes of a member go through `_become`; what is news is kept for `spread`, what changed for `take_changes`.
+A claim that loses to what is known earns its teller a correction, so a stale rumour meets the newer one at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from membership.config import MembershipConfig
+from membership.dissemination import Rumours, transmit_limit
+from membership.effects import Effect, Exchange, MemberChanged, MemberForgotten, Renewed, Send
+from membership.fingerprint import Fingerprint
+from membership.members import Description, Member, Members, description_of, standing_of, state_of
+from membership.suspicion import Suspicion, expected_confirmations, minimum_s
+from mesh.gossip import ZERO_LOAD, Ack, Alive, Claim, Dead, Gossip, Message, Ping, PingReq, Sender, Suspect, claim_budget_bytes
+from mesh.ids import Address, NodeId
+from mesh.sync import MemberRecord
+from mesh.view import Load, PeerState
+
+if TYPE_CHECKING:
+    from random import Random
+
+COUNTER_MAX = 2**48 - 1  # one less than the wire's bound, so that a refutation of anything accepted still fits
+_EXCHANGES_REMEMBERED = 1024
+
+
+class Hearing:
+    """What one node knows of the members, and what it still has to tell."""
+
+    def __init__(self, me: Alive, config: MembershipConfig, rng: Random, now: float, fingerprint: Fingerprint) -> None:
+        self.me: NodeId = me.node
+        self.config = config
+        self.rng = rng
+        self.left = False
+        self.rumours = Rumours()
+        self.myself = Member(me.node, description_of(me), me.epoch, me.incarnation, PeerState.ALIVE, now)
+        self.members = Members(self.myself, fingerprint)
+        self.load, self.load_at = ZERO_LOAD, now
+        self.refutations = self.conflicts = self.unknown_claims = self.refused_newcomers = 0
+        self._news: dict[NodeId, Claim] = {}
+        self._changes: list[Effect] = []
+        self._exchanged_at: dict[Address, float] = {}
+        self._last_exchange_at = -1e9
+        self.next_gossip_at = now
+        self._last_renewal_at = -1e9
+
+    def set_load(self, load: Load, now: float) -> None:
+        """This node's own load, told on every message from here on."""
+        self.load, self.load_at = load, now
+
+    def sender(self, now: float) -> Sender:
+        age_ms = max(0, round((now - self.load_at) * 1000))
+        return Sender(
+            self.me, self.myself.epoch, self.myself.incarnation, self.members.fingerprint.value, self.load, min(age_ms, 2**31)
+        )
+
+    def suspected(self) -> list[Member]:
+        return [self.members[node] for node in sorted(self.members.suspects)]
+
+    def on_newcomer(self, node: NodeId) -> None:
+        """A member came to life; probing gives it a place in its round."""
+
+    def filled(self, bare: Message, first: Sequence[Claim]) -> Message:
+        """`bare` with `first` and as many rumours as fit the datagram."""
+        limit = transmit_limit(self.config.transmit_multiplier, self.members.live_count)
+        claims = self.rumours.take(claim_budget_bytes(bare), limit, first)
+        match bare:
+            case Ping(sender=sender, seq=seq, target=target):
+                return Ping(sender, seq, target, claims)
+            case PingReq(sender=sender, seq=seq, target=target):
+                return PingReq(sender, seq, target, claims)
+            case Ack(sender=sender, seq=seq):
+                return Ack(sender, seq, claims)
+            case Gossip(sender=sender):
+                return Gossip(sender, claims)
+
+    def spread(self, now: float, without: tuple[NodeId, ...] = ()) -> list[Effect]:
+        """Ends every call from outside: changes, and this call's news to a few peers at once."""
+        effects = self.take_changes()
+        news, self._news = self._news, {}
+        if news:
+            if self.next_gossip_at <= now:  # there was nothing to tell until now
+                self.next_gossip_at = now + self.config.gossip_period_s
+            bare = Gossip(self.sender(now))
+            claims = Rumours().take(claim_budget_bytes(bare), 1, list(news.values()))
+            for peer in self.members.some_peers(self.config.eager_peers, self.rng, without):
+                effects.append(Send(peer.address, Gossip(bare.sender, claims)))
+        return effects
+
+    def take_changes(self) -> list[Effect]:
+        changes, self._changes = self._changes, []
+        return changes
+
+    def want_exchange(self, address: Address, now: float) -> bool:
+        """Asks for an exchange, unless this peer, or this node, had one a moment ago."""
+        if now - self._last_exchange_at < self.config.exchange_pace_s:
+            return False
+        if now - self._exchanged_at.get(address, -1e9) < self.config.exchange_gap_s:
+            return False
+        if len(self._exchanged_at) >= _EXCHANGES_REMEMBERED:
+            self._exchanged_at.clear()
+        self._exchanged_at[address] = self._last_exchange_at = now
+        self._changes.append(Exchange(address))
+        return True
+
+    def declare(self, claim: Claim, now: float) -> None:
+        """A verdict of this node itself."""
+        member = self.members[claim.node]
+        if isinstance(claim, Suspect) and member.state is PeerState.SUSPECT:
+            self._confirm(member, claim)
+        elif standing_of(claim) > member.standing:
+            self._become(member, claim, member.description, now, by=self.me)
+            self._tell(claim)
+
+    def hear(self, claim: Claim, now: float) -> list[Claim]:
+        """Takes one claim in; returns what its teller should hear in answer, if it is behind."""
+        if claim.node == self.me:
+            return self._hear_of_myself(claim, now)
+        member = self.members.get(claim.node)
+        if member is None:
+            if isinstance(claim, Alive):
+                self._admit(claim, PeerState.ALIVE, now, tell=True)
+            else:
+                self.unknown_claims += 1  # nothing to undo here; the next exchange brings it with its address
+            return []
+        description = member.description
+        if isinstance(claim, Alive):
+            description = max(description, description_of(claim))
+        elif isinstance(claim, Dead) and self._heard_lately(member, now) and claim.cause == "timeout":
+            # Hearsay does not kill whom we hear ourselves: it is a suspicion, to be refuted or to run out.
+            claim = Suspect(claim.node, claim.epoch, claim.incarnation, claim.by)
+        told, known = standing_of(claim), member.standing
+        if told > known:
+            self._become(member, claim, description, now, by=claim.by if isinstance(claim, Suspect) else self.me)
+            self._tell(claim)
+            return []
+        if description != member.description:
+            self._describe(member, description)
+        if isinstance(claim, Suspect) and told == known:
+            self._confirm(member, claim)
+        return [member.claim(self.me)] if told < known else []
+
+    def hear_record(self, record: MemberRecord, now: float, *, tell: bool) -> None:
+        """Takes in what a peer's exchange says of one node. `tell`: pass a newcomer on as a rumour."""
+        claim = self._claim_in(record)
+        if record.node == self.me:
+            self._hear_of_myself(claim, now)
+            return
+        member = self.members.get(record.node)
+        if member is None:
+            self._admit(record, record.state, now, tell=tell)
+            return
+        if description_of(record) > member.description:
+            self._describe(member, description_of(record))
+        if isinstance(claim, Dead) and member.live:
+            # Two sides of a healed cut think each other dead: whoever lives must get the chance to say so.
+            claim = Suspect(record.node, record.epoch, record.incarnation, claim.by)
+        self.hear(claim, now)
+
+    def _claim_in(self, record: MemberRecord) -> Claim:
+        """The record as a claim. Its accuser is unknown, so it is the node itself: no independent confirmation."""
+        _, _, name, host, port, region = description_of(record)
+        about = Member(record.node, (record.epoch, record.incarnation, name, host, port, region), *_standing(record), 0.0)
+        return about.claim(record.node)
+
+    def _hear_of_myself(self, claim: Claim, now: float) -> list[Claim]:
+        me = self.myself
+        told, mine = (claim.epoch, claim.incarnation), (me.epoch, me.incarnation)
+        if told < mine:
+            if not isinstance(claim, Alive):
+                self._tell(me.alive_claim())  # a stale accusation still travels: so must its answer
+            return [me.alive_claim()]
+        if isinstance(claim, Alive):
+            if told == mine and description_of(claim) == me.description:
+                return []
+            # A run of this node that this one knows nothing of: a lost epoch file, or a copy of the data directory.
+            self.conflicts += 1
+            if now - self._last_renewal_at < self.config.probe_period_s:
+                return []  # two copies would otherwise outbid one another as fast as the network allows
+            self._last_renewal_at = now
+        if claim.epoch >= COUNTER_MAX or claim.incarnation >= COUNTER_MAX:
+            self.conflicts += 1
+            return []
+        self.refutations += 1
+        if claim.epoch > me.epoch:
+            me.epoch, me.incarnation = claim.epoch + 1, 0
+            self._changes.append(Renewed(me.epoch))
+        else:
+            me.incarnation = claim.incarnation + 1
+        me.description = (me.epoch, me.incarnation, *me.description[2:])
+        self.members.put(me)
+        self._changes.append(MemberChanged(self.me, PeerState.ALIVE, PeerState.ALIVE))
+        self._tell(me.alive_claim())
+        return [me.alive_claim()]
+
+    def _admit(self, claim: Alive | MemberRecord, state: PeerState, now: float, *, tell: bool) -> None:
+        if len(self.members) >= self.config.members_max:
+            tombstone = self.members.oldest_tombstone()
+            if tombstone is None or state not in (PeerState.ALIVE, PeerState.SUSPECT):
+                self.refused_newcomers += 1
+                return
+            self.members.forget(tombstone)
+            self._changes.append(MemberForgotten(tombstone))
+        since = now - claim.age_s if isinstance(claim, MemberRecord) else now
+        if now - since > self.config.forget_s and state in (PeerState.DEAD, PeerState.LEFT):
+            return  # a ghost: we may have forgotten it already
+        member = Member(claim.node, description_of(claim), claim.epoch, claim.incarnation, state, since)
+        if state is PeerState.SUSPECT:
+            member.since, member.suspicion = now, self._suspicion(claim.node, claim.node, now)
+        self.members.put(member)
+        self._changes.append(MemberChanged(claim.node, None, state))
+        if member.live:
+            self.on_newcomer(member.node)
+            if tell:
+                self._tell(member.alive_claim())
+
+    def _become(self, member: Member, claim: Claim, description: Description, now: float, by: NodeId) -> None:
+        """The one door through which a known member changes."""
+        before, state = member.state, state_of(claim)
+        restarted = claim.epoch > member.epoch
+        member.epoch, member.incarnation = claim.epoch, claim.incarnation
+        if state is not before or restarted:
+            member.since = now
+        member.state, member.description = state, description
+        member.suspicion = self._suspicion(member.node, by, now) if state is PeerState.SUSPECT else None
+        self.members.put(member)
+        if member.live and before not in (PeerState.ALIVE, PeerState.SUSPECT):
+            self.on_newcomer(member.node)
+        self._changes.append(MemberChanged(member.node, before, state, restarted))
+
+    def _describe(self, member: Member, description: Description) -> None:
+        member.description = description
+        self._changes.append(MemberChanged(member.node, member.state, member.state))
+
+    def _confirm(self, member: Member, claim: Suspect) -> None:
+        if member.suspicion is not None and claim.by != member.node and member.suspicion.confirm((claim.by,)):
+            self._tell(claim)
+
+    def _suspicion(self, node: NodeId, by: NodeId, now: float) -> Suspicion:
+        live = self.members.live_count
+        min_s = minimum_s(self.config.suspicion_multiplier, live, self.config.probe_period_s)
+        expected = expected_confirmations(self.config.confirmations, live)
+        first = None if by == node else by
+        return Suspicion(now, expected, min_s, min_s * self.config.suspicion_max_factor, first)
+
+    def _heard_lately(self, member: Member, now: float) -> bool:
+        # Half the shortest suspicion: one that really died has been silent for longer when a first verdict falls.
+        min_s = minimum_s(self.config.suspicion_multiplier, self.members.live_count, self.config.probe_period_s)
+        return member.live and now - member.heard_at < min_s / 2
+
+    def _tell(self, claim: Claim) -> None:
+        self.rumours.put(claim)
+        self._news[claim.node] = claim
+
+
+def _standing(record: MemberRecord) -> tuple[int, int, PeerState]:
+    return record.epoch, record.incarnation, record.state

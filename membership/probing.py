@@ -1,0 +1,111 @@
+"""Whom to probe next, and which probes are under way. No verdicts here: `membership.swim` draws them.
+
+Round-robin over a shuffled list bounds the time until everyone was probed, which drawing at random does not
+(SWIM, section 4.3). A newcomer goes to a random place of the round. Each probe has a number, so a late answer
+to an older one changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mesh.ids import Address, NodeId
+
+if TYPE_CHECKING:
+    from random import Random
+
+_SEQUENCE_MAX = 2**32
+_RELAYS_MAX = 1024  # pings under way for others; an asker beyond that waits in vain and asks somebody else
+
+
+@dataclass(slots=True)
+class Probe:
+    seq: int
+    target: NodeId
+    sent_at: float
+    indirect_at: float  # when others are asked; infinite once they were
+    ends_at: float
+    relays: set[NodeId] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class Relay:
+    """A ping sent for somebody else: where its answer goes, under which number, and until when."""
+
+    target: NodeId
+    asker: Address
+    asker_seq: int
+    expires_at: float
+
+
+class Probes:
+    def __init__(self, rng: Random) -> None:
+        self._rng = rng
+        self._round: list[NodeId] = []  # still to be probed, from the end
+        self._seq = rng.randrange(_SEQUENCE_MAX)  # a restarted node is not taken for its former self
+        self._relays: dict[int, Relay] = {}
+        self.under_way: dict[int, Probe] = {}
+
+    @property
+    def deadline(self) -> float:
+        """When some probe next needs attention, in local monotonic seconds."""
+        return min((min(p.indirect_at, p.ends_at) for p in self.under_way.values()), default=math.inf)
+
+    def next_seq(self) -> int:
+        self._seq = (self._seq + 1) % _SEQUENCE_MAX
+        return self._seq
+
+    def joined(self, node: NodeId) -> None:
+        if node not in self._round:
+            self._round.insert(self._rng.randint(0, len(self._round)), node)
+
+    def next_target(self, peers: list[NodeId]) -> NodeId | None:
+        """The next of `peers` in this round; starts a new round when it is over. None: there are no peers."""
+        live = set(peers)
+        while self._round:
+            if (node := self._round.pop()) in live:
+                return node
+        self._round = peers.copy()
+        self._rng.shuffle(self._round)
+        return self._round.pop() if self._round else None
+
+    def start(self, target: NodeId, now: float, indirect_at: float, ends_at: float) -> Probe:
+        probe = Probe(self.next_seq(), target, now, indirect_at, ends_at)
+        self.under_way[probe.seq] = probe
+        return probe
+
+    def probing(self, target: NodeId) -> bool:
+        return any(probe.target == target for probe in self.under_way.values())
+
+    def answered(self, seq: int, by: NodeId) -> Probe | None:
+        """Ends and returns the probe that `by` may answer under this number."""
+        probe = self.under_way.get(seq)
+        if probe is None or (by != probe.target and by not in probe.relays):
+            return None
+        return self.under_way.pop(seq)
+
+    def delay(self, late_s: float) -> None:
+        """Moves the end of all probes: we slept, and their answers had no chance."""
+        for probe in self.under_way.values():
+            probe.indirect_at += late_s
+            probe.ends_at += late_s
+
+    def relay(self, target: NodeId, asker: Address, asker_seq: int, now: float, expires_at: float) -> int | None:
+        """A number for a ping on somebody's behalf; None when too many are under way."""
+        if len(self._relays) >= _RELAYS_MAX:
+            self._relays = {seq: relay for seq, relay in self._relays.items() if relay.expires_at > now}
+            if len(self._relays) >= _RELAYS_MAX:
+                return None
+        seq = self.next_seq()
+        self._relays[seq] = Relay(target, asker, asker_seq, expires_at)
+        return seq
+
+    def relayed(self, seq: int, by: NodeId, now: float) -> Relay | None:
+        """Ends and returns the relay that waits for this answer of `by`."""
+        relay = self._relays.get(seq)
+        if relay is None or relay.target != by:
+            return None
+        del self._relays[seq]
+        return relay if relay.expires_at > now else None

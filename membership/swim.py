@@ -1,0 +1,269 @@
+"""Failure detection and the spread of news: SWIM as a state machine. Datagrams and time in, effects out.
+
+One member is probed each period; one that does not answer is probed through others; one that answers nobody is
+suspected, and declared dead when its suspicion runs out. Whoever hears itself accused speaks up with a higher
+incarnation. News goes to a few peers at once, then rides on whatever is sent, a bounded number of times.
+How a claim changes what is known is in `membership.hearing`, which this class extends.
+Source: SWIM (DSN 2002), section 4; Lifeguard (arXiv 1707.00788) for suspicion and the buddy on the ping.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from membership.config import MembershipConfig
+from membership.effects import Effect, Exchange, Measured, MemberForgotten, Send
+from membership.fingerprint import Fingerprint
+from membership.hearing import Hearing
+from membership.members import Member
+from membership.probing import Probe, Probes
+from mesh.gossip import Ack, Alive, Claim, Dead, Gossip, Left, Message, Ping, PingReq, Sender, Suspect
+from mesh.ids import Address, NodeId
+from mesh.view import PeerState
+
+if TYPE_CHECKING:
+    from random import Random
+
+_SEEDS_MAX = 64
+_FAREWELLS = 32  # peers told directly when this node leaves; they tell the others
+
+
+@dataclass(frozen=True, slots=True)
+class SwimStatistics:
+    """Counts since the start; `rumours` and `suspects` are as of now."""
+
+    probes: int
+    probes_failed: int
+    refutations: int
+    conflicts: int
+    sleeps: int
+    unknown_claims: int
+    refused_newcomers: int
+    rumours: int
+    suspects: int
+
+
+class Swim(Hearing):
+    """The failure detector of one node."""
+
+    def __init__(self, me: Alive, config: MembershipConfig, rng: Random, now: float, fingerprint: Fingerprint) -> None:
+        super().__init__(me, config, rng, now, fingerprint)
+        self._probes = Probes(rng)
+        self._seeds: set[Address] = set()
+        # A random phase: nodes started together do not probe in step.
+        self._next_probe_at = now + config.probe_period_s * rng.random()
+        self._next_redial_at = now + config.redial_period_s * (0.5 + rng.random())
+        self._probed = self._failed = self._sleeps = 0
+
+    @property
+    def deadline(self) -> float:
+        """When `tick` next has something to do, in local monotonic seconds; infinite after `leave`."""
+        if self.left:
+            return math.inf
+        suspects = (m.suspicion.deadline for m in self.suspected() if m.suspicion)
+        gossip_at = self.next_gossip_at if self.rumours else math.inf
+        return min(self._next_probe_at, self._next_redial_at, self._probes.deadline, gossip_at, *suspects)
+
+    def remember_seed(self, address: Address) -> None:
+        """Keeps trying this address for as long as no live member has it."""
+        if len(self._seeds) < _SEEDS_MAX:
+            self._seeds.add(address)
+
+    def receive(self, source: Address, message: Message, now: float) -> list[Effect]:
+        """One datagram that came from `source`."""
+        sender = message.sender
+        if self.left or sender.node == self.me:
+            return []
+        corrections = self._greet(source, sender, now)
+        corrections += [claim for told in message.claims for claim in self.hear(told, now)]
+        effects: list[Effect] = []
+        rtt_s = None
+        match message:
+            case Ping(seq=seq, target=target):
+                # Somebody else lived at this address before us: the asker is told who does now, and gets no ack.
+                wanted = target == self.me
+                claims = corrections if wanted else [self.myself.alive_claim(), *corrections]
+                bare = Ack(self.sender(now), seq) if wanted else Gossip(self.sender(now))
+                effects.append(self._send(source, bare, claims))
+                corrections = []
+            case Ack(seq=seq):
+                rtt_s = self._on_ack(seq, sender.node, now, effects)
+            case PingReq(seq=seq, target=target):
+                effects += self._relay(source, seq, target, now)
+            case Gossip():
+                pass
+        if corrections:
+            effects.append(self._send(source, Gossip(self.sender(now)), corrections))
+        if (peer := self.members.get(sender.node)) is not None and peer.live:
+            effects.append(self._measure(peer, sender, now, rtt_s))
+        return effects + self.spread(now, without=(sender.node,))
+
+    def tick(self, now: float) -> list[Effect]:
+        """Does all that is due at `now` and moves the deadline past it."""
+        if self.left:
+            return []
+        # Not measured by suspicions: a confirmation may move the end of one into the past.
+        due_at = min(self._next_probe_at, self._next_redial_at, self._probes.deadline)
+        if (late_s := now - due_at) > self.config.lag_tolerance_s:
+            self._forgive(late_s)
+        effects: list[Effect] = []
+        for probe in list(self._probes.under_way.values()):
+            if now >= probe.ends_at:
+                del self._probes.under_way[probe.seq]
+                self._probe_failed(probe, now)
+            elif now >= probe.indirect_at:
+                effects += self._ask_others(probe, now)
+        for member in self.suspected():
+            if member.suspicion is None or now >= member.suspicion.deadline:
+                self.declare(Dead(member.node, member.epoch, member.incarnation, self.me), now)
+        if now >= self._next_probe_at:
+            self._next_probe_at = now + self.config.probe_period_s
+            if (target := self._probes.next_target(self.members.peers)) is not None:
+                effects += self._probe(self.members[target], now)
+        if now >= self.next_gossip_at and self.rumours:
+            self.next_gossip_at = now + self.config.gossip_period_s
+            for peer in self.members.some_peers(self.config.gossip_peers, self.rng):
+                effects.append(self._send(peer.address, Gossip(self.sender(now)), ()))
+        if now >= self._next_redial_at:
+            self._next_redial_at = now + self.config.redial_period_s * (0.75 + 0.5 * self.rng.random())
+            effects += self._redial(now)
+        return effects + self.spread(now)
+
+    def lost(self, node: NodeId, now: float) -> list[Effect]:
+        """A link to `node` broke: probe it now, directly and through others at once."""
+        member = self.members.get(node)
+        if self.left or member is None or not member.live or node == self.me:
+            return []
+        if any(p.target == node and p.indirect_at == math.inf for p in self._probes.under_way.values()):
+            return []  # that question is being asked already
+        effects = self._probe(member, now, urgent=True)
+        return effects + self.spread(now)
+
+    def leave(self, now: float) -> list[Effect]:
+        """Says goodbye to live peers and falls silent for good."""
+        if self.left:
+            return []
+        me = self.myself
+        self.declare(farewell := Left(self.me, me.epoch, me.incarnation), now)
+        sender = self.sender(now)
+        peers = self.members.some_peers(_FAREWELLS, self.rng)
+        self.left = True
+        return [*self.take_changes(), *(Send(peer.address, Gossip(sender, (farewell,))) for peer in peers)]
+
+    def statistics(self) -> SwimStatistics:
+        return SwimStatistics(
+            self._probed,
+            self._failed,
+            self.refutations,
+            self.conflicts,
+            self._sleeps,
+            self.unknown_claims,
+            self.refused_newcomers,
+            len(self.rumours),
+            len(self.members.suspects),
+        )
+
+    def on_newcomer(self, node: NodeId) -> None:
+        self._probes.joined(node)
+
+    def _greet(self, source: Address, sender: Sender, now: float) -> list[Claim]:
+        """Takes note of who speaks; what it should be told about itself, if it does not know how it is seen."""
+        member = self.members.get(sender.node)
+        if member is None or (sender.epoch, sender.incarnation) > (member.epoch, member.incarnation):
+            self.want_exchange(source, now)
+            return []
+        if (sender.epoch, sender.incarnation) == (member.epoch, member.incarnation):
+            member.heard_at = now
+        if member.live:
+            if sender.fingerprint != self.members.fingerprint.value:
+                self.want_exchange(member.address, now)
+            # The buddy: a suspect that speaks to us hears of it from us, first of all.
+            return [member.claim(self.me)] if member.state is PeerState.SUSPECT else []
+        return [member.claim(self.me)]
+
+    def _measure(self, peer: Member, sender: Sender, now: float, rtt_s: float | None) -> Measured:
+        load_at = now - sender.load_age_ms / 1000
+        if load_at >= peer.load_at or peer.load_at > now:
+            peer.load, peer.load_at = sender.load, load_at
+        if rtt_s is not None:
+            peer.rtt_s = rtt_s
+        return Measured(peer.node, peer.load, peer.load_at, rtt_s)
+
+    def _send(self, to: Address, bare: Message, first: Sequence[Claim]) -> Send:
+        return Send(to, self.filled(bare, first))
+
+    def _probe(self, member: Member, now: float, *, urgent: bool = False) -> list[Effect]:
+        self._probed += 1
+        period_s, timeout_s = self.config.probe_period_s, self.config.probe_timeout_s
+        ends_at = now + (2 * timeout_s if urgent else period_s)
+        probe = self._probes.start(member.node, now, now if urgent else now + timeout_s, ends_at)
+        first = [member.claim(self.me)] if member.state is PeerState.SUSPECT else []
+        effects: list[Effect] = [self._send(member.address, Ping(self.sender(now), probe.seq, member.node), first)]
+        return effects + self._ask_others(probe, now) if urgent else effects
+
+    def _ask_others(self, probe: Probe, now: float) -> list[Effect]:
+        probe.indirect_at = math.inf
+        relays = self.members.some_peers(self.config.indirect_peers, self.rng, without=(probe.target,))
+        probe.relays |= {relay.node for relay in relays}
+        return [self._send(relay.address, PingReq(self.sender(now), probe.seq, probe.target), ()) for relay in relays]
+
+    def _relay(self, asker: Address, asker_seq: int, target: NodeId, now: float) -> list[Effect]:
+        # Only to members, at the address we know: nobody can make us ping strangers.
+        member = self.members.get(target)
+        if member is None or target == self.me:
+            return []
+        seq = self._probes.relay(target, asker, asker_seq, now, now + self.config.probe_period_s)
+        if seq is None:
+            return []
+        first = [] if member.state is PeerState.ALIVE else [member.claim(self.me)]
+        return [self._send(member.address, Ping(self.sender(now), seq, target), first)]
+
+    def _on_ack(self, seq: int, by: NodeId, now: float, effects: list[Effect]) -> float | None:
+        """The round trip in seconds when the target itself answered a probe of ours."""
+        if (relay := self._probes.relayed(seq, by, now)) is not None:
+            first = [self.members[by].claim(self.me)] if by in self.members else []
+            effects.append(self._send(relay.asker, Ack(self.sender(now), relay.asker_seq), first))
+            return None
+        probe = self._probes.answered(seq, by)
+        if probe is None:
+            return None
+        if (target := self.members.get(probe.target)) is not None:
+            target.heard_at = now
+        return now - probe.sent_at if by == probe.target else None
+
+    def _probe_failed(self, probe: Probe, now: float) -> None:
+        member = self.members.get(probe.target)
+        if member is None or not member.live or member.heard_at > probe.sent_at:
+            return
+        self._failed += 1
+        self.declare(Suspect(member.node, member.epoch, member.incarnation, self.me), now)
+
+    def _forgive(self, late_s: float) -> None:
+        """We slept (SIGSTOP, a starved machine): time did not pass for what we wait for."""
+        self._sleeps += 1
+        self._probes.delay(late_s)
+        for member in self.suspected():
+            if member.suspicion is not None:
+                member.suspicion.started_at += late_s
+
+    def _redial(self, now: float) -> list[Effect]:
+        """Tries one address where somebody was, so that a mesh that was cut in two becomes one again."""
+        effects: list[Effect] = []
+        for member in [m for m in self.members if not m.live and now - m.since > self.config.forget_s]:
+            if member.node != self.me:
+                self.members.forget(member.node)
+                self.rumours.forget(member.node)
+                effects.append(MemberForgotten(member.node))
+        dead = sorted(m.node for m in self.members if m.state is PeerState.DEAD)
+        taken = {m.address for m in self.members if m.live}
+        seeds = sorted(self._seeds - taken)
+        if not (choices := len(dead) + len(seeds)):
+            return effects
+        if (choice := self.rng.randrange(choices)) < len(dead):
+            member = self.members[dead[choice]]
+            ping = Ping(self.sender(now), self._probes.next_seq(), member.node)
+            return [*effects, self._send(member.address, ping, [member.claim(self.me)])]
+        return [*effects, Exchange(seeds[choice - len(dead)])]
