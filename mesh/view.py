@@ -72,6 +72,8 @@ class Facts(msgspec.Struct, frozen=True):
     version: str = ""
     pid: int = 0
     documents: dict[str, Any] = {}
+    intends: tuple[Span, ...] = ()  # being loaded, not yet served: so that nodes that join together do not choose alike
+    capacity: dict[ModelId, int] = {}  # decoder layers of a model that this node could hold; absent: none but its spans
 
 
 @dataclass(frozen=True, slots=True)

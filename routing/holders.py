@@ -1,0 +1,75 @@
+"""Who holds which layers: the peers of a view that may take work for a model, and the layers that none of them holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mesh.ids import ModelId, NodeId
+from mesh.view import Peer, PeerState, View
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A peer and its spans of one model. A stage lies within one span: spans that touch are still two."""
+
+    peer: Peer
+    spans: tuple[tuple[int, int], ...]
+    held: int  # distinct layers
+    numerics: str  # fingerprint; empty: not told
+
+    @property
+    def node(self) -> NodeId:
+        return self.peer.id
+
+    def reach(self, layer: int) -> int:
+        """The furthest end of a stage here that begins at `layer`; `layer` itself when it is not held."""
+        return max((end for start, end in self.spans if start <= layer < end), default=layer)
+
+
+def holders(view: View, model: ModelId, layers: int, excluded: frozenset[NodeId] = frozenset()) -> list[Holder]:
+    """Peers that may serve layers of `model`: live, not draining, not excluded, with the model's own weights.
+
+    Two checkpoints under one id never mix: the card that the view settles on decides, by its `weights`.
+    Sorted by node id, so that equal views and equal random numbers give equal choices.
+    """
+    card = view.models().get(model)
+    found = []
+    for peer in sorted(view.live(), key=lambda peer: peer.id):
+        if peer.id in excluded or peer.facts.draining:
+            continue
+        own = next((known for known in peer.facts.models if known.id == model), None)
+        if own is not None and card is not None and own.weights != card.weights:
+            continue
+        spans = tuple(
+            sorted(
+                (span.start, min(span.end, layers))
+                for span in peer.facts.spans
+                if _serves(span.start, span.end, layers, span.model == model)
+            )
+        )
+        if spans:
+            held = len({layer for start, end in spans for layer in range(start, end)})
+            found.append(Holder(peer, spans, held, own.numerics if own is not None else ""))
+    return found
+
+
+def gaps(found: Iterable[Holder], layers: int) -> tuple[tuple[int, int], ...]:
+    """Layers that none of them holds, as `(start, end)` runs in order."""
+    open_from = 0
+    missing = []
+    for start, end in sorted(span for holder in found for span in holder.spans):
+        if start > open_from:
+            missing.append((open_from, start))
+        open_from = max(open_from, end)
+    if open_from < layers:
+        missing.append((open_from, layers))
+    return tuple(missing)
+
+
+def is_suspect(holder: Holder) -> bool:
+    return holder.peer.state is PeerState.SUSPECT
+
+
+def _serves(start: int, end: int, layers: int, same_model: bool) -> bool:
+    return same_model and 0 <= start < min(end, layers)

@@ -1,0 +1,255 @@
+"""The path of a request: ordered stages, each a peer and some of its layers, that cover the whole model.
+
+Rules, in this order. Draining and excluded peers never. Suspect peers and those whose breaker is open only if there is
+no path without them. One numerics fingerprint over the whole path, the wanted one if an earlier attempt fixed it: only
+then does another attempt give the same tokens (a wanted fingerprint is kept even at the price of a suspect peer). A
+single peer that holds the whole model before any split path: no hop is cheaper than none. Then cost (`routing.legs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from mesh.errors import NoPath
+from mesh.ids import Address, ModelId, NodeId
+from mesh.view import Peer, View
+from routing.dispatches import NOTHING, Dispatches
+from routing.holders import Holder, gaps, holders, is_suspect
+from routing.legs import Leg, LegSearch, Rate
+from routing.policies import Candidate, Policy
+from routing.score import DEFAULT_RESIDENCY_S, Costs, Work, costs, pool_of, terms
+
+if TYPE_CHECKING:
+    from random import Random
+
+LAST_RESORT_MS = 10_000.0
+"""Charged for a suspect or avoided peer, when it must be considered at all: as much as for one without memory."""
+
+EXPLAINED_PER_STAGE = 4
+"""Ranked candidates that a path remembers for `explain`, per stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One peer's part: layers `[start, end)`."""
+
+    node: NodeId
+    address: Address
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Considered:
+    """A candidate that was ranked for a stage, with the terms of its score in ms, for people who ask why."""
+
+    stage: int
+    rank: int
+    node: NodeId
+    terms_ms: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """Stages in order: the first starts at layer 0, each next one where the last ended."""
+
+    stages: tuple[Stage, ...]
+    numerics: str  # the fingerprint all stages share; empty when they differ or have not told
+    cost_ms: float  # expected time to completion
+    wait_ms: float  # of it, the queues before the first own row is computed: what admission looks at
+    considered: tuple[Considered, ...] = ()
+
+    def __iter__(self) -> Iterator[Stage]:
+        return iter(self.stages)
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+    @property
+    def nodes(self) -> tuple[NodeId, ...]:
+        return tuple(stage.node for stage in self.stages)
+
+
+def uncovered(view: View, model: ModelId, layers: int) -> tuple[tuple[int, int], ...]:
+    """Layers of `model` that no peer can take new work for: live and not draining. Empty: the model is covered."""
+    return gaps(holders(view, model, layers), layers)
+
+
+def plan(
+    view: View,
+    model: ModelId,
+    layers: int,
+    policy: Policy,
+    rng: Random,
+    now: float,
+    *,
+    work: Work | None = None,
+    dispatches: Dispatches | None = None,
+    excluded: frozenset[NodeId] = frozenset(),
+    avoided: frozenset[NodeId] = frozenset(),
+    numerics: str = "",
+) -> Path:
+    """A path for one attempt of one request.
+
+    excluded: never (they refused or failed this request); avoided: only if nothing else is left (breaker open).
+    numerics: the fingerprint of an earlier attempt; a path of another one has a different `Path.numerics`.
+
+    Raises:
+        NoPath: the peers that are left do not cover the model; names the layers.
+    """
+    found = holders(view, model, layers, excluded)
+    missing = gaps(found, layers)
+    if missing:
+        raise NoPath(model, missing)
+    planner = _Planner(view, model, layers, found, policy, rng, now, work or Work(), dispatches or Dispatches(), avoided)
+    for groups in _tiers(found, planner.last_resort, numerics):
+        path = planner.best(groups)
+        if path is not None:
+            return path
+    # Every layer is held, but only by way of a node that would have to be visited twice.
+    raise NoPath(model, ((planner.furthest, layers),))
+
+
+def _tiers(found: list[Holder], last_resort: frozenset[NodeId], numerics: str) -> Iterator[list[list[Holder]]]:
+    """Sets of holders to try one after another; each is a list of groups that are alternatives to each other."""
+    healthy = [holder for holder in found if holder.node not in last_resort]
+    if numerics:
+        for base in (healthy, found):
+            yield [[holder for holder in base if holder.numerics == numerics]]
+    for base in (healthy, found):
+        by_numerics: dict[str, list[Holder]] = {}
+        for holder in base:
+            by_numerics.setdefault(holder.numerics, []).append(holder)
+        yield list(by_numerics.values())
+        if len(by_numerics) > 1:
+            yield [base]
+
+
+class _Planner:
+    """What does not change between the tiers of one `plan`."""
+
+    def __init__(
+        self,
+        view: View,
+        model: ModelId,
+        layers: int,
+        found: list[Holder],
+        policy: Policy,
+        rng: Random,
+        now: float,
+        work: Work,
+        dispatches: Dispatches,
+        avoided: frozenset[NodeId],
+    ) -> None:
+        self._layers = layers
+        self._policy = policy
+        self._rng = rng
+        self._now = now
+        self._work = work
+        self._me = view.me
+        mine = view.peers.get(view.me)
+        self._my_region = mine.region if mine is not None else ""
+        self._own = {holder.node: dispatches.own(holder.node, holder.peer.load_at) for holder in found}
+        self._pool = pool_of((holder.peer for holder in found), model, dispatches.residency_s(DEFAULT_RESIDENCY_S))
+        self._idle_pool = replace(self._pool, running=0.0, waiting=0.0, prefill_tokens_queued=0.0, kv_used_share=0.0)
+        self._rates: dict[NodeId, Rate] = {}
+        self.last_resort = avoided | {holder.node for holder in found if is_suspect(holder)}
+        self.furthest = 0
+
+    def best(self, groups: list[list[Holder]]) -> Path | None:
+        """The path of least cost over the groups, a whole replica first; None when no group covers the model."""
+        whole = [holder for group in groups for holder in group if holder.reach(0) >= self._layers]
+        roomy = [holder for holder in whole if not self._price(holder, self._layers, solo=True).memory]
+        if roomy:
+            return self._solo(roomy)
+        split = [path for group in groups if not gaps(group, self._layers) and (path := self._split(group)) is not None]
+        if split:
+            return min(split, key=lambda path: path.cost_ms)
+        return self._solo(whole) if whole else None
+
+    def _solo(self, whole: Sequence[Holder]) -> Path:
+        legs = {holder.node: Leg(holder, 0, self._layers, 0.0, 0.0, 0.0) for holder in whole}
+        candidates = [self._candidate(leg, solo=True) for leg in legs.values()]
+        ranked = self._policy.pick(candidates, self._work, self._rng)
+        return self._path([legs[ranked[0].node]], [ranked], solo=True)
+
+    def _split(self, group: list[Holder]) -> Path | None:
+        for holder in group:
+            if holder.node not in self._rates:
+                self._rates[holder.node] = self._rate(holder)
+        search = LegSearch(
+            group,
+            self._layers,
+            self._rates,
+            lambda leg: self._candidate(leg, solo=False),
+            self._policy,
+            self._work,
+            self._rng,
+        )
+        legs = search.walk()
+        self.furthest = max(self.furthest, search.furthest)
+        return self._path(legs, search.ranked, solo=False) if legs is not None else None
+
+    def _candidate(self, leg: Leg, *, solo: bool) -> Candidate:
+        peer, own = leg.holder.peer, self._own[leg.holder.node]
+        return Candidate(
+            node=peer.id,
+            price=lambda: self._price(leg.holder, leg.end - leg.start, solo=solo),
+            load=peer.load.running + peer.load.waiting + own.added,
+            in_flight=own.in_flight,
+            response_ms=own.response_ms,
+            onward_ms=leg.onward_ms,
+            mine=peer.id == self._me,
+        )
+
+    def _price(self, holder: Holder, layers: int, *, solo: bool, idle: bool = False) -> Costs:
+        """The terms of a stage; `idle`: as if nothing ran anywhere and nothing had ever failed."""
+        return costs(
+            _at_rest(holder.peer) if idle else holder.peer,
+            layers,
+            holder.held,
+            self._work,
+            self._idle_pool if idle else self._pool,
+            self._now,
+            me=self._me,
+            my_region=self._my_region,
+            own=NOTHING if idle else self._own[holder.node],
+            solo=solo,
+        )
+
+    def _rate(self, holder: Holder) -> Rate:
+        """The two lines through the costs of no layer and of one."""
+        penalty_ms = LAST_RESORT_MS if holder.node in self.last_resort else 0.0
+        fixed_ms, one_ms = (self._price(holder, layers, solo=False).total for layers in (0, 1))
+        idle_fixed_ms, idle_one_ms = (self._price(holder, layers, solo=False, idle=True).total for layers in (0, 1))
+        return Rate(
+            idle_fixed_ms=idle_fixed_ms + penalty_ms,
+            idle_per_layer_ms=idle_one_ms - idle_fixed_ms,
+            fixed_ms=fixed_ms + penalty_ms,
+            per_layer_ms=one_ms - fixed_ms,
+        )
+
+    def _path(self, legs: Sequence[Leg], ranked: Sequence[Sequence[Candidate]], *, solo: bool) -> Path:
+        priced = [self._price(leg.holder, leg.end - leg.start, solo=solo) for leg in legs]
+        fingerprints = {leg.holder.numerics for leg in legs}
+        considered = [
+            Considered(stage, rank, candidate.node, terms(candidate.costs))
+            for stage, candidates in enumerate(ranked)
+            for rank, candidate in enumerate(candidates[:EXPLAINED_PER_STAGE])
+        ]
+        return Path(
+            stages=tuple(Stage(leg.holder.node, leg.holder.peer.address, leg.start, leg.end) for leg in legs),
+            numerics=fingerprints.pop() if len(fingerprints) == 1 else "",
+            cost_ms=sum(each.total for each in priced),
+            wait_ms=sum(each.queue for each in priced),
+            considered=tuple(considered),
+        )
+
+
+def _at_rest(peer: Peer) -> Peer:
+    load = msgspec.structs.replace(peer.load, running=0, waiting=0, kv_blocks_used=0, prefill_tokens_queued=0)
+    return replace(peer, load=load)

@@ -1,0 +1,188 @@
+"""One door for every way to choose a peer: `Policy.pick(candidates, work, rng)` ranks the candidates, best first.
+
+All policies see the same candidates, behind the same filters, refusals and breakers, so that a benchmark compares
+nothing but the choice. Late information beats clever scores: with load that is a second old, the global minimum of the
+best score is three times worse than the better of two drawn at random, since every entry runs to the same peer.
+Hence the default policy: two at random, ourselves, the peer with most of the prompt cached and the prompt's
+rendezvous home; then the least cost. Measured in `tests/routing/test_herd.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
+
+from mesh.errors import BadRequest
+from mesh.ids import NodeId
+from mesh.rendezvous import owners
+from routing.score import Costs, Work
+
+if TYPE_CHECKING:
+    from random import Random
+
+EXPLORE = 0.01
+"""Share of picks that go to a peer drawn at random: averages of peers that are never chosen would never change."""
+
+BOUND_ON_HOME = 1.25
+"""A home is passed over while it runs more than this many times the mean, plus one (bounded-load consistent hashing)."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One peer that could take the work. `price` is called once, and only by policies that ask for it."""
+
+    node: NodeId
+    price: Callable[[], Costs]
+    load: float = 0.0  # sequences running and waiting there, as far as this node knows
+    in_flight: int = 0  # of them our own
+    response_ms: float = 0.0  # our own average there; 0: none yet
+    onward_ms: float = 0.0  # cost of the rest of the path after this stage
+    mine: bool = False  # this node itself
+
+    @cached_property
+    def costs(self) -> Costs:
+        """The terms of the score, computed on first use."""
+        return self.price()
+
+    @property
+    def cost_ms(self) -> float:
+        return self.costs.total + self.onward_ms
+
+
+class Policy(Protocol):
+    name: str
+
+    def pick(self, candidates: Sequence[Candidate], work: Work, rng: Random) -> list[Candidate]:
+        """All candidates, best first: who refuses is followed by the next. Empty in, empty out."""
+
+
+class MeshScore:
+    """The default. A small random set and the score; the rest follow in random order."""
+
+    name = "mesh"
+
+    def pick(self, candidates: Sequence[Candidate], work: Work, rng: Random) -> list[Candidate]:
+        shuffled = rng.sample(candidates, len(candidates))
+        if len(shuffled) <= 1:
+            return shuffled
+        if rng.random() < EXPLORE:
+            return shuffled
+        chosen = {candidate.node for candidate in shuffled[:2]}
+        chosen.update(candidate.node for candidate in candidates if candidate.mine)
+        chosen.update(warmest(candidates, work))
+        chosen.update(home(candidates, work))
+        drawn = [candidate for candidate in shuffled if candidate.node in chosen]
+        rest = [candidate for candidate in shuffled if candidate.node not in chosen]
+        return sorted(drawn, key=lambda candidate: candidate.cost_ms) + rest
+
+
+class PowerOfTwo:
+    """Two at random, the one of less cost first (Mitzenmacher 2001)."""
+
+    name = "power_of_two"
+
+    def pick(self, candidates: Sequence[Candidate], work: Work, rng: Random) -> list[Candidate]:
+        shuffled = rng.sample(candidates, len(candidates))
+        return sorted(shuffled[:2], key=lambda candidate: candidate.cost_ms) + shuffled[2:]
+
+
+class RandomChoice:
+    name = "random"
+
+    def pick(self, candidates: Sequence[Candidate], work: Work, rng: Random) -> list[Candidate]:
+        return rng.sample(candidates, len(candidates))
+
+
+class RoundRobin:
+    """In turn, by node id; each entry counts for itself, from a random start so that entries do not march in step."""
+
+    name = "round_robin"
+
+    def __init__(self) -> None:
+        self._last: NodeId | None = None
+
+    def pick(self, candidates: Sequence[Candidate], work: Work, rng: Random) -> list[Candidate]:
+        ring = sorted(candidates, key=lambda candidate: candidate.node)
+        if not ring:
+            return []
+        if self._last is None:
+            first = rng.randrange(len(ring))
+        else:
+            last = self._last
+            first = next((index for index, candidate in enumerate(ring) if candidate.node > last), 0)
+        self._last = ring[first].node
+        return ring[first:] + ring[:first]
+
+
+class LeastConnections:
+    """Fewest of our own in flight, ties at random: what a classical proxy does, without any word from the peers."""
+
+    name = "least_connections"
+
+    def pick(self, candidates: Sequence[Candidate], work: Work, rng: Random) -> list[Candidate]:
+        return sorted(rng.sample(candidates, len(candidates)), key=lambda candidate: candidate.in_flight)
+
+
+class WeightedResponseTime:
+    """At random, with weight 1 / own average response time; a peer without one counts as the mean of the others."""
+
+    name = "weighted_response_time"
+
+    def pick(self, candidates: Sequence[Candidate], work: Work, rng: Random) -> list[Candidate]:
+        known = [candidate.response_ms for candidate in candidates if candidate.response_ms > 0.0]
+        mean_ms = sum(known) / len(known) if known else 1.0
+        # Draws without replacement: the least of exponential variables with rate 1/response (Efraimidis & Spirakis 2006).
+        arrivals = [(rng.expovariate(1.0) * (candidate.response_ms or mean_ms), candidate) for candidate in candidates]
+        return [candidate for _, candidate in sorted(arrivals, key=lambda arrival: (arrival[0], arrival[1].node))]
+
+
+def warmest(candidates: Sequence[Candidate], work: Work) -> list[NodeId]:
+    """The candidate that holds most of the prompt in its cache, if any holds some."""
+    warm = [(work.cached_tokens.get(candidate.node, 0), candidate.node) for candidate in candidates]
+    tokens, node = max(warm, default=(0, NodeId("")))
+    return [node] if tokens > 0 else []
+
+
+def home(candidates: Sequence[Candidate], work: Work) -> list[NodeId]:
+    """The rendezvous home of the prompt's prefix, or the next in its order that is not overloaded.
+
+    All entries agree on it without a word, so one peer gets to hold the prefix: 0.80 of prompt tokens were hits in
+    simulation, against 0.50 where each router remembers only what it sent.
+    """
+    if not work.prefix_key:
+        return []
+    load = {candidate.node: candidate.load for candidate in candidates}
+    bound = BOUND_ON_HOME * (sum(load.values()) + 1.0) / len(load) + 1.0
+    ranked = owners(work.prefix_key, load, len(load))
+    return next(([node] for node in ranked if load[node] <= bound), [])
+
+
+_POLICIES: dict[str, Callable[[], Policy]] = {
+    "mesh": MeshScore,
+    "round_robin": RoundRobin,
+    "least_connections": LeastConnections,
+    "weighted_response_time": WeightedResponseTime,
+    "power_of_two": PowerOfTwo,
+    "random": RandomChoice,
+}
+
+DEFAULT_POLICY = "mesh"
+
+
+def policy_names() -> list[str]:
+    """All names that `policy_named` takes, the default first."""
+    return list(_POLICIES)
+
+
+def policy_named(name: str) -> Policy:
+    """A new policy, with counters of its own; an empty name is the default.
+
+    Raises:
+        BadRequest: no such policy; the message lists those there are.
+    """
+    make = _POLICIES.get(name or DEFAULT_POLICY)
+    if make is None:
+        raise BadRequest(f"unknown routing policy {name!r}; known are: {', '.join(_POLICIES)}", param="policy")
+    return make()

@@ -1,0 +1,285 @@
+"""The score of a peer for a piece of work: milliseconds until the work is expected to be complete. Lower wins.
+
+One unit for all terms makes them comparable and explainable, where normalised 0..1 points need weights that nobody
+can tune (aibrix #814; llm-d moved the same way in 2026). Each term is a function of its own that says its reason.
+Stale load drifts to the mean of the pool, never to zero: a silent peer is not an idle one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+
+from mesh.ids import ModelId, NodeId
+from mesh.view import Load, Peer
+from routing.dispatches import NOTHING, OwnWork
+
+DEFAULT_STEP_MS_PER_LAYER = 1.0
+"""Of a peer when nobody has measured anything yet: equal for all, so that only its size against the network matters."""
+
+DEFAULT_PREFILL_MS_PER_TOKEN_LAYER = 0.05
+"""The same for prefill: a layer reads about twenty prompt tokens in the time of one decode step."""
+
+DEFAULT_RESIDENCY_S = 4.0
+"""How long a request stays, before this node has seen any end. Also the time after which a load record is worth 1/e."""
+
+ROWS_AT_HALF = 8.0
+"""Rows at which reading the weights and computing the rows cost a decode step the same; a step takes (8 + rows) units."""
+
+HOP_MS = 0.5
+"""Own cost of a hop per token: frame, event loop, wake-up of the engine thread. An assumption, the same for all peers."""
+
+UNMEASURED_RTT_MS = 1.0
+UNMEASURED_FAR_RTT_MS = 60.0
+"""Round trips taken for granted within a region and between regions until the first probe came back."""
+
+REGION_MS = 25.0
+"""Price of leaving the region beyond its round trip: links between regions vary and cost money."""
+
+SHORT_OF_MEMORY_MS = 10_000.0
+"""A peer without KV blocks evicts or refuses: ten seconds, as Petals charges for it (sequence_manager.py)."""
+
+NEVER_FITS_MS = 10_000_000.0
+"""A peer whose whole KV cache is smaller than the request. Finite, so that sums stay comparable."""
+
+PRIOR_FAILURES, PRIOR_OUTCOMES = 1.0, 20.0
+"""One failure in twenty is believed of a peer before it has shown anything (Beta prior)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a request will ask of the path, as the entry estimates it."""
+
+    prompt_tokens: int = 0
+    output_tokens: int = 128  # expected, at most max_tokens
+    kv_blocks: int = 0  # needed on each stage; 0: not estimated
+    prefix_key: bytes = b""  # hash of the prompt's first blocks: its rendezvous home is a candidate; empty: no home
+    cached_tokens: Mapping[NodeId, int] = field(default_factory=lambda: MappingProxyType({}))  # prompt tokens a peer holds
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """How much each term counts. A policy is a vector of these; all 1 is time."""
+
+    queue: float = 1.0
+    prefill: float = 1.0
+    decode: float = 1.0
+    network: float = 1.0
+    redo: float = 1.0
+    memory: float = 1.0
+    region: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """The terms of one score, each in ms and already weighted; what `explain` prints."""
+
+    queue: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    network: float = 0.0
+    redo: float = 0.0
+    memory: float = 0.0
+    region: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.queue + self.prefill + self.decode + self.network + self.redo + self.memory + self.region
+
+
+EVERY_TERM = Weights()
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Means over the peers that hold the model: what an unknown or stale figure is taken to be."""
+
+    running: float = 0.0
+    waiting: float = 0.0
+    prefill_tokens_queued: float = 0.0
+    kv_used_share: float = 0.0
+    step_ms_per_layer: float = DEFAULT_STEP_MS_PER_LAYER
+    prefill_ms_per_token_layer: float = DEFAULT_PREFILL_MS_PER_TOKEN_LAYER
+    residency_s: float = DEFAULT_RESIDENCY_S
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A peer's load as it probably is now: drifted with its record's age, corrected by own dispatches."""
+
+    running: float
+    waiting: float
+    prefill_tokens_queued: float
+    kv_blocks_free: float
+    step_ms_per_layer: float
+    prefill_ms_per_token_layer: float
+    measured_rows: float  # rows that `step_ms_per_layer` was measured with
+
+
+def held_layers(peer: Peer, model: ModelId) -> int:
+    """Distinct layers of `model` that the peer serves."""
+    return len({layer for span in peer.facts.spans if span.model == model for layer in range(span.start, span.end)})
+
+
+def step_ms_per_layer(load: Load, held: int) -> float | None:
+    """A peer's decode step per layer; None: not yet measured."""
+    return load.step_ms / held if load.step_ms > 0.0 and held > 0 else None
+
+
+def prefill_ms_per_token_layer(load: Load, held: int) -> float | None:
+    """A peer's prefill per prompt token and layer; None: not yet measured."""
+    return 1000.0 / (load.prefill_tok_s * held) if load.prefill_tok_s > 0.0 and held > 0 else None
+
+
+def pool_of(peers: Iterable[Peer], model: ModelId, residency_s: float = DEFAULT_RESIDENCY_S) -> Pool:
+    """The means over `peers`. Unmeasured speeds are left out; without any, the defaults stand."""
+    members = list(peers)
+    if not members:
+        return Pool(residency_s=residency_s)
+    loads = [peer.load for peer in members]
+    held = [held_layers(peer, model) for peer in members]
+    steps = [ms for load, layers in zip(loads, held) if (ms := step_ms_per_layer(load, layers)) is not None]
+    prefills = [ms for load, layers in zip(loads, held) if (ms := prefill_ms_per_token_layer(load, layers)) is not None]
+    shares = [load.kv_blocks_used / load.kv_blocks_total for load in loads if load.kv_blocks_total > 0]
+    return Pool(
+        running=_mean([load.running for load in loads], 0.0),
+        waiting=_mean([load.waiting for load in loads], 0.0),
+        prefill_tokens_queued=_mean([load.prefill_tokens_queued for load in loads], 0.0),
+        kv_used_share=_mean(shares, 0.0),
+        step_ms_per_layer=_mean(steps, DEFAULT_STEP_MS_PER_LAYER),
+        prefill_ms_per_token_layer=_mean(prefills, DEFAULT_PREFILL_MS_PER_TOKEN_LAYER),
+        residency_s=residency_s,
+    )
+
+
+def trust(age_s: float, residency_s: float) -> float:
+    """How much of a load record of this age still holds, 0..1.
+
+    Requests that ran when it was made leave with the rate 1/residency, so what it counted decays as exp(-age/residency).
+    """
+    return math.exp(-max(0.0, age_s) / residency_s)
+
+
+def estimate(load: Load, age_s: float, held: int, pool: Pool, own: OwnWork = NOTHING) -> Estimate:
+    """The load as it probably is now. Counts drift to the pool's mean with age; own work since the record is exact."""
+    keep = trust(age_s, pool.residency_s)
+
+    def drifted(count: float, mean: float) -> float:
+        return keep * count + (1.0 - keep) * mean
+
+    used = drifted(load.kv_blocks_used, pool.kv_used_share * load.kv_blocks_total)
+    return Estimate(
+        running=max(0.0, drifted(load.running, pool.running) + own.added - own.ended),
+        waiting=drifted(load.waiting, pool.waiting),
+        prefill_tokens_queued=drifted(load.prefill_tokens_queued, pool.prefill_tokens_queued) + own.prefill_tokens,
+        kv_blocks_free=load.kv_blocks_total - used if load.kv_blocks_total > 0 else math.inf,
+        step_ms_per_layer=step_ms_per_layer(load, held) or pool.step_ms_per_layer,
+        prefill_ms_per_token_layer=prefill_ms_per_token_layer(load, held) or pool.prefill_ms_per_token_layer,
+        measured_rows=float(load.running),
+    )
+
+
+def queue_ms(now_there: Estimate, held: int, own_added: int, residency_s: float) -> float:
+    """Wait before the first own row is computed.
+
+    A node that says how many prompt tokens are queued is believed: they are read at its prefill rate. One that only
+    counts waiting requests (an engine of another make) lets one in whenever one of the running leaves, so our own
+    dispatches since its record queue up behind those.
+    """
+    backlog_ms = now_there.prefill_tokens_queued * now_there.prefill_ms_per_token_layer * held
+    turns = now_there.waiting + own_added if now_there.waiting >= 0.5 else 0.0
+    if now_there.prefill_tokens_queued >= 1.0:
+        return backlog_ms
+    return turns * residency_s * 1000.0 / max(1.0, now_there.running)
+
+
+def prefill_ms(work: Work, cached_tokens: int, layers: int, ms_per_token_layer: float) -> float:
+    """Reading the part of the prompt that is not cached there, over the layers used."""
+    return max(0, work.prompt_tokens - cached_tokens) * layers * ms_per_token_layer
+
+
+def decode_ms(work: Work, layers: int, now_there: Estimate) -> float:
+    """All expected steps, at the batch that our row will find: weights are read once a step, rows are computed each."""
+    growth = (ROWS_AT_HALF + now_there.running + 1.0) / (ROWS_AT_HALF + max(1.0, now_there.measured_rows))
+    return work.output_tokens * layers * now_there.step_ms_per_layer * growth
+
+
+def network_ms(rtt_ms: float, output_tokens: int, *, solo: bool) -> float:
+    """The way there. A whole model streams its tokens back, so their latency overlaps: one round trip. A stage of a
+    split path is on the way of every token: half a round trip and a hop, each step (Petals: rtt/2 + overhead).
+    """
+    if solo:
+        return rtt_ms + HOP_MS
+    return (output_tokens + 1) * (rtt_ms / 2.0 + HOP_MS)
+
+
+def redo_ms(failed: float, finished: float, at_stake_ms: float) -> float:
+    """Expected cost of doing it again: odds of a failure times what would be lost, half the decode on average."""
+    failure = (PRIOR_FAILURES + failed) / (PRIOR_OUTCOMES + finished)
+    return failure / (1.0 - failure) * at_stake_ms if failure < 1.0 else NEVER_FITS_MS
+
+
+def memory_ms(kv_blocks_needed: int, kv_blocks_free: float, kv_blocks_total: int) -> float:
+    """Nothing while the request's blocks are free; else the share that is missing of a fixed fine."""
+    if kv_blocks_needed <= 0 or kv_blocks_total <= 0 or kv_blocks_needed <= kv_blocks_free:
+        return 0.0
+    if kv_blocks_needed > kv_blocks_total:
+        return NEVER_FITS_MS
+    return SHORT_OF_MEMORY_MS * (kv_blocks_needed - kv_blocks_free) / kv_blocks_needed
+
+
+def region_ms(mine: str, theirs: str) -> float:
+    """Nothing within a region or where one is not named."""
+    return REGION_MS if mine and theirs and mine != theirs else 0.0
+
+
+def rtt_ms(peer: Peer, me: NodeId, my_region: str) -> float:
+    """Round trip to the peer: measured, else what its region makes likely. None to ourselves."""
+    if peer.id == me:
+        return 0.0
+    if peer.rtt_s is not None:
+        return peer.rtt_s * 1000.0
+    return UNMEASURED_FAR_RTT_MS if region_ms(my_region, peer.region) else UNMEASURED_RTT_MS
+
+
+def costs(
+    peer: Peer,
+    layers: int,
+    held: int,
+    work: Work,
+    pool: Pool,
+    now: float,
+    *,
+    me: NodeId,
+    my_region: str = "",
+    own: OwnWork = NOTHING,
+    solo: bool = True,
+    weights: Weights = EVERY_TERM,
+) -> Costs:
+    """All terms for `layers` layers of the `held` ones at `peer`. Affine in `layers`, which the path planner relies on."""
+    age_s = 0.0 if peer.id == me else now - peer.load_at
+    there = estimate(peer.load, age_s, held, pool, own)
+    queue = queue_ms(there, held, own.added, pool.residency_s)
+    prefill = prefill_ms(work, work.cached_tokens.get(peer.id, 0), layers, there.prefill_ms_per_token_layer)
+    decode = decode_ms(work, layers, there)
+    return Costs(
+        queue=weights.queue * queue,
+        prefill=weights.prefill * prefill,
+        decode=weights.decode * decode,
+        network=weights.network * network_ms(rtt_ms(peer, me, my_region), work.output_tokens, solo=solo),
+        redo=weights.redo * redo_ms(own.failed, own.finished, queue + prefill + decode / 2.0),
+        memory=weights.memory * memory_ms(work.kv_blocks, there.kv_blocks_free, peer.load.kv_blocks_total),
+        region=weights.region * region_ms(my_region, peer.region),
+    )
+
+
+def terms(of: Costs) -> dict[str, float]:
+    """The terms by name, rounded for people, without those that are zero."""
+    named = ((term.name, round(getattr(of, term.name), 3)) for term in fields(of))
+    return {name: ms for name, ms in named if ms}
+
+
+def _mean(values: list[float] | list[int], otherwise: float) -> float:
+    return sum(values) / len(values) if values else otherwise

@@ -1,0 +1,51 @@
+"""Views for the routing tests, written short: which node holds what, and how busy it is."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from mesh.ids import ModelId, NodeId
+from mesh.view import Facts, Load, ModelCard, Peer, PeerState, Span, View
+
+MODEL = ModelId("tiny")
+LAYERS = 6
+
+
+def card(numerics: str = "n1", weights: str = "w1", layers: int = LAYERS) -> ModelCard:
+    return ModelCard(MODEL, layers, 4096, weights, numerics)
+
+
+def peer(
+    name: str,
+    *spans: tuple[int, int],
+    state: PeerState = PeerState.ALIVE,
+    draining: bool = False,
+    load: Load | None = None,
+    load_at: float = 0.0,
+    rtt_s: float | None = 0.001,
+    region: str = "",
+    numerics: str = "n1",
+    weights: str = "w1",
+    layers: int = LAYERS,
+    capacity: int | None = None,
+) -> Peer:
+    return Peer(
+        id=NodeId(name),
+        name=name,
+        address=("127.0.0.1", 1000 + sum(name.encode())),
+        region=region,
+        state=state,
+        facts=Facts(
+            spans=tuple(Span(MODEL, start, end) for start, end in spans),
+            models=(card(numerics, weights, layers),),
+            draining=draining,
+            capacity={} if capacity is None else {MODEL: capacity},
+        ),
+        load=load or Load(step_ms=1.0 * sum(end - start for start, end in spans)),
+        load_at=load_at,
+        rtt_s=rtt_s,
+    )
+
+
+def view(*peers: Peer, me: str = "me") -> View:
+    return View(NodeId(me), MappingProxyType({each.id: each for each in peers}))
