@@ -6,6 +6,7 @@ A claim that loses to what is known earns its teller a correction, so a stale ru
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from membership.config import MembershipConfig

@@ -1,0 +1,365 @@
+"""The I/O of membership: a datagram socket, a clock and peer calls around one `MembershipCore`.
+
+Decides nothing. The core is called and its effects are carried out with no `await` in between, so no other task ever
+sees a half-applied change. Datagrams are sent without waiting: a full socket buffer loses them, as a network would.
+All input that is ready is read before a timer may fire: a starved process must not take its own sleep for others' silence.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket as stdlib_socket
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from random import Random
+from types import MappingProxyType
+
+import trio
+
+from membership.config import MembershipConfig
+from membership.core import MembershipCore
+from membership.effects import (
+    Effect,
+    Exchange,
+    FactsChanged,
+    Measured,
+    MemberChanged,
+    MemberForgotten,
+    Push,
+    Renewed,
+    Send,
+)
+from membership.events import JoinFailed, MemberEvent, MembershipStatistics
+from mesh import gossip, sync
+from mesh.calls import Call, Handlers, Header, Reply
+from mesh.errors import BadRequest, DeadlineExceeded, LocalError, PeerLost, Refused, RemoteError
+from mesh.ids import Address, NodeId, format_address
+from mesh.seal import Seal, SealBroken
+from mesh.view import Facts, Load, Peer, PeerState, View
+
+EXCHANGE_TIMEOUT_S = 5.0
+PUSH_TIMEOUT_S = 2.0
+FAREWELL_TIMEOUT_S = 1.0
+FAREWELL_PUSHES = 3
+CALLS_MAX = 32  # exchanges and pushes under way; beyond it they are dropped, for the fingerprints will ask again
+DRAIN_MAX = 512  # datagrams read in one go before timers and other tasks get a turn
+
+# What a peer call may end in without being our own bug.
+_CALL_FAILED = (PeerLost, DeadlineExceeded, RemoteError, Refused, BadRequest)
+
+
+class Membership:
+    """Who is in the mesh, as this node knows it."""
+
+    def __init__(
+        self,
+        me: NodeId,
+        name: str,
+        region: str,
+        epoch: int,
+        *,
+        socket: trio.socket.SocketType,
+        address: Address,
+        seal: Seal,
+        call: Call,
+        config: MembershipConfig | None = None,
+        rng: Random | None = None,
+        load: Callable[[], Load] = Load,
+    ) -> None:
+        """`socket`: bound, UDP; stays the caller's to close, after `run` ended. `address`: what peers reach this node by,
+        by datagram and by call. `epoch`: higher than that of any former run on the same data directory.
+
+        Raises:
+            ValueError: a name, host or region that fits no claim.
+        """
+        self.me = me
+        self._seal, self._call, self._load = seal, call, load
+        self._address = address
+        self._socket = socket
+        claim = gossip.Alive(me, epoch, 0, name, address[0], address[1], region)
+        self._core = MembershipCore(claim, config or MembershipConfig(), rng or Random(), trio.current_time())
+        self._peers: dict[NodeId, Peer] = {}
+        self.view = View(me)
+        self.handlers: Handlers = MappingProxyType({sync.SYNC_KIND: self._answer_sync})
+        self.on_renewed: Callable[[int], None] = lambda epoch: None  # a higher epoch to keep on disk
+        self._subscribers: list[Callable[[MemberEvent], None]] = []
+        self._view_changed = trio.Event()
+        self._deadline_moved = trio.Event()
+        self._armed_for = -math.inf  # when `_keep_time` wakes by itself; it need only hear of earlier deadlines
+        self._nursery: trio.Nursery | None = None
+        self._datagrams: stdlib_socket.socket | None = None
+        self._calls = 0
+        self._counts: Counter[str] = Counter()
+        self._dropped: Counter[str] = Counter()
+        self._refresh([me])
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Takes part in the mesh until cancelled."""
+        # A second descriptor of the same socket, read and written without ever waiting.
+        self._datagrams = stdlib_socket.socket(fileno=os.dup(self._socket.fileno()))
+        self._datagrams.setblocking(False)
+        try:
+            async with trio.open_nursery() as self._nursery:
+                self._nursery.start_soon(self._receive)
+                task_status.started()
+                await self._keep_time()
+        finally:
+            self._nursery = None
+            self._datagrams.close()
+            self._datagrams = None
+
+    async def join(self, seeds: list[Address]) -> int:
+        """Exchanges all knowledge with every seed at once; how many answered. They are tried again whenever nobody is there.
+
+        Raises:
+            JoinFailed: there were seeds, and none answered.
+            LocalError: `run` has not started.
+        """
+        if self._nursery is None:
+            raise LocalError("join needs run() to be under way")
+        others = [seed for seed in dict.fromkeys(seeds) if seed != self._address]
+        reasons: dict[Address, str] = {}
+
+        async def try_seed(seed: Address) -> None:
+            self._core.swim.remember_seed(seed)
+            try:
+                await self._exchange(seed)
+            except _CALL_FAILED as error:
+                reasons[seed] = str(error)
+
+        async with trio.open_nursery() as nursery:
+            for seed in others:
+                nursery.start_soon(try_seed, seed)
+        if others and len(reasons) == len(others):
+            raise JoinFailed(reasons)
+        return len(others) - len(reasons)
+
+    def publish(self, facts: Facts) -> None:
+        """This node's facts from now on, here at once and everywhere within milliseconds.
+
+        Raises:
+            LocalError: the record is larger than peers accept; the old one stays.
+        """
+        self._carry_out(self._core.publish(facts, trio.current_time()))
+
+    def lost(self, node: NodeId) -> None:
+        """A link to this peer broke: it is probed at once. Cheap; safe to call for every broken link."""
+        self._carry_out(self._core.lost(node, trio.current_time()))
+
+    def note_load(self, node: NodeId, load: Load) -> None:
+        """A peer told its load in an answer: newer than what gossip brought."""
+        if gossip.load_is_sane(load) and self._core.note_load(node, load, trio.current_time()):
+            self._show(node)
+
+    async def leave(self) -> None:
+        """Says goodbye: datagrams to many, a call to a few, within a second. Nothing is sent after that; `run` idles on."""
+        now = trio.current_time()
+        peers = [peer.address for peer in self.view.live() if peer.id != self.me]
+        self._carry_out(self._core.leave(now))
+        tail = sync.encode(self._core.farewell(now))
+
+        async def tell(address: Address) -> None:
+            try:
+                await self._call(address, sync.SYNC_KIND, {}, tail, timeout_s=FAREWELL_TIMEOUT_S)
+            except _CALL_FAILED:
+                self._counts["calls_failed"] += 1
+
+        with trio.move_on_after(FAREWELL_TIMEOUT_S, shield=True):
+            async with trio.open_nursery() as nursery:
+                for address in self._core.rng.sample(peers, min(FAREWELL_PUSHES, len(peers))):
+                    nursery.start_soon(tell, address)
+
+    async def changed(self, since_version: int) -> View:
+        """The first view after `since_version`: at once if there is one already."""
+        while self.view.version <= since_version:
+            await self._view_changed.wait()
+        return self.view
+
+    def subscribe(self, callback: Callable[[MemberEvent], None]) -> Callable[[], None]:
+        """Calls `callback` with each change of a member, after the view shows it; it must not block or raise.
+
+        Returns what ends the subscription.
+        """
+        self._subscribers.append(callback)
+        return lambda: self._subscribers.remove(callback) if callback in self._subscribers else None
+
+    def statistics(self) -> MembershipStatistics:
+        states = Counter(peer.state.value for peer in self._peers.values())
+        return MembershipStatistics(
+            MappingProxyType({state.value: states[state.value] for state in PeerState}),
+            self.view.version,
+            self._counts["datagrams_sent"],
+            self._counts["datagrams_received"],
+            self._counts["bytes_sent"],
+            self._counts["bytes_received"],
+            MappingProxyType(dict(self._dropped)),
+            self._counts["exchanges"],
+            self._counts["pushes"],
+            self._counts["calls_failed"],
+            self._counts["calls_skipped"],
+            self._core.facts.rejected,
+            self._core.swim.statistics(),
+        )
+
+    async def _receive(self) -> None:
+        assert self._datagrams is not None
+        while True:
+            await trio.lowlevel.wait_readable(self._datagrams)
+            self._drain()
+            await trio.lowlevel.checkpoint()
+
+    async def _keep_time(self) -> None:
+        while True:
+            self._armed_for = self._core.deadline
+            with trio.move_on_at(self._armed_for):
+                await self._deadline_moved.wait()
+            self._deadline_moved = trio.Event()
+            if trio.current_time() >= self._core.deadline:
+                self._drain()
+                now = trio.current_time()
+                self._core.set_load(self._load(), now)
+                self._carry_out(self._core.tick(now))
+                self._show(self.me)
+                await trio.lowlevel.checkpoint()
+
+    def _drain(self) -> None:
+        if self._datagrams is None:
+            return
+        self._core.set_load(self._load(), trio.current_time())
+        for _ in range(DRAIN_MAX):
+            try:
+                datagram, source = self._datagrams.recvfrom(gossip.MAX_DATAGRAM_BYTES + 1)
+            except BlockingIOError:
+                return
+            except OSError:
+                # An ICMP error about something sent earlier; the datagram it stands for was lost.
+                self._dropped["network"] += 1
+                continue
+            self._counts["datagrams_received"] += 1
+            self._counts["bytes_received"] += len(datagram)
+            self._take(datagram, (source[0], source[1]))
+
+    def _take(self, datagram: bytes, source: Address) -> None:
+        if len(datagram) > gossip.MAX_DATAGRAM_BYTES:
+            self._dropped["too long"] += 1
+            return
+        try:
+            message = gossip.decode(self._seal.open(datagram))
+        except SealBroken as error:
+            self._dropped[error.fault.value] += 1
+        except gossip.BadDatagram:
+            self._dropped["malformed"] += 1
+        else:
+            self._carry_out(self._core.receive(source, message, trio.current_time()))
+
+    def _carry_out(self, effects: list[Effect]) -> None:
+        changed: list[NodeId] = []
+        events: list[MemberEvent] = []
+        for effect in effects:
+            match effect:
+                case Send(to=to, message=message):
+                    self._send(to, message)
+                case Exchange(to=to):
+                    self._start_call(self._exchange, to)
+                case Push(to=to, sync=news):
+                    self._start_call(self._push, to, news)
+                case Measured(node=node):
+                    self._show(node)
+                case FactsChanged(node=node):
+                    changed.append(node)
+                case MemberForgotten(node=node):
+                    changed.append(node)
+                case MemberChanged(node=node, before=before, after=after, restarted=restarted):
+                    changed.append(node)
+                    if before is not after or restarted:
+                        events.append(MemberEvent(node, before, after, restarted))
+                case Renewed(epoch=epoch):
+                    self.on_renewed(epoch)
+        if changed:
+            self._refresh(changed)
+        for event in events:
+            for callback in list(self._subscribers):
+                callback(event)
+        if self._core.deadline < self._armed_for:
+            self._deadline_moved.set()
+
+    def _send(self, to: Address, message: gossip.Message) -> None:
+        if self._datagrams is None:
+            return
+        datagram = self._seal.seal(gossip.encode(message))
+        assert len(datagram) <= gossip.MAX_DATAGRAM_BYTES, "the core packs claims within the limit"
+        try:
+            self._datagrams.sendto(datagram, to)
+        except OSError:
+            self._dropped["unsent"] += 1  # buffer full, or no route
+            return
+        self._counts["datagrams_sent"] += 1
+        self._counts["bytes_sent"] += len(datagram)
+
+    def _refresh(self, nodes: list[NodeId]) -> None:
+        """A new view, in which these peers are as the core has them."""
+        peers = dict(self._peers)
+        for node in nodes:
+            if (peer := self._core.peer(node)) is not None:
+                peers[node] = peer
+            else:
+                peers.pop(node, None)
+        self._peers = peers
+        self.view = View(self.me, MappingProxyType(peers), self.view.version + 1)
+        self._view_changed.set()
+        self._view_changed = trio.Event()
+
+    def _show(self, node: NodeId) -> None:
+        """Puts fresh load and round trip into the view that is out: soft state, which changes no version and copies nothing."""
+        peer = self._core.peer(node) if node in self._peers else None
+        if peer is not None:
+            self._peers[node] = peer
+
+    def _start_call(self, job: Callable[..., Awaitable[None]], *args: object) -> None:
+        if self._nursery is None or self._calls >= CALLS_MAX:
+            self._counts["calls_skipped"] += 1
+            return
+        self._calls += 1
+        self._nursery.start_soon(self._tried, job, args)
+
+    async def _tried(self, job: Callable[..., Awaitable[None]], args: tuple[object, ...]) -> None:
+        try:
+            await job(*args)
+        except _CALL_FAILED:
+            self._counts["calls_failed"] += 1
+        finally:
+            self._calls -= 1
+
+    async def _exchange(self, to: Address) -> None:
+        """Raises what a call may, and RemoteError for an answer that is none."""
+        self._counts["exchanges"] += 1
+        wanted = await self._tell(to, self._core.ask())
+        if wanted is not None:
+            await self._tell(to, wanted)  # what the second answer may want is left to the next exchange
+
+    async def _tell(self, to: Address, ask: sync.Sync) -> sync.Sync | None:
+        _, tail = await self._call(to, sync.SYNC_KIND, {}, sync.encode(ask), timeout_s=EXCHANGE_TIMEOUT_S)
+        try:
+            synced = sync.decode_synced(tail)
+        except sync.BadSync as error:
+            raise RemoteError(format_address(to), str(error)) from None
+        wanted, effects = self._core.learn(self._node_at(to), synced, trio.current_time())
+        self._carry_out(effects)
+        return wanted
+
+    async def _push(self, to: Address, news: sync.Sync) -> None:
+        self._counts["pushes"] += 1
+        await self._call(to, sync.SYNC_KIND, {}, sync.encode(news), timeout_s=PUSH_TIMEOUT_S)
+
+    async def _answer_sync(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
+        try:
+            asked = sync.decode_sync(tail)
+        except sync.BadSync as error:
+            raise BadRequest(str(error)) from None
+        synced, effects = self._core.answer(sender, asked, trio.current_time())
+        self._carry_out(effects)
+        return {}, sync.encode(synced)
+
+    def _node_at(self, address: Address) -> NodeId | None:
+        return next((peer.id for peer in self._peers.values() if peer.address == address), None)
