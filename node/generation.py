@@ -15,7 +15,6 @@ A later journal commits each token to a peer before `Emit`; it slots in between 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -142,20 +141,22 @@ class OpenPath:
 
 @dataclass(frozen=True, slots=True)
 class ClosePath:
-    """Free the attempt's sequences on all its stages; nobody waits for it."""
+    """Free the attempt's sequences on all its stages; nobody waits for it. `lost`: the node that was to blame, if any."""
 
     attempt: int
     path: Stages
+    lost: NodeId | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Emit:
-    """The next token of the answer, for the client."""
+    """The next token of the answer, for the client; with `finish` it is the last."""
 
     position: int
     token: int
-    logprob: float | None
-    top: tuple[tuple[int, float], ...]
+    finish: str | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +285,7 @@ class Generation:
         self._wake_at = now + self.patience.silence_s
         self._barren = self._bounced = 0
         self._give_up_at = math.inf
-        emit = Emit(drawn.position, drawn.token, drawn.logprob, drawn.top)
+        emit = Emit(drawn.position, drawn.token, drawn.finish, drawn.logprob, drawn.top)
         return [emit] if drawn.finish is None else [emit, *self._end(Phase.DONE, Finish(drawn.finish))]
 
     def _refused(self, node: NodeId, retry_after_s: float, now: float) -> list[Effect]:
@@ -302,10 +303,10 @@ class Generation:
         if self.phase not in (Phase.OPENING, Phase.RUNNING):
             return []
         if fault is not None:
-            return self._end(Phase.FAILED, Fail(fault))
+            return self._end(Phase.FAILED, Fail(fault))  # the request is to blame, no node
         self._barren += 1
         self.history.append(reason)
-        close: list[Effect] = [ClosePath(self.attempt, self.path)]
+        close: list[Effect] = [ClosePath(self.attempt, self.path, node)]
         if node is not None:
             self._avoid[node] = now + self.patience.avoid_s
         self.path = ()
@@ -344,8 +345,3 @@ class Generation:
 
 def _fault(event: StageLost) -> MeshError:
     return event.error or MeshError(event.reason)
-
-
-def count_attempts(generations: Mapping[int, Generation]) -> int:
-    """Attempts of a request as the client is told: 1 when undisturbed, one more for each path that was lost."""
-    return 1 + sum(len(generation.history) for generation in generations.values())

@@ -1,0 +1,112 @@
+"""The entry: all requests whose clients hold a connection to this node."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+import trio
+
+from mesh.errors import BadRequest, Refused
+from mesh.ids import NodeId
+from node.engine.api import SequenceLost, TokenOut
+from node.generation import PeerGone, StageLost, TokenDrawn
+from node.planning import Planning
+from node.prompts import Prompts
+from node.recent import RecentRequests
+from node.request_run import EntryCounters, EntryNode, RequestRun
+from node.requests import GenerateEvent, GenerateRequest
+
+REQUESTS_AT_ONCE = 4096  # memory of waiting requests; beyond it the mesh says 503
+
+
+@dataclass(frozen=True, slots=True)
+class EntryStatistics:
+    running: int
+    waiting: int
+    counters: EntryCounters
+
+
+class Entry:
+    """Takes requests up, and passes on to each what peers tell of it."""
+
+    def __init__(self, node: EntryNode, prompts: Prompts, planning: Planning, request_timeout_s: float) -> None:
+        self.node = node
+        self.recent = RecentRequests()
+        self._prompts = prompts
+        self._planning = planning
+        self._request_timeout_s = request_timeout_s
+        self._runs: dict[str, RequestRun] = {}
+        self._nursery: trio.Nursery | None = None
+        self._counters = EntryCounters()
+
+    def statistics(self) -> EntryStatistics:
+        running = sum(run.has_tokens for run in self._runs.values())
+        return EntryStatistics(running, len(self._runs) - running, replace(self._counters))
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Owns the tasks of all requests."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await trio.sleep_forever()
+
+    @asynccontextmanager
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[AsyncIterator[GenerateEvent]]:
+        """See `node.services.NodeServices.generate`."""
+        if len(self._runs) >= REQUESTS_AT_ONCE:
+            raise Refused(f"{REQUESTS_AT_ONCE} requests wait at this node already", 2.0)
+        if request.id in self._runs:
+            raise BadRequest(f"stream {request.id} is running already", status=409)
+        deadline_at = trio.current_time() + (request.deadline_s or self._request_timeout_s)
+        prompt = await self._prompts.prepare(request)
+        run = RequestRun(self.node, self._planning, self._counters, request, prompt, deadline_at)
+        self._runs[request.id] = run
+        self.recent.add(run.record)
+        self._counters.requests += 1
+        self._counters.prompt_tokens += len(prompt.tokens)
+        assert self._nursery is not None, "Entry.run must be running"
+        self._nursery.start_soon(self._drive, run)
+        try:
+            yield run.events()
+        finally:
+            run.cancel()
+
+    async def _drive(self, run: RequestRun) -> None:
+        try:
+            await run.drive()
+        finally:
+            del self._runs[run.request.id]
+
+    def cancel(self, stream: str) -> bool:
+        """Ends a running request for good; False when it does not run here."""
+        run = self._runs.get(stream)
+        if run is not None:
+            run.cancel()
+        return run is not None
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._runs)
+
+    # --- what peers tell (node.stages.TokenSink)
+
+    def token(self, token: TokenOut) -> None:
+        run = self._runs.get(token.key.stream)
+        if run is None:
+            self._counters.late_tokens += 1
+            return
+        key = token.key
+        run.tell(key.choice, TokenDrawn(key.attempt, token.position, token.token, token.finish, token.logprob, token.top))
+
+    def lost(self, lost: SequenceLost, node: NodeId | None) -> None:
+        run = self._runs.get(lost.key.stream)
+        if run is not None:
+            fault = None if lost.retryable else BadRequest(lost.reason)
+            run.tell(lost.key.choice, StageLost(lost.key.attempt, node, lost.reason, lost.retryable, fault))
+
+    def peer_gone(self, node: NodeId, reason: str) -> None:
+        """A link to the node broke, or membership gave it up."""
+        for run in self._runs.values():
+            run.tell_all(PeerGone(node, reason))

@@ -1,0 +1,69 @@
+"""A model's text side: its tokenizer and chat template, on every node that takes requests for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mesh.errors import BadRequest
+
+
+@dataclass(frozen=True)
+class ModelText:
+    """Prompt to tokens and back. All methods are pure; `encode*` of a long prompt takes milliseconds: call them in a thread."""
+
+    tokenizer: Any  # transformers' PreTrainedTokenizerFast
+    end_tokens: tuple[int, ...]  # end-of-sequence ids, from the generation config and the tokenizer
+    vocab_size: int
+
+    @classmethod
+    def load(cls, directory: Path) -> ModelText:
+        """Reads tokenizer and generation config (*blocking*, a second the first time).
+
+        Raises:
+            BadRequest: no tokenizer there.
+        """
+        from transformers import AutoTokenizer, GenerationConfig
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise BadRequest(
+                f"{directory} holds no tokenizer ({_first_line(error)}); save it there with tokenizer.save_pretrained",
+                "model",
+            ) from None
+        ends = [tokenizer.eos_token_id]
+        if (directory / "generation_config.json").is_file():
+            configured = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
+            ends += configured if isinstance(configured, list) else [configured]
+        return cls(tokenizer, tuple(sorted({end for end in ends if end is not None})), len(tokenizer))
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        """The conversation through the model's own chat template, ready for the assistant's turn.
+
+        Raises:
+            BadRequest: the template refuses the messages, or the model has none.
+        """
+        from jinja2.exceptions import TemplateError
+
+        if not self.tokenizer.chat_template:
+            raise BadRequest("this model has no chat template; use /v1/completions", "messages")
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+        except TemplateError as error:
+            raise BadRequest(f"the model's chat template refuses these messages: {_first_line(error)}", "messages") from None
+        return tuple(encoded["input_ids"])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

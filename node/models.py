@@ -1,0 +1,65 @@
+"""The models this node was given: where their files are, what they are called, their text side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mesh.errors import BadRequest
+from mesh.ids import ModelId
+from mesh.view import ModelCard
+from node.model_text import ModelText
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    card: ModelCard
+    directory: Path
+    text: ModelText
+
+
+def parse_reference(reference: str) -> tuple[ModelId, Path]:
+    """`DIR` or `NAME=DIR` as the model's id and its directory.
+
+    Raises:
+        BadRequest: no such directory, with what would work.
+    """
+    name, equals, path = reference.partition("=")
+    directory = Path(path if equals else reference).expanduser()
+    if not directory.is_dir():
+        raise BadRequest(
+            f"--model {reference}: there is no directory {directory}; give a directory that save_pretrained wrote "
+            "(config.json, *.safetensors, tokenizer), or NAME=DIR",
+            "model",
+        )
+    return ModelId(name if equals else directory.resolve().name), directory
+
+
+class Models:
+    """By id. The first one added answers requests that name no model."""
+
+    def __init__(self) -> None:
+        self._models: dict[ModelId, ServedModel] = {}
+
+    def add(self, model: ServedModel) -> None:
+        self._models[model.card.id] = model
+
+    def update(self, card: ModelCard) -> None:
+        """A span was loaded: the card now has its numerics."""
+        self._models[card.id] = replace(self._models[card.id], card=card)
+
+    def get(self, model: ModelId | None) -> ServedModel:
+        """Raises BadRequest (404, model_not_found), naming what is there."""
+        if model is None and self._models:
+            return next(iter(self._models.values()))
+        found = self._models.get(model) if model is not None else None
+        if found is None:
+            known = ", ".join(sorted(self._models)) or "none"
+            raise BadRequest(f"there is no model {model!r} here; known: {known}", "model", "model_not_found", 404)
+        return found
+
+    def cards(self) -> list[ModelCard]:
+        return [model.card for model in self._models.values()]
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self._models.values())

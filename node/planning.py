@@ -1,0 +1,96 @@
+"""The entry's door to routing: plans paths over the current view, and keeps the ledger of what was sent where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from mesh.ids import ModelId, NodeId
+from mesh.view import View
+from node.engine.api import SequenceKey
+from node.generation import StageAt, Stages
+from routing.dispatches import Dispatch, Dispatches
+from routing.path import Path, plan
+from routing.policies import Policy, policy_named
+from routing.score import Work
+
+EXPECTED_OUTPUT_TOKENS = 256  # of an answer that may be longer; until averages per model are kept
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What planning needs to know of a request."""
+
+    model: ModelId
+    layers: int
+    known_tokens: int  # prompt, and answer so far: what the new path must prefill
+    tokens_to_come: int
+    exclude: frozenset[NodeId]
+    numerics: str  # the fingerprint of the attempt before: an equal one keeps the promise of equal tokens; empty: any
+    policy: str  # empty: the default
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedPath:
+    stages: Stages
+    numerics: str  # common fingerprint; empty when the stages differ
+    why: dict[str, Any]
+
+
+class Planning:
+    """One for a node: all its requests' own dispatches count against the peers at once."""
+
+    def __init__(self, view: Callable[[], View], now: Callable[[], float], rng: Random) -> None:
+        self._view = view
+        self._now = now
+        self._rng = rng
+        self._policies: dict[str, Policy] = {}
+        self._dispatches = Dispatches()
+        self._sent: dict[SequenceKey, list[Dispatch]] = {}
+
+    def plan(self, request: PlanRequest) -> PlannedPath:
+        """Raises NoPath, naming the layers nobody holds; BadRequest for an unknown policy."""
+        path = plan(
+            self._view(),
+            request.model,
+            request.layers,
+            self._policy(request.policy),
+            self._rng,
+            self._now(),
+            work=Work(request.known_tokens, min(request.tokens_to_come, EXPECTED_OUTPUT_TOKENS)),
+            dispatches=self._dispatches,
+            excluded=request.exclude,
+            numerics=request.numerics,
+        )
+        stages = tuple(StageAt(stage.node, stage.address, stage.start, stage.end) for stage in path)
+        return PlannedPath(stages, path.numerics, _explanation(path))
+
+    def _policy(self, name: str) -> Policy:
+        if name not in self._policies:
+            self._policies[name] = policy_named(name)
+        return self._policies[name]
+
+    def dispatched(self, key: SequenceKey, stages: Stages, prefill_tokens: int) -> None:
+        now = self._now()
+        self._sent[key] = [self._dispatches.dispatch(stage.node, now, prefill_tokens) for stage in stages]
+
+    def finished(self, key: SequenceKey, *, ok: bool, lost: NodeId | None = None) -> None:
+        """The attempt ended: well, by the fault of `lost`, or (neither) by nobody's."""
+        for sent in self._sent.pop(key, []):
+            self._dispatches.done(sent, self._now(), ok=False if sent.node == lost else (True if ok else None))
+
+    def forget(self, node: NodeId) -> None:
+        """The node died or restarted: its past says nothing of its next life."""
+        self._dispatches.forget(node)
+
+
+def _explanation(path: Path) -> dict[str, Any]:
+    return {
+        "path": [{"node": stage.node, "start": stage.start, "end": stage.end} for stage in path],
+        "cost_ms": round(path.cost_ms, 3),
+        "candidates": [
+            {"stage": each.stage, "rank": each.rank, "node": each.node, "terms_ms": each.terms_ms} for each in path.considered
+        ],
+    }

@@ -1,0 +1,117 @@
+"""From a request to the tokens that an engine sees: retrieval, chat template, limits, seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from random import SystemRandom
+from typing import Any
+
+import msgspec
+import trio
+from rag.service import Documents
+
+from mesh.errors import BadRequest
+from node.models import Models, ServedModel
+from node.requests import Citation, GenerateRequest, RetrievalReport, SamplingParams
+from rag.context import build, citations
+from rag.types import SearchResult
+
+CONTEXT_SHARE = 0.6  # of the model's context that passages may fill; the rest is the question's and the answer's
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    model: ServedModel
+    tokens: tuple[int, ...]
+    sampling: SamplingParams  # max_tokens, seed and end tokens settled
+    seed: int
+    retrieved: SearchResult | None = None
+
+    def choice_sampling(self, choice: int) -> SamplingParams:
+        """Choice 0 draws with the request's seed; the others with seeds that follow from it."""
+        if choice == 0:
+            return self.sampling
+        digest = hashlib.blake2b(f"{self.seed}:{choice}".encode(), digest_size=8).digest()
+        return msgspec.structs.replace(self.sampling, seed=int.from_bytes(digest, "big") >> 1)
+
+    def retrieval_report(self, texts: Sequence[str]) -> RetrievalReport | None:
+        if self.retrieved is None:
+            return None
+        result = self.retrieved
+        cited = {c.number: c for text in texts for c in citations(text, result.passages)}
+        return RetrievalReport(
+            result.store,
+            result.digest,
+            result.shards_ok,
+            result.shards_total,
+            tuple(Citation(c.number, c.file_id, c.filename, c.quote, c.start, c.end) for _, c in sorted(cited.items())),
+        )
+
+
+class Prompts:
+    def __init__(self, models: Models, documents: Documents) -> None:
+        self._models = models
+        self._documents = documents
+
+    async def prepare(self, request: GenerateRequest) -> Prompt:
+        """Raises BadRequest: unknown model or store, a prompt that does not fit, tokens out of range."""
+        model = self._models.get(request.model)
+        retrieved = None
+        if request.retrieval is not None and request.messages is not None:
+            request, retrieved = await self._with_passages(request, model)
+        tokens = await trio.to_thread.run_sync(encode, request, model)
+        _check_tokens(tokens, model, request)
+        room = model.card.max_model_len - len(tokens)
+        if room < 1 or (request.max_tokens or 0) > room:
+            raise BadRequest(
+                f"the context of {model.card.id} is {model.card.max_model_len} tokens; the prompt has {len(tokens)} and "
+                f"max_tokens asks for {request.max_tokens or 1} more; shorten the prompt or lower max_tokens",
+                "messages" if request.messages is not None else "prompt",
+                "context_length_exceeded",
+            )
+        seed = request.seed if request.seed is not None else SystemRandom().getrandbits(53)  # 53 bits: exact in JSON
+        ends = () if request.sampling.ignore_eos else model.text.end_tokens
+        sampling = msgspec.structs.replace(
+            request.sampling,
+            seed=seed,
+            max_tokens=request.max_tokens or room,
+            stop_token_ids=tuple(sorted({*request.sampling.stop_token_ids, *ends})),
+        )
+        return Prompt(model, tokens, sampling, seed, retrieved)
+
+    async def _with_passages(self, request: GenerateRequest, model: ServedModel) -> tuple[GenerateRequest, SearchResult]:
+        """Puts what the store knows of the last user message in front of it."""
+        assert request.retrieval is not None and request.messages is not None
+        messages = [dict(message) for message in request.messages]
+        asked = next((m for m in reversed(messages) if m.get("role") == "user"), None)
+        if asked is None:
+            raise BadRequest("retrieval needs a user message to search for", "messages")
+        question = str(asked["content"])
+        result = await self._documents.search(request.retrieval.store, question, request.retrieval.top_k)
+        budget_tokens = int(CONTEXT_SHARE * (model.card.max_model_len - (request.max_tokens or 0)))
+        context = build(question, result.passages, budget_tokens, lambda text: len(model.text.encode(text)))
+        asked["content"] = context.prompt
+        return replace(request, messages=tuple(messages)), replace(result, passages=context.passages)
+
+
+def encode(request: GenerateRequest, model: ServedModel) -> tuple[int, ...]:
+    """The request's tokens (*blocking*, milliseconds for a long prompt)."""
+    if request.prompt_ids is not None:
+        return request.prompt_ids
+    if request.messages is not None:
+        return model.text.encode_chat(request.messages)
+    return model.text.encode(request.prompt or "")
+
+
+def _check_tokens(tokens: tuple[int, ...], model: ServedModel, request: GenerateRequest) -> None:
+    param = "messages" if request.messages is not None else "prompt"
+    if not tokens:
+        raise BadRequest("the prompt is empty: at least one token is needed", param)
+    bad: Any = next((token for token in tokens if not 0 <= token < model.text.vocab_size), None)
+    if bad is not None:
+        raise BadRequest(f"token {bad} is not in the vocabulary of {model.card.id} (0 to {model.text.vocab_size - 1})", param)
+    for token in request.sampling.logit_bias:
+        if not 0 <= token < model.text.vocab_size:
+            raise BadRequest(f"token {token} is not in the vocabulary of {model.card.id}", "logit_bias")

@@ -1,0 +1,296 @@
+"""One request under way: the cores of its choices, their texts, and the channel to its client.
+
+One task drives it: events go into the cores, their effects are carried out with no await in between.
+What takes time (opening a path) is a task of its own whose outcome comes back as an event.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import structlog
+import trio
+
+from mesh.calls import Call, Post
+from mesh.errors import BadRequest, DeadlineExceeded, MeshError, PeerLost, Refused
+from mesh.ids import Address, NodeId
+from node.choice_text import ChoiceText
+from node.engine.api import OpenSequence, SequenceKey
+from node.generation import (
+    Cancelled,
+    ClosePath,
+    Effect,
+    Emit,
+    Event,
+    Fail,
+    Generation,
+    Opened,
+    OpenPath,
+    OpenRefused,
+    Phase,
+    Plan,
+    Planned,
+    StageLost,
+    Stages,
+    StopFound,
+    Unplannable,
+)
+from node.planning import Planning, PlanRequest
+from node.prompts import Prompt
+from node.recent import RequestRecord
+from node.requests import ChoiceDone, Finished, GenerateEvent, GenerateRequest, StageUse, Started, TextDelta
+from node.stages import OpenStage, open_path
+
+OPEN_TIMEOUT_S = 5.0  # a peer that does not answer an open in this time is avoided
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class EntryNode:
+    """Where the entry stands in the mesh."""
+
+    id: NodeId
+    address: Address
+    call: Call
+    post: Post
+
+
+@dataclass(slots=True)
+class EntryCounters:
+    """Since the start."""
+
+    requests: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    attempts_lost: int = 0
+    late_tokens: int = 0
+
+
+class RequestRun:
+    """Made by `node.entry`; `drive` runs in a task of the entry's, `events` in the client's."""
+
+    def __init__(
+        self,
+        node: EntryNode,
+        planning: Planning,
+        counters: EntryCounters,
+        request: GenerateRequest,
+        prompt: Prompt,
+        deadline_at: float,
+    ) -> None:
+        self.request = request
+        self.record = RequestRecord(request.id, request.request_id, node.id)
+        self._node = node
+        self._planning = planning
+        self._counters = counters
+        self._prompt = prompt
+        self._cores = {choice: Generation(len(prompt.tokens), deadline_at) for choice in range(request.n)}
+        self._texts = {choice: ChoiceText(prompt.model.text.decode, request, prompt.tokens) for choice in self._cores}
+        self.record.generations = self._cores
+        self._inbox: deque[tuple[int, Event]] = deque()  # bounded by the choices' max_tokens: positions are numbered
+        self._woken = trio.Event()
+        self._opening: dict[int, trio.CancelScope] = {}
+        self._numerics: set[str] = set()
+        # The reader may be slower than the mesh; what waits for it is bounded by the request's own max_tokens.
+        self._events_in, self._events_out = trio.open_memory_channel[GenerateEvent | MeshError](math.inf)
+
+    @property
+    def has_tokens(self) -> bool:
+        return any(core.tokens for core in self._cores.values())
+
+    # --- the client's side
+
+    async def events(self) -> AsyncIterator[GenerateEvent]:
+        async for event in self._events_out:
+            if isinstance(event, MeshError):
+                raise event
+            yield event
+
+    def cancel(self) -> None:
+        self.tell_all(Cancelled())
+
+    # --- the mesh's side
+
+    def tell(self, choice: int, event: Event) -> None:
+        if choice in self._cores:
+            self._inbox.append((choice, event))
+            self._woken.set()
+
+    def tell_all(self, event: Event) -> None:
+        for choice in self._cores:
+            self.tell(choice, event)
+
+    async def drive(self) -> None:
+        """Until every choice has ended."""
+        self._send(Started(self._prompt.model.card.id, self._prompt.seed, len(self._prompt.tokens)))
+        async with trio.open_nursery() as open_nursery:
+            for choice, core in self._cores.items():
+                self._carry_out(choice, core.start(trio.current_time()), open_nursery)
+            while not all(core.ended for core in self._cores.values()):
+                with trio.move_on_at(min(core.deadline for core in self._cores.values())):
+                    await self._woken.wait()
+                self._woken = trio.Event()
+                now = trio.current_time()
+                while self._inbox:
+                    choice, event = self._inbox.popleft()
+                    self._carry_out(choice, self._cores[choice].receive(event, now), open_nursery)
+                for choice, core in self._cores.items():
+                    self._carry_out(choice, core.tick(now), open_nursery)
+            open_nursery.cancel_scope.cancel()
+        self._finish()
+
+    def _carry_out(self, choice: int, effects: list[Effect], open_nursery: trio.Nursery) -> None:
+        for effect in effects:
+            match effect:
+                case Plan():
+                    self._plan(choice, effect)
+                case OpenPath():
+                    scope = self._opening[choice] = trio.CancelScope()
+                    self.record.last_paths[choice] = effect.path
+                    self._planning.dispatched(self._key(choice, effect.attempt), effect.path, self._known_tokens(choice))
+                    open_nursery.start_soon(self._open, choice, effect, scope)
+                case ClosePath():
+                    self._close(choice, effect)
+                case Emit():
+                    self._on_token(choice, effect)
+                case Fail(error=error):
+                    self._fail(error)
+
+    def _plan(self, choice: int, plan: Plan) -> None:
+        card, core = self._prompt.model.card, self._cores[choice]
+        request = PlanRequest(
+            model=card.id,
+            layers=card.layers,
+            known_tokens=self._known_tokens(choice),
+            tokens_to_come=self._prompt.sampling.max_tokens - len(core.tokens),
+            exclude=plan.exclude,
+            numerics=next(iter(self._numerics)) if len(self._numerics) == 1 else "",
+            policy=self.request.policy,
+        )
+        try:
+            planned = self._planning.plan(request)
+        except MeshError as error:
+            self.tell(choice, Unplannable(plan.attempt, error))
+            return
+        self._numerics.add(planned.numerics)
+        self.record.why.append({"choice": choice, "attempt": plan.attempt, **planned.why})
+        self.tell(choice, Planned(plan.attempt, planned.stages))
+
+    async def _open(self, choice: int, effect: OpenPath, scope: trio.CancelScope) -> None:
+        stages = [(stage.address, self._open_stage(choice, effect, index)) for index, stage in enumerate(effect.path)]
+        with scope:
+            failure = await open_path(self._node.call, stages, timeout_s=OPEN_TIMEOUT_S)
+            if failure is None:
+                self.tell(choice, Opened(effect.attempt))
+                return
+            node = next(stage.node for stage in effect.path if stage.address == failure.address)
+            match failure.error:
+                case Refused() as refused:
+                    self._post_close(choice, effect.attempt, effect.path)
+                    self._planning.finished(self._key(choice, effect.attempt), ok=False)
+                    self.tell(choice, OpenRefused(effect.attempt, node, refused.retry_after_s))
+                case PeerLost() | DeadlineExceeded() as error:
+                    self.tell(choice, StageLost(effect.attempt, node, f"{node}: {error}"))
+                case error:
+                    retryable = not isinstance(error, BadRequest)
+                    self.tell(choice, StageLost(effect.attempt, node, str(error), retryable, error))
+
+    def _open_stage(self, choice: int, effect: OpenPath, index: int) -> OpenStage:
+        stage, prompt = effect.path[index], self._prompt
+        is_first, is_last = index == 0, index == len(effect.path) - 1
+        tokens = (*prompt.tokens, *effect.tokens)
+        sequence = OpenSequence(
+            stream=self.request.id,
+            choice=choice,
+            attempt=effect.attempt,
+            model=prompt.model.card.id,
+            start=stage.start,
+            end=stage.end,
+            prompt_tokens=len(prompt.tokens),
+            known=len(tokens),
+            tokens=tokens if is_first or is_last else (),
+            sampling=prompt.choice_sampling(choice),
+        )
+        next_address = None if is_last else effect.path[index + 1].address
+        return OpenStage(sequence, self._node.id, self._node.address, effect.path[0].address, next_address)
+
+    def _close(self, choice: int, effect: ClosePath) -> None:
+        scope = self._opening.pop(choice, None)
+        if scope is not None:
+            scope.cancel()
+        core = self._cores[choice]
+        self._planning.finished(self._key(choice, effect.attempt), ok=core.phase is Phase.DONE, lost=effect.lost)
+        if not core.ended:
+            self._counters.attempts_lost += 1
+            log.info("attempt.lost", stream=self.request.id, attempt=effect.attempt, reason=core.history[-1])
+        self._post_close(choice, effect.attempt, effect.path)
+
+    def _post_close(self, choice: int, attempt: int, path: Stages) -> None:
+        key = self._key(choice, attempt)
+        for address in {stage.address for stage in path}:
+            try:
+                self._node.post(address, "stage.close", {"keys": [list(key)]})
+            except PeerLost:
+                pass  # a lost peer frees it by itself: its entry is gone for it too, or its sweep finds it
+
+    def _key(self, choice: int, attempt: int) -> SequenceKey:
+        return SequenceKey(self.request.id, choice, attempt)
+
+    def _known_tokens(self, choice: int) -> int:
+        return len(self._prompt.tokens) + len(self._cores[choice].tokens)
+
+    # --- tokens to events
+
+    def _send(self, event: GenerateEvent | MeshError) -> None:
+        self._events_in.send_nowait(event)
+
+    def _on_token(self, choice: int, emit: Emit) -> None:
+        self._counters.tokens += 1
+        step, logprobs = self._texts[choice].feed(emit)
+        if step.text or step.token_ids:
+            self.record.seq += len(step.token_ids)
+            self._send(TextDelta(choice, step.text, step.token_ids, self.record.seq, logprobs))
+        if step.finish_reason is not None:
+            self.record.seq += len(step.end_token_ids)
+            self._send(ChoiceDone(choice, step.finish_reason, self.record.seq, step.end_token_ids))
+            self.tell(choice, StopFound())  # changes nothing where the engine ended it
+
+    def _fail(self, error: MeshError) -> None:
+        self._send(error)
+        self.tell_all(Cancelled())
+
+    def _finish(self) -> None:
+        phases = {core.phase for core in self._cores.values()}
+        if phases == {Phase.DONE}:
+            self._counters.succeeded += 1
+            self._send(self._finished())
+        elif Phase.FAILED in phases:
+            self._counters.failed += 1
+        else:
+            self._counters.cancelled += 1
+            self._send(Refused("the request was cancelled", 0.0))
+        self._events_in.close()
+
+    def _finished(self) -> Finished:
+        return Finished(
+            seq=self.record.seq,
+            prompt_tokens=len(self._prompt.tokens),
+            completion_tokens=self.record.seq,
+            seed=self._prompt.seed,
+            numerics="exact" if self._is_exact() else "approximate",
+            attempts=self.record.attempts,
+            path=tuple(StageUse(stage.node, stage.start, stage.end) for stage in self.record.last_paths.get(0, ())),
+            retrieval=self._prompt.retrieval_report([text.whole for text in self._texts.values()]),
+        )
+
+    def _is_exact(self) -> bool:
+        """All paths of all attempts computed with one set of exact kernels."""
+        [numerics] = self._numerics if len(self._numerics) == 1 else [""]
+        return bool(numerics) and not numerics.startswith("approximate")

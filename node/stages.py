@@ -1,0 +1,270 @@
+"""The shell between peers and the engine: opens sequences for others, and carries what steps bring.
+
+Activations go straight to the next stage; a token goes to the entry node and back to the first
+stage, which decodes on without waiting for the entry. What the engine gives in one step for one
+peer shares a frame. No decision is made here: which path, which token, when to try again is the
+generation's (`node.generation`), at the entry.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import msgspec
+import structlog
+import trio
+
+from mesh.calls import Call, Header, Post, Reply
+from mesh.errors import BadRequest, MeshError, PeerLost, RemoteError
+from mesh.ids import Address, NodeId, StreamId
+from node.engine.api import Engine, EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
+
+IDLE_S = 120.0  # a sequence that nothing came for: its close was lost with a link; longer than any wait for a step
+CLOSED_REMEMBERED = 8192  # an open that was overtaken by its close must find it here; seconds of requests
+
+log = structlog.get_logger()
+
+
+class OpenStage(msgspec.Struct, frozen=True):
+    """The call `stage.open`: compute `sequence` for `entry`; where its activations and tokens go."""
+
+    sequence: OpenSequence
+    entry: NodeId
+    entry_address: Address
+    first_address: Address
+    next_address: Address | None  # None: this is the last stage
+
+
+class TokenSink(Protocol):
+    """What the entry node hears of its own generations."""
+
+    def token(self, token: TokenOut) -> None: ...
+
+    def lost(self, lost: SequenceLost, node: NodeId) -> None: ...
+
+
+@dataclass(slots=True)
+class StagesStatistics:
+    """Counters since the start."""
+
+    opened: int = 0
+    refused: int = 0
+    hidden_frames: int = 0
+    token_frames: int = 0
+    rejected_rows: int = 0
+    lost_to_peers: int = 0
+
+
+class Stages:
+    """Serves this node's spans to every entry, its own included."""
+
+    def __init__(self, me: NodeId, engine: Engine, post: Post, sink: TokenSink) -> None:
+        self.me = me
+        self.handlers = {"stage.open": self._on_open}
+        self.receivers = {
+            "stage.hidden": self._on_hidden,
+            "stage.tokens": self._on_tokens,
+            "stage.lost": self._on_lost,
+            "stage.close": self._on_close,
+        }
+        self._engine = engine
+        self._post = post
+        self._sink = sink
+        self._routes: dict[SequenceKey, OpenStage] = {}
+        self._heard_at: dict[SequenceKey, float] = {}
+        self._closed: OrderedDict[SequenceKey, None] = OrderedDict()
+        self._counters = StagesStatistics()
+
+    def statistics(self) -> StagesStatistics:
+        return replace(self._counters)
+
+    def deliverer(self, token: trio.lowlevel.TrioToken) -> Callable[[list[EngineOutput]], None]:
+        """The engine thread's way back into trio; outputs of one step are carried as one."""
+
+        def deliver(outputs: list[EngineOutput]) -> None:
+            try:
+                token.run_sync_soon(self.carry, outputs)
+            except trio.RunFinishedError:
+                pass  # the node has stopped; so will the engine
+
+        return deliver
+
+    # --- what the engine brings
+
+    def carry(self, outputs: list[EngineOutput]) -> None:
+        """Sends the outputs of one engine step on their ways, one frame a peer."""
+        hidden: defaultdict[Address, list[HiddenOut]] = defaultdict(list)
+        tokens: defaultdict[Address, list[TokenOut]] = defaultdict(list)
+        for output in outputs:
+            route = self._routes.get(output.key)
+            if route is None:
+                continue  # closed while the step ran
+            self._heard_at[output.key] = trio.current_time()
+            if isinstance(output, HiddenOut):
+                if route.next_address is not None:
+                    hidden[route.next_address].append(output)
+            elif isinstance(output, TokenOut):
+                for address in {route.entry_address, route.first_address}:
+                    tokens[address].append(output)
+                if output.finish is not None:
+                    self._forget(output.key)
+            else:
+                self._give_up(route, output, self.me)
+        for address, rows in hidden.items():
+            self._send_hidden(address, rows)
+        for address, drawn in tokens.items():
+            self._send_tokens(address, drawn)
+
+    def _send_hidden(self, address: Address, rows: list[HiddenOut]) -> None:
+        header = {"rows": [[*row.key, row.position, row.count, len(row.data)] for row in rows]}
+        try:
+            self._post(address, "stage.hidden", header, b"".join(row.data for row in rows))
+            self._counters.hidden_frames += 1
+        except PeerLost as error:
+            self._lose({row.key for row in rows}, address, error.reason)
+
+    def _send_tokens(self, address: Address, drawn: list[TokenOut]) -> None:
+        header = {"tokens": [[*t.key, t.position, t.token, t.finish, t.logprob, [list(pair) for pair in t.top]] for t in drawn]}
+        try:
+            self._post(address, "stage.tokens", header)
+            self._counters.token_frames += 1
+        except PeerLost as error:
+            self._lose({token.key for token in drawn}, address, error.reason)
+
+    def _lose(self, keys: set[SequenceKey], address: Address, reason: str) -> None:
+        for key in keys:
+            route = self._routes.get(key)
+            if route is not None:
+                self._counters.lost_to_peers += 1
+                self._engine.close(key)
+                self._give_up(route, SequenceLost(key, f"the link to {address[0]}:{address[1]} is lost: {reason}"), None)
+
+    def _give_up(self, route: OpenStage, lost: SequenceLost, node: NodeId | None) -> None:
+        self._forget(lost.key)
+        header = {"key": list(lost.key), "reason": lost.reason, "retryable": lost.retryable, "node": node}
+        try:
+            self._post(route.entry_address, "stage.lost", header)
+        except PeerLost:
+            pass  # the entry is gone too: nobody waits
+
+    # --- what peers bring
+
+    async def _on_open(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
+        stage = _decode_open(sender, tail)
+        key = stage.sequence.key
+        if key in self._closed:
+            raise RemoteError(sender, "closed before it was opened")
+        if key not in self._routes:  # a repeat is answered as the first was
+            self._routes[key] = stage
+            self._heard_at[key] = trio.current_time()
+            try:
+                self._engine.open(stage.sequence)
+            except MeshError:
+                self._forget(key)
+                self._counters.refused += 1
+                raise
+            self._counters.opened += 1
+        return {}, b""
+
+    def _on_hidden(self, sender: NodeId, header: Header, tail: bytes) -> None:
+        offset = 0
+        for stream, choice, attempt, position, count, size_bytes in header["rows"]:
+            if not (type(size_bytes) is int and 0 <= size_bytes <= len(tail) - offset):
+                raise RemoteError(sender, "activations shorter than their header says")
+            key = SequenceKey(StreamId(stream), choice, attempt)
+            data = tail[offset : offset + size_bytes]
+            offset += size_bytes
+            if key in self._routes and type(position) is int and type(count) is int and count > 0:
+                self._engine.push(key, position, count, data)
+            else:
+                self._counters.rejected_rows += 1
+
+    def _on_tokens(self, sender: NodeId, header: Header, tail: bytes) -> None:
+        for stream, choice, attempt, position, token, finish, logprob, top in header["tokens"]:
+            key = SequenceKey(StreamId(stream), choice, attempt)
+            route = self._routes.get(key)
+            if route is not None and route.sequence.start == 0 and route.next_address is not None and finish is None:
+                self._engine.token(key, position, token)
+            self._sink.token(TokenOut(key, position, token, finish, logprob, tuple((t, p) for t, p in top)))
+
+    def _on_lost(self, sender: NodeId, header: Header, tail: bytes) -> None:
+        stream, choice, attempt = header["key"]
+        key = SequenceKey(StreamId(stream), choice, attempt)
+        self._sink.lost(SequenceLost(key, str(header["reason"])[:500], bool(header["retryable"])), header["node"])
+
+    def _on_close(self, sender: NodeId, header: Header, tail: bytes) -> None:
+        for stream, choice, attempt in header["keys"]:
+            self.close(SequenceKey(StreamId(stream), choice, attempt))
+
+    # --- what ends a sequence
+
+    def close(self, key: SequenceKey) -> None:
+        self._forget(key)
+        self._engine.close(key)
+
+    def _forget(self, key: SequenceKey) -> None:
+        self._routes.pop(key, None)
+        self._heard_at.pop(key, None)
+        self._closed[key] = None
+        while len(self._closed) > CLOSED_REMEMBERED:
+            self._closed.popitem(last=False)
+
+    def peer_down(self, node: NodeId) -> None:
+        """Frees what was computed for an entry node that is gone."""
+        for key in [key for key, route in self._routes.items() if route.entry == node]:
+            self.close(key)
+
+    def link_lost(self, address: Address, reason: str) -> None:
+        """A link broke: sequences whose next or first stage was behind it are given up here."""
+        self._lose(
+            {key for key, route in self._routes.items() if address in (route.next_address, route.first_address)}, address, reason
+        )
+
+    def sweep(self, now: float) -> None:
+        """Frees sequences that nothing has come for since `IDLE_S`."""
+        for key in [key for key, heard_at in self._heard_at.items() if now - heard_at > IDLE_S]:
+            route = self._routes[key]
+            self._engine.close(key)
+            self._give_up(route, SequenceLost(key, f"nothing came for it for {IDLE_S:g} s"), None)
+
+    @property
+    def open_sequences(self) -> int:
+        return len(self._routes)
+
+
+def _decode_open(sender: NodeId, tail: bytes) -> OpenStage:
+    try:
+        return msgspec.msgpack.decode(tail, type=OpenStage)
+    except msgspec.MsgspecError as error:
+        raise BadRequest(f"stage.open from {sender}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFailure:
+    address: Address
+    error: MeshError
+
+
+async def open_path(call: Call, stages: list[tuple[Address, OpenStage]], *, timeout_s: float) -> OpenFailure | None:
+    """Opens all stages but the first together, then the first, which begins to compute at once.
+
+    On a failure some stages may be open: the caller closes them all.
+    """
+    failures: list[OpenFailure] = []
+
+    async def open_one(address: Address, stage: OpenStage) -> None:
+        try:
+            await call(address, "stage.open", {}, msgspec.msgpack.encode(stage), timeout_s=timeout_s)
+        except MeshError as error:
+            failures.append(OpenFailure(address, error))
+
+    (first_address, first), *others = stages
+    async with trio.open_nursery() as nursery:
+        for address, stage in others:
+            nursery.start_soon(open_one, address, stage)
+    if not failures:
+        await open_one(first_address, first)
+    return failures[0] if failures else None

@@ -1,0 +1,64 @@
+"""The body of `GET /mesh/status`: a pure function of the view and what the document service says of its stores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from mesh.ids import ModelId, format_address
+from mesh.view import Peer, View
+from rag.types import StoreInfo
+
+
+def status(view: View, stores: Sequence[StoreInfo], complete: Mapping[ModelId, bool], now: float) -> dict[str, Any]:
+    """`complete`: per model, whether a path through all its layers exists right now."""
+    me = view.peers[view.me]
+    return {
+        "self": {
+            "id": me.id,
+            "name": me.name,
+            "pid": me.facts.pid,
+            "http": me.facts.http,
+            "gossip": format_address(me.address),
+            "version": me.facts.version,
+        },
+        "nodes": [_node(peer, view, now) for peer in sorted(view.peers.values(), key=lambda peer: (peer.name, peer.id))],
+        "models": [
+            {
+                "id": card.id,
+                "layers": card.layers,
+                "max_model_len": card.max_model_len,
+                "complete": complete.get(card.id, False),
+                "min_replicas": min(view.replicas(card.id, card.layers), default=0),
+            }
+            for card in sorted(view.models().values(), key=lambda card: card.id)
+        ],
+        "stores": [
+            {
+                "name": store.name,
+                "documents": store.documents,
+                "shards": store.shards,
+                "replicas": store.replicas,
+                "in_sync": store.in_sync,
+            }
+            for store in stores
+        ],
+    }
+
+
+def _node(peer: Peer, view: View, now: float) -> dict[str, Any]:
+    is_me = peer.id == view.me
+    return {
+        "id": peer.id,
+        "name": peer.name,
+        "state": peer.state.value,
+        "http": peer.facts.http,
+        "gossip": format_address(peer.address),
+        "region": peer.region,
+        "draining": peer.facts.draining,
+        "spans": [{"model": span.model, "start": span.start, "end": span.end} for span in sorted(peer.facts.spans)],
+        "load": msgspec.structs.asdict(peer.load),
+        "age_s": 0.0 if is_me else round(max(0.0, now - peer.load_at), 3),
+    }
