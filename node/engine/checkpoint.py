@@ -1,0 +1,206 @@
+"""A model directory read without its weights: can it be served here, and what must peers know of it?
+
+Only local directories, only safetensors, never code from the checkpoint. What cannot be served exactly is refused
+by name and reason, before any weight is read (research/engine.md §3c lists what was tried).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from mesh.errors import BadRequest
+
+HEADER_MAX_BYTES = 100 << 20  # the safetensors format's own limit
+SAMPLES = 16  # pieces of each weight file that go into the digest
+SAMPLE_BYTES = 4096
+KNOWN_GOOD = "llama, qwen2, qwen3, mistral, gemma, gemma2, gemma3_text, phi3, gpt2, gpt_neox, opt, olmo2, granite or cohere"
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+STATEFUL_FIELDS = ("linear_num_value_heads", "mamba_d_state", "ssm_cfg", "state_size", "conv_L_cache", "time_step_rank")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the config of a servable model says."""
+
+    directory: Path
+    config: PretrainedConfig
+    model_class: type
+    layers: int
+    hidden_size: int
+    vocab_size: int
+    max_model_len: int
+    stored_dtype: torch.dtype
+    end_ids: frozenset[int]  # the model's own end-of-sequence tokens
+    tied: bool  # the head is the embedding
+    mixture: bool  # has mixture-of-experts layers
+    weights: str  # digest of config, tensor index and samples of the tensors
+
+
+def read_checkpoint(directory: Path) -> Checkpoint:
+    """Reads and judges a checkpoint.
+
+    Raises:
+        BadRequest: with the reason and what would work.
+    """
+    if not directory.is_dir():
+        raise _refusal(f"no such model directory: {directory}; give a directory with config.json and *.safetensors")
+    if not (directory / "config.json").is_file():
+        raise _refusal(f"{directory} has no config.json; give a directory made by save_pretrained or a hub download")
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise _refusal(
+            f"the config of {directory.name} cannot be read: {reason}; a {KNOWN_GOOD} checkpoint would work"
+        ) from error
+    model_class = _model_class(directory, config)
+    _refuse_what_cannot_be_exact(directory, config)
+    files = _weight_files(directory)
+    layers, longest = config.num_hidden_layers, _longest(config)
+    return Checkpoint(
+        directory=directory,
+        config=config,
+        model_class=model_class,
+        layers=layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        max_model_len=longest,
+        stored_dtype=_stored_dtype(config, files[0]),
+        end_ids=_end_ids(directory, config),
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+        mixture=any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")),
+        weights=_digest(directory, files),
+    )
+
+
+def _refusal(message: str) -> BadRequest:
+    return BadRequest(message, param="model", code="model_not_servable")
+
+
+def _model_class(directory: Path, config: PretrainedConfig) -> type:
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise _refusal(
+            f"{directory.name} is {kind}, an encoder-decoder; only causal language models are served, e.g. {KNOWN_GOOD}"
+        )
+    if config.to_dict().get("is_decoder") is False:
+        raise _refusal(f"{directory.name} is {kind} set up as an encoder, which looks ahead; try {KNOWN_GOOD}")
+    declared = list(getattr(config, "architectures", None) or [])
+    causal = [name for name in declared if name.endswith(("ForCausalLM", "LMHeadModel"))]
+    try:
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:
+        model_class = None
+    if model_class is None or (declared and not causal):
+        what = ", ".join(declared) or kind
+        raise _refusal(f"{directory.name} is {what}, not a causal language model; a {KNOWN_GOOD} checkpoint would work")
+    return model_class[0] if isinstance(model_class, tuple) else model_class
+
+
+def _refuse_what_cannot_be_exact(directory: Path, config: PretrainedConfig) -> None:
+    kind, name = config.model_type, directory.name
+    stateful = sorted({str(layer) for layer in getattr(config, "layer_types", None) or []} - ATTENTION_LAYERS)
+    stateful += [field for field in STATEFUL_FIELDS if getattr(config, field, None) is not None]
+    if stateful:
+        raise _refusal(
+            f"{name} is {kind}, a hybrid with layers that carry a state other than keys and values ({', '.join(stateful)}); "
+            f"only pure attention models are served, e.g. {KNOWN_GOOD}"
+        )
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise _refusal(f"{name} is {kind}, whose layers share keys and values, so they cannot be split; try {KNOWN_GOOD}")
+    if getattr(config, "quantization_config", None):
+        raise _refusal(f"{name} is quantised ahead of time; give the float16, bfloat16 or float32 checkpoint of the same model")
+    if _rope_type(config) == "dynamic":
+        raise _refusal(f"{name} uses dynamic NTK rotary scaling, which makes a token depend on its batch; try {KNOWN_GOOD}")
+    missing = [field for field in ("num_hidden_layers", "hidden_size", "vocab_size") if not getattr(config, field, None)]
+    if missing:
+        raise _refusal(f"the config of {name} ({kind}) has no {', '.join(missing)}; a {KNOWN_GOOD} checkpoint would work")
+
+
+def _rope(config: PretrainedConfig) -> dict[str, Any]:
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    return rope if isinstance(rope, dict) else {}
+
+
+def _rope_type(config: PretrainedConfig) -> str:
+    rope = _rope(config)
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def _longest(config: PretrainedConfig) -> int:
+    """The context in tokens. LongRoPE switches its factors by the longest row of a batch: we stay below the switch."""
+    longest = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
+    if _rope_type(config) == "longrope":
+        original = _rope(config).get("original_max_position_embeddings")
+        longest = min(longest, int(original or getattr(config, "original_max_position_embeddings", None) or longest))
+    return longest
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    files = sorted(directory.glob("*.safetensors"))
+    if files:
+        return files
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern))
+    if pickled:
+        raise _refusal(
+            f"{directory.name} has only pickled weights ({pickled[0]}), and unpickling runs whatever code the file holds; "
+            "convert it once, where you trust it, with save_pretrained, which writes safetensors"
+        )
+    raise _refusal(f"{directory} has no *.safetensors files; download the weights, or convert them with save_pretrained")
+
+
+def read_header(path: Path) -> bytes:
+    """The JSON header of a safetensors file, its size checked first.
+
+    Raises:
+        BadRequest: not a safetensors file.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if not 2 <= size <= min(HEADER_MAX_BYTES, path.stat().st_size - 8):
+            raise _refusal(f"{path.name} is not a safetensors file or is cut short; download it again")
+        return file.read(size)
+
+
+def _stored_dtype(config: PretrainedConfig, first_file: Path) -> torch.dtype:
+    named = getattr(config, "dtype", None)
+    if isinstance(named, torch.dtype):
+        return named
+    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    header = json.loads(read_header(first_file))
+    found = [kinds[tensor["dtype"]] for key, tensor in header.items() if key != "__metadata__" and tensor["dtype"] in kinds]
+    return found[0] if found else torch.float32
+
+
+def _end_ids(directory: Path, config: PretrainedConfig) -> frozenset[int]:
+    ids = getattr(config, "eos_token_id", None)
+    if (directory / "generation_config.json").is_file():
+        ids = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id or ids
+    return frozenset(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
+
+
+def _digest(directory: Path, files: list[Path]) -> str:
+    """Tells checkpoints apart without reading them whole: config, tensor headers, and evenly spaced samples of the bytes."""
+    digest = hashlib.blake2b(digest_size=8)
+    config = json.loads((directory / "config.json").read_text())
+    for changing in ("transformers_version", "_name_or_path", "torch_dtype"):
+        config.pop(changing, None)
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for path in files:
+        header = read_header(path)
+        digest.update(header)
+        size = os.path.getsize(path)
+        with path.open("rb") as file:
+            for number in range(SAMPLES):
+                file.seek(8 + len(header) + (size - 8 - len(header)) * number // SAMPLES)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()

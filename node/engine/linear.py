@@ -1,0 +1,155 @@
+"""Linear layers in prepacked form, the same bits for a row whatever rows stand beside it.
+
+`nn.Linear` reads its weights at a quarter to a third of the memory's bandwidth on CPUs; weights that oneDNN has
+reordered once are read at about 80 % (research/engine.md §5). But a matrix kernel is chosen by the number of rows, and
+kernels round differently. So rows are padded to a few row counts, the *buckets*, for which `agreeing_buckets` has found
+every row to come out bit-equal, wherever it stands. Which buckets agree differs from CPU to CPU, so it is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+BUCKETS = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+FP16_LARGEST = 65504.0
+
+Rows = Callable[[torch.Tensor], torch.Tensor]
+"""`[rows, inputs] -> [rows, outputs]`."""
+
+Pack = Callable[[torch.Tensor, torch.Tensor | None], Rows]
+"""Takes a weight `[outputs, inputs]` and a bias, gives the product with it."""
+
+
+def _pack_onednn(weight: torch.Tensor, bias: torch.Tensor | None) -> Rows:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
+    product = torch.ops.mkldnn._linear_pointwise
+    return lambda rows: product(rows, packed, bias, "none", [], "")
+
+
+def _pack_fbgemm_fp16(weight: torch.Tensor, bias: torch.Tensor | None) -> Rows:
+    if weight.abs().max().item() > FP16_LARGEST:
+        raise ValueError("a weight is too large for float16")
+    packed = torch.ops.quantized.linear_prepack_fp16(weight.float().contiguous(), None if bias is None else bias.float())
+    product = torch.ops.quantized.linear_dynamic_fp16
+    return lambda rows: product(rows, packed)
+
+
+def _pack_aten(weight: torch.Tensor, bias: torch.Tensor | None) -> Rows:
+    return lambda rows: F.linear(rows, weight, bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One way to multiply: `dtype` is that of the rows, and of everything else in the model."""
+
+    name: str
+    dtype: torch.dtype
+    pack: Pack
+
+
+KERNELS = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel("onednn-fp32", torch.float32, _pack_onednn),
+        Kernel("onednn-bf16", torch.bfloat16, _pack_onednn),
+        Kernel("fbgemm-fp16", torch.float32, _pack_fbgemm_fp16),
+        Kernel("aten-fp32", torch.float32, _pack_aten),
+        Kernel("aten-bf16", torch.bfloat16, _pack_aten),
+    )
+}
+
+
+class PackedLinear(nn.Module):
+    """Stands for an `nn.Linear` or a GPT-2 `Conv1D`; has no parameters, for the packed weight is opaque."""
+
+    def __init__(self, product: Rows, in_features: int, out_features: int, buckets: tuple[int, ...]) -> None:
+        super().__init__()
+        self.product = product
+        self.in_features = in_features
+        self.out_features = out_features
+        self.buckets = buckets
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[…, inputs] -> […, outputs]`, the rows padded to a bucket, or worked off in pieces of the largest one."""
+        rows = x.reshape(-1, x.shape[-1])
+        count = rows.shape[0]
+        if count in self.buckets:
+            return self.product(rows).view(*x.shape[:-1], self.out_features)
+        largest = self.buckets[-1]
+        pieces = [self._padded(rows[at : at + largest]) for at in range(0, count, largest)]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(*x.shape[:-1], self.out_features)
+
+    def _padded(self, rows: torch.Tensor) -> torch.Tensor:
+        count = rows.shape[0]
+        short = bucket_for(count, self.buckets) - count
+        return self.product(F.pad(rows, (0, 0, 0, short)) if short else rows)[:count]
+
+
+def bucket_for(rows: int, buckets: tuple[int, ...]) -> int:
+    """The least bucket that holds `rows`; beyond the largest one, a multiple of it."""
+    for bucket in buckets:
+        if rows <= bucket:
+            return bucket
+    return -(-rows // buckets[-1]) * buckets[-1]
+
+
+def agreeing_buckets(product: Rows, inputs: int, dtype: torch.dtype, candidates: tuple[int, ...] = BUCKETS) -> tuple[int, ...]:
+    """The row counts among `candidates` for which every row of a product has the same bits as in the others.
+
+    Eight distinct rows are repeated to fill each count, so a row is compared in many places. Among sets that agree
+    the largest wins, then the one with the smallest member.
+    """
+    seeds = torch.Generator().manual_seed(20_24)
+    distinct = torch.randn(8, inputs, generator=seeds).to(dtype)
+    outputs: list[tuple[int, torch.Tensor]] = []
+    for count in candidates:
+        order = (torch.arange(count) * 5 + count) % 8  # visits all eight; shifted, so no row keeps its place
+        out = product(distinct[order])
+        first = torch.stack([out[order == row][0] for row in range(8) if row in order])
+        if torch.equal(first[torch.searchsorted(order.unique(), order)], out):  # equal rows came out equal
+            full = torch.full((8, out.shape[1]), float("nan"), dtype=out.dtype)
+            full[order] = out
+            outputs.append((count, full))
+    best: list[int] = []
+    for _, reference in outputs:
+        agreeing = [count for count, other in outputs if _equal_where_known(reference, other)]
+        if len(agreeing) > len(best):
+            best = agreeing
+    return tuple(best)
+
+
+def _equal_where_known(left: torch.Tensor, right: torch.Tensor) -> bool:
+    known = ~(left.isnan() | right.isnan())
+    return torch.equal(left[known], right[known])
+
+
+def linear_modules(root: nn.Module) -> Iterable[tuple[nn.Module, str, nn.Module]]:
+    """Every linear layer below `root` as (parent, name, layer)."""
+    for parent in list(root.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, (nn.Linear, Conv1D)):
+                yield parent, name, child
+
+
+def weight_of(layer: nn.Module) -> torch.Tensor:
+    """The layer's weight as `[outputs, inputs]`; GPT-2 keeps it the other way round."""
+    weight = layer.weight.data
+    return weight.t() if isinstance(layer, Conv1D) else weight
+
+
+def pack(layer: nn.Module, kernel: Kernel) -> PackedLinear:
+    """The packed form of one linear layer, its buckets not yet settled.
+
+    Raises:
+        ValueError: the kernel cannot hold these weights.
+    """
+    weight = weight_of(layer)
+    bias = None if layer.bias is None else layer.bias.data
+    outputs, inputs = weight.shape
+    return PackedLinear(kernel.pack(weight, bias), inputs, outputs, BUCKETS)

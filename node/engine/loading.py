@@ -1,0 +1,90 @@
+"""From a directory to a stage that has shown what it can do: kernel by kernel until one passes the self-check."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+import torch
+
+from mesh.errors import BadRequest
+from mesh.ids import ModelId
+from mesh.view import ModelCard
+from node.engine import machine, selfcheck
+from node.engine.checkpoint import Checkpoint
+from node.engine.stage import Stage
+
+APPROXIMATE = "approximate-"
+
+
+def is_exact(numerics: str) -> bool:
+    """Whether equal `ModelCard.numerics` promise equal tokens; a stage that failed the check for it says so in its own."""
+    return bool(numerics) and not numerics.startswith(APPROXIMATE)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A stage and what it may claim."""
+
+    stage: Stage
+    numerics: str
+
+
+def load_stage(checkpoint: Checkpoint, start: int, end: int, wanted: str, threads: int) -> Loaded:
+    """Loads layers `[start, end)` with the best kernel that is right and exact here, else with the first that is right.
+
+    Raises:
+        BadRequest: layers out of range, or no kernel computes what the plain model does.
+    """
+    if not 0 <= start < end <= checkpoint.layers:
+        raise BadRequest(f"expected layers within 0:{checkpoint.layers}, got {start}:{end}", param="layers")
+    config = checkpoint.config
+    widest = int(getattr(config, "intermediate_size", None) or 4 * checkpoint.hidden_size)
+    try:
+        kernels = machine.ranked(wanted, checkpoint.stored_dtype, checkpoint.hidden_size, widest)
+    except ValueError as error:
+        raise BadRequest(str(error), param="dtype") from error
+    inexact: Stage | None = None
+    reasons = []
+    for kernel in kernels:
+        stage = Stage(checkpoint, start, end, kernel, threads)
+        plain = selfcheck.plain_output(stage)
+        try:
+            stage.pack()
+        except (
+            ValueError,
+            RuntimeError,
+            NotImplementedError,
+        ) as error:  # this kernel does not exist here, or not for these weights
+            reasons.append(f"{kernel.name}: {error}")
+            continue
+        if not selfcheck.computes_like_the_plain_model(stage, plain):
+            reasons.append(f"{kernel.name}: differs from the plain model")
+            continue
+        if selfcheck.is_exact(stage):
+            return Loaded(stage, machine.fingerprint(checkpoint.weights, kernel, threads))
+        inexact = inexact or stage
+        if checkpoint.mixture:
+            break  # the experts are what differs, whatever the kernel of the other layers
+    if inexact is not None:
+        return Loaded(inexact, APPROXIMATE + secrets.token_hex(8))
+    raise BadRequest(
+        f"{checkpoint.directory.name} ({config.model_type}) failed the self-check on layers {start}:{end}: {'; '.join(reasons)}",
+        param="model",
+        code="model_not_servable",
+    )
+
+
+def card(checkpoint: Checkpoint, model: ModelId, numerics: str = "") -> ModelCard:
+    return ModelCard(model, checkpoint.layers, checkpoint.max_model_len, checkpoint.weights, numerics)
+
+
+def kv_token_bytes(checkpoint: Checkpoint, layers: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values of one token in `layers` layers."""
+    config = checkpoint.config
+    heads = int(getattr(config, "num_attention_heads", None) or 1)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    dim = int(getattr(config, "head_dim", None) or checkpoint.hidden_size // heads)
+    if getattr(config, "kv_lora_rank", None):  # latent attention: keys and values of all heads are kept, unequal in size
+        dim = max(int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim), int(config.v_head_dim))
+    return 2 * layers * kv_heads * dim * dtype.itemsize

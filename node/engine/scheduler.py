@@ -1,0 +1,444 @@
+"""Which rows the next step computes. A core: no torch, no clock, no threads.
+
+Each (loaded span, layers asked of it) is a *lane*; a step takes rows of one lane, and lanes with work take turns. Within a
+step's token budget decodes go first, those not served for longest ahead; a quarter of the budget stays for prefill
+while any waits, the oldest sequence first, so neither starves the other. Any mixture gives the same tokens (design.md,
+Exactness), so fairness is free.
+
+A sequence holds blocks for the tokens known when it was admitted and takes more as it grows. When none is free the
+youngest sequence of that span is evicted: the oldest always finishes, so there is no livelock, and recomputing
+elsewhere changes no token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from mesh.errors import BadRequest, LocalError, Refused
+from mesh.ids import StreamId
+from mesh.view import Load, Span
+from node.engine.api import OpenSequence, SequenceKey, SequenceLost, TokenOut
+from node.engine.blocks import BlockPool, blocks_for
+
+PREFILL_SHARE = 4  # one part in so many of a step's budget is kept for prefill
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """The layers `[start, end)` of one loaded span."""
+
+    span: Span
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """Activations for `count` positions, as they came off the wire."""
+
+    position: int
+    count: int
+    data: bytes
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One sequence here. `computed` positions have their keys and values stored; `tokens` is empty in the middle of a path."""
+
+    opened: OpenSequence
+    lane: Lane
+    layers: int  # of the whole model
+    hidden_size: int
+    age: int  # admission number: the greatest is the youngest
+    blocks: list[int]
+    tokens: list[int]
+    known: int
+    computed: int = 0
+    served: int = 0  # number of the step that computed it last
+    pushed: list[Pushed] = field(default_factory=list)
+    pushed_end: int = 0
+
+    @property
+    def key(self) -> SequenceKey:
+        return self.opened.key
+
+    @property
+    def first(self) -> bool:
+        return self.lane.start == 0
+
+    @property
+    def last(self) -> bool:
+        return self.lane.end == self.layers
+
+    @property
+    def limit(self) -> int:
+        """The position behind the last token that may be drawn."""
+        return self.opened.prompt_tokens + self.opened.sampling.max_tokens
+
+    @property
+    def ready(self) -> int:
+        """Positions that could be computed now."""
+        return (self.known if self.first else self.pushed_end) - self.computed
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One row's share of a step: positions `position … position + count - 1`, as tokens or as pushed activations."""
+
+    row: Row
+    position: int
+    count: int
+    tokens: tuple[int, ...] = ()
+    pushed: tuple[Pushed, ...] = ()  # may begin before `position` and end behind the piece
+    draws: bool = False  # the logits behind its last position give the next token
+    history: tuple[int, ...] = ()  # with `draws`: all tokens so far, if sampling looks at them
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    number: int
+    lane: Lane | None  # None: nothing to compute
+    pieces: tuple[Piece, ...]
+    lost: tuple[SequenceLost, ...]
+    freed: tuple[SequenceKey, ...]  # sequences gone since the last plan: their tensors can go
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What the sampler made of a piece that draws; `token` None: no token can be drawn from these logits."""
+
+    token: int | None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStatistics:
+    sequences: int
+    blocks_used: int
+    blocks_total: int
+    steps: int
+    opened: int
+    finished: int
+    evicted: int
+    failed: int
+    dropped: int  # pushes, tokens and opens that came twice, too early or too late
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldSpan:
+    """What the scheduler must know of a loaded span."""
+
+    pool: BlockPool
+    layers: int  # of the whole model
+    hidden_size: int
+    vocab_size: int
+    max_model_len: int
+    end_ids: frozenset[int]  # the model's own end-of-sequence tokens
+
+
+class Scheduler:
+    """Every method takes microseconds. The caller holds a lock around each; a step runs between `plan` and `commit`."""
+
+    def __init__(self, step_tokens: int, max_sequences: int) -> None:
+        if step_tokens < 1 or max_sequences < 1:
+            raise LocalError(f"expected a positive token budget and sequence limit, got {step_tokens} and {max_sequences}")
+        self.step_tokens = step_tokens
+        self.max_sequences = max_sequences
+        self._spans: dict[Span, HeldSpan] = {}
+        self._rows: dict[SequenceKey, Row] = {}
+        self._turns: dict[Lane, int] = {}  # number of the step that served the lane last
+        self._held_by_step: list[tuple[BlockPool, list[int]]] = []
+        self._freed: list[SequenceKey] = []
+        self._steps = self._opened = self._finished = self._evicted = self._failed = self._dropped = 0
+
+    # ---- spans
+
+    def add_span(self, span: Span, held: HeldSpan) -> None:
+        """Serves `span` from now on; a span that is there already stays as it is."""
+        self._spans.setdefault(span, held)
+
+    def drop_span(self, span: Span) -> list[SequenceLost]:
+        """Forgets a span; its sequences are lost, and may go elsewhere."""
+        rows = [row for row in self._rows.values() if row.lane.span == span]
+        for row in rows:
+            self._forget(row)
+        self._spans.pop(span, None)
+        return [SequenceLost(row.key, f"layers {span.start}:{span.end} of {span.model} were unloaded") for row in rows]
+
+    # ---- sequences
+
+    def open(self, sequence: OpenSequence) -> None:
+        """Raises as `Engine.open`; a sequence that is open already stays as it is."""
+        if sequence.key in self._rows:
+            self._dropped += 1
+            return
+        span, held = self._span_for(sequence)
+        self._check(sequence, held)
+        if sum(row.lane.span == span for row in self._rows.values()) >= self.max_sequences:
+            raise Refused(f"{self.max_sequences} sequences are running on layers {span.start}:{span.end} of {span.model}")
+        blocks = held.pool.take(blocks_for(sequence.known + 1))
+        if blocks is None:
+            raise Refused(f"no room for {sequence.known} tokens: {held.pool.free} of {held.pool.total} KV blocks are free")
+        self._opened += 1
+        lane = Lane(span, sequence.start, sequence.end)
+        self._rows[sequence.key] = Row(
+            sequence,
+            lane,
+            held.layers,
+            held.hidden_size,
+            self._opened,
+            blocks,
+            list(sequence.tokens),
+            sequence.known,
+            served=self._steps,
+        )
+
+    def _span_for(self, sequence: OpenSequence) -> tuple[Span, HeldSpan]:
+        fitting = [
+            (span, held)
+            for span, held in self._spans.items()
+            if span.model == sequence.model and span.start <= sequence.start < sequence.end <= span.end
+        ]
+        if not fitting:
+            raise LocalError(f"no loaded span holds layers {sequence.start}:{sequence.end} of {sequence.model}")
+        return max(fitting, key=lambda pair: (pair[1].pool.free, -pair[0].start, -pair[0].end))
+
+    def _check(self, sequence: OpenSequence, held: HeldSpan) -> None:
+        end = sequence.prompt_tokens + sequence.sampling.max_tokens
+        if end > held.max_model_len:
+            raise BadRequest(
+                f"{sequence.prompt_tokens} prompt tokens and {sequence.sampling.max_tokens} new ones exceed the context of "
+                f"{held.max_model_len} tokens; shorten the prompt or lower max_tokens",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        if not 1 <= sequence.prompt_tokens <= sequence.known < end:
+            raise BadRequest(
+                f"expected 1 <= prompt tokens <= known tokens < {end}, got {sequence.prompt_tokens}, {sequence.known}"
+            )
+        if blocks_for(end) > held.pool.total:
+            raise BadRequest(f"{end} tokens need {blocks_for(end)} KV blocks, but this node has {held.pool.total} in all")
+        if sequence.start == 0 or sequence.end == held.layers:
+            if len(sequence.tokens) != sequence.known:
+                raise BadRequest(
+                    f"expected all {sequence.known} known tokens at the first and last stage, got {len(sequence.tokens)}"
+                )
+            worst = max(sequence.tokens, key=lambda token: token if token >= 0 else held.vocab_size - token)
+            if not 0 <= worst < held.vocab_size:
+                raise BadRequest(f"token {worst} is outside the vocabulary of {held.vocab_size}", param="prompt")
+
+    def push(self, key: SequenceKey, position: int, count: int, data: bytes) -> None:
+        """Takes activations that continue what came before; all else is counted and dropped."""
+        row = self._rows.get(key)
+        if row is None or row.first or count < 1 or position != row.pushed_end or position + count >= row.limit:
+            self._dropped += 1
+            return
+        if row.last and position + count > row.known:
+            self._dropped += 1
+            return
+        if len(data) not in (2 * count * row.hidden_size, 4 * count * row.hidden_size):
+            self._dropped += 1
+            return
+        row.pushed.append(Pushed(position, count, data))
+        row.pushed_end += count
+
+    def token(self, key: SequenceKey, position: int, token: int) -> None:
+        """The token at `position`, for a first stage that is not also the last; all else is counted and dropped."""
+        row = self._rows.get(key)
+        if row is None or not row.first or row.last or position != row.known or row.known + 1 >= row.limit:
+            self._dropped += 1
+            return
+        if not 0 <= token < self._spans[row.lane.span].vocab_size:
+            self._dropped += 1
+            return
+        row.tokens.append(token)
+        row.known += 1
+
+    def close(self, key: SequenceKey) -> None:
+        row = self._rows.get(key)
+        if row is not None:
+            self._forget(row)
+
+    def close_streams(self, keep: Callable[[StreamId], bool]) -> None:
+        for row in [row for row in self._rows.values() if not keep(row.opened.stream)]:
+            self._forget(row)
+
+    def _forget(self, row: Row) -> None:
+        del self._rows[row.key]
+        self._spans[row.lane.span].pool.release(row.blocks)
+        row.blocks = []
+        self._freed.append(row.key)
+
+    # ---- steps
+
+    def has_work(self) -> bool:
+        return bool(self._freed) or any(row.ready > 0 for row in self._rows.values())
+
+    def plan(self) -> StepPlan:
+        """The next step. Its blocks stay held until `commit`, whatever is closed meanwhile."""
+        lost: list[SequenceLost] = []
+        lane = self._next_lane()
+        pieces: list[Piece] = []
+        if lane is not None:
+            self._steps += 1
+            for row, count in self._share(row for row in self._rows.values() if row.lane == lane and row.ready > 0):
+                if row.key in self._rows and self._grow(row, row.computed + count + 1, lost):
+                    pieces.append(self._piece(row, count))
+            pieces = [piece for piece in pieces if self._rows.get(piece.row.key) is piece.row]
+            pool = self._spans[lane.span].pool
+            for piece in pieces:
+                piece.row.served = self._steps
+                pool.retain(piece.row.blocks)
+                self._held_by_step.append((pool, list(piece.row.blocks)))
+        freed, self._freed = tuple(self._freed), []
+        return StepPlan(self._steps, lane if pieces else None, tuple(pieces), tuple(lost), freed)
+
+    def _next_lane(self) -> Lane | None:
+        """The lane with work that was served longest ago; a new one counts as never served."""
+        ready: dict[Lane, int] = {}
+        for row in self._rows.values():
+            if row.ready > 0:
+                ready[row.lane] = min(row.age, ready.get(row.lane, row.age))
+        if not ready:
+            return None
+        lane = min(ready, key=lambda lane: (self._turns.get(lane, -1), ready[lane]))
+        in_use = {row.lane for row in self._rows.values()}
+        self._turns = {kept: step for kept, step in self._turns.items() if kept in in_use} | {lane: self._steps + 1}
+        return lane
+
+    def _share(self, ready: Iterable[Row]) -> Iterator[tuple[Row, int]]:
+        """Splits the budget: (row, tokens) pairs."""
+        rows = sorted(ready, key=lambda row: (row.served, row.age))
+        decodes = [row for row in rows if row.ready == 1]
+        prefills = sorted((row for row in rows if row.ready > 1), key=lambda row: row.age)
+        left = self.step_tokens
+        kept = -(-left // PREFILL_SHARE) if prefills else 0
+        if prefills and left == 1 and decodes and decodes[0].served < prefills[0].served:
+            kept = 0  # a budget of one token: take turns
+        for row in decodes[: left - kept]:
+            left -= 1
+            yield row, 1
+        for row in prefills:
+            if left < 1:
+                return
+            count = min(row.ready, left)
+            left -= count
+            yield row, count
+
+    def _grow(self, row: Row, tokens: int, lost: list[SequenceLost]) -> bool:
+        """Gives `row` room for `tokens`, evicting the youngest of its span while there is none; False: that was `row` itself."""
+        pool = self._spans[row.lane.span].pool
+        missing = blocks_for(min(tokens, row.limit)) - len(row.blocks)
+        while missing > 0:
+            more = pool.take(missing)
+            if more is not None:
+                row.blocks += more
+                return True
+            youngest = max(
+                (other for other in self._rows.values() if other.lane.span == row.lane.span), key=lambda other: other.age
+            )
+            self._evicted += 1
+            self._forget(youngest)
+            lost.append(SequenceLost(youngest.key, "evicted: no KV block was free, and it was the youngest sequence"))
+            if youngest is row:
+                return False
+        return True
+
+    def _piece(self, row: Row, count: int) -> Piece:
+        position, end = row.computed, row.computed + count
+        draws = row.last and end == row.known
+        sampling = row.opened.sampling
+        looks_back = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
+        return Piece(
+            row,
+            position,
+            count,
+            tokens=tuple(row.tokens[position:end]) if row.first else (),
+            pushed=() if row.first else tuple(part for part in row.pushed if part.position < end),
+            draws=draws,
+            history=tuple(row.tokens) if draws and looks_back else (),
+        )
+
+    def commit(self, plan: StepPlan, drawn: dict[SequenceKey, Drawn]) -> list[TokenOut | SequenceLost]:
+        """Takes the step's results up; nothing comes of sequences that were closed in mid-step."""
+        outputs: list[TokenOut | SequenceLost] = []
+        for piece in plan.pieces:
+            row = piece.row
+            if self._rows.get(row.key) is not row:
+                continue
+            row.computed = piece.position + piece.count
+            row.pushed = [part for part in row.pushed if part.position + part.count > row.computed]
+            if piece.draws:
+                outputs.append(self._draw(row, drawn[row.key]))
+        self._end_step()
+        return outputs
+
+    def _draw(self, row: Row, drawn: Drawn) -> TokenOut | SequenceLost:
+        position, sampling = row.known, row.opened.sampling
+        if drawn.token is None:
+            self._failed += 1
+            self._forget(row)
+            return SequenceLost(
+                row.key, "the model gave no usable logits (not a number, or nothing left to draw)", retryable=False
+            )
+        finish = None
+        if drawn.token in self.stop_ids(row) and position - row.opened.prompt_tokens >= sampling.min_tokens:
+            finish = "stop"
+        elif position + 1 >= row.limit:
+            finish = "length"
+        row.tokens.append(drawn.token)
+        row.known += 1
+        if finish is not None:
+            self._finished += 1
+            self._forget(row)
+        return TokenOut(row.key, position, drawn.token, finish, drawn.logprob, drawn.top)
+
+    def stop_ids(self, row: Row) -> frozenset[int]:
+        """Tokens that end this sequence; `ignore_eos` takes the model's own out, wherever they came from."""
+        stops = frozenset(row.opened.sampling.stop_token_ids)
+        return stops - self._spans[row.lane.span].end_ids if row.opened.sampling.ignore_eos else stops
+
+    def fail(self, plan: StepPlan, reason: str) -> list[SequenceLost]:
+        """The step failed: its sequences are lost, all others go on."""
+        lost = []
+        for row in (piece.row for piece in plan.pieces):
+            if self._rows.get(row.key) is row:
+                self._failed += 1
+                self._forget(row)
+                lost.append(SequenceLost(row.key, reason))
+        self._end_step()
+        return lost
+
+    def _end_step(self) -> None:
+        for pool, blocks in self._held_by_step:
+            pool.release(blocks)
+        self._held_by_step = []
+
+    # ---- figures
+
+    def load(self) -> Load:
+        rows = self._rows.values()
+        pools = [held.pool for held in self._spans.values()]
+        return Load(
+            running=len(self._rows),
+            waiting=sum(row.computed == 0 for row in rows),
+            kv_blocks_used=sum(pool.used for pool in pools),
+            kv_blocks_total=sum(pool.total for pool in pools),
+            prefill_tokens_queued=sum(row.opened.known - row.computed for row in rows if row.opened.known - row.computed > 1),
+        )
+
+    def statistics(self) -> SchedulerStatistics:
+        load = self.load()
+        return SchedulerStatistics(
+            sequences=load.running,
+            blocks_used=load.kv_blocks_used,
+            blocks_total=load.kv_blocks_total,
+            steps=self._steps,
+            opened=self._opened,
+            finished=self._finished,
+            evicted=self._evicted,
+            failed=self._failed,
+            dropped=self._dropped,
+        )

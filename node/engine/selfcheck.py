@@ -1,0 +1,91 @@
+"""What a stage must show before it serves: that it computes what the plain model does, and that it is exact.
+
+Both are tried on the real weights of the span with a short made-up sequence. The first comparison is between
+different kernels, so it allows rounding; the second allows nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from node.engine.attention import Segment
+from node.engine.kvcache import SequenceKV
+from node.engine.stage import Stage
+
+PROBE_TOKENS = 41  # neither a multiple of 8 nor of any bucket
+TOLERANCE = {"onednn-fp32": 1e-3, "aten-fp32": 1e-3, "fbgemm-fp16": 2e-2, "onednn-bf16": 6e-2, "aten-bf16": 6e-2}
+
+
+class Probe:
+    """A made-up sequence as the stage's input: tokens for a first stage, else activations of unit size."""
+
+    def __init__(self, stage: Stage, seed: int, count: int) -> None:
+        numbers = torch.Generator().manual_seed(seed)
+        checkpoint = stage.checkpoint
+        self.stage = stage
+        self.ids = torch.randint(0, checkpoint.vocab_size, (count,), generator=numbers).tolist() if stage.start == 0 else None
+        self.hidden = torch.randn(count, checkpoint.hidden_size, generator=numbers) if stage.start else None
+        self.kv = SequenceKV()
+        self.done = 0
+
+    def take(self, count: int) -> tuple[list[int] | None, torch.Tensor | None, range]:
+        span = slice(self.done, self.done + count)
+        self.done += count
+        ids = self.ids[span] if self.ids is not None else None
+        hidden = self.hidden[span] if self.hidden is not None else None
+        return ids, hidden, range(span.start, span.stop)
+
+
+def run_together(stage: Stage, probes: list[tuple[Probe, int]]) -> torch.Tensor:
+    """One packed step of the given probes with the given counts: all output rows, in order."""
+    segments: list[Segment] = []
+    positions: list[int] = []
+    ids: list[int] = []
+    hidden: list[torch.Tensor] = []
+    for probe, count in probes:
+        some_ids, some_hidden, where = probe.take(count)
+        segments.append(Segment(len(positions), count, where.start, probe.kv))
+        positions += where
+        ids += some_ids or []
+        hidden += [] if some_hidden is None else [some_hidden]
+    return stage.forward(
+        stage.start,
+        stage.end,
+        segments,
+        positions,
+        ids=ids if stage.start == 0 else None,
+        hidden=torch.cat(hidden) if hidden else None,
+        logits_at=range(len(positions)) if stage.end == stage.layers else (),
+    )
+
+
+def plain_output(stage: Stage) -> torch.Tensor:
+    """The oracle's answer to the probe; before the stage is packed."""
+    probe = Probe(stage, seed=1, count=PROBE_TOKENS)
+    return stage.plain(probe.ids, probe.hidden).float()
+
+
+def difference(stage: Stage, plain: torch.Tensor) -> float:
+    """The middle over rows of the relative distance to the plain model; over rows, so one flipped expert is no failure."""
+    probe = Probe(stage, seed=1, count=PROBE_TOKENS)
+    parts = [run_together(stage, [(probe, count)]) for count in (PROBE_TOKENS - 18, 16, 1, 1)]
+    mine = torch.cat(parts).float()
+    distance = (mine - plain).norm(dim=1) / plain.norm(dim=1).clamp_min(1e-9)
+    return float(distance.median())
+
+
+def computes_like_the_plain_model(stage: Stage, plain: torch.Tensor) -> bool:
+    distance = difference(stage, plain)
+    return distance <= TOLERANCE[stage.kernel.name]
+
+
+def is_exact(stage: Stage) -> bool:
+    """Whether a sequence comes out bit-equal alone in one piece, and in pieces among others."""
+    alone = run_together(stage, [(Probe(stage, 1, PROBE_TOKENS), PROBE_TOKENS)])
+    probe, second, third = Probe(stage, 1, PROBE_TOKENS), Probe(stage, 2, 64), Probe(stage, 3, 64)
+    parts = [run_together(stage, [(second, 5), (probe, 17)])[5:]]
+    parts.append(run_together(stage, [(third, 30), (probe, 16), (second, 1)])[30:46])
+    for _ in range(PROBE_TOKENS - 33 - 3):
+        parts.append(run_together(stage, [(second, 1), (third, 1), (probe, 1)])[2:])
+    parts += [run_together(stage, [(probe, 1)]) for _ in range(3)]
+    return torch.equal(torch.cat(parts), alone)

@@ -1,0 +1,245 @@
+"""A stage: layers `[start, end)` of any Hugging Face causal language model, run on ragged packed rows.
+
+The model's own class is subclassed at run time: its constructor, which `from_pretrained` runs on the meta device, puts
+parameter-free stand-ins in place of the layers of other nodes, so only the span's tensors are ever read, by the ordinary
+loader with its weight converters. Layer numbers stay global, for some models choose a layer's kind by its number.
+
+A stage serves any part `[a, b)` of its span. The model's own forward runs in full, which computes positions and scalings
+as the model wants them; each layer slot looks at the running batch: before `a` it hands on what came, at `a` it takes
+up the activations received, and what comes out of `b - 1` is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+from mesh.errors import BadRequest
+from node.engine.attention import NAME, PackedBatch, Segment, set_batch
+from node.engine.checkpoint import KNOWN_GOOD, Checkpoint
+from node.engine.linear import BUCKETS, Kernel, agreeing_buckets, bucket_for, linear_modules, pack
+
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+VECTOR_ELEMENTS = 64  # two AVX-512 vectors of bf16: what one turn of an elementwise kernel takes; its remainder rounds apart
+
+
+class AbsentLayer(nn.Module):
+    """Stands for a layer that another node holds: hands on what comes."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+
+class AbsentEmbedding(nn.Module):
+    """Stands for an embedding nobody looks up here; models read its `weight.dtype` at most."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("this stage starts behind the embedding, so it takes activations, not tokens")
+
+
+def find_layers(model: nn.Module, count: int) -> nn.ModuleList:
+    """The list of decoder layers: the outermost list of the right length."""
+    found = [(name.count("."), module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    for _, module in sorted(found, key=lambda pair: pair[0]):
+        if len(module) == count:
+            return module
+    raise ValueError(f"no list of {count} layers in {type(model).__name__}")
+
+
+def load_model(checkpoint: Checkpoint, start: int, end: int, dtype: torch.dtype) -> Any:
+    """The pruned model with the span's weights, on this CPU, ready for our attention.
+
+    Raises:
+        BadRequest: tensors are missing, or the architecture cannot be taken apart.
+    """
+    cls: Any = checkpoint.model_class
+    layers = checkpoint.layers
+
+    def prune(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        slots = find_layers(getattr(self, self.base_model_prefix), layers)
+        for number in range(layers):
+            if not start <= number < end:
+                slots[number] = AbsentLayer()
+        if start > 0 and not (end == layers and checkpoint.tied):
+            self.set_input_embeddings(AbsentEmbedding())
+        if end < layers:
+            self.set_output_embeddings(nn.Identity())
+
+    body: dict[str, Any] = {"__init__": prune, "__module__": cls.__module__, "_keys_to_ignore_on_load_unexpected": [".*"]}
+    if end < layers:
+        body["_tied_weights_keys"] = {}
+    pruned: Any = type(cls.__name__, (cls,), body)
+    try:
+        model, info = pruned.from_pretrained(
+            checkpoint.directory,
+            config=copy.deepcopy(checkpoint.config),
+            dtype=dtype,
+            attn_implementation=NAME,
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (ValueError, KeyError, AttributeError, TypeError, NotImplementedError, OSError) as error:
+        old_table = isinstance(error, KeyError) and error.args == (NAME,)
+        said = "its attention does not go through AttentionInterface" if old_table else f"{type(error).__name__}: {error}"[:200]
+        raise _cannot(checkpoint, said) from error
+    if info["missing_keys"]:
+        raise _cannot(checkpoint, f"the checkpoint lacks {', '.join(sorted(info['missing_keys'])[:3])}")
+    return model.eval().requires_grad_(False)
+
+
+def _cannot(checkpoint: Checkpoint, reason: str) -> BadRequest:
+    kind = checkpoint.config.model_type
+    return BadRequest(
+        f"{checkpoint.directory.name} is {kind}, which cannot be split into layers and served exactly ({reason}); "
+        f"a {KNOWN_GOOD} checkpoint would work",
+        param="model",
+        code="model_not_servable",
+    )
+
+
+class Stage:
+    """The loaded span. `forward` may be called by one thread at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, start: int, end: int, kernel: Kernel, threads: int) -> None:
+        """Raises BadRequest, as `load_model`."""
+        self.checkpoint = checkpoint
+        self.start, self.end, self.layers = start, end, checkpoint.layers
+        self.kernel = kernel
+        self.threads = threads
+        self.buckets: tuple[int, ...] = BUCKETS
+        self.model = load_model(checkpoint, start, end, kernel.dtype)
+        self.parameters = sum(tensor.numel() for tensor in self.model.parameters())
+        self._base = getattr(self.model, self.model.base_model_prefix)
+        self._slots = find_layers(self._base, self.layers)
+        self._running: PackedBatch | None = None
+        for number in range(start, end):
+            layer = self._slots[number]
+            layer.forward = self._slot(number, layer.forward)
+
+    def _slot(self, number: int, run: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            batch = self._running
+            if batch is None or not batch.start <= number < batch.end:
+                return hidden_states
+            batch.layer = number
+            taken = batch.hidden if number == batch.start and batch.hidden is not None else hidden_states
+            out = run(taken, *args, **kwargs)
+            if number == batch.end - 1:
+                batch.captured = out[0] if isinstance(out, tuple) else out
+            return out
+
+        return forward
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        start: int,
+        end: int,
+        segments: list[Segment],
+        positions: Sequence[int],
+        *,
+        ids: Sequence[int] | None = None,
+        hidden: torch.Tensor | None = None,
+        logits_at: Sequence[int] = (),
+    ) -> torch.Tensor:
+        """Runs layers `[start, end)` over packed rows, `ids` (if `start` is 0) or `hidden` `[rows, hidden_size]`.
+
+        Returns the activations `[rows, hidden_size]` in the model's dtype, or behind the last layer the float32 logits
+        `[len(logits_at), vocab]` of those rows alone. The segments' keys and values are written on the way.
+        """
+        rows = len(positions)
+        bucket = bucket_for(rows, self.buckets)
+        inputs: dict[str, Any] = {
+            "position_ids": torch.tensor([[*positions, *[0] * (bucket - rows)]]),
+            "use_cache": False,
+        }
+        taken = None
+        if ids is not None:
+            inputs["input_ids"] = torch.tensor([[*ids, *[0] * (bucket - rows)]])
+        else:
+            assert hidden is not None
+            taken = F.pad(hidden.to(self.kernel.dtype), (0, 0, 0, bucket - rows))[None]
+            inputs["inputs_embeds"] = taken
+        batch = PackedBatch(segments, start, end, taken)
+        self._running = batch
+        set_batch(batch)
+        try:
+            if end < self.layers or not logits_at:
+                self._base(**inputs)
+                assert batch.captured is not None
+                return batch.captured[0, :rows]
+            short = bucket_for(len(logits_at), self.buckets) - len(logits_at)
+            wanted = torch.tensor([*logits_at, *[logits_at[-1]] * short])
+            return self.model(**inputs, logits_to_keep=wanted).logits[0, : len(logits_at)].float()
+        finally:
+            self._running = None
+            set_batch(None)
+
+    @torch.inference_mode()
+    def plain(self, ids: Sequence[int] | None, hidden: torch.Tensor | None) -> torch.Tensor:
+        """The whole span over one sequence with transformers' own attention and masks: the oracle of the self-check.
+
+        Returns what `forward` would: activations `[rows, hidden_size]`, or logits `[rows, vocab]`. Only before `pack`.
+        """
+        count = len(ids) if ids is not None else len(hidden)  # type: ignore[arg-type]
+        inputs: dict[str, Any] = {"position_ids": torch.arange(count)[None], "use_cache": False}
+        taken = None if hidden is None else hidden.to(self.kernel.dtype)[None]
+        inputs |= {"input_ids": torch.tensor([list(ids)])} if ids is not None else {"inputs_embeds": taken}
+        batch = PackedBatch([], self.start, self.end, taken)
+        self._running = batch
+        self.model.set_attn_implementation("eager")
+        try:
+            if self.end == self.layers:
+                return self.model(**inputs).logits[0].float()
+            self._base(**inputs)
+            assert batch.captured is not None
+            return batch.captured[0]
+        finally:
+            self._running = None
+            self.model.set_attn_implementation(NAME)
+
+    def pack(self) -> None:
+        """Replaces every linear layer by its packed form and settles the row buckets that all of them agree on.
+
+        Raises:
+            ValueError: this kernel cannot hold the weights, or no two row counts agree.
+        """
+        layers = {id(module) for number in range(self.start, self.end) for module in self._slots[number].modules()}
+        buckets, shapes, packed_layers = list(self._even_buckets()), set(), []
+        for parent, name, layer in linear_modules(self.model):
+            packed = pack(layer, self.kernel)
+            if (packed.in_features, packed.out_features) not in shapes and buckets:
+                shapes.add((packed.in_features, packed.out_features))
+                within = tuple(buckets) if id(layer) in layers else tuple(count for count in buckets if count <= 64)
+                agreed = agreeing_buckets(packed.product, packed.in_features, self.kernel.dtype, within)
+                buckets = [count for count in buckets if count in agreed or (count > 64 and id(layer) not in layers)]
+            setattr(parent, name, packed)
+            packed_layers.append((packed, id(layer) in layers))
+        if not buckets:
+            raise ValueError(f"{self.kernel.name} gives a row other bits for every number of rows beside it")
+        self.buckets = tuple(buckets)
+        for packed, is_layer in packed_layers:
+            packed.buckets = self.buckets if is_layer else tuple(count for count in buckets if count <= 64) or self.buckets
+        if self.start > 0 and not isinstance(self.model.get_input_embeddings(), AbsentEmbedding):
+            self.model.set_input_embeddings(AbsentEmbedding())  # a tied head's: packed now, and never looked up here
+
+    def _even_buckets(self) -> list[int]:
+        """Buckets at which every activation is a whole number of vectors, so no element meets a kernel's remainder loop."""
+        widths = {self.checkpoint.hidden_size}
+        for number in range(self.start, self.end):
+            for _, _, layer in linear_modules(self._slots[number]):
+                weight = layer.weight
+                widths |= set(weight.shape)
+        chunk = VECTOR_ELEMENTS * self.threads
+        even = [count for count in BUCKETS if all(count * width % chunk == 0 for width in widths)]
+        return even or list(BUCKETS)

@@ -1,0 +1,294 @@
+"""The built-in engine: one thread that plans, computes and delivers step after step.
+
+The lock is held for planning and committing only, never while a model computes, so the trio thread's calls return
+in microseconds. Decisions are the scheduler's; here they meet tensors. Models are loaded in the caller's thread and
+shared with the engine thread once they are whole.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import psutil
+import structlog
+import torch
+
+from mesh.errors import BadRequest, LocalError
+from mesh.ids import ModelId, StreamId
+from mesh.view import Load, ModelCard, Span
+from node.engine import machine, sampler
+from node.engine.api import Deliver, EngineConfig, EngineOutput, HiddenOut, OpenSequence, SequenceKey
+from node.engine.attention import Segment
+from node.engine.blocks import BLOCK_TOKENS, BlockPool
+from node.engine.checkpoint import read_checkpoint
+from node.engine.kvcache import SequenceKV
+from node.engine.loading import Loaded, card, kv_token_bytes, load_stage
+from node.engine.scheduler import Drawn, HeldSpan, Piece, Scheduler, SchedulerStatistics, StepPlan
+
+KV_SHARE = 0.25  # of free memory, where nothing is configured: several nodes may share a machine
+AVERAGING = 0.2  # weight of the newest step in the running averages
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    scheduler: SchedulerStatistics
+    isa: str
+    threads: int
+    kernels: dict[Span, str]  # span -> name of its linear kernel
+    numerics: dict[Span, str]
+    parameters: dict[Span, int]
+    prefill_tokens: int
+    decode_tokens: int
+    step_failures: int
+
+
+class TorchEngine:
+    """Implements `Engine` on CPU torch."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        if config.device not in ("auto", "cpu"):
+            raise BadRequest(f"this build computes on CPUs; expected device auto or cpu, got {config.device!r}", param="device")
+        self._config = config
+        self._lock = threading.Condition()
+        self._scheduler = Scheduler(config.step_tokens, config.max_sequences)
+        self._loaded: dict[Span, Loaded] = {}
+        self._cards: dict[Span, ModelCard] = {}
+        self._pools: dict[Span, tuple[BlockPool, int]] = {}  # with the bytes of one block
+        self._kv: dict[SequenceKey, SequenceKV] = {}
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._undelivered: list[EngineOutput] = []
+        self._loading = threading.Lock()
+        self._prefill_tok_s = self._step_ms = 0.0
+        self._prefill_tokens = self._decode_tokens = self._step_failures = 0
+        self._kv_bytes = config.kv_memory_bytes or int(psutil.virtual_memory().available * KV_SHARE)
+        torch.set_num_threads(config.threads)
+
+    # ---- life
+
+    def start(self, deliver: Deliver) -> None:
+        if self._thread is not None:
+            raise LocalError("the engine is started already")
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, args=(deliver,), name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the engine thread after its current step (*blocking*)."""
+        with self._lock:
+            self._stopping = True
+            self._lock.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    # ---- models
+
+    def inspect(self, directory: Path, model: ModelId) -> ModelCard:
+        return card(read_checkpoint(directory), model)
+
+    def load(self, directory: Path, model: ModelId, start: int, end: int) -> ModelCard:
+        span = Span(model, start, end)
+        with self._loading:
+            if span in self._cards:
+                return self._cards[span]
+            torch.set_num_threads(self._config.threads)
+            checkpoint = read_checkpoint(directory)
+            loaded = load_stage(checkpoint, start, end, self._config.dtype, self._config.threads)
+            block_bytes = BLOCK_TOKENS * kv_token_bytes(checkpoint, end - start, loaded.stage.kernel.dtype)
+            pool = BlockPool(max(1, self._kv_bytes // block_bytes))
+            with self._lock:
+                self._pools[span] = (pool, block_bytes)
+                self._share_memory()
+                self._loaded[span] = loaded
+                self._cards[span] = card(checkpoint, model, loaded.numerics)
+                self._scheduler.add_span(
+                    span,
+                    HeldSpan(
+                        pool=pool,
+                        layers=checkpoint.layers,
+                        hidden_size=checkpoint.hidden_size,
+                        vocab_size=checkpoint.vocab_size,
+                        max_model_len=checkpoint.max_model_len,
+                        end_ids=checkpoint.end_ids,
+                    ),
+                )
+            log.info("span loaded", model=model, start=start, end=end, kernel=loaded.stage.kernel.name, numerics=loaded.numerics)
+            return self._cards[span]
+
+    def unload(self, span: Span) -> None:
+        with self._lock:
+            lost = self._scheduler.drop_span(span)
+            for held in (self._loaded, self._cards, self._pools):
+                held.pop(span, None)
+            self._share_memory()
+            self._undelivered.extend(lost)
+            self._lock.notify_all()
+
+    def _share_memory(self) -> None:
+        """Every span gets the same share of the KV memory; a shrunken pool gives no block out until it fits again."""
+        for pool, block_bytes in self._pools.values():
+            pool.resize(max(1, self._kv_bytes // len(self._pools) // block_bytes))
+
+    # ---- sequences
+
+    def open(self, sequence: OpenSequence) -> None:
+        with self._lock:
+            self._scheduler.open(sequence)
+            self._lock.notify_all()
+
+    def push(self, key: SequenceKey, position: int, count: int, data: bytes) -> None:
+        with self._lock:
+            self._scheduler.push(key, position, count, data)
+            self._lock.notify_all()
+
+    def token(self, key: SequenceKey, position: int, token: int) -> None:
+        with self._lock:
+            self._scheduler.token(key, position, token)
+            self._lock.notify_all()
+
+    def close(self, key: SequenceKey) -> None:
+        with self._lock:
+            self._scheduler.close(key)
+            self._lock.notify_all()
+
+    def close_streams(self, keep: Callable[[StreamId], bool]) -> None:
+        with self._lock:
+            self._scheduler.close_streams(keep)
+            self._lock.notify_all()
+
+    # ---- figures
+
+    def load_report(self) -> Load:
+        with self._lock:
+            return msgspec.structs.replace(self._scheduler.load(), prefill_tok_s=self._prefill_tok_s, step_ms=self._step_ms)
+
+    def statistics(self) -> EngineStatistics:
+        with self._lock:
+            return EngineStatistics(
+                scheduler=self._scheduler.statistics(),
+                isa=machine.isa(),
+                threads=self._config.threads,
+                kernels={span: loaded.stage.kernel.name for span, loaded in self._loaded.items()},
+                numerics={span: loaded.numerics for span, loaded in self._loaded.items()},
+                parameters={span: loaded.stage.parameters for span, loaded in self._loaded.items()},
+                prefill_tokens=self._prefill_tokens,
+                decode_tokens=self._decode_tokens,
+                step_failures=self._step_failures,
+            )
+
+    # ---- the engine thread
+
+    def _run(self, deliver: Deliver) -> None:
+        torch.set_num_threads(self._config.threads)
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: self._stopping or self._undelivered or self._scheduler.has_work())
+                if self._stopping:
+                    return
+                plan = self._scheduler.plan()
+                outputs: list[EngineOutput] = [*self._undelivered, *plan.lost]
+                self._undelivered.clear()
+                loaded = self._loaded[plan.lane.span] if plan.lane is not None else None
+            for key in plan.freed:
+                self._kv.pop(key, None)
+            if loaded is not None:
+                outputs += self._step(plan, loaded)
+            if outputs:
+                deliver(outputs)
+
+    def _step(self, plan: StepPlan, loaded: Loaded) -> list[EngineOutput]:
+        began_s = time.perf_counter()
+        try:
+            out = self._compute(plan, loaded)
+            last = plan.pieces[0].row.last
+            drawn = self._draw(plan, out) if last else {}
+            hidden = [] if last else _hidden_outputs(plan, out)
+        except Exception as error:  # supervised: a background job; the step's sequences are lost, the thread lives
+            log.exception("step failed", model=plan.lane.span.model if plan.lane else "", sequences=len(plan.pieces))
+            with self._lock:
+                self._step_failures += 1
+                return list(self._scheduler.fail(plan, f"the step failed: {type(error).__name__}"))
+        with self._lock:
+            self._measure(plan, time.perf_counter() - began_s)
+            return [*hidden, *self._scheduler.commit(plan, drawn)]
+
+    def _compute(self, plan: StepPlan, loaded: Loaded) -> torch.Tensor:
+        """One forward: activations `[rows, hidden]`, or logits `[pieces that draw, vocab]` behind the last layer."""
+        assert plan.lane is not None
+        segments: list[Segment] = []
+        positions: list[int] = []
+        ids: list[int] = []
+        received: list[torch.Tensor] = []
+        logits_at: list[int] = []
+        for piece in plan.pieces:
+            kv = self._kv.setdefault(piece.row.key, SequenceKV())
+            segments.append(Segment(len(positions), piece.count, piece.position, kv))
+            positions += range(piece.position, piece.position + piece.count)
+            ids += piece.tokens
+            received += [_activations(piece, part.position, part.count, part.data) for part in piece.pushed]
+            if piece.draws:
+                logits_at.append(len(positions) - 1)
+        first = plan.lane.start == 0
+        return loaded.stage.forward(
+            plan.lane.start,
+            plan.lane.end,
+            segments,
+            positions,
+            ids=ids if first else None,
+            hidden=None if first else torch.cat([rows.to(loaded.stage.kernel.dtype) for rows in received]),
+            logits_at=logits_at,
+        )
+
+    def _draw(self, plan: StepPlan, logits: torch.Tensor) -> dict[SequenceKey, Drawn]:
+        drawing = [piece for piece in plan.pieces if piece.draws]
+        drawn = {}
+        for piece, row_logits in zip(drawing, logits.numpy()):
+            opened = piece.row.opened
+            drawn[piece.row.key] = sampler.draw(
+                row_logits,
+                opened.sampling,
+                piece.position + piece.count,
+                opened.prompt_tokens,
+                piece.history,
+                self._scheduler.stop_ids(piece.row),
+            )
+        return drawn
+
+    def _measure(self, plan: StepPlan, took_s: float) -> None:
+        rows = sum(piece.count for piece in plan.pieces)
+        decodes = sum(piece.count == 1 for piece in plan.pieces)
+        self._decode_tokens += decodes
+        self._prefill_tokens += rows - decodes
+        if decodes == rows:
+            self._step_ms += (took_s * 1e3 - self._step_ms) * (AVERAGING if self._step_ms else 1.0)
+        elif rows > 2 * decodes:
+            rate = (rows - decodes) / took_s
+            self._prefill_tok_s += (rate - self._prefill_tok_s) * (AVERAGING if self._prefill_tok_s else 1.0)
+
+
+def _activations(piece: Piece, position: int, count: int, data: bytes) -> torch.Tensor:
+    """The part of a push that belongs to the piece, `[rows, hidden]`; its element size tells float32 from bfloat16."""
+    hidden_size = piece.row.hidden_size
+    dtype = torch.float32 if len(data) == 4 * count * hidden_size else torch.bfloat16
+    rows = torch.frombuffer(bytearray(data), dtype=dtype).view(count, hidden_size)
+    first = max(piece.position - position, 0)
+    return rows[first : min(piece.position + piece.count - position, count)]
+
+
+def _hidden_outputs(plan: StepPlan, hidden: torch.Tensor) -> list[EngineOutput]:
+    outputs: list[EngineOutput] = []
+    row = 0
+    for piece in plan.pieces:
+        rows = hidden[row : row + piece.count].contiguous()
+        raw = rows.view(torch.int16) if rows.dtype is torch.bfloat16 else rows
+        outputs.append(HiddenOut(piece.row.key, piece.position, piece.count, raw.numpy().tobytes()))
+        row += piece.count
+    return outputs
