@@ -6,7 +6,8 @@ how the tokens arrived, or a reader that resumes at n would get letters twice or
 counted, the *boundaries*, are found token by token, whatever the grouping:
 
 * a token is a boundary when the text up to it ends with a whole character (or with bytes that can no longer become one);
-* it is out once all its text lies before the first character that may belong to a stop string.
+* it is out once all its text lies before the first character that may belong to a stop string;
+* one without text (an end-of-sequence token) is counted with the next text, or with the end.
 
 Detokenising looks at a short window, not at the whole answer: the last settled tokens as context (their text decides
 about the space between words), then those not settled yet. The idea of vLLM's and TGI's incremental detokenisers.
@@ -15,10 +16,8 @@ about the space between words), then those not settled yet. The idea of vLLM's a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-
-from mesh.errors import LocalError
 
 Decode = Callable[[list[int]], str]
 """Text of a run of tokens: special tokens left out, no clean-up of spaces, U+FFFD for bytes that are no character."""
@@ -38,14 +37,24 @@ MOST_CONTEXT_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class TextStep:
-    """What one `feed` brings. `token_ids` are those by which `seq` advances with `text`; with a `finish_reason` the
-    choice is over, and `end_token_ids` are the last ones, which brought no text.
+    """What new tokens bring. `token_ids` are those by which `seq` advances together with `text`.
+
+    `stopped`: a stop string is complete. The choice wants no more tokens; `finish` comes next.
     """
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
-    finish_reason: str | None = None
-    end_token_ids: tuple[int, ...] = ()
+    stopped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TextEnd:
+    """What the end brings: held text with its tokens, then the last tokens, which have no text of their own."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    end_token_ids: tuple[int, ...]
+    finish_reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +71,25 @@ class TextState:
     def __init__(
         self,
         decode: Decode,
-        *,
         stop: Sequence[str] = (),
         include_stop: bool = False,
+        *,
+        end_tokens: Iterable[int] = (),
         context: Sequence[int] = (),
         min_tokens: int = 0,
     ) -> None:
-        """`context`: the prompt's last few tokens, where the answer's first space depends on them.
+        """`end_tokens`: those that end the sequence when drawn; they have no text, special or not, but for `include_stop`.
 
-        Stop strings that are complete within the first `min_tokens` tokens do not count.
+        `context`: the prompt's last few tokens, where the answer's first space depends on them. Stop strings that are
+        complete within the first `min_tokens` tokens do not count.
         """
-        self._decode = decode
+        textless = frozenset() if include_stop else frozenset(end_tokens)
+        self._decode: Decode = lambda tokens: decode([token for token in tokens if token not in textless])
         self._stop = tuple(text for text in stop if text)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
-        self._context = [token for token in context][-MOST_CONTEXT_TOKENS:]
-        self._context_text = decode(self._context) if self._context else ""
+        self._context = list(context)[-MOST_CONTEXT_TOKENS:]
+        self._context_text = self._decode(self._context) if self._context else ""
         if self._context_text.endswith(REPLACEMENT):  # the prompt ends within a character: it is no context
             self._context, self._context_text = [], ""
         self._unsettled: list[_Unsettled] = []
@@ -86,51 +98,41 @@ class TextState:
         self._held_tokens: deque[tuple[int, int | None]] = deque()  # (token, end of its text in `_held`; None: no boundary)
         self._immune = 0  # length of `_held` in which a stop string may not end
         self._counted = 0
-        self._finish_reason: str | None = None
+        self._stopped = False
 
     @property
     def counted(self) -> int:
         """Tokens counted so far: this choice's part of `seq`; after the end its completion tokens."""
         return self._counted
 
-    @property
-    def finish_reason(self) -> str | None:
-        """None while the choice goes on."""
-        return self._finish_reason
-
-    def feed(self, tokens: Sequence[int], finish: str | None = None) -> TextStep:
-        """Takes the next tokens; `finish` says that the engine ended the sequence with the last of them.
-
-        A stop string ends the choice with "stop"; tokens that came after its last one are dropped, now and later.
-        With `finish` "stop" the last token is the one that ended the sequence, and its text is shown only with
-        `include_stop`.
-
-        Raises:
-            LocalError: `finish` "stop" without the token that ended the sequence.
-        """
-        if self._finish_reason is not None:
-            return TextStep()
-        if finish == "stop" and not tokens:
-            raise LocalError('finish "stop" comes with the token that ended the sequence')
+    def feed(self, tokens: Sequence[int]) -> TextStep:
+        """Takes the next tokens. After the token that completed a stop string all others are dropped, now and later."""
         steps: list[TextStep] = []
-        for index, token in enumerate(tokens):
-            last = finish is not None and index == len(tokens) - 1
-            if last and finish == "stop" and not self._include_stop:
-                self._settle_rest()
-                if not self._cut_at_stop():
-                    self._hold(token, "", boundary=True)
-                return _joined([*steps, self._end("stop")])
+        for token in tokens:
+            if self._stopped:
+                break
             self._take(token)
-            if last:
-                self._settle_rest()
-            if self._cut_at_stop():
-                return _joined([*steps, self._end("stop")])
-            if not last:
-                steps.append(self._flush())
-        if finish is not None:
+            self._cut_at_stop()
+            steps.append(self._flush(final=self._stopped))
+        return TextStep(
+            "".join(step.text for step in steps),
+            tuple(token for step in steps for token in step.token_ids),
+            self._stopped,
+        )
+
+    def finish(self, reason: str) -> TextEnd:
+        """The sequence ended with the tokens fed so far: what was held back goes out, half a character as U+FFFD.
+
+        The reason is "stop" where a stop string was found, else the given one.
+        """
+        if not self._stopped:
             self._settle_rest()
-            steps.append(self._end("stop" if self._cut_at_stop() else finish))
-        return _joined(steps)
+            self._cut_at_stop()
+        step = self._flush(final=True)
+        rest = tuple(token for token, _ in self._held_tokens)
+        self._counted += len(rest)
+        self._held_tokens.clear()
+        return TextEnd(step.text, step.token_ids, rest, "stop" if self._stopped else reason)
 
     # Detokenisation: tokens become settled text, with its boundaries.
 
@@ -160,18 +162,18 @@ class TextState:
         return 0
 
     def _settle(self, count: int) -> None:
-        """The first `count` unsettled tokens are final: the last of them is a boundary. The rest wait in a new window."""
+        """The first `count` unsettled tokens are final. The one that completed their text is a boundary, and so are those
+        after it, which brought none. The rest wait in a new window.
+        """
         settled, rest = self._unsettled[:count], self._unsettled[count:]
         text = settled[-1].new_text
-        for waiting in settled[:-1]:
-            self._hold(waiting.token, "", boundary=False)
-        self._hold(settled[-1].token, text, boundary=True)
+        last = next(index for index, waiting in enumerate(settled) if waiting.new_text == text)
+        for index, waiting in enumerate(settled):
+            self._hold(waiting.token, text if index == last else "", boundary=index >= last)
         tokens = [waiting.token for waiting in settled]
         self._context = tokens if text else [*self._context, *tokens][-MOST_CONTEXT_TOKENS:]
         self._context_text = self._decode(self._context)
-        self._unsettled = []
-        for waiting in rest:
-            self._unsettled.append(_Unsettled(waiting.token, waiting.new_text[len(text) :]))
+        self._unsettled = [_Unsettled(waiting.token, waiting.new_text[len(text) :]) for waiting in rest]
 
     def _settle_rest(self) -> None:
         if self._unsettled:
@@ -186,7 +188,7 @@ class TextState:
 
     # Stop strings: which of the settled text may go out.
 
-    def _cut_at_stop(self) -> bool:
+    def _cut_at_stop(self) -> None:
         """Cuts the held text at the stop string that was complete first, if there is one."""
         found: tuple[int, int] | None = None  # (end, start): of those that end together the longest
         for stop in self._stop:
@@ -194,10 +196,11 @@ class TextState:
             if start >= 0 and (found is None or (start + len(stop), start) < found):
                 found = (start + len(stop), start)
         if found is None:
-            return False
-        end, start = found
-        self._held = self._held[: end if self._include_stop else start]
-        return True
+            return
+        self._stopped = True
+        cut = found[0] if self._include_stop else found[1]
+        self._held = self._held[:cut]
+        self._held_tokens = deque((token, None if end is None else min(end, cut)) for token, end in self._held_tokens)
 
     def _may_begin_stop(self) -> int:
         """Length of the held text's longest end with which a stop string begins."""
@@ -210,14 +213,21 @@ class TextState:
 
     # Counting: whole tokens, with all their text.
 
-    def _flush(self) -> TextStep:
-        """Sends the tokens up to the last boundary before anything that may be a stop string's beginning."""
-        safe = len(self._held) - self._may_begin_stop()
+    def _flush(self, *, final: bool) -> TextStep:
+        """Sends the tokens up to the last one that brings text, all of it before a stop string's possible beginning.
+
+        Tokens without text wait for the next that has some, or for the end.
+        """
+        if not self._held:
+            return TextStep()
+        safe = len(self._held) - (0 if final else self._may_begin_stop())
         count, text_end = 0, 0
         for index, (_, end) in enumerate(self._held_tokens):
-            if end is not None:
-                if end > safe:
-                    break
+            if end is None:
+                continue
+            if end > safe:
+                break
+            if end > text_end:
                 count, text_end = index + 1, end
         if count == 0:
             return TextStep()
@@ -227,31 +237,3 @@ class TextState:
         self._immune = max(0, self._immune - text_end)
         self._counted += count
         return TextStep(text, token_ids)
-
-    def _end(self, reason: str) -> TextStep:
-        """Everything goes out: with the text the tokens that brought it, then those that brought none."""
-        bearing, reached = 0, 0
-        for index, (_, end) in enumerate(self._held_tokens):
-            if reached < len(self._held):
-                bearing = index + 1
-            if end is not None:
-                reached = min(end, len(self._held))
-        tokens = tuple(token for token, _ in self._held_tokens)
-        step = TextStep(self._held, tokens[:bearing], reason, tokens[bearing:])
-        self._counted += len(tokens)
-        self._finish_reason = reason
-        self._held = ""
-        self._held_tokens.clear()
-        return step
-
-
-def _joined(steps: list[TextStep]) -> TextStep:
-    """The steps of one `feed` as one; only the last can be an end."""
-    if not steps:
-        return TextStep()
-    return TextStep(
-        "".join(step.text for step in steps),
-        tuple(token for step in steps for token in step.token_ids),
-        steps[-1].finish_reason,
-        steps[-1].end_token_ids,
-    )

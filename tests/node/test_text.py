@@ -9,8 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mesh.errors import LocalError
-from node.text import MOST_UNSETTLED_TOKENS, TextState, TextStep
+from node.text import MOST_UNSETTLED_TOKENS, TextEnd, TextState, TextStep
 
 END = 999
 """A special token: it has no text."""
@@ -28,8 +27,8 @@ class ByteTokens:
         return b"".join(self.vocabulary[token] for token in tokens if token != END).decode("utf-8", "replace")
 
 
-def run(state: TextState, *groups: list[int], finish: str | None = None) -> list[TextStep]:
-    return [state.feed(group, finish if index == len(groups) - 1 else None) for index, group in enumerate(groups)]
+def run(state: TextState, *groups: list[int]) -> list[TextStep]:
+    return [state.feed(group) for group in groups]
 
 
 def words(*texts: str, **options: object) -> TextState:
@@ -51,19 +50,21 @@ def test_bytes_that_are_no_character_do_not_hold_the_stream_for_long() -> None:
     state = TextState(ByteTokens(b"\x80").decode)
     steps = run(state, *([0] for _ in range(10)))
     assert [step.text for step in steps] == ["", "", "", *["\ufffd"] * 7]
-    assert state.feed([], "length") == TextStep("\ufffd\ufffd\ufffd", (0, 0, 0), "length")
+    assert state.finish("length") == TextEnd("\ufffd\ufffd\ufffd", (0, 0, 0), (), "length")
 
 
 def test_an_open_character_at_the_end_is_flushed_as_a_replacement() -> None:
     state = TextState(ByteTokens(b"a", b"\xe2\x82").decode)
-    assert run(state, [0], [1], finish="length") == [TextStep("a", (0,)), TextStep("\ufffd", (1,), "length")]
+    assert run(state, [0], [1, END]) == [TextStep("a", (0,)), TextStep()]
+    assert state.finish("stop") == TextEnd("\ufffd", (1,), (END,), "stop")
 
 
 def test_a_stop_string_over_three_tokens_is_never_seen() -> None:
     state = words("one ", "EN", "D", "!", stop=("END!",))
     assert run(state, [0], [1], [2]) == [TextStep("one ", (0,)), TextStep(), TextStep()]
-    assert state.feed([3]) == TextStep("", (), "stop", (1, 2, 3))
-    assert (state.counted, state.finish_reason) == (4, "stop")
+    assert state.feed([3]) == TextStep("", (), stopped=True)
+    assert state.finish("length") == TextEnd("", (), (1, 2, 3), "stop")
+    assert state.counted == 4
 
 
 def test_what_only_looked_like_a_stop_string_comes_later_and_is_counted_then() -> None:
@@ -76,47 +77,53 @@ def test_a_token_half_of_which_may_begin_a_stop_string_waits_as_a_whole() -> Non
     assert run(state, [0], [1]) == [TextStep(), TextStep("one Eat", (0, 1))]
 
 
-def test_text_before_the_stop_string_in_its_first_token_goes_out_at_the_end() -> None:
+def test_text_before_the_stop_string_in_its_first_token_goes_out_at_once_and_later_tokens_are_dropped() -> None:
     state = words("one E", "ND two", "three", stop=("END",))
-    assert run(state, [0, 1, 2]) == [TextStep("one ", (0,), "stop", (1,))]
-    assert state.feed([2], "length") == TextStep()
+    assert run(state, [0, 1, 2], [2]) == [TextStep("one ", (0,), stopped=True), TextStep(stopped=True)]
+    assert state.finish("length") == TextEnd("", (), (1,), "stop")
     assert state.counted == 2
 
 
 def test_include_stop_shows_it_and_nothing_after_it() -> None:
     state = words("one E", "ND two", stop=("END",), include_stop=True)
-    assert run(state, [0, 1]) == [TextStep("one END", (0, 1), "stop")]
+    assert run(state, [0, 1]) == [TextStep("one END", (0, 1), stopped=True)]
 
 
 def test_the_stop_string_that_is_complete_first_wins_and_of_those_the_longest() -> None:
-    assert run(words("abcd", stop=("bcd", "bc")), [0]) == [TextStep("a", (0,), "stop")]
-    assert run(words("xabc", stop=("bc", "abc")), [0]) == [TextStep("x", (0,), "stop")]
+    assert run(words("abcd", stop=("bcd", "bc")), [0]) == [TextStep("a", (0,), stopped=True)]
+    assert run(words("xabc", stop=("bc", "abc")), [0]) == [TextStep("x", (0,), stopped=True)]
 
 
-def test_a_stop_string_wins_over_the_length_and_a_stop_token_shows_no_text() -> None:
-    assert run(words("a.", stop=(".",)), [0], finish="length") == [TextStep("a", (0,), "stop")]
-    assert run(words("a", "</s>"), [0, 1], finish="stop") == [TextStep("a", (0,), "stop", (1,))]
-    assert run(words("a", "</s>", include_stop=True), [0, 1], finish="stop") == [TextStep("a</s>", (0, 1), "stop")]
-    assert run(words("a."), [0, END], finish="stop") == [TextStep("a.", (0,), "stop", (END,))]
+def test_a_stop_string_within_half_a_characters_reach_is_found_at_the_end() -> None:
+    state = TextState(ByteTokens(b"a.\xe2").decode, stop=(".",))
+    assert run(state, [0]) == [TextStep()]
+    assert state.finish("length") == TextEnd("a", (0,), (), "stop")
+
+
+def test_the_token_that_ended_the_sequence_shows_no_text_unless_asked_for() -> None:
+    state = words("a", "</s>", end_tokens=(1,))
+    assert run(state, [0], [1]) == [TextStep("a", (0,)), TextStep()]
+    assert state.finish("stop") == TextEnd("", (), (1,), "stop")
+    assert run(words("a", "</s>", end_tokens=(1,), include_stop=True), [0, 1]) == [TextStep("a</s>", (0, 1))]
+
+
+def test_a_token_without_text_is_counted_with_the_next_that_has_some() -> None:
+    assert run(words("a"), [0, END], [0]) == [TextStep("a", (0,)), TextStep("a", (END, 0))]
 
 
 def test_text_held_for_a_stop_string_is_flushed_by_the_end() -> None:
     state = words("a E", "N", stop=("END",))
-    assert run(state, [0, 1, END], finish="stop") == [TextStep("a EN", (0, 1), "stop", (END,))]
+    assert run(state, [0, 1, END]) == [TextStep()]
+    assert state.finish("stop") == TextEnd("a EN", (0, 1), (END,), "stop")
 
 
 def test_stop_strings_within_the_least_tokens_do_not_count() -> None:
     state = words("a.", "b.", stop=(".",), min_tokens=2)
-    assert run(state, [0, 1, 0]) == [TextStep("a.b.a", (0, 1, 0), "stop")]
+    assert run(state, [0, 1, 0]) == [TextStep("a.b.a", (0, 1, 0), stopped=True)]
 
 
 def test_an_empty_stop_string_is_none() -> None:
     assert run(words("a", stop=("",)), [0]) == [TextStep("a", (0,))]
-
-
-def test_a_stop_without_its_token_is_our_own_mistake() -> None:
-    with pytest.raises(LocalError):
-        words("a").feed([], "stop")
 
 
 PIECES = [
@@ -145,55 +152,53 @@ def grouped(tokens: list[int], cuts: list[int]) -> list[list[int]]:
     return [tokens[start:end] for start, end in pairwise(edges)] or [[]]
 
 
-def transcript(steps: list[TextStep]) -> dict[int, str]:
-    """Text by `seq`, the seq of the last text before an end included."""
+def transcript(steps: list[TextStep], end: TextEnd) -> dict[int, str]:
+    """Text by `seq`, as a client could resume there."""
     seq, text = 0, ""
     out = {0: ""}
-    for step in steps:
+    every: list[TextStep | TextEnd] = [*steps, end]
+    for step in every:
         seq, text = seq + len(step.token_ids), text + step.text
+        assert step.token_ids or not step.text
         out[seq] = text
     return out
 
 
 @settings(max_examples=300)
-@given(
-    tokens=TOKENS,
-    cuts=st.lists(st.integers(0, 40)),
-    stop=STOPS,
-    include=st.booleans(),
-    finish=st.sampled_from(["length", "stop"]),
-)
-@example(tokens=[10, 8, 10, 8, 10, 8], cuts=[3], stop=[], include=False, finish="length")
+@given(tokens=TOKENS, cuts=st.lists(st.integers(0, 40)), stop=STOPS, include=st.booleans())
+@example(tokens=[10, 8, 10, 8, 10, 8], cuts=[3], stop=[], include=False)
 def test_text_and_seq_depend_on_the_tokens_alone_not_on_how_they_came(
-    tokens: list[int], cuts: list[int], stop: list[str], include: bool, finish: str
+    tokens: list[int], cuts: list[int], stop: list[str], include: bool
 ) -> None:
     tokens = [*tokens, END]
     vocabulary = ByteTokens(*PIECES)
 
-    def steps(groups: list[list[int]]) -> tuple[list[TextStep], TextState]:
-        state = TextState(vocabulary.decode, stop=stop, include_stop=include)
-        return run(state, *groups, finish=finish), state
+    def answer(groups: list[list[int]]) -> tuple[dict[int, str], list[TextStep | TextEnd], int]:
+        state = TextState(vocabulary.decode, stop, include)
+        steps = run(state, *groups)
+        end = state.finish("length")
+        return transcript(steps, end), [*steps, end], state.counted
 
-    (singly, one), (together, other) = steps([[token] for token in tokens]), steps(grouped(tokens, cuts))
-    fine, coarse = transcript(singly), transcript(together)
+    fine, _, counted = answer([[token] for token in tokens])
+    coarse, steps, counted_together = answer(grouped(tokens, cuts))
     assert {seq: fine.get(seq) for seq in coarse} == coarse
-    last_fine, last_coarse = max(fine), max(coarse)
-    assert (last_fine, fine[last_fine]) == (last_coarse, coarse[last_coarse])
-    assert (one.counted, one.finish_reason) == (other.counted, other.finish_reason)
-    sent = [token for step in together for token in (*step.token_ids, *step.end_token_ids)]
-    assert sent == tokens[: one.counted]
+    assert (max(fine), fine[max(fine)], counted) == (max(coarse), coarse[max(coarse)], counted_together)
+    sent = [token for step in steps for token in step.token_ids]
+    assert [*sent, *steps[-1].end_token_ids] == tokens[:counted]  # type: ignore[union-attr]
 
 
 @settings(max_examples=300)
 @given(tokens=TOKENS, stop=STOPS)
 def test_the_text_is_that_of_all_tokens_cut_at_the_stop_string_that_ends_first(tokens: list[int], stop: list[str]) -> None:
     vocabulary = ByteTokens(*PIECES)
-    state = TextState(vocabulary.decode, stop=stop)
-    shown = transcript(run(state, *[[token] for token in tokens], [], finish="length"))
+    state = TextState(vocabulary.decode, stop)
+    steps = run(state, *[[token] for token in tokens])
+    end = state.finish("length")
+    shown = transcript(steps, end)
     whole = vocabulary.decode(tokens)
     ends = [(whole.find(each) + len(each), whole.find(each)) for each in stop if each in whole]
     assert shown[max(shown)] == (whole[: min(ends)[1]] if ends else whole)
-    assert state.finish_reason == ("stop" if ends else "length")
+    assert end.finish_reason == ("stop" if ends else "length")
     for seq, text in shown.items():
         if seq < max(shown):
             assert text == vocabulary.decode(tokens[:seq])
@@ -236,8 +241,9 @@ def trained(*, byte_level: bool) -> Tokenizer:
 def test_real_tokenizers_give_the_same_text_piece_by_piece(byte_level: bool) -> None:
     tokenizer = trained(byte_level=byte_level)
     tokens = tokenizer.encode(TEXT).ids
-    steps = run(TextState(tokenizer.decode), *[[token] for token in tokens], [], finish="length")
-    assert "".join(step.text for step in steps) == tokenizer.decode(tokens)
+    state = TextState(tokenizer.decode)
+    steps = run(state, *[[token] for token in tokens])
+    assert "".join(step.text for step in steps) + state.finish("length").text == tokenizer.decode(tokens)
     assert not any("\ufffd" in step.text for step in steps)
 
 
