@@ -27,15 +27,15 @@ OUTBOX_BYTES = 256 << 20
 class LinkStatistics:
     """Counters since the start."""
 
-    frames_sent: int = 0
-    frames_received: int = 0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    links_opened: int = 0
-    links_lost: int = 0
-    handshakes_refused: int = 0
-    frames_rejected: int = 0
-    handler_failures: int = 0
+    frames_sent_total: int = 0
+    frames_received_total: int = 0
+    bytes_sent_total: int = 0
+    bytes_received_total: int = 0
+    links_opened_total: int = 0
+    links_lost_total: int = 0
+    handshakes_refused_total: int = 0
+    frames_rejected_total: int = 0
+    handler_failures_total: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class Link:
                 refusal = await self._greet(connection, frames)
             if refusal is not None:
                 return refusal
-            self._counters.links_opened += 1
+            self._counters.links_opened_total += 1
             async with trio.open_nursery() as link_nursery:
                 link_nursery.start_soon(self._write, connection, link_nursery.cancel_scope)
                 while (frame := await frames.next()) is not None:
@@ -129,7 +129,7 @@ class Link:
                 link_nursery.cancel_scope.cancel()
             return frames.end_reason
         finally:
-            self._counters.frames_rejected += frames.broke_the_protocol
+            self._counters.frames_rejected_total += frames.broke_the_protocol
             with trio.CancelScope(shield=True):
                 await trio.aclose_forcefully(connection)
 
@@ -167,18 +167,18 @@ class Link:
             if not await send(connection, b"".join(batch)):
                 link_scope.cancel()
                 return
-            counters.frames_sent += len(batch)
-            counters.bytes_sent += size
+            counters.frames_sent_total += len(batch)
+            counters.bytes_sent_total += size
 
     def _on_reply(self, frame: Frame) -> None:
         counters = self._counters
-        counters.frames_received += 1
-        counters.bytes_received += len(frame.tail)
+        counters.frames_received_total += 1
+        counters.bytes_received_total += len(frame.tail)
         if frame.load is not None and self.peer is not None:
             self._on_load(self.peer, frame.load)
         pending = self._calls.get(frame.number)
         if pending is None or not frame.is_reply:
-            counters.frames_rejected += 1  # the caller's deadline passed; late answers change nothing
+            counters.frames_rejected_total += 1  # the caller's deadline passed; late answers change nothing
             return
         pending.reply = frame
         pending.answered.set()

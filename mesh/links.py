@@ -23,6 +23,7 @@ from mesh.frame_stream import COALESCE_BYTES, FrameSource, send
 from mesh.frames import Frame, encode
 from mesh.ids import Address, NodeId, format_address
 from mesh.link import HANDSHAKE_TIMEOUT_S, PROTOCOL_VERSION, Link, LinkConfig, LinkStatistics
+from mesh.tls import peer_node
 from mesh.view import Load
 
 CALLS_AT_ONCE = 512  # handlers running for one inbound link; beyond it we stop reading, and TCP tells the peer
@@ -104,7 +105,7 @@ class Links:
         if self._links.get(link.to) is link:
             del self._links[link.to]
         link.fail(reason)
-        self.counters.links_lost += 1
+        self.counters.links_lost_total += 1
         self.on_lost(link.peer, link.to, reason)
 
     async def _serve_peer(self, stream: trio.SocketStream) -> None:
@@ -118,11 +119,11 @@ class Links:
             with trio.move_on_after(HANDSHAKE_TIMEOUT_S):
                 peer = await self._greet_caller(connection, frames)
             if peer is None:
-                self.counters.handshakes_refused += 1
+                self.counters.handshakes_refused_total += 1
             else:
                 await self._answer(peer, connection, frames)
         finally:
-            self.counters.frames_rejected += frames.broke_the_protocol
+            self.counters.frames_rejected_total += frames.broke_the_protocol
             with trio.CancelScope(shield=True):
                 await trio.aclose_forcefully(connection)
         if peer is not None:
@@ -132,7 +133,7 @@ class Links:
         hello = await frames.next()
         if hello is None:
             return None
-        refusal = self._why_refuse(hello)
+        refusal = self._why_refuse(hello) or _impostor(connection, hello)
         answer: Header = {"node": self.config.me, "refused": refusal}
         if not await send(connection, encode(Frame("hello", answer, is_reply=True))):
             return None
@@ -157,8 +158,8 @@ class Links:
         async with trio.open_nursery() as link_nursery:
             link_nursery.start_soon(self._write_replies, connection, replies)
             while (frame := await frames.next()) is not None:
-                self.counters.frames_received += 1
-                self.counters.bytes_received += len(frame.tail)
+                self.counters.frames_received_total += 1
+                self.counters.bytes_received_total += len(frame.tail)
                 self._note_load(peer, frame)
                 if frame.number == 0:
                     self._receive(peer, frame)
@@ -174,13 +175,13 @@ class Links:
     def _receive(self, peer: NodeId, frame: Frame) -> None:
         receiver = self.receivers.get(frame.kind)
         if receiver is None:
-            self.counters.frames_rejected += 1
+            self.counters.frames_rejected_total += 1
             return
         try:
             receiver(peer, frame.header, frame.tail)
         except (MeshError, KeyError, TypeError, ValueError, msgspec.MsgspecError) as error:
             # A peer's malformed frame must not end the node: counted, dropped.
-            self.counters.frames_rejected += 1
+            self.counters.frames_rejected_total += 1
             log.warning("link.frame_rejected", kind=frame.kind, peer=peer, error=f"{type(error).__name__}: {error}")
 
     async def _answer_call(
@@ -193,7 +194,7 @@ class Links:
             header, tail = await handler(peer, frame.header, frame.tail)
         except Exception as error:  # supervised: one peer call
             if not isinstance(error, MeshError):
-                self.counters.handler_failures += 1
+                self.counters.handler_failures_total += 1
                 log.error("call.failed", kind=frame.kind, peer=peer, exc_info=error)
             header, tail = {"error": error_to_header(error)}, b""
         finally:
@@ -203,10 +204,18 @@ class Links:
     async def _write_replies(self, connection: trio.abc.Stream, replies: trio.MemoryReceiveChannel[bytes]) -> None:
         async for data in replies:
             batch = _drain(replies, data)
-            self.counters.frames_sent += len(batch)
-            self.counters.bytes_sent += sum(map(len, batch))
+            self.counters.frames_sent_total += len(batch)
+            self.counters.bytes_sent_total += sum(map(len, batch))
             if not await send(connection, b"".join(batch)):
                 return
+
+
+def _impostor(connection: trio.abc.Stream, hello: Frame) -> str | None:
+    """Why a certificate does not fit the node id that came with it; None without TLS, or when it does."""
+    if not isinstance(connection, trio.SSLStream):
+        return None
+    certified = peer_node(connection)
+    return None if certified == hello.header["node"] else f"the certificate is of node {certified}"
 
 
 def _drain(channel: trio.MemoryReceiveChannel[bytes], first: bytes) -> list[bytes]:

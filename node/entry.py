@@ -64,8 +64,8 @@ class Entry:
         run = RequestRun(self.node, self._planning, self._counters, request, prompt, deadline_at)
         self._runs[request.id] = run
         self.recent.add(run.record)
-        self._counters.requests += 1
-        self._counters.prompt_tokens += len(prompt.tokens)
+        self._counters.requests_total += 1
+        self._counters.prompt_tokens_total += len(prompt.tokens)
         assert self._nursery is not None, "Entry.run must be running"
         self._nursery.start_soon(self._drive, run)
         try:
@@ -95,7 +95,7 @@ class Entry:
     def token(self, token: TokenOut) -> None:
         run = self._runs.get(token.key.stream)
         if run is None:
-            self._counters.late_tokens += 1
+            self._counters.late_tokens_total += 1
             return
         key = token.key
         run.tell(key.choice, TokenDrawn(key.attempt, token.position, token.token, token.finish, token.logprob, token.top))

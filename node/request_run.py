@@ -63,14 +63,14 @@ class EntryNode:
 class EntryCounters:
     """Since the start."""
 
-    requests: int = 0
-    succeeded: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    tokens: int = 0
-    prompt_tokens: int = 0
-    attempts_lost: int = 0
-    late_tokens: int = 0
+    requests_total: int = 0
+    succeeded_total: int = 0
+    failed_total: int = 0
+    cancelled_total: int = 0
+    tokens_total: int = 0
+    prompt_tokens_total: int = 0
+    attempts_lost_total: int = 0
+    late_tokens_total: int = 0
 
 
 class RequestRun:
@@ -228,7 +228,7 @@ class RequestRun:
         core = self._cores[choice]
         self._planning.finished(self._key(choice, effect.attempt), ok=core.phase is Phase.DONE, lost=effect.lost)
         if not core.ended:
-            self._counters.attempts_lost += 1
+            self._counters.attempts_lost_total += 1
             log.info("attempt.lost", stream=self.request.id, attempt=effect.attempt, reason=core.history[-1])
         self._post_close(choice, effect.attempt, effect.path)
 
@@ -252,7 +252,7 @@ class RequestRun:
         self._events_in.send_nowait(event)
 
     def _on_token(self, choice: int, emit: Emit) -> None:
-        self._counters.tokens += 1
+        self._counters.tokens_total += 1
         step, logprobs = self._texts[choice].feed(emit)
         if step.text or step.token_ids:
             self.record.seq += len(step.token_ids)
@@ -269,12 +269,12 @@ class RequestRun:
     def _finish(self) -> None:
         phases = {core.phase for core in self._cores.values()}
         if phases == {Phase.DONE}:
-            self._counters.succeeded += 1
+            self._counters.succeeded_total += 1
             self._send(self._finished())
         elif Phase.FAILED in phases:
-            self._counters.failed += 1
+            self._counters.failed_total += 1
         else:
-            self._counters.cancelled += 1
+            self._counters.cancelled_total += 1
             self._send(Refused("the request was cancelled", 0.0))
         self._events_in.close()
 

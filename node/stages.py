@@ -50,12 +50,12 @@ class TokenSink(Protocol):
 class StagesStatistics:
     """Counters since the start."""
 
-    opened: int = 0
-    refused: int = 0
-    hidden_frames: int = 0
-    token_frames: int = 0
-    rejected_rows: int = 0
-    lost_to_peers: int = 0
+    opened_total: int = 0
+    refused_total: int = 0
+    hidden_frames_total: int = 0
+    token_frames_total: int = 0
+    rejected_rows_total: int = 0
+    lost_to_peers_total: int = 0
 
 
 class Stages:
@@ -122,7 +122,7 @@ class Stages:
         header = {"rows": [[*row.key, row.position, row.count, len(row.data)] for row in rows]}
         try:
             self._post(address, "stage.hidden", header, b"".join(row.data for row in rows))
-            self._counters.hidden_frames += 1
+            self._counters.hidden_frames_total += 1
         except PeerLost as error:
             self._lose({row.key for row in rows}, address, error.reason)
 
@@ -130,7 +130,7 @@ class Stages:
         header = {"tokens": [[*t.key, t.position, t.token, t.finish, t.logprob, [list(pair) for pair in t.top]] for t in drawn]}
         try:
             self._post(address, "stage.tokens", header)
-            self._counters.token_frames += 1
+            self._counters.token_frames_total += 1
         except PeerLost as error:
             self._lose({token.key for token in drawn}, address, error.reason)
 
@@ -138,7 +138,7 @@ class Stages:
         for key in keys:
             route = self._routes.get(key)
             if route is not None:
-                self._counters.lost_to_peers += 1
+                self._counters.lost_to_peers_total += 1
                 self._engine.close(key)
                 self._give_up(route, SequenceLost(key, f"the link to {address[0]}:{address[1]} is lost: {reason}"), None)
 
@@ -164,9 +164,9 @@ class Stages:
                 self._engine.open(stage.sequence)
             except MeshError:
                 self._forget(key)
-                self._counters.refused += 1
+                self._counters.refused_total += 1
                 raise
-            self._counters.opened += 1
+            self._counters.opened_total += 1
         return {}, b""
 
     def _on_hidden(self, sender: NodeId, header: Header, tail: bytes) -> None:
@@ -180,7 +180,7 @@ class Stages:
             if key in self._routes and type(position) is int and type(count) is int and count > 0:
                 self._engine.push(key, position, count, data)
             else:
-                self._counters.rejected_rows += 1
+                self._counters.rejected_rows_total += 1
 
     def _on_tokens(self, sender: NodeId, header: Header, tail: bytes) -> None:
         for stream, choice, attempt, position, token, finish, logprob, top in header["tokens"]:

@@ -55,7 +55,7 @@ async def test_many_calls_share_one_link_and_answers_may_come_out_of_order():
                 assert header["n"] == n
             release.set()
 
-        assert a.counters.links_opened == 1
+        assert a.counters.links_opened_total == 1
 
 
 async def test_one_way_frames_arrive_in_order():
@@ -104,7 +104,7 @@ async def test_a_bug_in_a_handler_is_answered_and_the_link_lives_on():
             await a.call(b.config.address, "bug", {})
         await a.call(b.config.address, "echo", {})
 
-        assert b.counters.handler_failures == 1
+        assert b.counters.handler_failures_total == 1
 
 
 async def test_a_lost_peer_fails_waiting_calls_at_once_and_is_announced():
@@ -173,7 +173,7 @@ async def test_garbage_on_an_inbound_link_is_counted_and_the_node_lives():
         await stream.aclose()
         await a.call(b.config.address, "echo", {})
 
-        assert b.counters.frames_rejected == 1
+        assert b.counters.frames_rejected_total == 1
 
 
 async def test_every_frame_carries_the_senders_load():
@@ -208,4 +208,4 @@ async def test_a_call_to_oneself_needs_no_network():
         a.add({"echo": echo})
 
         assert (await a.call(a.config.address, "echo", {}))[0] == {"sender": "a"}
-        assert a.counters.links_opened == 0
+        assert a.counters.links_opened_total == 0

@@ -1,0 +1,54 @@
+"""What this node tells of itself: one record, changed here and published whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from mesh.ids import ModelId
+from mesh.view import Facts, ModelCard, Span
+
+
+class OwnFacts:
+    """`publish` is membership's; each change goes out at once."""
+
+    def __init__(self, facts: Facts, publish: Callable[[Facts], None]) -> None:
+        self._facts = facts
+        self._publish = publish
+
+    @property
+    def now(self) -> Facts:
+        return self._facts
+
+    def _set(self, **changes: Any) -> None:
+        changed = msgspec.structs.replace(self._facts, **changes)
+        if changed != self._facts:
+            self._facts = changed
+            self._publish(changed)
+
+    def serve_http_at(self, url: str) -> None:
+        self._set(http=url)
+
+    def know(self, card: ModelCard, capacity_layers: int) -> None:
+        """A model whose files are here, served or not."""
+        others = tuple(known for known in self._facts.models if known.id != card.id)
+        self._set(models=(*others, card), capacity={**self._facts.capacity, card.id: capacity_layers})
+
+    def intend(self, spans: tuple[Span, ...]) -> None:
+        self._set(intends=spans)
+
+    def serve(self, card: ModelCard, spans: tuple[Span, ...]) -> None:
+        """The spans that serve now, of this model; what was intended of it is done."""
+        model: ModelId = card.id
+        others = tuple(span for span in self._facts.spans if span.model != model)
+        intends = tuple(span for span in self._facts.intends if span.model != model)
+        cards = tuple(card if known.id == model else known for known in self._facts.models)
+        self._set(spans=tuple(sorted((*others, *spans))), intends=intends, models=cards)
+
+    def drain(self) -> None:
+        self._set(draining=True)
+
+    def documents(self, record: dict[str, Any]) -> None:
+        self._set(documents=record)

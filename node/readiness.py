@@ -1,0 +1,78 @@
+"""Ready: a canary token has come through a complete path, not merely a process that lives.
+
+A canary runs when what is served has changed since the last one, never on a timer: at rest the mesh is at rest.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+
+import trio
+
+from mesh.errors import MeshError
+from mesh.ids import ModelId, StreamId
+from mesh.view import View
+from node.entry import Entry
+from node.models import Models
+from node.requests import GenerateRequest, SamplingParams
+from routing.path import uncovered
+
+CANARY_TIMEOUT_S = 10.0
+RETRY_S = 1.0  # after a canary that failed
+
+
+class Readiness:
+    def __init__(self, view: Callable[[], View], models: Models, entry: Entry) -> None:
+        self._view = view
+        self._models = models
+        self._entry = entry
+        self._proved: object = None  # what was served when the last canary came through
+        self._failure = ""
+        self._failed_at = 0.0
+        self._lock = trio.Lock()
+
+    def missing_layers(self) -> dict[ModelId, tuple[tuple[int, int], ...]]:
+        """Known models without a complete path, with their uncovered layers."""
+        view = self._view()
+        gaps = {card.id: uncovered(view, card.id, card.layers) for card in view.models().values()}
+        return {model: missing for model, missing in gaps.items() if missing}
+
+    async def why_not(self) -> str | None:
+        """None when ready, else the reason. Runs a canary when none has proved what is served now."""
+        missing = self.missing_layers()
+        complete = [card.id for card in self._models.cards() if card.id not in missing]
+        if not complete:
+            gaps = "; ".join(f"{model} lacks layers {', '.join(f'{a}:{b}' for a, b in gap)}" for model, gap in missing.items())
+            return gaps or "no model is known here yet"
+        async with self._lock:  # readers that ask together share one canary
+            served = self._served()
+            if self._proved == served:
+                return None
+            if self._failure and trio.current_time() - self._failed_at < RETRY_S:
+                return self._failure
+            failure = await self._canary(complete[0])
+            if failure is None:
+                self._proved = served
+            self._failure, self._failed_at = failure or "", trio.current_time()
+            return failure
+
+    def _served(self) -> object:
+        return frozenset((peer.id, peer.epoch, peer.facts.spans) for peer in self._view().live())
+
+    async def _canary(self, model: ModelId) -> str | None:
+        request = GenerateRequest(
+            id=StreamId(f"canary-{secrets.token_hex(8)}"),
+            model=model,
+            prompt_ids=(0,),
+            sampling=SamplingParams(temperature=0.0, ignore_eos=True),
+            max_tokens=1,
+            deadline_s=CANARY_TIMEOUT_S,
+        )
+        try:
+            async with self._entry.generate(request) as events:
+                async for _ in events:
+                    pass
+        except MeshError as error:
+            return f"no token came through a path of {model}: {error}"
+        return None

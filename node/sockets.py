@@ -1,0 +1,61 @@
+"""The node's listening sockets, taken before anything else: a port in use is known at once."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+
+import trio
+
+from mesh.errors import BadRequest
+from mesh.ids import Address, format_address
+
+PAIR_TRIES = 50  # a free TCP port whose UDP twin is taken: another one
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSockets:
+    """Gossip and links under one port number."""
+
+    listener: trio.SocketListener
+    datagrams: trio.socket.SocketType
+    address: Address
+
+
+async def open_peer_sockets(bind: Address) -> PeerSockets:
+    """TCP and UDP on `bind`; port 0 finds a number that is free for both.
+
+    Raises:
+        BadRequest: the address is in use or not this machine's.
+    """
+    host, port = bind
+    for attempt in range(PAIR_TRIES):
+        listener = await open_listener(bind, "--bind")
+        address: Address = listener.socket.getsockname()[:2]
+        datagrams = trio.socket.socket(listener.socket.family, trio.socket.SOCK_DGRAM)
+        try:
+            await datagrams.bind(address)
+            return PeerSockets(listener, datagrams, address)
+        except OSError as error:
+            datagrams.close()
+            await listener.aclose()
+            if port or attempt == PAIR_TRIES - 1 or error.errno != errno.EADDRINUSE:
+                raise _cannot_listen(bind, "--bind", error) from None
+    raise AssertionError("the loop returns or raises")
+
+
+async def open_listener(bind: Address, option: str) -> trio.SocketListener:
+    """Raises BadRequest naming the option and what is wrong with the address."""
+    host, port = bind
+    try:
+        listeners = await trio.open_tcp_listeners(port, host=host, backlog=1024)
+    except OSError as error:
+        raise _cannot_listen(bind, option, error) from None
+    for other in listeners[1:]:
+        await other.aclose()
+    return listeners[0]
+
+
+def _cannot_listen(bind: Address, option: str, error: OSError) -> BadRequest:
+    reason = "the port is in use; take another, or 0 for any free one" if error.errno == errno.EADDRINUSE else str(error.strerror)
+    return BadRequest(f"{option} {format_address(bind)}: cannot listen there: {reason}", option.strip("-"))

@@ -1,0 +1,105 @@
+"""What HTTP asks of the node, answered by the parts that know: `node.services.NodeServices`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import trio
+
+from mesh.errors import BadRequest
+from mesh.ids import ModelId, NodeId, StreamId
+from mesh.view import ModelCard, View
+from node.entry import Entry
+from node.models import Models
+from node.readiness import Readiness
+from node.requests import GenerateEvent, GenerateRequest
+from node.status import status
+from rag.embed import Embedder
+from rag.service import Documents
+from rag.types import FileInfo, SearchResult, StoreInfo
+
+EMBED_BATCH = 16  # texts a worker thread takes at a time, so that many clients share it
+EMBEDDER_CONTEXT = 256  # tokens; MiniLM reads no further
+EMBEDDER_ID = ModelId("all-MiniLM-L6-v2")
+
+
+class Surface:
+    """Delegates; decides nothing."""
+
+    def __init__(
+        self,
+        view: Callable[[], View],
+        models: Models,
+        entry: Entry,
+        readiness: Readiness,
+        documents: Documents,
+        embedder: Embedder,
+        statistics: Callable[[], Mapping[str, object]],
+    ) -> None:
+        self._view = view
+        self._models = models
+        self._entry = entry
+        self._readiness = readiness
+        self._documents = documents
+        self._embedder = embedder
+        self.statistics = statistics
+        self._embedding = trio.CapacityLimiter(1)
+        self.create_store = documents.create_store
+        self.stores = documents.stores
+        self.store = documents.store
+        self.delete_store = documents.delete_store
+        self.put_file = documents.put_file
+        self.files = documents.files
+        self.file = documents.file
+        self.delete_file = documents.delete_file
+        self.attach = documents.attach
+        self.detach = documents.detach
+        self.store_files = documents.store_files
+        self.search = documents.search
+
+    @property
+    def me(self) -> NodeId:
+        return self._view().me
+
+    def status(self) -> dict[str, Any]:
+        missing = self._readiness.missing_layers()
+        view = self._view()
+        complete = {model: model not in missing for model in view.models()}
+        return status(view, self._documents.stores(), complete, trio.current_time())
+
+    def models(self) -> list[ModelCard]:
+        missing = self._readiness.missing_layers()
+        chat = [card for card in self._models.cards() if card.id not in missing]
+        embed = ModelCard(EMBEDDER_ID, 6, EMBEDDER_CONTEXT, self._embedder.identity, "", "embed")
+        return [*sorted(chat, key=lambda card: card.id), embed]
+
+    def missing_layers(self) -> dict[ModelId, tuple[tuple[int, int], ...]]:
+        return self._readiness.missing_layers()
+
+    async def ready(self) -> str | None:
+        return await self._readiness.why_not()
+
+    def generate(self, request: GenerateRequest) -> AbstractAsyncContextManager[AsyncIterator[GenerateEvent]]:
+        return self._entry.generate(request)
+
+    def explain(self, request_id: str) -> dict[str, Any] | None:
+        record = self._entry.recent.find(request_id)
+        return record.report() if record is not None else None
+
+    def cancel(self, stream: StreamId) -> bool:
+        return self._entry.cancel(stream)
+
+    async def embed(self, texts: list[str]) -> list[list[float]]:
+        if not all(text.strip() for text in texts):
+            raise BadRequest("an empty text has no embedding", "input")
+        rows: list[list[float]] = []
+        for first in range(0, len(texts), EMBED_BATCH):
+            batch = texts[first : first + EMBED_BATCH]
+            vectors = await trio.to_thread.run_sync(self._embedder.embed, batch, limiter=self._embedding)
+            rows += vectors.tolist()
+        return rows
+
+    def count_embed_tokens(self, texts: list[str]) -> int:
+        return sum(self._embedder.count_tokens(texts))
