@@ -1,0 +1,304 @@
+"""What this node holds: the registry of stores and, for each store, its file, its heads and its index.
+
+The loop's side of the disk. SQLite works in threads, one writer and one reader at a time for each file; heads
+change only after their commit, so what is told to peers is always on disk. A damaged file is moved aside, never
+written to and never answered from: the node starts that store empty and peers' copies refill it.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import structlog
+import trio
+from numpy.typing import NDArray
+
+from mesh.errors import BadRequest
+from mesh.ids import NodeId
+from rag.clock import HybridClock
+from rag.index import Index
+from rag.registry import FILES, Entry, Registry
+from rag.replica import Replica
+from rag.search import Answer, ShardStats, from_wire
+from rag.store import StoreCorrupt, StoreFile, connect, storage_errors
+from rag.wire import Operation, Summary, flaw_of
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Shelf:
+    """One store as held here."""
+
+    file: StoreFile
+    replica: Replica
+    index: Index | None = None
+    writing: trio.Lock = field(default_factory=trio.Lock)
+    reading: trio.Lock = field(default_factory=trio.Lock)
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """`accepted` counts operations that are durable here, those that changed nothing included."""
+
+    accepted: int
+    changed: int
+    rejected: tuple[str, ...] = ()
+
+
+class LocalStores:
+    def __init__(self, me: NodeId, directory: Path, embedder: str, dim: int, now: Callable[[], float]) -> None:
+        self.clock = HybridClock(me)
+        self.registry = Registry()
+        self.damaged: list[str] = []  # files that were moved aside
+        self.changes = 0  # grows with whatever changes the summary
+        self._directory = directory
+        self._embedder = embedder
+        self._dim = dim
+        self._now = now
+        self._shelves: dict[str, Shelf] = {}
+        self._registry_db: sqlite3.Connection | None = None
+        self._registering = trio.Lock()
+        self._opening = trio.Lock()
+
+    # -- files
+
+    async def open(self) -> None:
+        """Reads everything that this node held when it stopped.
+
+        Raises:
+            Refused, OSError: the directory cannot be used.
+        """
+        entries = await trio.to_thread.run_sync(self._open_registry)
+        for entry in entries:
+            self.registry.merge(entry)
+            self.clock.observe(max(entry.hlc, entry.died))
+        for entry in (FILES, *self.registry.live()):
+            if self._path(entry.id).exists():
+                shelf = await self._shelf(entry)
+                for digest in shelf.replica.digests().values():
+                    self.clock.observe(digest.newest)
+
+    def _open_registry(self) -> list[Entry]:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        path = self._directory / "registry.sqlite"
+        try:
+            entries = self._read_registry(path)
+        except StoreCorrupt as error:
+            self._set_aside(path, str(error))
+            entries = self._read_registry(path)
+        for entry in entries:
+            if not entry.live:  # its documents were deleted with it
+                for suffix in ("", "-wal", "-shm"):
+                    Path(f"{self._path(entry.id)}{suffix}").unlink(missing_ok=True)
+        return entries
+
+    def _read_registry(self, path: Path) -> list[Entry]:
+        with storage_errors(path):
+            connection = connect(path)
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("CREATE TABLE IF NOT EXISTS stores (id TEXT PRIMARY KEY, entry BLOB NOT NULL)")
+                rows = connection.execute("SELECT entry FROM stores").fetchall()
+                entries = [msgspec.msgpack.decode(row[0], type=Entry) for row in rows]
+            except msgspec.MsgspecError as error:
+                connection.close()
+                raise StoreCorrupt(f"{path.name} is damaged: {error}") from error
+            except BaseException:
+                connection.close()
+                raise
+        self._registry_db = connection
+        return entries
+
+    def _path(self, store: str) -> Path:
+        return self._directory / f"{store}.sqlite"
+
+    async def _shelf(self, entry: Entry) -> Shelf:
+        """The store's shelf; opened, or made, at first use."""
+        async with self._opening:
+            shelf = self._shelves.get(entry.id)
+            if shelf is None:
+                shelf = await trio.to_thread.run_sync(self._open_shelf, entry)
+                self._shelves[entry.id] = shelf
+                if entry.died:
+                    shelf.replica.forget_until(entry.died)
+                self.changes += 1
+        return shelf
+
+    def _open_shelf(self, entry: Entry) -> Shelf:
+        path = self._path(entry.id)
+        embedder = entry.embedder
+        file = StoreFile(path, embedder)
+        try:
+            heads = file.open()
+        except StoreCorrupt as error:
+            self._set_aside(path, str(error))
+            heads = file.open()
+        if entry.died:
+            file.forget_until(entry.died)
+        return Shelf(file, Replica(heads))
+
+    def _set_aside(self, path: Path, reason: str) -> None:
+        number = 1
+        while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+            number += 1
+        for suffix in ("", "-wal", "-shm"):
+            part = path.with_name(path.name + suffix)
+            if part.exists():
+                part.rename(aside.with_name(aside.name + suffix))
+        self.damaged.append(aside.name)
+        log.error("documents_file_damaged", file=path.name, moved_to=aside.name, reason=reason)
+
+    def close(self) -> None:
+        for shelf in self._shelves.values():
+            shelf.file.close()
+            if shelf.index is not None:
+                shelf.index.close()
+        self._shelves.clear()
+        if self._registry_db is not None:
+            self._registry_db.close()
+            self._registry_db = None
+
+    # -- stores
+
+    async def register(self, entries: Iterable[Entry]) -> bool:
+        """Takes in entries, durably; a store that was deleted is emptied here. True if anything changed."""
+        changed = False
+        async with self._registering:
+            for entry in entries:
+                merged = self.registry.news(entry)
+                if merged is None:
+                    continue
+                await trio.to_thread.run_sync(self._save_entry, merged)
+                before = self.registry.get(entry.id)
+                self.registry.merge(entry)
+                self.clock.observe(max(entry.hlc, entry.died))
+                changed = True
+                self.changes += 1
+                if merged.died > (before.died if before else 0):
+                    await self._bury(merged)
+        return changed
+
+    def _save_entry(self, entry: Entry) -> None:
+        with storage_errors(self._directory / "registry.sqlite"):
+            assert self._registry_db is not None, "open() comes first"
+            self._registry_db.execute("INSERT OR REPLACE INTO stores VALUES (?, ?)", (entry.id, msgspec.msgpack.encode(entry)))
+
+    async def _bury(self, entry: Entry) -> None:
+        """Drops what the store held up to its deletion."""
+        shelf = self._shelves.get(entry.id)
+        if shelf is None:
+            return  # its file, if there is one, is emptied when it is next opened
+        async with shelf.writing, shelf.reading:
+            await trio.to_thread.run_sync(shelf.file.forget_until, entry.died)
+            shelf.replica.forget_until(entry.died)
+
+    # -- documents
+
+    def replica(self, store: str) -> Replica | None:
+        shelf = self._shelves.get(store)
+        return None if shelf is None else shelf.replica
+
+    async def apply(self, entry: Entry, operations: Sequence[Operation]) -> Applied:
+        """Stores what is new; on return all that is accepted is on disk."""
+        await self.register([entry])
+        held = self.registry.get(entry.id)
+        if held is None:
+            return Applied(0, 0, ("a store that this node cannot take in",))
+        now_s, rejected, sound = self._now(), [], []
+        for operation in operations:
+            flaw = flaw_of(operation, held, self._dim, now_s)
+            if flaw is not None:
+                rejected.append(flaw)
+            elif not held.live or operation.head.hlc <= held.died:
+                rejected.append("a store that was deleted")
+            else:
+                sound.append(operation)
+        if not sound:
+            return Applied(0, 0, tuple(rejected))
+        shelf = await self._shelf(held)
+        async with shelf.writing:
+            latest: dict[str, Operation] = {}
+            for operation in sorted(sound, key=lambda operation: operation.head.stamp):
+                if shelf.replica.is_news(operation.head):
+                    latest[operation.head.doc_id] = operation
+            if latest:
+                await trio.to_thread.run_sync(shelf.file.write, list(latest.values()))
+                for operation in latest.values():
+                    shelf.replica.merge(operation.head)
+                    self.clock.observe(operation.head.hlc)
+                self.changes += 1
+        return Applied(len(sound), len(latest), tuple(rejected))
+
+    async def forget(self, store: str, shards: Sequence[int], still: Callable[[Replica, int], bool]) -> int:
+        """Drops shards that other nodes hold whole, if `still` says so once nobody writes. Returns how many."""
+        shelf = self._shelves.get(store)
+        if shelf is None:
+            return 0
+        async with shelf.writing:
+            gone = [shard for shard in shards if still(shelf.replica, shard)]
+            if gone:
+                await trio.to_thread.run_sync(shelf.file.forget, gone)
+                for shard in gone:
+                    shelf.replica.forget(shard)
+                self.changes += 1
+        return len(gone)
+
+    async def content(self, store: str, doc_id: str) -> bytes | None:
+        shelf = self._shelves.get(store)
+        if shelf is None:
+            return None
+        async with shelf.writing:
+            return await trio.to_thread.run_sync(shelf.file.content, doc_id)
+
+    async def operations(self, store: str, doc_ids: Sequence[str], limit_bytes: int) -> list[Operation]:
+        shelf = self._shelves.get(store)
+        if shelf is None:
+            return []
+        async with shelf.writing:
+            return await trio.to_thread.run_sync(shelf.file.operations, doc_ids, limit_bytes)
+
+    async def search(self, store: str, shards: Sequence[int], query: NDArray[np.float32] | None, text: str, depth: int) -> Answer:
+        shelf = self._shelves.get(store)
+        if shelf is None:
+            return Answer((), tuple(ShardStats(shard, 0, 0, ()) for shard in shards), ())
+        async with shelf.reading:
+            digests = {shard: shelf.replica.digest(shard) for shard in shards}
+            if shelf.index is None:
+                shelf.index = await trio.to_thread.run_sync(Index, shelf.file.path, self._dim)
+            answer = await trio.to_thread.run_sync(shelf.index.search, shards, query, text, depth)
+        stats = []
+        for part in answer.stats:
+            digest = digests[part.shard]
+            stats.append(msgspec.structs.replace(part, entries=digest.entries, total=digest.total))
+        return msgspec.structs.replace(answer, stats=tuple(stats))
+
+    def query_vector(self, raw: bytes) -> NDArray[np.float32] | None:
+        """A query's vector as it travels, [dim]; None for none.
+
+        Raises:
+            BadRequest: not one unit vector.
+        """
+        if not raw:
+            return None
+        try:
+            vectors = from_wire(raw, self._dim)
+        except ValueError as error:
+            raise BadRequest(f"query vector: {error}") from None
+        if len(vectors) != 1:
+            raise BadRequest(f"expected one query vector, got {len(vectors)}")
+        return vectors[0]
+
+    def summary(self) -> Summary:
+        """All that this node would tell of its stores."""
+        digests = {}
+        for store, shelf in self._shelves.items():
+            held = {str(shard): digest for shard, digest in shelf.replica.digests().items()}
+            if held:
+                digests[store] = held
+        return Summary(self.registry.entries(), digests)

@@ -1,0 +1,353 @@
+"""How a node writes to the owners of a shard and reads from few of them.
+
+Writes go to all live owners in parallel and stand once `WRITE_QUORUM` nodes have them on disk (all of them, where
+fewer live). When owners are gone, the next nodes in rendezvous order hold the write for them: a hint is a copy
+kept by a node that does not own it, as durable as any other, and repair moves it home. Reads name one node for
+each shard, this one first, and move on to the next candidate for whatever was not answered, or was answered by a
+node that knows itself to be behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Generic, TypeVar
+
+import msgspec
+import trio
+
+from mesh.calls import Call, Reply
+from mesh.errors import BadRequest, DeadlineExceeded, PeerLost, Refused, RemoteError
+from mesh.ids import NodeId
+from mesh.view import PeerState, View
+from rag import place, wire
+from rag.local import LocalStores
+from rag.registry import Entry
+from rag.replica import SHARDS, Digest, Head, shard_of
+from rag.wire import Operation, Summary
+
+PEER_FAILURES = (PeerLost, DeadlineExceeded, Refused, BadRequest, RemoteError)
+WRITE_DEADLINE_S = 10.0  # for membership to notice a dead owner, and then some
+WRITE_GRACE_S = 0.5  # that a write which stands waits for the remaining owners, so that they need no repair
+ASK_TIMEOUT_S = 2.0
+RETRY_S = 0.25
+
+A = TypeVar("A")
+
+
+class Part(Generic[A]):
+    """One node's answer, and the shards it is good for: those asked less those it knows itself to be behind in."""
+
+    def __init__(self, answer: A, shards: Iterable[int]) -> None:
+        self.answer = answer
+        self.shards = list(shards)
+
+
+Ask = Callable[[NodeId, list[int], bool], Awaitable[Part[A]]]
+"""Asks a node for shards; the flag lets it answer for those it is behind in too."""
+
+
+class Peers:
+    def __init__(self, me: NodeId, local: LocalStores, view: Callable[[], View], call: Call, now: Callable[[], float]) -> None:
+        self.me = me
+        self._local = local
+        self._view = view
+        self._call = call
+        self._now = now
+        self._dead_since: dict[NodeId, float] = {}
+        self._told: dict[NodeId, tuple[object, Summary]] = {}  # by peer: what it gossiped, decoded
+        self._full: dict[NodeId, Summary] = {}  # by peer: asked for, as its gossip was too large
+        self.doubted: set[tuple[NodeId, str, int]] = set()  # copies that missed a write of ours
+        self.malformed = 0
+        self.calls_failed = 0
+
+    # -- who is there
+
+    def live(self) -> list[NodeId]:
+        """Live nodes, this one always among them."""
+        return sorted({self.me, *(peer.id for peer in self._view().live())})
+
+    def others(self) -> list[NodeId]:
+        return [node for node in self.live() if node != self.me]
+
+    def roster(self) -> list[NodeId]:
+        view, now_s = self._view(), self._now()
+        for peer in view.peers.values():
+            if peer.state is PeerState.DEAD:
+                self._dead_since.setdefault(peer.id, now_s)
+            else:
+                self._dead_since.pop(peer.id, None)
+        return sorted({self.me, *place.roster(view, self._dead_since, now_s)})
+
+    def owners(self, store: str, shard: int) -> list[NodeId]:
+        return place.owners(store, shard, self.roster())
+
+    async def ask(
+        self, node: NodeId, kind: str, call: msgspec.Struct, tail: bytes = b"", timeout_s: float = ASK_TIMEOUT_S
+    ) -> Reply:
+        """One call to a peer.
+
+        Raises:
+            PeerLost, DeadlineExceeded, Refused, BadRequest, RemoteError
+        """
+        peer = self._view().peers.get(node)
+        if peer is None:
+            raise PeerLost(node, "no longer in the view")
+        try:
+            return await self._call(peer.address, kind, wire.header_of(call), tail, timeout_s=timeout_s)
+        except PEER_FAILURES:
+            self.calls_failed += 1
+            raise
+
+    # -- what peers have told
+
+    def summary(self, node: NodeId) -> Summary:
+        """What a peer has gossiped of its stores; empty if nothing, or nothing that can be read."""
+        peer = self._view().peers.get(node)
+        if peer is None:
+            return Summary()
+        told = self._told.get(node)
+        if told is None or told[0] is not peer.facts.documents:
+            try:
+                summary = msgspec.convert(peer.facts.documents, Summary)
+            except msgspec.ValidationError:
+                self.malformed += 1
+                summary = Summary()
+            told = self._told[node] = (peer.facts.documents, summary)
+        return self._full.get(node, told[1]) if told[1].brief else told[1]
+
+    def brief_of(self, node: NodeId) -> str:
+        """Names a summary too large for gossip; empty if what was gossiped is whole."""
+        self.summary(node)
+        return self._told[node][1].brief if node in self._told else ""
+
+    def remember(self, node: NodeId, summary: Summary) -> None:
+        """Keeps a summary that was asked for."""
+        self._full[node] = summary
+
+    def forget_absent(self) -> None:
+        """Keeps no record of nodes that the view no longer has."""
+        known = self._view().peers
+        for table in (self._told, self._full, self._dead_since):
+            for node in [node for node in table if node not in known]:
+                table.pop(node)
+        self.doubted = {copy for copy in self.doubted if copy[0] in known}
+
+    def digest_here(self, store: str, shard: int) -> Digest:
+        replica = self._local.replica(store)
+        return Digest() if replica is None else replica.digest(shard)
+
+    def digest_at(self, node: NodeId, store: str, shard: int) -> Digest:
+        return self.digest_here(store, shard) if node == self.me else self.summary(node).digest(store, shard)
+
+    def is_behind(self, store: str, shard: int) -> bool:
+        """Whether some live peer has told of a newer entry than any held here: writes come directly, gossip later."""
+        newest = self.digest_here(store, shard).newest
+        return any(self.summary(node).digest(store, shard).newest > newest for node in self.others())
+
+    # -- writes
+
+    async def write(self, entry: Entry, operation: Operation) -> int:
+        """Puts one operation on the disks of its owners; returns how many nodes hold it.
+
+        Raises:
+            Refused: fewer than the quorum could be reached in time. The write may yet appear: doing it again is safe.
+        """
+        shard = shard_of(operation.head.doc_id)
+        tail = wire.ENCODER.encode([operation])
+        held: set[NodeId] = set()
+        failed: dict[NodeId, str] = {}
+        with trio.move_on_after(WRITE_DEADLINE_S):
+            while True:
+                live = self.live()
+                needed = min(place.WRITE_QUORUM, len(live))
+                ranked = [node for node in place.ranking(entry.id, shard, self.roster()) if node in live]
+                owners = [node for node in self.owners(entry.id, shard) if node in live]
+                targets = [node for node in owners if node not in held]
+                spare = [node for node in ranked if node not in owners and node not in held]
+                sound = len(held) + sum(node not in failed for node in targets)
+                targets += spare[: max(0, needed - sound)]
+                await self._send(entry, operation, tail, targets, needed, held, failed)
+                if len(held) >= needed:
+                    self.doubted.update((node, entry.id, shard) for node in self.owners(entry.id, shard) if node not in held)
+                    return len(held)
+                await trio.sleep(RETRY_S)
+        reasons = "; ".join(sorted(set(failed.values()))) or "no owner answered"
+        raise Refused(f"stored on {len(held)} nodes, {needed} are needed: {reasons}", 2.0)
+
+    async def _send(
+        self,
+        entry: Entry,
+        operation: Operation,
+        tail: bytes,
+        targets: Sequence[NodeId],
+        needed: int,
+        held: set[NodeId],
+        failed: dict[NodeId, str],
+    ) -> None:
+        """One parallel attempt; fills `held` and `failed`. Ends early, a moment after enough nodes hold it."""
+        progress = trio.Event()
+        waiting = len(targets)
+
+        async def put(node: NodeId) -> None:
+            nonlocal progress, waiting
+            try:
+                if node == self.me:
+                    applied = await self._local.apply(entry, [operation])
+                    accepted, reason = applied.accepted, "; ".join(applied.rejected)
+                else:
+                    header, _ = await self.ask(node, "documents.apply", wire.ApplyCall(entry), tail, WRITE_DEADLINE_S)
+                    accepted, reason = int(header.get("accepted", 0)), str(header.get("reason", ""))
+                if accepted:
+                    held.add(node)
+                    failed.pop(node, None)
+                else:
+                    failed[node] = reason
+            except PEER_FAILURES as error:
+                failed[node] = str(error)
+            waiting -= 1
+            progress.set()
+            progress = trio.Event()
+
+        async with trio.open_nursery() as nursery:
+            for node in targets:
+                nursery.start_soon(put, node)
+            while waiting and len(held) < needed:
+                await progress.wait()
+            with trio.move_on_after(WRITE_GRACE_S):
+                while waiting:
+                    await progress.wait()
+            nursery.cancel_scope.cancel()
+
+    async def register(self, entry: Entry) -> None:
+        """Makes a registry entry known to every live node.
+
+        Raises:
+            Refused: not even the quorum could be reached.
+        """
+        held = {self.me}
+        await self._local.register([entry])
+
+        async def tell(node: NodeId) -> None:
+            try:
+                await self.ask(node, "documents.register", wire.RegisterCall([entry]))
+                held.add(node)
+            except PEER_FAILURES:
+                pass  # counted by `ask`; gossip brings it too
+
+        with trio.move_on_after(WRITE_DEADLINE_S):
+            while True:
+                async with trio.open_nursery() as nursery:
+                    for node in self.others():
+                        if node not in held:
+                            nursery.start_soon(tell, node)
+                if len(held) >= min(place.WRITE_QUORUM, len(self.live())):
+                    return
+                await trio.sleep(RETRY_S)
+        raise Refused("the store is known to this node only; gossip will spread it", 2.0)
+
+    # -- reads
+
+    def candidates(self, store: str, shard: int, tried: Iterable[NodeId] = ()) -> list[NodeId]:
+        """Whom to ask for a shard, best first: live owners, then others that hold some of it; doubtful copies last."""
+        tried, live = set(tried), set(self.live())
+        owners = [node for node in self.owners(store, shard) if node in live]
+        others = [node for node in sorted(live) if node not in owners and self.digest_at(node, store, shard).entries]
+        ranked = sorted(owners, key=lambda node: (node, store, shard) in self.doubted) + others
+        return [node for node in ranked if node not in tried]
+
+    async def read(self, entry: Entry, ask: Ask[A]) -> tuple[list[Part[A]], int]:
+        """Answers for the shards of a store from few nodes, no shard twice, and how many shards were answered.
+
+        Nodes that are behind are taken at their word only where nobody else answers.
+        """
+        left, lost = set(range(SHARDS)), set[NodeId]()
+        parts: list[Part[A]] = []
+
+        async def put(node: NodeId, shards: list[int], stale_too: bool) -> None:
+            try:
+                part = await ask(node, shards, stale_too)
+            except PEER_FAILURES:
+                lost.add(node)
+                return
+            part.shards = [shard for shard in part.shards if shard in shards]
+            left.difference_update(part.shards)
+            parts.append(part)
+
+        for stale_too in (False, True):
+            tried: dict[int, set[NodeId]] = {shard: set() for shard in left}
+            while left:
+                plan = place.cover({shard: self.candidates(entry.id, shard, tried[shard] | lost) for shard in left}, self.me)
+                if not plan:
+                    break
+                for node, shards in plan.items():
+                    for shard in shards:
+                        tried[shard].add(node)
+                async with trio.open_nursery() as nursery:
+                    for node, shards in plan.items():
+                        nursery.start_soon(put, node, shards, stale_too)
+        return parts, SHARDS - len(left)
+
+    async def heads(self, items: Sequence[tuple[str, str]]) -> tuple[dict[tuple[str, str], Head], bool]:
+        """The latest head of each (store id, document id) that any live copy has, and whether every owner was heard.
+
+        All live owners are asked, not one: with writes on two of three, the greatest stamp found is the last write that stood.
+        """
+        wanted: dict[NodeId, list[tuple[str, str]]] = {}
+        complete = True
+        for store, doc_id in items:
+            shard = shard_of(doc_id)
+            asked = self.candidates(store, shard)
+            complete &= set(self.owners(store, shard)) <= set(asked)
+            for node in asked:
+                wanted.setdefault(node, []).append((store, doc_id))
+        latest: dict[tuple[str, str], Head] = {}
+
+        async def look(node: NodeId, lines: list[tuple[str, str]]) -> None:
+            nonlocal complete
+            try:
+                found = self.heads_here(lines) if node == self.me else await self._heads_of(node, lines)
+            except PEER_FAILURES:
+                complete = False
+                return
+            for line, head in zip(lines, found):
+                if head is not None and (line not in latest or head.stamp > latest[line].stamp):
+                    latest[line] = head
+
+        async with trio.open_nursery() as nursery:
+            for node, lines in wanted.items():
+                nursery.start_soon(look, node, lines)
+        return latest, complete
+
+    def heads_here(self, items: Iterable[tuple[str, str]]) -> list[Head | None]:
+        replicas = ((self._local.replica(store), doc_id) for store, doc_id in items)
+        return [None if replica is None else replica.get(doc_id) for replica, doc_id in replicas]
+
+    async def _heads_of(self, node: NodeId, items: list[tuple[str, str]]) -> list[Head | None]:
+        _, tail = await self.ask(node, "documents.heads", wire.HeadsCall(items))
+        found = wire.decoded(wire.HEADS, tail)
+        if len(found) != len(items):
+            raise RemoteError(node, f"expected {len(items)} heads, got {len(found)}")
+        return found
+
+    async def operation(self, entry: Entry, head: Head) -> Operation | None:
+        """A document whole, as of this head or later, from whoever has it."""
+        shard = shard_of(head.doc_id)
+        ranked = sorted(self.candidates(entry.id, shard), key=lambda node: node != self.me)
+        for node in ranked:
+            try:
+                found = await self.fetch(node, entry, [head.doc_id])
+            except PEER_FAILURES:
+                continue
+            if found and found[0].head.stamp >= head.stamp:
+                return found[0]
+        return None
+
+    async def fetch(self, node: NodeId, entry: Entry, doc_ids: list[str]) -> list[Operation]:
+        """Documents of a node, in the order asked, as many as one answer holds.
+
+        Raises: as `ask`.
+        """
+        if node == self.me:
+            return await self._local.operations(entry.id, doc_ids, wire.BATCH_BYTES)
+        _, tail = await self.ask(node, "documents.fetch", wire.FetchCall(entry, doc_ids), timeout_s=WRITE_DEADLINE_S)
+        return wire.decoded(wire.OPERATIONS, tail)
