@@ -31,6 +31,10 @@ class Identity:
     directory: Path
     lock: IO[bytes]  # held as long as the process lives
 
+    def renew(self, epoch: int) -> None:
+        """The mesh knew a higher epoch of this node than its own disk did: the next start must be higher still."""
+        _write(self.directory / "node.json", _Stored(self.id, epoch))
+
 
 def take_identity(directory: Path) -> Identity:
     """Reads or makes the identity in `directory`, and counts this start.

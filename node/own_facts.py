@@ -45,7 +45,7 @@ class OwnFacts:
         others = tuple(span for span in self._facts.spans if span.model != model)
         intends = tuple(span for span in self._facts.intends if span.model != model)
         cards = tuple(card if known.id == model else known for known in self._facts.models)
-        self._set(spans=tuple(sorted((*others, *spans))), intends=intends, models=cards)
+        self._set(spans=tuple(sorted({*others, *spans})), intends=intends, models=cards)
 
     def drain(self) -> None:
         self._set(draining=True)

@@ -28,7 +28,7 @@ async def open_peer_sockets(bind: Address) -> PeerSockets:
     Raises:
         BadRequest: the address is in use or not this machine's.
     """
-    host, port = bind
+    port = bind[1]
     for attempt in range(PAIR_TRIES):
         listener = await open_listener(bind, "--bind")
         address: Address = listener.socket.getsockname()[:2]

@@ -18,7 +18,6 @@ from node.requests import GenerateEvent, GenerateRequest
 from node.status import status
 from rag.embed import Embedder
 from rag.service import Documents
-from rag.types import FileInfo, SearchResult, StoreInfo
 
 EMBED_BATCH = 16  # texts a worker thread takes at a time, so that many clients share it
 EMBEDDER_CONTEXT = 256  # tokens; MiniLM reads no further

@@ -1,0 +1,119 @@
+"""Which layers this node serves: the shell around `routing.placement`.
+
+Pinned spans are loaded as they are told. With `auto` the node chooses when it joins and moves later only
+when the view gives it the move: a new span is loaded and served before an old one is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import structlog
+import trio
+
+from membership.service import Membership
+from mesh.errors import BadRequest
+from mesh.ids import ModelId
+from mesh.view import ModelCard, Span
+from node.config import pinned_spans
+from node.engine.api import Engine
+from node.models import Models, ServedModel
+from node.own_facts import OwnFacts
+from routing.placement import choose_spans, next_move
+
+SETTLE_S = 0.3  # after joining, and after each change: cuts come in bursts, and one answer to all of them is enough
+
+log = structlog.get_logger()
+
+
+class Placing:
+    def __init__(
+        self,
+        layers: str,
+        engine: Engine,
+        models: Models,
+        capacity: Mapping[ModelId, int],
+        facts: OwnFacts,
+        membership: Membership,
+    ) -> None:
+        self._pinned = pinned_spans(layers)
+        self._engine = engine
+        self._models = models
+        self._capacity = capacity
+        self._facts = facts
+        self._membership = membership
+
+    async def run(self) -> None:
+        """Loads what is to be served; with `auto`, until cancelled.
+
+        Raises:
+            BadRequest: a span that the model does not have, or that cannot be served exactly.
+        """
+        for model in self._models:
+            self._facts.know(model.card, self._capacity[model.card.id])
+        if self._pinned is not None:
+            for model in self._models:
+                await self._take(model, _pinned_spans(model.card, self._pinned))
+            return
+        for model in self._models:
+            await self._join(model)
+        await self._follow()
+
+    async def _join(self, model: ServedModel) -> None:
+        """Chooses, tells what it chose, and looks again until the others' choices have been heard: then loads."""
+        card, me = model.card, self._membership.me
+        chosen: tuple[Span, ...] | None = None
+        while (again := choose_spans(self._membership.view, me, card, self._capacity[card.id])) != chosen:
+            chosen = again
+            others = tuple(span for span in self._facts.now.intends if span.model != card.id)
+            self._facts.intend((*others, *chosen))
+            await trio.sleep(SETTLE_S)
+        if not chosen:
+            log.warning("placement.no_room", model=card.id, why="not one layer fits into --memory; this node serves none")
+        await self._take(model, chosen)
+
+    async def _follow(self) -> None:
+        """Moves when the view says that this node should."""
+        version = self._membership.view.version
+        while True:
+            version = (await self._membership.changed(version)).version
+            await trio.sleep(SETTLE_S)
+            for model in self._models:
+                move = next_move(self._membership.view, model.card.id)
+                if move is not None and move.node == self._membership.me:
+                    log.info("placement.move", model=model.card.id, take=_ranges(move.take), drop=_ranges(move.drop_after))
+                    self._facts.intend(move.take)
+                    await self._drop(model, move.drop_first)
+                    await self._take(model, move.take)
+                    await self._drop(model, move.drop_after)
+
+    async def _take(self, model: ServedModel, spans: Iterable[Span]) -> None:
+        """Loads the spans, and tells of each as soon as it serves."""
+        card = model.card
+        for span in sorted(set(spans) - set(self._held(card))):
+            card = await trio.to_thread.run_sync(self._engine.load, model.directory, card.id, span.start, span.end)
+            self._models.update(card)
+            self._facts.serve(card, (*self._held(card), span))
+            log.info("span.serves", model=card.id, start=span.start, end=span.end, numerics=card.numerics)
+        self._facts.serve(card, self._held(card))  # nothing is intended any more
+
+    async def _drop(self, model: ServedModel, spans: Iterable[Span]) -> None:
+        """Tells first that the spans are gone, so that nothing new comes for them."""
+        for span in sorted(set(spans) & set(self._held(model.card))):
+            card = self._models.get(model.card.id).card
+            self._facts.serve(card, tuple(held for held in self._held(card) if held != span))
+            await trio.to_thread.run_sync(self._engine.unload, span)
+
+    def _held(self, card: ModelCard) -> tuple[Span, ...]:
+        return tuple(span for span in self._facts.now.spans if span.model == card.id)
+
+
+def _pinned_spans(card: ModelCard, pinned: Iterable[tuple[int, int]]) -> tuple[Span, ...]:
+    for start, end in pinned:
+        if end > card.layers:
+            raise BadRequest(f"--layers {start}:{end}: {card.id} has the layers 0:{card.layers}", "layers")
+    return tuple(Span(card.id, start, end) for start, end in pinned)
+
+
+def _ranges(spans: Iterable[Span]) -> list[str]:
+    return [f"{span.start}:{span.end}" for span in spans]

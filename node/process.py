@@ -1,0 +1,233 @@
+"""One node: its parts, what wires them together, and the order in which they start and stop.
+
+Start: sockets, engine, links, membership, documents, entry, HTTP; then the announcement; then spans are
+placed and loaded, and the node serves them. Stop: new work is refused, streams that are open here or
+computed here go on for a while, the node says goodbye, and everything ends with the nursery.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from random import Random
+
+import structlog
+import trio
+
+from membership.events import MemberEvent
+from membership.service import Membership
+from mesh.ids import Address, NodeId, format_address
+from mesh.link import LinkConfig
+from mesh.links import Links
+from mesh.seal import KeySeal, PlainSeal, Seal
+from mesh.tls import client_context, server_context
+from mesh.view import Facts, Load, View
+from node.config import NodeConfig
+from node.engine.api import Engine
+from node.entry import Entry
+from node.http.app import make_app
+from node.http.auth import ApiKeys
+from node.http.server import Server, serve
+from node.identity import Identity
+from node.models import Models
+from node.own_facts import OwnFacts
+from node.placing import Placing
+from node.planning import Planning
+from node.prompts import Prompts
+from node.readiness import Readiness
+from node.request_run import EntryNode
+from node.sockets import PeerSockets
+from node.stages import Stages
+from node.surface import Surface
+from rag.embed import MiniLM
+from rag.service import Documents
+
+SWEEP_EVERY_S = 10.0
+DRAIN_POLL_S = 0.05
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+log = structlog.get_logger()
+
+
+class Node:
+    """Made with everything that can fail at the start already taken; `run` is its life."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        identity: Identity,
+        sockets: PeerSockets,
+        http_listener: trio.SocketListener,
+        engine: Engine,
+        models: Models,
+        capacity: Mapping[str, int],
+        mesh_key: bytes | None,
+        api_keys: ApiKeys | None,
+    ) -> None:
+        self._config = config
+        self._identity = identity
+        self._sockets = sockets
+        self._http_listener = http_listener
+        self._http_address: Address = http_listener.socket.getsockname()[:2]
+        self._engine = engine
+        self.name = config.name or f"{socket.gethostname().split('.')[0]}-{identity.id[:4]}"
+        tls = _contexts(mesh_key, identity.id)
+        self._links = Links(
+            LinkConfig(identity.id, sockets.address, config.cluster, *tls),
+            load=self._load,
+            on_load=lambda node, load: self._membership.note_load(node, load),
+            on_lost=self._on_link_lost,
+        )
+        self._membership = Membership(
+            identity.id,
+            self.name,
+            config.region,
+            identity.epoch,
+            socket=sockets.datagrams,
+            address=sockets.address,
+            seal=_seal(mesh_key, config.cluster),
+            call=self._links.call,
+            load=self._load,
+        )
+        self._membership.on_renewed = identity.renew
+        facts = Facts(version=version("gossip-mesh"), pid=os.getpid())
+        self._facts = OwnFacts(facts, self._membership.publish)
+        self._planning = Planning(self._view, trio.current_time, Random())
+        embedder = MiniLM()
+        self._documents = Documents(
+            identity.id,
+            identity.directory / "documents",
+            embedder,
+            self._view,
+            self._links.call,
+            self._facts.documents,
+            time.time,
+        )
+        entry_node = EntryNode(identity.id, sockets.address, self._links.call, self._links.post)
+        self._entry = Entry(entry_node, Prompts(models, self._documents), self._planning, config.request_timeout_s)
+        self._stages = Stages(identity.id, engine, self._links.post, self._entry)
+        self._readiness = Readiness(self._view, models, self._entry)
+        self._placing = Placing(config.layers, engine, models, capacity, self._facts, self._membership)
+        self._surface = Surface(self._view, models, self._entry, self._readiness, self._documents, embedder, self.statistics)
+        self._app = make_app(self._surface, auth=api_keys, bound=self._http_address)
+        self._server: Server | None = None
+        for handlers in (self._membership.handlers, self._documents.handlers, self._stages.handlers):
+            self._links.add(handlers)
+        self._links.add(receivers=self._stages.receivers)
+        self._membership.subscribe(self._on_member)
+
+    def _view(self) -> View:
+        return self._membership.view
+
+    def _load(self) -> Load:
+        """The engine's load; requests that wait here, at their entry, wait too."""
+        load, entry = self._engine.load_report(), self._entry.statistics()
+        return Load(
+            max(load.running, entry.running),
+            load.waiting + entry.waiting,
+            load.kv_blocks_used,
+            load.kv_blocks_total,
+            load.prefill_tokens_queued,
+            load.prefill_tok_s,
+            load.step_ms,
+        )
+
+    def statistics(self) -> Mapping[str, object]:
+        """Of every part, by name, for /metrics."""
+        return {
+            "load": self._load(),
+            "entry": self._entry.statistics(),
+            "stages": self._stages.statistics(),
+            "links": self._links.statistics(),
+            "membership": self._membership.statistics(),
+            "documents": self._documents.statistics(),
+            "engine": self._engine.statistics(),
+            "http": self._app.statistics(),
+            **({"server": self._server.statistics()} if self._server else {}),
+        }
+
+    # --- what peers' fates mean here
+
+    def _on_link_lost(self, node: NodeId | None, address: Address | None, reason: str) -> None:
+        """A link ended. One that we dialled carried our requests: they go on elsewhere at once."""
+        if node is None:
+            node = next((peer.id for peer in self._view().peers.values() if peer.address == address), None)
+        if address is not None:
+            self._stages.link_lost(address, reason)
+            if node is not None:
+                self._entry.peer_gone(node, reason)
+        if node is not None:
+            self._membership.lost(node)
+
+    def _on_member(self, event: MemberEvent) -> None:
+        peer = self._view().peers.get(event.node)
+        log.info("member", peer=event.node, name=peer.name if peer else "", state=event.after.value, restarted=event.restarted)
+        if event.down and event.node != self._identity.id:
+            reason = "restarted" if event.restarted else event.after.value
+            self._planning.forget(event.node)
+            self._entry.peer_gone(event.node, reason)
+            self._stages.peer_down(event.node)
+
+    # --- life
+
+    async def run(self, announce: Callable[[str], None]) -> None:
+        """Until a signal; raises what makes the start impossible."""
+        self._engine.start(self._stages.deliverer(trio.lowlevel.current_trio_token()))
+        try:
+            async with trio.open_nursery() as nursery:
+                with trio.open_signal_receiver(*_STOP_SIGNALS) as signals:
+                    await self._start(nursery, announce)
+                    await signals.__anext__()
+                    nursery.start_soon(self._stop_at_once_on_second_signal, signals, nursery.cancel_scope)
+                    await self._drain()
+                    nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._engine.stop)
+            self._sockets.datagrams.close()
+
+    async def _start(self, nursery: trio.Nursery, announce: Callable[[str], None]) -> None:
+        await nursery.start(self._links.run, self._sockets.listener)
+        await nursery.start(self._membership.run)
+        self._facts.serve_http_at(f"http://{format_address(self._http_address)}")
+        await self._membership.join(list(self._config.join))
+        await nursery.start(self._documents.run)
+        await nursery.start(self._entry.run)
+        nursery.start_soon(self._sweep)
+        self._server = await nursery.start(serve, self._app, [self._http_listener])
+        announce(f"mesh node {self.name} up: {self._facts.now.http} gossip {format_address(self._sockets.address)}")
+        nursery.start_soon(self._placing.run)
+
+    async def _sweep(self) -> None:
+        while True:
+            await trio.sleep(SWEEP_EVERY_S)
+            self._stages.sweep(trio.current_time())
+
+    async def _drain(self) -> None:
+        """No new work; what is under way here, for clients or for other entries, may end in `drain_s`."""
+        log.info("node.draining", streams=self._entry.open_requests, sequences=self._stages.open_sequences)
+        self._facts.drain()
+        assert self._server is not None
+        self._server.drain(self._config.drain_s)
+        with trio.move_on_after(self._config.drain_s):
+            # Two owners of work, neither of which knows of the other: looking is simpler than an event of both.
+            while self._entry.open_requests or self._stages.open_sequences:  # noqa: ASYNC110
+                await trio.sleep(DRAIN_POLL_S)
+        await self._membership.leave()
+
+    async def _stop_at_once_on_second_signal(self, signals: object, scope: trio.CancelScope) -> None:
+        await signals.__anext__()  # type: ignore[attr-defined]
+        scope.cancel()
+
+
+def _contexts(mesh_key: bytes | None, node: NodeId) -> tuple[ssl.SSLContext | None, ssl.SSLContext | None]:
+    return (server_context(mesh_key, node), client_context(mesh_key, node)) if mesh_key else (None, None)
+
+
+def _seal(mesh_key: bytes | None, cluster: str) -> Seal:
+    return KeySeal([mesh_key], cluster) if mesh_key else PlainSeal(cluster)
