@@ -1,0 +1,55 @@
+"""`mesh key`: the mesh secret and API keys."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli import output
+from mesh.errors import BadRequest
+
+app = typer.Typer(help="Keys: the secret that nodes share, and API keys for clients.", no_args_is_help=True)
+
+
+@app.command()
+def new(
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Where to write it; else it is printed.")] = None,
+) -> None:
+    """Make a mesh secret. Copy it to every node and start them with --key-file."""
+    from mesh.keys import encode_key, new_key, save_key
+
+    if file is None:
+        output.line(encode_key(new_key()))
+        return
+    try:
+        save_key(file, new_key())
+    except FileExistsError:
+        raise BadRequest(f"{file} exists, and a mesh's key is never overwritten; name another file", "file") from None
+    except OSError as error:
+        raise BadRequest(f"cannot write {file}: {error.strerror}", "file") from None
+    output.note(f"wrote {file}; copy it to every node and start them with: mesh up --key-file {file}")
+
+
+@app.command()
+def api(
+    file: Annotated[Path | None, typer.Option("--file", metavar="F", help="The nodes' key file: the hash is added.")] = None,
+    label: Annotated[str, typer.Option("--label", help="Whose key it is; kept beside the hash.")] = "",
+) -> None:
+    """Make an API key. It is printed once; nodes keep only its hash, one a line in --api-key-file."""
+    from node.http.auth import new_api_key
+
+    secret, hashed = new_api_key(label)
+    if file is None:
+        output.note(f"add this line to the nodes' --api-key-file:\n{hashed}\nand give the client this key:")
+    else:
+        try:
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            with os.fdopen(descriptor, "a") as lines:
+                lines.write(hashed + "\n")
+        except OSError as error:
+            raise BadRequest(f"cannot write {file}: {error.strerror}", "file") from None
+        output.note(f"added its hash to {file}; give the client this key, which is shown only now:")
+    output.line(secret)

@@ -1,0 +1,56 @@
+"""`mesh models`: what the mesh serves; without a node, what one would serve."""
+
+from __future__ import annotations
+
+import json as json_text
+from typing import Any
+
+from cli import options, output
+
+
+def models(
+    node: options.NodeOption = [],  # noqa: B006
+    api_key: options.ApiKeyOption = None,
+    json: options.JsonOption = False,
+) -> None:
+    """The models of the mesh. With no node named and none on this machine: the default model."""
+    from mesh.client_flow import NoNodeAnswers
+
+    try:
+        with options.client(node, api_key) as client:
+            shown = client.status()["models"]
+    except NoNodeAnswers:
+        if node:
+            raise
+        shown = [default_model()]
+        output.note(f"no node answers at {options.DEFAULT_NODE}; this is the model that `mesh up` would serve")
+    if json:
+        output.as_json(shown)
+        return
+    rows = [
+        (
+            model["id"],
+            model["layers"],
+            model.get("max_model_len", "?"),
+            "yes" if model["complete"] else "no",
+            model["min_replicas"],
+        )
+        for model in shown
+    ]
+    output.table(("MODEL", "LAYERS", "MAX LENGTH", "COMPLETE", "REPLICAS"), rows, empty="no models")
+
+
+def default_model() -> dict[str, Any]:
+    """The default model as `/mesh/status` would tell it while nobody serves it. Makes its files if they are not there."""
+    from node.config import cache_home
+    from node.engine.default_model import MODEL_ID, ensure_default_model
+
+    directory = ensure_default_model(cache_home())
+    config = json_text.loads((directory / "config.json").read_text())
+    return {
+        "id": MODEL_ID,
+        "layers": config["num_hidden_layers"],
+        "max_model_len": config["max_position_embeddings"],
+        "complete": False,
+        "min_replicas": 0,
+    }

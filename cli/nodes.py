@@ -1,0 +1,37 @@
+"""`mesh nodes`: who is there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cli import options, output
+
+COLUMNS = ("NODE", "STATE", "HTTP", "LAYERS", "RUNNING", "WAITING", "KV BLOCKS", "REGION", "ID")
+
+
+def node_rows(seen: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+    """Columns and rows for the nodes of a status."""
+    rows: list[tuple[object, ...]] = []
+    for node in seen["nodes"]:
+        load = node.get("load") or {}
+        blocks = f"{load.get('kv_blocks_used', 0)}/{load.get('kv_blocks_total', 0)}"
+        state = node["state"] + (", draining" if node.get("draining") else "")
+        running, waiting = load.get("running", 0), load.get("waiting", 0)
+        layers = output.spans(node.get("spans", ()))
+        rows.append((node["name"], state, node["http"], layers, running, waiting, blocks, node.get("region") or "-", node["id"]))
+    return COLUMNS, rows
+
+
+def nodes(
+    node: options.NodeOption = [],  # noqa: B006
+    api_key: options.ApiKeyOption = None,
+    json: options.JsonOption = False,
+) -> None:
+    """The nodes of the mesh, with their state, layers and load."""
+    with options.client(node, api_key) as client:
+        seen = client.status()
+    if json:
+        output.as_json(seen["nodes"])
+    else:
+        output.table(*node_rows(seen), empty="no nodes")

@@ -1,0 +1,36 @@
+"""`mesh status`: the mesh as one node sees it."""
+
+from __future__ import annotations
+
+from cli import options, output
+from cli.nodes import node_rows
+
+
+def status(
+    node: options.NodeOption = [],  # noqa: B006
+    api_key: options.ApiKeyOption = None,
+    json: options.JsonOption = False,
+) -> None:
+    """The mesh as one node sees it: its nodes, models and document stores."""
+    with options.client(node, api_key) as client:
+        seen = client.status()
+    if json:
+        output.as_json(seen)
+        return
+    me = seen["self"]
+    output.line(f"asked {me['name']} ({me['id']}) version {me.get('version') or '?'} at {me['http']}, gossip {me['gossip']}")
+    output.line()
+    output.table(*node_rows(seen), empty="no nodes")
+    output.line()
+    models = [
+        (model["id"], model["layers"], "yes" if model["complete"] else "no: layers are missing", model["min_replicas"])
+        for model in seen["models"]
+    ]
+    output.table(("MODEL", "LAYERS", "COMPLETE", "REPLICAS"), models, empty="no models")
+    stores = [
+        (store["name"], store["documents"], store["shards"], store["replicas"], "yes" if store["in_sync"] else "no")
+        for store in seen["stores"]
+    ]
+    if stores:
+        output.line()
+        output.table(("STORE", "DOCUMENTS", "SHARDS", "REPLICAS", "IN SYNC"), stores, empty="")

@@ -1,0 +1,137 @@
+"""`mesh up` and `mesh join`: run a node in the foreground."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli import leash, options, output
+
+ModelsOption = Annotated[
+    list[str],
+    typer.Option("--model", metavar="REF", help="A model directory, or NAME=DIR; repeatable. Else the default model."),
+]
+LayersOption = Annotated[str, typer.Option("--layers", help="auto, none, or the layers to hold: A:B or A:B,C:D (end excluded).")]
+BindOption = Annotated[str, typer.Option("--bind", metavar="HOST:PORT", help="Gossip (UDP) and peer links (TCP); port 0: any.")]
+HttpOption = Annotated[str, typer.Option("--http", metavar="HOST:PORT", help="The OpenAI-compatible endpoint; port 0: any.")]
+NameOption = Annotated[str, typer.Option("--name", help="What people call the node; the host's name when not given.")]
+RegionOption = Annotated[str, typer.Option("--region", help="Where the node is; paths within a region are preferred.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="For weights and KV cache, such as 8GiB; else half of what is free."),
+]
+DataDirOption = Annotated[Path | None, typer.Option("--data-dir", metavar="DIR", help="Identity and documents.")]
+KeyFileOption = Annotated[Path | None, typer.Option("--key-file", metavar="F", help="The mesh secret, from `mesh key new`.")]
+ApiKeyFileOption = Annotated[Path | None, typer.Option("--api-key-file", metavar="F", help="API keys, from `mesh key api`.")]
+DrainOption = Annotated[float, typer.Option("--drain-s", min=0.0, help="How long open streams may go on after SIGTERM.")]
+LogFormatOption = Annotated[str, typer.Option("--log-format", help="text or json; logs go to stderr.")]
+LeashOption = Annotated[int | None, typer.Option("--leash", hidden=True)]
+
+
+def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Makes the file's values the defaults of the options: what is typed wins.
+
+    Raises:
+        typer.BadParameter: not readable, not TOML, or a name that is no option.
+    """
+    if path is None:
+        return None
+    try:
+        table = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise typer.BadParameter(f"expected a TOML file, got {str(path)!r}: {error}") from None
+    given = {name.replace("-", "_"): value for name, value in table.items()}
+    known = {str(param.name) for param in ctx.command.params} - {"config", "leash", "address"}
+    if unknown := sorted(set(given) - known):
+        raise typer.BadParameter(f"{path}: expected the names of options ({', '.join(sorted(known))}), got {', '.join(unknown)}")
+    ctx.default_map = {**(ctx.default_map or {}), **given}
+    return path
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", callback=read_config, is_eager=True, help="TOML, with the options' names."),
+]
+
+
+def up(
+    config: ConfigOption = None,
+    join: Annotated[
+        list[str], typer.Option("--join", metavar="HOST:PORT", help="The gossip address of any node; repeatable.")
+    ] = [],  # noqa: B006
+    model: ModelsOption = [],  # noqa: B006
+    layers: LayersOption = "auto",
+    bind: BindOption = "127.0.0.1:7946",
+    http: HttpOption = "127.0.0.1:8000",
+    name: NameOption = "",
+    region: RegionOption = "",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    memory: MemoryOption = None,
+    data_dir: DataDirOption = None,
+    key_file: KeyFileOption = None,
+    api_key_file: ApiKeyFileOption = None,
+    drain_s: DrainOption = 30.0,
+    log_format: LogFormatOption = "text",
+    leash: LeashOption = None,
+) -> None:
+    """Run a node in the foreground; SIGTERM or Ctrl-C drains it and leaves the mesh."""
+    start({name: value for name, value in locals().items() if name != "config"})
+
+
+def join(
+    address: Annotated[list[str], typer.Argument(metavar="HOST:PORT...", help="The gossip address of any node.")],
+    config: ConfigOption = None,
+    model: ModelsOption = [],  # noqa: B006
+    layers: LayersOption = "auto",
+    bind: BindOption = "127.0.0.1:7946",
+    http: HttpOption = "127.0.0.1:8000",
+    name: NameOption = "",
+    region: RegionOption = "",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    memory: MemoryOption = None,
+    data_dir: DataDirOption = None,
+    key_file: KeyFileOption = None,
+    api_key_file: ApiKeyFileOption = None,
+    drain_s: DrainOption = 30.0,
+    log_format: LogFormatOption = "text",
+    leash: LeashOption = None,
+) -> None:
+    """Run a node that joins a mesh: `mesh up --join HOST:PORT`."""
+    given = {name: value for name, value in locals().items() if name not in ("config", "address")}
+    start({**given, "join": address})
+
+
+def start(given: dict[str, Any]) -> None:
+    """Runs the node until it has left.
+
+    Raises:
+        BadRequest: an option has another form than expected.
+        typer.Exit: with the node's exit code, when it has ended.
+    """
+    from node.config import NodeConfig
+
+    leash_fd, memory = given.pop("leash"), given.pop("memory")
+    config = NodeConfig(
+        **{
+            **given,
+            "join": tuple(options.address(text, "--join") for text in given["join"]),
+            "bind": options.address(given["bind"], "--bind"),
+            "http": options.address(given["http"], "--http"),
+            "memory_bytes": options.size_bytes(memory, "--memory") if memory is not None else None,
+            "models": tuple(given.pop("model")),
+            "key_file": options.existing_file(given["key_file"], "--key-file"),
+            "api_key_file": options.existing_file(given["api_key_file"], "--api-key-file"),
+        }
+    )
+    if leash_fd is not None:
+        leash.hold(leash_fd)
+    from node.main import run  # imports torch and trio: after all that can be wrong with the options
+
+    raise typer.Exit(run(config, output.line))
