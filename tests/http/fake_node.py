@@ -7,8 +7,8 @@ A script is a list of steps: an event is yielded, a number is slept (trio's cloc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,12 +92,13 @@ class FakeNode:
         self.begun.set()
         script = self.scripts.pop(0) if self.scripts else saying(choices=request.n)
         try:
-            yield self._play(script)
+            async with aclosing(self._play(script)) as events:
+                yield events
         finally:
             self.open_generations -= 1
             self.left.set()
 
-    async def _play(self, script: list[Step]) -> AsyncIterator[GenerateEvent]:
+    async def _play(self, script: list[Step]) -> AsyncGenerator[GenerateEvent, None]:
         for step in script:
             if step == HANG:
                 await trio.sleep_forever()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import h11
@@ -27,6 +26,7 @@ class Served:
     server: Server
     port: int
     nursery: trio.Nursery
+    stopped: trio.Event  # `serve` has returned
 
     async def connect(self) -> trio.SocketStream:
         return await trio.open_tcp_stream("127.0.0.1", self.port)
@@ -121,14 +121,24 @@ def parse_replies(raw: bytes, methods: list[str]) -> list[Reply]:
 
 
 @asynccontextmanager
-async def serving(app: App, limits: Limits | None = None, **options: Any) -> AsyncIterator[tuple[Server, int, trio.Nursery]]:
+async def serving(
+    app: App, limits: Limits | None = None, **options: Any
+) -> AsyncIterator[tuple[Server, int, trio.Nursery, trio.Event]]:
     """Any ASGI application on a free port of loopback."""
+    stopped = trio.Event()
+
+    async def run(task_status: trio.TaskStatus[Server]) -> None:
+        try:
+            await serve(app, listeners, limits, task_status=task_status, **options)
+        finally:
+            stopped.set()
+
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     port = listeners[0].socket.getsockname()[1]
     async with trio.open_nursery() as nursery:
-        server = await nursery.start(partial(serve, app, listeners, limits, **options))
+        server = await nursery.start(run)
         try:
-            yield server, port, nursery
+            yield server, port, nursery, stopped
         finally:
             nursery.cancel_scope.cancel()
 
@@ -141,5 +151,25 @@ async def served(
     node = node or FakeNode()
     app = make_app(node, auth=auth, bound=("127.0.0.1", 0))
     own_headers = ((b"x-mesh-node", node.me.encode()),)
-    async with serving(app, limits, own_headers=own_headers) as (server, port, nursery):
-        yield Served(node, app, server, port, nursery)
+    async with serving(app, limits, own_headers=own_headers) as (server, port, nursery, stopped):
+        yield Served(node, app, server, port, nursery, stopped)
+
+
+async def ask_in_memory(app: NodeApp, chat: dict[str, Any], sent: list[tuple[float, bytes]], write_s: float = 0.0) -> None:
+    """A chat request without a socket, so that time may jump; `sent` gets the parts of the body with their times."""
+    parts = [{"type": "http.request", "body": msgspec.json.encode(chat), "more_body": False}]
+
+    async def receive() -> Any:
+        if parts:
+            return parts.pop()
+        await trio.sleep_forever()
+
+    async def send(message: Any) -> None:
+        await trio.sleep(write_s)
+        if message["type"] == "http.response.body":
+            sent.append((trio.current_time(), message["body"]))
+
+    headers = [(b"host", b"localhost"), (b"content-length", b"1")]
+    path = "/v1/chat/completions"
+    scope = {"type": "http", "method": "POST", "path": path, "root_path": "", "query_string": b"", "headers": headers}
+    await app(scope, receive, send)
