@@ -86,11 +86,12 @@ class Probes:
             return None
         return self.under_way.pop(seq)
 
-    def delay(self, late_s: float) -> None:
-        """Moves the end of all probes: we slept, and their answers had no chance."""
+    def delay(self, late_s: float, now: float) -> None:
+        """Moves the end of all probes: we slept up to `now`, and their answers had no chance."""
         for probe in self.under_way.values():
-            probe.indirect_at += late_s
-            probe.ends_at += late_s
+            slept_s = min(late_s, now - probe.sent_at)
+            probe.indirect_at += slept_s
+            probe.ends_at += slept_s
 
     def relay(self, target: NodeId, asker: Address, asker_seq: int, now: float, expires_at: float) -> int | None:
         """A number for a ping on somebody's behalf; None when too many are under way."""

@@ -48,6 +48,7 @@ class Suspicion:
     max_s: float
     first: NodeId | None  # the first accuser: whom exports of this suspicion name; None: an exchange did not say
     accusers: set[NodeId] = field(default_factory=set)
+    cap_s: float = math.inf  # somebody's verdict fell already: ours follows no later than so long after the start
 
     def __post_init__(self) -> None:
         if self.first is not None:
@@ -61,7 +62,7 @@ class Suspicion:
     @property
     def deadline(self) -> float:
         """When the suspect is declared dead, in local monotonic seconds."""
-        return self.started_at + remaining_s(self.confirmations, self.expected, 0.0, self.min_s, self.max_s)
+        return self.started_at + min(self.cap_s, remaining_s(self.confirmations, self.expected, 0.0, self.min_s, self.max_s))
 
     def confirm(self, accusers: Iterable[NodeId]) -> bool:
         """Takes independent accusers in; True when one of them is new and still counts, so it is worth passing on."""

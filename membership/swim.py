@@ -108,7 +108,7 @@ class Swim(Hearing):
         # Not measured by suspicions: a confirmation may move the end of one into the past.
         due_at = min(self._next_probe_at, self._next_redial_at, self._probes.deadline)
         if (late_s := now - due_at) > self.config.lag_tolerance_s:
-            self._forgive(late_s)
+            self._forgive(late_s, now)
         effects: list[Effect] = []
         for probe in list(self._probes.under_way.values()):
             if now >= probe.ends_at:
@@ -241,13 +241,14 @@ class Swim(Hearing):
         self._failed += 1
         self.declare(Suspect(member.node, member.epoch, member.incarnation, self.me), now)
 
-    def _forgive(self, late_s: float) -> None:
+    def _forgive(self, late_s: float, now: float) -> None:
         """We slept (SIGSTOP, a starved machine): time did not pass for what we wait for."""
         self._sleeps += 1
-        self._probes.delay(late_s)
+        self._probes.delay(late_s, now)
         for member in self.suspected():
             if member.suspicion is not None:
-                member.suspicion.started_at += late_s
+                # What began since we woke up, from input that had waited, has not slept.
+                member.suspicion.started_at = min(now, member.suspicion.started_at + late_s)
 
     def _redial(self, now: float) -> list[Effect]:
         """Tries one address where somebody was, so that a mesh that was cut in two becomes one again."""

@@ -1,0 +1,66 @@
+"""What must hold of a simulated mesh, apart from how it came about."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from mesh.ids import NodeId
+from mesh.view import PeerState
+from tests.sim.network import Network
+
+
+def converged(network: Network) -> bool:
+    """Every running node sees exactly the running ones alive, at the standing they claim, and all fingerprints are equal."""
+    up = {node: network.nodes[node].core for node in network.up}
+    if len({core.fingerprint for core in up.values()}) > 1:
+        return False
+    for core in up.values():
+        alive = {member.node for member in core.swim.members if member.state is PeerState.ALIVE}
+        if alive != set(up):
+            return False
+        for node in alive:
+            member, itself = core.swim.members[node], up[node].swim.myself
+            if (member.epoch, member.incarnation, member.address) != (itself.epoch, itself.incarnation, itself.address):
+                return False
+    return True
+
+
+def all_see(network: Network, node: NodeId, state: PeerState) -> bool:
+    """Every other running node has `node` in this state."""
+    return all(network.state(by, node) is state for by in network.up if by != node)
+
+
+def deaths_of(network: Network, nodes: Iterable[NodeId], since: float = 0.0) -> list[tuple[float, NodeId, NodeId]]:
+    """(when, by whom, who) of each time one of these was declared or heard dead."""
+    wanted = set(nodes)
+    fell = (s for s in network.seen if s.after is PeerState.DEAD and s.before is not PeerState.DEAD)
+    return [(s.at, s.by, s.node) for s in fell if s.node in wanted and s.at >= since]
+
+
+def detection_s(network: Network, node: NodeId, killed_at: float) -> list[float]:
+    """How long after its death each observer first had it dead, ascending."""
+    first: dict[NodeId, float] = {}
+    for at, by, _ in deaths_of(network, [node], killed_at):
+        first.setdefault(by, at - killed_at)
+    return sorted(first.values())
+
+
+def nobody_raises_anothers_incarnation(network: Network) -> bool:
+    """No view holds a standing of a running node that it did not give itself."""
+    for by in network.up:
+        for member in network.nodes[by].core.swim.members:
+            itself = network.nodes[member.node].core.swim.myself
+            if network.nodes[member.node].running and (member.epoch, member.incarnation) > (itself.epoch, itself.incarnation):
+                return False
+    return True
+
+
+def queues_are_bounded(network: Network) -> bool:
+    """No node has more rumours to tell than there are members."""
+    return all(len(it.core.swim.rumours) <= len(it.core.swim.members) for it in network.nodes.values())
+
+
+def percentile(ordered: list[float], share: float) -> float:
+    """The value below which `share` of an ascending list lies; not a number for an empty one."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan

@@ -1,0 +1,293 @@
+"""A mesh of real membership cores on a virtual clock and a network of our own making: one seed, one trace.
+
+Time moves from event to event on a heap. Datagrams may be lost, late or cut off (also one way); calls travel
+with the same delays, and fail where the network is cut or nobody lives. A paused node is one under SIGSTOP:
+its datagrams wait in a bounded socket buffer and are read, all of them, before its timers fire.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from random import Random
+
+from membership.config import MembershipConfig
+from membership.core import MembershipCore
+from membership.effects import Effect, Exchange, FactsChanged, MemberChanged, Push, Send
+from mesh import gossip, sync
+from mesh.gossip import MAX_MESSAGE_BYTES, Alive
+from mesh.ids import Address, NodeId
+from mesh.view import Facts, PeerState
+
+SOCKET_BUFFER_DATAGRAMS = 150  # about what Linux keeps of small datagrams in its default 212 KiB
+SEAL_BYTES = 48
+
+
+@dataclass(slots=True)
+class SimNode:
+    id: NodeId
+    address: Address
+    core: MembershipCore
+    epoch: int
+    started_at: float
+    running: bool = True
+    paused: bool = False
+    buffer: list[tuple[Address, bytes]] = field(default_factory=list)
+    armed_for: float = float("inf")
+    bytes_sent: int = 0
+    datagrams_sent: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One change in one node's view."""
+
+    at: float
+    by: NodeId
+    node: NodeId
+    before: PeerState | None
+    after: PeerState
+    restarted: bool
+
+
+class Network:
+    """All nodes, the wires between them, and what has been seen."""
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        config: MembershipConfig | None = None,
+        loss: float = 0.0,
+        delay_s: tuple[float, float] = (0.0005, 0.002),
+    ) -> None:
+        self.rng = Random(seed)
+        self.config = config or MembershipConfig()
+        self.loss = loss
+        self.delay_s = delay_s
+        self.now = 0.0
+        self.nodes: dict[NodeId, SimNode] = {}
+        self.seen: list[Seen] = []
+        self.facts_seen: list[tuple[float, NodeId, NodeId]] = []
+        self.largest_bytes = 0
+        self._at: dict[Address, NodeId] = {}
+        self._cut: set[tuple[NodeId, NodeId]] = set()
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self._scheduled = 0
+        self._trace = hashlib.blake2b(digest_size=16)
+
+    # what a test does to the mesh
+
+    def add(self, seeds: Iterable[NodeId] = (), *, number: int | None = None, epoch: int = 1, name: str | None = None) -> NodeId:
+        """Starts a node, or starts it again under its old id with another `epoch`, and joins it through `seeds`."""
+        number = len(self.nodes) if number is None else number
+        node = NodeId(f"{number:016x}")
+        address = (f"10.0.{number // 250}.{number % 250 + 1}", 7946 + epoch)
+        claim = Alive(node, epoch, 0, name or f"node-{number}", address[0], address[1], "")
+        core = MembershipCore(claim, self.config, Random(self.rng.random()), self.now)
+        old = self.nodes.get(node)
+        if old is not None:
+            old.running = False
+            self._at.pop(old.address, None)
+        self.nodes[node] = SimNode(node, address, core, epoch, self.now)
+        self._at[address] = node
+        for seed in seeds:
+            core.swim.remember_seed(self.nodes[seed].address)
+            self._exchange(self.nodes[node], self.nodes[seed].address)
+        self._arm(self.nodes[node])
+        return node
+
+    def grow(self, count: int, *, settle_s: float = 3.0) -> list[NodeId]:
+        """A mesh of `count` nodes, all joined at once through the first, and settled."""
+        first = self.add()
+        ids = [first, *(self.add([first]) for _ in range(count - 1))]
+        self.run(settle_s)
+        return ids
+
+    def kill(self, node: NodeId) -> None:
+        self.nodes[node].running = False
+
+    def pause(self, node: NodeId) -> None:
+        self.nodes[node].paused = True
+
+    def resume(self, node: NodeId) -> None:
+        """Like SIGCONT: everything that waits in the buffer is read before any timer is looked at."""
+        it = self.nodes[node]
+        it.paused = False
+        waiting, it.buffer = it.buffer, []
+        for source, datagram in waiting:
+            self._receive(it, source, datagram)
+        it.armed_for = float("inf")
+        self._arm(it)
+
+    def cut(self, some: Iterable[NodeId], others: Iterable[NodeId], *, one_way: bool = False) -> None:
+        """Nothing gets from `some` to `others`, nor back unless `one_way`."""
+        others = list(others)
+        for one in some:
+            for other in others:
+                self._cut.add((one, other))
+                if not one_way:
+                    self._cut.add((other, one))
+
+    def heal(self) -> None:
+        self._cut.clear()
+
+    def publish(self, node: NodeId, facts: Facts) -> None:
+        it = self.nodes[node]
+        self._carry_out(it, it.core.publish(facts, self.now))
+
+    def lost(self, by: NodeId, node: NodeId) -> None:
+        it = self.nodes[by]
+        self._carry_out(it, it.core.lost(node, self.now))
+
+    def leave(self, node: NodeId) -> None:
+        """Says goodbye over datagrams and to three peers by call, then stops."""
+        it = self.nodes[node]
+        peers = it.core.swim.members.some_peers(3, self.rng)
+        self._carry_out(it, it.core.leave(self.now))
+        for peer in peers:
+            self._call(it, peer.address, it.core.farewell(self.now), lambda _: None)
+        it.running = False
+
+    def run(self, duration_s: float) -> None:
+        """Lets `duration_s` of virtual time pass."""
+        end = self.now + duration_s
+        while self._heap and self._heap[0][0] <= end:
+            self.now, _, happen = heapq.heappop(self._heap)
+            happen()
+        self.now = end
+
+    def run_until(self, condition: Callable[[], bool], within_s: float, *, step_s: float = 0.05) -> float:
+        """Lets time pass until `condition` holds; how long that took, in virtual seconds.
+
+        Raises:
+            AssertionError: it did not hold within `within_s`.
+        """
+        start = self.now
+        while not condition():
+            assert self.now - start < within_s, f"not within {within_s} s"
+            self.run(step_s)
+        return self.now - start
+
+    # what a test asks of it
+
+    @property
+    def up(self) -> list[NodeId]:
+        return [it.id for it in self.nodes.values() if it.running]
+
+    def state(self, by: NodeId, node: NodeId) -> PeerState | None:
+        member = self.nodes[by].core.swim.members.get(node)
+        return member.state if member is not None else None
+
+    def trace(self) -> str:
+        """Equal for two runs exactly when the same things happened in the same order at the same times."""
+        return self._trace.hexdigest()
+
+    # the wires
+
+    def _later(self, delay_s: float, happen: Callable[[], None]) -> None:
+        self._scheduled += 1  # breaks ties: what was sent first arrives first
+        heapq.heappush(self._heap, (self.now + delay_s, self._scheduled, happen))
+
+    def _delay(self) -> float:
+        return self.rng.uniform(*self.delay_s)
+
+    def _passes(self, source: NodeId, to: NodeId) -> bool:
+        return (source, to) not in self._cut
+
+    def _arm(self, it: SimNode) -> None:
+        deadline = it.core.deadline
+        if deadline >= it.armed_for or deadline == float("inf"):
+            return
+        it.armed_for = deadline
+
+        def wake() -> None:
+            if self.nodes.get(it.id) is not it or not it.running or it.paused or it.armed_for != deadline:
+                return
+            it.armed_for = float("inf")
+            if self.now >= it.core.deadline:
+                self._carry_out(it, it.core.tick(self.now))
+            self._arm(it)
+
+        self._later(max(0.0, deadline - self.now), wake)
+
+    def _carry_out(self, it: SimNode, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Send(to=to, message=message):
+                    self._send(it, to, gossip.encode(message))
+                case Exchange(to=to):
+                    self._exchange(it, to)
+                case Push(to=to, sync=news):
+                    self._call(it, to, news, lambda _: None)
+                case MemberChanged(node=node, before=before, after=after, restarted=restarted):
+                    self.seen.append(Seen(self.now, it.id, node, before, after, restarted))
+                    self._trace.update(f"{self.now!r} {it.id} {node} {before} {after}\n".encode())
+                case FactsChanged(node=node):
+                    self.facts_seen.append((self.now, it.id, node))
+                case _:
+                    pass
+        self._arm(it)
+
+    def _send(self, it: SimNode, to: Address, datagram: bytes) -> None:
+        self.largest_bytes = max(self.largest_bytes, len(datagram))
+        assert len(datagram) <= MAX_MESSAGE_BYTES, f"a datagram of {len(datagram)} bytes"
+        it.bytes_sent += len(datagram) + SEAL_BYTES
+        it.datagrams_sent += 1
+        if self.rng.random() < self.loss:
+            return
+
+        def arrive() -> None:
+            target = self._at.get(to)
+            if target is None or not self._passes(it.id, target):
+                return
+            peer = self.nodes[target]
+            if not peer.running:
+                return
+            if peer.paused:
+                if len(peer.buffer) < SOCKET_BUFFER_DATAGRAMS:
+                    peer.buffer.append((it.address, datagram))
+                return
+            self._receive(peer, it.address, datagram)
+
+        self._later(self._delay(), arrive)
+
+    def _receive(self, it: SimNode, source: Address, datagram: bytes) -> None:
+        self._carry_out(it, it.core.receive(source, gossip.decode(datagram), self.now))
+
+    def _exchange(self, it: SimNode, to: Address) -> None:
+        def answered(tail: bytes) -> None:
+            teller = self._at.get(to)
+            wanted, effects = it.core.learn(teller, sync.decode_synced(tail), self.now)
+            self._carry_out(it, effects)
+            if wanted is not None:
+                self._call(it, to, wanted, lambda _: None)
+
+        self._call(it, to, it.core.ask(), answered)
+
+    def _call(self, it: SimNode, to: Address, ask: sync.Sync, answered: Callable[[bytes], None]) -> None:
+        """A peer call over a stream: never lost in part, so it fails only where there is no way or nobody there."""
+        tail = sync.encode(ask)
+        it.bytes_sent += len(tail)
+
+        def arrive() -> None:
+            target = self._at.get(to)
+            if target is None or not self._passes(it.id, target) or not self._passes(target, it.id):
+                return
+            peer = self.nodes[target]
+            if not peer.running or peer.paused:
+                return
+            synced, effects = peer.core.answer(it.id, sync.decode_sync(tail), self.now)
+            self._carry_out(peer, effects)
+            reply = sync.encode(synced)
+            peer.bytes_sent += len(reply)
+
+            def come_back() -> None:
+                if it.running and not it.paused:
+                    answered(reply)
+
+            self._later(self._delay(), come_back)
+
+        self._later(self._delay(), arrive)
