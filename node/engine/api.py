@@ -152,3 +152,6 @@ class Engine(Protocol):
         """Frees every sequence whose stream `keep` does not want (its entry node died)."""
 
     def load_report(self) -> Load: ...
+
+    def statistics(self) -> object:
+        """A frozen dataclass of counters and of what is loaded, for metrics."""

@@ -25,6 +25,9 @@ SAMPLE_BYTES = 4096
 KNOWN_GOOD = "llama, qwen2, qwen3, mistral, gemma, gemma2, gemma3_text, phi3, gpt2, gpt_neox, opt, olmo2, granite or cohere"
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 STATEFUL_FIELDS = ("linear_num_value_heads", "mamba_d_state", "ssm_cfg", "state_size", "conv_L_cache", "time_step_rank")
+# families whose causal class looks ahead unless their config says `is_decoder`
+ENCODERS = {"bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "electra", "data2vec-text", "roformer", "ernie"}
+ENCODERS |= {"bert-generation", "megatron-bert", "rembert", "roberta-prelayernorm", "big_bird", "xmod"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def _model_class(directory: Path, config: PretrainedConfig) -> type:
         raise _refusal(
             f"{directory.name} is {kind}, an encoder-decoder; only causal language models are served, e.g. {KNOWN_GOOD}"
         )
-    if config.to_dict().get("is_decoder") is False:
+    if kind in ENCODERS and not getattr(config, "is_decoder", False):
         raise _refusal(f"{directory.name} is {kind} set up as an encoder, which looks ahead; try {KNOWN_GOOD}")
     declared = list(getattr(config, "architectures", None) or [])
     causal = [name for name in declared if name.endswith(("ForCausalLM", "LMHeadModel"))]

@@ -41,6 +41,7 @@ def _pack_fbgemm_fp16(weight: torch.Tensor, bias: torch.Tensor | None) -> Rows:
 
 
 def _pack_aten(weight: torch.Tensor, bias: torch.Tensor | None) -> Rows:
+    weight = weight.contiguous()
     return lambda rows: F.linear(rows, weight, bias)
 
 

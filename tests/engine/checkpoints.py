@@ -1,0 +1,63 @@
+"""Tiny random checkpoints of many architectures, made once a test session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 176,  # 2.75 vectors: odd row counts would meet remainder loops
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.3,  # large, so that attention matters to the logits
+}
+WINDOWED = {"head_dim": 16, "sliding_window": 32}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "mistral": ("mistral", WINDOWED),
+    "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 2048}),
+    "phi3": ("phi3", {"pad_token_id": 0}),
+    "gemma": ("gemma", {"head_dim": 16}),
+    "gemma2": ("gemma2", {**WINDOWED, "query_pre_attn_scalar": 16}),
+    "gemma3": ("gemma3_text", {**WINDOWED, "query_pre_attn_scalar": 16}),
+    "gpt_neox": ("gpt_neox", {}),
+    "opt": ("opt", {"ffn_dim": 176, "word_embed_proj_dim": 64}),
+    "olmo2": ("olmo2", {}),
+    "granite": ("granite", {}),
+    "cohere": ("cohere", {}),
+    "smollm3": ("smollm3", {"pad_token_id": 0}),
+    "glm4": ("glm4", {"head_dim": 16, "pad_token_id": 0}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    ),
+    "gpt_oss": ("gpt_oss", {**WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "falcon": ("falcon", {}),
+    "qwen3_next": ("qwen3_next", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}),
+    "mamba": ("mamba", {}),
+    "bert": ("bert", {}),
+}
+DENSE = tuple(name for name in SHAPES if name not in {"mixtral", "qwen3_moe", "gpt_oss", "falcon", "qwen3_next", "mamba", "bert"})
+
+
+def make_checkpoint(root: Path, name: str, shard: str | None = None, **changes: Any) -> Path:
+    """A random checkpoint of the named shape below `root`; the same bytes for the same arguments."""
+    kind, own = SHAPES[name]
+    directory = root / name
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **{**COMMON, **own, **changes})
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(directory, **({"max_shard_size": shard} if shard else {}))
+    return directory

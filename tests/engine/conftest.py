@@ -1,0 +1,33 @@
+"""Shared checkpoints: made once a session, for they are only read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from node.engine.default_model import ensure_default_model
+from tests.engine.checkpoints import make_checkpoint
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of the named tiny checkpoint."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    made: dict[str, Path] = {}
+
+    def find(name: str) -> Path:
+        if name not in made:
+            made[name] = make_checkpoint(root, name)
+        return made[name]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def mesh_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ensure_default_model(tmp_path_factory.mktemp("cache"))

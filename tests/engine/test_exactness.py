@@ -1,0 +1,140 @@
+"""A sequence's logits do not depend on its company: the same bits alone, batched, chunked, re-prefilled and split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from node.engine.attention import Segment
+from node.engine.checkpoint import read_checkpoint
+from node.engine.kvcache import SequenceKV
+from node.engine.linear import KERNELS
+from node.engine.stage import Stage
+from tests.engine.checkpoints import DENSE
+
+Part = tuple[Stage, int, int]
+ANSWER = 6
+
+
+class Sequence:
+    """Tokens and, for each stage of its path, keys and values; records the logits of each position it drew from."""
+
+    def __init__(self, tokens: list[int], path: list[Part]) -> None:
+        self.tokens = list(tokens)
+        self.path = path
+        self.kv = [SequenceKV() for _ in path]
+        self.computed = 0
+        self.logits: dict[int, torch.Tensor] = {}
+
+
+def step(rows: list[tuple[Sequence, int]]) -> None:
+    """Computes the next `count` positions of each sequence in one packed batch; all take the same path."""
+    hidden: torch.Tensor | None = None
+    path = rows[0][0].path
+    for number, (stage, start, end) in enumerate(path):
+        segments, positions, ids, last = [], [], [], []
+        for sequence, count in rows:
+            segments.append(Segment(len(positions), count, sequence.computed, sequence.kv[number]))
+            positions += range(sequence.computed, sequence.computed + count)
+            ids += sequence.tokens[sequence.computed : sequence.computed + count]
+            last.append(len(positions) - 1)
+        at = last if end == stage.layers else []
+        hidden = stage.forward(start, end, segments, positions, ids=ids if start == 0 else None, hidden=hidden, logits_at=at)
+    assert hidden is not None
+    for (sequence, count), logits in zip(rows, hidden):
+        sequence.computed += count
+        if sequence.computed == len(sequence.tokens):
+            sequence.logits[sequence.computed] = logits.clone()
+            sequence.tokens.append(int(logits.argmax()))
+
+
+def generate(sequence: Sequence, chunk: int, answer: int = ANSWER) -> Sequence:
+    """Prefills in chunks, then decodes `answer` tokens greedily."""
+    for _ in range(answer):
+        while (left := len(sequence.tokens) - sequence.computed) > chunk:
+            step([(sequence, min(chunk, left))])
+        step([(sequence, left)])
+    return sequence
+
+
+def prompt(seed: int, count: int) -> list[int]:
+    return torch.randint(3, 500, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def assert_same(one: Sequence, other: Sequence) -> None:
+    common = sorted(set(one.logits) & set(other.logits))
+    assert common, "nothing to compare"
+    for position in common:
+        assert torch.equal(one.logits[position], other.logits[position]), f"logits differ behind position {position - 1}"
+    assert one.tokens == other.tokens
+
+
+def load(directory: Path, start: int, end: int, kernel: str) -> Stage:
+    stage = Stage(read_checkpoint(directory), start, end, KERNELS[kernel], threads=1)
+    stage.pack()
+    return stage
+
+
+@pytest.mark.parametrize("kernel", ["onednn-fp32", "onednn-bf16", "fbgemm-fp16", "aten-fp32"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gpt2"])
+def test_tokens_and_logits_are_bit_equal_however_a_sequence_is_computed(
+    name: str, kernel: str, checkpoint_of: Callable[[str], Path]
+) -> None:
+    directory = checkpoint_of(name)
+    whole, early, late = (load(directory, start, end, kernel) for start, end in ((0, 4), (0, 3), (1, 4)))
+    alone = generate(Sequence(prompt(1, 70), [(whole, 0, 4)]), chunk=512)
+
+    assert_same(alone, generate(Sequence(prompt(1, 70), [(whole, 0, 4)]), chunk=16))
+
+    again = Sequence(alone.tokens[: 70 + 3], [(whole, 0, 4)])  # failover after three tokens
+    assert_same(alone, generate(again, chunk=512, answer=ANSWER - 3))
+
+    batched = Sequence(prompt(1, 70), [(whole, 0, 4)])
+    others = [Sequence(prompt(seed, 9 * seed), [(whole, 0, 4)]) for seed in range(2, 6)]
+    step([(others[0], 18), (batched, 41), (others[1], 27)])
+    step([(others[2], 36), (others[0], 1), (batched, 29), (others[3], 40)])
+    for _ in range(ANSWER - 1):
+        step([(others[0], 1), (others[1], 1), (others[2], 1), (batched, 1)])
+    assert_same(alone, batched)
+
+    for path in (
+        [(early, 0, 2), (late, 2, 4)],
+        [(early, 0, 1), (late, 1, 4)],
+        [(early, 0, 1), (early, 1, 3), (late, 3, 4)],
+        [(whole, 0, 2), (late, 2, 3), (whole, 3, 4)],
+    ):
+        assert_same(alone, generate(Sequence(prompt(1, 70), path), chunk=33))
+
+
+@pytest.mark.parametrize("kernel", ["onednn-fp32", "onednn-bf16"])
+@pytest.mark.parametrize("name", [name for name in DENSE if name not in {"llama", "qwen2", "qwen3", "mistral", "gpt2"}])
+def test_other_architectures_are_bit_equal_in_chunks_in_batches_and_split(
+    name: str, kernel: str, checkpoint_of: Callable[[str], Path]
+) -> None:
+    directory = checkpoint_of(name)
+    whole, late = load(directory, 0, 4, kernel), load(directory, 2, 4, kernel)
+    alone = generate(Sequence(prompt(1, 45), [(whole, 0, 4)]), chunk=512, answer=3)
+    assert_same(alone, generate(Sequence(prompt(1, 45), [(whole, 0, 2), (late, 2, 4)]), chunk=16, answer=3))
+    batched, other = Sequence(prompt(1, 45), [(whole, 0, 4)]), Sequence(prompt(2, 30), [(whole, 0, 4)])
+    step([(other, 30), (batched, 45)])
+    step([(batched, 1), (other, 1)])
+    assert all(torch.equal(batched.logits[position], alone.logits[position]) for position in (45, 46))
+
+
+@pytest.mark.parametrize("kernel", ["onednn-fp32", "onednn-bf16"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_sequences_longer_than_a_block_are_bit_equal_too(name: str, kernel: str, checkpoint_of: Callable[[str], Path]) -> None:
+    whole = load(checkpoint_of(name), 0, 4, kernel)
+    path = [(whole, 0, 4)]
+    alone = generate(Sequence(prompt(1, 1021), path), chunk=2048)  # decodes across position 1024
+    assert_same(alone, generate(Sequence(prompt(1, 1021), path), chunk=128))
+    assert_same(alone, generate(Sequence(alone.tokens[:1025], path), chunk=300, answer=ANSWER - 4))
+    batched, other = Sequence(prompt(1, 1021), path), Sequence(prompt(2, 100), path)
+    step([(other, 90), (batched, 400)])
+    step([(batched, 621), (other, 10)])
+    for _ in range(ANSWER - 1):
+        step([(other, 1), (batched, 1)])
+    assert_same(alone, batched)

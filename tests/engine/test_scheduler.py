@@ -1,0 +1,370 @@
+"""The scheduler: what a step takes, in which order, and that nothing leaks or starves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from mesh.errors import BadRequest, LocalError, Refused
+from mesh.ids import ModelId, StreamId
+from mesh.view import Span
+from node.engine.api import OpenSequence, SequenceKey, SequenceLost, TokenOut
+from node.engine.blocks import BLOCK_TOKENS, BlockPool
+from node.engine.scheduler import Drawn, HeldSpan, Scheduler, StepPlan
+from node.requests import SamplingParams
+
+MODEL = ModelId("toy")
+WHOLE, EARLY, LATE = Span(MODEL, 0, 4), Span(MODEL, 0, 3), Span(MODEL, 1, 4)
+HIDDEN = 8
+EOS = 2
+
+
+def held(blocks: int = 16) -> HeldSpan:
+    return HeldSpan(BlockPool(blocks), 4, HIDDEN, vocab_size=100, max_model_len=4096, end_ids=frozenset([EOS]))
+
+
+def scheduler_of(*spans: Span, step_tokens: int = 64, max_sequences: int = 8, blocks: int = 16) -> Scheduler:
+    scheduler = Scheduler(step_tokens, max_sequences)
+    for span in spans or (WHOLE,):
+        scheduler.add_span(span, held(blocks))
+    return scheduler
+
+
+def sequence(
+    name: str = "a", prompt: int = 5, span: tuple[int, int] = (0, 4), known: int | None = None, **sampling: Any
+) -> OpenSequence:
+    known = prompt if known is None else known
+    tokens = tuple(number % 90 + 5 for number in range(known)) if span[0] == 0 or span[1] == 4 else ()
+    params = SamplingParams(**{"max_tokens": 4, **sampling})
+    return OpenSequence(StreamId(name), 0, 1, MODEL, *span, prompt, known, tokens, params)
+
+
+def run(scheduler: Scheduler, token: int | None = 50) -> tuple[StepPlan, list[TokenOut | SequenceLost]]:
+    plan = scheduler.plan()
+    outputs = scheduler.commit(plan, {piece.row.key: Drawn(token) for piece in plan.pieces if piece.draws})
+    return plan, [*plan.lost, *outputs]
+
+
+def key(name: str) -> SequenceKey:
+    return SequenceKey(StreamId(name), 0, 1)
+
+
+def shares(plan: StepPlan) -> dict[str, tuple[int, int]]:
+    return {piece.row.key.stream: (piece.position, piece.count) for piece in plan.pieces}
+
+
+def push(scheduler: Scheduler, name: str, position: int, count: int, size: int = 4) -> None:
+    scheduler.push(key(name), position, count, b"\0" * (count * HIDDEN * size))
+
+
+def test_a_solo_sequence_prefills_then_decodes_to_its_length_and_frees_its_blocks() -> None:
+    scheduler = scheduler_of()
+    scheduler.open(sequence())
+    plan, outputs = run(scheduler)
+    assert shares(plan) == {"a": (0, 5)}
+    assert outputs == [TokenOut(key("a"), 5, 50)]
+    for position in (6, 7):
+        plan, outputs = run(scheduler)
+        assert shares(plan) == {"a": (position - 1, 1)}
+        assert plan.pieces[0].tokens == (50,)
+        assert outputs == [TokenOut(key("a"), position, 50)]
+    assert run(scheduler)[1] == [TokenOut(key("a"), 8, 50, "length")]
+    assert scheduler.load().kv_blocks_used == 0 and scheduler.load().running == 0
+    assert run(scheduler)[0].freed == (key("a"),)
+    assert not scheduler.has_work()
+
+
+def test_a_long_prompt_is_cut_and_only_its_last_piece_draws() -> None:
+    scheduler = scheduler_of(step_tokens=16)
+    scheduler.open(sequence(prompt=40))
+    seen = [run(scheduler) for _ in range(3)]
+    assert [shares(plan)["a"] for plan, _ in seen] == [(0, 16), (16, 16), (32, 8)]
+    assert [len(outputs) for _, outputs in seen] == [0, 0, 1]
+
+
+def test_decodes_and_prefill_share_a_step_and_prefill_keeps_its_quarter() -> None:
+    scheduler = scheduler_of(step_tokens=4, max_sequences=8)
+    for name in "abcdef":
+        scheduler.open(sequence(name, prompt=1, max_tokens=50))
+    for _ in range(2):
+        run(scheduler)
+    scheduler.open(sequence("long", prompt=30))
+    plan, _ = run(scheduler)
+    assert shares(plan)["long"] == (0, 1)
+    assert len(plan.pieces) == 4
+    served = {name for _ in range(2) for name in shares(run(scheduler)[0])}
+    assert served == {*"abcdef", "long"}, "decodes take turns when the budget is short"
+
+
+def test_prefill_is_first_come_first_served() -> None:
+    scheduler = scheduler_of(step_tokens=16)
+    scheduler.open(sequence("old", prompt=24))
+    scheduler.open(sequence("new", prompt=24))
+    assert [shares(run(scheduler)[0]) for _ in range(2)] == [{"old": (0, 16)}, {"old": (16, 8), "new": (0, 8)}]
+
+
+def test_lanes_take_turns_even_when_others_keep_coming_and_going() -> None:
+    scheduler = scheduler_of(WHOLE, LATE, step_tokens=8)
+    scheduler.open(sequence("steady", prompt=2000))
+    for name in ("x", "y"):
+        scheduler.open(sequence(name, prompt=100, span=(1 + (name == "y"), 4)))
+    steady = 0
+    for position in range(30):
+        push(scheduler, "x", position, 1)
+        push(scheduler, "y", position, 1)
+        steady += "steady" in shares(run(scheduler)[0])
+    assert steady == 10
+
+
+def test_a_split_first_stage_waits_for_each_token() -> None:
+    scheduler = scheduler_of(EARLY)
+    scheduler.open(sequence(span=(0, 3)))
+    plan, outputs = run(scheduler)
+    assert shares(plan) == {"a": (0, 5)} and not plan.pieces[0].draws and outputs == []
+    assert not scheduler.has_work()
+    scheduler.token(key("a"), 5, 77)
+    scheduler.token(key("a"), 5, 78)  # twice: the second changes nothing
+    scheduler.token(key("a"), 7, 79)  # too early
+    scheduler.token(key("b"), 5, 77)  # unknown
+    plan, _ = run(scheduler)
+    assert shares(plan) == {"a": (5, 1)} and plan.pieces[0].tokens == (77,)
+    assert scheduler.statistics().dropped == 3
+
+
+def test_a_last_stage_draws_once_all_known_positions_have_come() -> None:
+    scheduler = scheduler_of(LATE)
+    scheduler.open(sequence(span=(1, 4), known=7))
+    push(scheduler, "a", 0, 3)
+    assert run(scheduler)[1] == []
+    push(scheduler, "a", 0, 3)  # twice
+    push(scheduler, "a", 5, 2)  # a gap
+    push(scheduler, "a", 3, 4, size=3)  # no whole rows of either type
+    push(scheduler, "a", 3, 5)  # past what is known
+    assert not scheduler.has_work()
+    push(scheduler, "a", 3, 4, size=2)
+    plan, outputs = run(scheduler)
+    assert shares(plan) == {"a": (3, 4)} and outputs == [TokenOut(key("a"), 7, 50)]
+    push(scheduler, "a", 7, 1)
+    assert run(scheduler)[1] == [TokenOut(key("a"), 8, 50, "length")]
+    assert scheduler.statistics().dropped == 4
+
+
+def test_pushes_larger_than_the_budget_are_worked_off_in_pieces() -> None:
+    scheduler = scheduler_of(LATE, step_tokens=4)
+    scheduler.open(sequence(span=(1, 3), prompt=11))
+    push(scheduler, "a", 0, 6)
+    push(scheduler, "a", 6, 5)
+    plans = [run(scheduler)[0] for _ in range(3)]
+    assert [shares(plan)["a"] for plan in plans] == [(0, 4), (4, 4), (8, 3)]
+    assert [[part.position for part in plan.pieces[0].pushed] for plan in plans] == [[0], [0, 6], [6]]
+
+
+def test_stop_tokens_end_a_sequence_but_not_before_min_tokens() -> None:
+    scheduler = scheduler_of()
+    scheduler.open(sequence(max_tokens=9, min_tokens=1, stop_token_ids=(50,)))
+    assert [run(scheduler)[1][0].finish for _ in range(2)] == [None, "stop"]  # type: ignore[union-attr]
+
+
+def test_ignore_eos_ignores_the_models_own_end_only() -> None:
+    scheduler = scheduler_of()
+    scheduler.open(sequence(max_tokens=9, ignore_eos=True, stop_token_ids=(EOS, 50)))
+    assert [run(scheduler, token)[1][0].finish for token in (EOS, 50)] == [None, "stop"]  # type: ignore[union-attr]
+
+
+def test_a_resumed_sequence_counts_its_sent_tokens() -> None:
+    scheduler = scheduler_of()
+    scheduler.open(sequence(prompt=5, known=8, max_tokens=4))
+    assert run(scheduler)[1] == [TokenOut(key("a"), 8, 50, "length")]
+
+
+def test_logits_without_a_token_lose_the_sequence_for_good_and_leave_the_others() -> None:
+    scheduler = scheduler_of()
+    scheduler.open(sequence("bad"))
+    scheduler.open(sequence("good"))
+    plan = scheduler.plan()
+    outputs = scheduler.commit(plan, {key("bad"): Drawn(None), key("good"): Drawn(9)})
+    assert [(type(out), out.key.stream) for out in outputs] == [(SequenceLost, "bad"), (TokenOut, "good")]
+    assert isinstance(outputs[0], SequenceLost) and not outputs[0].retryable
+
+
+def test_when_no_block_is_free_the_youngest_is_evicted_and_may_be_tried_again() -> None:
+    scheduler = scheduler_of(blocks=2, step_tokens=1024)
+    scheduler.open(sequence("old", prompt=BLOCK_TOKENS - 2, max_tokens=50))
+    scheduler.open(sequence("young", prompt=5, max_tokens=50))
+    outputs = [out for _ in range(4) for out in run(scheduler)[1]]
+    lost = [out for out in outputs if isinstance(out, SequenceLost)]
+    assert [(out.key.stream, out.retryable) for out in lost] == [("young", True)]
+    assert outputs[-1].key.stream == "old"
+    assert scheduler.load().kv_blocks_used == 2
+
+
+def test_closing_in_mid_step_gives_the_blocks_back_only_after_it() -> None:
+    scheduler = scheduler_of()
+    scheduler.open(sequence())
+    plan = scheduler.plan()
+    scheduler.close(key("a"))
+    assert scheduler.load().kv_blocks_used == 1
+    assert scheduler.commit(plan, {key("a"): Drawn(50)}) == []
+    assert scheduler.load().kv_blocks_used == 0
+
+
+def test_a_failed_step_loses_its_own_sequences_only() -> None:
+    scheduler = scheduler_of(WHOLE, LATE)
+    scheduler.open(sequence("here"))
+    scheduler.open(sequence("there", span=(1, 4)))
+    plan = scheduler.plan()
+    assert [lost.key.stream for lost in scheduler.fail(plan, "it broke")] == ["here"]
+    push(scheduler, "there", 0, 5)
+    assert len(run(scheduler)[1]) == 1
+    scheduler.close(key("there"))
+    assert scheduler.load().kv_blocks_used == 0
+
+
+def test_admission_refuses_what_does_not_fit_now_and_rejects_what_never_will() -> None:
+    scheduler = scheduler_of(blocks=3, max_sequences=2)
+    with pytest.raises(BadRequest, match="context of 4096"):
+        scheduler.open(sequence("a", prompt=4000, max_tokens=97))
+    with pytest.raises(BadRequest, match="need 4 KV blocks"):
+        scheduler.open(sequence("a", prompt=3 * BLOCK_TOKENS))
+    with pytest.raises(BadRequest, match="outside the vocabulary"):
+        scheduler.open(OpenSequence(StreamId("a"), 0, 1, MODEL, 0, 4, 2, 2, (5, 100), SamplingParams()))
+    with pytest.raises(BadRequest, match="all 2 known tokens"):
+        scheduler.open(OpenSequence(StreamId("a"), 0, 1, MODEL, 0, 4, 2, 2, (5,), SamplingParams()))
+    with pytest.raises(LocalError, match="no loaded span"):
+        scheduler.open(OpenSequence(StreamId("a"), 0, 1, ModelId("other"), 0, 4, 2, 2, (5, 6), SamplingParams()))
+    scheduler.open(sequence("a", prompt=BLOCK_TOKENS + 1))
+    with pytest.raises(Refused, match="1 of 3 KV blocks"):
+        scheduler.open(sequence("b", prompt=BLOCK_TOKENS + 1))
+    scheduler.open(sequence("b"))
+    with pytest.raises(Refused, match="2 sequences are running"):
+        scheduler.open(sequence("c"))
+    assert scheduler.load().running == 2
+
+
+def test_dropping_a_span_loses_its_sequences_and_close_streams_frees_the_rest() -> None:
+    scheduler = scheduler_of(EARLY, LATE)
+    scheduler.open(sequence("a", span=(0, 3)))
+    scheduler.open(sequence("b", span=(1, 4)))
+    scheduler.open(sequence("c", span=(0, 2)))
+    assert [lost.key.stream for lost in scheduler.drop_span(LATE)] == ["b"]
+    scheduler.close_streams(lambda stream: stream == "c")
+    assert scheduler.load().running == 1
+    assert set(scheduler.plan().freed) == {key("a"), key("b")}
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Anything may be opened, fed, closed and stepped in any order; see the invariants."""
+
+    @initialize(step_tokens=st.integers(1, 40), blocks=st.integers(1, 5))
+    def make(self, step_tokens: int, blocks: int) -> None:
+        self.pools = {span: held(blocks) for span in (WHOLE, EARLY, LATE)}
+        self.scheduler = Scheduler(step_tokens, 4)
+        for span, one in self.pools.items():
+            self.scheduler.add_span(span, one)
+        self.opened: dict[SequenceKey, OpenSequence] = {}
+        self.over: set[SequenceKey] = set()
+        self.next_position: dict[SequenceKey, int] = {}
+        self.plan: StepPlan | None = None
+        self.count = 0
+
+    @rule(
+        prompt=st.sampled_from([1, 3, 30, BLOCK_TOKENS - 1, BLOCK_TOKENS + 5]),
+        answer=st.integers(1, 8),
+        span=st.sampled_from([(0, 4), (0, 2), (1, 3), (2, 4)]),
+        extra=st.integers(0, 3),
+    )
+    def open(self, prompt: int, answer: int, span: tuple[int, int], extra: int) -> None:
+        self.count += 1
+        one = sequence(f"s{self.count}", prompt, span, known=prompt + min(extra, answer - 1), max_tokens=answer)
+        try:
+            self.scheduler.open(one)
+        except (Refused, BadRequest):
+            return
+        self.opened[one.key] = one
+        self.next_position[one.key] = one.known
+
+    @rule(pick=st.integers(0, 99), count=st.integers(1, 20), at=st.sampled_from(["next", "again", "late"]))
+    def feed(self, pick: int, count: int, at: str) -> None:
+        keys = [one for one, opened in self.opened.items() if opened.start > 0]
+        if keys:
+            one = keys[pick % len(keys)]
+            row = self.scheduler._rows.get(one)
+            end = row.pushed_end if row is not None else 0
+            push(self.scheduler, one.stream, {"next": end, "again": 0, "late": end + 7}[at], count)
+
+    @rule(pick=st.integers(0, 99), off=st.integers(-1, 1))
+    def token(self, pick: int, off: int) -> None:
+        if self.opened:
+            one = list(self.opened)[pick % len(self.opened)]
+            row = self.scheduler._rows.get(one)
+            self.scheduler.token(one, (row.known if row else 0) + off, 60)
+
+    @rule(pick=st.integers(0, 99))
+    def close(self, pick: int) -> None:
+        if self.opened:
+            one = list(self.opened)[pick % len(self.opened)]
+            self.scheduler.close(one)
+            self.over.add(one)
+
+    @rule()
+    def begin_step(self) -> None:
+        if self.plan is None:
+            self.plan = self.scheduler.plan()
+            self.over |= {lost.key for lost in self.plan.lost}
+            assert sum(piece.count for piece in self.plan.pieces) <= self.scheduler.step_tokens
+            assert len({piece.row.lane for piece in self.plan.pieces}) <= 1
+            for piece in self.plan.pieces:
+                assert piece.row.key not in self.over
+                assert len(piece.row.blocks) * BLOCK_TOKENS >= piece.position + piece.count
+
+    @rule(good=st.booleans())
+    def end_step(self, good: bool) -> None:
+        if self.plan is not None:
+            outputs: list[TokenOut | SequenceLost]
+            if good:
+                drawing = {piece.row.key: Drawn(60) for piece in self.plan.pieces if piece.draws}
+                outputs = self.scheduler.commit(self.plan, drawing)
+            else:
+                outputs = list(self.scheduler.fail(self.plan, "broken"))
+            self.plan = None
+            for out in outputs:
+                assert out.key not in self.over, "output of a sequence that is over"
+                if isinstance(out, SequenceLost):
+                    self.over.add(out.key)
+                    continue
+                assert out.position == self.next_position[out.key], "a token twice, or a gap"
+                self.next_position[out.key] += 1
+                limit = self.opened[out.key].prompt_tokens + self.opened[out.key].sampling.max_tokens
+                assert (out.finish == "length") == (out.position == limit - 1)
+                if out.finish:
+                    self.over.add(out.key)
+
+    @invariant()
+    def blocks_are_those_of_the_rows_and_the_running_step(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        for span, one in self.pools.items():
+            blocks = {block for row in self.scheduler._rows.values() if row.lane.span == span for block in row.blocks}
+            for pool, more in self.scheduler._held_by_step:
+                blocks |= set(more) if pool is one.pool else set()
+            assert one.pool.used == len(blocks) <= one.pool.total
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        self.end_step(True)
+        while self.scheduler.has_work():  # progress: every step computes something, or only frees
+            before = sum(row.computed for row in self.scheduler._rows.values()), len(self.scheduler._rows)
+            plan, _ = run(self.scheduler)
+            after = sum(row.computed for row in self.scheduler._rows.values()), len(self.scheduler._rows)
+            assert after != before or plan.freed
+        self.scheduler.close_streams(lambda stream: False)
+        assert self.scheduler.load().kv_blocks_used == 0 and self.scheduler.load().running == 0
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
