@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mesh.ids import ModelId, NodeId
@@ -65,6 +65,35 @@ def gaps(found: Iterable[Holder], layers: int) -> tuple[tuple[int, int], ...]:
     if open_from < layers:
         missing.append((open_from, layers))
     return tuple(missing)
+
+
+def connected(spans_of: Sequence[Sequence[tuple[int, int]]], layers: int) -> bool:
+    """Whether some path visits each node at most once and covers all layers; one entry a node.
+
+    A stage may as well run to the end of its span: whatever could follow an earlier end can follow this one.
+    """
+    last_end = [max((end for _, end in spans), default=0) for spans in spans_of]
+    dead: set[tuple[int, frozenset[int]]] = set()
+
+    def leads_on(layer: int, used: frozenset[int]) -> bool:
+        if layer >= layers:
+            return True
+        state = (layer, frozenset(node for node in used if last_end[node] > layer))
+        if state in dead:
+            return False
+        reaches: dict[int, int] = {}
+        for node, spans in enumerate(spans_of):
+            if node not in used:
+                reach = max((end for start, end in spans if start <= layer < end), default=layer)
+                if reach > layer:
+                    reaches[node] = reach
+        for node in sorted(reaches, key=lambda node: -reaches[node]):
+            if leads_on(reaches[node], used | {node}):
+                return True
+        dead.add(state)
+        return False
+
+    return leads_on(0, frozenset())
 
 
 def is_suspect(holder: Holder) -> bool:

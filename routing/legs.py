@@ -13,6 +13,7 @@ A path visits a node at most once: an engine knows a sequence by its attempt, no
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -140,10 +141,9 @@ class LegSearch:
     def _legs(self, layer: int) -> Iterator[Leg]:
         """All stages that begin at `layer` and from whose end some way leads on."""
         for holder in self._found:
-            reach = holder.reach(layer)
             rate = self._rates[holder.node]
-            for end in self._boundaries:
-                if layer < end <= reach and self._idle_to_go[end] < math.inf:
+            for end in self._ends(layer, holder):
+                if self._idle_to_go[end] < math.inf:
                     count = end - layer
                     onward_ms = self._loaded_to_go[end]
                     yield Leg(
@@ -155,6 +155,11 @@ class LegSearch:
                         onward_ms,
                     )
 
+    def _ends(self, layer: int, holder: Holder) -> list[int]:
+        """Boundaries at which a stage of `holder` that begins at `layer` may end."""
+        first = bisect_right(self._boundaries, layer)
+        return self._boundaries[first : bisect_right(self._boundaries, holder.reach(layer))]
+
     def _costs_to_go(self) -> tuple[dict[int, float], dict[int, float]]:
         """Least cost from each boundary to the last layer, unloaded and loaded; infinite where no way leads on.
 
@@ -165,10 +170,8 @@ class LegSearch:
         idle[self._layers] = loaded[self._layers] = 0.0
         for layer in reversed(self._boundaries[:-1]):
             for holder in self._found:
-                reach = holder.reach(layer)
                 rate = self._rates[holder.node]
-                for end in self._boundaries:
-                    if layer < end <= reach:
-                        idle[layer] = min(idle[layer], rate.idle(end - layer) + idle[end])
-                        loaded[layer] = min(loaded[layer], rate.loaded(end - layer) + loaded[end])
+                for end in self._ends(layer, holder):
+                    idle[layer] = min(idle[layer], rate.idle(end - layer) + idle[end])
+                    loaded[layer] = min(loaded[layer], rate.loaded(end - layer) + loaded[end])
         return idle, loaded

@@ -1,0 +1,216 @@
+"""Which layers each node should hold: at its start (`choose_spans`) and after a loss (`next_move`).
+
+Both are pure functions of the view, so that every node computes the same and none has to decide for all. Aims, in this
+order: some complete path; the least number of copies of any layer, up to those wanted; few pieces; few bytes moved.
+One node moves at a time, chosen by rendezvous; it loads before it drops wherever it has the room, and otherwise drops
+only layers that another node serves. While more than half of the nodes are missing, nothing moves: it is likelier that
+this node is cut off than that the others all died, and a mesh that shuffles weights cannot answer.
+
+Nodes tell what they are about to load (`Facts.intends`) before they load it. Two that start at the same moment read
+each other's intent; the one with the lower id keeps its choice, the other chooses again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+from mesh.ids import ModelId, NodeId
+from mesh.rendezvous import owners
+from mesh.view import ModelCard, Peer, PeerState, Span, View
+from routing.holders import connected
+from routing.windows import SPARE_STEPS, Window, best_windows
+
+MOST_SPANS_WEIGHED = 4
+"""Nodes with more spans of a model than this keep all or none of them in a move; else every subset is weighed."""
+
+Standing = tuple[int, ...]
+"""How far the mesh is from its aims; smaller is better: (0 if a path exists, layers with no copy, with less than 2, …)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """What one node should do: drop, load and serve, drop. `epoch` names the situation that it is an answer to."""
+
+    node: NodeId
+    drop_first: tuple[Span, ...]  # only to make room, and only layers that others serve (or while nothing is served at all)
+    take: tuple[Span, ...]
+    drop_after: tuple[Span, ...]
+    epoch: str
+
+
+def choose_spans(view: View, me: NodeId, card: ModelCard, capacity_layers: int, replicas_wanted: int = 2) -> tuple[Span, ...]:
+    """The spans for `--layers auto`: the whole model when it fits, else the least replicated layers, in one piece if possible.
+
+    Publish the answer as `Facts.intends`, call again whenever the view changes until the answer stays the same for a
+    few gossip rounds, then load. If every joining node does so and the memory is there, each layer is held
+    `replicas_wanted` times.
+    """
+    if capacity_layers >= card.layers:
+        return (Span(card.id, 0, card.layers),)
+    others = [
+        (*_spans(peer.facts.spans, card), *(_spans(peer.facts.intends, card) if peer.id < me else ()))
+        for peer in _counted(view, card)
+        if peer.id != me
+    ]
+    counts = _copies(others, card.layers)
+    edges = {edge for spans in others for span in spans for edge in span}
+    windows = best_windows(counts, capacity_layers, replicas_wanted, me, edges)
+    return tuple(Span(card.id, start, end) for start, end in windows)
+
+
+def next_move(
+    view: View,
+    model: ModelId,
+    capacities: Mapping[NodeId, int] | None = None,
+    *,
+    roster: Collection[NodeId] | None = None,
+    replicas_wanted: int = 2,
+) -> Move | None:
+    """The one move that the mesh should make now, or None. The same on all nodes with the same view.
+
+    capacities: layers of `model` that each node could hold; where absent, what it gossips (`Facts.capacity`), at
+        least what it holds. roster: the nodes of the last stable view; None: all that are known and have not left.
+    None while somebody intends to load (one move at a time), while too many are missing, and when no single move
+    would bring the mesh nearer to its aims.
+    """
+    card = view.models().get(model)
+    if card is None or _frozen(view, roster):
+        return None
+    peers = _counted(view, card)
+    if any(_spans(peer.facts.intends, card) for peer in peers):
+        return None
+    held = {peer.id: _spans(peer.facts.spans, card) for peer in peers}
+    before = _standing(held, card.layers, replicas_wanted)
+    if not any(before):
+        return None
+    epoch = _epoch(model, held)
+    told = capacities or {}
+    room = {
+        peer.id: max(told.get(peer.id, peer.facts.capacity.get(model, 0)), _size(held[peer.id]))
+        for peer in peers
+        if peer.state is PeerState.ALIVE
+    }
+    ranked = owners(epoch.encode(), room, len(room))
+    for node in sorted(ranked, key=lambda node: room[node] <= _size(held[node])):  # those with spare room first
+        move = _best_move(node, held, room[node], card, before, replicas_wanted, epoch)
+        if move is not None:
+            return move
+    return None
+
+
+def _best_move(
+    node: NodeId,
+    held: Mapping[NodeId, tuple[Window, ...]],
+    capacity: int,
+    card: ModelCard,
+    before: Standing,
+    wanted: int,
+    epoch: str,
+) -> Move | None:
+    """The node's best change, if it makes the mesh's standing strictly better."""
+    current = held[node]
+    others = {other: spans for other, spans in held.items() if other != node}
+    elsewhere = _copies(others.values(), card.layers)
+    options: list[tuple[Standing, int, int, Move]] = []
+    for kept in _subsets(current):
+        dropped = tuple(span for span in current if span not in kept)
+        taken = _to_take(kept, dropped, elsewhere, capacity, wanted, node)
+        fits_beside = _size(current) + _size(taken) <= capacity
+        # Nothing is served while there is no path: then there is nothing to break.
+        breakable = bool(before[0]) or all(elsewhere[layer] > 0 for layer in _layers(dropped) - _layers(kept))
+        if not taken or not (fits_beside or breakable):
+            continue
+        after = _standing({**others, node: (*kept, *taken)}, card.layers, wanted)
+        first, last = ((), dropped) if fits_beside else (dropped, ())
+        move = Move(node, _as_spans(first, card), _as_spans(taken, card), _as_spans(last, card), epoch)
+        options.append((after, _size(taken), len(dropped), move))
+    if not options:
+        return None
+    after, _, _, move = min(options, key=lambda option: option[:3])
+    return move if after < before else None
+
+
+def _to_take(
+    kept: tuple[Window, ...],
+    dropped: tuple[Window, ...],
+    elsewhere: list[int],
+    capacity: int,
+    wanted: int,
+    node: NodeId,
+) -> tuple[Window, ...]:
+    """What the node should load beside what it keeps: the layers with too few copies, few bytes moved; but a node that
+    drops a span loads as much again, or it would serve less than before.
+    """
+    mine = _layers(kept)
+    counts = [wanted + SPARE_STEPS if layer in mine else count for layer, count in enumerate(elsewhere)]
+    short = sum(1 for count in counts if count < wanted)
+    edges = {edge for span in kept for edge in span}
+    return best_windows(counts, min(max(short, _size(dropped)), capacity - _size(kept)), wanted, node, edges)
+
+
+def _standing(held: Mapping[NodeId, tuple[Window, ...]], layers: int, wanted: int) -> Standing:
+    counts = _copies(held.values(), layers)
+    short = tuple(sum(1 for count in counts if count < copies) for copies in range(1, wanted + 1))
+    return (0 if connected(list(held.values()), layers) else 1, *short)
+
+
+def _counted(view: View, card: ModelCard) -> list[Peer]:
+    """Peers whose copies count: live, staying, with the same weights; by id."""
+    return [
+        peer
+        for peer in sorted(view.live(), key=lambda peer: peer.id)
+        if not peer.facts.draining and all(known.weights == card.weights for known in peer.facts.models if known.id == card.id)
+    ]
+
+
+def _frozen(view: View, roster: Collection[NodeId] | None) -> bool:
+    nodes = set(roster) if roster is not None else {peer.id for peer in view.peers.values() if peer.state is not PeerState.LEFT}
+    alive = sum(1 for node in nodes if (peer := view.peers.get(node)) is not None and peer.state is PeerState.ALIVE)
+    return 2 * (len(nodes) - alive) > len(nodes)
+
+
+def _epoch(model: ModelId, held: Mapping[NodeId, tuple[Window, ...]]) -> str:
+    """A name for who holds what: it changes with every join, loss and finished move, so the lot falls anew."""
+    text = repr((model, sorted(held.items())))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _subsets(spans: tuple[Window, ...]) -> Iterator[tuple[Window, ...]]:
+    if len(spans) > MOST_SPANS_WEIGHED:
+        yield from (spans, ())
+        return
+    for size in range(len(spans), -1, -1):
+        yield from combinations(spans, size)
+
+
+def _spans(spans: Iterable[Span], card: ModelCard) -> tuple[Window, ...]:
+    return tuple(
+        sorted(
+            (span.start, min(span.end, card.layers)) for span in spans if span.model == card.id and 0 <= span.start < card.layers
+        )
+    )
+
+
+def _as_spans(windows: Iterable[Window], card: ModelCard) -> tuple[Span, ...]:
+    return tuple(Span(card.id, start, end) for start, end in windows)
+
+
+def _layers(windows: Iterable[Window]) -> set[int]:
+    return {layer for start, end in windows for layer in range(start, end)}
+
+
+def _size(windows: Iterable[Window]) -> int:
+    """Layers in memory: what two spans share is loaded twice."""
+    return sum(end - start for start, end in windows)
+
+
+def _copies(holdings: Iterable[Iterable[Window]], layers: int) -> list[int]:
+    """How many nodes hold each layer."""
+    counts = [0] * layers
+    for windows in holdings:
+        for layer in _layers(windows):
+            counts[layer] += 1
+    return counts
