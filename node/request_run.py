@@ -92,7 +92,8 @@ class RequestRun:
         self._counters = counters
         self._prompt = prompt
         self._cores = {choice: Generation(len(prompt.tokens), deadline_at) for choice in range(request.n)}
-        self._texts = {choice: ChoiceText(prompt.model.text.decode, request, prompt.tokens) for choice in self._cores}
+        ends = prompt.sampling.stop_token_ids
+        self._texts = {choice: ChoiceText(prompt.model.text.decode, request, prompt.tokens, ends) for choice in self._cores}
         self.record.generations = self._cores
         self._inbox: deque[tuple[int, Event]] = deque()  # bounded by the choices' max_tokens: positions are numbered
         self._woken = trio.Event()
@@ -253,13 +254,13 @@ class RequestRun:
 
     def _on_token(self, choice: int, emit: Emit) -> None:
         self._counters.tokens_total += 1
-        step, logprobs = self._texts[choice].feed(emit)
-        if step.text or step.token_ids:
-            self.record.seq += len(step.token_ids)
-            self._send(TextDelta(choice, step.text, step.token_ids, self.record.seq, logprobs))
-        if step.finish_reason is not None:
-            self.record.seq += len(step.end_token_ids)
-            self._send(ChoiceDone(choice, step.finish_reason, self.record.seq, step.end_token_ids))
+        out = self._texts[choice].feed(emit)
+        if out.text or out.token_ids:
+            self.record.seq += len(out.token_ids)
+            self._send(TextDelta(choice, out.text, out.token_ids, self.record.seq, out.logprobs))
+        if out.finish_reason is not None:
+            self.record.seq += len(out.end_token_ids)
+            self._send(ChoiceDone(choice, out.finish_reason, self.record.seq, out.end_token_ids))
             self.tell(choice, StopFound())  # changes nothing where the engine ended it
 
     def _fail(self, error: MeshError) -> None:
