@@ -80,7 +80,7 @@ def project_documents() -> Iterator[Document]:
         return
     from importlib.metadata import metadata
 
-    yield Document("README.md", metadata("gossip-mesh").json.get("description", "").encode())
+    yield Document("README.md", str(metadata("gossip-mesh").json.get("description", "")).encode())
 
 
 def ask_once(client: Client, tokens: int, seed: int, watch: Callable[[Run], None] = lambda run: None) -> Run:
@@ -284,7 +284,7 @@ def demo(
         except MeshError as error:
             for node in mesh.nodes:
                 output.note(f"--- {node.name}: {node.log_tail()}")
-            story.verdict(f"Failed: {error}", good=False)
+            story.verdict(f"Failed: {str(error).splitlines()[0]}", good=False)
             raise typer.Exit(1) from None
     took_s = time.monotonic() - begun
     story.verdict(f"Token for token the same answer. Everything has ended; the demo took {took_s:.1f} s.", good=True)

@@ -42,9 +42,12 @@ def models(
 
 def default_model() -> dict[str, Any]:
     """The default model as `/mesh/status` would tell it while nobody serves it. Makes its files if they are not there."""
+    from transformers.utils.logging import disable_progress_bar
+
     from node.config import cache_home
     from node.engine.default_model import MODEL_ID, ensure_default_model
 
+    disable_progress_bar()
     directory = ensure_default_model(cache_home())
     config = json_text.loads((directory / "config.json").read_text())
     return {

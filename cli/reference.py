@@ -51,7 +51,7 @@ def _placeholder(argument: Any) -> str:
 def _flag(option: Any) -> str:
     if option.is_flag:
         return option.opts[0]
-    return f"{option.opts[0]} {option.metavar or NUMBERS.get(str(option.bare_type), 'TEXT')}"
+    return f"{option.opts[0]} {option.metavar or NUMBERS.get(option.bare_type(), 'TEXT')}"
 
 
 def _default(option: Any) -> str:

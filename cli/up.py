@@ -117,7 +117,7 @@ def start(given: dict[str, Any]) -> None:
     """
     from node.config import NodeConfig
 
-    leash_fd, memory = given.pop("leash"), given.pop("memory")
+    leash_fd, memory, models = given.pop("leash"), given.pop("memory"), given.pop("model")
     config = NodeConfig(
         **{
             **given,
@@ -125,7 +125,7 @@ def start(given: dict[str, Any]) -> None:
             "bind": options.address(given["bind"], "--bind"),
             "http": options.address(given["http"], "--http"),
             "memory_bytes": options.size_bytes(memory, "--memory") if memory is not None else None,
-            "models": tuple(given.pop("model")),
+            "models": tuple(models),
             "key_file": options.existing_file(given["key_file"], "--key-file"),
             "api_key_file": options.existing_file(given["api_key_file"], "--api-key-file"),
         }
