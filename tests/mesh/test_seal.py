@@ -1,0 +1,113 @@
+"""Seals: what is opened, and why the rest is not."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh.seal import NONCES_REMEMBERED, REPLAY_WINDOW_S, KeySeal, PlainSeal, Seal, SealBroken, SealFault
+
+KEY, OTHER = b"k" * 32, b"o" * 32
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def fault(seal: Seal, datagram: bytes) -> SealFault:
+    with pytest.raises(SealBroken) as broken:
+        seal.open(datagram)
+    return broken.value.fault
+
+
+@pytest.mark.parametrize("seal", [KeySeal([KEY]), PlainSeal()])
+def test_what_is_sealed_is_opened_and_is_longer_by_the_overhead(seal: Seal) -> None:
+    for body in (b"", b"x", b"y" * 1300):
+        datagram = seal.seal(body)
+        assert len(datagram) == len(body) + seal.overhead_bytes
+        assert seal.open(datagram) == body
+
+
+def test_a_sealed_body_is_not_to_be_read_on_the_wire() -> None:
+    assert b"gossip about somebody" not in KeySeal([KEY]).seal(b"gossip about somebody")
+
+
+def test_every_fault_has_its_name() -> None:
+    assert fault(KeySeal([KEY]), KeySeal([OTHER]).seal(b"x")) is SealFault.WRONG_KEY
+    assert fault(KeySeal([KEY]), PlainSeal().seal(b"x" * 60)) is SealFault.WRONG_KEY
+    assert fault(PlainSeal(), KeySeal([KEY]).seal(b"x")) is SealFault.WRONG_KEY
+    assert fault(KeySeal([KEY], "here"), KeySeal([KEY], "there").seal(b"x")) is SealFault.WRONG_CLUSTER
+    assert fault(PlainSeal("here"), PlainSeal("there").seal(b"x")) is SealFault.WRONG_CLUSTER
+    assert fault(PlainSeal(), b"GET / HTTP/1.1\r\nHost: here\r\n\r\n") is SealFault.FOREIGN
+    assert fault(KeySeal([KEY]), b"") is SealFault.FOREIGN
+
+
+@pytest.mark.parametrize("seal", [KeySeal([KEY]), PlainSeal()])
+def test_no_bit_may_change(seal: Seal) -> None:
+    datagram = seal.seal(b"body")
+    for bit in range(len(datagram) * 8):
+        changed = bytearray(datagram)
+        changed[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(SealBroken):
+            seal.open(bytes(changed))
+
+
+def test_the_cluster_is_authenticated_beyond_its_short_hash() -> None:
+    here, there = KeySeal([KEY], "here"), KeySeal([KEY], "there")
+    forged = here.seal(b"x")[:4] + there.seal(b"x")[4:8] + here.seal(b"x")[8:]
+    assert fault(there, forged) is SealFault.DAMAGED
+
+
+def test_a_datagram_is_opened_once_and_only_while_it_is_fresh() -> None:
+    clock = Clock()
+    seal = KeySeal([KEY], clock=clock)
+    once, late, early = seal.seal(b"x"), seal.seal(b"x"), seal.seal(b"x")
+    seal.open(once)
+    assert fault(seal, once) is SealFault.REPLAYED
+    clock.now += REPLAY_WINDOW_S + 1
+    assert fault(seal, late) is SealFault.REPLAYED
+    clock.now -= 2 * REPLAY_WINDOW_S + 2
+    assert fault(seal, early) is SealFault.REPLAYED
+    clock.now += REPLAY_WINDOW_S + 1
+    assert seal.open(late) == b"x"
+
+
+def test_the_memory_of_nonces_is_bounded_and_forgets_the_oldest_first() -> None:
+    seal = KeySeal([KEY])
+    first = seal.seal(b"")
+    seal.open(first)
+    for _ in range(NONCES_REMEMBERED):
+        seal.open(last := seal.seal(b""))
+    assert seal.open(first) == b""
+    assert fault(seal, last) is SealFault.REPLAYED
+
+
+def test_keys_rotate_without_a_gap() -> None:
+    old, both, turned, new = KeySeal([KEY]), KeySeal([KEY, OTHER]), KeySeal([OTHER, KEY]), KeySeal([OTHER])
+    assert both.open(old.seal(b"1")) == b"1"
+    assert both.open(turned.seal(b"2")) == b"2"
+    assert turned.open(both.seal(b"3")) == b"3"
+    assert turned.open(new.seal(b"4")) == b"4"
+    assert fault(new, old.seal(b"5")) is SealFault.WRONG_KEY
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_refused_by_name(raw: bytes) -> None:
+    for seal in (KeySeal([KEY]), PlainSeal()):
+        assert fault(seal, raw) in SealFault
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_behind_a_right_head_are_refused_by_name(raw: bytes) -> None:
+    for seal in (KeySeal([KEY]), PlainSeal()):
+        assert fault(seal, seal.seal(b"")[:12] + raw) in SealFault
+
+
+def test_a_seal_without_a_key_is_refused() -> None:
+    with pytest.raises(ValueError, match="PlainSeal"):
+        KeySeal([])
