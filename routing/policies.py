@@ -151,7 +151,7 @@ def home(candidates: Sequence[Candidate], work: Work) -> list[NodeId]:
     All entries agree on it without a word, so one peer gets to hold the prefix: 0.80 of prompt tokens were hits in
     simulation, against 0.50 where each router remembers only what it sent.
     """
-    if not work.prefix_key:
+    if not work.prefix_key or not candidates:
         return []
     load = {candidate.node: candidate.load for candidate in candidates}
     bound = BOUND_ON_HOME * (sum(load.values()) + 1.0) / len(load) + 1.0

@@ -116,6 +116,7 @@ class Estimate:
     step_ms_per_layer: float
     prefill_ms_per_token_layer: float
     measured_rows: float  # rows that `step_ms_per_layer` was measured with
+    counts_only: bool  # requests wait there, and it does not say how many prompt tokens they have
 
 
 def held_layers(peer: Peer, model: ModelId) -> int:
@@ -178,21 +179,22 @@ def estimate(load: Load, age_s: float, held: int, pool: Pool, own: OwnWork = NOT
         step_ms_per_layer=step_ms_per_layer(load, held) or pool.step_ms_per_layer,
         prefill_ms_per_token_layer=prefill_ms_per_token_layer(load, held) or pool.prefill_ms_per_token_layer,
         measured_rows=float(load.running),
+        counts_only=load.waiting > 0 and load.prefill_tokens_queued == 0,
     )
 
 
 def queue_ms(now_there: Estimate, held: int, own_added: int, residency_s: float) -> float:
     """Wait before the first own row is computed.
 
-    A node that says how many prompt tokens are queued is believed: they are read at its prefill rate. One that only
-    counts waiting requests (an engine of another make) lets one in whenever one of the running leaves, so our own
-    dispatches since its record queue up behind those.
+    Queued prompt tokens are read at the node's prefill rate. A node that only counts waiting requests (an engine of
+    another make) has all places taken and lets one in whenever one of the running leaves; our own dispatches since its
+    record queue up behind those.
     """
     backlog_ms = now_there.prefill_tokens_queued * now_there.prefill_ms_per_token_layer * held
-    turns = now_there.waiting + own_added if now_there.waiting >= 0.5 else 0.0
-    if now_there.prefill_tokens_queued >= 1.0:
+    if not now_there.counts_only:
         return backlog_ms
-    return turns * residency_s * 1000.0 / max(1.0, now_there.running)
+    leave_per_s = max(ROWS_AT_HALF, now_there.measured_rows) / residency_s
+    return backlog_ms + (now_there.waiting + own_added) / leave_per_s * 1000.0
 
 
 def prefill_ms(work: Work, cached_tokens: int, layers: int, ms_per_token_layer: float) -> float:

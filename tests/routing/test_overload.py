@@ -1,0 +1,273 @@
+"""Admission, retry budget, breaker and bounces: what keeps a mesh in trouble from drowning itself."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh.errors import BadRequest, DeadlineExceeded, LocalError, MeshError, NoPath, PeerLost, Refused, RemoteError
+from mesh.ids import NodeId
+from routing.admission import Admission, AdmissionLimits, retry_after_s
+from routing.bounce import LONGEST_WAIT_S, MOST_BOUNCES, Bounces, GoElsewhere, WaitHere
+from routing.breaker import FAILURES_TO_OPEN, LONGEST_OPEN_S, PROBE_S, Breakers, Circuit
+from routing.retry import RETRY_FLOOR, WINDOW_S, RetryBudget, backoff_s, retryable
+
+A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
+
+
+# Admission
+
+
+@pytest.mark.parametrize(
+    ("wait_s", "deadline_s", "work_s", "retry_s"),
+    [
+        (0.0, None, 0.0, None),
+        (30.0, None, 0.0, None),
+        (31.5, None, 0.0, 1.5),
+        (5.0, 6.0, 1.0, None),
+        (5.0, 6.0, 2.0, 5.0),
+        (999.0, None, 0.0, 60.0),
+    ],
+)
+def test_a_request_is_refused_by_its_expected_wait_and_its_own_deadline(
+    wait_s: float, deadline_s: float | None, work_s: float, retry_s: float | None
+) -> None:
+    admission = Admission()
+    if retry_s is None:
+        admission.admit(wait_s, deadline_s, work_s)
+        assert admission.statistics().running == 1
+    else:
+        with pytest.raises(Refused) as caught:
+            admission.admit(wait_s, deadline_s, work_s)
+        assert (caught.value.retry_after_s, caught.value.quota) == (retry_s, False)
+        assert admission.statistics().running == 0
+
+
+def test_a_full_entry_says_so_until_somebody_leaves_or_starts() -> None:
+    admission = Admission(AdmissionLimits(running=2, waiting=1))
+    admission.admit()
+    with pytest.raises(Refused, match="1 of them waiting"):
+        admission.admit()
+    admission.started()
+    admission.admit()
+    with pytest.raises(Refused, match="drives 2 requests"):
+        admission.admit()
+    admission.left(was_waiting=False)
+    admission.left(was_waiting=True)
+    admission.admit()
+    assert (admission.statistics().admitted, admission.statistics().refused_full) == (3, 2)
+
+
+def test_a_parked_request_waits_again_and_miscounting_is_our_own_mistake() -> None:
+    admission = Admission()
+    for misuse in (admission.started, admission.parked, lambda: admission.left(was_waiting=False)):
+        with pytest.raises(LocalError):
+            misuse()
+    admission.admit()
+    with pytest.raises(LocalError):
+        admission.left(was_waiting=False)
+    admission.started()
+    admission.parked()
+    admission.left(was_waiting=True)
+    assert admission.statistics().running == admission.statistics().waiting == 0
+
+
+def test_senseless_limits_are_named() -> None:
+    for limits in ({"running": 0}, {"waiting": -1}, {"wait_s": 0.0}, {"wait_s": float("nan")}):
+        with pytest.raises(BadRequest):
+            AdmissionLimits(**limits)
+
+
+@given(st.floats(allow_nan=False))
+def test_the_time_to_come_back_is_bounded(expected_s: float) -> None:
+    assert 0.5 <= retry_after_s(expected_s) <= 60.0
+
+
+# Retry budget
+
+
+def test_a_quiet_node_may_retry_three_times_in_ten_seconds() -> None:
+    budget = RetryBudget()
+    assert [budget.spend(0.0) for _ in range(4)] == [True, True, True, False]
+    assert not budget.spend(WINDOW_S - 0.1)
+    assert budget.spend(float(WINDOW_S))
+    assert budget.statistics(10.0).denied == 2
+
+
+@given(st.lists(st.tuples(st.booleans(), st.floats(0.0, 1.5)), max_size=300))
+def test_retries_never_exceed_a_tenth_of_the_recent_requests_and_three(events: list[tuple[bool, float]]) -> None:
+    budget, now = RetryBudget(), 0.0
+    requests: list[int] = []
+    granted: list[int] = []
+    for is_request, pause_s in events:
+        now += pause_s
+        if is_request:
+            budget.request(now)
+            requests.append(int(now))
+        recent = [second for second in requests if second > int(now) - WINDOW_S]
+        spent = [second for second in granted if second > int(now) - WINDOW_S]
+        allowed = len(spent) + 1 <= RETRY_FLOOR + len(recent) // 10
+        if not is_request:
+            assert budget.spend(now) == allowed
+            if allowed:
+                granted.append(int(now))
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (PeerLost("a", "reset"), True),
+        (Refused("busy"), True),
+        (RemoteError("a", "step failed"), True),
+        (Refused("quota", quota=True), False),
+        (BadRequest("no"), False),
+        (DeadlineExceeded("late"), False),
+        (NoPath("m", ((0, 1),)), False),
+        (LocalError("bug"), False),
+    ],
+)
+def test_only_what_another_peer_may_do_better_is_tried_again(error: MeshError, again: bool) -> None:
+    assert retryable(error) is again
+
+
+def test_the_first_retry_goes_at_once_and_later_ones_wait_longer_and_longer() -> None:
+    rng = Random(1)
+    assert backoff_s(1, rng) == 0.0
+    limits = [max(backoff_s(attempt, rng) for _ in range(300)) for attempt in range(2, 12)]
+    assert limits[0] <= 0.05 < limits[1] <= 0.1
+    assert max(limits) <= 2.0 and backoff_s(10_000, rng) <= 2.0
+
+
+# Breaker
+
+
+def opened(node: NodeId = A, now: float = 0.0) -> Breakers:
+    breakers = Breakers()
+    for _ in range(FAILURES_TO_OPEN):
+        breakers.failed(node, now)
+    return breakers
+
+
+def test_five_failures_in_a_row_open_the_circuit_and_four_do_not() -> None:
+    breakers = Breakers()
+    for _ in range(FAILURES_TO_OPEN - 1):
+        breakers.failed(A, 0.0)
+    assert breakers.allows(A, 0.0)
+    breakers.succeeded(A)
+    breakers.failed(A, 0.0)
+    assert breakers.allows(A, 0.0)
+    assert not opened().allows(A, 0.99)
+
+
+def test_half_open_lets_one_probe_through_and_its_outcome_decides() -> None:
+    breakers = opened()
+    assert breakers.circuit(A, 1.0) is Circuit.HALF_OPEN
+    assert breakers.allows(A, 1.0)
+    breakers.dispatched(A, 1.0)
+    assert not breakers.allows(A, 1.5)
+    breakers.failed(A, 2.0)
+    assert [breakers.allows(A, now) for now in (3.9, 4.0)] == [False, True]  # now open for twice as long
+    breakers.dispatched(A, 4.0)
+    breakers.succeeded(A)
+    assert breakers.circuit(A, 4.0) is Circuit.CLOSED
+
+
+def test_a_probe_that_says_nothing_does_not_shut_the_peer_out_for_ever() -> None:
+    breakers = opened()
+    breakers.dispatched(A, 1.0)
+    assert not breakers.allows(A, 1.0 + PROBE_S - 0.1)
+    assert breakers.allows(A, 1.0 + PROBE_S)
+    breakers.dispatched(A, 50.0)
+    breakers.given_up(A)
+    assert breakers.allows(A, 50.0)
+
+
+def test_late_failures_of_earlier_requests_do_not_lengthen_the_time() -> None:
+    breakers = opened()
+    for _ in range(20):
+        breakers.failed(A, 0.5)
+    assert breakers.allows(A, 1.0)
+
+
+def test_a_restart_clears_the_mark_and_open_times_are_bounded() -> None:
+    breakers = opened()
+    now = 0.0
+    for _ in range(40):
+        now += LONGEST_OPEN_S
+        assert breakers.allows(A, now)
+        breakers.failed(A, now)
+    assert breakers.statistics(now) == {A: Circuit.OPEN}
+    breakers.restarted(A)
+    assert breakers.allows(A, now)
+
+
+def test_when_more_than_half_would_be_avoided_none_is() -> None:
+    breakers = opened(A)
+    assert breakers.avoided([A, B, C], 0.0) == {A}
+    assert breakers.avoided([A, B], 0.0) == {A}
+    assert breakers.avoided([A], 0.0) == frozenset()
+    for _ in range(FAILURES_TO_OPEN):
+        breakers.failed(B, 0.0)
+    assert breakers.avoided([A, B, C], 0.0) == frozenset()
+
+
+@given(st.lists(st.tuples(st.sampled_from(["fail", "succeed", "send", "give up"]), st.floats(0.0, 20.0)), max_size=60))
+def test_every_peer_gets_a_chance_within_a_minute_of_silence(events: list[tuple[str, float]]) -> None:
+    breakers, now = Breakers(), 0.0
+    for event, pause_s in events:
+        now += pause_s
+        match event:
+            case "fail":
+                breakers.failed(A, now)
+            case "succeed":
+                breakers.succeeded(A)
+                assert breakers.allows(A, now)
+            case "send":
+                breakers.dispatched(A, now)
+                if breakers.circuit(A, now) is not Circuit.CLOSED:
+                    assert not breakers.allows(A, now)
+            case _:
+                breakers.given_up(A)
+    assert breakers.allows(A, now + LONGEST_OPEN_S + PROBE_S)
+
+
+# Bounces
+
+
+def test_two_bounces_then_a_wait_at_the_entry_and_all_peers_count_again() -> None:
+    bounces, rng = Bounces(), Random(0)
+    assert bounces.busy(A, 1.0, rng) == GoElsewhere(frozenset({A}))
+    assert bounces.busy(B, 0.2, rng) == GoElsewhere(frozenset({A, B}))
+    waiting = bounces.busy(C, 1.5, rng)
+    assert isinstance(waiting, WaitHere) and 0.1 <= waiting.wait_s <= 0.2
+    assert bounces.excluded == frozenset()
+    assert bounces.busy(A, 1.0, rng) == GoElsewhere(frozenset({A}))
+
+
+def test_without_other_peers_the_request_waits_at_once_and_each_round_longer() -> None:
+    bounces, rng = Bounces(), Random(0)
+    waits = [bounces.busy(A, 0.1, rng, others=False) for _ in range(8)]
+    limits = [min(LONGEST_WAIT_S, 0.1 * 2**round_) for round_ in range(8)]
+    for waiting, limit_s in zip(waits, limits):
+        assert isinstance(waiting, WaitHere) and limit_s / 2 <= waiting.wait_s <= limit_s
+    bounces.taken()
+    again = bounces.busy(A, 0.1, rng, others=False)
+    assert isinstance(again, WaitHere) and again.wait_s <= 0.1
+
+
+@given(st.lists(st.tuples(st.sampled_from([A, B, C]), st.floats(-1.0, 100.0), st.booleans()), max_size=50), st.integers(0, 99))
+def test_never_more_than_two_bounces_between_waits_and_no_wait_without_bounds(
+    refusals: list[tuple[NodeId, float, bool]], seed: int
+) -> None:
+    bounces, rng, since_wait = Bounces(), Random(seed), set[NodeId]()
+    for node, retry_s, others in refusals:
+        since_wait.add(node)
+        match bounces.busy(node, retry_s, rng, others=others):
+            case GoElsewhere(excluded=excluded):
+                assert excluded == since_wait and len(since_wait) <= MOST_BOUNCES and others
+            case WaitHere(wait_s=wait_s):
+                assert 0.0 < wait_s <= LONGEST_WAIT_S
+                since_wait.clear()
