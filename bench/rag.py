@@ -69,7 +69,8 @@ class InProcess:
 
 def xquad(limit: int | None) -> Corpus:
     """XQuAD's paragraphs and questions (deepmind/xquad, CC BY-SA 4.0); `limit` questions, spread evenly."""
-    documents, questions = [], []
+    documents: list[str] = []
+    questions: list[tuple[str, int]] = []
     for article in json.loads(XQUAD.read_text(encoding="utf-8"))["data"]:
         for paragraph in article["paragraphs"]:
             questions += [(line["question"], len(documents)) for line in paragraph["qas"]]
@@ -80,7 +81,8 @@ def xquad(limit: int | None) -> Corpus:
 
 def own_text() -> Corpus:
     """The docstrings' first lines of this repository asked of its modules: small, always there, no measure of quality."""
-    documents, questions = [], []
+    documents: list[str] = []
+    questions: list[tuple[str, int]] = []
     for path in sorted(REPOSITORY.glob("[mnr]*/*.py")):
         text = path.read_text(encoding="utf-8")
         if text.startswith('"""') and len(text) > 200:
@@ -98,9 +100,13 @@ async def measure(corpus: Corpus, nodes: int) -> dict[str, Any]:
             ingest, ids = await _ingest(mesh, corpus)
             found = {way: await _ask(mesh, corpus, ids, *weights) for way, weights in WAYS.items()}
             same = await _identical(mesh, corpus)
-            size_bytes = sum(path.stat().st_size for path in Path(directory).rglob("*.sqlite*"))
             nursery.cancel_scope.cancel()
+        size_bytes = _size_bytes(Path(directory))
     return {"ingest": ingest, "search": found, "identical_answers": same, "disk_bytes_per_node": size_bytes // nodes}
+
+
+def _size_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*.sqlite*"))
 
 
 async def _ingest(mesh: InProcess, corpus: Corpus) -> tuple[dict[str, Any], list[str]]:

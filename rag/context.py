@@ -70,10 +70,10 @@ def citations(text: str, passages: Sequence[Passage]) -> list[Cited]:
 
 
 def _prompt(question: str, passages: Sequence[Passage]) -> str:
-    blocks = [
-        f'<passage number="{number}" source="{_defused(passage.filename)}">\n{_defused(passage.text)}\n</passage>'
-        for number, passage in enumerate(passages, start=1)
-    ]
+    blocks = []
+    for number, passage in enumerate(passages, start=1):
+        source = _defused(passage.filename).replace('"', "'")
+        blocks.append(f'<passage number="{number}" source="{source}">\n{_defused(passage.text)}\n</passage>')
     return "\n\n".join([INSTRUCTION, *blocks, f"Question: {question}"])
 
 
