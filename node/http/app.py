@@ -58,6 +58,7 @@ class NodeApp:
 
     def __init__(self, site: Site) -> None:
         self._site = site
+        self.own_headers = ((b"x-mesh-node", site.node.me.encode()),)  # the server's own answers carry them too
         by_path: dict[str, dict[str, Endpoint]] = {}
         for route in ROUTES:
             by_path.setdefault(route.path, {})[route.method] = route.endpoint

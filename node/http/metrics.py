@@ -40,7 +40,8 @@ def render(statistics: Mapping[str, object]) -> bytes:
     for part, value in sorted(statistics.items()):
         for name, samples in figures(f"mesh_{part}", value):
             families.setdefault(name, _family(name, samples))
-    for load in _loads(statistics):
+    load = _own_load(statistics)
+    if load is not None:
         families["vllm:num_requests_running"] = _family("vllm:num_requests_running", {"": load.running})
         families["vllm:num_requests_waiting"] = _family("vllm:num_requests_waiting", {"": load.waiting})
     registry = CollectorRegistry()
@@ -83,14 +84,11 @@ def _family(name: str, samples: Mapping[str, Number]) -> Metric:
     return family
 
 
-def _loads(statistics: Mapping[str, object]) -> Iterator[Load]:
-    """The node's own load, which a part gives as such or as a field."""
-    for value in statistics.values():
-        if isinstance(value, Load):
-            yield value
-        for inner in (_fields(value) or {}).values():
-            if isinstance(inner, Load):
-                yield inner
+def _own_load(statistics: Mapping[str, object]) -> Load | None:
+    """The node's own load: the part of that name, else the first field of a part that is one."""
+    parts = [statistics.get("load"), *statistics.values()]
+    inner = [field for part in parts for field in (_fields(part) or {}).values()]
+    return next((value for value in [*parts, *inner] if isinstance(value, Load)), None)
 
 
 def _clean(name: str) -> str:

@@ -117,14 +117,14 @@ async def serve(
     listeners: Sequence[trio.abc.Listener[Any]],
     limits: Limits | None = None,
     *,
-    own_headers: Sequence[tuple[bytes, bytes]] = (),
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves `app` on `listeners` until cancelled, or until `Server.drain` is done. Closes the listeners.
 
     Args:
+        app: its attribute `own_headers`, if it has one, is added to the answers that the server gives by itself
+            (framing errors, too many connections).
         listeners: TCP listeners, or `trio.SSLListener`s round them (with `https_compatible=True`).
-        own_headers: added to the answers that the server gives by itself (framing errors, too many connections).
         task_status: is given the `Server`.
     """
-    await Server(app, limits or Limits(), tuple(own_headers)).run(listeners, task_status)
+    await Server(app, limits or Limits(), tuple(getattr(app, "own_headers", ()))).run(listeners, task_status)

@@ -121,15 +121,13 @@ def parse_replies(raw: bytes, methods: list[str]) -> list[Reply]:
 
 
 @asynccontextmanager
-async def serving(
-    app: App, limits: Limits | None = None, **options: Any
-) -> AsyncIterator[tuple[Server, int, trio.Nursery, trio.Event]]:
+async def serving(app: App, limits: Limits | None = None) -> AsyncIterator[tuple[Server, int, trio.Nursery, trio.Event]]:
     """Any ASGI application on a free port of loopback."""
     stopped = trio.Event()
 
     async def run(task_status: trio.TaskStatus[Server]) -> None:
         try:
-            await serve(app, listeners, limits, task_status=task_status, **options)
+            await serve(app, listeners, limits, task_status=task_status)
         finally:
             stopped.set()
 
@@ -150,8 +148,7 @@ async def served(
     """A fake node behind the real application and server."""
     node = node or FakeNode()
     app = make_app(node, auth=auth, bound=("127.0.0.1", 0))
-    own_headers = ((b"x-mesh-node", node.me.encode()),)
-    async with serving(app, limits, own_headers=own_headers) as (server, port, nursery, stopped):
+    async with serving(app, limits) as (server, port, nursery, stopped):
         yield Served(node, app, server, port, nursery, stopped)
 
 
