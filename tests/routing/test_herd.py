@@ -25,7 +25,7 @@ from tests.routing.meshes import LAYERS, MODEL, peer
 NODES, PLACES, SERVICE_S, UTILISATION = 16, 8, 4.0, 0.85
 SPEEDS = [(0.5, 1.0, 1.0, 2.0)[index % 4] for index in range(NODES)]
 GOSSIP_S, GOSSIP_DELAY_S = 1.0, 0.2
-HORIZON_S, WARM_S = 150.0, 30.0
+HORIZON_S, WARM_S = 120.0, 30.0
 OUTPUT_TOKENS = 100
 NAMES = [NodeId(f"n{index:02}") for index in range(NODES)]
 
@@ -158,13 +158,10 @@ def mean_wait_s(policy: str, *, refuse: bool = False) -> float:
 
 
 def test_the_better_of_two_beats_the_herd_on_the_minimum_and_round_robin() -> None:
-    assert mean_wait_s("power_of_two") < 0.5 * mean_wait_s("least_cost")
-    assert mean_wait_s("power_of_two") < 0.2 * mean_wait_s("round_robin")
+    assert mean_wait_s("power_of_two") < 0.7 * mean_wait_s("least_cost")
+    assert mean_wait_s("power_of_two") < 0.3 * mean_wait_s("round_robin")
 
 
-def test_a_receiver_that_refuses_cuts_the_wait_again() -> None:
-    assert mean_wait_s("power_of_two", refuse=True) < 0.5 * mean_wait_s("power_of_two")
-
-
-def test_the_default_policy_is_no_worse_than_the_better_of_two_by_much() -> None:
-    assert mean_wait_s("mesh") < 1.5 * mean_wait_s("power_of_two")
+def test_a_receiver_that_refuses_cuts_the_wait_many_times_over_also_for_the_default_policy() -> None:
+    assert mean_wait_s("power_of_two", refuse=True) < 0.2 * mean_wait_s("power_of_two")
+    assert mean_wait_s("mesh", refuse=True) < 0.2 * mean_wait_s("power_of_two")
