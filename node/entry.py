@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import trio
 
 from mesh.errors import BadRequest, Refused
-from mesh.ids import NodeId
+from mesh.ids import Address, NodeId
 from node.engine.api import SequenceLost, TokenOut
-from node.generation import PeerGone, StageLost, TokenDrawn
+from node.generation import PeerGone, TokenDrawn
 from node.planning import Planning
 from node.prompts import Prompts
 from node.recent import RecentRequests
@@ -100,11 +100,10 @@ class Entry:
         key = token.key
         run.tell(key.choice, TokenDrawn(key.attempt, token.position, token.token, token.finish, token.logprob, token.top))
 
-    def lost(self, lost: SequenceLost, node: NodeId | None) -> None:
+    def lost(self, lost: SequenceLost, address: Address | None) -> None:
         run = self._runs.get(lost.key.stream)
         if run is not None:
-            fault = None if lost.retryable else BadRequest(lost.reason)
-            run.tell(lost.key.choice, StageLost(lost.key.attempt, node, lost.reason, lost.retryable, fault))
+            run.stage_lost(lost, address)
 
     def peer_gone(self, node: NodeId, reason: str) -> None:
         """A link to the node broke, or membership gave it up."""

@@ -110,7 +110,7 @@ class Node:
         )
         entry_node = EntryNode(identity.id, sockets.address, self._links.call, self._links.post)
         self._entry = Entry(entry_node, Prompts(models, self._documents), self._planning, config.request_timeout_s)
-        self._stages = Stages(identity.id, engine, self._links.post, self._entry)
+        self._stages = Stages(sockets.address, engine, self._links.post, self._entry)
         self._readiness = Readiness(self._view, models, self._entry)
         self._placing = Placing(config.layers, engine, models, capacity, self._facts, self._membership)
         self._surface = Surface(self._view, models, self._entry, self._readiness, self._documents, embedder, self.statistics)

@@ -18,7 +18,7 @@ from mesh.calls import Call, Post
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, PeerLost, Refused
 from mesh.ids import Address, NodeId
 from node.choice_text import ChoiceText
-from node.engine.api import OpenSequence, SequenceKey
+from node.engine.api import OpenSequence, SequenceKey, SequenceLost
 from node.generation import (
     Cancelled,
     ClosePath,
@@ -127,6 +127,14 @@ class RequestRun:
     def tell_all(self, event: Event) -> None:
         for choice in self._cores:
             self.tell(choice, event)
+
+    def stage_lost(self, lost: SequenceLost, address: Address | None) -> None:
+        """A stage at `address` is to blame; None: it is not known which."""
+        choice = lost.key.choice
+        path = self.record.last_paths.get(choice, ())
+        node = next((stage.node for stage in path if stage.address == address), None)
+        fault = None if lost.retryable else BadRequest(lost.reason)
+        self.tell(choice, StageLost(lost.key.attempt, node, lost.reason, lost.retryable, fault))
 
     async def drive(self) -> None:
         """Until every choice has ended."""

@@ -19,7 +19,7 @@ import trio
 
 from mesh.calls import Call, Header, Post, Reply
 from mesh.errors import BadRequest, MeshError, PeerLost, RemoteError
-from mesh.ids import Address, NodeId, StreamId
+from mesh.ids import Address, NodeId, StreamId, format_address
 from node.engine.api import Engine, EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
 
 IDLE_S = 120.0  # a sequence that nothing came for: its close was lost with a link; longer than any wait for a step
@@ -43,7 +43,8 @@ class TokenSink(Protocol):
 
     def token(self, token: TokenOut) -> None: ...
 
-    def lost(self, lost: SequenceLost, node: NodeId) -> None: ...
+    def lost(self, lost: SequenceLost, address: Address | None) -> None:
+        """`address`: of the stage to blame; None: not known."""
 
 
 @dataclass(slots=True)
@@ -61,8 +62,8 @@ class StagesStatistics:
 class Stages:
     """Serves this node's spans to every entry, its own included."""
 
-    def __init__(self, me: NodeId, engine: Engine, post: Post, sink: TokenSink) -> None:
-        self.me = me
+    def __init__(self, address: Address, engine: Engine, post: Post, sink: TokenSink) -> None:
+        self._address = address
         self.handlers = {"stage.open": self._on_open}
         self.receivers = {
             "stage.hidden": self._on_hidden,
@@ -112,7 +113,7 @@ class Stages:
                 if output.finish is not None:
                     self._forget(output.key)
             else:
-                self._give_up(route, output, self.me)
+                self._give_up(route, output, self._address)
         for address, rows in hidden.items():
             self._send_hidden(address, rows)
         for address, drawn in tokens.items():
@@ -140,11 +141,11 @@ class Stages:
             if route is not None:
                 self._counters.lost_to_peers_total += 1
                 self._engine.close(key)
-                self._give_up(route, SequenceLost(key, f"the link to {address[0]}:{address[1]} is lost: {reason}"), None)
+                self._give_up(route, SequenceLost(key, f"the link to {format_address(address)} is lost: {reason}"), address)
 
-    def _give_up(self, route: OpenStage, lost: SequenceLost, node: NodeId | None) -> None:
+    def _give_up(self, route: OpenStage, lost: SequenceLost, address: Address | None) -> None:
         self._forget(lost.key)
-        header = {"key": list(lost.key), "reason": lost.reason, "retryable": lost.retryable, "node": node}
+        header = {"key": list(lost.key), "reason": lost.reason, "retryable": lost.retryable, "address": address}
         try:
             self._post(route.entry_address, "stage.lost", header)
         except PeerLost:
@@ -193,7 +194,9 @@ class Stages:
     def _on_lost(self, sender: NodeId, header: Header, tail: bytes) -> None:
         stream, choice, attempt = header["key"]
         key = SequenceKey(StreamId(stream), choice, attempt)
-        self._sink.lost(SequenceLost(key, str(header["reason"])[:500], bool(header["retryable"])), header["node"])
+        blamed = header["address"]
+        address = None if blamed is None else (str(blamed[0]), int(blamed[1]))
+        self._sink.lost(SequenceLost(key, str(header["reason"])[:500], bool(header["retryable"])), address)
 
     def _on_close(self, sender: NodeId, header: Header, tail: bytes) -> None:
         for stream, choice, attempt in header["keys"]:
