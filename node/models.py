@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,5 +62,5 @@ class Models:
     def cards(self) -> list[ModelCard]:
         return [model.card for model in self._models.values()]
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        return iter(self._models.values())
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(list(self._models.values()))
