@@ -109,24 +109,30 @@ class Nodes:
         self.spread = spread
         self.answered = False  # some node has answered once, so the addresses are right
         self.learned = False
+        self._down: set[str] = set()  # failed since they were last heard to be alive
 
     def order(self) -> list[str]:
-        start = int(self.draw() * len(self.urls)) if self.spread else 0
-        return self.urls[start:] + self.urls[:start]
+        """All nodes, those that failed of late last."""
+        up = [url for url in self.urls if url not in self._down]
+        start = int(self.draw() * len(up)) if self.spread else 0
+        return up[start:] + up[:start] + [url for url in self.urls if url in self._down]
 
     def failed(self, url: str) -> None:
         """Asks `url` last from now on, and learns anew from the next node that answers."""
         if url in self.urls:
             self.urls.remove(url)
             self.urls.append(url)
+            self._down.add(url)
         self.learned = False
 
     def learn(self, status: Mapping[str, Any]) -> None:
         """Takes the live nodes of a `/mesh/status`; those known before stay, since they may come back."""
         for node in status.get("nodes", ()):
             url = str(node.get("http") or "").rstrip("/")
-            if url and node.get("state") in ("alive", "suspect") and url not in self.urls:
-                self.urls.append(url)
+            if url and node.get("state") in ("alive", "suspect"):
+                self._down.discard(url)
+                if url not in self.urls:
+                    self.urls.append(url)
         self.learned = True
 
 

@@ -128,8 +128,16 @@ class TrioIo:
         return Answer(effect.node, response.status_code, response.headers, body)
 
     async def aclose(self) -> None:
+        """Hangs up on the open answer, if there is one."""
+        import httpx
+
         if self._open is not None:
             received, response, self._received, self._open = self._received, self._open, None, None
-            if received is not None:
-                await received.aclose()
             await response.aclose()
+            if received is not None:
+                # httpx nests generators and closes only the outermost; reading on from the closed connection ends them all.
+                try:
+                    async for _ in received:
+                        pass
+                except (httpx.HTTPError, httpx.StreamError):
+                    pass
