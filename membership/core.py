@@ -156,10 +156,15 @@ class MembershipCore:
         effects: list[Effect] = [FactsChanged(record.owner) for record in news]
         own_words = [record for record in news if record.owner == teller]
         passed_on = news if pushed or len(news) <= _PASS_ON_MAX else own_words
-        current = tuple(record for record in passed_on if self.swim.members[record.owner].live)
-        without = (teller,) if teller is not None else ()
+        # What is held now: of our own record that may be a later one than was told.
+        held = [self.facts.record(record.owner) for record in passed_on if self.swim.members[record.owner].live]
+        current = tuple(record for record in held if record is not None)
         effects = self._settled(self.swim.spread(now)) + effects
-        return effects + (self._pushes(current, now, without) if current else [])
+        if current:
+            # A teller who was ahead of us about ourselves hears the outcome too; else it knows what it told.
+            defended = any(record.owner == self.me for record in current)
+            effects += self._pushes(current, now, () if defended or teller is None else (teller,))
+        return effects
 
     def _hear_verdict_on_me(self, asker: NodeId, entry: DigestEntry | None, now: float) -> None:
         """The asker's digest may call us dead: we refute before we answer, so that the answer sets it right."""

@@ -16,9 +16,10 @@ KEY, OTHER = b"k" * 32, b"o" * 32
 SERVER, CLIENT = NodeId("5" * 16), NodeId("c" * 16)
 
 
-def pair(
-    server: ssl.SSLContext, client: ssl.SSLContext
-) -> tuple[trio.SSLStream[trio.abc.Stream], trio.SSLStream[trio.abc.Stream]]:
+TlsStream = trio.SSLStream[trio.abc.Stream]
+
+
+def pair(server: ssl.SSLContext, client: ssl.SSLContext) -> tuple[TlsStream, TlsStream]:
     left, right = trio.testing.memory_stream_pair()
     return trio.SSLStream(left, client), trio.SSLStream(right, server, server_side=True)
 

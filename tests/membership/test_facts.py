@@ -1,0 +1,193 @@
+"""Facts and exchanges: who may write, what travels, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from membership.core import MembershipCore
+from membership.effects import FactsChanged, MemberChanged, Push
+from mesh.errors import LocalError
+from mesh.gossip import Dead, Gossip
+from mesh.sync import (
+    MAX_FACTS_BYTES,
+    BadSync,
+    FactsRecord,
+    MemberRecord,
+    Sync,
+    Synced,
+    decode_facts,
+    decode_sync,
+    decode_synced,
+    encode,
+)
+from mesh.view import Facts, ModelCard, ModelId, PeerState, Span
+from tests.membership.pieces import ME, address_of, alive, gossip, node_among, only, peer_id, run_to, sender, state
+
+FACTS = Facts(http="http://x", spans=(Span(ModelId("m"), 0, 4),), models=(ModelCard(ModelId("m"), 8, 64, "w", "n"),))
+
+
+def record(number: int, version: int, facts: Facts = FACTS, epoch: int = 1) -> FactsRecord:
+    return FactsRecord(peer_id(number), epoch, version, encode(facts))
+
+
+def exchange(asker: MembershipCore, teller: MembershipCore, now: float) -> None:
+    """The two calls of an exchange, through the codec, as the shell makes them."""
+    synced, _ = teller.answer(asker.me, decode_sync(encode(asker.ask())), now)
+    wanted, _ = asker.learn(teller.me, decode_synced(encode(synced)), now)
+    if wanted is not None:
+        teller.answer(asker.me, decode_sync(encode(wanted)), now)
+
+
+def facts_of(core: MembershipCore, number: int) -> Facts:
+    peer = core.peer(peer_id(number))
+    assert peer is not None
+    return peer.facts
+
+
+def test_published_facts_are_in_the_own_view_at_once_and_pushed_to_two_peers() -> None:
+    core = node_among(5)
+    effects = core.publish(FACTS, 1.0)
+    assert FactsChanged(ME) in effects
+    pushes = only(Push, effects)
+    assert len({push.to for push in pushes}) == 2
+    assert pushes[0].sync.records[0].version == 1
+    assert facts_of(core, 0) == FACTS
+    assert core.publish(FACTS, 2.0) == [], "the same again is no news"
+
+
+def test_facts_too_large_for_peers_are_our_own_fault_and_change_nothing() -> None:
+    core = node_among(1)
+    core.publish(FACTS, 1.0)
+    with pytest.raises(LocalError, match=str(MAX_FACTS_BYTES)):
+        core.publish(Facts(documents={"x": "y" * MAX_FACTS_BYTES}), 2.0)
+    assert facts_of(core, 0) == FACTS
+
+
+def test_pushed_news_is_passed_on_to_others_and_old_news_is_not() -> None:
+    core = node_among(5)
+    push = Sync(records=(record(1, 3),))
+    _, effects = core.answer(peer_id(2), push, 1.0)
+    assert only(FactsChanged, effects) == [FactsChanged(peer_id(1))]
+    passed_on = only(Push, effects)
+    assert len(passed_on) == 2
+    assert {push.to for push in passed_on} <= {address_of(n) for n in (3, 4, 5)}, "not to its owner, nor back"
+    for stale in (record(1, 3), record(1, 2), record(1, 9, epoch=0)):
+        assert core.answer(peer_id(2), Sync(records=(stale,)), 1.1)[1] == []
+    assert facts_of(core, 1) == FACTS
+
+
+def test_facts_of_an_earlier_run_are_not_shown() -> None:
+    core = node_among(2)
+    core.answer(peer_id(1), Sync(records=(record(1, 3),)), 1.0)
+    core.receive(address_of(1), gossip(1, alive(1, epoch=2)), 2.0)
+    assert facts_of(core, 1) == Facts()
+    core.answer(peer_id(1), Sync(records=(record(1, 1, epoch=2),)), 3.0)
+    assert facts_of(core, 1) == FACTS
+
+
+def test_facts_of_strangers_and_records_that_do_not_decode_are_left_out() -> None:
+    core = node_among(1)
+    nested = b"\x81\xa9documents" + b"\x81\xa1a" * 5000 + b"\xc0"
+    bad = [FactsRecord(peer_id(1), 1, 5, body) for body in (b"", b"\xc1", b"\x93\x01\x02\x03", nested)]
+    _, effects = core.answer(peer_id(1), Sync(records=(record(7, 1), *bad)), 1.0)
+    assert effects == [] and core.facts.rejected == 4
+    assert facts_of(core, 1) == Facts()
+
+
+def test_a_copy_of_our_own_record_that_is_ahead_makes_ours_go_further_ahead() -> None:
+    core = node_among(1)
+    core.publish(FACTS, 1.0)
+    _, effects = core.answer(peer_id(1), Sync(records=(record(0, 9, Facts(http="forged")),)), 2.0)
+    assert core.facts.version(ME) == (1, 10) and facts_of(core, 0) == FACTS
+    assert only(Push, effects), "the mesh must hear ours"
+
+
+def test_after_one_exchange_both_sides_know_the_same() -> None:
+    one, other = node_among(3), node_among(0)
+    other_id = peer_id(8)
+    other = MembershipCore(alive(8), one.config, one.rng, 0.0)
+    other.publish(Facts(http="other"), 0.0)
+    one.publish(FACTS, 0.0)
+    one.answer(peer_id(2), Sync(records=(record(2, 4),)), 0.0)
+    exchange(other, one, 1.0)
+    assert one.fingerprint == other.fingerprint
+    assert facts_of(one, 8).http == "other" and facts_of(other, 2) == FACTS and facts_of(other, 0) == FACTS
+    synced, effects = one.answer(other_id, other.ask(), 2.0)
+    assert synced == Synced() and effects == [], "nothing is left to say"
+
+
+def test_an_asker_that_takes_us_for_dead_hears_at_once_that_we_live() -> None:
+    one, other = node_among(1), node_among(3)
+    mistaken = MembershipCore(alive(1), one.config, one.rng, 0.0)
+    mistaken.receive(address_of(0), gossip(0, alive(0)), 0.0)
+    mistaken.swim.declare(Dead(ME, 1, 0, peer_id(1)), 0.0)
+    exchange(mistaken, one, 1.0)
+    assert state(mistaken, 0) is PeerState.ALIVE
+    assert one.swim.myself.incarnation == 1 and other.swim.myself.incarnation == 0
+
+
+def test_an_exchange_brings_the_dead_with_their_age_so_that_ghosts_end() -> None:
+    core = node_among(1)
+    dead = MemberRecord(peer_id(5), 1, 0, PeerState.DEAD, "old", "10.0.0.1", 1, "", 100.0)
+    ghost = MemberRecord(peer_id(6), 1, 0, PeerState.DEAD, "ghost", "10.0.0.1", 2, "", core.config.forget_s + 1)
+    _, effects = core.answer(peer_id(1), Sync(members=(dead, ghost)), 1000.0)
+    assert only(MemberChanged, effects) == [MemberChanged(peer_id(5), None, PeerState.DEAD)]
+    assert core.swim.members[peer_id(5)].since == 900.0
+    assert state(core, 6) is None
+
+
+def test_an_exchange_is_no_independent_confirmation() -> None:
+    core = node_among(6)
+    accused = MemberRecord(peer_id(5), 1, 0, PeerState.SUSPECT, "node-5", *address_of(5))
+    for teller in (1, 2, 3):
+        core.answer(peer_id(teller), Sync(members=(accused,)), 0.0)
+    suspicion = core.swim.members[peer_id(5)].suspicion
+    assert suspicion is not None and suspicion.confirmations == 0
+
+
+def test_one_who_left_learns_and_tells_nothing_more() -> None:
+    core = node_among(2)
+    core.leave(1.0)
+    synced, effects = core.answer(peer_id(1), Sync(digest=node_among(5).ask().digest), 2.0)
+    assert (synced, effects) == (Synced(), [])
+
+
+def test_an_answer_stops_at_its_limit_and_the_next_one_goes_on() -> None:
+    teller = node_among(40)
+    big = Facts(documents={"x": "y" * (MAX_FACTS_BYTES - 200)})
+    for number in range(1, 41):
+        teller.answer(peer_id(number), Sync(records=(record(number, 1, big),)), 0.0)
+    asker = MembershipCore(alive(50), teller.config, teller.rng, 0.0)
+    rounds = 0
+    while asker.fingerprint != teller.fingerprint:
+        exchange(asker, teller, 1.0)
+        rounds += 1
+        assert rounds < 5
+    assert rounds > 1, "or the limit was not met"
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_a_sync_or_a_bad_sync(raw: bytes) -> None:
+    for decode in (decode_sync, decode_synced, decode_facts):
+        try:
+            decode(raw)
+        except BadSync:
+            pass
+
+
+def test_news_of_one_exchange_is_told_on_but_not_a_whole_mesh() -> None:
+    few, many = node_among(0), node_among(0)
+    members = tuple(MemberRecord(peer_id(n), 1, 0, PeerState.ALIVE, "n", *address_of(n)) for n in range(1, 30))
+    few.answer(peer_id(1), Sync(members=members[:4]), 1.0)
+    assert len(few.swim.rumours) == 4
+    many.answer(peer_id(1), Sync(members=members), 1.0)
+    assert len(many.swim.rumours) == 1, "only the teller's word about itself"
+    assert len(run_to(many, 1.0)) > 0
+
+
+def test_a_message_from_a_member_with_equal_knowledge_asks_for_nothing() -> None:
+    core = node_among(2)
+    effects = core.receive(address_of(1), Gossip(sender(1, fingerprint=core.fingerprint)), 5.0)
+    assert [type(effect).__name__ for effect in effects] == ["Measured"]
