@@ -1,0 +1,202 @@
+"""What a person types and sees, against a fake mesh."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from cli.main import app
+from mesh.keys import load_key
+from node.http.auth import ApiKeys
+from tests.cli.fake_mesh import FakeMesh, error, fake_mesh, texts
+
+
+@pytest.fixture
+def mesh() -> Iterator[FakeMesh]:
+    with fake_mesh(2) as mesh:
+        yield mesh
+
+
+def mesh_command(*words: str, stdin: str | None = None, **environment: str) -> Result:
+    return CliRunner().invoke(app, list(words), input=stdin, env=environment)
+
+
+def fails(result: Result, *parts: str, code: int = 1) -> None:
+    """One line on stderr with all parts, nothing else, no traceback."""
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    for part in parts:
+        assert part in result.stderr
+
+
+def test_status_shows_nodes_models_and_stores(mesh: FakeMesh) -> None:
+    mesh.stores["handbook"] = ["file-1"]
+    result = mesh_command("status", "--node", mesh.url(0))
+    assert result.exit_code == 0
+    for part in ("n0", "n1", mesh.url(1), "tiny 0:6", "handbook", "alive"):
+        assert part in result.stdout
+
+
+def test_the_node_may_come_from_the_environment(mesh: FakeMesh) -> None:
+    assert "n1" in mesh_command("nodes", MESH_NODE=mesh.url(0)).stdout
+
+
+@pytest.mark.parametrize("command", ["status", "nodes", "models"])
+def test_every_listing_is_json_on_demand(mesh: FakeMesh, command: str) -> None:
+    told = json.loads(mesh_command(command, "--json", "--node", mesh.url(0)).stdout)
+    status = mesh.status()
+    assert told == (status if command == "status" else status[command])
+
+
+def test_models_shows_layers_and_replicas(mesh: FakeMesh) -> None:
+    assert mesh_command("models", "--node", mesh.url(0)).stdout.split()[-5:] == ["tiny", "6", "4096", "yes", "2"]
+
+
+def test_a_dead_node_is_told_in_one_line() -> None:
+    with fake_mesh(1) as mesh:
+        url = mesh.url(0)
+    fails(mesh_command("status", "--node", url), f"{url}: connection refused", "start one with `mesh up`")
+
+
+def test_an_address_of_another_form_is_told_in_one_line() -> None:
+    fails(mesh_command("status", "--node", "http://here:port"), "expected a node's URL", "http://here:port")
+
+
+def test_a_node_without_scheme_is_taken_as_http(mesh: FakeMesh) -> None:
+    assert mesh_command("nodes", "--node", mesh.url(0).removeprefix("http://")).exit_code == 0
+
+
+def test_what_a_node_refuses_is_told_in_its_own_words(mesh: FakeMesh) -> None:
+    mesh.refusals.append(error(400, "max_tokens: expected at most 4096, got 9999", param="max_tokens"))
+    result = mesh_command("chat", "hello", "--max-tokens", "9999", "--node", mesh.url(0))
+    fails(result, "max_tokens: expected at most 4096, got 9999")
+
+
+def test_an_unknown_option_is_a_usage_error() -> None:
+    assert mesh_command("status", "--no-such-option").exit_code == 2
+
+
+def test_chat_streams_one_answer(mesh: FakeMesh) -> None:
+    result = mesh_command("chat", "hello", "--seed", "3", "--temperature", "0", "--system", "be brief", "--node", mesh.url(0))
+    assert result.stdout == texts(12) + "\n"
+    assert mesh.posts("/v1/chat/completions")[0].json() == {
+        "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}],
+        "temperature": 0.0,
+        "seed": 3,
+        "stream": True,
+    }
+
+
+def test_chat_reads_a_piped_message(mesh: FakeMesh) -> None:
+    assert mesh_command("chat", "--node", mesh.url(0), stdin="from a pipe\n").stdout == texts(12) + "\n"
+    assert mesh.posts("/v1/chat/completions")[0].json()["messages"] == [{"role": "user", "content": "from a pipe\n"}]
+
+
+def test_chat_with_nothing_to_say_is_told_how(mesh: FakeMesh) -> None:
+    fails(mesh_command("chat", "--node", mesh.url(0), stdin=" \n"), "expected a message")
+
+
+def test_chat_goes_on_when_its_node_is_lost(mesh: FakeMesh) -> None:
+    mesh.cut_after = [6]
+    result = mesh_command("chat", "hello", "--node", mesh.url(0))
+    assert result.stdout == texts(12) + "\n"
+    assert "a node was lost on the way" in result.stderr
+
+
+def test_a_conversation_repeats_what_was_said_and_outlives_a_failed_answer(
+    mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cli import options
+    from cli.chat import converse
+
+    said = iter(["one", "", "refused", "two"])
+
+    def typed(prompt: str) -> str:
+        message = next(said, None)
+        if message is None:
+            raise EOFError
+        if message == "refused":
+            mesh.refusals.append(error(400, "not that"))
+        return message
+
+    monkeypatch.setattr("builtins.input", typed)
+    with options.client([mesh.url(0)], None) as client:
+        converse(client, [], {})
+    last = mesh.posts("/v1/chat/completions")[-1].json()["messages"]
+    assert [message["content"] for message in last] == ["one", texts(12), "two"]
+
+
+def test_an_answer_cannot_drive_the_terminal(mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = [
+        mesh.chunk("chatcmpl-1", 1, {"content": "a\x1b[2Jb\x9bc\td\x07"}),
+        mesh.chunk("chatcmpl-1", 1, {}, finish_reason="stop"),
+    ]
+    monkeypatch.setattr(mesh, "chunks", lambda stream, after: iter(chunks))
+    assert mesh_command("chat", "hello", "--node", mesh.url(0)).stdout == "a[2Jbc\td\n"
+
+
+def test_ask_lists_what_it_was_answered_from(mesh: FakeMesh) -> None:
+    result = mesh_command("ask", "why?", "--store", "s", "--top-k", "2", "--node", mesh.url(0))
+    assert result.stdout.startswith(texts(12))
+    assert "[1] a.md (3-10): a quote" in result.stdout
+    assert "only 3 of 4 shards of s answered" in result.stderr
+    assert mesh.posts("/v1/chat/completions")[0].json()["mesh"] == {"store": "s", "top_k": 2}
+
+
+def test_ask_gives_json(mesh: FakeMesh) -> None:
+    told = json.loads(mesh_command("ask", "why?", "--store", "s", "--json", "--node", mesh.url(0)).stdout)
+    assert told["answer"] == texts(12)
+    assert told["citations"][0]["filename"] == "a.md"
+
+
+def test_documents_are_added_listed_searched_and_removed(mesh: FakeMesh, tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("first")
+    (tmp_path / "b.bin").write_bytes(b"\0")
+    where = ("--store", "s", "--node", mesh.url(0))
+    added = mesh_command("docs", "add", str(tmp_path), *where)
+    assert "1 added, 1 skipped" in added.stdout
+    assert "b.bin: expected text" in added.stderr
+    again = json.loads(mesh_command("docs", "add", str(tmp_path), "--json", *where).stdout)
+    assert [each["outcome"] for each in again] == ["unchanged", "skipped"]
+    assert f"{tmp_path.name}/a.md" in mesh_command("docs", "list", *where).stdout
+    assert "s" in mesh_command("docs", "list", "--node", mesh.url(0)).stdout
+    assert "a passage" in mesh_command("docs", "search", "what", *where).stdout
+    assert "removed 1" in mesh_command("docs", "remove", f"{tmp_path.name}/a.md", *where).stdout
+    fails(mesh_command("docs", "remove", f"{tmp_path.name}/a.md", *where), "holds no document")
+    fails(mesh_command("docs", "list", "--store", "other", "--node", mesh.url(0)), "there is no store 'other'")
+
+
+def test_a_path_that_is_not_there_is_told_before_anything_is_sent(mesh: FakeMesh, tmp_path: Path) -> None:
+    fails(mesh_command("docs", "add", str(tmp_path / "no.md"), "--store", "s", "--node", mesh.url(0)), "no.md")
+    assert mesh.seen == []
+
+
+def test_why_shows_the_path_and_each_candidate(mesh: FakeMesh) -> None:
+    result = mesh_command("why", "req-1", "--node", mesh.url(0))
+    for part in ("n0 [0:6]", "SCORE_MS", "1.23", "5.0"):
+        assert part in result.stdout
+
+
+def test_a_mesh_key_is_written_once_for_its_owner_alone(tmp_path: Path) -> None:
+    file = tmp_path / "mesh.key"
+    assert mesh_command("key", "new", str(file)).exit_code == 0
+    assert len(load_key(file)) == 32
+    fails(mesh_command("key", "new", str(file)), "never overwritten")
+    printed = tmp_path / "printed.key"
+    printed.write_text(mesh_command("key", "new").stdout)
+    printed.chmod(0o600)
+    assert load_key(printed) != load_key(file)
+
+
+def test_an_api_key_is_printed_and_its_hash_is_what_nodes_keep(tmp_path: Path) -> None:
+    file = tmp_path / "api.keys"
+    keys = [mesh_command("key", "api", "--file", str(file), "--label", label).stdout.strip() for label in ("ann", "ben")]
+    known = ApiKeys.parse(file.read_text().splitlines())
+    assert len({known.tenant(f"Bearer {key}") for key in keys}) == 2
+    assert not any(key in file.read_text() for key in keys)
+    assert file.stat().st_mode & 0o077 == 0
