@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 
 import trio
@@ -69,7 +69,8 @@ class Entry:
         assert self._nursery is not None, "Entry.run must be running"
         self._nursery.start_soon(self._drive, run)
         try:
-            yield run.events()
+            async with aclosing(run.events()) as events:
+                yield events
         finally:
             run.cancel()
 

@@ -21,7 +21,7 @@ import trio
 
 from membership.events import MemberEvent
 from membership.service import Membership
-from mesh.ids import Address, NodeId, format_address
+from mesh.ids import Address, ModelId, NodeId, format_address
 from mesh.link import LinkConfig
 from mesh.links import Links
 from mesh.seal import KeySeal, PlainSeal, Seal
@@ -65,7 +65,7 @@ class Node:
         http_listener: trio.SocketListener,
         engine: Engine,
         models: Models,
-        capacity: Mapping[str, int],
+        capacity: Mapping[ModelId, int],
         mesh_key: bytes | None,
         api_keys: ApiKeys | None,
     ) -> None:

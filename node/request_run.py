@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 import structlog
@@ -108,7 +108,7 @@ class RequestRun:
 
     # --- the client's side
 
-    async def events(self) -> AsyncIterator[GenerateEvent]:
+    async def events(self) -> AsyncGenerator[GenerateEvent, None]:
         async for event in self._events_out:
             if isinstance(event, MeshError):
                 raise event

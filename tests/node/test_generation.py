@@ -46,9 +46,9 @@ def running(path=PATH, prompt_tokens=10):
 def test_tokens_reach_the_client_in_order_and_the_last_one_ends_it():
     generation = running()
 
-    assert generation.receive(TokenDrawn(1, 10, 7), 1.0) == [Emit(10, 7, None, ())]
+    assert generation.receive(TokenDrawn(1, 10, 7), 1.0) == [Emit(10, 7)]
     assert generation.receive(TokenDrawn(1, 11, 8, finish="length"), 1.0) == [
-        Emit(11, 8, None, ()),
+        Emit(11, 8, "length"),
         ClosePath(1, PATH),
         Finish("length"),
     ]
@@ -59,9 +59,9 @@ def test_a_lost_stage_means_a_new_path_that_avoids_it_and_replays_what_was_said(
     generation = running()
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
 
-    assert generation.receive(StageLost(1, B, "link broke"), 1.0) == [ClosePath(1, PATH), Plan(2, frozenset({B}))]
+    assert generation.receive(StageLost(1, B, "link broke"), 1.0) == [ClosePath(1, PATH, B), Plan(2, frozenset({B}))]
     assert generation.receive(Planned(2, OTHER), 1.0) == [OpenPath(2, OTHER, (7,))]
-    assert generation.receive(TokenDrawn(2, 11, 9), 2.0) == [Emit(11, 9, None, ())]
+    assert generation.receive(TokenDrawn(2, 11, 9), 2.0) == [Emit(11, 9)]
 
 
 def test_what_an_older_attempt_still_sends_changes_nothing():
@@ -86,7 +86,7 @@ def test_membership_s_verdict_counts_only_for_nodes_in_the_path_but_is_remembere
     generation = running()
 
     assert generation.receive(PeerGone(C, "dead"), 1.0) == []
-    assert generation.receive(PeerGone(B, "dead"), 1.0) == [ClosePath(1, PATH), Plan(2, frozenset({B, C}))]
+    assert generation.receive(PeerGone(B, "dead"), 1.0) == [ClosePath(1, PATH, B), Plan(2, frozenset({B, C}))]
 
 
 def test_two_refusals_are_answered_by_other_paths_then_the_request_waits_at_the_entry():
@@ -131,7 +131,7 @@ def test_no_path_at_the_beginning_fails_at_once_and_in_mid_answer_waits_for_one(
     assert generation.receive(Unplannable(2, no_path), 1.0) == []
     assert generation.tick(1.25) == [Plan(3, frozenset({B}))]
     generation.receive(Planned(3, OTHER), 1.3)
-    assert generation.receive(TokenDrawn(3, 11, 9), 2.0) == [Emit(11, 9, None, ())]
+    assert generation.receive(TokenDrawn(3, 11, 9), 2.0) == [Emit(11, 9)]
 
 
 def test_silence_loses_the_attempt_and_the_deadline_ends_the_request():

@@ -122,6 +122,16 @@ def test_stop_strings_within_the_least_tokens_do_not_count() -> None:
     assert run(state, [0, 1, 0]) == [TextStep("a.b.a", (0, 1, 0), stopped=True)]
 
 
+def test_a_stop_string_that_does_not_count_yet_is_not_held_back() -> None:
+    assert run(words("a.", stop=(".", "xyz"), min_tokens=2), [0]) == [TextStep("a.", (0,))]
+
+
+def test_a_prompt_that_ends_within_a_character_loses_nothing_of_the_answer() -> None:
+    vocabulary = ByteTokens(b"\xe2\x82", b"\xac", b"a")
+    state = TextState(vocabulary.decode, context=[0])
+    assert "".join(step.text for step in run(state, [1], [2])) == "\ufffda"
+
+
 def test_an_empty_stop_string_is_none() -> None:
     assert run(words("a", stop=("",)), [0]) == [TextStep("a", (0,))]
 
@@ -189,6 +199,7 @@ def test_text_and_seq_depend_on_the_tokens_alone_not_on_how_they_came(
 
 @settings(max_examples=300)
 @given(tokens=TOKENS, stop=STOPS)
+@example(tokens=[10, 8, 10, 8, 10, 8, 9], stop=[])  # no token ends with a character until the last
 def test_the_text_is_that_of_all_tokens_cut_at_the_stop_string_that_ends_first(tokens: list[int], stop: list[str]) -> None:
     vocabulary = ByteTokens(*PIECES)
     state = TextState(vocabulary.decode, stop)
@@ -205,11 +216,11 @@ def test_the_text_is_that_of_all_tokens_cut_at_the_stop_string_that_ends_first(t
 
 
 def test_the_cost_is_linear_even_where_no_token_ends_a_character() -> None:
-    for piece in (b"x", b"\x80", b"\xac\xe2", b""):
+    for pieces in ((b"x",), (b"\x80",), (b"\xac\xe2", b"\x82"), (b"",)):
         costs = []
         for count in (400, 800):
-            vocabulary = ByteTokens(piece)
-            TextState(vocabulary.decode, stop=("xy",)).feed([0] * count)
+            vocabulary = ByteTokens(*pieces)
+            TextState(vocabulary.decode, stop=("xy",)).feed([index % len(pieces) for index in range(count)])
             costs.append(vocabulary.tokens_decoded)
         assert costs[1] <= 2.1 * costs[0]
         assert costs[0] <= 400 * (MOST_UNSETTLED_TOKENS * 2)

@@ -1,0 +1,193 @@
+"""A small mesh in one process for tests of paths: real links on loopback, real shells and cores, an engine that counts.
+
+The engine computes nothing: the token at a position is a function of the position, and activations carry their
+position, so that a test sees at once whether a path was whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from random import Random
+from types import MappingProxyType
+from typing import Any
+
+import trio
+
+from mesh.errors import Refused
+from mesh.ids import ModelId, NodeId, StreamId
+from mesh.link import LinkConfig
+from mesh.links import Links
+from mesh.view import Facts, Load, ModelCard, Peer, PeerState, Span, View
+from node.engine.api import EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
+from node.entry import Entry
+from node.planning import Planning
+from node.prompts import Prompt
+from node.request_run import EntryNode
+from node.requests import GenerateRequest, SamplingParams
+from node.stages import Stages
+
+MODEL = ModelId("counting")
+LAYERS = 6
+CARD = ModelCard(MODEL, LAYERS, 1000, "w", "n")
+
+
+def token_at(position: int) -> int:
+    return 65 + position % 26
+
+
+@dataclass
+class CountingText:
+    vocab_size: int = 256
+
+    def decode(self, tokens: Any) -> str:
+        return "".join(map(chr, tokens))
+
+
+@dataclass
+class CountingModel:
+    card: ModelCard = CARD
+    text: CountingText = field(default_factory=CountingText)
+
+
+class CountingPrompts:
+    """Ten tokens of prompt, whatever was asked."""
+
+    async def prepare(self, request: GenerateRequest) -> Prompt:
+        await trio.lowlevel.checkpoint()
+        sampling = SamplingParams(seed=1, max_tokens=request.max_tokens or 20)
+        return Prompt(CountingModel(), tuple(range(10)), sampling, 1)  # type: ignore[arg-type]
+
+
+class CountingEngine:
+    """Answers at once, in the trio thread. `faults`: what to do instead at a position, once."""
+
+    def __init__(self) -> None:
+        self.sequences: dict[SequenceKey, OpenSequence] = {}
+        self.opened: list[OpenSequence] = []
+        self.refuse = 0
+        self.faults: dict[int, Callable[[SequenceKey], None]] = {}
+        self.stages: Stages | None = None
+
+    def open(self, sequence: OpenSequence) -> None:
+        if self.refuse:
+            self.refuse -= 1
+            raise Refused("full", 0.05)
+        self.sequences[sequence.key] = sequence
+        self.opened.append(sequence)
+        if sequence.start == 0:
+            self._compute(sequence, 0, sequence.known)
+
+    def push(self, key: SequenceKey, position: int, count: int, data: bytes) -> None:
+        if key in self.sequences:
+            assert data == bytes([position % 256]) * count, "activations of other positions"
+            self._compute(self.sequences[key], position, count)
+
+    def token(self, key: SequenceKey, position: int, token: int) -> None:
+        if key in self.sequences:
+            self._compute(self.sequences[key], position, 1)
+
+    def _compute(self, sequence: OpenSequence, position: int, count: int) -> None:
+        drawn = position + count
+        fault = self.faults.pop(drawn, None)
+        if fault is not None:
+            fault(sequence.key)
+            return
+        if sequence.end < LAYERS:
+            self._deliver(HiddenOut(sequence.key, position, count, bytes([position % 256]) * count))
+            return
+        last = drawn == sequence.prompt_tokens + sequence.sampling.max_tokens - 1
+        self._deliver(TokenOut(sequence.key, drawn, token_at(drawn), "length" if last else None))
+        if sequence.start == 0 and not last:
+            trio.lowlevel.current_trio_token().run_sync_soon(self.token, sequence.key, drawn, token_at(drawn))
+
+    def lose(self, key: SequenceKey, reason: str = "evicted", retryable: bool = True) -> None:
+        del self.sequences[key]
+        self._deliver(SequenceLost(key, reason, retryable))
+
+    def _deliver(self, output: EngineOutput) -> None:
+        assert self.stages is not None
+        trio.lowlevel.current_trio_token().run_sync_soon(self.stages.carry, [output])
+
+    def close(self, key: SequenceKey) -> None:
+        self.sequences.pop(key, None)
+
+
+@dataclass
+class SmallNode:
+    id: NodeId
+    links: Links
+    engine: CountingEngine
+    entry: Entry
+    stages: Stages
+    spans: tuple[tuple[int, int], ...]
+    scope: trio.CancelScope
+    state: PeerState = PeerState.ALIVE
+
+    def kill(self) -> None:
+        """As the kernel does it: all its connections end, nothing is said."""
+        self.state = PeerState.DEAD
+        self.scope.cancel()
+
+
+class SmallMesh:
+    def __init__(self) -> None:
+        self.nodes: dict[str, SmallNode] = {}
+
+    def view(self) -> View:
+        peers = {
+            node.id: Peer(
+                node.id,
+                name,
+                node.links.config.address,
+                state=node.state,
+                facts=Facts(spans=tuple(Span(MODEL, *span) for span in node.spans), models=(CARD,)),
+                load=Load(kv_blocks_total=100),
+            )
+            for name, node in self.nodes.items()
+        }
+        return View(NodeId(next(iter(peers))), MappingProxyType(peers), 1)
+
+    async def add(self, nursery: trio.Nursery, name: str, *spans: tuple[int, int]) -> None:
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        address = listener.socket.getsockname()[:2]
+        me, engine = NodeId(name), CountingEngine()
+
+        def lost(node: NodeId | None, at: Any, reason: str) -> None:
+            if at is not None:
+                stages.link_lost(at, reason)
+                gone = next((other.id for other in self.nodes.values() if other.links.config.address == at), None)
+                if gone is not None:
+                    entry.peer_gone(gone, reason)
+
+        links = Links(LinkConfig(me, address), on_lost=lost)
+        planning = Planning(self.view, trio.current_time, Random(1))
+        entry = Entry(EntryNode(me, address, links.call, links.post), CountingPrompts(), planning, 60.0)  # type: ignore[arg-type]
+        stages = engine.stages = Stages(address, engine, links.post, entry)  # type: ignore[arg-type]
+        links.add(stages.handlers, stages.receivers)
+        self.nodes[name] = SmallNode(me, links, engine, entry, stages, spans, trio.CancelScope())
+        await nursery.start(self._run, self.nodes[name], listener)
+
+    async def _run(self, node: SmallNode, listener: trio.SocketListener, task_status: trio.TaskStatus[None]) -> None:
+        with node.scope:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(node.links.run, listener)
+                await nursery.start(node.entry.run)
+                task_status.started()
+
+
+@asynccontextmanager
+async def small_mesh(**spans: tuple[tuple[int, int], ...]) -> AsyncIterator[SmallMesh]:
+    """Nodes by name with their spans; the first is the entry."""
+    mesh = SmallMesh()
+    async with trio.open_nursery() as nursery:
+        for name, held in spans.items():
+            await mesh.add(nursery, name, *held)
+        with trio.fail_after(20):
+            yield mesh
+        nursery.cancel_scope.cancel()
+
+
+def a_request(**changes: Any) -> GenerateRequest:
+    return GenerateRequest(**{"id": StreamId("s1"), "model": MODEL, "prompt": "x", "max_tokens": 20, **changes})

@@ -1,0 +1,177 @@
+"""Requests over paths of several nodes, with whatever can go wrong on the way."""
+
+import pytest
+import trio
+
+from mesh.errors import BadRequest, NoPath
+from node.requests import ChoiceDone, Finished, TextDelta
+from tests.node.paths import a_request, small_mesh, token_at
+
+SPLIT = {"entry": (), "a": ((0, 4),), "b": ((2, 6),), "c": ((0, 2), (4, 6))}
+EXPECTED = [token_at(position) for position in range(10, 30)]
+
+
+async def run(mesh, request=None, each=lambda event: None):
+    events = []
+    async with mesh.nodes["entry"].entry.generate(request or a_request()) as stream:
+        async for event in stream:
+            events.append(event)
+            each(event)
+    return events
+
+
+def tokens(events, choice=0):
+    return [token for event in events if isinstance(event, TextDelta) and event.choice == choice for token in event.token_ids]
+
+
+async def at_rest(mesh):
+    """Until nobody holds a sequence: closes travel as frames of their own."""
+    live = [node for node in mesh.nodes.values() if not node.scope.cancel_called]
+    while any(node.engine.sequences or node.stages.open_sequences or node.entry.open_requests for node in live):
+        await trio.sleep(0.01)
+
+
+async def test_a_split_path_brings_every_token_once_and_ends():
+    async with small_mesh(**SPLIT) as mesh:
+        events = await run(mesh)
+        await at_rest(mesh)
+
+        assert tokens(events) == EXPECTED
+        assert isinstance(events[-2], ChoiceDone) and events[-2].finish_reason == "length"
+        finished = events[-1]
+        assert isinstance(finished, Finished)
+        assert (finished.seq, finished.attempts, finished.numerics) == (20, 1, "exact")
+        assert len({use.node for use in finished.path}) == 2
+
+
+@pytest.mark.parametrize("after", [1, 7, 18])
+async def test_any_stage_that_dies_at_any_token_costs_no_token(after):
+    for victim_stage in (0, 1):
+        async with small_mesh(**SPLIT) as mesh:
+            entry = mesh.nodes["entry"].entry
+
+            def kill(event, mesh=mesh, entry=entry, victim_stage=victim_stage):
+                if isinstance(event, TextDelta) and event.seq == after and len(mesh.nodes) == 4:
+                    path = entry.recent.find("s1").path()
+                    victim = mesh.nodes[path[victim_stage]["node"]]
+                    if not victim.scope.cancel_called and entry.recent.find("s1").attempts == 1:
+                        victim.kill()
+
+            events = await run(mesh, each=kill)
+
+            assert tokens(events) == EXPECTED
+            assert events[-1].attempts == 2 or (events[-1].attempts == 1 and after > 15)  # it may have been done already
+
+
+async def test_an_evicted_sequence_is_replayed_elsewhere_from_what_was_said():
+    async with small_mesh(**SPLIT) as mesh:
+        for name in "abc":
+            engine = mesh.nodes[name].engine
+            engine.faults[17] = engine.lose
+        events = await run(mesh)
+        await at_rest(mesh)
+
+        assert tokens(events) == EXPECTED
+        assert events[-1].attempts > 1
+        replays = [opened for name in "abc" for opened in mesh.nodes[name].engine.opened if opened.attempt > 1]
+        assert replays and all(opened.known == 17 for opened in replays)
+
+
+async def test_a_node_that_is_full_is_passed_over_and_waited_for():
+    async with small_mesh(entry=(), only=((0, 6),)) as mesh:
+        mesh.nodes["only"].engine.refuse = 4
+
+        assert tokens(await run(mesh)) == EXPECTED
+
+
+async def test_no_path_is_an_error_that_names_the_gap():
+    async with small_mesh(entry=(), a=((0, 2),), b=((4, 6),)) as mesh:
+        with pytest.raises(NoPath, match="layers 2:4"):
+            await run(mesh)
+
+
+async def test_a_request_at_fault_fails_at_once_and_frees_its_path():
+    async with small_mesh(**SPLIT) as mesh:
+        for name in "abc":
+            engine = mesh.nodes[name].engine
+            engine.faults[12] = lambda key, engine=engine: engine.lose(key, "logits are not numbers", retryable=False)
+        with pytest.raises(BadRequest, match="not numbers"):
+            await run(mesh)
+        await at_rest(mesh)
+
+
+async def test_several_choices_count_one_seq_and_end_each():
+    async with small_mesh(**SPLIT) as mesh:
+        events = await run(mesh, a_request(n=3))
+
+        assert all(tokens(events, choice) == EXPECTED for choice in range(3))
+        assert sorted(event.choice for event in events if isinstance(event, ChoiceDone)) == [0, 1, 2]
+        assert events[-1].seq == events[-1].completion_tokens == 60
+        seqs = [event.seq for event in events if isinstance(event, TextDelta)]
+        assert seqs == sorted(seqs)
+
+
+async def test_a_stop_string_ends_the_answer_and_the_work():
+    async with small_mesh(**SPLIT) as mesh:
+        text = "".join(map(chr, EXPECTED))
+        events = await run(mesh, a_request(stop=(text[5:8],)))
+        await at_rest(mesh)
+
+        said = "".join(event.text for event in events if isinstance(event, TextDelta))
+        assert said == text[:5]
+        assert [event.finish_reason for event in events if isinstance(event, ChoiceDone)] == ["stop"]
+
+
+async def test_a_client_that_leaves_frees_all_stages():
+    async with small_mesh(**SPLIT) as mesh:
+        async with mesh.nodes["entry"].entry.generate(a_request(max_tokens=900)) as stream:
+            async for event in stream:
+                if isinstance(event, TextDelta):
+                    break
+        await at_rest(mesh)
+
+        assert mesh.nodes["entry"].entry.recent.find("s1").state() == "cancelled"
+
+
+async def test_a_close_that_overtakes_its_open_keeps_it_closed():
+    async with small_mesh(**SPLIT) as mesh:
+        stages = mesh.nodes["a"].stages
+        events = await run(mesh)
+        opened = [sequence for node in mesh.nodes.values() for sequence in node.engine.opened]
+        assert tokens(events) == EXPECTED and opened
+
+        stages.close(opened[0].key)
+        with pytest.raises(Exception, match="closed before it was opened"):
+            import msgspec
+
+            from node.stages import OpenStage
+
+            late = OpenStage(opened[0], mesh.nodes["entry"].id, ("h", 1), ("h", 1), None)
+            await stages.handlers["stage.open"](mesh.nodes["entry"].id, {}, msgspec.msgpack.encode(late))
+
+
+async def test_sequences_of_a_dead_entry_are_freed():
+    async with small_mesh(**SPLIT) as mesh:
+        stuck = mesh.nodes["b"].engine
+        for name in "abc":
+            mesh.nodes[name].engine.faults[12] = lambda key: None  # never answers
+        with trio.move_on_after(0.5):
+            await run(mesh)
+        for node in mesh.nodes.values():
+            node.stages.peer_down(mesh.nodes["entry"].id)
+        assert not stuck.sequences
+
+
+async def test_what_nothing_comes_for_is_swept():
+    async with small_mesh(**SPLIT) as mesh:
+        for name in "abc":
+            mesh.nodes[name].engine.faults[12] = lambda key: None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run, mesh)
+            while not any(node.stages.open_sequences for node in mesh.nodes.values()):
+                await trio.sleep(0.01)
+            await trio.sleep(0.05)
+            for node in mesh.nodes.values():
+                node.stages.sweep(trio.current_time() + 1000)
+            assert not any(node.engine.sequences for node in mesh.nodes.values())
+            nursery.cancel_scope.cancel()
