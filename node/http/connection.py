@@ -15,22 +15,12 @@ from urllib.parse import unquote_to_bytes
 import h11
 import trio
 
-from mesh.errors import BadRequest
+from mesh.errors import BadRequest, Refused
 from node.http.errors import ClientGone, ErrorAnswer, answer_of
-from node.http.exchange import READ_BYTES, App, Exchange, date_header, framing_error
+from node.http.exchange import READ_BYTES, App, Counts, Exchange, date_header, framing_error
 from node.http.limits import Limits
 
 WRITE_PIECE_BYTES = 256 << 10  # the write deadline holds for each piece, so a slow reader of a large file is not a stalled one
-
-
-@dataclass(slots=True)
-class Counts:
-    """What happened on all connections of a server; the server publishes a frozen copy."""
-
-    requests: int = 0
-    framing_errors: int = 0
-    stalled_readers: int = 0
-    hung_up: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -77,13 +67,15 @@ class Connection:
             return await self._refuse(error)
         self.counts.requests += 1
         self._answered += 1
-        exchange = Exchange(self._wire, request, self.stream, self.write, self.limits, closing=lambda: self.last)
+        exchange = Exchange(self._wire, request, self.stream, self.write, self.limits, self.counts, closing=lambda: self.last)
         try:
             await self.app(self._scope(request), exchange.receive, exchange.send)
         except BadRequest as error:  # from `receive`: an application may leave it to us
             if self._wire.our_state is not h11.SEND_RESPONSE:
                 raise
             return await self._refuse(error)
+        finally:
+            exchange.release()
         return await self._settle()
 
     async def _settle(self) -> bool:
@@ -177,7 +169,7 @@ class Connection:
                 self.counts.stalled_readers += 1
                 raise ClientGone(f"the client read nothing for {self.limits.write_s:g} s")
 
-    async def _refuse(self, error: BadRequest) -> bool:
+    async def _refuse(self, error: BadRequest | Refused) -> bool:
         """Answers what never reached the application, or could not be read by it; the connection ends."""
         self.counts.framing_errors += 1
         if self._wire.our_state in (h11.IDLE, h11.SEND_RESPONSE):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from email.utils import formatdate
 from functools import lru_cache
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import h11
 import trio
 
-from mesh.errors import BadRequest, LocalError
+from mesh.errors import BadRequest, LocalError, Refused
 from node.http.errors import ClientGone
 from node.http.limits import Limits
 
@@ -26,6 +27,17 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 READ_BYTES = 16 << 10  # below the head limit, so that h11 sees an oversized head before it is whole
 DISCONNECT = "http.disconnect"
+
+
+@dataclass(slots=True)
+class Counts:
+    """What happens on all connections of a server; the server publishes a frozen copy."""
+
+    requests: int = 0
+    framing_errors: int = 0
+    stalled_readers: int = 0
+    hung_up: int = 0
+    bodies_bytes: int = 0  # held right now
 
 
 class Exchange:
@@ -42,12 +54,14 @@ class Exchange:
         stream: trio.abc.Stream,
         write: Callable[[bytes], Awaitable[None]],
         limits: Limits,
+        counts: Counts,
         closing: Callable[[], bool],
     ) -> None:
         self._wire = wire
         self._stream = stream
         self._write = write
         self._limits = limits
+        self._counts = counts
         self._closing = closing
         self._head_only = request.method == b"HEAD"
         self._announced_bytes = _content_length(request)
@@ -63,6 +77,7 @@ class Exchange:
 
         Raises:
             BadRequest: 413 for a body too large, 408 for one too slow, 400 for broken chunks; nothing more can be read.
+            Refused: the bodies of all requests together are too large.
         """
         if self._broken or self._answered.is_set():
             return {"type": DISCONNECT}
@@ -70,6 +85,11 @@ class Exchange:
             await self._until_gone()
             return {"type": DISCONNECT}
         return await self._body_part()
+
+    def release(self) -> None:
+        """The application is done with the body."""
+        self._counts.bodies_bytes -= self._body_bytes
+        self._body_bytes = 0
 
     async def _body_part(self) -> Message:
         limit = self._limits.body_bytes
@@ -90,8 +110,11 @@ class Exchange:
                     self._wire.receive_data(received)
                 elif isinstance(event, h11.Data):
                     self._body_bytes += len(event.data)
+                    self._counts.bodies_bytes += len(event.data)
                     if self._body_bytes > limit:
                         raise BadRequest(f"expected a body of at most {limit} bytes, got more", status=413)
+                    if self._counts.bodies_bytes > self._limits.bodies_bytes:
+                        raise Refused("this node holds too many request bodies already", 1.0)
                     return {"type": "http.request", "body": bytes(event.data), "more_body": True}
                 else:
                     self._body_done = True

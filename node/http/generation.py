@@ -178,11 +178,12 @@ def check_model(node: NodeServices, asked: Asked) -> Asked:
 
 async def next_items(items: trio.MemoryReceiveChannel[Item], keep_alive: Callable[[], Awaitable[None]]) -> list[Item]:
     """At least one item, and with it all that are ready. Calls `keep_alive` after each stretch of silence."""
-    while True:
+    ready: list[Item] = []
+    while not ready:
         with trio.move_on_after(sse.PING_EVERY_S):
-            ready = [await items.receive()]
-            break
-        await keep_alive()
+            ready.append(await items.receive())
+        if not ready:
+            await keep_alive()
     while len(ready) < WRITE_EVENTS:
         try:
             ready.append(items.receive_nowait())

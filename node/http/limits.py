@@ -11,6 +11,7 @@ class Limits:
     head_bytes: int = 32 << 10
     body_s: float = 60.0  # from the head to the body's last byte
     body_bytes: int = 16 << 20
+    bodies_bytes: int = 512 << 20  # of all requests at the same time, so that many large uploads cannot fill the memory
     keep_alive_s: float = 75.0  # between two requests: longer than common clients and balancers keep theirs
     write_s: float = 30.0  # for one piece of at most `WRITE_PIECE_BYTES`: a reader that stalls longer is dropped
     connections: int = 2048  # one more gets 503; a stream costs some 50 KiB

@@ -16,9 +16,9 @@ from typing import Any
 import trio
 
 from mesh.errors import Refused
-from node.http.connection import Connection, Counts, refusal
+from node.http.connection import Connection, refusal
 from node.http.errors import answer_of
-from node.http.exchange import App
+from node.http.exchange import App, Counts
 from node.http.limits import Limits
 
 
@@ -31,6 +31,7 @@ class ServerStatistics:
     framing_errors_total: int
     stalled_readers_total: int
     hung_up_total: int
+    bodies_bytes: int  # of requests that are being answered
 
 
 class Server:
@@ -67,6 +68,7 @@ class Server:
             framing_errors_total=self._counts.framing_errors,
             stalled_readers_total=self._counts.stalled_readers,
             hung_up_total=self._counts.hung_up,
+            bodies_bytes=self._counts.bodies_bytes,
         )
 
     async def run(self, listeners: Sequence[trio.abc.Listener[Any]], task_status: trio.TaskStatus[Server]) -> None:

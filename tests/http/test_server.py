@@ -11,7 +11,7 @@ import trio.testing
 from node.http.errors import ClientGone
 from node.http.exchange import Message
 from node.http.limits import Limits
-from tests.http.fake_node import HANG, FakeNode, saying
+from tests.http.fake_node import HANG, FakeNode, saying, started
 from tests.http.served import Served, parse_replies, parse_reply, read_all, served, serving
 
 CHAT_BODY = b'{"messages": [{"role": "user", "content": "hi"}]}'
@@ -64,6 +64,20 @@ async def test_a_chunked_body_beyond_the_limit_is_refused_while_it_is_still_comi
         head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
         reply = parse_reply(await exchange(site, head + (b"4000\r\n" + b"a" * 0x4000 + b"\r\n") * 8))
     assert reply.status == 413 and reply.error["code"] == "body_too_large"
+
+
+async def test_the_bodies_of_all_requests_together_are_bounded_and_given_back() -> None:
+    async with served(FakeNode([[started(), HANG]]), Limits(bodies_bytes=120, linger_s=0.05)) as site:
+        async with await site.connect() as first:
+            await first.send_all(post(STREAM_BODY))
+            await first.receive_some(1)
+            assert site.server.statistics().bodies_bytes == len(STREAM_BODY)
+            reply = await site.ask("POST", "/v1/chat/completions", STREAM_BODY)
+            assert reply.status == 503 and reply.headers["retry-after"]
+        with trio.fail_after(2):
+            await site.node.left.wait()
+        assert (await site.ask("POST", "/v1/chat/completions", STREAM_BODY)).status == 200
+        assert site.server.statistics().bodies_bytes == 0
 
 
 async def test_a_chunked_upload_arrives_whole() -> None:
