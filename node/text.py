@@ -95,7 +95,7 @@ class TextState:
         self._unsettled: list[_Unsettled] = []
         self._settled_tokens = 0
         self._held = ""  # settled text that is not out yet
-        self._held_tokens: deque[tuple[int, int | None]] = deque()  # (token, end of its text in `_held`; None: no boundary)
+        self._held_tokens: deque[tuple[int, int]] = deque()  # (token, end of its text in `_held`); no text: where it was
         self._immune = 0  # length of `_held` in which a stop string may not end
         self._counted = 0
         self._stopped = False
@@ -162,14 +162,14 @@ class TextState:
         return 0
 
     def _settle(self, count: int) -> None:
-        """The first `count` unsettled tokens are final. The one that completed their text is a boundary, and so are those
-        after it, which brought none. The rest wait in a new window.
+        """The first `count` unsettled tokens are final: their text comes with the one that completed it. The rest wait in
+        a new window.
         """
         settled, rest = self._unsettled[:count], self._unsettled[count:]
         text = settled[-1].new_text
         last = next(index for index, waiting in enumerate(settled) if waiting.new_text == text)
         for index, waiting in enumerate(settled):
-            self._hold(waiting.token, text if index == last else "", boundary=index >= last)
+            self._hold(waiting.token, text if index == last else "")
         tokens = [waiting.token for waiting in settled]
         self._context = tokens if text else [*self._context, *tokens][-MOST_CONTEXT_TOKENS:]
         self._context_text = self._decode(self._context)
@@ -179,9 +179,9 @@ class TextState:
         if self._unsettled:
             self._settle(len(self._unsettled))
 
-    def _hold(self, token: int, text: str, *, boundary: bool) -> None:
+    def _hold(self, token: int, text: str) -> None:
         self._held += text
-        self._held_tokens.append((token, len(self._held) if boundary else None))
+        self._held_tokens.append((token, len(self._held)))
         self._settled_tokens += 1
         if self._settled_tokens <= self._min_tokens:
             self._immune = len(self._held)
@@ -200,7 +200,7 @@ class TextState:
         self._stopped = True
         cut = found[0] if self._include_stop else found[1]
         self._held = self._held[:cut]
-        self._held_tokens = deque((token, None if end is None else min(end, cut)) for token, end in self._held_tokens)
+        self._held_tokens = deque((token, min(end, cut)) for token, end in self._held_tokens)
 
     def _may_begin_stop(self) -> int:
         """Length of the held text's longest end with which a stop string begins."""
@@ -223,8 +223,6 @@ class TextState:
         safe = len(self._held) - (0 if final else self._may_begin_stop())
         count, text_end = 0, 0
         for index, (_, end) in enumerate(self._held_tokens):
-            if end is None:
-                continue
             if end > safe:
                 break
             if end > text_end:
@@ -233,7 +231,7 @@ class TextState:
             return TextStep()
         token_ids = tuple(self._held_tokens.popleft()[0] for _ in range(count))
         text, self._held = self._held[:text_end], self._held[text_end:]
-        self._held_tokens = deque((token, None if end is None else end - text_end) for token, end in self._held_tokens)
+        self._held_tokens = deque((token, end - text_end) for token, end in self._held_tokens)
         self._immune = max(0, self._immune - text_end)
         self._counted += count
         return TextStep(text, token_ids)

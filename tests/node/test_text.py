@@ -222,7 +222,7 @@ def test_the_cost_is_linear_even_where_no_token_ends_a_character() -> None:
             vocabulary = ByteTokens(*pieces)
             TextState(vocabulary.decode, stop=("xy",)).feed([index % len(pieces) for index in range(count)])
             costs.append(vocabulary.tokens_decoded)
-        assert costs[1] <= 2.1 * costs[0]
+        assert costs[1] <= 2.3 * costs[0]
         assert costs[0] <= 400 * (MOST_UNSETTLED_TOKENS * 2)
 
 

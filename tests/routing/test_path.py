@@ -117,6 +117,12 @@ def test_a_node_is_not_visited_twice() -> None:
     assert path.nodes == ("a", "b", "c")
 
 
+def test_a_slow_way_is_found_when_the_fast_one_leads_nowhere() -> None:
+    twice = peer("x", (0, 2), (4, 6))  # the only one with the last layers: it must not be spent on the first
+    for seed in range(5):
+        assert planned(twice, peer("b", (2, 4)), peer("slow", (0, 2), rtt_s=1.0), seed=seed).nodes == ("slow", "b", "x")
+
+
 def test_spans_that_touch_are_two_and_do_not_make_one_stage() -> None:
     with pytest.raises(NoPath):
         planned(peer("a", (0, 3), (3, 6)))

@@ -151,6 +151,28 @@ def test_a_node_that_drops_a_span_loads_as_much_again() -> None:
     assert (move.drop_first, move.take) == ((Span(MODEL, 0, 5),), (Span(MODEL, 1, 6),))
 
 
+def test_the_only_copy_of_a_served_layer_is_not_dropped_even_to_load_it_again() -> None:
+    fixed = peer("c", (1, 4), state=PeerState.SUSPECT)
+    peers = [peer("a", (0, 4)), peer("b", (1, 6)), fixed]  # `a` could hold 0:1 and 4:6, but layer 0 would be gone for a while
+    assert next_move(view(*peers), MODEL) is None
+    roomy = [peer("a", (0, 4), capacity=6), peer("b", (1, 6)), fixed]
+    move = next_move(view(*roomy), MODEL)
+    assert move is not None and (move.node, move.drop_first, move.take) == ("a", (), (Span(MODEL, 4, 6),))
+
+
+def test_who_has_room_to_spare_moves_before_who_must_drop_something() -> None:
+    for tight, roomy in (("b", "c"), ("c", "b"), ("x", "y"), ("y", "x"), ("1", "2"), ("2", "1")):
+        peers = [peer("a", (0, 6)), peer(tight, (0, 3)), peer(roomy, (0, 3), capacity=6)]
+        move = next_move(view(*peers), MODEL)
+        assert move is not None and move.node == roomy
+
+
+def test_windows_begin_and_end_where_others_do_so_that_stages_fit_together() -> None:
+    for name in "nopqrstu":
+        assert choose_spans(view(peer("a", (0, 2)), peer("b", (2, 6))), NodeId(name), card(), 2) == (Span(MODEL, 0, 2),)
+        assert choose_spans(view(peer("a", (0, 4)), peer("b", (4, 6))), NodeId(name), card(), 2) == (Span(MODEL, 4, 6),)
+
+
 def test_the_last_one_alive_of_two_makes_itself_whole() -> None:
     peers = [peer("a", (0, 4), capacity=6), peer("b", (2, 6), state=PeerState.DEAD)]
     move = next_move(view(*peers), MODEL)

@@ -132,6 +132,17 @@ def test_a_weight_of_zero_switches_a_term_off_and_terms_are_told_by_name() -> No
     assert off.total == pytest.approx(sum(terms(off).values()), abs=0.01)
 
 
+def test_tokens_that_the_peer_has_cached_are_not_read_again() -> None:
+    who = peer("a", (0, 6))
+    cold, warm = cost_of(who), cost_of(who, Work(prompt_tokens=64, cached_tokens={who.id: 48}))
+    assert warm.prefill == pytest.approx(cold.prefill / 4)
+
+
+def test_our_own_record_is_never_stale() -> None:
+    mine = replace(peer("me", (0, 6)), load_at=-1e6)
+    assert cost_of(mine).queue == 0.0 < cost_of(replace(mine, id=NodeId("other"))).queue
+
+
 LOADS = st.builds(
     Load,
     running=st.integers(0, 100),
