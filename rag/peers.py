@@ -10,6 +10,7 @@ node that knows itself to be behind.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import msgspec
@@ -27,6 +28,7 @@ from rag.wire import Operation, Summary
 
 PEER_FAILURES = (PeerLost, DeadlineExceeded, Refused, BadRequest, RemoteError)
 WRITE_DEADLINE_S = 10.0  # for membership to notice a dead owner, and then some
+READ_GRACE_S = 0.2
 WRITE_GRACE_S = 0.5  # that a write which stands waits for the remaining owners, so that they need no repair
 ASK_TIMEOUT_S = 2.0
 RETRY_S = 0.25
@@ -44,6 +46,36 @@ class Part(Generic[A]):
 
 Ask = Callable[[NodeId, list[int], bool], Awaitable[Part[A]]]
 """Asks a node for shards; the flag lets it answer for those it is behind in too."""
+
+
+@dataclass(slots=True)
+class Heads:
+    """What was found of some (store id, document id), and which owners have been heard of it."""
+
+    latest: dict[tuple[str, str], Head]
+    heard: dict[tuple[str, str], set[NodeId]]
+    owners: dict[tuple[str, str], set[NodeId]]
+
+    def take(self, node: NodeId, item: tuple[str, str], head: Head | None) -> None:
+        self.heard[item].add(node)
+        if head is not None and (item not in self.latest or head.stamp > self.latest[item].stamp):
+            self.latest[item] = head
+
+    def get(self, store: str, doc_id: str) -> Head | None:
+        return self.latest.get((store, doc_id))
+
+    @property
+    def certain(self) -> bool:
+        """Whether no write that stood can have been missed: a read quorum meets every write quorum."""
+        return all(
+            len(owners & self.heard[item]) > len(owners) - min(place.WRITE_QUORUM, len(owners))
+            for item, owners in self.owners.items()
+        )
+
+    @property
+    def complete(self) -> bool:
+        """Whether every owner was heard, so that not even a write that failed half-way can have been missed."""
+        return all(owners <= self.heard[item] for item, owners in self.owners.items())
 
 
 class Peers:
@@ -287,36 +319,42 @@ class Peers:
                         nursery.start_soon(put, node, shards, stale_too)
         return parts, SHARDS - len(left)
 
-    async def heads(self, items: Sequence[tuple[str, str]]) -> tuple[dict[tuple[str, str], Head], bool]:
-        """The latest head of each (store id, document id) that any live copy has, and whether every owner was heard.
+    async def heads(self, items: Sequence[tuple[str, str]]) -> Heads:
+        """The latest head of each (store id, document id) that any live copy has.
 
-        All live owners are asked, not one: with writes on two of three, the greatest stamp found is the last write that stood.
+        All live owners are asked, not one: with writes on two of three, the greatest stamp of any two is the last write
+        that stood. Once that many have answered, the others get a moment, so that a hanging node does not hold reads up.
         """
         wanted: dict[NodeId, list[tuple[str, str]]] = {}
-        complete = True
-        for store, doc_id in items:
-            shard = shard_of(doc_id)
-            asked = self.candidates(store, shard)
-            complete &= set(self.owners(store, shard)) <= set(asked)
-            for node in asked:
-                wanted.setdefault(node, []).append((store, doc_id))
-        latest: dict[tuple[str, str], Head] = {}
+        owners = {item: set(self.owners(item[0], shard_of(item[1]))) for item in items}
+        for item in owners:
+            for node in self.candidates(item[0], shard_of(item[1])):
+                wanted.setdefault(node, []).append(item)
+        found = Heads({}, {item: set() for item in owners}, owners)
+        progress, waiting = trio.Event(), len(wanted)
 
         async def look(node: NodeId, lines: list[tuple[str, str]]) -> None:
-            nonlocal complete
+            nonlocal progress, waiting
             try:
-                found = self.heads_here(lines) if node == self.me else await self._heads_of(node, lines)
+                heads = self.heads_here(lines) if node == self.me else await self._heads_of(node, lines)
+                for line, head in zip(lines, heads):
+                    found.take(node, line, head)
             except PEER_FAILURES:
-                complete = False
-                return
-            for line, head in zip(lines, found):
-                if head is not None and (line not in latest or head.stamp > latest[line].stamp):
-                    latest[line] = head
+                pass  # counted by `ask`; `found` knows who was not heard
+            waiting -= 1
+            progress.set()
+            progress = trio.Event()
 
         async with trio.open_nursery() as nursery:
             for node, lines in wanted.items():
                 nursery.start_soon(look, node, lines)
-        return latest, complete
+            while waiting and not found.certain:
+                await progress.wait()
+            with trio.move_on_after(READ_GRACE_S):
+                while waiting:
+                    await progress.wait()
+            nursery.cancel_scope.cancel()
+        return found
 
     def heads_here(self, items: Iterable[tuple[str, str]]) -> list[Head | None]:
         replicas = ((self._local.replica(store), doc_id) for store, doc_id in items)

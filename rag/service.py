@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,46 +20,26 @@ from mesh.calls import Call, Handlers
 from mesh.errors import BadRequest, Refused
 from mesh.ids import NodeId
 from mesh.view import View
-from rag import chunk, parse, place, search, wire
+from rag import chunk, parse, search, wire
 from rag.answers import Answers
 from rag.embed import Embedder
 from rag.local import LocalStores
 from rag.peers import Part, Peers
 from rag.registry import FILES, MAX_STORES, Entry, check_name, store_id
 from rag.repair import Repair
-from rag.replica import SHARDS, Digest, Head
+from rag.replica import SHARDS, Head
+from rag.report import DocumentStatistics, held_counts, published, store_info
 from rag.search import Answer
+from rag.sweep import sweep
 from rag.types import FileInfo, Passage, SearchResult, StoreInfo
-from rag.wire import Operation, Summary
+from rag.wire import Operation
 
 log = structlog.get_logger()
 
-MAX_PUBLISHED_BYTES = 16 << 10  # of gossip; beyond it peers ask for the rest
 PUBLISH_EVERY_S = 0.2
 MAX_TOP_K = 100
 MAX_QUERY_CHARS = 20_000
 EMBED_BATCH = 16  # between batches a query gets its turn
-
-
-@dataclass(frozen=True, slots=True)
-class DocumentStatistics:
-    stores: int
-    documents: int  # held here, as are chunks; uploaded files not counted
-    chunks: int
-    files: int
-    searches: int
-    partial_searches: int
-    writes: int
-    writes_refused: int
-    rejected_operations: int
-    repair_rounds: int
-    repair_pulled: int
-    repair_pushed: int
-    repair_failed: int
-    dropped_shards: int
-    peer_calls_failed: int
-    malformed_gossip: int
-    damaged_files: int
 
 
 class Documents:
@@ -116,6 +95,7 @@ class Documents:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._announce)
                 nursery.start_soon(self._repair.run)
+                nursery.start_soon(sweep, self._local, self._peers, self._bury)
                 task_status.started()
         finally:
             self._open = trio.Event()
@@ -152,11 +132,11 @@ class Documents:
         return self.store(name)
 
     def stores(self) -> list[StoreInfo]:
-        return [self._describe(entry) for entry in self._local.registry.live()]
+        return [store_info(entry, self._peers) for entry in self._local.registry.live()]
 
     def store(self, store: str) -> StoreInfo:
         """Raises BadRequest (404) when unknown."""
-        return self._describe(self._local.registry.find(store))
+        return store_info(self._local.registry.find(store), self._peers)
 
     async def delete_store(self, store: str) -> None:
         """Raises BadRequest (404) when unknown, Refused without a quorum."""
@@ -164,21 +144,6 @@ class Documents:
         entry = self._local.registry.find(store)
         stamp = self._local.clock.next(self._now())
         await self._peers.register(msgspec.structs.replace(entry, died=stamp.hlc))
-
-    def _describe(self, entry: Entry) -> StoreInfo:
-        live = set(self._peers.live())
-        documents = chunks = 0
-        replicas, in_sync = place.REPLICAS, True
-        for shard in range(SHARDS):
-            owners = [node for node in self._peers.owners(entry.id, shard) if node in live]
-            digests = [self._peers.digest_at(node, entry.id, shard) for node in owners]
-            here = self._peers.digest_here(entry.id, shard)
-            best = max([*digests, here], key=lambda digest: (digest.newest, digest.entries), default=Digest())
-            documents += best.documents
-            chunks += best.chunks
-            replicas = min(replicas, len(owners))
-            in_sync &= all(digest.agrees(best) for digest in digests)
-        return StoreInfo(entry.id, entry.name, entry.created_at, documents, chunks, SHARDS, replicas, in_sync)
 
     # -- files
 
@@ -192,8 +157,7 @@ class Documents:
         await self._open.wait()
         await trio.to_thread.run_sync(parse.text_of, name, content)
         identifier = wire.file_id(name, content)
-        heads, _ = await self._peers.heads([(FILES.id, identifier)])
-        held = heads.get((FILES.id, identifier))
+        held = (await self._peers.heads([(FILES.id, identifier)])).get(FILES.id, identifier)
         if held is not None and not held.deleted:
             return _info(held)
         rev = hashlib.blake2b(content, digest_size=12).hexdigest()
@@ -221,12 +185,12 @@ class Documents:
         """
         head = await self._file_head(file_id)
         entries = self._local.registry.live()
-        heads, complete = await self._peers.heads([(entry.id, file_id) for entry in entries])
+        heads = await self._peers.heads([(entry.id, file_id) for entry in entries])
         async with trio.open_nursery() as nursery:
             for entry in entries:
-                held = heads.get((entry.id, file_id))
+                held = heads.get(entry.id, file_id)
                 # An owner that was not heard may hold it: a tombstone where nothing was costs less than a ghost.
-                if (held is not None and not held.deleted) or (held is None and not complete):
+                if (held is not None and not held.deleted) or (held is None and not heads.complete):
                     nursery.start_soon(self._bury, entry, file_id)
         await self._bury(FILES, head.doc_id)
 
@@ -235,10 +199,10 @@ class Documents:
 
     async def _file_head(self, file_id: str) -> Head:
         await self._open.wait()
-        heads, complete = await self._peers.heads([(FILES.id, file_id)])
-        head = heads.get((FILES.id, file_id))
-        if head is None and not complete:
-            raise Refused(f"not every owner of {file_id} answers, so it cannot be said whether it exists", 2.0)
+        heads = await self._peers.heads([(FILES.id, file_id)])
+        head = heads.get(FILES.id, file_id)
+        if head is None and not heads.certain:
+            raise Refused(f"too few owners of {file_id} answer to say whether it exists", 2.0)
         if head is None or head.deleted:
             raise _unknown_file(file_id)
         return head
@@ -257,8 +221,7 @@ class Documents:
         self._check_embedder(entry)
         file, content = await self.file(file_id)
         rev = hashlib.blake2b(f"{file.rev}\0{chunk.CHUNKER}\0{entry.embedder}".encode(), digest_size=12).hexdigest()
-        heads, _ = await self._peers.heads([(entry.id, file_id)])
-        held = heads.get((entry.id, file_id))
+        held = (await self._peers.heads([(entry.id, file_id)])).get(entry.id, file_id)
         if held is not None and not held.deleted and held.rev == rev:
             return _info(held)
         chunks = await trio.to_thread.run_sync(self._chunks, file.name, content, limiter=self._embedding)
@@ -278,8 +241,7 @@ class Documents:
 
     async def _undo_if_deleted(self, entry: Entry, file_id: str) -> None:
         """Takes back what was attached while the file was being deleted elsewhere: the delete did not see it."""
-        heads, _ = await self._peers.heads([(FILES.id, file_id)])
-        head = heads.get((FILES.id, file_id))
+        head = (await self._peers.heads([(FILES.id, file_id)])).get(FILES.id, file_id)
         if head is not None and head.deleted:
             await self._bury(entry, file_id)
             raise _unknown_file(file_id)
@@ -288,9 +250,9 @@ class Documents:
         """Raises BadRequest (404) when the store is unknown or does not hold the file, Refused without a quorum."""
         await self._open.wait()
         entry = self._local.registry.find(store)
-        heads, complete = await self._peers.heads([(entry.id, file_id)])
-        head = heads.get((entry.id, file_id))
-        if complete and (head is None or head.deleted):
+        heads = await self._peers.heads([(entry.id, file_id)])
+        head = heads.get(entry.id, file_id)
+        if (head is None and heads.certain) or (head is not None and head.deleted):
             raise _unknown_file(file_id)
         await self._bury(entry, file_id)
 
@@ -384,13 +346,8 @@ class Documents:
 
     def statistics(self) -> DocumentStatistics:
         summary, counts = self._local.summary(), self._repair.counts
-        held = [digest for store, shards in summary.digests.items() if store != FILES.id for digest in shards.values()]
-        files = summary.digests.get(FILES.id, {}).values()
         return DocumentStatistics(
-            stores=len(self._local.registry.live()),
-            documents=sum(digest.documents for digest in held),
-            chunks=sum(digest.chunks for digest in held),
-            files=sum(digest.documents for digest in files),
+            **held_counts(summary, len(self._local.registry.live())),
             searches=self._searches,
             partial_searches=self._partial,
             writes=self._writes,
@@ -405,14 +362,6 @@ class Documents:
             malformed_gossip=self._peers.malformed,
             damaged_files=len(self._local.damaged),
         )
-
-
-def published(summary: Summary) -> dict[str, Any]:
-    """The summary for gossip, in plain values; only its name where it would be too large."""
-    raw = wire.ENCODER.encode(summary)
-    if len(raw) > MAX_PUBLISHED_BYTES:
-        summary = Summary(brief=hashlib.blake2b(raw, digest_size=8).hexdigest())
-    return wire.header_of(summary)
 
 
 def _check_search(query: str, top_k: int, embedding_weight: float, text_weight: float) -> None:

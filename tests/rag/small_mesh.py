@@ -139,7 +139,7 @@ class SmallMesh:
     async def agree(self, store: str, within_s: float = 10.0) -> None:
         """Waits until every live node holds the same (meshes of three: all own all)."""
         with trio.move_on_after(within_s) as scope:
-            while any(digests != self.digests(store)[0] for digests in self.digests(store)):  # noqa: ASYNC110  (virtual time)
+            while any(digests != self.digests(store)[0] for digests in self.digests(store)):
                 await trio.sleep(0.1)
         assert not scope.cancelled_caught, f"still different after {within_s} s: {self.digests(store)}"
 

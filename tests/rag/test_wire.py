@@ -11,7 +11,7 @@ from rag import search, wire
 from rag.clock import hlc_of
 from rag.registry import FILES, Entry, store_id
 from rag.replica import Digest, Head
-from rag.service import MAX_PUBLISHED_BYTES, published
+from rag.report import MAX_PUBLISHED_BYTES, published
 from rag.wire import Operation, Summary, file_id, flaw_of
 from tests.rag.fakes import DIM, HashingEmbedder
 

@@ -1,0 +1,74 @@
+"""What the document service tells of itself: to clients, in gossip, and in figures."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from rag import place, wire
+from rag.peers import Peers
+from rag.registry import FILES, Entry
+from rag.replica import SHARDS, Digest
+from rag.types import StoreInfo
+from rag.wire import Summary
+
+MAX_PUBLISHED_BYTES = 16 << 10  # of gossip; beyond it peers ask for the rest
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentStatistics:
+    stores: int
+    documents: int  # held here, as are chunks; uploaded files not counted
+    chunks: int
+    files: int
+    searches: int
+    partial_searches: int
+    writes: int
+    writes_refused: int
+    rejected_operations: int
+    repair_rounds: int
+    repair_pulled: int
+    repair_pushed: int
+    repair_failed: int
+    dropped_shards: int
+    peer_calls_failed: int
+    malformed_gossip: int
+    damaged_files: int
+
+
+def held_counts(summary: Summary, stores: int) -> dict[str, int]:
+    """The figures of `DocumentStatistics` that a summary holds."""
+    held = [digest for store, shards in summary.digests.items() if store != FILES.id for digest in shards.values()]
+    files = summary.digests.get(FILES.id, {}).values()
+    return {
+        "stores": stores,
+        "documents": sum(digest.documents for digest in held),
+        "chunks": sum(digest.chunks for digest in held),
+        "files": sum(digest.documents for digest in files),
+    }
+
+
+def store_info(entry: Entry, peers: Peers) -> StoreInfo:
+    """A store as far as this node and gossip know it: exact for shards held here."""
+    live = set(peers.live())
+    documents = chunks = 0
+    replicas, in_sync = place.REPLICAS, True
+    for shard in range(SHARDS):
+        owners = [node for node in peers.owners(entry.id, shard) if node in live]
+        digests = [peers.digest_at(node, entry.id, shard) for node in owners]
+        here = peers.digest_here(entry.id, shard)
+        best = max([*digests, here], key=lambda digest: (digest.newest, digest.entries), default=Digest())
+        documents += best.documents
+        chunks += best.chunks
+        replicas = min(replicas, len(owners))
+        in_sync &= all(digest.agrees(best) for digest in digests)
+    return StoreInfo(entry.id, entry.name, entry.created_at, documents, chunks, SHARDS, replicas, in_sync)
+
+
+def published(summary: Summary) -> dict[str, Any]:
+    """The summary for gossip, in plain values; only its name where it would be too large."""
+    raw = wire.ENCODER.encode(summary)
+    if len(raw) > MAX_PUBLISHED_BYTES:
+        summary = Summary(brief=hashlib.blake2b(raw, digest_size=8).hexdigest())
+    return wire.header_of(summary)
