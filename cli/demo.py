@@ -76,7 +76,8 @@ def project_documents() -> Iterator[Document]:
     root = Path(__file__).resolve().parent.parent
     found = [path for path in (root / "README.md", root / "docs") if path.exists()]
     if found:
-        yield from (document for document in read_documents(found) if document.name.endswith(".md"))
+        documents = read_documents(found)
+        yield from (document for document in documents if document.name.endswith(".md") and document.content.strip())
         return
     from importlib.metadata import metadata
 

@@ -37,12 +37,19 @@ def reason_of(error: Exception) -> str:
         case httpx.ConnectTimeout():
             return f"no connection within {CONNECT_S:.0f} s"
         case httpx.ConnectError():
-            return "connection refused" if "refused" in str(error) else f"cannot connect ({error})"
+            return "connection refused" if _refused(error) else f"cannot connect ({error})"
         case httpx.TimeoutException():
             return "no answer in time"
         case httpx.RemoteProtocolError() | httpx.ReadError():
             return "the connection broke off"
     return str(error) or type(error).__name__
+
+
+def _refused(error: BaseException | None) -> bool:
+    """Whether the system said "connection refused", however deep the libraries wrapped it."""
+    while error is not None and not isinstance(error, ConnectionRefusedError):
+        error = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error.__cause__ or error.__context__
+    return error is not None
 
 
 class BlockingIo:
