@@ -17,7 +17,7 @@ import trio
 
 from mesh.errors import BadRequest, Refused
 from node.http.errors import ClientGone, ErrorAnswer, answer_of
-from node.http.exchange import READ_BYTES, App, Counts, Exchange, date_header, framing_error
+from node.http.exchange import READ_BYTES, App, Counts, Exchange, date_header, framing_error, reason_phrase
 from node.http.limits import Limits
 
 WRITE_PIECE_BYTES = 256 << 10  # the write deadline holds for each piece, so a slow reader of a large file is not a stalled one
@@ -221,7 +221,7 @@ def refusal(answer: ErrorAnswer, own_headers: tuple[tuple[bytes, bytes], ...], w
         *own_headers,
         *answer.headers,
     ]
-    head = wire.send(h11.Response(status_code=answer.status, headers=headers)) or b""
+    head = wire.send(h11.Response(status_code=answer.status, headers=headers, reason=reason_phrase(answer.status))) or b""
     if wire.our_state is not h11.SEND_BODY:
         return head
     try:

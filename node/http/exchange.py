@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from email.utils import formatdate
 from functools import lru_cache
+from http import HTTPStatus
 from typing import Any
 
 import h11
@@ -154,7 +155,8 @@ class Exchange:
             headers = [*message.get("headers", ()), date_header()]
             if self._closing():
                 headers.append((b"connection", b"close"))
-            self._head = self._frame(h11.Response(status_code=message["status"], headers=headers))
+            status = message["status"]
+            self._head = self._frame(h11.Response(status_code=status, headers=headers, reason=reason_phrase(status)))
             return
         if message["type"] != "http.response.body":
             raise LocalError(f"expected http.response.start or .body, got {message['type']}")
@@ -186,6 +188,13 @@ def framing_error(error: h11.RemoteProtocolError) -> BadRequest:
     if error.error_status_hint == 501:
         return BadRequest("expected no transfer encoding but chunked", status=501)
     return BadRequest(f"expected a well-formed HTTP/1.1 request: {str(error)[:200]}", code="malformed_request")
+
+
+def reason_phrase(status: int) -> bytes:
+    try:
+        return HTTPStatus(status).phrase.encode()
+    except ValueError:
+        return b""
 
 
 def date_header() -> tuple[bytes, bytes]:

@@ -25,7 +25,7 @@ from node.http import sse
 from node.http.answers import Answer, Chunk, ChunkStream, whole_answer
 from node.http.errors import answer_of, is_expected, single_cause
 from node.http.exchange import DISCONNECT, App, Receive, Send
-from node.http.openai import Asked, parse_chat, parse_completion
+from node.http.openai import Asked, generation_ids, parse_chat, parse_completion
 from node.http.schema import ChatBody, CompletionBody
 from node.http.site import Json, Route, Site, read_json
 from node.requests import ChoiceDone, Finished, GenerateEvent, Started, TextDelta
@@ -52,8 +52,9 @@ async def completion(site: Site, request: Request) -> App:
 
 
 async def cancel(site: Site, request: Request) -> App:
+    """By the id of the answer: where it came of several prompts, all of its generations."""
     id = request.path_params["id"]
-    if not site.node.cancel(StreamId(id)):
+    if not any([site.node.cancel(StreamId(own)) for own in generation_ids(id)]):
         raise BadRequest("no stream of this id is known here", "id", status=404, code="stream_not_found")
     return Json({"id": id, "object": "stream.cancelled", "cancelled": True})
 

@@ -153,13 +153,18 @@ def parse_completion(raw: bytes, id: StreamId, *, tenant: str = "", request_id: 
     base = _base_request(body, id, body.max_tokens, "max_tokens", logprobs, tenant, request_id)
     prompts = _prompts(body.prompt)
     requests = []
-    for index, prompt in enumerate(prompts):
-        own_id = id if index == 0 else StreamId(f"{id}-{index}")
+    for own_id, prompt in zip(generation_ids(id), prompts):
         if isinstance(prompt, str):
             requests.append(replace(base, id=own_id, prompt=prompt))
         else:
             requests.append(replace(base, id=own_id, prompt_ids=prompt))
     return _asked(body, id, tuple(requests), chat=False)
+
+
+def generation_ids(id: str) -> list[StreamId]:
+    """The ids that the generations of one answer may have: its own, then numbered ones for further prompts."""
+    further = MAX_PROMPTS if id.startswith("cmpl-") else 1
+    return [StreamId(id), *(StreamId(f"{id}-{index}") for index in range(1, further))]
 
 
 def _asked(body: GenerationBody, id: StreamId, requests: tuple[GenerateRequest, ...], *, chat: bool) -> Asked:

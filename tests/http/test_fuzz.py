@@ -87,7 +87,7 @@ def test_any_json_is_a_valid_request_or_a_refusal_that_names_a_field(fields: dic
     fields.setdefault("messages" if chat else "prompt", [{"role": "user", "content": "x"}] if chat else "x")
     raw = msgspec.json.encode(fields)
     try:
-        asked = (parse_chat if chat else parse_completion)(raw, StreamId("s"))
+        asked = (parse_chat if chat else parse_completion)(raw, StreamId("cmpl-s"))
     except BadRequest as refused:
         assert refused.status == 400 and refused.param
         return

@@ -245,3 +245,10 @@ async def test_a_stream_can_be_cancelled_and_explained_by_its_ids() -> None:
     assert cancelled.json()["cancelled"] is True
     assert unknown.status == 404
     assert [reply.status for reply in told] == [200, 200, 404]
+
+
+async def test_cancelling_an_answer_to_several_prompts_cancels_all_its_generations() -> None:
+    async with served() as site:
+        id = (await site.ask("POST", "/v1/completions", {"prompt": ["a", "b", "c"]})).json()["id"]
+        assert (await site.ask("DELETE", f"/v1/streams/{id}")).status == 200
+        assert {request.id for request in site.node.requests} <= set(site.node.cancelled)

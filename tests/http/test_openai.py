@@ -132,9 +132,9 @@ def test_a_completion_field_out_of_range_is_refused_by_name(fields: dict[str, An
 
 def test_the_forms_of_a_prompt() -> None:
     def prompts(prompt: Any) -> list[Any]:
-        asked = parse_completion(msgspec.json.encode({"prompt": prompt}), ID)
+        asked = parse_completion(msgspec.json.encode({"prompt": prompt}), StreamId("cmpl-1"))
         assert len({request.id for request in asked.generations}) == len(asked.generations)
-        assert asked.generations[0].id == asked.id == ID
+        assert asked.generations[0].id == asked.id
         return [request.prompt if request.prompt is not None else request.prompt_ids for request in asked.generations]
 
     assert prompts("a") == ["a"]

@@ -80,7 +80,7 @@ async def test_streams_hang_ups_stalls_and_plain_http_behind_tls(contexts: tuple
         await client.receive_some(10)
         await trio.aclose_forcefully(client)
         with trio.fail_after(2):
-            while node.open_generations:  # noqa: ASYNC110  # the server learns of it from the network
+            while node.open_generations:  # the server learns of it from the network
                 await trio.sleep(0.005)
 
         async with await trio.open_tcp_stream("127.0.0.1", port) as plain:  # speaks HTTP where TLS is expected
