@@ -64,6 +64,8 @@ class LocalMesh:
     folder: where data directories and logs go and stay; None: a temporary one.
     """
 
+    command: tuple[str, ...] = (sys.executable, "-m", "cli")
+
     def __init__(self, folder: Path | None = None, environment: Mapping[str, str] | None = None) -> None:
         self.nodes: list[LocalNode] = []
         self._keep = folder is not None
@@ -109,7 +111,7 @@ class LocalMesh:
         """Starts a node's process without waiting for it. The same name again is a restart on the same data directory."""
         data_dir, log = self.folder / name, self.folder / f"{name}.log"
         joined = [node for node in self.nodes if node.alive and node.gossip] if join is None else join
-        command = [sys.executable, "-m", "cli", "up", "--name", name, "--bind", "127.0.0.1:0", "--http", "127.0.0.1:0"]
+        command = [*self.command, "up", "--name", name, "--bind", "127.0.0.1:0", "--http", "127.0.0.1:0"]
         command += ["--data-dir", str(data_dir), "--leash", str(self._leash_read)]
         for other in joined:
             command += ["--join", other.gossip]
