@@ -105,7 +105,7 @@ class MembershipCore:
         """A peer opened an exchange, brought what we wanted, or pushes news."""
         effects = self._learn(asker, sync.members, sync.records, now, pushed=not sync.digest)
         if not sync.digest or self.swim.left:
-            return Synced(), effects
+            return Synced(self.me), effects
         mine = {entry.node: entry for entry in sync.digest}
         self._hear_verdict_on_me(asker, mine.get(self.me), now)
         effects += self._settled(self.swim.spread(now))
@@ -121,11 +121,12 @@ class MembershipCore:
                 if record is not None and (theirs is None or _facts_of(ours) > _facts_of(theirs)):
                     records.append(record)
         members, records = _within_budget(members, records)
-        return Synced(tuple(members), tuple(records), tuple(wanted)), effects
+        return Synced(self.me, tuple(members), tuple(records), tuple(wanted)), effects
 
-    def learn(self, peer: NodeId | None, synced: Synced, now: float) -> tuple[Sync | None, list[Effect]]:
-        """The answer came: what it brings, and what to send in a second call, if anything is wanted."""
-        effects = self._learn(peer, synced.members, synced.records, now, pushed=False)
+    def learn(self, source: Address, synced: Synced, now: float) -> tuple[Sync | None, list[Effect]]:
+        """The answer of `source` came: what it brings, and what to send in a second call, if anything is wanted."""
+        self.swim.met_seed(source, synced.node)
+        effects = self._learn(synced.node, synced.members, synced.records, now, pushed=False)
         if not synced.wanted or self.swim.left:
             return None, effects
         known = [member for node in synced.wanted if (member := self.swim.members.get(node)) is not None]
@@ -139,7 +140,7 @@ class MembershipCore:
 
     def _learn(
         self,
-        teller: NodeId | None,
+        teller: NodeId,
         members: tuple[MemberRecord, ...],
         records: tuple[FactsRecord, ...],
         now: float,
@@ -163,7 +164,7 @@ class MembershipCore:
         if current:
             # A teller who was ahead of us about ourselves hears the outcome too; else it knows what it told.
             defended = any(record.owner == self.me for record in current)
-            effects += self._pushes(current, now, () if defended or teller is None else (teller,))
+            effects += self._pushes(current, now, () if defended else (teller,))
         return effects
 
     def _hear_verdict_on_me(self, asker: NodeId, entry: DigestEntry | None, now: float) -> None:

@@ -344,7 +344,7 @@ class Membership:
             synced = sync.decode_synced(tail)
         except sync.BadSync as error:
             raise RemoteError(format_address(to), str(error)) from None
-        wanted, effects = self._core.learn(self._node_at(to), synced, trio.current_time())
+        wanted, effects = self._core.learn(to, synced, trio.current_time())
         self._carry_out(effects)
         return wanted
 
@@ -360,6 +360,3 @@ class Membership:
         synced, effects = self._core.answer(sender, asked, trio.current_time())
         self._carry_out(effects)
         return {}, sync.encode(synced)
-
-    def _node_at(self, address: Address) -> NodeId | None:
-        return next((peer.id for peer in self._peers.values() if peer.address == address), None)

@@ -52,7 +52,7 @@ class Swim(Hearing):
     def __init__(self, me: Alive, config: MembershipConfig, rng: Random, now: float, fingerprint: Fingerprint) -> None:
         super().__init__(me, config, rng, now, fingerprint)
         self._probes = Probes(rng)
-        self._seeds: set[Address] = set()
+        self._seeds: dict[Address, NodeId | None] = {}  # and who was last met there
         # A random phase: nodes started together do not probe in step.
         self._next_probe_at = now + config.probe_period_s * rng.random()
         self._next_redial_at = now + config.redial_period_s * (0.5 + rng.random())
@@ -70,7 +70,12 @@ class Swim(Hearing):
     def remember_seed(self, address: Address) -> None:
         """Keeps trying this address for as long as no live member has it."""
         if len(self._seeds) < _SEEDS_MAX:
-            self._seeds.add(address)
+            self._seeds.setdefault(address, None)
+
+    def met_seed(self, address: Address, node: NodeId) -> None:
+        """This node answered there. A seed may be a host name, so its address alone does not say whose it is."""
+        if address in self._seeds:
+            self._seeds[address] = node
 
     def receive(self, source: Address, message: Message, now: float) -> list[Effect]:
         """One datagram that came from `source`."""
@@ -259,8 +264,9 @@ class Swim(Hearing):
                 self.rumours.forget(member.node)
                 effects.append(MemberForgotten(member.node))
         dead = sorted(m.node for m in self.members if m.state is PeerState.DEAD)
-        taken = {m.address for m in self.members if m.live}
-        seeds = sorted(self._seeds - taken)
+        live = {m.node for m in self.members if m.live}
+        taken = {self.members[node].address for node in live}
+        seeds = sorted(address for address, met in self._seeds.items() if address not in taken and met not in live)
         if not (choices := len(dead) + len(seeds)):
             return effects
         if (choice := self.rng.randrange(choices)) < len(dead):

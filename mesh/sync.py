@@ -77,6 +77,7 @@ class Sync(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Synced(msgspec.Struct, frozen=True, array_like=True):
+    node: Id  # who answers: the caller may know no more than an address, or a host name
     members: Annotated[tuple[MemberRecord, ...], Meta(max_length=MAX_ENTRIES)] = ()
     records: Annotated[tuple[FactsRecord, ...], Meta(max_length=MAX_ENTRIES)] = ()
     wanted: Annotated[tuple[Id, ...], Meta(max_length=MAX_ENTRIES)] = ()

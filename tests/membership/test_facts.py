@@ -35,7 +35,7 @@ def record(number: int, version: int, facts: Facts = FACTS, epoch: int = 1) -> F
 def exchange(asker: MembershipCore, teller: MembershipCore, now: float) -> None:
     """The two calls of an exchange, through the codec, as the shell makes them."""
     synced, _ = teller.answer(asker.me, decode_sync(encode(asker.ask())), now)
-    wanted, _ = asker.learn(teller.me, decode_synced(encode(synced)), now)
+    wanted, _ = asker.learn(address_of(int(teller.me, 16)), decode_synced(encode(synced)), now)
     if wanted is not None:
         teller.answer(asker.me, decode_sync(encode(wanted)), now)
 
@@ -115,7 +115,7 @@ def test_after_one_exchange_both_sides_know_the_same() -> None:
     assert one.fingerprint == other.fingerprint
     assert facts_of(one, 8).http == "other" and facts_of(other, 2) == FACTS and facts_of(other, 0) == FACTS
     synced, effects = one.answer(other_id, other.ask(), 2.0)
-    assert synced == Synced() and effects == [], "nothing is left to say"
+    assert synced == Synced(ME) and effects == [], "nothing is left to say"
 
 
 def test_an_asker_that_takes_us_for_dead_hears_at_once_that_we_live() -> None:
@@ -151,7 +151,7 @@ def test_one_who_left_learns_and_tells_nothing_more() -> None:
     core = node_among(2)
     core.leave(1.0)
     synced, effects = core.answer(peer_id(1), Sync(digest=node_among(5).ask().digest), 2.0)
-    assert (synced, effects) == (Synced(), [])
+    assert (synced, effects) == (Synced(ME), [])
 
 
 def test_an_answer_stops_at_its_limit_and_the_next_one_goes_on() -> None:

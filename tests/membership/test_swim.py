@@ -7,6 +7,7 @@ import math
 from membership.config import MembershipConfig
 from membership.effects import Exchange, FactsChanged, Measured, MemberChanged, MemberForgotten, Push, Renewed
 from mesh.gossip import Ack, Dead, Gossip, Left, Ping, PingReq, Sender, Suspect
+from mesh.sync import Synced
 from mesh.view import Facts, Load, PeerState
 from tests.membership.pieces import (
     CONFIG,
@@ -318,3 +319,38 @@ def test_own_words_that_come_back_are_no_news() -> None:
     core = node_among(2)
     assert core.receive(("10.9.9.9", 1), Gossip(sender(0), (alive(5),)), 1.0) == []
     assert state(core, 5) is None
+
+
+def test_a_stale_accusation_is_answered_to_others_too_for_it_still_travels() -> None:
+    core = node_among(4)
+    core.receive(address_of(1), gossip(1, Dead(ME, 1, 4, peer_id(2))), 1.0)
+    effects = core.receive(address_of(2), gossip(2, Suspect(ME, 1, 2, peer_id(3))), 50.0)
+    told = {to for to, told in messages(effects, Gossip) if alive(0, incarnation=5) in told.claims}
+    assert address_of(2) in told and len(told) == 1 + CONFIG.eager_peers
+
+
+def test_a_suspect_that_speaks_to_us_hears_of_it_first_of_all() -> None:
+    core = node_among(3)
+    accusation = Suspect(peer_id(2), 1, 0, peer_id(1))
+    core.receive(address_of(1), gossip(1, accusation), 1.0)
+    [(_, ack)] = messages(core.receive(address_of(2), Ping(sender(2), 1, ME), 1.1), Ack)
+    assert ack.claims[0] == accusation
+    answers = [told for to, told in messages(core.receive(address_of(2), gossip(2), 1.2), Gossip) if to == address_of(2)]
+    assert answers[0].claims[0] == accusation
+
+
+def test_one_that_spoke_since_it_was_asked_is_not_suspected_for_a_lost_ack() -> None:
+    core = node_among(1)
+    [(_, ping)] = messages(run_to(core, core.deadline), Ping)
+    probe = core.swim._probes.under_way[ping.seq]
+    core.receive(address_of(1), gossip(1), probe.sent_at + 0.1)
+    run_to(core, probe.ends_at)
+    assert not core.swim._probes.under_way.get(ping.seq) and state(core, 1) is PeerState.ALIVE
+
+
+def test_a_seed_given_by_host_name_is_not_dialled_while_the_node_met_there_lives() -> None:
+    core = node_among(1)
+    core.swim.remember_seed(("seed.example", 1))
+    core.learn(("seed.example", 1), Synced(peer_id(1)), 0.0)
+    assert only(Exchange, run_to(core, 60.0, answers=True)) == []
+    assert Exchange(("seed.example", 1)) in run_to(core, 180.0), "it died, so the name may stand for another now"

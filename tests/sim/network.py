@@ -259,8 +259,7 @@ class Network:
 
     def _exchange(self, it: SimNode, to: Address) -> None:
         def answered(tail: bytes) -> None:
-            teller = self._at.get(to)
-            wanted, effects = it.core.learn(teller, sync.decode_synced(tail), self.now)
+            wanted, effects = it.core.learn(to, sync.decode_synced(tail), self.now)
             self._carry_out(it, effects)
             if wanted is not None:
                 self._call(it, to, wanted, lambda _: None)
