@@ -199,7 +199,7 @@ def test_text_and_seq_depend_on_the_tokens_alone_not_on_how_they_came(
 
 @settings(max_examples=300)
 @given(tokens=TOKENS, stop=STOPS)
-@example(tokens=[10, 8, 10, 8, 10, 8, 9], stop=[])  # no token ends with a character until the last
+@example(tokens=[*[10, 8] * 8, 9], stop=[])  # no token ends with a character until the last
 def test_the_text_is_that_of_all_tokens_cut_at_the_stop_string_that_ends_first(tokens: list[int], stop: list[str]) -> None:
     vocabulary = ByteTokens(*PIECES)
     state = TextState(vocabulary.decode, stop)

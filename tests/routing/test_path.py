@@ -46,6 +46,12 @@ def test_a_path_may_use_part_of_a_span() -> None:
     assert middle == again and 2 <= middle <= 4
 
 
+def test_the_faster_of_two_peers_takes_the_layers_that_both_hold() -> None:
+    fast, slow = Load(step_ms=4.0), Load(step_ms=40.0)
+    assert shape(planned(peer("a", (0, 4), load=fast), peer("b", (2, 6), load=slow))) == [("a", 0, 4), ("b", 4, 6)]
+    assert shape(planned(peer("a", (0, 4), load=slow), peer("b", (2, 6), load=fast))) == [("a", 0, 2), ("b", 2, 6)]
+
+
 def test_every_single_loss_of_the_demo_layout_leaves_a_path_of_two_nodes() -> None:
     layout = {"n1": peer("n1", (0, 4)), "n2": peer("n2", (2, 6)), "n3": peer("n3", (0, 2), (4, 6))}
     for dead in layout:
