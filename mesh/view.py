@@ -73,7 +73,7 @@ class Facts(msgspec.Struct, frozen=True):
     pid: int = 0
     documents: dict[str, Any] = {}
     intends: tuple[Span, ...] = ()  # being loaded, not yet served: so that nodes that join together do not choose alike
-    capacity: dict[ModelId, int] = {}  # decoder layers of a model that this node could hold; absent: none but its spans
+    capacity: dict[ModelId, int] = {}  # decoder layers of a model that it could hold; absent: pinned, it never moves
 
 
 @dataclass(frozen=True, slots=True)

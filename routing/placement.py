@@ -71,8 +71,9 @@ def next_move(
 ) -> Move | None:
     """The one move that the mesh should make now, or None. The same on all nodes with the same view.
 
-    capacities: layers of `model` that each node could hold; where absent, what it gossips (`Facts.capacity`), at
-        least what it holds. roster: the nodes of the last stable view; None: all that are known and have not left.
+    capacities: layers of `model` that each node could hold, at least what it holds; None: what each gossips
+        (`Facts.capacity`). A node without one never moves: its layers are pinned. roster: the nodes of the last stable
+        view; None: all that are known and have not left.
     None while somebody intends to load (one move at a time), while too many are missing, and when no single move
     would bring the mesh nearer to its aims.
     """
@@ -87,11 +88,9 @@ def next_move(
     if not any(before):
         return None
     epoch = _epoch(model, held)
-    told = capacities or {}
+    told = capacities if capacities is not None else _gossiped(peers, model)
     room = {
-        peer.id: max(told.get(peer.id, peer.facts.capacity.get(model, 0)), _size(held[peer.id]))
-        for peer in peers
-        if peer.state is PeerState.ALIVE
+        peer.id: max(told[peer.id], _size(held[peer.id])) for peer in peers if peer.state is PeerState.ALIVE and peer.id in told
     }
     ranked = owners(epoch.encode(), room, len(room))
     for node in sorted(ranked, key=lambda node: room[node] <= _size(held[node])):  # those with spare room first
@@ -164,6 +163,10 @@ def _counted(view: View, card: ModelCard) -> list[Peer]:
         for peer in sorted(view.live(), key=lambda peer: peer.id)
         if not peer.facts.draining and all(known.weights == card.weights for known in peer.facts.models if known.id == card.id)
     ]
+
+
+def _gossiped(peers: Iterable[Peer], model: ModelId) -> dict[NodeId, int]:
+    return {peer.id: peer.facts.capacity[model] for peer in peers if model in peer.facts.capacity}
 
 
 def _frozen(view: View, roster: Collection[NodeId] | None) -> bool:

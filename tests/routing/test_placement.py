@@ -137,15 +137,23 @@ def test_a_node_with_spare_memory_takes_up_what_a_dead_one_held() -> None:
 
 
 def test_without_spare_memory_only_layers_that_others_serve_are_dropped_first() -> None:
-    peers = [peer("a", (0, 3)), peer("b", (0, 3)), peer("c", (0, 3)), peer("d", (3, 6)), peer("e", (3, 6), state=PeerState.DEAD)]
+    peers = [peer(name, (0, 3), capacity=3) for name in "abc"]
+    peers += [peer("d", (3, 6), capacity=3), peer("e", (3, 6), state=PeerState.DEAD)]
     move = next_move(view(*peers), MODEL)
     assert move is not None
     assert move.node in {"a", "b", "c"}
     assert (move.drop_first, move.take) == ((Span(MODEL, 0, 3),), (Span(MODEL, 3, 6),))
 
 
+def test_pinned_nodes_never_move() -> None:
+    peers = [peer(name, (0, 3)) for name in "abc"] + [peer("d", (3, 6))]
+    assert next_move(view(*peers), MODEL) is None
+    told = next_move(view(*peers), MODEL, {NodeId("b"): 0})  # whoever is named holds at least what it holds
+    assert told is not None and told.node == "b"
+
+
 def test_a_node_that_drops_a_span_loads_as_much_again() -> None:
-    peers = [peer(name, (0, 5)) for name in "abc"] + [peer("d", (5, 6))]
+    peers = [peer(name, (0, 5), capacity=5) for name in "abc"] + [peer("d", (5, 6), capacity=1)]
     move = next_move(view(*peers), MODEL)
     assert move is not None
     assert (move.drop_first, move.take) == ((Span(MODEL, 0, 5),), (Span(MODEL, 1, 6),))
@@ -153,16 +161,20 @@ def test_a_node_that_drops_a_span_loads_as_much_again() -> None:
 
 def test_the_only_copy_of_a_served_layer_is_not_dropped_even_to_load_it_again() -> None:
     fixed = peer("c", (1, 4), state=PeerState.SUSPECT)
-    peers = [peer("a", (0, 4)), peer("b", (1, 6)), fixed]  # `a` could hold 0:1 and 4:6, but layer 0 would be gone for a while
+    peers = [
+        peer("a", (0, 4), capacity=4),
+        peer("b", (1, 6), capacity=5),
+        fixed,
+    ]  # `a` could hold 0:1 and 4:6, but layer 0 would be gone for a while
     assert next_move(view(*peers), MODEL) is None
-    roomy = [peer("a", (0, 4), capacity=6), peer("b", (1, 6)), fixed]
+    roomy = [peer("a", (0, 4), capacity=6), peer("b", (1, 6), capacity=5), fixed]
     move = next_move(view(*roomy), MODEL)
     assert move is not None and (move.node, move.drop_first, move.take) == ("a", (), (Span(MODEL, 4, 6),))
 
 
 def test_who_has_room_to_spare_moves_before_who_must_drop_something() -> None:
     for tight, roomy in (("b", "c"), ("c", "b"), ("x", "y"), ("y", "x"), ("1", "2"), ("2", "1")):
-        peers = [peer("a", (0, 6)), peer(tight, (0, 3)), peer(roomy, (0, 3), capacity=6)]
+        peers = [peer("a", (0, 6), capacity=6), peer(tight, (0, 3), capacity=3), peer(roomy, (0, 3), capacity=6)]
         move = next_move(view(*peers), MODEL)
         assert move is not None and move.node == roomy
 
