@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket as stdlib_socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from membership.events import JoinFailed, MemberEvent
 from membership.service import Membership
 from mesh.calls import Header, Reply
 from mesh.errors import BadRequest, LocalError, PeerLost
-from mesh.gossip import MAX_DATAGRAM_BYTES
+from mesh.gossip import MAX_DATAGRAM_BYTES, Ack, Alive, Gossip, Ping, Sender, decode, encode
 from mesh.ids import Address, NodeId, format_address
 from mesh.seal import KeySeal, PlainSeal, Seal
 from mesh.sync import SYNC_KIND
@@ -282,6 +283,36 @@ async def test_a_starved_loop_reads_what_is_ready_before_its_timers_accuse_anybo
         assert [event for event in heard if event.after is not PeerState.ALIVE] == []
         assert one.membership.statistics().swim.sleeps >= 5
         assert one.membership.statistics().swim.probes > 10
+
+
+async def test_an_ack_that_is_ready_when_the_timer_fires_is_in_time(mock_clock: trio.testing.MockClock) -> None:
+    """Eight rounds, for trio wakes the reader and the timer in random order: without the drain some round would fail."""
+    seal = PlainSeal()
+    async with a_mesh() as mesh:
+        node = await mesh.start(1)
+        with stdlib_socket.socket(stdlib_socket.AF_INET, stdlib_socket.SOCK_DGRAM) as peer:
+            peer.bind(("127.0.0.1", 0))
+            peer.settimeout(1.0)  # only a failing test waits
+            me = NodeId("2" * 16)
+            host, port = peer.getsockname()
+            by = Sender(me, 1, 0, 0)
+            peer.sendto(seal.seal(encode(Gossip(by, (Alive(me, 1, 0, "peer", host, port),)))), node.address)
+            await trio.testing.wait_all_tasks_blocked()
+            while node.membership.statistics().swim.probes == 0:
+                mock_clock.jump(0.05)
+                await trio.testing.wait_all_tasks_blocked()
+            for _ in range(8):  # each probe starts as the one before ends
+                sent_at = trio.current_time()
+                while not isinstance(ping := decode(seal.open(peer.recv(2000))), Ping):
+                    pass
+                for _ in range(4):
+                    mock_clock.jump(0.1)
+                    await trio.testing.wait_all_tasks_blocked()
+                peer.sendto(seal.seal(encode(Ack(by, ping.seq))), node.address)
+                mock_clock.jump(sent_at + 0.5 - trio.current_time() + 0.001)
+                await trio.testing.wait_all_tasks_blocked()
+                assert node.membership.view.peers[me].state is PeerState.ALIVE
+        assert node.membership.statistics().swim.probes_failed == 0
 
 
 async def test_statistics_count_what_happened(autojump_clock: trio.abc.Clock) -> None:
