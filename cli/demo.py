@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 STORE = "demo"
 QUESTION = "What happens to a request when a node that works on it dies?"
+PASSAGES = 3
 KILL_AFTER_TOKENS = 10
 READY_TIMEOUT_S = 60.0
 LONG_ENOUGH_S = 0.4  # a shorter answer might end before the kill takes effect
@@ -92,7 +93,7 @@ def ask_once(client: Client, tokens: int, seed: int, watch: Callable[[Run], None
     run = Run()
     begun = time.monotonic()
     with client.ask(
-        QUESTION, STORE, top_k=3, stream=True, seed=seed, max_tokens=tokens, ignore_eos=True, return_token_ids=True
+        QUESTION, STORE, top_k=PASSAGES, stream=True, seed=seed, max_tokens=tokens, ignore_eos=True, return_token_ids=True
     ) as stream:
         for chunk in stream:
             listed = [token for choice in chunk.get("choices") or () for token in choice.get("token_ids") or ()]
@@ -216,6 +217,27 @@ def compare(reference: Run, disturbed: Run, killer: Killer) -> None:
         raise DemoFailed("equal tokens, but the kill came too late to disturb the answer; try more --tokens")
 
 
+def tell_sources(client: Client, story: output.Story, run: Run) -> None:
+    """The passages that the answer cites, and those it was given. A model of random weights cites by accident only.
+
+    Raises:
+        DemoFailed: retrieval found nothing, or not all of the index answered.
+    """
+    if run.mesh.get("shards_ok") != run.mesh.get("shards_total") or "digest" not in run.mesh:
+        raise DemoFailed(f"expected all shards of {STORE} to answer, got {run.mesh.get('shards_ok')}")
+    passages = client.docs.search(STORE, QUESTION, top_k=PASSAGES)
+    if not passages:
+        raise DemoFailed("expected passages of the documents, found none")
+    for citation in run.citations:
+        story.say(f"[{citation['number']}] {citation['filename']}, characters {citation['start']}-{citation['end']}")
+    if run.citations:
+        return
+    story.say("its text names none of its sources, as random weights would have it; it was given these:")
+    for number, passage in enumerate(passages, 1):
+        text = " ".join(" ".join(part.get("text", "") for part in passage.get("content", ())).split())
+        story.say(f"[{number}] {passage['filename']} (score {passage['score']:.3f}): {text[:70]}…")
+
+
 def perform(mesh: LocalMesh, story: output.Story, tokens: int, seed: int) -> None:
     """The demo's steps. Raises MeshError when one of them fails."""
     from cli.models import default_model
@@ -251,10 +273,7 @@ def perform(mesh: LocalMesh, story: output.Story, tokens: int, seed: int) -> Non
         story.say(f"undisturbed: {len(reference.token_ids)} tokens in {reference.took_s:.2f} s ({rate:.0f} a second)")
         story.say(f"path {describe_path(client, reference)}")
         story.quote(reference.text[:160] + "…")
-        for citation in reference.citations:
-            story.say(f"[{citation.get('number', '?')}] {citation['filename']}, characters {citation['start']}-{citation['end']}")
-        if not reference.citations:
-            raise DemoFailed("expected citations of the documents, got none")
+        tell_sources(client, story, reference)
 
         story.step("The same question again, and a node on its path is killed in mid-answer")
         killer = Killer(mesh, client, entry)
