@@ -167,7 +167,9 @@ class Client:
         """
         try:
             import openai
-        except ImportError:
+        except ModuleNotFoundError as error:
+            if error.name != "openai":
+                raise
             raise LocalError("Client.openai() needs the openai package; install it with: pip install openai") from None
         return openai.OpenAI(base_url=f"{self.live_node()}/v1", api_key=self._api_key or "none")
 

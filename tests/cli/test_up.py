@@ -126,3 +126,9 @@ def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(BadRequest, match="expected a size"):
         size_bytes(text, "--memory")
+
+
+def test_the_example_configuration_is_one(started: list[NodeConfig]) -> None:
+    example = Path(__file__).parents[2] / "examples" / "mesh.toml"
+    assert mesh_command("up", "--config", str(example)).exit_code == 0
+    assert started == [NodeConfig(name="one", region="home")]
