@@ -8,7 +8,7 @@ from typing import TypeVar
 from membership.config import MembershipConfig
 from membership.core import MembershipCore
 from membership.effects import Effect, Send
-from mesh.gossip import Ack, Alive, Claim, Gossip, Message, Ping, Sender
+from mesh.gossip import Ack, Alive, Claim, Gossip, Ping, Sender
 from mesh.ids import Address, NodeId
 from mesh.view import PeerState
 
@@ -73,7 +73,3 @@ def run_to(core: MembershipCore, until: float, answers: bool = False) -> list[Ef
                 by = Sender(ping.target, member.epoch, member.incarnation, core.fingerprint)
                 effects += core.receive(to, Ack(by, ping.seq), now)
     return effects
-
-
-def claims_in(message: Message) -> tuple[Claim, ...]:
-    return message.claims
