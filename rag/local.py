@@ -23,7 +23,7 @@ from mesh.ids import NodeId
 from rag.clock import HybridClock
 from rag.index import Index
 from rag.registry import FILES, Entry, Registry
-from rag.replica import Replica
+from rag.replica import Digest, Replica
 from rag.search import Answer, ShardStats, from_wire
 from rag.store import StoreCorrupt, StoreFile, connect, storage_errors
 from rag.wire import Operation, Summary, flaw_of
@@ -235,19 +235,18 @@ class LocalStores:
                 self.changes += 1
         return Applied(len(sound), len(latest), tuple(rejected))
 
-    async def forget(self, store: str, shards: Sequence[int], still: Callable[[Replica, int], bool]) -> int:
-        """Drops shards that other nodes hold whole, if `still` says so once nobody writes. Returns how many."""
+    async def forget(self, store: str, shard: int, known: Digest) -> int:
+        """Drops a shard that other nodes hold whole, if it still is as `known`. Returns how many shards were dropped."""
         shelf = self._shelves.get(store)
         if shelf is None:
             return 0
         async with shelf.writing:
-            gone = [shard for shard in shards if still(shelf.replica, shard)]
-            if gone:
-                await trio.to_thread.run_sync(shelf.file.forget, gone)
-                for shard in gone:
-                    shelf.replica.forget(shard)
-                self.changes += 1
-        return len(gone)
+            if shelf.replica.digest(shard) != known:
+                return 0
+            await trio.to_thread.run_sync(shelf.file.forget, [shard])
+            shelf.replica.forget(shard)
+            self.changes += 1
+        return 1
 
     async def content(self, store: str, doc_id: str) -> bytes | None:
         shelf = self._shelves.get(store)

@@ -9,9 +9,7 @@ node that knows itself to be behind.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 import trio
@@ -22,6 +20,7 @@ from mesh.ids import NodeId
 from mesh.view import PeerState, View
 from rag import place, wire
 from rag.local import LocalStores
+from rag.reading import A, Ask, Heads, Part
 from rag.registry import Entry
 from rag.replica import SHARDS, Digest, Head, shard_of
 from rag.wire import Operation, Summary
@@ -32,50 +31,6 @@ READ_GRACE_S = 0.2
 WRITE_GRACE_S = 0.5  # that a write which stands waits for the remaining owners, so that they need no repair
 ASK_TIMEOUT_S = 2.0
 RETRY_S = 0.25
-
-A = TypeVar("A")
-
-
-class Part(Generic[A]):
-    """One node's answer, and the shards it is good for: those asked less those it knows itself to be behind in."""
-
-    def __init__(self, answer: A, shards: Iterable[int]) -> None:
-        self.answer = answer
-        self.shards = list(shards)
-
-
-Ask = Callable[[NodeId, list[int], bool], Awaitable[Part[A]]]
-"""Asks a node for shards; the flag lets it answer for those it is behind in too."""
-
-
-@dataclass(slots=True)
-class Heads:
-    """What was found of some (store id, document id), and which owners have been heard of it."""
-
-    latest: dict[tuple[str, str], Head]
-    heard: dict[tuple[str, str], set[NodeId]]
-    owners: dict[tuple[str, str], set[NodeId]]
-
-    def take(self, node: NodeId, item: tuple[str, str], head: Head | None) -> None:
-        self.heard[item].add(node)
-        if head is not None and (item not in self.latest or head.stamp > self.latest[item].stamp):
-            self.latest[item] = head
-
-    def get(self, store: str, doc_id: str) -> Head | None:
-        return self.latest.get((store, doc_id))
-
-    @property
-    def certain(self) -> bool:
-        """Whether no write that stood can have been missed: a read quorum meets every write quorum."""
-        return all(
-            len(owners & self.heard[item]) > len(owners) - min(place.WRITE_QUORUM, len(owners))
-            for item, owners in self.owners.items()
-        )
-
-    @property
-    def complete(self) -> bool:
-        """Whether every owner was heard, so that not even a write that failed half-way can have been missed."""
-        return all(owners <= self.heard[item] for item, owners in self.owners.items())
 
 
 class Peers:
@@ -279,18 +234,28 @@ class Peers:
 
     # -- reads
 
-    def candidates(self, store: str, shard: int, tried: Iterable[NodeId] = ()) -> list[NodeId]:
-        """Whom to ask for a shard, best first: live owners, then others that hold some of it; doubtful copies last."""
-        tried, live = set(tried), set(self.live())
+    def live_owners(self, store: str, shard: int) -> list[NodeId]:
+        """Whom to ask for a shard, best first; copies that missed a write of ours last."""
+        live = set(self.live())
         owners = [node for node in self.owners(store, shard) if node in live]
-        others = [node for node in sorted(live) if node not in owners and self.digest_at(node, store, shard).entries]
-        ranked = sorted(owners, key=lambda node: (node, store, shard) in self.doubted) + others
-        return [node for node in ranked if node not in tried]
+        return sorted(owners, key=lambda node: (node, store, shard) in self.doubted)
+
+    def holders(self, store: str, shard: int) -> list[NodeId]:
+        """Live owners and whoever else has told of entries: hints, and what has not moved yet. Those with the newest first."""
+        owners = self.live_owners(store, shard)
+        others = [node for node in self.live() if node not in owners and self.digest_at(node, store, shard).entries]
+
+        def fullness(node: NodeId) -> tuple[int, int]:
+            digest = self.digest_at(node, store, shard)
+            return -digest.newest, -digest.entries
+
+        return sorted(owners + others, key=fullness)
 
     async def read(self, entry: Entry, ask: Ask[A]) -> tuple[list[Part[A]], int]:
         """Answers for the shards of a store from few nodes, no shard twice, and how many shards were answered.
 
-        Nodes that are behind are taken at their word only where nobody else answers.
+        Owners that are not behind come first: others may hold a few entries that they keep for an owner, and no more.
+        Where no such owner answers, the fullest copy is taken at its word.
         """
         left, lost = set(range(SHARDS)), set[NodeId]()
         parts: list[Part[A]] = []
@@ -308,7 +273,14 @@ class Peers:
         for stale_too in (False, True):
             tried: dict[int, set[NodeId]] = {shard: set() for shard in left}
             while left:
-                plan = place.cover({shard: self.candidates(entry.id, shard, tried[shard] | lost) for shard in left}, self.me)
+                choices = self.holders if stale_too else self.live_owners
+                candidates = {
+                    shard: [node for node in choices(entry.id, shard) if node not in lost and node not in tried[shard]]
+                    for shard in left
+                }
+                if stale_too:
+                    candidates = {shard: nodes[:1] for shard, nodes in candidates.items()}
+                plan = place.cover(candidates, self.me)
                 if not plan:
                     break
                 for node, shards in plan.items():
@@ -328,7 +300,7 @@ class Peers:
         wanted: dict[NodeId, list[tuple[str, str]]] = {}
         owners = {item: set(self.owners(item[0], shard_of(item[1]))) for item in items}
         for item in owners:
-            for node in self.candidates(item[0], shard_of(item[1])):
+            for node in self.holders(item[0], shard_of(item[1])):
                 wanted.setdefault(node, []).append(item)
         found = Heads({}, {item: set() for item in owners}, owners)
         progress, waiting = trio.Event(), len(wanted)
@@ -370,7 +342,7 @@ class Peers:
     async def operation(self, entry: Entry, head: Head) -> Operation | None:
         """A document whole, as of this head or later, from whoever has it."""
         shard = shard_of(head.doc_id)
-        ranked = sorted(self.candidates(entry.id, shard), key=lambda node: node != self.me)
+        ranked = sorted(self.holders(entry.id, shard), key=lambda node: node != self.me)
         for node in ranked:
             try:
                 found = await self.fetch(node, entry, [head.doc_id])

@@ -3,8 +3,8 @@
 Each round compares this node's digests with those that live peers have gossiped. Where they differ the peer is asked
 for its present summary, as gossip is old; where they still differ, for a listing; then what is newer there is
 pulled, oldest first, and what is newer here is pushed if the peer owns the shard. Any two nodes may do this at the
-same time, in any order: merging makes it harmless. A node that holds a shard which it does not own drops it once
-all owners live and hold exactly the same.
+same time, in any order: merging makes it harmless. A node that holds entries of a shard which it does not own drops them
+once all owners live and list every one of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rag import place, wire
 from rag.local import LocalStores
 from rag.peers import PEER_FAILURES, Peers
 from rag.registry import FILES, Entry
-from rag.replica import SHARDS, Replica
+from rag.replica import SHARDS, Listed, Replica
 from rag.wire import Operation, Summary
 
 log = structlog.get_logger()
@@ -100,8 +100,7 @@ class Repair:
         return found
 
     async def _reconcile(self, node: NodeId, entry: Entry, shard: int) -> None:
-        _, tail = await self._peers.ask(node, "documents.listing", wire.ListingCall(entry, shard), timeout_s=10.0)
-        theirs = wire.decoded(wire.LISTING, tail)
+        theirs = await self._listing(node, entry, shard)
         owners = self._peers.owners(entry.id, shard)
         if self._me in owners:
             replica = self._local.replica(entry.id) or Replica()
@@ -131,26 +130,34 @@ class Repair:
             doc_ids = _after(doc_ids, operations)
 
     async def _drop_foreign(self) -> None:
-        """Lets go of shards that this node does not own, once every owner is live and tells of the same contents."""
-        live = set(self._peers.live())
+        """Lets go of shards that this node does not own, once every owner is live and holds all that is held here."""
         for entry in (FILES, *self._local.registry.live()):
             replica = self._local.replica(entry.id)
-            if replica is None:
-                continue
-            foreign = [shard for shard in replica.digests() if self._is_safe_elsewhere(entry, shard, replica, live)]
-            if foreign:
-                self.counts.dropped_shards += await self._local.forget(
-                    entry.id,
-                    foreign,
-                    # Looked at again once no write is under way: one may have come since.
-                    lambda held, shard, entry=entry: self._is_safe_elsewhere(entry, shard, held, live),  # type: ignore[misc]
-                )
+            for shard in replica.digests() if replica is not None else ():
+                before = self._peers.digest_here(entry.id, shard)
+                if not await self._is_safe_elsewhere(entry, shard):
+                    continue
+                # Only if nothing came while the owners were asked.
+                dropped = await self._local.forget(entry.id, shard, before)
+                self.counts.dropped_shards += dropped
 
-    def _is_safe_elsewhere(self, entry: Entry, shard: int, replica: Replica, live: set[NodeId]) -> bool:
-        owners = self._peers.owners(entry.id, shard)
+    async def _is_safe_elsewhere(self, entry: Entry, shard: int) -> bool:
+        owners, live = self._peers.owners(entry.id, shard), set(self._peers.live())
         if self._me in owners or len(owners) < place.REPLICAS or not live.issuperset(owners):
             return False
-        return all(self._peers.summary(owner).digest(entry.id, shard).agrees(replica.digest(shard)) for owner in owners)
+        for owner in owners:
+            try:
+                theirs = await self._listing(owner, entry, shard)
+            except PEER_FAILURES:
+                return False
+            replica = self._local.replica(entry.id)
+            if replica is None or replica.surplus(shard, theirs):
+                return False
+        return True
+
+    async def _listing(self, node: NodeId, entry: Entry, shard: int) -> list[Listed]:
+        _, tail = await self._peers.ask(node, "documents.listing", wire.ListingCall(entry, shard), timeout_s=10.0)
+        return wire.decoded(wire.LISTING, tail)
 
 
 def _after(doc_ids: list[str], operations: list[Operation]) -> list[str]:

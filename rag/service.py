@@ -24,7 +24,8 @@ from rag import chunk, parse, search, wire
 from rag.answers import Answers
 from rag.embed import Embedder
 from rag.local import LocalStores
-from rag.peers import Part, Peers
+from rag.peers import Peers
+from rag.reading import Part
 from rag.registry import FILES, MAX_STORES, Entry, check_name, store_id
 from rag.repair import Repair
 from rag.replica import SHARDS, Head

@@ -14,7 +14,7 @@ from mesh.errors import BadRequest, Refused
 from tests.rag.small_mesh import SmallMesh, small_mesh
 
 NODES = 4
-STEPS = 40
+STEPS = 32
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ async def check(mesh: SmallMesh, history: History) -> None:
     assert {file.id for file in await next(iter(mesh)).store_files("pages")} <= uploaded  # no passages of deleted files
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 async def test_acknowledged_writes_and_deletes_hold_after_any_faults(tmp_path: Path, jumping_clock: MockClock, seed: int) -> None:
     chance, history = Random(seed), History()
     async with small_mesh(tmp_path, NODES) as mesh:
@@ -115,6 +115,6 @@ async def test_acknowledged_writes_and_deletes_hold_after_any_faults(tmp_path: P
         for number, site in enumerate(mesh.sites):
             if not site.up:
                 await mesh.start(number)
-        await trio.sleep(15)
+        await trio.sleep(10)
         assert history.acknowledged > STEPS / 4, f"seed {seed}: the faults left nothing to check"
         await check(mesh, history)
