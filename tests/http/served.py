@@ -25,7 +25,7 @@ class Served:
     app: NodeApp
     server: Server
     port: int
-    nursery: trio.Nursery
+    scope: trio.CancelScope  # round `serve` alone, so that a test outlives its cancellation
     stopped: trio.Event  # `serve` has returned
 
     async def connect(self) -> trio.SocketStream:
@@ -121,24 +121,21 @@ def parse_replies(raw: bytes, methods: list[str]) -> list[Reply]:
 
 
 @asynccontextmanager
-async def serving(app: App, limits: Limits | None = None) -> AsyncIterator[tuple[Server, int, trio.Nursery, trio.Event]]:
+async def serving(app: App, limits: Limits | None = None) -> AsyncIterator[tuple[Server, int, trio.CancelScope, trio.Event]]:
     """Any ASGI application on a free port of loopback."""
-    stopped = trio.Event()
-
-    async def run(task_status: trio.TaskStatus[Server]) -> None:
-        try:
-            await serve(app, listeners, limits, task_status=task_status)
-        finally:
-            stopped.set()
-
+    stopped, scope = trio.Event(), trio.CancelScope()
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     port = listeners[0].socket.getsockname()[1]
+
+    async def run(task_status: trio.TaskStatus[Server]) -> None:
+        with scope:
+            await serve(app, listeners, limits, task_status=task_status)
+        stopped.set()
+
     async with trio.open_nursery() as nursery:
         server = await nursery.start(run)
-        try:
-            yield server, port, nursery, stopped
-        finally:
-            nursery.cancel_scope.cancel()
+        yield server, port, scope, stopped
+        scope.cancel()
 
 
 @asynccontextmanager
@@ -148,8 +145,8 @@ async def served(
     """A fake node behind the real application and server."""
     node = node or FakeNode()
     app = make_app(node, auth=auth, bound=("127.0.0.1", 0))
-    async with serving(app, limits) as (server, port, nursery, stopped):
-        yield Served(node, app, server, port, nursery, stopped)
+    async with serving(app, limits) as (server, port, scope, stopped):
+        yield Served(node, app, server, port, scope, stopped)
 
 
 async def ask_in_memory(app: NodeApp, chat: dict[str, Any], sent: list[tuple[float, bytes]], write_s: float = 0.0) -> None:

@@ -152,6 +152,19 @@ async def test_a_stream_that_fails_in_the_middle_ends_with_the_error_and_without
     assert events[-1]["error"]["code"] == "deadline_exceeded"
 
 
+async def test_one_failed_generation_ends_the_answer_of_several_prompts() -> None:
+    asked = {"prompt": ["a", "b"]}
+    for stream in (False, True):
+        scripts: list[list[Step]] = [[started(), HANG], [started(), HANG_A_MOMENT, DeadlineExceeded("too late")]]
+        async with served(FakeNode(scripts)) as site:
+            with trio.fail_after(5):
+                reply = await site.ask("POST", "/v1/completions", {**asked, "stream": stream})
+            assert site.node.open_generations == 0
+        assert reply.whole
+        error = reply.events()[-1]["error"] if stream else reply.error
+        assert error["code"] == "deadline_exceeded"
+
+
 async def test_a_bug_in_mid_stream_tells_no_internals_and_is_counted() -> None:
     script = [*saying()[:3], HANG_A_MOMENT, RuntimeError("the secret prompt")]
     async with served(FakeNode([list(script), [RuntimeError("the secret prompt")]])) as site:

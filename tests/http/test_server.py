@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import trio.testing
 from node.http.errors import ClientGone
 from node.http.exchange import Message
 from node.http.limits import Limits
+from node.requests import TextDelta
 from tests.http.fake_node import HANG, FakeNode, saying, started
 from tests.http.served import Served, parse_replies, parse_reply, read_all, served, serving
 
@@ -66,6 +68,14 @@ async def test_a_chunked_body_beyond_the_limit_is_refused_while_it_is_still_comi
     assert reply.status == 413 and reply.error["code"] == "body_too_large"
 
 
+async def test_a_client_that_sends_its_large_body_to_the_end_still_reads_why_it_was_refused() -> None:
+    async with served(limits=Limits(body_bytes=100_000)) as site, await site.connect() as client:
+        await client.send_all(post(b"x" * 8_000_000))
+        await client.send_eof()
+        reply = parse_reply(await read_all(client), "POST")
+    assert reply.status == 413
+
+
 async def test_the_bodies_of_all_requests_together_are_bounded_and_given_back() -> None:
     async with served(FakeNode([[started(), HANG]]), Limits(bodies_bytes=120, linger_s=0.05)) as site:
         async with await site.connect() as first:
@@ -100,8 +110,12 @@ async def test_slow_heads_and_bodies_get_408_and_a_silent_connection_just_ends()
     assert [reply.status for reply in idle] == [200]
 
 
-async def test_a_head_that_trickles_does_not_outlive_its_deadline() -> None:
-    async with served(limits=SHORT) as site, await site.connect() as client:
+@pytest.mark.parametrize("kept_alive", [False, True])
+async def test_a_head_that_trickles_does_not_outlive_its_deadline(kept_alive: bool) -> None:
+    async with served(limits=replace(SHORT, keep_alive_s=60)) as site, await site.connect() as client:
+        if kept_alive:
+            await client.send_all(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            await client.receive_some(4096)
 
         async def trickle() -> None:
             try:
@@ -128,6 +142,16 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
     assert [reply.status for reply in replies] == [200, 200, 200, 404]
     assert replies[0].json()["object"] == "chat.completion"
     assert replies[2].events()[-1] == "[DONE]"
+
+
+async def test_a_client_that_pipelines_more_than_is_read_ahead_just_waits() -> None:
+    node = FakeNode([saying(pause_s=0.02)])
+    async with served(node, Limits(pipelined_bytes=5_000)) as site, await site.connect() as client:
+        get = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+        await client.send_all(post(CHAT_BODY) + get * 400 + get.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+        replies = parse_replies(await read_all(client), ["POST"] + ["GET"] * 401)
+    assert replies[0].json()["usage"]["completion_tokens"] == 5
+    assert [reply.status for reply in replies] == [200] * 402
 
 
 async def test_a_body_nobody_wanted_does_not_become_the_next_request() -> None:
@@ -184,7 +208,7 @@ async def test_cancelling_a_server_whose_client_stopped_reading_is_immediate_and
         await trio.testing.wait_all_tasks_blocked(0.05)  # the server's writer among them: the buffers are full
         assert node.open_generations == 1
         began = trio.current_time()
-        site.nursery.cancel_scope.cancel()
+        site.scope.cancel()
         with trio.fail_after(2):
             await site.stopped.wait()
         assert trio.current_time() - began < 1
@@ -200,6 +224,18 @@ async def test_a_reader_that_stalls_longer_than_the_write_deadline_is_dropped() 
         assert site.server.statistics().stalled_readers_total == 1
         raw = await read_all(client)
         assert not parse_reply(raw, "POST").whole
+
+
+async def test_nothing_follows_a_chunk_that_was_torn_by_a_failure() -> None:
+    huge = TextDelta(0, "x" * 20_000_000, (1,), 1)
+    node = FakeNode([[started(), huge, 0.1, RuntimeError("while the writer waits for its reader")]])
+    async with served(node) as site, await site.connect() as client:
+        await client.send_all(post(STREAM_BODY))
+        with trio.fail_after(5):
+            await node.left.wait()
+        raw = await read_all(client)
+    assert not parse_reply(raw, "POST").whole
+    assert b"error" not in raw
 
 
 async def test_drain_lets_a_stream_end_and_closes_idle_connections_at_once() -> None:

@@ -93,6 +93,8 @@ async def test_streams_hang_ups_stalls_and_plain_http_behind_tls(contexts: tuple
         await client.receive_some(10)
         await trio.testing.wait_all_tasks_blocked(0.05)
         assert node.open_generations == 1 and server.statistics().connections == 1
+        began = trio.current_time()
         nursery.cancel_scope.cancel()
-        await trio.aclose_forcefully(client)
+    assert trio.current_time() - began < 1
     assert node.open_generations == 0
+    await trio.aclose_forcefully(client)
