@@ -75,7 +75,10 @@ class Alive(msgspec.Struct, frozen=True, array_like=True, tag="a"):
 
 
 class Suspect(msgspec.Struct, frozen=True, array_like=True, tag="s"):
-    """`by` probed `node` at this incarnation, itself and through others, and heard nothing."""
+    """`by` probed `node` at this incarnation, itself and through others, and heard nothing.
+
+    `by` equal to `node` stands for an accuser whose name got lost; it confirms nothing.
+    """
 
     node: Id
     epoch: Counter
@@ -190,4 +193,4 @@ def load_is_sane(load: Load) -> bool:
     """No figure is negative, infinite or not a number: one such would poison every score computed from it."""
     counts = (load.running, load.waiting, load.kv_blocks_used, load.kv_blocks_total, load.prefill_tokens_queued)
     rates = (load.prefill_tok_s, load.step_ms)
-    return all(0 <= count <= _COUNTER_MAX for count in counts) and all(0 <= rate and math.isfinite(rate) for rate in rates)
+    return all(0 <= count <= _COUNTER_MAX for count in counts) and all(rate >= 0 and math.isfinite(rate) for rate in rates)
