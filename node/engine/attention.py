@@ -23,11 +23,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from node.engine.kvcache import SequenceKV
+from node.engine.kvcache import STRETCH, SequenceKV
 
 NAME = "mesh"
 ROW_QUANTUM = 8
-STRETCH = 128  # positions; divides the cache's blocks
 
 
 @dataclass(slots=True)

@@ -2,8 +2,7 @@
 
 A block is room for `BLOCK_TOKENS` tokens of one sequence in all layers of one loaded span. On CPUs a sequence keeps
 its blocks as one contiguous buffer (`kvcache`): torch has no paged attention kernel there, gathering pages costs as
-much as attending, and the exactness rules read whole multiples of 512 tokens anyway, so smaller blocks would buy
-nothing (research/engine.md §4). The buffers come from calloc, so a half-filled block costs the pages it has touched.
+much as attending, and prefixes are recomputed exactly, so smaller pages would buy nothing (research/engine.md §4).
 
 Blocks are numbered and reference-counted: a sequence holds its blocks, and so does the step that computes on
 them, so closing a sequence in mid-step gives nothing away before the step is over.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,9 +200,9 @@ def _digest(directory: Path, files: list[Path]) -> str:
     for path in files:
         header = read_header(path)
         digest.update(header)
-        size = os.path.getsize(path)
+        first, last = 8 + len(header), max(8 + len(header), path.stat().st_size - SAMPLE_BYTES)
         with path.open("rb") as file:
             for number in range(SAMPLES):
-                file.seek(8 + len(header) + (size - 8 - len(header)) * number // SAMPLES)
+                file.seek(first + (last - first) * number // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()

@@ -103,31 +103,24 @@ def bucket_for(rows: int, buckets: tuple[int, ...]) -> int:
 def agreeing_buckets(product: Rows, inputs: int, dtype: torch.dtype, candidates: tuple[int, ...] = BUCKETS) -> tuple[int, ...]:
     """The row counts among `candidates` for which every row of a product has the same bits as in the others.
 
-    Eight distinct rows are repeated to fill each count, so a row is compared in many places. Among sets that agree
-    the largest wins, then the one with the smallest member.
+    Eight distinct rows are repeated to fill each count, from the end backwards, so every row stands in many places and
+    the small counts hold the first few. Each count is held against one of those with all eight; the largest set that
+    agrees wins, among equal ones the first.
     """
-    seeds = torch.Generator().manual_seed(20_24)
-    distinct = torch.randn(8, inputs, generator=seeds).to(dtype)
-    outputs: list[tuple[int, torch.Tensor]] = []
+    distinct = torch.randn(8, inputs, generator=torch.Generator().manual_seed(2024)).to(dtype)
+    outputs: dict[int, torch.Tensor] = {}
     for count in candidates:
-        order = (torch.arange(count) * 5 + count) % 8  # visits all eight; shifted, so no row keeps its place
+        order = torch.arange(count - 1, -1, -1) % 8
         out = product(distinct[order])
-        first = torch.stack([out[order == row][0] for row in range(8) if row in order])
-        if torch.equal(first[torch.searchsorted(order.unique(), order)], out):  # equal rows came out equal
-            full = torch.full((8, out.shape[1]), float("nan"), dtype=out.dtype)
-            full[order] = out
-            outputs.append((count, full))
+        rows = out[-8:].flip(0)  # rows 0, 1, 2 … of `distinct`
+        if torch.equal(rows[order], out):
+            outputs[count] = rows
     best: list[int] = []
-    for _, reference in outputs:
-        agreeing = [count for count, other in outputs if _equal_where_known(reference, other)]
+    for reference in (rows for rows in outputs.values() if len(rows) == 8):
+        agreeing = [count for count, rows in outputs.items() if torch.equal(rows, reference[: len(rows)])]
         if len(agreeing) > len(best):
             best = agreeing
     return tuple(best)
-
-
-def _equal_where_known(left: torch.Tensor, right: torch.Tensor) -> bool:
-    known = ~(left.isnan() | right.isnan())
-    return torch.equal(left[known], right[known])
 
 
 def linear_modules(root: nn.Module) -> Iterable[tuple[nn.Module, str, nn.Module]]:

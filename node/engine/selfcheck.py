@@ -13,7 +13,7 @@ from node.engine.kvcache import SequenceKV
 from node.engine.stage import Stage
 
 PROBE_TOKENS = 41  # neither a multiple of 8 nor of any bucket
-TOLERANCE = {"onednn-fp32": 1e-3, "aten-fp32": 1e-3, "fbgemm-fp16": 2e-2, "onednn-bf16": 6e-2, "aten-bf16": 6e-2}
+TOLERANCE = {"onednn-fp32": 1e-3, "aten-fp32": 1e-3, "fbgemm-fp16": 2e-2, "onednn-bf16": 0.1, "aten-bf16": 0.1}
 
 
 class Probe:
@@ -66,12 +66,12 @@ def plain_output(stage: Stage) -> torch.Tensor:
 
 
 def difference(stage: Stage, plain: torch.Tensor) -> float:
-    """The middle over rows of the relative distance to the plain model; over rows, so one flipped expert is no failure."""
+    """The relative distance to the plain model that three rows in four keep; one in two where a rounding flips experts."""
     probe = Probe(stage, seed=1, count=PROBE_TOKENS)
     parts = [run_together(stage, [(probe, count)]) for count in (PROBE_TOKENS - 18, 16, 1, 1)]
     mine = torch.cat(parts).float()
     distance = (mine - plain).norm(dim=1) / plain.norm(dim=1).clamp_min(1e-9)
-    return float(distance.median())
+    return float(distance.quantile(0.5 if stage.checkpoint.mixture else 0.75))
 
 
 def computes_like_the_plain_model(stage: Stage, plain: torch.Tensor) -> bool:

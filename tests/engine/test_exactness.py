@@ -35,7 +35,10 @@ def step(rows: list[tuple[Sequence, int]]) -> None:
     hidden: torch.Tensor | None = None
     path = rows[0][0].path
     for number, (stage, start, end) in enumerate(path):
-        segments, positions, ids, last = [], [], [], []
+        segments: list[Segment] = []
+        positions: list[int] = []
+        ids: list[int] = []
+        last: list[int] = []
         for sequence, count in rows:
             segments.append(Segment(len(positions), count, sequence.computed, sequence.kv[number]))
             positions += range(sequence.computed, sequence.computed + count)

@@ -1,0 +1,106 @@
+"""Packed linears: right, and the same bits whatever rows stand beside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from node.engine import machine
+from node.engine.linear import BUCKETS, KERNELS, agreeing_buckets, bucket_for, pack
+
+SHAPES = [(64, 176), (176, 64), (256, 704), (512, 2048)]
+
+
+def layer_of(inputs: int, outputs: int, seed: int = 0) -> nn.Linear:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Linear(inputs, outputs).requires_grad_(False)
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_row_keeps_its_bits_in_any_company(shape: tuple[int, int], kernel: machine.Kernel) -> None:
+    packed = pack(layer_of(*shape).to(kernel.dtype), kernel)
+    packed.buckets = agreeing_buckets(packed.product, shape[0], kernel.dtype)
+    assert packed.buckets, "no two row counts agree"
+    rows = torch.randn(700, shape[0], generator=torch.Generator().manual_seed(1)).to(kernel.dtype)
+    together = packed(rows)
+    for first, count in ((0, 1), (3, 1), (0, 2), (5, 3), (10, 7), (64, 33), (100, 129), (188, 512), (0, 699)):
+        assert torch.equal(packed(rows[first : first + count]), together[first : first + count])
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=lambda kernel: kernel.name)
+def test_packed_layers_compute_what_the_plain_ones_do(kernel: machine.Kernel) -> None:
+    plain = layer_of(64, 176)
+    tolerance = 3e-2 if kernel.dtype is torch.bfloat16 else 1e-3
+    rows = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(
+        pack(layer_of(64, 176).to(kernel.dtype), kernel)(rows.to(kernel.dtype)).float(),
+        plain(rows),
+        atol=tolerance,
+        rtol=tolerance,
+    )
+    turned = Conv1D(176, 64).requires_grad_(False)
+    turned.weight.data, turned.bias.data = plain.weight.t().contiguous(), plain.bias
+    torch.testing.assert_close(
+        pack(turned.to(kernel.dtype), kernel)(rows.to(kernel.dtype)).float(), plain(rows), atol=tolerance, rtol=tolerance
+    )
+
+
+@given(st.integers(1, 3000), st.sets(st.sampled_from(BUCKETS), min_size=1))
+def test_a_bucket_holds_its_rows_and_wastes_none_of_a_smaller_one(rows: int, some: set[int]) -> None:
+    buckets = tuple(sorted(some))
+    bucket = bucket_for(rows, buckets)
+    assert bucket >= rows
+    assert bucket in buckets or bucket % buckets[-1] == 0
+    assert not any(rows <= other < bucket for other in buckets)
+
+
+def test_row_counts_that_round_differently_are_found_out() -> None:
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        return rows * (1.5 if rows.shape[0] in (2, 24) else 1.0)
+
+    assert agreeing_buckets(product, 8, torch.float32) == tuple(count for count in BUCKETS if count not in (2, 24))
+
+
+def test_a_kernel_that_treats_places_differently_is_found_out() -> None:
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        return rows * torch.linspace(1.0, 1.1, rows.shape[0])[:, None] if rows.shape[0] > 4 else rows.clone()
+
+    assert agreeing_buckets(product, 8, torch.float32) == ()
+
+
+def test_weights_beyond_float16_refuse_the_float16_kernel() -> None:
+    layer = layer_of(8, 8)
+    layer.weight[0, 0] = 1e5
+    with pytest.raises(ValueError, match="too large for float16"):
+        pack(layer, KERNELS["fbgemm-fp16"])
+
+
+@settings(deadline=None)
+@given(st.sampled_from(["auto", "float32", "bfloat16"]), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_nothing_is_rounded_that_was_not_asked_for(wanted: str, stored: torch.dtype) -> None:
+    names = [kernel.name for kernel in machine.candidates(wanted, stored)]
+    if wanted == "auto" and stored is torch.float32:
+        assert names == ["onednn-fp32", "aten-fp32"]
+    if wanted == "auto" and stored is torch.float16:
+        assert not any("bf16" in name for name in names)
+    if wanted != "auto":
+        assert {KERNELS[name].dtype for name in names} == {getattr(torch, wanted)}
+
+
+def test_the_choice_overrules_the_rule_of_thumb_only_by_a_decisive_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"fbgemm-fp16": 1.0, "onednn-bf16": 1.2, "onednn-fp32": 2.5, "aten-fp32": 9.0}
+    monkeypatch.setattr(machine, "_decode_time_s", lambda kernel, weight: times[kernel.name])
+    monkeypatch.setattr(machine, "isa", lambda: "AVX512+bf16")
+    ranked = machine.ranked.__wrapped__
+    assert ranked("auto", torch.bfloat16, 2048, 2048)[0].name == "onednn-bf16"
+    times["fbgemm-fp16"] = 0.7
+    assert ranked("auto", torch.bfloat16, 2048, 2048)[0].name == "fbgemm-fp16"
+    assert ranked("auto", torch.bfloat16, 256, 704)[0].name == "onednn-bf16", "too small to be worth a timing"
+    monkeypatch.setattr(machine, "isa", lambda: "AVX2")
+    assert ranked("auto", torch.bfloat16, 256, 704)[0].name == "fbgemm-fp16"
