@@ -23,9 +23,11 @@ from rag.local import LocalStores
 from rag.reading import A, Ask, Heads, Part
 from rag.registry import Entry
 from rag.replica import SHARDS, Digest, Head, shard_of
+from rag.store import StoreCorrupt
 from rag.wire import Operation, Summary
 
 PEER_FAILURES = (PeerLost, DeadlineExceeded, Refused, BadRequest, RemoteError)
+COPY_FAILURES = (*PEER_FAILURES, StoreCorrupt)  # a copy, here or elsewhere, that cannot be written or read: others can
 WRITE_DEADLINE_S = 10.0  # for membership to notice a dead owner, and then some
 READ_GRACE_S = 0.2
 WRITE_GRACE_S = 0.5  # that a write which stands waits for the remaining owners, so that they need no repair
@@ -189,7 +191,7 @@ class Peers:
                     failed.pop(node, None)
                 else:
                     failed[node] = reason
-            except PEER_FAILURES as error:
+            except COPY_FAILURES as error:
                 failed[node] = str(error)
             waiting -= 1
             progress.set()
@@ -263,7 +265,7 @@ class Peers:
         async def put(node: NodeId, shards: list[int], stale_too: bool) -> None:
             try:
                 part = await ask(node, shards, stale_too)
-            except PEER_FAILURES:
+            except COPY_FAILURES:
                 lost.add(node)
                 return
             part.shards = [shard for shard in part.shards if shard in shards]
@@ -346,7 +348,7 @@ class Peers:
         for node in ranked:
             try:
                 found = await self.fetch(node, entry, [head.doc_id])
-            except PEER_FAILURES:
+            except COPY_FAILURES:
                 continue
             if found and found[0].head.stamp >= head.stamp:
                 return found[0]

@@ -187,12 +187,11 @@ class Documents:
         head = await self._file_head(file_id)
         entries = self._local.registry.live()
         heads = await self._peers.heads([(entry.id, file_id) for entry in entries])
-        async with trio.open_nursery() as nursery:
-            for entry in entries:
-                held = heads.get(entry.id, file_id)
-                # An owner that was not heard may hold it: a tombstone where nothing was costs less than a ghost.
-                if (held is not None and not held.deleted) or (held is None and not heads.complete):
-                    nursery.start_soon(self._bury, entry, file_id)
+        for entry in entries:
+            held = heads.get(entry.id, file_id)
+            # An owner that was not heard may hold it: a tombstone where nothing was costs less than a ghost.
+            if (held is not None and not held.deleted) or (held is None and not heads.complete):
+                await self._bury(entry, file_id)
         await self._bury(FILES, head.doc_id)
 
     async def _bury(self, entry: Entry, doc_id: str) -> None:

@@ -157,6 +157,36 @@ async def test_a_hanging_peer_does_not_hold_a_read_up(tmp_path: Path, jumping_cl
         assert trio.current_time() - started < 1.0
 
 
+async def test_a_delete_that_does_not_reach_a_quorum_says_so_and_can_be_done_again(
+    tmp_path: Path, jumping_clock: MockClock
+) -> None:
+    async with small_mesh(tmp_path, 2) as mesh:
+        await mesh[0].create_store("pages")
+        file = await mesh[0].put_file("a.md", b"text")
+        await mesh[0].attach("pages", file.id)
+        await mesh.kill(1)
+        mesh.unnoticed = True
+        with pytest.raises(Refused, match="2 are needed"):
+            await mesh[0].delete_file(file.id)
+        mesh.unnoticed = False
+        await mesh[0].delete_file(file.id)
+        assert await mesh[0].files() == await mesh[0].store_files("pages") == []
+
+
+async def test_a_copy_that_breaks_while_in_use_leaves_the_others_answering(tmp_path: Path, jumping_clock: MockClock) -> None:
+    async with small_mesh(tmp_path, 3) as mesh:
+        await mesh[0].create_store("pages")
+        file = await mesh[0].put_file("a.md", b"otters swim")
+        await mesh[0].attach("pages", file.id)
+        shelf = mesh[0]._local._shelves[mesh[0].store("pages").id]
+        shelf.file.path = shelf.file.path.with_name("broken")  # what its index will open
+        await trio.Path(shelf.file.path).write_bytes(b"noise" * 5000)
+        result = await mesh[0].search("pages", "otters", 1)
+        assert (result.passages[0].file_id, result.shards_ok) == (file.id, 8)
+        again = await mesh[1].search("pages", "otters", 1)
+        assert again == result
+
+
 async def test_vectors_of_another_embedder_are_not_mixed_in(tmp_path: Path, jumping_clock: MockClock) -> None:
     async with small_mesh(tmp_path, 2) as mesh:
         await mesh[0].create_store("pages")
