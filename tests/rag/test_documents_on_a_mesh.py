@@ -253,3 +253,34 @@ async def test_clocks_that_differ_by_less_do_not_undo_a_later_delete(tmp_path: P
         for documents in mesh:
             assert await documents.files() == []
             assert await documents.store_files("pages") == []
+
+
+async def test_a_file_deleted_on_one_side_and_attached_on_the_other_leaves_no_passages(
+    tmp_path: Path, jumping_clock: MockClock
+) -> None:
+    async with small_mesh(tmp_path, 3) as mesh:
+        await mesh[0].create_store("pages")
+        file = await mesh[0].put_file("a.md", b"otters swim")
+        mesh.split([0, 1], [2])
+        await mesh[0].delete_file(file.id)
+        await trio.sleep(0.05)
+        await mesh[2].attach("pages", file.id)  # the later write, on a side that has not heard of the delete
+        mesh.heal()
+        await trio.sleep(10)
+        for documents in mesh:
+            assert await documents.store_files("pages") == await documents.files() == []
+            assert (await documents.search("pages", "otters", 5)).passages == ()
+
+
+async def test_a_write_to_a_store_that_was_deleted_since_is_not_taken(tmp_path: Path, jumping_clock: MockClock) -> None:
+    async with small_mesh(tmp_path, 1) as mesh:
+        await mesh[0].create_store("pages")
+        local = mesh[0]._local
+        old_entry = local.registry.find("pages")
+        late = Operation(mesh[0]._head("late", deleted=True))
+        await mesh[0].delete_store("pages")
+        assert (await local.apply(old_entry, [late])).rejected == ("a store that was deleted",)
+        await mesh[0].create_store("pages")
+        assert (await local.apply(old_entry, [late])).rejected == ("a store that was deleted",)
+        now = Operation(mesh[0]._head("now", deleted=True))
+        assert (await local.apply(old_entry, [now])).accepted == 1
