@@ -157,7 +157,9 @@ def _attend_singles(layer: int, tiles: list[Tile], q: torch.Tensor, kv_heads: in
         return
     heads, _, dim = q.shape
     shared = heads // kv_heads
-    rows = torch.tensor([tile.row for tile in tiles])
+    first = tiles[0].row
+    together = tiles[-1].row - first + 1 == len(tiles)  # as when all decode: views, no copies
+    rows = slice(first, first + len(tiles)) if together else torch.tensor([tile.row for tile in tiles])
     stacked = q.new_zeros(len(tiles), kv_heads, padded(shared, ROW_QUANTUM), dim)
     stacked[:, :, :shared] = q[:, rows].transpose(0, 1).reshape(len(tiles), kv_heads, shared, dim)
     answers = []

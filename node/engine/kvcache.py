@@ -39,7 +39,7 @@ class SequenceKV:
         buffer[:, 0, :, position:end] = kv
 
     def read(self, layer: int, first: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of keys and values `[1, kv_heads, length, dim]` from position `first`; may reach to the end of the last stretch."""
+        """Views of keys and values `[1, kv_heads, length, dim]` from position `first` on, up to the end of a stretch."""
         keys, values = self._layers[layer].narrow(3, first, length).unbind(0)
         return keys, values
 

@@ -23,12 +23,24 @@ from torch import nn
 from mesh.errors import BadRequest
 from node.engine.attention import NAME, PackedBatch, Segment, set_batch
 from node.engine.checkpoint import KNOWN_GOOD, Checkpoint
-from node.engine.linear import BUCKETS, Kernel, agreeing_buckets, bucket_for, linear_modules, pack
+from node.engine.linear import (
+    BUCKETS,
+    Kernel,
+    PackedLinear,
+    agreeing_buckets,
+    bucket_for,
+    linear_modules,
+    pack,
+    pack_siblings,
+    siblings,
+)
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
 VECTOR_ELEMENTS = 64  # two AVX-512 vectors of bf16: what one turn of an elementwise kernel takes; its remainder rounds apart
+
+OUTER_ROWS = 64  # the head is given one row a sequence, so larger buckets need no trial on its many columns
 
 
 class AbsentLayer(nn.Module):
@@ -214,26 +226,38 @@ class Stage:
         Raises:
             ValueError: this kernel cannot hold the weights, or no two row counts agree.
         """
-        layers = {id(module) for number in range(self.start, self.end) for module in self._slots[number].modules()}
-        buckets, shapes, packed_layers = list(self._even_buckets()), set(), []
-        for parent, name, layer in linear_modules(self.model):
-            packed = pack(layer, self.kernel)
-            if (packed.in_features, packed.out_features) not in shapes and buckets:
-                shapes.add((packed.in_features, packed.out_features))
-                within = tuple(buckets) if id(layer) in layers else tuple(count for count in buckets if count <= 64)
-                agreed = agreeing_buckets(packed.product, packed.in_features, self.kernel.dtype, within)
-                buckets = [count for count in buckets if count in agreed or (count > 64 and id(layer) not in layers)]
-            setattr(parent, name, packed)
-            packed_layers.append((packed, id(layer) in layers))
-        if not buckets:
-            raise ValueError(f"{self.kernel.name} gives a row other bits for every number of rows beside it")
-        self.buckets = tuple(buckets)
-        for packed, is_layer in packed_layers:
-            packed.buckets = self.buckets if is_layer else tuple(count for count in buckets if count <= 64) or self.buckets
+        even = self._even_buckets()
+        inner = [pack_siblings(parent, names, self.kernel) for parent, names in siblings(self._slots)]
+        for parent, name, layer in linear_modules(self._slots):
+            inner.append(pack(layer, self.kernel))
+            setattr(parent, name, inner[-1])
+        buckets = self._agreed(inner, even)
+        outer = []
+        for parent, name, layer in linear_modules(self.model):  # the head, and what some models put around the layers
+            outer.append(pack(layer, self.kernel))
+            setattr(parent, name, outer[-1])
+        small = tuple(count for count in buckets if count <= OUTER_ROWS) or buckets
+        agreed = self._agreed(outer, small)
+        self.buckets = tuple(count for count in buckets if count in agreed or count not in small)
+        for packed in inner:
+            packed.buckets = self.buckets
+        for packed in outer:
+            packed.buckets = agreed
         if self.start > 0 and not isinstance(self.model.get_input_embeddings(), AbsentEmbedding):
             self.model.set_input_embeddings(AbsentEmbedding())  # a tied head's: packed now, and never looked up here
 
-    def _even_buckets(self) -> list[int]:
+    def _agreed(self, layers: list[PackedLinear], buckets: tuple[int, ...]) -> tuple[int, ...]:
+        """The buckets on which one layer of each shape agrees."""
+        tried = set()
+        for packed in layers:
+            if (packed.in_features, packed.out_features) not in tried:
+                tried.add((packed.in_features, packed.out_features))
+                buckets = agreeing_buckets(packed.product, packed.in_features, self.kernel.dtype, buckets)
+        if not buckets:
+            raise ValueError(f"{self.kernel.name} gives a row other bits for every number of rows beside it")
+        return buckets
+
+    def _even_buckets(self) -> tuple[int, ...]:
         """Buckets at which every activation is a whole number of vectors, so no element meets a kernel's remainder loop."""
         widths = {self.checkpoint.hidden_size}
         for number in range(self.start, self.end):
@@ -241,5 +265,5 @@ class Stage:
                 weight = layer.weight
                 widths |= set(weight.shape)
         chunk = VECTOR_ELEMENTS * self.threads
-        even = [count for count in BUCKETS if all(count * width % chunk == 0 for width in widths)]
-        return even or list(BUCKETS)
+        even = tuple(count for count in BUCKETS if all(count * width % chunk == 0 for width in widths))
+        return even or BUCKETS

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from node.engine import machine
-from node.engine.linear import BUCKETS, KERNELS, agreeing_buckets, bucket_for, pack
+from node.engine.linear import BUCKETS, KERNELS, agreeing_buckets, bucket_for, pack, pack_siblings, siblings
 
 SHAPES = [(64, 176), (176, 64), (256, 704), (512, 2048)]
 
@@ -49,6 +49,32 @@ def test_packed_layers_compute_what_the_plain_ones_do(kernel: machine.Kernel) ->
     torch.testing.assert_close(
         pack(turned.to(kernel.dtype), kernel)(rows.to(kernel.dtype)).float(), plain(rows), atol=tolerance, rtol=tolerance
     )
+
+
+def test_siblings_compute_once_for_the_same_rows_and_apart_for_others() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = layer_of(64, 64, 1), layer_of(64, 32, 2), layer_of(64, 32, 3)
+
+    attention, plain = Attention(), Attention()
+    ((parent, names),) = siblings(attention)
+    together = pack_siblings(parent, names, KERNELS["onednn-fp32"])
+    calls = []
+    product = together.product
+
+    def counted(rows: torch.Tensor) -> torch.Tensor:
+        calls.append(len(rows))
+        return product(rows)
+
+    together.product = counted
+    first, second = torch.randn(2, 2, 64, generator=torch.Generator().manual_seed(1))
+    for rows in (first, second, first):
+        for name in names:
+            torch.testing.assert_close(getattr(attention, name)(rows), getattr(plain, name)(rows), atol=1e-5, rtol=1e-5)
+    assert calls == [2, 2, 2]
+    torch.testing.assert_close(attention.v_proj(first), plain.v_proj(first), atol=1e-5, rtol=1e-5)  # out of turn
+    torch.testing.assert_close(attention.v_proj(first), plain.v_proj(first), atol=1e-5, rtol=1e-5)
 
 
 @given(st.integers(1, 3000), st.sets(st.sampled_from(BUCKETS), min_size=1))
