@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from random import Random
 
 import trio
 
-from mesh.errors import BadRequest, Refused
+from mesh.errors import BadRequest
 from mesh.ids import Address, NodeId
 from node.engine.api import SequenceLost, TokenOut
 from node.generation import PeerGone, TokenDrawn
@@ -17,8 +18,7 @@ from node.prompts import Prompts
 from node.recent import RecentRequests
 from node.request_run import EntryCounters, EntryNode, RequestRun
 from node.requests import GenerateEvent, GenerateRequest
-
-REQUESTS_AT_ONCE = 4096  # memory of waiting requests; beyond it the mesh says 503
+from routing.admission import AdmissionLimits, admit
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +31,23 @@ class EntryStatistics:
 class Entry:
     """Takes requests up, and passes on to each what peers tell of it."""
 
-    def __init__(self, node: EntryNode, prompts: Prompts, planning: Planning, request_timeout_s: float) -> None:
+    def __init__(
+        self,
+        node: EntryNode,
+        prompts: Prompts,
+        planning: Planning,
+        request_timeout_s: float,
+        rng: Random,
+        limits: AdmissionLimits | None = None,
+    ) -> None:
         self.node = node
         self.recent = RecentRequests()
         self._prompts = prompts
         self._planning = planning
         self._request_timeout_s = request_timeout_s
         self._runs: dict[str, RequestRun] = {}
+        self._rng = rng
+        self._limits = limits or AdmissionLimits()
         self._nursery: trio.Nursery | None = None
         self._counters = EntryCounters()
 
@@ -55,13 +65,19 @@ class Entry:
     @asynccontextmanager
     async def generate(self, request: GenerateRequest) -> AsyncIterator[AsyncIterator[GenerateEvent]]:
         """See `node.services.NodeServices.generate`."""
-        if len(self._runs) >= REQUESTS_AT_ONCE:
-            raise Refused(f"{REQUESTS_AT_ONCE} requests wait at this node already", 2.0)
+        statistics = self.statistics()
+        admit(
+            self._limits,
+            running=len(self._runs),
+            waiting=statistics.waiting,
+            expected_wait_s=self._planning.last_wait_s,
+            deadline_s=request.deadline_s,
+        )
         if request.id in self._runs:
             raise BadRequest(f"stream {request.id} is running already", status=409)
         deadline_at = trio.current_time() + (request.deadline_s or self._request_timeout_s)
         prompt = await self._prompts.prepare(request)
-        run = RequestRun(self.node, self._planning, self._counters, request, prompt, deadline_at)
+        run = RequestRun(self.node, self._planning, self._counters, request, prompt, deadline_at, self._rng)
         self._runs[request.id] = run
         self.recent.add(run.record)
         self._counters.requests_total += 1

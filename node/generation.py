@@ -7,7 +7,7 @@ It decides which attempt counts, which token comes next, and when to plan a new 
 3. Whatever is lost (a stage, its link, its member, its answer in time) leads to the same transition:
    close the old attempt, plan the next, replay prompt and tokens, go on. There is no other failover.
 4. A refusal costs no attempt's work: another path at once, twice; then the request waits here, at the
-   entry, where it can still go anywhere (late binding).
+   entry, where it can still go anywhere (`routing.bounce`).
 
 A later journal commits each token to a peer before `Emit`; it slots in between `token` and `Emit`.
 """
@@ -17,9 +17,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from mesh.errors import DeadlineExceeded, MeshError, NoPath, Refused
 from mesh.ids import Address, NodeId
+from routing.bounce import Bounces, GoElsewhere, WaitHere
+
+if TYPE_CHECKING:
+    from random import Random
 
 
 class Phase(Enum):
@@ -182,7 +187,6 @@ class Patience:
     silence_s: float = 30.0  # no token for so long, and no other sign: the attempt is lost
     prefill_tok_s: float = 20.0  # the slowest prefill believed in, added to the first token's silence
     avoid_s: float = 3.0  # a node that was lost gets no part of the next plans for so long
-    bounces: int = 2  # refusals answered by another path at once
     barren_attempts: int = 6  # attempts lost in a row without one new token: give up
 
 
@@ -192,6 +196,7 @@ class Generation:
 
     prompt_tokens: int
     deadline_at: float
+    rng: Random
     patience: Patience = field(default_factory=Patience)
     phase: Phase = Phase.NEW
     attempt: int = 0
@@ -199,7 +204,7 @@ class Generation:
     path: Stages = ()
     history: list[str] = field(default_factory=list)  # why each attempt after the first was needed
     _avoid: dict[NodeId, float] = field(default_factory=dict)
-    _bounced: int = 0
+    _bounces: Bounces = field(default_factory=Bounces)
     _barren: int = 0
     _wake_at: float = math.inf
     _give_up_at: float = math.inf
@@ -260,7 +265,7 @@ class Generation:
         self.attempt += 1
         self._wake_at = math.inf  # the shell answers a Plan at once
         self._avoid = {node: until for node, until in self._avoid.items() if until > now}
-        return [Plan(self.attempt, frozenset(self._avoid))]
+        return [Plan(self.attempt, frozenset(self._avoid) | self._bounces.excluded)]
 
     def _open(self, path: Stages, now: float) -> list[Effect]:
         self.phase, self.path = Phase.OPENING, path
@@ -283,7 +288,8 @@ class Generation:
         self.phase = Phase.RUNNING
         self.tokens.append(drawn.token)
         self._wake_at = now + self.patience.silence_s
-        self._barren = self._bounced = 0
+        self._barren = 0
+        self._bounces.taken()
         self._give_up_at = math.inf
         emit = Emit(drawn.position, drawn.token, drawn.finish, drawn.logprob, drawn.top)
         return [emit] if drawn.finish is None else [emit, *self._end(Phase.DONE, Finish(drawn.finish))]
@@ -291,13 +297,13 @@ class Generation:
     def _refused(self, node: NodeId, retry_after_s: float, now: float) -> list[Effect]:
         if self.phase is not Phase.OPENING:
             return []
-        self._bounced += 1
-        self._avoid[node] = now + max(retry_after_s, self.patience.retry_s)
-        refusal = Refused("every node that could serve this is full", retry_after_s)
-        if self._bounced > self.patience.bounces:
-            return self._wait(refusal, now)
-        self._last_error = refusal
-        return self._plan(now)
+        self.path = ()
+        self._last_error = Refused("every node that could serve this is full", retry_after_s)
+        match self._bounces.busy(node, retry_after_s, self.rng):
+            case GoElsewhere():
+                return self._plan(now)
+            case WaitHere(wait_s=wait_s):
+                return self._wait(self._last_error, now, wait_s)
 
     def _lost(self, node: NodeId | None, reason: str, now: float, fault: MeshError | None = None) -> list[Effect]:
         if self.phase not in (Phase.OPENING, Phase.RUNNING):
@@ -321,7 +327,7 @@ class Generation:
             return self._lost(node, f"{node}: {reason}", now)
         return []
 
-    def _wait(self, error: MeshError, now: float) -> list[Effect]:
+    def _wait(self, error: MeshError, now: float, wait_s: float | None = None) -> list[Effect]:
         """Nothing to be had: fail at once when nothing was ever begun and nobody could serve it, else wait a while."""
         if isinstance(error, NoPath) and not self.history:
             if not isinstance(self._last_error, Refused):
@@ -329,12 +335,14 @@ class Generation:
             error = self._last_error  # the path exists, but all its nodes have just refused
         if not isinstance(error, NoPath | Refused):
             return self._end(Phase.FAILED, Fail(error))
+        if wait_s is None:
+            self._bounces.taken()  # nobody is left who has not refused: after the wait all are asked again
         patience_s = self.patience.replan_s if isinstance(error, NoPath) else self.patience.refused_s
         self._give_up_at = min(self._give_up_at, now + patience_s)
         if now >= self._give_up_at:
             return self._end(Phase.FAILED, Fail(error))
         self.phase, self.path, self._last_error = Phase.WAITING, (), error
-        self._wake_at = now + self.patience.retry_s
+        self._wake_at = now + (self.patience.retry_s if wait_s is None else wait_s)
         return []
 
     def _end(self, phase: Phase, last: Effect | None = None) -> list[Effect]:

@@ -73,6 +73,7 @@ class _Prepared:
 
 def _prepare(config: NodeConfig, budget_bytes: int) -> _Prepared:
     """Reads the models' configs and tokenizers, before any weights (*blocking*, seconds: torch is imported here)."""
+    references = [parse_reference(reference) for reference in config.models]
     from node.engine.default_model import MODEL_ID, ensure_default_model
     from node.engine.worker import TorchEngine
 
@@ -85,7 +86,6 @@ def _prepare(config: NodeConfig, budget_bytes: int) -> _Prepared:
         )
     )
     models, capacity = Models(), {}
-    references = [parse_reference(reference) for reference in config.models]
     if not references:
         references = [(ModelId(MODEL_ID), ensure_default_model(cache_home() / "models"))]
     for model, directory in references:

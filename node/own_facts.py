@@ -31,10 +31,11 @@ class OwnFacts:
     def serve_http_at(self, url: str) -> None:
         self._set(http=url)
 
-    def know(self, card: ModelCard, capacity_layers: int) -> None:
-        """A model whose files are here, served or not."""
+    def know(self, card: ModelCard, capacity_layers: int | None) -> None:
+        """A model whose files are here, served or not. `capacity_layers` None: its spans are pinned, whatever else would fit."""
         others = tuple(known for known in self._facts.models if known.id != card.id)
-        self._set(models=(*others, card), capacity={**self._facts.capacity, card.id: capacity_layers})
+        capacity = {} if capacity_layers is None else {card.id: capacity_layers}
+        self._set(models=(*others, card), capacity={**self._facts.capacity, **capacity})
 
     def intend(self, spans: tuple[Span, ...]) -> None:
         self._set(intends=spans)

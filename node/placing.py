@@ -27,6 +27,8 @@ log = structlog.get_logger()
 
 
 class Placing:
+    """Raises BadRequest when layers are pinned that a model does not have."""
+
     def __init__(
         self,
         layers: str,
@@ -36,7 +38,8 @@ class Placing:
         facts: OwnFacts,
         membership: Membership,
     ) -> None:
-        self._pinned = pinned_spans(layers)
+        pinned = pinned_spans(layers)
+        self._pinned = None if pinned is None else {model.card.id: _pinned_spans(model.card, pinned) for model in models}
         self._engine = engine
         self._models = models
         self._capacity = capacity
@@ -47,13 +50,14 @@ class Placing:
         """Loads what is to be served; with `auto`, until cancelled.
 
         Raises:
-            BadRequest: a span that the model does not have, or that cannot be served exactly.
+            BadRequest: the model cannot be served exactly.
         """
         for model in self._models:
-            self._facts.know(model.card, self._capacity[model.card.id])
+            # A pinned node tells no capacity: the mesh must not count on it for a move that it will not make.
+            self._facts.know(model.card, self._capacity[model.card.id] if self._pinned is None else None)
         if self._pinned is not None:
             for model in self._models:
-                await self._take(model, _pinned_spans(model.card, self._pinned))
+                await self._take(model, self._pinned[model.card.id])
             return
         for model in self._models:
             await self._join(model)
@@ -65,8 +69,7 @@ class Placing:
         chosen: tuple[Span, ...] | None = None
         while (again := choose_spans(self._membership.view, me, card, self._capacity[card.id])) != chosen:
             chosen = again
-            others = tuple(span for span in self._facts.now.intends if span.model != card.id)
-            self._facts.intend((*others, *chosen))
+            self._intend(model, chosen)
             await trio.sleep(SETTLE_S)
         if not chosen:
             log.warning("placement.no_room", model=card.id, why="not one layer fits into --memory; this node serves none")
@@ -82,10 +85,14 @@ class Placing:
                 move = next_move(self._membership.view, model.card.id)
                 if move is not None and move.node == self._membership.me:
                     log.info("placement.move", model=model.card.id, take=_ranges(move.take), drop=_ranges(move.drop_after))
-                    self._facts.intend(move.take)
+                    self._intend(model, move.take)
                     await self._drop(model, move.drop_first)
                     await self._take(model, move.take)
                     await self._drop(model, move.drop_after)
+
+    def _intend(self, model: ServedModel, spans: Iterable[Span]) -> None:
+        others = tuple(span for span in self._facts.now.intends if span.model != model.card.id)
+        self._facts.intend((*others, *spans))
 
     async def _take(self, model: ServedModel, spans: Iterable[Span]) -> None:
         """Loads the spans, and tells of each as soon as it serves."""

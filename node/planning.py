@@ -11,6 +11,7 @@ from mesh.ids import ModelId, NodeId
 from mesh.view import View
 from node.engine.api import SequenceKey
 from node.generation import StageAt, Stages
+from routing.breaker import Breakers
 from routing.dispatches import Dispatch, Dispatches
 from routing.path import Path, plan
 from routing.policies import Policy, policy_named
@@ -48,23 +49,28 @@ class Planning:
         self._rng = rng
         self._policies: dict[str, Policy] = {}
         self._dispatches = Dispatches()
+        self._breakers = Breakers()
+        self.last_wait_s = 0.0  # expected in the queues of the path planned last: what admission looks at
         self._sent: dict[SequenceKey, list[Dispatch]] = {}
 
     def plan(self, request: PlanRequest) -> PlannedPath:
         """Raises NoPath, naming the layers nobody holds; BadRequest for an unknown policy."""
+        view, now = self._view(), self._now()
         path = plan(
-            self._view(),
+            view,
             request.model,
             request.layers,
             self._policy(request.policy),
             self._rng,
-            self._now(),
+            now,
             work=Work(request.known_tokens, min(request.tokens_to_come, EXPECTED_OUTPUT_TOKENS)),
             dispatches=self._dispatches,
             excluded=request.exclude,
+            avoided=self._breakers.avoided([peer.id for peer in view.live()], now),
             numerics=request.numerics,
         )
         stages = tuple(StageAt(stage.node, stage.address, stage.start, stage.end) for stage in path)
+        self.last_wait_s = path.wait_ms / 1000.0
         return PlannedPath(stages, path.numerics, _explanation(path))
 
     def _policy(self, name: str) -> Policy:
@@ -75,15 +81,26 @@ class Planning:
     def dispatched(self, key: SequenceKey, stages: Stages, prefill_tokens: int) -> None:
         now = self._now()
         self._sent[key] = [self._dispatches.dispatch(stage.node, now, prefill_tokens) for stage in stages]
+        for stage in stages:
+            self._breakers.dispatched(stage.node, now)
 
     def finished(self, key: SequenceKey, *, ok: bool, lost: NodeId | None = None) -> None:
         """The attempt ended: well, by the fault of `lost`, or (neither) by nobody's."""
+        now = self._now()
         for sent in self._sent.pop(key, []):
-            self._dispatches.done(sent, self._now(), ok=False if sent.node == lost else (True if ok else None))
+            at_fault = sent.node == lost
+            self._dispatches.done(sent, now, ok=False if at_fault else (True if ok else None))
+            if at_fault:
+                self._breakers.failed(sent.node, now)
+            elif ok:
+                self._breakers.succeeded(sent.node)
+            else:
+                self._breakers.given_up(sent.node)
 
     def forget(self, node: NodeId) -> None:
-        """The node died or restarted: its past says nothing of its next life."""
+        """The node died, left or restarted: its past says nothing of its next life."""
         self._dispatches.forget(node)
+        self._breakers.restarted(node)
 
 
 def _explanation(path: Path) -> dict[str, Any]:

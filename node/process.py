@@ -48,6 +48,7 @@ from rag.embed import MiniLM
 from rag.service import Documents
 
 SWEEP_EVERY_S = 10.0
+MAX_HOST_LABEL = 27  # of a name of at most 32 bytes, which every claim of membership carries
 DRAIN_POLL_S = 0.05
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -75,7 +76,7 @@ class Node:
         self._http_listener = http_listener
         self._http_address: Address = http_listener.socket.getsockname()[:2]
         self._engine = engine
-        self.name = config.name or f"{socket.gethostname().split('.')[0]}-{identity.id[:4]}"
+        self.name = config.name or f"{socket.gethostname().split('.')[0][:MAX_HOST_LABEL]}-{identity.id[:4]}"
         tls = _contexts(mesh_key, identity.id)
         self._links = Links(
             LinkConfig(identity.id, sockets.address, config.cluster, *tls),
@@ -97,7 +98,8 @@ class Node:
         self._membership.on_renewed = identity.renew
         facts = Facts(version=version("gossip-mesh"), pid=os.getpid())
         self._facts = OwnFacts(facts, self._membership.publish)
-        self._planning = Planning(self._view, trio.current_time, Random())
+        rng = Random()
+        self._planning = Planning(self._view, trio.current_time, rng)
         embedder = MiniLM()
         self._documents = Documents(
             identity.id,
@@ -109,7 +111,7 @@ class Node:
             time.time,
         )
         entry_node = EntryNode(identity.id, sockets.address, self._links.call, self._links.post)
-        self._entry = Entry(entry_node, Prompts(models, self._documents), self._planning, config.request_timeout_s)
+        self._entry = Entry(entry_node, Prompts(models, self._documents), self._planning, config.request_timeout_s, rng)
         self._stages = Stages(sockets.address, engine, self._links.post, self._entry)
         self._readiness = Readiness(self._view, models, self._entry)
         self._placing = Placing(config.layers, engine, models, capacity, self._facts, self._membership)
@@ -179,12 +181,12 @@ class Node:
         """Until a signal; raises what makes the start impossible."""
         self._engine.start(self._stages.deliverer(trio.lowlevel.current_trio_token()))
         try:
-            async with trio.open_nursery() as nursery:
-                with trio.open_signal_receiver(*_STOP_SIGNALS) as signals:
+            with trio.open_signal_receiver(*_STOP_SIGNALS) as signals:
+                async with trio.open_nursery() as nursery:
                     await self._start(nursery, announce)
-                    await signals.__anext__()
-                    nursery.start_soon(self._stop_at_once_on_second_signal, signals, nursery.cancel_scope)
-                    await self._drain()
+                    await anext(signals)
+                    nursery.start_soon(self._drain, nursery.cancel_scope)
+                    await anext(signals)  # a second one: at once
                     nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
@@ -208,8 +210,8 @@ class Node:
             await trio.sleep(SWEEP_EVERY_S)
             self._stages.sweep(trio.current_time())
 
-    async def _drain(self) -> None:
-        """No new work; what is under way here, for clients or for other entries, may end in `drain_s`."""
+    async def _drain(self, node_scope: trio.CancelScope) -> None:
+        """No new work; what is under way here, for clients or for other entries, may end in `drain_s`; then the node ends."""
         log.info("node.draining", streams=self._entry.open_requests, sequences=self._stages.open_sequences)
         self._facts.drain()
         assert self._server is not None
@@ -219,10 +221,7 @@ class Node:
             while self._entry.open_requests or self._stages.open_sequences:  # noqa: ASYNC110
                 await trio.sleep(DRAIN_POLL_S)
         await self._membership.leave()
-
-    async def _stop_at_once_on_second_signal(self, signals: object, scope: trio.CancelScope) -> None:
-        await signals.__anext__()  # type: ignore[attr-defined]
-        scope.cancel()
+        node_scope.cancel()
 
 
 def _contexts(mesh_key: bytes | None, node: NodeId) -> tuple[ssl.SSLContext | None, ssl.SSLContext | None]:

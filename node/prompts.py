@@ -10,12 +10,12 @@ from typing import Any
 
 import msgspec
 import trio
-from rag.service import Documents
 
 from mesh.errors import BadRequest
 from node.models import Models, ServedModel
 from node.requests import Citation, GenerateRequest, RetrievalReport, SamplingParams
 from rag.context import build, citations
+from rag.service import Documents
 from rag.types import SearchResult
 
 CONTEXT_SHARE = 0.6  # of the model's context that passages may fill; the rest is the question's and the answer's
@@ -41,6 +41,9 @@ class Prompt:
             return None
         result = self.retrieved
         cited = {c.number: c for text in texts for c in citations(text, result.passages)}
+        if not cited:  # an answer that names no source rests, as far as anybody can tell, on all it was given
+            numbers = " ".join(f"[{number}]" for number in range(1, len(result.passages) + 1))
+            cited = {c.number: c for c in citations(numbers, result.passages)}
         return RetrievalReport(
             result.store,
             result.digest,

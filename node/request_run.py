@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from random import Random
 
 import structlog
 import trio
@@ -84,6 +85,7 @@ class RequestRun:
         request: GenerateRequest,
         prompt: Prompt,
         deadline_at: float,
+        rng: Random,
     ) -> None:
         self.request = request
         self.record = RequestRecord(request.id, request.request_id, node.id)
@@ -91,7 +93,7 @@ class RequestRun:
         self._planning = planning
         self._counters = counters
         self._prompt = prompt
-        self._cores = {choice: Generation(len(prompt.tokens), deadline_at) for choice in range(request.n)}
+        self._cores = {choice: Generation(len(prompt.tokens), deadline_at, rng) for choice in range(request.n)}
         ends = prompt.sampling.stop_token_ids
         self._texts = {choice: ChoiceText(prompt.model.text.decode, request, prompt.tokens, ends) for choice in self._cores}
         self.record.generations = self._cores

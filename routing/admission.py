@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mesh.errors import BadRequest, LocalError, Refused
+from mesh.errors import BadRequest, Refused
 
 SHORTEST_RETRY_S = 0.5
 LONGEST_RETRY_S = 60.0
@@ -19,8 +19,8 @@ LONGEST_RETRY_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    running: int = 1024  # streams that this entry drives at once: each holds text, journal and a connection
-    waiting: int = 256  # of them, those without a path yet
+    running: int = 4096  # requests that this entry drives at once: each holds text, a core and a connection
+    waiting: int = 2048  # of them, those without a token yet
     wait_s: float = 30.0  # longest expected wait before the first token is computed
 
     def __post_init__(self) -> None:
@@ -28,97 +28,33 @@ class AdmissionLimits:
             raise BadRequest(f"admission needs running >= 1, waiting >= 0 and wait_s > 0, got {self}")
 
 
-@dataclass(frozen=True, slots=True)
-class AdmissionStatistics:
-    running: int
-    waiting: int
-    admitted: int
-    refused_full: int
-    refused_wait: int
-    refused_deadline: int
+def admit(
+    limits: AdmissionLimits, *, running: int, waiting: int, expected_wait_s: float = 0.0, deadline_s: float | None = None
+) -> None:
+    """Returns when one request more may come in.
 
+    running, waiting: what this entry drives now, those that wait included in the first. expected_wait_s: queues on the
+    best path now. deadline_s: what is left of the request's own time; None: no end.
 
-class Admission:
-    """Counts what this entry drives. `admit`, then `started` when a path took it, `left` on every way out."""
-
-    def __init__(self, limits: AdmissionLimits | None = None) -> None:
-        self._limits = limits or AdmissionLimits()
-        self._running = 0
-        self._waiting = 0
-        self._admitted = 0
-        self._refused_full = 0
-        self._refused_wait = 0
-        self._refused_deadline = 0
-
-    def admit(self, expected_wait_s: float = 0.0, deadline_s: float | None = None, least_work_s: float = 0.0) -> None:
-        """Takes one request in, as waiting.
-
-        expected_wait_s: queues on the best path now. deadline_s: what is left of the request's own time, None: no end.
-        least_work_s: what it would take on an idle path.
-
-        Raises:
-            Refused: too many, too long, or too late; with the time after which it may be otherwise. Nothing is counted.
-        """
-        limits = self._limits
-        if self._running >= limits.running or self._waiting >= limits.waiting:
-            self._refused_full += 1
-            raise Refused(
-                f"this node drives {self._running} requests, {self._waiting} of them waiting; "
-                f"its limits are {limits.running} and {limits.waiting}; try another node or later",
-                retry_after_s(expected_wait_s),
-            )
-        if expected_wait_s > limits.wait_s:
-            self._refused_wait += 1
-            raise Refused(
-                f"the mesh is overloaded: the expected wait is {expected_wait_s:.1f} s, "
-                f"the limit {limits.wait_s:.1f} s; try later",
-                retry_after_s(expected_wait_s - limits.wait_s),
-            )
-        if deadline_s is not None and expected_wait_s + least_work_s > deadline_s:
-            self._refused_deadline += 1
-            raise Refused(
-                f"the request's deadline is in {deadline_s:.1f} s but its answer would take "
-                f"{expected_wait_s + least_work_s:.1f} s; allow more time or try later",
-                retry_after_s(expected_wait_s),
-            )
-        self._admitted += 1
-        self._running += 1
-        self._waiting += 1
-
-    def started(self) -> None:
-        """A path took the request: it waits no more.
-
-        Raises:
-            LocalError: nothing waits.
-        """
-        if self._waiting < 1:
-            raise LocalError("a request started that was not waiting")
-        self._waiting -= 1
-
-    def parked(self) -> None:
-        """Its path is lost and there is none to be had: it waits again, whatever the limits say.
-
-        Raises:
-            LocalError: all wait already.
-        """
-        if self._waiting >= self._running:
-            raise LocalError("a request was parked that was not running")
-        self._waiting += 1
-
-    def left(self, *, was_waiting: bool) -> None:
-        """The request is over, or its client left.
-
-        Raises:
-            LocalError: there is no such request.
-        """
-        if self._running < 1 or (was_waiting and self._waiting < 1) or (not was_waiting and self._waiting >= self._running):
-            raise LocalError("a request left that was not here")
-        self._running -= 1
-        self._waiting -= 1 if was_waiting else 0
-
-    def statistics(self) -> AdmissionStatistics:
-        return AdmissionStatistics(
-            self._running, self._waiting, self._admitted, self._refused_full, self._refused_wait, self._refused_deadline
+    Raises:
+        Refused: too many, too long, or too late; with the time after which it may be otherwise.
+    """
+    if running >= limits.running or waiting >= limits.waiting:
+        raise Refused(
+            f"this node drives {running} requests, {waiting} of them waiting; "
+            f"its limits are {limits.running} and {limits.waiting}; try another node or later",
+            retry_after_s(expected_wait_s),
+        )
+    if expected_wait_s > limits.wait_s:
+        raise Refused(
+            f"the mesh is overloaded: the expected wait is {expected_wait_s:.1f} s, the limit {limits.wait_s:.1f} s; try later",
+            retry_after_s(expected_wait_s - limits.wait_s),
+        )
+    if deadline_s is not None and expected_wait_s > deadline_s:
+        raise Refused(
+            f"the request's deadline is in {deadline_s:.1f} s but its work would begin in {expected_wait_s:.1f} s; "
+            "allow more time or try later",
+            retry_after_s(expected_wait_s),
         )
 
 

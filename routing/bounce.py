@@ -56,10 +56,11 @@ class Bounces:
         The wait is the soonest of what the peers expect, grows with each round, and is spread by half so that those who
         were refused together do not come back together.
         """
-        if node not in self._refused:
+        again = node in self._refused  # it was asked although it had refused: there is nobody else
+        if not again:
             self._refused.append(node)
         self._soonest_s = min(self._soonest_s, max(SHORTEST_WAIT_S, retry_after_s))
-        if others and len(self._refused) <= MOST_BOUNCES:
+        if others and not again and len(self._refused) <= MOST_BOUNCES:
             return GoElsewhere(self.excluded)
         self._waits += 1
         wait_s = min(LONGEST_WAIT_S, self._soonest_s * 2.0 ** (min(self._waits, 16) - 1))

@@ -37,7 +37,7 @@ def test_a_file_holds_one_idea_and_says_which():
 
 def test_a_function_fits_on_a_screen_and_tells_its_types():
     functions = [(path, node) for path in FILES for node in ast.walk(TREES[path]) if isinstance(node, FUNCTIONS)]
-    long = [f"{name(path)}: {each.name}" for path, each in functions if (each.end_lineno or 0) - each.lineno >= MAX_FUNCTION_LINES]
+    long = [f"{name(path)}: {each.name}" for path, each in functions if each.end_lineno - each.lineno >= MAX_FUNCTION_LINES]
     untyped = [f"{name(path)}: {each.name}" for path, each in functions if each.returns is None]
     assert not long and not untyped
 

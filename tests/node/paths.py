@@ -163,7 +163,7 @@ class SmallMesh:
 
         links = Links(LinkConfig(me, address), on_lost=lost)
         planning = Planning(self.view, trio.current_time, Random(1))
-        entry = Entry(EntryNode(me, address, links.call, links.post), CountingPrompts(), planning, 60.0)  # type: ignore[arg-type]
+        entry = Entry(EntryNode(me, address, links.call, links.post), CountingPrompts(), planning, 60.0, Random(1))  # type: ignore[arg-type]
         stages = engine.stages = Stages(address, engine, links.post, entry)  # type: ignore[arg-type]
         links.add(stages.handlers, stages.receivers)
         self.nodes[name] = SmallNode(me, links, engine, entry, stages, spans, trio.CancelScope())

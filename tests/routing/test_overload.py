@@ -1,4 +1,4 @@
-"""Admission, retry budget, breaker and bounces: what keeps a mesh in trouble from drowning itself."""
+"""Admission, breaker and bounces: what keeps a mesh in trouble from drowning itself."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.errors import BadRequest, DeadlineExceeded, LocalError, MeshError, NoPath, PeerLost, Refused, RemoteError
+from mesh.errors import BadRequest, Refused
 from mesh.ids import NodeId
-from routing.admission import Admission, AdmissionLimits, retry_after_s
+from routing.admission import AdmissionLimits, admit, retry_after_s
 from routing.bounce import LONGEST_WAIT_S, MOST_BOUNCES, Bounces, GoElsewhere, WaitHere
 from routing.breaker import FAILURES_TO_OPEN, LONGEST_OPEN_S, PROBE_S, Breakers, Circuit
-from routing.retry import RETRY_FLOOR, WINDOW_S, RetryBudget, backoff_s, retryable
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
 
@@ -22,57 +21,30 @@ A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
 
 
 @pytest.mark.parametrize(
-    ("wait_s", "deadline_s", "work_s", "retry_s"),
-    [
-        (0.0, None, 0.0, None),
-        (30.0, None, 0.0, None),
-        (31.5, None, 0.0, 1.5),
-        (5.0, 6.0, 1.0, None),
-        (5.0, 6.0, 2.0, 5.0),
-        (999.0, None, 0.0, 60.0),
-    ],
+    ("wait_s", "deadline_s", "retry_s"),
+    [(0.0, None, None), (30.0, None, None), (31.5, None, 1.5), (5.0, 6.0, None), (7.0, 6.0, 7.0), (999.0, None, 60.0)],
 )
 def test_a_request_is_refused_by_its_expected_wait_and_its_own_deadline(
-    wait_s: float, deadline_s: float | None, work_s: float, retry_s: float | None
+    wait_s: float, deadline_s: float | None, retry_s: float | None
 ) -> None:
-    admission = Admission()
+    def ask() -> None:
+        admit(AdmissionLimits(), running=3, waiting=1, expected_wait_s=wait_s, deadline_s=deadline_s)
+
     if retry_s is None:
-        admission.admit(wait_s, deadline_s, work_s)
-        assert admission.statistics().running == 1
+        ask()
     else:
         with pytest.raises(Refused) as caught:
-            admission.admit(wait_s, deadline_s, work_s)
+            ask()
         assert (caught.value.retry_after_s, caught.value.quota) == (retry_s, False)
-        assert admission.statistics().running == 0
 
 
-def test_a_full_entry_says_so_until_somebody_leaves_or_starts() -> None:
-    admission = Admission(AdmissionLimits(running=2, waiting=1))
-    admission.admit()
+def test_a_full_entry_says_so() -> None:
+    limits = AdmissionLimits(running=2, waiting=1)
+    admit(limits, running=1, waiting=0)
     with pytest.raises(Refused, match="1 of them waiting"):
-        admission.admit()
-    admission.started()
-    admission.admit()
+        admit(limits, running=1, waiting=1)
     with pytest.raises(Refused, match="drives 2 requests"):
-        admission.admit()
-    admission.left(was_waiting=False)
-    admission.left(was_waiting=True)
-    admission.admit()
-    assert (admission.statistics().admitted, admission.statistics().refused_full) == (3, 2)
-
-
-def test_a_parked_request_waits_again_and_miscounting_is_our_own_mistake() -> None:
-    admission = Admission()
-    for misuse in (admission.started, admission.parked, lambda: admission.left(was_waiting=False)):
-        with pytest.raises(LocalError):
-            misuse()
-    admission.admit()
-    with pytest.raises(LocalError):
-        admission.left(was_waiting=False)
-    admission.started()
-    admission.parked()
-    admission.left(was_waiting=True)
-    assert admission.statistics().running == admission.statistics().waiting == 0
+        admit(limits, running=2, waiting=0)
 
 
 def test_senseless_limits_are_named() -> None:
@@ -84,61 +56,6 @@ def test_senseless_limits_are_named() -> None:
 @given(st.floats(allow_nan=False))
 def test_the_time_to_come_back_is_bounded(expected_s: float) -> None:
     assert 0.5 <= retry_after_s(expected_s) <= 60.0
-
-
-# Retry budget
-
-
-def test_a_quiet_node_may_retry_three_times_in_ten_seconds() -> None:
-    budget = RetryBudget()
-    assert [budget.spend(0.0) for _ in range(4)] == [True, True, True, False]
-    assert not budget.spend(WINDOW_S - 0.1)
-    assert budget.spend(float(WINDOW_S))
-    assert budget.statistics(10.0).denied == 2
-
-
-@given(st.lists(st.tuples(st.booleans(), st.floats(0.0, 1.5)), max_size=300))
-def test_retries_never_exceed_a_tenth_of_the_recent_requests_and_three(events: list[tuple[bool, float]]) -> None:
-    budget, now = RetryBudget(), 0.0
-    requests: list[int] = []
-    granted: list[int] = []
-    for is_request, pause_s in events:
-        now += pause_s
-        if is_request:
-            budget.request(now)
-            requests.append(int(now))
-        recent = [second for second in requests if second > int(now) - WINDOW_S]
-        spent = [second for second in granted if second > int(now) - WINDOW_S]
-        allowed = len(spent) + 1 <= RETRY_FLOOR + len(recent) // 10
-        if not is_request:
-            assert budget.spend(now) == allowed
-            if allowed:
-                granted.append(int(now))
-
-
-@pytest.mark.parametrize(
-    ("error", "again"),
-    [
-        (PeerLost("a", "reset"), True),
-        (Refused("busy"), True),
-        (RemoteError("a", "step failed"), True),
-        (Refused("quota", quota=True), False),
-        (BadRequest("no"), False),
-        (DeadlineExceeded("late"), False),
-        (NoPath("m", ((0, 1),)), False),
-        (LocalError("bug"), False),
-    ],
-)
-def test_only_what_another_peer_may_do_better_is_tried_again(error: MeshError, again: bool) -> None:
-    assert retryable(error) is again
-
-
-def test_the_first_retry_goes_at_once_and_later_ones_wait_longer_and_longer() -> None:
-    rng = Random(1)
-    assert backoff_s(1, rng) == 0.0
-    limits = [max(backoff_s(attempt, rng) for _ in range(300)) for attempt in range(2, 12)]
-    assert limits[0] <= 0.05 < limits[1] <= 0.1
-    assert max(limits) <= 2.0 and backoff_s(10_000, rng) <= 2.0
 
 
 # Breaker

@@ -1,0 +1,117 @@
+"""The product as its users meet it: the openai SDK on every node, documents, placement by itself, API keys."""
+
+import subprocess
+import sys
+
+import httpx
+import openai
+import pytest
+
+from cli.local_mesh import LocalMesh
+from tests.e2e.meshes import get, ready, start_split, wait_until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+MESSAGES = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    with LocalMesh() as mesh:
+        yield start_split(mesh)
+
+
+def sdk(node):
+    return openai.OpenAI(base_url=node.http + "/v1", api_key="none", max_retries=0)
+
+
+def test_the_sdk_chats_with_every_node_streamed_or_not_and_gets_one_answer(nodes):
+    said = []
+    for node in nodes:
+        with sdk(node) as client:
+            whole = client.chat.completions.create(model="mesh-demo", messages=MESSAGES, seed=7, max_tokens=24)
+            said.append(whole.choices[0].message.content)
+            assert whole.usage.completion_tokens == 24
+            with client.chat.completions.create(
+                model="mesh-demo", messages=MESSAGES, seed=7, max_tokens=24, stream=True, stream_options={"include_usage": True}
+            ) as chunks:
+                parts = list(chunks)
+            said.append("".join(choice.delta.content or "" for chunk in parts for choice in chunk.choices))
+            assert sum(chunk.usage.completion_tokens for chunk in parts if chunk.usage) == 24
+            text = client.completions.create(model="mesh-demo", prompt="Once", max_tokens=4, n=2, seed=1)
+            assert len(text.choices) == 2
+    assert len(set(said)) == 1
+
+
+def test_bad_requests_are_refused_in_openais_form_and_the_node_stays_up(nodes):
+    with sdk(nodes[0]) as client:
+        with pytest.raises(openai.NotFoundError) as unknown:
+            client.chat.completions.create(model="nonsuch", messages=MESSAGES)
+        assert unknown.value.code == "model_not_found"
+        with pytest.raises(openai.BadRequestError) as long:
+            client.completions.create(model="mesh-demo", prompt="word " * 9000, max_tokens=4)
+        assert long.value.code == "context_length_exceeded"
+        with pytest.raises(openai.BadRequestError) as hot:
+            client.chat.completions.create(model="mesh-demo", messages=MESSAGES, temperature=-1)
+        assert hot.value.param == "temperature"
+    raw = '{"model": "mesh-demo", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}'
+    assert httpx.post(nodes[0].http + "/v1/chat/completions", content=raw).status_code == 400
+    large = httpx.post(nodes[0].http + "/v1/chat/completions", content=b" " * (17 << 20))
+    assert large.status_code == 413 and large.json()["error"]["message"]
+    assert get(nodes[0], "/ready").status_code == 200
+
+
+def test_documents_added_at_one_node_are_found_and_cited_from_all(nodes, tmp_path):
+    (tmp_path / "fox.md").write_text("# Foxes\n\nThe fox in the northern wood sleeps under the old oak during the day.\n")
+    (tmp_path / "tax.txt").write_text("The tax office opens at nine and closes at noon on Fridays.\n")
+    run = [sys.executable, "-m", "cli", "docs"]
+    subprocess.run([*run, "add", str(tmp_path), "--store", "woods", "--node", nodes[0].http], check=True, capture_output=True)
+    for node in nodes:
+        with sdk(node) as client:
+            found = client.vector_stores.search("woods", query="Where does the fox sleep?", max_num_results=2)
+            name = next(hit.filename for hit in found)
+            assert name.endswith("fox.md")
+        answer = httpx.post(
+            node.http + "/v1/chat/completions",
+            json={"model": "mesh-demo", "messages": MESSAGES, "max_tokens": 8, "mesh": {"store": "woods", "top_k": 2}},
+            timeout=60,
+        ).json()
+        assert answer["mesh"]["shards_ok"] == answer["mesh"]["shards_total"] == 8
+        assert answer["choices"][0]["message"]["annotations"]
+    removed = subprocess.run([*run, "remove", name, "--store", "woods", "--node", nodes[1].http], capture_output=True, text=True)
+    assert removed.returncode == 0, removed.stderr
+
+    def gone():
+        with sdk(nodes[2]) as client:
+            return not any(hit.filename.endswith("fox.md") for hit in client.vector_stores.search("woods", query="fox"))
+
+    wait_until(gone, "the removed document is gone everywhere")
+
+
+def test_embeddings_and_models_are_the_same_everywhere(nodes):
+    vectors = []
+    for node in nodes:
+        with sdk(node) as client:
+            vectors.append(client.embeddings.create(model="all-MiniLM-L6-v2", input=["a fox", "an oak"]).data[1].embedding)
+            assert {model.id for model in client.models.list()} == {"mesh-demo", "all-MiniLM-L6-v2"}
+    assert len(vectors[0]) == 384 and vectors[0] == vectors[1] == vectors[2]
+
+
+def test_the_mesh_shows_itself(nodes):
+    for command in (["status"], ["nodes", "--json"], ["models", "--json"], ["docs", "list", "--store", "woods", "--json"]):
+        shown = subprocess.run([sys.executable, "-m", "cli", *command, "--node", nodes[0].http], capture_output=True, text=True)
+        assert shown.returncode == 0, shown.stderr
+    metrics = get(nodes[0], "/metrics").text
+    assert "mesh_entry_counters_tokens_total" in metrics and "vllm:num_requests_running" in metrics
+    assert "mesh-demo" in get(nodes[0], "/").text or get(nodes[0], "/").status_code == 200
+
+
+def test_nodes_that_place_themselves_hold_every_layer_twice(tmp_path):
+    with LocalMesh() as mesh:
+        small = ("--layers", "auto", "--memory", "28MiB")  # room for some of the layers, not for all
+        placed = mesh.start_all({name: small for name in "abc"})
+        ready(placed)
+        status = wait_until(
+            lambda: (status := get(placed[0], "/mesh/status").json())["models"][0]["min_replicas"] >= 2 and status,
+            "every layer twice",
+        )
+        assert all(sum(span["end"] - span["start"] for span in node["spans"]) < 6 for node in status["nodes"])
