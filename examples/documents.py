@@ -1,5 +1,4 @@
 """Questions about your own files: `python examples/documents.py FOLDER "your question"`."""
-# ruff: noqa: T201
 
 from __future__ import annotations
 

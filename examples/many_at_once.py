@@ -1,5 +1,4 @@
 """Many answers at once under trio, spread over all nodes: `python examples/many_at_once.py`."""
-# ruff: noqa: T201
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
 """The same endpoint through the official `openai` package: `python examples/official_client.py`."""
-# ruff: noqa: T201
 
 from __future__ import annotations
 

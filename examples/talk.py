@@ -3,7 +3,6 @@
 The client is told one node (`$MESH_NODE`, else http://127.0.0.1:8000) and learns the others from it. Kill
 that node in mid-answer: the text goes on from another one.
 """
-# ruff: noqa: T201
 
 from __future__ import annotations
 
