@@ -202,6 +202,20 @@ def test_when_no_block_is_free_the_youngest_is_evicted_and_may_be_tried_again() 
     assert scheduler.load().kv_blocks_used == 2
 
 
+def test_a_sequence_evicted_while_its_own_step_is_planned_is_not_computed() -> None:
+    scheduler = scheduler_of(EARLY, blocks=2, step_tokens=1024)
+    scheduler.open(sequence("old", prompt=BLOCK_TOKENS - 2, span=(0, 3), max_tokens=50))
+    scheduler.open(sequence("young", prompt=5, span=(0, 3), max_tokens=50))
+    run(scheduler)
+    scheduler.token(key("old"), BLOCK_TOKENS - 2, 9)
+    run(scheduler)
+    scheduler.token(key("old"), BLOCK_TOKENS - 1, 9)  # needs a second block, but the other one is served first
+    scheduler.token(key("young"), 5, 9)
+    plan, outputs = run(scheduler)
+    assert [out.key.stream for out in outputs] == ["young"]
+    assert list(shares(plan)) == ["old"]
+
+
 def test_closing_in_mid_step_gives_the_blocks_back_only_after_it() -> None:
     scheduler = scheduler_of()
     scheduler.open(sequence())

@@ -270,3 +270,15 @@ def test_at_most_so_many_sequences_run_at_once(checkpoint_of: Callable[[str], Pa
         one.engine.open(opening("c", 1, 4))
         one.engine.open(opening("c", 1, 4))  # twice: nothing happens
         assert one.engine.load_report().running == 2
+
+
+def test_a_model_loaded_meanwhile_changes_no_token(checkpoint_of: Callable[[str], Path]) -> None:
+    directory = checkpoint_of("gemma")
+    long = opening("a", max_tokens=250)
+    undisturbed = alone(directory, long)
+    other = TorchEngine(EngineConfig(dtype="bfloat16"))  # building it makes bfloat16 torch's default type for a while
+    with running((directory, 0, 4)) as one:
+        one.engine.open(long)
+        for number, name in enumerate(("llama", "gpt2", "qwen3", "phi3")):
+            other.load(checkpoint_of(name), ModelId(f"other{number}"), 0, 4)
+        assert one.tokens_of(long.key) == undisturbed
