@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from node.engine.scheduler import Drawn
+from node.engine.rows import Drawn
 from node.requests import SamplingParams
 
 GREEDY_BELOW = 1e-5  # a temperature this low is greedy

@@ -28,7 +28,8 @@ from node.engine.blocks import BLOCK_TOKENS, BlockPool
 from node.engine.checkpoint import read_checkpoint
 from node.engine.kvcache import SequenceKV
 from node.engine.loading import Loaded, card, kv_token_bytes, load_stage
-from node.engine.scheduler import Drawn, HeldSpan, Piece, Scheduler, SchedulerStatistics, StepPlan
+from node.engine.rows import Drawn, HeldSpan, Piece, SchedulerStatistics, StepPlan
+from node.engine.scheduler import Scheduler
 
 KV_SHARE = 0.25  # of free memory, where nothing is configured: several nodes may share a machine
 AVERAGING = 0.2  # weight of the newest step in the running averages

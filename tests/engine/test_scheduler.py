@@ -14,7 +14,8 @@ from mesh.ids import ModelId, StreamId
 from mesh.view import Span
 from node.engine.api import OpenSequence, SequenceKey, SequenceLost, TokenOut
 from node.engine.blocks import BLOCK_TOKENS, BlockPool
-from node.engine.scheduler import Drawn, HeldSpan, Scheduler, StepPlan
+from node.engine.rows import Drawn, HeldSpan, StepPlan
+from node.engine.scheduler import Scheduler
 from node.requests import SamplingParams
 
 MODEL = ModelId("toy")
