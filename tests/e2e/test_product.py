@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from cli.local_mesh import LocalMesh
-from tests.e2e.meshes import get, ready, start_split, wait_until
+from tests.e2e.meshes import answer, get, idle, ready, start_split, stream, tokens_of, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 MESSAGES = [{"role": "user", "content": "Hello"}]
@@ -42,6 +42,23 @@ def test_the_sdk_chats_with_every_node_streamed_or_not_and_gets_one_answer(nodes
     assert len(set(said)) == 1
 
 
+def test_the_same_seed_gives_the_same_tokens_from_every_node_alone_or_with_others(nodes):
+    alone = [tokens_of(answer(node, max_tokens=40, seed=3)) for node in nodes]
+    with stream(nodes[1], max_tokens=200, seed=1, ignore_eos=True) as (_, others):
+        next(others)
+        beside = tokens_of(answer(nodes[0], max_tokens=40, seed=3))
+
+    assert alone[0] == alone[1] == alone[2] == beside
+    assert tokens_of(answer(nodes[0], max_tokens=40, seed=4)) != alone[0]
+
+
+def test_a_client_that_hangs_up_frees_its_work_on_all_stages(nodes):
+    with stream(nodes[0], max_tokens=2000, seed=1, ignore_eos=True) as (_, chunks):
+        for _ in range(5):
+            next(chunks)
+    idle(nodes)
+
+
 def test_bad_requests_are_refused_in_openais_form_and_the_node_stays_up(nodes):
     with sdk(nodes[0]) as client:
         with pytest.raises(openai.NotFoundError) as unknown:
@@ -70,13 +87,13 @@ def test_documents_added_at_one_node_are_found_and_cited_from_all(nodes, tmp_pat
             found = client.vector_stores.search("woods", query="Where does the fox sleep?", max_num_results=2)
             name = next(hit.filename for hit in found)
             assert name.endswith("fox.md")
-        answer = httpx.post(
+        cited = httpx.post(
             node.http + "/v1/chat/completions",
             json={"model": "mesh-demo", "messages": MESSAGES, "max_tokens": 8, "mesh": {"store": "woods", "top_k": 2}},
             timeout=60,
         ).json()
-        assert answer["mesh"]["shards_ok"] == answer["mesh"]["shards_total"] == 8
-        assert answer["choices"][0]["message"]["annotations"]
+        assert cited["mesh"]["shards_ok"] == cited["mesh"]["shards_total"] == 8
+        assert cited["choices"][0]["message"]["annotations"]
     removed = subprocess.run([*run, "remove", name, "--store", "woods", "--node", nodes[1].http], capture_output=True, text=True)
     assert removed.returncode == 0, removed.stderr
 
