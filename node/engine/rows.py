@@ -78,6 +78,7 @@ class Piece:
     pushed: tuple[Pushed, ...] = ()  # may begin before `position` and end behind the piece
     draws: bool = False  # the logits behind its last position give the next token
     history: tuple[int, ...] = ()  # with `draws`: all tokens so far, if sampling looks at them
+    stop_ids: frozenset[int] = frozenset()  # with `draws`: tokens that end the sequence
 
 
 @dataclass(frozen=True, slots=True)

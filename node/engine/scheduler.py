@@ -245,6 +245,7 @@ class Scheduler:
             pushed=() if row.first else tuple(part for part in row.pushed if part.position < end),
             draws=draws,
             history=tuple(row.tokens) if draws and looks_back else (),
+            stop_ids=self._stop_ids(row) if draws else frozenset(),
         )
 
     def commit(self, plan: StepPlan, drawn: dict[SequenceKey, Drawn]) -> list[TokenOut | SequenceLost]:
@@ -257,11 +258,12 @@ class Scheduler:
             row.computed = piece.position + piece.count
             row.pushed = [part for part in row.pushed if part.position + part.count > row.computed]
             if piece.draws:
-                outputs.append(self._draw(row, drawn[row.key]))
+                outputs.append(self._draw(piece, drawn[row.key]))
         self._end_step()
         return outputs
 
-    def _draw(self, row: Row, drawn: Drawn) -> TokenOut | SequenceLost:
+    def _draw(self, piece: Piece, drawn: Drawn) -> TokenOut | SequenceLost:
+        row = piece.row
         position, sampling = row.known, row.opened.sampling
         if drawn.token is None:
             self._failed += 1
@@ -270,7 +272,7 @@ class Scheduler:
                 row.key, "the model gave no usable logits (not a number, or nothing left to draw)", retryable=False
             )
         finish = None
-        if drawn.token in self.stop_ids(row) and position - row.opened.prompt_tokens >= sampling.min_tokens:
+        if drawn.token in piece.stop_ids and position - row.opened.prompt_tokens >= sampling.min_tokens:
             finish = "stop"
         elif position + 1 >= row.limit:
             finish = "length"
@@ -281,7 +283,7 @@ class Scheduler:
             self._forget(row)
         return TokenOut(row.key, position, drawn.token, finish, drawn.logprob, drawn.top)
 
-    def stop_ids(self, row: Row) -> frozenset[int]:
+    def _stop_ids(self, row: Row) -> frozenset[int]:
         """Tokens that end this sequence; `ignore_eos` takes the model's own out, wherever they came from."""
         stops = frozenset(row.opened.sampling.stop_token_ids)
         return stops - self._spans[row.lane.span].end_ids if row.opened.sampling.ignore_eos else stops

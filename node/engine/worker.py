@@ -259,7 +259,7 @@ class TorchEngine:
                 piece.position + piece.count,
                 opened.prompt_tokens,
                 piece.history,
-                self._scheduler.stop_ids(piece.row),
+                piece.stop_ids,
             )
         return drawn
 

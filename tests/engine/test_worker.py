@@ -229,6 +229,27 @@ def test_calls_return_while_a_step_computes(checkpoint_of: Callable[[str], Path]
         assert one.outputs.empty()
 
 
+def test_a_span_may_be_unloaded_in_mid_step(checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    computing, go_on = threading.Event(), threading.Event()
+    with running((checkpoint_of("llama"), 0, 4)) as one:
+        stage = one.engine._loaded[Span(MODEL, 0, 4)].stage
+        forward = stage.forward
+
+        def slow(*args: Any, **kwargs: Any) -> torch.Tensor:
+            computing.set()
+            assert go_on.wait(WAIT_S)
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(stage, "forward", slow)
+        one.engine.open(opening("a"))
+        assert computing.wait(WAIT_S)
+        one.engine.unload(Span(MODEL, 0, 4))
+        go_on.set()
+        lost = one.next()
+        assert isinstance(lost, SequenceLost) and "unloaded" in lost.reason
+        assert one.engine.statistics().step_failures == 0
+
+
 def test_unloading_loses_the_spans_sequences_and_its_memory(checkpoint_of: Callable[[str], Path]) -> None:
     with running((checkpoint_of("llama"), 1, 3)) as one:
         one.engine.open(opening("a", 1, 3, bare=True))
