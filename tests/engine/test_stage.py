@@ -188,3 +188,15 @@ def test_the_weights_digest_tells_finetunes_apart_and_ignores_who_saved_them(
     raw[-4] ^= 1
     (copy / "model.safetensors").write_bytes(raw)
     assert read_checkpoint(copy).weights != read_checkpoint(original).weights
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_threads_are_exact_too_and_promise_nothing_about_one(dtype: str, mesh_demo: Path) -> None:
+    checkpoint = read_checkpoint(mesh_demo)
+    one = load_stage(checkpoint, 0, 3, dtype, threads=1)
+    torch.set_num_threads(2)
+    try:
+        two = load_stage(checkpoint, 0, 3, dtype, threads=2)
+    finally:
+        torch.set_num_threads(1)
+    assert is_exact(two.numerics) and two.numerics != one.numerics
