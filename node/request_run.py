@@ -271,7 +271,8 @@ class RequestRun:
         if out.finish_reason is not None:
             self.record.seq += len(out.end_token_ids)
             self._send(ChoiceDone(choice, out.finish_reason, self.record.seq, out.end_token_ids))
-            self.tell(choice, StopFound())  # changes nothing where the engine ended it
+            # Before the tokens that may wait behind this one; changes nothing where the engine ended it.
+            self._inbox.appendleft((choice, StopFound()))
 
     def _fail(self, error: MeshError) -> None:
         self._send(error)

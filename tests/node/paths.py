@@ -95,20 +95,21 @@ class CountingEngine:
             fault(sequence.key)
             return
         if sequence.end < LAYERS:
-            self._deliver(HiddenOut(sequence.key, position, count, bytes([position % 256]) * count))
+            self.deliver(HiddenOut(sequence.key, position, count, bytes([position % 256]) * count))
             return
         last = drawn == sequence.prompt_tokens + sequence.sampling.max_tokens - 1
-        self._deliver(TokenOut(sequence.key, drawn, token_at(drawn), "length" if last else None))
+        self.deliver(TokenOut(sequence.key, drawn, token_at(drawn), "length" if last else None))
         if sequence.start == 0 and not last:
             trio.lowlevel.current_trio_token().run_sync_soon(self.token, sequence.key, drawn, token_at(drawn))
 
     def lose(self, key: SequenceKey, reason: str = "evicted", retryable: bool = True) -> None:
         del self.sequences[key]
-        self._deliver(SequenceLost(key, reason, retryable))
+        self.deliver(SequenceLost(key, reason, retryable))
 
-    def _deliver(self, output: EngineOutput) -> None:
+    def deliver(self, *outputs: EngineOutput) -> None:
+        """As of one step."""
         assert self.stages is not None
-        trio.lowlevel.current_trio_token().run_sync_soon(self.stages.carry, [output])
+        trio.lowlevel.current_trio_token().run_sync_soon(self.stages.carry, list(outputs))
 
     def close(self, key: SequenceKey) -> None:
         self.sequences.pop(key, None)

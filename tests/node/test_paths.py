@@ -4,6 +4,7 @@ import pytest
 import trio
 
 from mesh.errors import BadRequest, NoPath
+from node.engine.api import TokenOut
 from node.requests import ChoiceDone, Finished, TextDelta
 from tests.node.paths import a_request, small_mesh, token_at
 
@@ -120,6 +121,24 @@ async def test_a_stop_string_ends_the_answer_and_the_work():
         said = "".join(event.text for event in events if isinstance(event, TextDelta))
         assert said == text[:5]
         assert [event.finish_reason for event in events if isinstance(event, ChoiceDone)] == ["stop"]
+
+
+async def test_tokens_that_come_with_the_one_that_completes_a_stop_string_change_nothing():
+    async with small_mesh(entry=(), only=((0, 6),)) as mesh:
+        engine = mesh.nodes["only"].engine
+
+        def burst(key):
+            engine.deliver(*(TokenOut(key, position, token_at(position)) for position in range(15, 25)))
+
+        engine.faults[15] = burst
+        text = "".join(map(chr, EXPECTED))
+        events = await run(mesh, a_request(stop=(text[7:9],)))
+        await at_rest(mesh)
+
+        assert "".join(event.text for event in events if isinstance(event, TextDelta)) == text[:7]
+        [done] = [event for event in events if isinstance(event, ChoiceDone)]
+        listed = [*tokens(events), *done.token_ids]
+        assert listed == EXPECTED[:9] and events[-1].seq == done.seq == 9
 
 
 async def test_a_client_that_leaves_frees_all_stages():
