@@ -52,9 +52,13 @@ def take_identity(directory: Path) -> Identity:
     except BlockingIOError:
         lock.close()
         raise BadRequest(f"--data-dir {directory}: another running node uses it; give each node its own", "data_dir") from None
-    stored = _read(directory / "node.json")
-    stored = _Stored(stored.id, stored.epoch + 1) if stored else _Stored(secrets.token_hex(8), 1)
-    _write(directory / "node.json", stored)
+    try:
+        stored = _read(directory / "node.json")
+        stored = _Stored(stored.id, stored.epoch + 1) if stored else _Stored(secrets.token_hex(8), 1)
+        _write(directory / "node.json", stored)
+    except BadRequest:
+        lock.close()
+        raise
     return Identity(NodeId(stored.id), stored.epoch, directory, lock)
 
 
