@@ -14,6 +14,7 @@ from mesh.errors import PeerLost
 from mesh.frame_stream import COALESCE_BYTES, FrameSource, send
 from mesh.frames import Frame, encode
 from mesh.ids import Address, NodeId, format_address
+from mesh.tls import why_impostor
 from mesh.view import Load
 
 PROTOCOL_VERSION = 1
@@ -109,7 +110,7 @@ class Link:
         try:
             with trio.fail_after(CONNECT_TIMEOUT_S):
                 stream = await trio.open_tcp_stream(*self.to)
-        except (OSError, trio.TooSlowError) as error:
+        except (OSError, ValueError, OverflowError, trio.TooSlowError) as error:  # a peer's word may be no address at all
             return "connection refused: no node listens there" if _is_refusal(error) else f"cannot connect: {error or 'timeout'}"
         connection: trio.abc.Stream = stream
         if self._config.client_tls is not None:
@@ -144,9 +145,13 @@ class Link:
             return _why_greeting_ended(frames, tls=config.client_tls is not None)
         if answer.header.get("refused"):
             return f"refused: {str(answer.header['refused'])[:300]}"
-        if answer.kind != "hello" or not isinstance(answer.header.get("node"), str):
+        node = answer.header.get("node")
+        if answer.kind != "hello" or not isinstance(node, str):
             return "not a mesh node: its answer to the handshake is not ours"
-        self.peer = NodeId(answer.header["node"])
+        if config.client_tls is not None and (impostor := why_impostor(connection, node)):
+            return impostor
+        frames.greeted()
+        self.peer = NodeId(node)
         return None
 
     async def _write(self, connection: trio.abc.Stream, link_scope: trio.CancelScope) -> None:
