@@ -34,7 +34,7 @@ from membership.events import JoinFailed, MemberEvent, MembershipStatistics
 from mesh import gossip, sync
 from mesh.calls import Call, Handlers, Header, Reply
 from mesh.errors import BadRequest, DeadlineExceeded, LocalError, PeerLost, Refused, RemoteError
-from mesh.ids import Address, NodeId, format_address
+from mesh.ids import Address, NodeId, format_address, is_ip
 from mesh.seal import Seal, SealBroken
 from mesh.view import Facts, Load, Peer, PeerState, View
 
@@ -286,6 +286,9 @@ class Membership:
 
     def _send(self, to: Address, message: gossip.Message) -> None:
         if self._datagrams is None:
+            return
+        if not is_ip(to[0]):  # a node claims the address of its socket; a name would be looked up while the loop stands still
+            self._dropped["unsent"] += 1
             return
         datagram = self._seal.seal(gossip.encode(message))
         assert len(datagram) <= gossip.MAX_DATAGRAM_BYTES, "the core packs claims within the limit"
