@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
 from mesh.errors import BadRequest
-from mesh.ids import Address
+from mesh.ids import Address, is_ip
 
 LAYERS_FORM = "expected auto, none, A:B or A:B,C:D with 0 <= A < B"
 
@@ -62,7 +63,7 @@ class NodeConfig:
 
 
 def is_loopback(host: str) -> bool:
-    return host == "localhost" or host == "::1" or host.startswith("127.")
+    return host == "localhost" or (is_ip(host) and ip_address(host).is_loopback)
 
 
 def pinned_spans(layers: str) -> tuple[tuple[int, int], ...] | None:
@@ -78,7 +79,7 @@ def pinned_spans(layers: str) -> tuple[tuple[int, int], ...] | None:
     spans = []
     for part in layers.split(","):
         start, colon, end = part.partition(":")
-        if not (colon and start.isdigit() and end.isdigit() and int(start) < int(end)):
+        if not (colon and start.isdecimal() and end.isdecimal() and int(start) < int(end)):
             raise BadRequest(f"--layers {layers!r}: {LAYERS_FORM}", "layers")
         spans.append((int(start), int(end)))
     return tuple(spans)

@@ -20,14 +20,14 @@ def test_layers_are_pinned_left_out_or_chosen(layers, spans):
     assert pinned_spans(layers) == spans
 
 
-@pytest.mark.parametrize("layers", ["", "4", "4:2", "a:b", "0:2,", "-1:2", "1:1"])
+@pytest.mark.parametrize("layers", ["", "4", "4:2", "a:b", "0:2,", "-1:2", "1:1", "0:²"])
 def test_other_forms_of_layers_are_refused_with_the_right_ones(layers):
     with pytest.raises(BadRequest, match="A:B"):
         NodeConfig(layers=layers)
 
 
 def test_listening_beyond_loopback_needs_keys(tmp_path):
-    for bad in ({"bind": ("0.0.0.0", 1)}, {"http": ("10.0.0.1", 1)}, {"bind": ("::", 1)}):
+    for bad in ({"bind": ("0.0.0.0", 1)}, {"http": ("10.0.0.1", 1)}, {"bind": ("::", 1)}, {"bind": ("127.example.org", 1)}):
         with pytest.raises(BadRequest, match="key"):
             NodeConfig(**bad)
     NodeConfig(bind=("127.0.0.9", 1), http=("::1", 2))
