@@ -34,6 +34,7 @@ from node.http.app import make_app
 from node.http.auth import ApiKeys
 from node.http.server import Server, serve
 from node.identity import Identity
+from node.losses import Losses
 from node.models import Models
 from node.own_facts import OwnFacts
 from node.placing import Placing
@@ -82,7 +83,7 @@ class Node:
             LinkConfig(identity.id, sockets.address, config.cluster, *tls),
             load=self._load,
             on_load=lambda node, load: self._membership.note_load(node, load),
-            on_lost=self._on_link_lost,
+            on_lost=lambda node, address, reason: self._losses.link_lost(node, address, reason),
         )
         self._membership = Membership(
             identity.id,
@@ -113,6 +114,7 @@ class Node:
         entry_node = EntryNode(identity.id, sockets.address, self._links.call, self._links.post)
         self._entry = Entry(entry_node, Prompts(models, self._documents), self._planning, config.request_timeout_s, rng)
         self._stages = Stages(sockets.address, engine, self._links.post, self._entry)
+        self._losses = Losses(self._view, self._entry, self._stages, self._planning, self._membership.lost)
         self._readiness = Readiness(self._view, models, self._entry)
         self._placing = Placing(config.layers, engine, models, capacity, self._facts, self._membership)
         self._surface = Surface(self._view, models, self._entry, self._readiness, self._documents, embedder, self.statistics)
@@ -153,27 +155,10 @@ class Node:
             **({"server": self._server.statistics()} if self._server else {}),
         }
 
-    # --- what peers' fates mean here
-
-    def _on_link_lost(self, node: NodeId | None, address: Address | None, reason: str) -> None:
-        """A link ended. One that we dialled carried our requests: they go on elsewhere at once."""
-        if node is None:
-            node = next((peer.id for peer in self._view().peers.values() if peer.address == address), None)
-        if address is not None:
-            self._stages.link_lost(address, reason)
-            if node is not None:
-                self._entry.peer_gone(node, reason)
-        if node is not None:
-            self._membership.lost(node)
-
     def _on_member(self, event: MemberEvent) -> None:
         peer = self._view().peers.get(event.node)
         log.info("member", peer=event.node, name=peer.name if peer else "", state=event.after.value, restarted=event.restarted)
-        if event.down and event.node != self._identity.id:
-            reason = "restarted" if event.restarted else event.after.value
-            self._planning.forget(event.node)
-            self._entry.peer_gone(event.node, reason)
-            self._stages.peer_down(event.node)
+        self._losses.member_changed(event)
 
     # --- life
 

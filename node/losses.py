@@ -1,0 +1,51 @@
+"""What the loss of a link or of a member means for what runs here.
+
+Two links join a pair of nodes, one dialled from each side. On the one that an entry dials go its opens and closes, on the
+one that a stage dials its tokens and losses; frames that were under way are lost with either. So whichever ends, both
+sides give up what they share and say so over a new link: a word lost in between costs a replay and never a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from membership.events import MemberEvent
+from mesh.ids import Address, NodeId
+from mesh.view import View
+from node.entry import Entry
+from node.planning import Planning
+from node.stages import Stages
+
+
+class Losses:
+    """`doubt`: told of a peer whose link ended, so that membership looks at it at once."""
+
+    def __init__(
+        self, view: Callable[[], View], entry: Entry, stages: Stages, planning: Planning, doubt: Callable[[NodeId], None]
+    ) -> None:
+        self._view = view
+        self._entry = entry
+        self._stages = stages
+        self._planning = planning
+        self._doubt = doubt
+
+    def link_lost(self, node: NodeId | None, address: Address | None, reason: str) -> None:
+        """See `mesh.links.OnLost`: `address` is None where the peer had dialled."""
+        if node is None:
+            node = next((peer.id for peer in self._view().peers.values() if peer.address == address), None)
+        if address is not None:
+            self._stages.link_lost(address, reason)
+        elif node is not None:
+            self._stages.entry_lost(node, reason)
+        if node is not None:
+            self._planning.link_lost(node)
+            self._entry.peer_gone(node, reason)
+            self._doubt(node)
+
+    def member_changed(self, event: MemberEvent) -> None:
+        """Nothing that ran on a member that is down will be heard of again."""
+        if event.down and event.node != self._view().me:
+            reason = "restarted" if event.restarted else event.after.value
+            self._planning.forget(event.node)
+            self._entry.peer_gone(event.node, reason)
+            self._stages.entry_lost(event.node, reason)

@@ -1,0 +1,95 @@
+"""Links that break between live nodes, nodes that die and come back, many requests at once: no token changes, nothing stays."""
+
+from random import Random
+
+import pytest
+import trio
+
+from mesh.ids import StreamId
+from node.generation import Patience
+from node.requests import ChoiceDone, TextDelta
+from tests.node.paths import a_request, small_mesh, token_at
+
+SPLIT = {"entry": (), "a": ((0, 4),), "b": ((2, 6),), "c": ((0, 2), (4, 6))}
+TOKENS = 40
+SILENCE_S = Patience().silence_s  # what is only noticed by silence takes as long
+EXPECTED = [token_at(position) for position in range(10, 10 + TOKENS)]
+
+
+async def tokens_of(mesh, stream, each=lambda: None, **changes):
+    """The tokens of each choice."""
+    said = {}
+    async with mesh.nodes["entry"].entry.generate(a_request(id=StreamId(stream), max_tokens=TOKENS, **changes)) as events:
+        async for event in events:
+            if isinstance(event, (TextDelta, ChoiceDone)):
+                said.setdefault(event.choice, []).extend(event.token_ids)
+                each()
+    return said
+
+
+def held(mesh):
+    return {
+        node.id: (sorted(node.engine.sequences), node.stages.open_sequences, node.entry.open_requests)
+        for node in mesh.live
+        if node.engine.sequences or node.stages.open_sequences or node.entry.open_requests
+    }
+
+
+async def nothing_stays(mesh, within_s=5.0):
+    with trio.move_on_after(within_s):
+        while held(mesh):
+            await trio.sleep(0.01)
+    assert not held(mesh)
+
+
+class Attack:
+    """Something breaks with a chance of `share` at each token that a client reads."""
+
+    def __init__(self, mesh, rng, share, most):
+        self.mesh, self.rng, self.share, self.left = mesh, rng, share, most
+        self.restarts = trio.open_memory_channel(100)
+
+    def __call__(self):
+        if self.left and self.rng.random() < self.share:
+            self.left -= 1
+            self.rng.choice((self.cut, self.cut, self.kill))()
+
+    def cut(self):
+        one, other = self.rng.sample(sorted(self.mesh.live, key=lambda node: node.id), 2)
+        one.links.cut(other.links.config.address)
+
+    def kill(self):
+        live = [name for name in "abc" if self.mesh.nodes[name] in self.mesh.live]
+        if len(live) == 3:
+            victim = self.rng.choice(live)
+            self.mesh.nodes[victim].kill()
+            self.restarts[0].send_nowait(victim)
+
+    async def restart_the_dead(self):
+        async for name in self.restarts[1]:
+            await trio.sleep(self.rng.choice((0.0, 1.0)))
+            await self.mesh.restart(name)
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_whatever_breaks_every_request_gets_its_tokens_and_no_sequence_stays(seed, mock_clock):
+    mock_clock.autojump_threshold = 0.02
+    rng = Random(seed)
+    async with small_mesh(**SPLIT) as mesh, trio.open_nursery() as nursery:
+        attack = Attack(mesh, rng, share=0.05, most=6)
+        nursery.start_soon(attack.restart_the_dead)
+        said = {}
+        began = trio.current_time()
+
+        async def ask(number):
+            said[number] = await tokens_of(mesh, f"s{number}", attack, n=1 + number % 2)
+
+        async with trio.open_nursery() as clients:
+            for number in range(6):
+                clients.start_soon(ask, number)
+
+        assert said == {number: {choice: EXPECTED for choice in range(1 + number % 2)} for number in range(6)}
+        assert attack.left < 6
+        assert trio.current_time() - began < SILENCE_S, "something was lost that nobody told"
+        await nothing_stays(mesh)
+        nursery.cancel_scope.cancel()
