@@ -258,8 +258,8 @@ def _biases(biases: Mapping[str, float] | None) -> dict[int, float] | None:
 
 
 def _token_ids(param: str, ids: list[int] | None) -> tuple[int, ...] | None:
-    for token in ids or ():
-        _in_range(param, token, 0, MAX_TOKEN_ID)
+    for extreme in (min(ids), max(ids)) if ids else ():  # a prompt may have millions of them
+        _in_range(param, extreme, 0, MAX_TOKEN_ID)
     return tuple(ids) if ids is not None else None
 
 
