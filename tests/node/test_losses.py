@@ -5,7 +5,10 @@ from random import Random
 import pytest
 import trio
 
-from mesh.ids import StreamId
+from membership.events import MemberEvent
+from mesh.ids import NodeId, StreamId
+from mesh.view import PeerState
+from node.engine.api import TokenOut
 from node.generation import Patience
 from node.requests import ChoiceDone, TextDelta
 from tests.node.paths import a_request, small_mesh, token_at
@@ -93,3 +96,75 @@ async def test_whatever_breaks_every_request_gets_its_tokens_and_no_sequence_sta
         assert trio.current_time() - began < SILENCE_S, "something was lost that nobody told"
         await nothing_stays(mesh)
         nursery.cancel_scope.cancel()
+
+
+async def test_a_last_token_that_is_lost_with_its_link_comes_over_another_path(mock_clock):
+    mock_clock.autojump_threshold = 0.02
+    async with small_mesh(entry=(), only=((0, 6),)) as mesh:
+        entry, only = mesh.nodes["entry"], mesh.nodes["only"]
+        last = 10 + TOKENS - 1
+
+        def say_it_to_nobody(key):
+            only.engine.deliver(TokenOut(key, last, token_at(last), "length"))
+            trio.lowlevel.current_trio_token().run_sync_soon(only.links.cut, entry.links.config.address)
+
+        only.engine.faults[last] = say_it_to_nobody
+        began = trio.current_time()
+
+        assert await tokens_of(mesh, "s1") == {0: EXPECTED}
+        assert trio.current_time() - began < SILENCE_S
+        await nothing_stays(mesh)
+
+
+async def test_a_close_that_is_lost_with_its_link_leaves_nothing_behind(mock_clock):
+    mock_clock.autojump_threshold = 0.02
+    async with small_mesh(entry=(), only=((0, 6),)) as mesh:
+        entry, only = mesh.nodes["entry"], mesh.nodes["only"]
+        only.engine.faults[20] = lambda key: None  # falls silent
+        only.links.receivers["stage.close"] = lambda *frame: None  # and never gets the close
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tokens_of, mesh, "s1")
+            while 20 in only.engine.faults:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+        assert only.engine.sequences
+        entry.links.cut(only.links.config.address)
+        await nothing_stays(mesh)
+
+
+async def test_an_entry_that_only_slept_is_told_that_its_work_was_freed(mock_clock):
+    mock_clock.autojump_threshold = 0.02
+    async with small_mesh(**SPLIT) as mesh:
+        for name in "abc":
+            mesh.nodes[name].engine.faults[20] = lambda key: None  # what it would have said has gone to a dead node
+        began = trio.current_time()
+        said = {}
+
+        async def ask():
+            said.update(await tokens_of(mesh, "s1"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            while all(20 in mesh.nodes[name].engine.faults for name in "abc"):
+                await trio.sleep(0.01)
+            down = MemberEvent(NodeId("entry"), PeerState.SUSPECT, PeerState.DEAD)
+            for name in "abc":
+                mesh.nodes[name].engine.faults.clear()
+                mesh.nodes[name].stages.entry_lost(down.node, down.after.value)
+
+        assert said == {0: EXPECTED}
+        assert trio.current_time() - began < SILENCE_S
+        await nothing_stays(mesh)
+
+
+async def test_a_node_whose_link_broke_is_not_asked_by_the_next_request():
+    async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh:
+        await tokens_of(mesh, "s1")
+        dead = next(node for name in "ab" if (node := mesh.nodes[name]).engine.opened)
+        dead.kill()
+        dead.state = PeerState.ALIVE  # membership has not noticed yet
+        while mesh.nodes["entry"].links.counters.links_lost_total == 0:
+            await trio.sleep(0.01)
+        for number in range(5):
+            await tokens_of(mesh, f"t{number}")
+            assert mesh.nodes["entry"].entry.recent.find(f"t{number}").attempts == 1
