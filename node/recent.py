@@ -48,8 +48,8 @@ class RequestRecord:
 
     @property
     def attempts(self) -> int:
-        """1 when undisturbed, one more for each path that was lost."""
-        return 1 + sum(len(generation.history) for generation in self.generations.values())
+        """1 when undisturbed, one more for each path that was lost; of several choices, that of the one that lost most."""
+        return 1 + max((len(generation.history) for generation in self.generations.values()), default=0)
 
     def report(self) -> dict[str, Any]:
         """The body of `GET /mesh/requests/{id}`; nodes by their id."""
