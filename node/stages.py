@@ -241,7 +241,9 @@ class Stages:
     def link_lost(self, address: Address, reason: str) -> None:
         """A link broke: sequences whose activations or tokens went over it are given up here."""
         over = {
-            key for key, route in self._routes.items() if address in (route.next_address, route.first_address, route.entry_address)
+            key
+            for key, route in self._routes.items()
+            if address in (route.next_address, route.first_address, route.entry_address)
         }
         self._lose(over, address, reason)
 
