@@ -26,7 +26,6 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from bench.machine import machine
 from node.engine.attention import Segment
 from node.engine.checkpoint import read_checkpoint
-from node.engine.kvcache import SequenceKV
 from node.engine.loading import Loaded, is_exact, load_stage
 
 PROMPT_TOKENS = 64
@@ -60,7 +59,7 @@ class Ours:
 
     def __init__(self, loaded: Loaded, batch: int) -> None:
         self.stage = loaded.stage
-        self.caches = [SequenceKV() for _ in range(batch)]
+        self.caches = [self.stage.sequence() for _ in range(batch)]
         self.position = PROMPT_TOKENS
         self.tokens = []
         for cache, prompt in zip(self.caches, prompts(batch).tolist()):

@@ -34,7 +34,7 @@ def test_ragged_rows_match_the_plain_model(name: str, checkpoint_of: Callable[[s
     attention = "eager" if name == "gemma2" else "sdpa"
     plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation=attention).eval()
     prompts = [torch.randint(3, 500, (count,), generator=torch.Generator().manual_seed(count)).tolist() for count in (5, 41, 67)]
-    caches = [SequenceKV() for _ in prompts]
+    caches = [stage.sequence() for _ in prompts]
     for count, done in ((4, 0), (None, 4)):
         segments: list[Segment] = []
         positions: list[int] = []
@@ -83,7 +83,11 @@ def test_the_self_check_notices_attention_that_forgets(
     stage.pack()
     assert selfcheck.computes_like_the_plain_model(stage, plain) and selfcheck.is_exact(stage)
     write = SequenceKV.write
-    monkeypatch.setattr(SequenceKV, "write", lambda self, layer, position, kv: write(self, layer, position, kv * (position < 10)))
+
+    def forgetful(self: SequenceKV, layer: int, position: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        write(self, layer, position, keys * (position < 10), values * (position < 10))
+
+    monkeypatch.setattr(SequenceKV, "write", forgetful)
     assert not selfcheck.computes_like_the_plain_model(stage, plain)
     assert not selfcheck.is_exact(stage)
 
