@@ -11,6 +11,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from mesh.errors import BadRequest
+from mesh.gossip import check_description
 from mesh.ids import Address, is_ip
 
 LAYERS_FORM = "expected auto, none, A:B or A:B,C:D with 0 <= A < B"
@@ -42,6 +43,10 @@ class NodeConfig:
     def __post_init__(self) -> None:
         """Raises BadRequest with what was expected, what came and what to do."""
         pinned_spans(self.layers)
+        try:
+            check_description(self.name, self.bind[0], self.region)
+        except ValueError as error:
+            raise BadRequest(str(error)) from None
         if self.log_format not in ("text", "json"):
             raise BadRequest(f"--log-format: expected text or json, got {self.log_format!r}", "log_format")
         if self.dtype not in ("auto", "float32", "bfloat16"):

@@ -110,8 +110,9 @@ def _load_api_keys(config: NodeConfig) -> ApiKeys | None:
         return None
     try:
         return ApiKeys.parse(config.api_key_file.read_text().splitlines())
-    except OSError as error:
-        raise BadRequest(f"--api-key-file {config.api_key_file}: {error.strerror}", "api_key_file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text file; `mesh key api` writes one"
+        raise BadRequest(f"--api-key-file {config.api_key_file}: {reason}", "api_key_file") from None
 
 
 def _first(group: BaseExceptionGroup[MeshError]) -> MeshError:

@@ -35,6 +35,12 @@ def test_listening_beyond_loopback_needs_keys(tmp_path):
     NodeConfig(http=("0.0.0.0", 1), api_key_file=tmp_path)
 
 
+@pytest.mark.parametrize("given", [{"name": "n" * 33}, {"name": "ü" * 17}, {"region": "r" * 17}])
+def test_a_description_that_could_not_spread_is_refused(given):
+    with pytest.raises(BadRequest, match="bytes"):
+        NodeConfig(**given)
+
+
 def test_an_identity_is_for_life_and_each_start_counts(tmp_path):
     first = take_identity(tmp_path)
     first.lock.close()
