@@ -47,7 +47,7 @@ async def _run(config: NodeConfig, announce: Callable[[str], None]) -> None:
     configure(config.log_format, config.name or identity.id[:8])
     mesh_key = _load_mesh_key(config)
     api_keys = _load_api_keys(config)
-    sockets = await open_peer_sockets(config.bind)
+    sockets = await open_peer_sockets(config.bind, config.join)
     http_listener = await open_listener(config.http, "--http")
     budget_bytes = memory_budget_bytes(config.memory_bytes)
     prepared = await trio.to_thread.run_sync(_prepare, config, budget_bytes)

@@ -42,7 +42,7 @@ from node.planning import Planning
 from node.prompts import Prompts
 from node.readiness import Readiness
 from node.request_run import EntryNode
-from node.sockets import PeerSockets
+from node.sockets import PeerSockets, reachable
 from node.stages import Stages
 from node.surface import Surface
 from rag.embed import MiniLM
@@ -181,7 +181,7 @@ class Node:
     async def _start(self, nursery: trio.Nursery, announce: Callable[[str], None]) -> None:
         await nursery.start(self._links.run, self._sockets.listener)
         await nursery.start(self._membership.run)
-        self._facts.serve_http_at(f"http://{format_address(self._http_address)}")
+        self._facts.serve_http_at(f"http://{format_address(await reachable(self._http_address, self._config.join))}")
         await self._membership.join(list(self._config.join))
         await nursery.start(self._documents.run)
         await nursery.start(self._entry.run)

@@ -12,7 +12,7 @@ from node.config import NodeConfig, pinned_spans
 from node.identity import take_free_identity, take_identity
 from node.models import Models, parse_reference
 from node.own_facts import OwnFacts
-from node.sockets import open_listener, open_peer_sockets
+from node.sockets import open_listener, open_peer_sockets, reachable
 
 
 @pytest.mark.parametrize(("layers", "spans"), [("auto", None), ("none", ()), ("0:4", ((0, 4),)), ("0:2,4:6", ((0, 2), (4, 6)))])
@@ -88,6 +88,13 @@ async def test_gossip_and_links_share_one_free_port():
     finally:
         sockets.datagrams.close()
         await sockets.listener.aclose()
+
+
+async def test_a_node_that_listens_everywhere_tells_an_address_that_others_can_use():
+    assert await reachable(("127.0.0.5", 7)) == ("127.0.0.5", 7)
+    assert await reachable(("0.0.0.0", 7), [("no..body", 1), ("127.0.0.1", 9)]) == ("127.0.0.1", 7)
+    assert await reachable(("::", 7), [("::1", 9)]) == ("::1", 7)
+    assert (await reachable(("0.0.0.0", 7)))[0] != "0.0.0.0"
 
 
 def safetensors(path, tensors):
