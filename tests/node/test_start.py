@@ -55,6 +55,17 @@ def test_an_identity_is_for_life_and_each_start_counts(tmp_path):
     third.lock.close()
 
 
+def test_a_disk_that_keeps_no_epoch_does_not_end_the_node(tmp_path):
+    held = take_identity(tmp_path)
+    (tmp_path / "node.new").mkdir()  # where it would be written aside
+    held.renew(9)
+    held.lock.close()
+    (tmp_path / "node.new").rmdir()
+    again = take_identity(tmp_path)
+    assert (again.id, again.epoch) == (held.id, 2)
+    again.lock.close()
+
+
 def test_one_data_directory_serves_one_running_node(tmp_path):
     held = take_identity(tmp_path)
     with pytest.raises(BadRequest, match="another running node"):
