@@ -6,7 +6,9 @@ It decides which attempt counts, which token comes next, and when to plan a new 
 2. Tokens come in order of position, each once; a repeat is dropped, a gap loses the attempt.
 3. Whatever is lost (a stage, its link, its member, its answer in time) leads to the same transition:
    close the old attempt, plan the next, replay prompt and tokens, go on. There is no other failover.
-4. A refusal costs no attempt's work: another path at once, twice; then the request waits here, at the
+4. An attempt that falls silent has its nodes looked at (`Doubt`); if membership then cannot reach one of them either, the
+   attempt goes elsewhere and does not wait for the verdict. Once per token: a mesh that is merely slow must not chase itself.
+5. A refusal costs no attempt's work: another path at once, twice; then the request waits here, at the
    entry, where it can still go anywhere (`routing.bounce`).
 
 A later journal commits each token to a peer before `Emit`; it slots in between `token` and `Emit`.
@@ -20,7 +22,30 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from mesh.errors import DeadlineExceeded, MeshError, NoPath, Refused
-from mesh.ids import Address, NodeId
+from mesh.ids import NodeId
+from node.generation_events import (
+    Cancelled,
+    ClosePath,
+    Doubt,
+    Effect,
+    Emit,
+    Event,
+    Fail,
+    Finish,
+    Opened,
+    OpenPath,
+    OpenRefused,
+    PeerBack,
+    PeerGone,
+    PeerSuspect,
+    Plan,
+    Planned,
+    StageLost,
+    Stages,
+    StopFound,
+    TokenDrawn,
+    Unplannable,
+)
 from routing.bounce import Bounces, GoElsewhere, WaitHere
 
 if TYPE_CHECKING:
@@ -39,145 +64,6 @@ class Phase(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class StageAt:
-    """One stage of a path: `node` at `address` computes layers `[start, end)`."""
-
-    node: NodeId
-    address: Address
-    start: int
-    end: int
-
-
-Stages = tuple[StageAt, ...]
-
-
-# --- what happens to a generation
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    attempt: int
-    path: Stages
-
-
-@dataclass(frozen=True, slots=True)
-class Unplannable:
-    """Routing found no path, or no peer that would take it."""
-
-    attempt: int
-    error: MeshError
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True)
-class OpenRefused:
-    """A stage said BUSY; nothing is open any more on the others."""
-
-    attempt: int
-    node: NodeId
-    retry_after_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class TokenDrawn:
-    attempt: int
-    position: int
-    token: int
-    finish: str | None = None
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class StageLost:
-    """A stage gave the attempt up, or cannot be reached. `node` None: it is not known which."""
-
-    attempt: int
-    node: NodeId | None
-    reason: str
-    retryable: bool = True
-    error: MeshError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PeerGone:
-    """Membership or a broken link says that a node is lost, whatever it did."""
-
-    node: NodeId
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class StopFound:
-    """The entry found a stop string in the text: the answer ends here."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    """Nobody wants the rest."""
-
-
-Event = Planned | Unplannable | Opened | OpenRefused | TokenDrawn | StageLost | PeerGone | StopFound | Cancelled
-
-
-# --- what is to be done about it
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Find a path for `attempt` that avoids `exclude`; answer with Planned or Unplannable."""
-
-    attempt: int
-    exclude: frozenset[NodeId]
-
-
-@dataclass(frozen=True, slots=True)
-class OpenPath:
-    """Open every stage for prompt and `tokens` (the answer so far); answer with Opened, OpenRefused or StageLost."""
-
-    attempt: int
-    path: Stages
-    tokens: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ClosePath:
-    """Free the attempt's sequences on all its stages; nobody waits for it. `lost`: the node that was to blame, if any."""
-
-    attempt: int
-    path: Stages
-    lost: NodeId | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Emit:
-    """The next token of the answer, for the client; with `finish` it is the last."""
-
-    position: int
-    token: int
-    finish: str | None = None
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Fail:
-    error: MeshError
-
-
-Effect = Plan | OpenPath | ClosePath | Emit | Finish | Fail
-
-
-@dataclass(frozen=True, slots=True)
 class Patience:
     """How long and how often to try."""
 
@@ -185,7 +71,8 @@ class Patience:
     refused_s: float = 30.0  # how long a request may wait at the entry for room
     retry_s: float = 0.25  # between plans while waiting; membership events plan at once
     silence_s: float = 30.0  # no token for so long, and no other sign: the attempt is lost
-    prefill_tok_s: float = 20.0  # the slowest prefill believed in, added to the first token's silence
+    stall_s: float = 1.0  # no token for so long: its nodes are looked at, and one that is suspect is waited for no longer
+    prefill_tok_s: float = 20.0  # the slowest prefill believed in, added to the first token's silence and stall
     avoid_s: float = 3.0  # a node that was lost gets no part of the next plans for so long
     barren_attempts: int = 6  # attempts lost in a row without one new token: give up
 
@@ -207,6 +94,8 @@ class Generation:
     _bounces: Bounces = field(default_factory=Bounces)
     _barren: int = 0
     _wake_at: float = math.inf
+    _stall_at: float = math.inf  # when the silence of a running attempt becomes suspicious; infinite once it has
+    _suspects: set[NodeId] = field(default_factory=set)
     _give_up_at: float = math.inf
     _last_error: MeshError | None = None
 
@@ -217,7 +106,7 @@ class Generation:
     @property
     def deadline(self) -> float:
         """When `tick` next has something to do; infinite once ended."""
-        return math.inf if self.ended else min(self._wake_at, self.deadline_at)
+        return math.inf if self.ended else min(self._wake_at, self._stall_at, self.deadline_at)
 
     def start(self, now: float) -> list[Effect]:
         return self._plan(now)
@@ -242,6 +131,10 @@ class Generation:
                 return self._lost(event.node, event.reason, now, None if event.retryable else _fault(event))
             case PeerGone(node=node, reason=reason):
                 return self._peer_gone(node, reason, now)
+            case PeerSuspect(node=node):
+                return self._peer_suspect(node, now)
+            case PeerBack(node=node):
+                return self._peer_back(node, now)
             case StopFound():
                 return self._end(Phase.DONE, Finish("stop"))
             case Cancelled():
@@ -252,6 +145,8 @@ class Generation:
             return []
         if now >= self.deadline_at:
             return self._end(Phase.FAILED, Fail(DeadlineExceeded("the request's deadline passed before its answer was complete")))
+        if now >= self._stall_at:
+            return self._stalled(now)
         if now < self._wake_at:
             return []
         if self.phase is Phase.WAITING:
@@ -263,7 +158,7 @@ class Generation:
     def _plan(self, now: float) -> list[Effect]:
         self.phase = Phase.PLANNING
         self.attempt += 1
-        self._wake_at = math.inf  # the shell answers a Plan at once
+        self._wake_at = self._stall_at = math.inf  # the shell answers a Plan at once
         self._avoid = {node: until for node, until in self._avoid.items() if until > now}
         return [Plan(self.attempt, frozenset(self._avoid) | self._bounces.excluded)]
 
@@ -276,7 +171,8 @@ class Generation:
         if self.phase is Phase.OPENING:
             self.phase = Phase.RUNNING
             replayed = self.prompt_tokens + len(self.tokens)
-            self._wake_at = now + self.patience.silence_s + replayed / self.patience.prefill_tok_s
+            first_token_at = now + replayed / self.patience.prefill_tok_s
+            self._wake_at, self._stall_at = first_token_at + self.patience.silence_s, first_token_at + self.patience.stall_s
         return []
 
     def _token(self, drawn: TokenDrawn, now: float) -> list[Effect]:
@@ -287,7 +183,7 @@ class Generation:
             return self._lost(None, f"a gap: token {drawn.position} came where {expected} was due", now)
         self.phase = Phase.RUNNING
         self.tokens.append(drawn.token)
-        self._wake_at = now + self.patience.silence_s
+        self._wake_at, self._stall_at = now + self.patience.silence_s, now + self.patience.stall_s
         self._barren = 0
         self._bounces.taken()
         self._give_up_at = math.inf
@@ -321,7 +217,30 @@ class Generation:
             return close + self._end(Phase.FAILED, Fail(error))
         return close + self._plan(now)
 
+    def _stalled(self, now: float) -> list[Effect]:
+        self._stall_at = math.inf
+        nodes = frozenset(stage.node for stage in self.path)
+        if suspects := nodes & self._suspects:
+            return self._peer_suspect(min(suspects), now)
+        return [Doubt(nodes)]
+
+    def _peer_suspect(self, node: NodeId, now: float) -> list[Effect]:
+        self._suspects.add(node)
+        stalled = self.phase is Phase.RUNNING and self._stall_at == math.inf
+        if stalled and not self._barren and any(stage.node == node for stage in self.path):
+            # Blamed on nobody: with no path without it, the suspect is asked again (`routing.path` takes it last).
+            return self._lost(None, f"{node}: suspect, and no token for {self.patience.stall_s:g} s", now)
+        return []
+
+    def _peer_back(self, node: NodeId, now: float) -> list[Effect]:
+        self._suspects.discard(node)
+        self._avoid.pop(node, None)
+        if self.phase is Phase.WAITING and isinstance(self._last_error, NoPath):
+            return self._plan(now)
+        return []
+
     def _peer_gone(self, node: NodeId, reason: str, now: float) -> list[Effect]:
+        self._suspects.discard(node)
         self._avoid[node] = now + self.patience.avoid_s
         if any(stage.node == node for stage in self.path):
             return self._lost(node, f"{node}: {reason}", now)

@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 from membership.events import MemberEvent
 from mesh.ids import Address, NodeId
-from mesh.view import View
+from mesh.view import PeerState, View
 from node.entry import Entry
+from node.generation_events import PeerBack, PeerGone, PeerSuspect
 from node.planning import Planning
 from node.stages import Stages
 
@@ -39,13 +40,19 @@ class Losses:
             self._stages.entry_lost(node, reason)
         if node is not None:
             self._planning.link_lost(node)
-            self._entry.peer_gone(node, reason)
+            self._entry.peer_news(PeerGone(node, reason))
             self._doubt(node)
 
     def member_changed(self, event: MemberEvent) -> None:
         """Nothing that ran on a member that is down will be heard of again."""
-        if event.down and event.node != self._view().me:
+        if event.node == self._view().me:
+            return
+        if event.down:
             reason = "restarted" if event.restarted else event.after.value
             self._planning.forget(event.node)
-            self._entry.peer_gone(event.node, reason)
+            self._entry.peer_news(PeerGone(event.node, reason))
             self._stages.entry_lost(event.node, reason)
+        if event.after is PeerState.SUSPECT:
+            self._entry.peer_news(PeerSuspect(event.node))
+        elif event.after is PeerState.ALIVE:
+            self._entry.peer_news(PeerBack(event.node))

@@ -10,7 +10,7 @@ from typing import Any
 from mesh.ids import ModelId, NodeId
 from mesh.view import View
 from node.engine.api import SequenceKey
-from node.generation import StageAt, Stages
+from node.generation_events import StageAt, Stages
 from routing.breaker import Breakers
 from routing.dispatches import Dispatch, Dispatches
 from routing.path import Path, plan

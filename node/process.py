@@ -111,7 +111,7 @@ class Node:
             self._facts.documents,
             time.time,
         )
-        entry_node = EntryNode(identity.id, sockets.address, self._links.call, self._links.post)
+        entry_node = EntryNode(identity.id, sockets.address, self._links.call, self._links.post, self._membership.lost)
         self._entry = Entry(entry_node, Prompts(models, self._documents), self._planning, config.request_timeout_s, rng)
         self._stages = Stages(sockets.address, engine, self._links.post, self._entry)
         self._losses = Losses(self._view, self._entry, self._stages, self._planning, self._membership.lost)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mesh.ids import NodeId, StreamId
-from node.generation import Generation, Phase, Stages
+from node.generation import Generation, Phase
+from node.generation_events import Stages
 
 REMEMBERED = 4096
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from random import Random
 
@@ -20,18 +20,18 @@ from mesh.errors import BadRequest, DeadlineExceeded, MeshError, PeerLost, Refus
 from mesh.ids import Address, NodeId
 from node.choice_text import ChoiceText
 from node.engine.api import OpenSequence, SequenceKey, SequenceLost
-from node.generation import (
+from node.generation import Generation, Phase
+from node.generation_events import (
     Cancelled,
     ClosePath,
+    Doubt,
     Effect,
     Emit,
     Event,
     Fail,
-    Generation,
     Opened,
     OpenPath,
     OpenRefused,
-    Phase,
     Plan,
     Planned,
     StageLost,
@@ -58,6 +58,7 @@ class EntryNode:
     address: Address
     call: Call
     post: Post
+    doubt: Callable[[NodeId], None] = lambda node: None  # has membership look at a peer now
 
 
 @dataclass(slots=True)
@@ -169,6 +170,9 @@ class RequestRun:
                     open_nursery.start_soon(self._open, choice, effect, scope)
                 case ClosePath():
                     self._close(choice, effect)
+                case Doubt(nodes=nodes):
+                    for node in nodes:
+                        self._node.doubt(node)
                 case Emit():
                     self._on_token(choice, effect)
                 case Fail(error=error):

@@ -156,7 +156,7 @@ class SmallNode:
     losses: Losses
     spans: tuple[tuple[int, int], ...]
     scope: trio.CancelScope
-    state: PeerState = PeerState.ALIVE
+    state: PeerState = PeerState.DEAD  # until it runs
 
     def kill(self) -> None:
         """As the kernel does it: all its connections end, nothing is said."""
@@ -169,6 +169,7 @@ class SmallMesh:
     def __init__(self, nursery: trio.Nursery) -> None:
         self.nodes: dict[str, SmallNode] = {}
         self._nursery = nursery
+        self.looked_at: Callable[[NodeId], None] = lambda node: None  # an entry doubts a node
 
     @property
     def live(self) -> list[SmallNode]:
@@ -195,12 +196,14 @@ class SmallMesh:
 
         links = CuttableLinks(LinkConfig(me, address), on_lost=lambda *lost: losses.link_lost(*lost))
         planning = Planning(self.view, trio.current_time, Random(1))
-        entry = Entry(EntryNode(me, address, links.call, links.post), CountingPrompts(), planning, 60.0, Random(1))  # type: ignore[arg-type]
+        entry_node = EntryNode(me, address, links.call, links.post, lambda node: self.looked_at(node))
+        entry = Entry(entry_node, CountingPrompts(), planning, 60.0, Random(1))  # type: ignore[arg-type]
         stages = engine.stages = Stages(address, engine, links.post, entry)  # type: ignore[arg-type]
         losses = Losses(self.view, entry, stages, planning, lambda node: None)
         links.add(stages.handlers, stages.receivers)
         self.nodes[name] = SmallNode(me, links, engine, entry, stages, losses, spans, trio.CancelScope())
         await self._nursery.start(self._run, self.nodes[name], listener)
+        self.nodes[name].state = PeerState.ALIVE
 
     async def restart(self, name: str) -> None:
         """The same node again, at another port; the others hear of it as membership tells it."""

@@ -4,23 +4,26 @@ import itertools
 import math
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.errors import BadRequest, DeadlineExceeded, NoPath, Refused
 from mesh.ids import ModelId, NodeId
-from node.generation import (
+from node.generation import Generation, Phase
+from node.generation_events import (
     Cancelled,
     ClosePath,
+    Doubt,
     Emit,
     Fail,
     Finish,
-    Generation,
     Opened,
     OpenPath,
     OpenRefused,
+    PeerBack,
     PeerGone,
-    Phase,
+    PeerSuspect,
     Plan,
     Planned,
     StageAt,
@@ -136,11 +139,73 @@ def test_no_path_at_the_beginning_fails_at_once_and_in_mid_answer_waits_for_one(
 def test_silence_loses_the_attempt_and_the_deadline_ends_the_request():
     generation = running()
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
+    generation.tick(2.0)
     assert generation.deadline == 31.0
     assert generation.tick(31.0) == [ClosePath(1, PATH), Plan(2, frozenset())]
     generation.receive(Planned(2, OTHER), 31.0)
     [close, fail] = generation.tick(100.0)
     assert close == ClosePath(2, OTHER) and isinstance(fail.error, DeadlineExceeded)
+
+
+def test_a_silent_attempt_has_its_nodes_looked_at_once_for_each_silence():
+    generation = running()
+    generation.receive(TokenDrawn(1, 10, 7), 1.0)
+
+    assert generation.deadline == 2.0
+    assert generation.tick(2.0) == [Doubt(frozenset({A, B}))]
+    assert generation.deadline == 31.0
+    generation.receive(TokenDrawn(1, 11, 7), 5.0)
+    assert generation.tick(6.0) == [Doubt(frozenset({A, B}))]
+
+
+def test_a_prefill_may_be_silent_for_as_long_as_it_may_take():
+    generation = running(prompt_tokens=1000)
+
+    assert generation.deadline == 1000 / 20 + 1.0
+    assert generation.receive(PeerSuspect(B), 3.0) == []
+
+
+@pytest.mark.parametrize("suspect_at", [1.5, 2.5])
+def test_a_silent_suspect_is_left_before_the_verdict(suspect_at):
+    generation = running()
+    generation.receive(TokenDrawn(1, 10, 7), 1.0)
+
+    effects = []
+    for at in sorted((suspect_at, 2.0)):
+        effects += generation.tick(at) if at == 2.0 else generation.receive(PeerSuspect(B), at)
+    assert effects[-2:] == [ClosePath(1, PATH), Plan(2, frozenset())]
+    assert generation.receive(Planned(2, OTHER), 2.5) == [OpenPath(2, OTHER, (7,))]
+
+
+def test_a_suspect_that_speaks_keeps_its_work_and_so_does_a_path_without_it():
+    generation = running()
+    generation.receive(TokenDrawn(1, 10, 7), 1.0)
+    assert generation.receive(PeerSuspect(B), 1.5) == []
+    generation.receive(TokenDrawn(1, 11, 7), 1.9)
+    assert generation.receive(PeerBack(B), 2.0) == []
+    assert generation.tick(2.9) == [Doubt(frozenset({A, B}))]
+    assert generation.receive(PeerSuspect(C), 3.0) == []
+
+
+def test_suspicion_moves_an_attempt_once_and_not_again_before_it_has_brought_a_token():
+    generation = running()
+    generation.receive(TokenDrawn(1, 10, 7), 1.0)
+    generation.tick(2.0)
+    assert generation.receive(PeerSuspect(B), 2.5) == [ClosePath(1, PATH), Plan(2, frozenset())]
+    generation.receive(Planned(2, PATH), 2.5)
+    generation.receive(Opened(2), 2.5)
+    assert generation.tick(10.0) == []
+    assert generation.receive(PeerSuspect(B), 10.0) == []
+    assert generation.receive(PeerGone(B, "dead"), 11.0) == [ClosePath(2, PATH, B), Plan(3, frozenset({B}))]
+
+
+def test_a_node_that_is_back_is_asked_at_once():
+    generation = running()
+    generation.receive(TokenDrawn(1, 10, 7), 1.0)
+    generation.receive(PeerGone(B, "dead"), 1.0)
+    generation.receive(Unplannable(2, NoPath(ModelId("m"), ((3, 6),))), 1.0)
+
+    assert generation.receive(PeerBack(B), 1.1) == [Plan(3, frozenset())]
 
 
 def test_a_request_at_fault_fails_without_another_attempt():
@@ -177,6 +242,8 @@ events = st.one_of(
     st.builds(TokenDrawn, st.integers(1, 6), st.integers(8, 16), st.integers(0, 5), st.sampled_from([None, None, "stop"])),
     st.builds(StageLost, st.integers(1, 6), st.sampled_from([None, A, B]), st.just("x")),
     st.builds(PeerGone, st.sampled_from([A, B, C]), st.just("dead")),
+    st.builds(PeerSuspect, st.sampled_from([A, B, C])),
+    st.builds(PeerBack, st.sampled_from([A, B, C])),
     st.builds(Unplannable, st.integers(1, 6), st.just(NoPath(ModelId("m"), ()))),
 )
 

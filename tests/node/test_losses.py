@@ -168,3 +168,33 @@ async def test_a_node_whose_link_broke_is_not_asked_by_the_next_request():
         for number in range(5):
             await tokens_of(mesh, f"t{number}")
             assert mesh.nodes["entry"].entry.recent.find(f"t{number}").attempts == 1
+
+
+async def test_a_stage_that_falls_silent_is_left_as_soon_as_membership_cannot_reach_it(mock_clock):
+    mock_clock.autojump_threshold = 0.02
+    async with small_mesh(**SPLIT) as mesh:
+        entry = mesh.nodes["entry"]
+        silent = set()
+
+        def look_at(node):
+            if node in silent and mesh.nodes[node].state is PeerState.ALIVE:
+                mesh.nodes[node].state = PeerState.SUSPECT
+                entry.losses.member_changed(MemberEvent(node, PeerState.ALIVE, PeerState.SUSPECT))
+
+        mesh.looked_at = look_at
+
+        def fall_silent(name):
+            silent.add(NodeId(name))
+            for other in "abc":
+                mesh.nodes[other].engine.faults.clear()
+
+        for name in "abc":
+            mesh.nodes[name].engine.faults[20] = lambda key, name=name: fall_silent(name)
+        began = trio.current_time()
+
+        assert await tokens_of(mesh, "s1") == {0: EXPECTED}
+        assert entry.entry.recent.find("s1").attempts == 2
+        assert trio.current_time() - began < 10.0
+        for name in "abc":
+            mesh.nodes[name].state = PeerState.ALIVE
+        await nothing_stays(mesh)
