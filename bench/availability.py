@@ -275,6 +275,8 @@ async def measure(mesh: LocalMesh, users: int, seconds: float, tokens: int, rng:
             client, violence, [reference.question for reference in references], users, seconds, rng
         )
         leaks = await violence.at_rest()
+    for outcome in sorted(outcomes, key=lambda one: one.pause_s)[-5:]:
+        print(f"pause {outcome.pause_s:.2f} s: {_story(outcome)}", file=sys.stderr)
     return {
         **judged(references, outcomes, violence.strikes),
         "ttft_undisturbed_ms": _quantiles_ms(_first_s(references)),
