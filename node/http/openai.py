@@ -196,12 +196,15 @@ def _base_request(
     options = body.mesh
     if options is not None and options.deadline_s is not None:
         _in_range("mesh.deadline_s", options.deadline_s, 0.001, 86400.0)
+    limit = _in_range(limit_name, limit, 1, MAX_TOKEN_ID)
+    if limit is not None and (body.min_tokens or 0) > limit:
+        raise BadRequest(f"min_tokens: expected at most {limit_name}, {limit}, got {body.min_tokens}", "min_tokens")
     return GenerateRequest(
         id=id,
         model=ModelId(body.model) if body.model else None,
         sampling=_sampling(body, logprobs),
         seed=_in_range("seed", body.seed, -MAX_SEED - 1, MAX_SEED),
-        max_tokens=_in_range(limit_name, limit, 1, MAX_TOKEN_ID),
+        max_tokens=limit,
         n=_in_range("n", body.n, 1, MAX_CHOICES) or 1,
         stop=_stops(body.stop),
         include_stop=bool(body.include_stop_str_in_output),
