@@ -27,6 +27,7 @@ from node.engine.blocks import BLOCK_TOKENS
 from node.engine.kvcache import STRETCH, SequenceKV, Slab
 
 NAME = "mesh"
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # what SDPA would choose, at less cost
 ROW_QUANTUM = 8
 
 
@@ -125,16 +126,13 @@ class PackedBatch:
                 )
             )
 
-    def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Stores this layer's `[rows, kv_heads, dim]`."""
+    def write(self, kv: torch.Tensor) -> None:
+        """Stores this layer's `[rows, 2, kv_heads, dim]`."""
         for writing in self.shared:
-            held = writing.slab.layer(self.layer, keys)
-            at = writing.slots, writing.positions
-            for side, new in zip(held.unbind(0), (keys, values)):
-                side.transpose(1, 2).index_put_(at, new[writing.rows])
+            held = writing.slab.layer(self.layer, kv)
+            held.permute(1, 3, 0, 2, 4).index_put_((writing.slots, writing.positions), kv[writing.rows])
         for segment in self.apart:
-            rows = slice(segment.row, segment.row + segment.count)
-            segment.kv.write(self.layer, segment.position, keys[rows], values[rows])
+            segment.kv.write(self.layer, segment.position, kv[segment.row : segment.row + segment.count])
 
     def reading(self, window: int, dtype: torch.dtype) -> Reading:
         """Made once for all layers with the same window (0: none)."""
@@ -244,39 +242,39 @@ def mesh_attention(
     value_dim = value.shape[-1]
     rows = [side[0].transpose(0, 1) for side in _equal_dims(query, key, value)]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = attend(_thread.batch, rows[0], rows[1], rows[2], scale, sliding_window or 0, softcap, s_aux)
+    out = attend(_thread.batch, rows[0], torch.cat(rows[1:], 1), scale, sliding_window or 0, softcap, s_aux)
     return out[None, ..., :value_dim], None
 
 
 def attend(
     batch: PackedBatch,
     q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    kv: torch.Tensor,
     scale: float,
     window: int = 0,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Stores `keys` and `values` `[rows, kv_heads, dim]`, then answers `q` `[rows, heads, dim]` in its own shape.
+    """Stores `kv` `[rows, 2 * kv_heads, dim]` (keys, then values), then answers `q` `[rows, heads, dim]` in its own shape.
 
     Rows outside every segment come out as zeros.
     """
-    batch.write(keys, values)
+    kv_heads = kv.shape[1] // 2
+    batch.write(kv.view(-1, 2, kv_heads, kv.shape[2]))
     reading = batch.reading(window, q.dtype)
     if softcap or sinks is not None:
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         for tile in [*(tile for near in reading.decoding for tile in near.tiles), *reading.prefilling]:
             _attend_plainly(batch.layer, tile, q.transpose(0, 1), scale, softcap, sinks, out)
         return out
-    decoded = _attend_decoding(batch.layer, reading, q, keys.shape[1], scale) if reading.decoding else None
+    decoded = _attend_decoding(batch.layer, reading, q, kv_heads, scale) if reading.decoding else None
     if decoded is not None and len(decoded) == len(q) and isinstance(reading.decoding_rows, slice):
         return decoded
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     if decoded is not None:
         out[reading.decoding_rows] = decoded
     for tile in reading.prefilling:
-        _attend_prefilling(batch.layer, tile, q, keys.shape[1], scale, out)
+        _attend_prefilling(batch.layer, tile, q, kv_heads, scale, out)
     return out
 
 
@@ -298,7 +296,7 @@ def _attend_decoding(layer: int, reading: Reading, q: torch.Tensor, kv_heads: in
         keys, values = near.read(layer)
         queries = stacked[row : row + len(near.tiles)]
         row += len(near.tiles)
-        answers.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=near.mask, scale=scale))
+        answers.append(_flash(queries, keys, values, 0.0, False, attn_mask=near.mask, scale=scale)[0])
     together = answers[0] if len(answers) == 1 else torch.cat(answers)
     return together[:, :, :shared].reshape(count, heads, dim)
 

@@ -31,10 +31,10 @@ class Slab:
         self.layers: dict[int, torch.Tensor] = {}
 
     def layer(self, number: int, like: torch.Tensor) -> torch.Tensor:
-        """`[2, slots, kv_heads, 512, dim]`, made on first use for keys such as `like` `[rows, kv_heads, dim]`."""
+        """`[2, slots, kv_heads, 512, dim]`, made on first use for such as `like` `[rows, 2, kv_heads, dim]`."""
         held = self.layers.get(number)
         if held is None:
-            shape = (2, SLOTS, like.shape[1], BLOCK_TOKENS, like.shape[2])
+            shape = (2, SLOTS, like.shape[2], BLOCK_TOKENS, like.shape[3])
             held = _mapped_zeros(shape, like.dtype)
             self.layers[number] = held
         return held
@@ -107,12 +107,10 @@ class SequenceKV:
         else:
             self.place.tokens = max(self.place.tokens, min(end, BLOCK_TOKENS))
 
-    def write(self, layer: int, position: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Stores `[count, kv_heads, dim]` at `position …`; writing a position again replaces it."""
-        end = position + keys.shape[0]
-        held = self._room(layer, end, keys)
-        held[0, 0, :, position:end] = keys.transpose(0, 1)
-        held[1, 0, :, position:end] = values.transpose(0, 1)
+    def write(self, layer: int, position: int, kv: torch.Tensor) -> None:
+        """Stores `[count, 2, kv_heads, dim]` (keys, values) at `position …`; writing a position again replaces it."""
+        end = position + kv.shape[0]
+        self._room(layer, end, kv)[:, 0, :, position:end] = kv.permute(1, 2, 0, 3)
 
     def read(self, layer: int, first: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of keys and values `[1, kv_heads, length, dim]` from position `first` on, up to the end of a stretch."""
@@ -136,7 +134,7 @@ class SequenceKV:
             slot = self.place.slot
             held = self.place.slab.layer(layer, like)[:, slot : slot + 1]
         if held.shape[3] < end:
-            grown = like.new_zeros(2, 1, like.shape[1], blocks_for(end) * BLOCK_TOKENS, like.shape[2])
+            grown = like.new_zeros(2, 1, like.shape[2], blocks_for(end) * BLOCK_TOKENS, like.shape[3])
             grown[:, :, :, : held.shape[3]] = held
             self._buffers[layer] = held = grown
         return held

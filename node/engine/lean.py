@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from node.engine.attention import PackedBatch, attend
@@ -21,15 +20,21 @@ from node.engine.linear import PackedLinear, Sibling
 FORMS = ("llama", "mistral", "qwen2", "qwen3")  # `model_type`s whose layers have the form
 
 
-@dataclass(frozen=True, slots=True)
 class Norm:
-    """RMSNorm over the last dimension."""
+    """RMSNorm over the last dimension: `x / sqrt(mean(x²) + eps) * weight`.
 
-    weight: torch.Tensor
-    eps: float
+    The root is that of `|x|² + size * eps`, a hypotenuse: five operations where `torch.rms_norm` takes eight, and
+    each costs 5 to 10 microseconds once a matrix product has swept the caches.
+    """
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        size = weight.shape[0]
+        self._weight = weight.float() * size**0.5
+        self._floor = torch.tensor((size * eps) ** 0.5)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).hypot_(self._floor)
+        return x.div(length).mul_(self._weight).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +45,8 @@ class Turn:
     sin: torch.Tensor
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Turns `[rows, heads, dim]`."""
-        return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1), self.sin)
+        """Turns `[rows, heads, dim]` in place."""
+        return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1), self.sin, out=x)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +72,15 @@ class Layer:
         """`[rows, hidden] -> [rows, hidden]`; the rows fill a bucket."""
         rows = x.shape[0]
         qkv = self.qkv.forward(self.before_attention(x)).view(rows, -1, self.dim)
-        turning = self.heads + self.kv_heads
         if self.query_norm is not None and self.key_norm is not None:
-            queries = turn(self.query_norm(qkv[:, : self.heads]))
-            keys = turn(self.key_norm(qkv[:, self.heads : turning]))
-        else:
-            queries, keys = turn(qkv[:, :turning]).split((self.heads, self.kv_heads), 1)
-        answer = attend(batch, queries, keys, qkv[:, turning:], self.scale, self.window)
-        x = x + self.out.forward(answer.view(rows, -1))
+            queries, keys = qkv[:, : self.heads], qkv[:, self.heads : self.heads + self.kv_heads]
+            queries.copy_(self.query_norm(queries))
+            keys.copy_(self.key_norm(keys))
+        turn(qkv[:, : self.heads + self.kv_heads])
+        answer = attend(batch, qkv[:, : self.heads], qkv[:, self.heads :], self.scale, self.window)
+        x = self.out.plus(answer.view(rows, -1), x)
         gate, up = self.gate_up.forward(self.before_mlp(x)).chunk(2, -1)
-        return x + self.down.forward(self.activation(gate).mul_(up))
+        return self.down.plus(self.activation(gate).mul_(up), x)
 
 
 class Lean:

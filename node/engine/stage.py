@@ -284,7 +284,8 @@ class Stage:
         for packed in layers:
             if (packed.in_features, packed.out_features) not in tried:
                 tried.add((packed.in_features, packed.out_features))
-                buckets = agreeing_buckets(packed.product, packed.in_features, self.kernel.dtype, buckets)
+                for product in (packed.product, packed.twice):
+                    buckets = agreeing_buckets(product, packed.in_features, self.kernel.dtype, buckets)
         if not buckets:
             raise ValueError(f"{self.kernel.name} gives a row other bits for every number of rows beside it")
         return buckets

@@ -84,8 +84,8 @@ def test_the_self_check_notices_attention_that_forgets(
     assert selfcheck.computes_like_the_plain_model(stage, plain) and selfcheck.is_exact(stage)
     write = SequenceKV.write
 
-    def forgetful(self: SequenceKV, layer: int, position: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        write(self, layer, position, keys * (position < 10), values * (position < 10))
+    def forgetful(self: SequenceKV, layer: int, position: int, kv: torch.Tensor) -> None:
+        write(self, layer, position, kv * (position < 10))
 
     monkeypatch.setattr(SequenceKV, "write", forgetful)
     assert not selfcheck.computes_like_the_plain_model(stage, plain)
