@@ -128,7 +128,7 @@ class Generation:
             case TokenDrawn():
                 return self._token(event, now)
             case StageLost():
-                return self._lost(event.node, event.reason, now, None if event.retryable else _fault(event))
+                return self._lost(event.node, event.reason, now, None if event.retryable else _fault(event), event.unreachable)
             case PeerGone(node=node, reason=reason):
                 return self._peer_gone(node, reason, now)
             case PeerSuspect(node=node):
@@ -201,12 +201,15 @@ class Generation:
             case WaitHere(wait_s=wait_s):
                 return self._wait(self._last_error, now, wait_s)
 
-    def _lost(self, node: NodeId | None, reason: str, now: float, fault: MeshError | None = None) -> list[Effect]:
+    def _lost(
+        self, node: NodeId | None, reason: str, now: float, fault: MeshError | None = None, unreachable: bool = False
+    ) -> list[Effect]:
         if self.phase not in (Phase.OPENING, Phase.RUNNING):
             return []
         if fault is not None:
             return self._end(Phase.FAILED, Fail(fault))  # the request is to blame, no node
-        self._barren += 1
+        if not unreachable:  # else its nodes are avoided until none is left, and patience decides
+            self._barren += 1
         self.history.append(reason)
         close: list[Effect] = [ClosePath(self.attempt, self.path, node)]
         if node is not None:
@@ -243,7 +246,7 @@ class Generation:
         self._suspects.discard(node)
         self._avoid[node] = now + self.patience.avoid_s
         if any(stage.node == node for stage in self.path):
-            return self._lost(node, f"{node}: {reason}", now)
+            return self._lost(node, f"{node}: {reason}", now, unreachable=True)
         return []
 
     def _wait(self, error: MeshError, now: float, wait_s: float | None = None) -> list[Effect]:

@@ -64,13 +64,14 @@ class TokenDrawn:
 
 @dataclass(frozen=True, slots=True)
 class StageLost:
-    """A stage gave the attempt up, or cannot be reached. `node` None: it is not known which."""
+    """A stage gave the attempt up, or cannot be reached (`unreachable`). `node` None: it is not known which."""
 
     attempt: int
     node: NodeId | None
     reason: str
     retryable: bool = True
     error: MeshError | None = None
+    unreachable: bool = False
 
 
 @dataclass(frozen=True, slots=True)

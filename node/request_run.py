@@ -212,7 +212,7 @@ class RequestRun:
                     self._planning.finished(self._key(choice, effect.attempt), ok=False)
                     self.tell(choice, OpenRefused(effect.attempt, node, refused.retry_after_s))
                 case PeerLost() | DeadlineExceeded() as error:
-                    self.tell(choice, StageLost(effect.attempt, node, f"{node}: {error}"))
+                    self.tell(choice, StageLost(effect.attempt, node, f"{node}: {error}", unreachable=True))
                 case error:
                     retryable = not isinstance(error, BadRequest)
                     self.tell(choice, StageLost(effect.attempt, node, str(error), retryable, error))

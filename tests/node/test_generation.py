@@ -226,6 +226,39 @@ def test_attempts_that_never_bring_a_token_come_to_an_end():
     assert attempt == 6 and isinstance(effects[-1].error, Refused)
 
 
+def test_nodes_that_cannot_be_reached_are_waited_for_however_many_attempts_they_cost():
+    generation, now = running(), 1.0
+    generation.receive(TokenDrawn(1, 10, 7), now)
+    for _ in range(3):  # all nodes have died at once, and membership takes its time
+        generation.receive(PeerGone(A, "closed by the peer"), now)
+        generation.receive(Planned(generation.attempt, OTHER), now)
+        generation.receive(StageLost(generation.attempt, C, "connection refused", unreachable=True), now)
+        generation.receive(Planned(generation.attempt, OTHER), now)
+        generation.receive(StageLost(generation.attempt, B, "connection refused", unreachable=True), now)
+        generation.receive(Unplannable(generation.attempt, NoPath(ModelId("m"), ((0, 6),))), now)
+        assert generation.phase is Phase.WAITING
+        now += 4.0
+        generation.tick(now)
+    generation.receive(Planned(generation.attempt, PATH), now)
+    assert generation.receive(TokenDrawn(generation.attempt, 11, 9), now) == [Emit(11, 9)]
+
+
+def test_nodes_that_stay_unreachable_are_not_waited_for_for_ever():
+    generation, now = running(), 1.0
+    generation.receive(TokenDrawn(1, 10, 7), now)
+    effects = generation.receive(PeerGone(A, "dead"), now)
+    while not generation.ended and now < 60.0:
+        if generation.phase is Phase.PLANNING and generation._avoid:
+            effects = generation.receive(Unplannable(generation.attempt, NoPath(ModelId("m"), ((0, 6),))), now)
+        elif generation.phase is Phase.PLANNING:
+            generation.receive(Planned(generation.attempt, PATH), now)
+            effects = generation.receive(StageLost(generation.attempt, A, "refused", unreachable=True), now)
+        else:
+            now = generation.deadline
+            effects = generation.tick(now)
+    assert generation.phase is Phase.FAILED and isinstance(effects[-1].error, NoPath) and 20.0 < now < 26.0
+
+
 def test_cancel_and_stop_free_the_path():
     generation = running()
     assert generation.receive(Cancelled(), 1.0) == [ClosePath(1, PATH)]
