@@ -174,11 +174,11 @@ async def _ask_all(client: AsyncClient, asked: Sequence[Question], users: int) -
 
 
 async def disturbed(
-    client: AsyncClient, violence: Violence, asked: Sequence[Question], users: int, seconds: float, rng: Random
+    client: AsyncClient, violence: Violence, asked: Sequence[Question], users: int, seconds: float, stop_share: float
 ) -> tuple[list[Outcome], float]:
     """Users ask while the mesh is struck; no question is asked after `seconds`. All outcomes, and how long it took."""
     outcomes: list[Outcome] = []
-    begun_s = trio.current_time()
+    begun_s, rng = trio.current_time(), violence.rng
 
     async def user() -> None:
         while trio.current_time() < begun_s + seconds:
@@ -192,7 +192,7 @@ async def disturbed(
     async with trio.open_nursery() as nursery:
         for _ in range(users):
             nursery.start_soon(user)
-        await violence.run(STOP_SHARE, begun_s + seconds)
+        await violence.run(stop_share, begun_s + seconds)
     return outcomes, trio.current_time() - begun_s
 
 
@@ -258,7 +258,9 @@ def _story(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-async def measure(mesh: LocalMesh, users: int, seconds: float, tokens: int, rng: Random) -> dict[str, Any]:
+async def measure(
+    mesh: LocalMesh, users: int, seconds: float, tokens: int, rng: Random, stop_share: float = STOP_SHARE
+) -> dict[str, Any]:
     """Starts the nodes, and everything after that. Raises MeshError when the mesh does not come up or does not recover."""
     started = await trio.to_thread.run_sync(mesh.start_all, {ENTRY: ("--layers", "none"), **STAGES})
     entry, stages = started[0], dict(zip(STAGES, started[1:]))
@@ -272,7 +274,7 @@ async def measure(mesh: LocalMesh, users: int, seconds: float, tokens: int, rng:
         references, undisturbed_s = await undisturbed(client, users, tokens)
         rss_bytes = process.memory_info().rss
         outcomes, disturbed_s = await disturbed(
-            client, violence, [reference.question for reference in references], users, seconds, rng
+            client, violence, [reference.question for reference in references], users, seconds, stop_share
         )
         leaks = await violence.at_rest()
     for outcome in sorted(outcomes, key=lambda one: one.pause_s)[-5:]:
