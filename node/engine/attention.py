@@ -67,9 +67,7 @@ class Neighbours:
         place = tile.kv.place
         if len(self.tiles) == 1 or place is None:
             return tile.kv.read(layer, tile.first, tile.length)
-        slots = slice(place.slot, place.slot + len(self.tiles))
-        keys, values = place.slab.layers[layer][:, slots, :, tile.first : tile.first + tile.length].unbind(0)
-        return keys, values
+        return place.slab.read(layer, place.slot, len(self.tiles), tile.first, tile.length)
 
 
 @dataclass(slots=True)
@@ -80,6 +78,32 @@ class Reading:
     decoding_rows: slice | torch.Tensor  # in the order of `decoding`
     decoding_count: int
     prefilling: list[Tile]
+    workspace: Workspace | None = None
+
+
+class Workspace:
+    """Tensors and views that all layers with the same window and shapes use one after the other.
+
+    Making them anew in each layer cost a twentieth of a step at batch 1: a view takes 5 to 10 microseconds once a
+    matrix product has swept the caches.
+    """
+
+    def __init__(self, reading: Reading, q: torch.Tensor, kv_heads: int) -> None:
+        heads, dim = q.shape[1:]
+        shared, count = heads // kv_heads, reading.decoding_count
+        self.shape = q.shape
+        self.kv_heads = kv_heads
+        self.out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        stacked = q.new_zeros(count, kv_heads, padded(shared, ROW_QUANTUM), dim)
+        self.queries = stacked[:, :, :shared]
+        at = reading.decoding_rows
+        self.answers = self.out[at].view(count, kv_heads, shared, dim) if isinstance(at, slice) else None
+        self.runs: list[tuple[Neighbours, torch.Tensor, torch.Tensor | None]] = []
+        row = 0
+        for near in reading.decoding:
+            rows = slice(row, row + len(near.tiles))
+            self.runs.append((near, stacked[rows], None if self.answers is None else self.answers[rows]))
+            row += len(near.tiles)
 
 
 @dataclass(slots=True)
@@ -129,8 +153,7 @@ class PackedBatch:
     def write(self, kv: torch.Tensor) -> None:
         """Stores this layer's `[rows, 2, kv_heads, dim]`."""
         for writing in self.shared:
-            held = writing.slab.layer(self.layer, kv)
-            held.permute(1, 3, 0, 2, 4).index_put_((writing.slots, writing.positions), kv[writing.rows])
+            writing.slab.put(self.layer, (writing.slots, writing.positions), kv[writing.rows])
         for segment in self.apart:
             segment.kv.write(self.layer, segment.position, kv[segment.row : segment.row + segment.count])
 
@@ -257,7 +280,7 @@ def attend(
 ) -> torch.Tensor:
     """Stores `kv` `[rows, 2 * kv_heads, dim]` (keys, then values), then answers `q` `[rows, heads, dim]` in its own shape.
 
-    Rows outside every segment come out as zeros.
+    Rows outside every segment come out as zeros. The answer is good until the next layer's.
     """
     kv_heads = kv.shape[1] // 2
     batch.write(kv.view(-1, 2, kv_heads, kv.shape[2]))
@@ -267,15 +290,14 @@ def attend(
         for tile in [*(tile for near in reading.decoding for tile in near.tiles), *reading.prefilling]:
             _attend_plainly(batch.layer, tile, q.transpose(0, 1), scale, softcap, sinks, out)
         return out
-    decoded = _attend_decoding(batch.layer, reading, q, kv_heads, scale) if reading.decoding else None
-    if decoded is not None and len(decoded) == len(q) and isinstance(reading.decoding_rows, slice):
-        return decoded
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    if decoded is not None:
-        out[reading.decoding_rows] = decoded
+    space = reading.workspace
+    if space is None or space.shape != q.shape or space.kv_heads != kv_heads:
+        space = reading.workspace = Workspace(reading, q, kv_heads)
+    if reading.decoding:
+        _attend_decoding(batch.layer, reading, space, q, scale)
     for tile in reading.prefilling:
-        _attend_prefilling(batch.layer, tile, q, kv_heads, scale, out)
-    return out
+        _attend_prefilling(batch.layer, tile, q, kv_heads, scale, space.out)
+    return space.out
 
 
 def _equal_dims(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -284,21 +306,21 @@ def _equal_dims(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [tensor if tensor.shape[-1] == widest else F.pad(tensor, (0, widest - tensor.shape[-1])) for tensor in tensors]
 
 
-def _attend_decoding(layer: int, reading: Reading, q: torch.Tensor, kv_heads: int, scale: float) -> torch.Tensor:
-    """The decoding rows' answers `[decoding rows, heads, dim]`; the heads of each KV head are stacked as rows."""
-    count, (heads, dim) = reading.decoding_count, q.shape[1:]
-    shared = heads // kv_heads
-    stacked = q.new_zeros(count, kv_heads, padded(shared, ROW_QUANTUM), dim)
-    stacked[:, :, :shared] = q[reading.decoding_rows].view(count, kv_heads, shared, dim)
-    answers = []
-    row = 0
-    for near in reading.decoding:
+def _attend_decoding(layer: int, reading: Reading, space: Workspace, q: torch.Tensor, scale: float) -> None:
+    """The decoding rows' answers; the heads of each KV head are stacked as rows."""
+    rows = reading.decoding_rows
+    space.queries.copy_(q[rows].view(space.queries.shape))
+    apart = []
+    for near, queries, target in space.runs:
         keys, values = near.read(layer)
-        queries = stacked[row : row + len(near.tiles)]
-        row += len(near.tiles)
-        answers.append(_flash(queries, keys, values, 0.0, False, attn_mask=near.mask, scale=scale)[0])
-    together = answers[0] if len(answers) == 1 else torch.cat(answers)
-    return together[:, :, :shared].reshape(count, heads, dim)
+        answer = _flash(queries, keys, values, 0.0, False, attn_mask=near.mask, scale=scale)[0]
+        answer = answer[:, :, : space.queries.shape[2]]
+        if target is None:
+            apart.append(answer)
+        else:
+            target.copy_(answer)
+    if apart:
+        space.out[rows] = torch.cat(apart).reshape(-1, *q.shape[1:])
 
 
 def _attend_prefilling(layer: int, tile: Tile, q: torch.Tensor, kv_heads: int, scale: float, out: torch.Tensor) -> None:

@@ -21,6 +21,7 @@ from node.engine.blocks import BLOCK_TOKENS, blocks_for
 
 STRETCH = 128  # positions: attention reads keys in whole stretches, so capacities are whole stretches too
 SLOTS = 16
+KEPT_VIEWS = 4096
 
 
 class Slab:
@@ -29,6 +30,8 @@ class Slab:
     def __init__(self) -> None:
         self.free = list(range(SLOTS))
         self.layers: dict[int, torch.Tensor] = {}
+        self._targets: dict[int, torch.Tensor] = {}
+        self._views: dict[tuple[int, int, int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def layer(self, number: int, like: torch.Tensor) -> torch.Tensor:
         """`[2, slots, kv_heads, 512, dim]`, made on first use for such as `like` `[rows, 2, kv_heads, dim]`."""
@@ -38,6 +41,24 @@ class Slab:
             held = _mapped_zeros(shape, like.dtype)
             self.layers[number] = held
         return held
+
+    def put(self, number: int, at: tuple[torch.Tensor, torch.Tensor], kv: torch.Tensor) -> None:
+        """Stores `kv` `[rows, 2, kv_heads, dim]` of layer `number` at slots and positions `at`, one of each a row."""
+        target = self._targets.get(number)
+        if target is None:
+            target = self._targets[number] = self.layer(number, kv).permute(1, 3, 0, 2, 4)
+        target.index_put_(at, kv)
+
+    def read(self, number: int, slot: int, slots: int, first: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of keys and values `[slots, kv_heads, length, dim]`; kept, for five new views cost as much as an addition."""
+        key = number, slot, slots, first, length
+        views = self._views.get(key)
+        if views is None:
+            if len(self._views) >= KEPT_VIEWS:
+                self._views.clear()
+            keys, values = self.layers[number][:, slot : slot + slots, :, first : first + length].unbind(0)
+            views = self._views[key] = keys, values
+        return views
 
     @torch.inference_mode()
     def clear(self, slot: int, tokens: int) -> None:
@@ -117,8 +138,7 @@ class SequenceKV:
         held = self._buffers.get(layer)
         if held is None:
             assert self.place is not None
-            slot = self.place.slot
-            held = self.place.slab.layers[layer][:, slot : slot + 1]
+            return self.place.slab.read(layer, self.place.slot, 1, first, length)
         keys, values = held.narrow(3, first, length).unbind(0)
         return keys, values
 

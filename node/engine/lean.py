@@ -71,7 +71,7 @@ class Layer:
     def run(self, batch: PackedBatch, x: torch.Tensor, turn: Turn) -> torch.Tensor:
         """`[rows, hidden] -> [rows, hidden]`; the rows fill a bucket."""
         rows = x.shape[0]
-        qkv = self.qkv.forward(self.before_attention(x)).view(rows, -1, self.dim)
+        qkv = self.qkv.full(self.before_attention(x)).view(rows, -1, self.dim)
         if self.query_norm is not None and self.key_norm is not None:
             queries, keys = qkv[:, : self.heads], qkv[:, self.heads : self.heads + self.kv_heads]
             queries.copy_(self.query_norm(queries))
@@ -79,7 +79,7 @@ class Layer:
         turn(qkv[:, : self.heads + self.kv_heads])
         answer = attend(batch, qkv[:, : self.heads], qkv[:, self.heads :], self.scale, self.window)
         x = self.out.plus(answer.view(rows, -1), x)
-        gate, up = self.gate_up.forward(self.before_mlp(x)).chunk(2, -1)
+        gate, up = self.gate_up.full(self.before_mlp(x)).chunk(2, -1)
         return self.down.plus(self.activation(gate).mul_(up), x)
 
 

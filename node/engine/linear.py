@@ -100,6 +100,10 @@ class PackedLinear(nn.Module):
         pieces = [self._padded(rows[at : at + largest]) for at in range(0, count, largest)]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(*x.shape[:-1], self.out_features)
 
+    def full(self, rows: torch.Tensor) -> torch.Tensor:
+        """`forward` for `[rows, inputs]` that fill a bucket or some of the largest."""
+        return self.product(rows) if rows.shape[0] <= self.buckets[-1] else self.forward(rows)
+
     def plus(self, rows: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """`other + product` for `[rows, inputs]` that fill a bucket or some of the largest, in one call where the kernel can.
 
