@@ -10,7 +10,7 @@ import trio
 
 from mesh.call_errors import error_from_header
 from mesh.calls import Header, Reply
-from mesh.errors import PeerLost
+from mesh.errors import PeerLost, PeerRefused
 from mesh.frame_stream import COALESCE_BYTES, FrameSource, send
 from mesh.frames import Frame, encode
 from mesh.ids import Address, NodeId, format_address
@@ -70,6 +70,7 @@ class Link:
         self._calls: dict[int, PendingCall] = {}
         self._last_number = 0
         self._failed: str | None = None
+        self._refused = False
 
     async def call(self, kind: str, header: Header, tail: bytes) -> Reply:
         self._last_number += 1
@@ -81,7 +82,7 @@ class Link:
         finally:
             self._calls.pop(number, None)
         if pending.reply is None:
-            raise PeerLost(format_address(self.to), pending.failure)
+            raise self._lost(pending.failure)
         error = pending.reply.header.get("error")
         if error is not None:
             raise error_from_header(self.peer or format_address(self.to), error)
@@ -89,7 +90,7 @@ class Link:
 
     def enqueue(self, frame: Frame) -> None:
         if self._failed is not None:
-            raise PeerLost(format_address(self.to), self._failed)
+            raise self._lost(self._failed)
         if self._outbox_bytes + len(frame.tail) > OUTBOX_BYTES:
             raise PeerLost(format_address(self.to), f"{self._outbox_bytes} bytes wait unread: the peer does not read")
         try:
@@ -97,6 +98,9 @@ class Link:
         except trio.WouldBlock:
             raise PeerLost(format_address(self.to), f"{OUTBOX_FRAMES} frames wait unread: the peer does not read") from None
         self._outbox_bytes += len(frame.tail)
+
+    def _lost(self, reason: str) -> PeerLost:
+        return (PeerRefused if self._refused else PeerLost)(format_address(self.to), reason)
 
     def fail(self, reason: str) -> None:
         """Everything that waits on this link, and whoever still holds it, gets PeerLost."""
@@ -121,6 +125,7 @@ class Link:
             with trio.move_on_after(HANDSHAKE_TIMEOUT_S):
                 refusal = await self._greet(connection, frames)
             if refusal is not None:
+                self._refused = True
                 return refusal
             self._counters.links_opened_total += 1
             async with trio.open_nursery() as link_nursery:

@@ -59,10 +59,10 @@ class NodeConfig:
                 "join; make one with `mesh key new` and give it to every node with --key-file",
                 "bind",
             )
-        if self.api_key_file is None and not is_loopback(self.http[0]):
+        if self.key_file is None and not is_loopback(self.http[0]):
             raise BadRequest(
-                f"--http {self.http[0]}: without API keys the endpoint listens on loopback only; make one with `mesh key api` "
-                "and give the file with --api-key-file",
+                f"--http {self.http[0]}: without a mesh key a node listens on loopback only; make one with `mesh key new` and "
+                "give it with --key-file; and make API keys with `mesh key api`, or whoever reaches the endpoint may use it",
                 "http",
             )
 

@@ -52,7 +52,7 @@ class Entry:
         self._counters = EntryCounters()
 
     def statistics(self) -> EntryStatistics:
-        running = sum(run.has_tokens for run in self._runs.values())
+        running = self._counters.speaking
         return EntryStatistics(running, len(self._runs) - running, replace(self._counters))
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

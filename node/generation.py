@@ -123,8 +123,8 @@ class Generation:
                 return self._wait(error, now) if self.phase is Phase.PLANNING else []
             case Opened():
                 return self._opened(now)
-            case OpenRefused(node=node, retry_after_s=retry_after_s):
-                return self._refused(node, retry_after_s, now)
+            case OpenRefused():
+                return self._refused(event.node, event.retry_after_s, event.fault, now)
             case TokenDrawn():
                 return self._token(event, now)
             case StageLost():
@@ -190,10 +190,14 @@ class Generation:
         emit = Emit(drawn.position, drawn.token, drawn.finish, drawn.logprob, drawn.top)
         return [emit] if drawn.finish is None else [emit, *self._end(Phase.DONE, Finish(drawn.finish))]
 
-    def _refused(self, node: NodeId, retry_after_s: float, now: float) -> list[Effect]:
+    def _refused(self, node: NodeId, retry_after_s: float, fault: MeshError | None, now: float) -> list[Effect]:
         if self.phase is not Phase.OPENING:
             return []
         self.path = ()
+        if fault is not None:  # it can never fit there; a larger node may still take it
+            self._avoid[node] = math.inf
+            self._last_error = fault
+            return self._plan(now)
         self._last_error = Refused("every node that could serve this is full", retry_after_s)
         match self._bounces.busy(node, retry_after_s, self.rng):
             case GoElsewhere():
@@ -253,7 +257,7 @@ class Generation:
         """Nothing to be had: fail at once when nothing was ever begun and nobody could serve it, else wait a while."""
         if isinstance(error, NoPath) and not self.history:
             if not isinstance(self._last_error, Refused):
-                return self._end(Phase.FAILED, Fail(error))
+                return self._end(Phase.FAILED, Fail(self._last_error or error))
             error = self._last_error  # the path exists, but all its nodes have just refused
         if not isinstance(error, NoPath | Refused):
             return self._end(Phase.FAILED, Fail(error))

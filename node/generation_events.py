@@ -50,6 +50,7 @@ class OpenRefused:
     attempt: int
     node: NodeId
     retry_after_s: float
+    fault: MeshError | None = None  # the request can never fit there
 
 
 @dataclass(frozen=True, slots=True)

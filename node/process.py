@@ -19,7 +19,7 @@ from random import Random
 import structlog
 import trio
 
-from membership.events import MemberEvent
+from membership.events import JoinFailed, MemberEvent
 from membership.service import Membership
 from mesh.ids import Address, ModelId, NodeId, format_address
 from mesh.link import LinkConfig
@@ -182,13 +182,22 @@ class Node:
         await nursery.start(self._links.run, self._sockets.listener)
         await nursery.start(self._membership.run)
         self._facts.serve_http_at(f"http://{format_address(await reachable(self._http_address, self._config.join))}")
-        await self._membership.join(list(self._config.join))
+        await self._join()
         await nursery.start(self._documents.run)
         await nursery.start(self._entry.run)
         nursery.start_soon(self._sweep)
         self._server = await nursery.start(serve, self._app, [self._http_listener])
         announce(f"mesh node {self.name} up: {self._facts.now.http} gossip {format_address(self._sockets.address)}")
         nursery.start_soon(self._placing.run)
+
+    async def _join(self) -> None:
+        """A seed that is not up yet is tried again by itself: nodes may start in any order, and after any outage."""
+        try:
+            await self._membership.join(list(self._config.join))
+        except JoinFailed as error:
+            if error.refused:
+                raise
+            log.warning("node.alone", why=str(error))
 
     async def _sweep(self) -> None:
         while True:

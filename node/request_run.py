@@ -63,8 +63,9 @@ class EntryNode:
 
 @dataclass(slots=True)
 class EntryCounters:
-    """Since the start."""
+    """Since the start; `speaking` as of now: requests of which a token has come."""
 
+    speaking: int = 0
     requests_total: int = 0
     succeeded_total: int = 0
     failed_total: int = 0
@@ -102,12 +103,9 @@ class RequestRun:
         self._woken = trio.Event()
         self._opening: dict[int, trio.CancelScope] = {}
         self._numerics: set[str] = set()
+        self._speaks = False
         # The reader may be slower than the mesh; what waits for it is bounded by the request's own max_tokens.
         self._events_in, self._events_out = trio.open_memory_channel[GenerateEvent | MeshError](math.inf)
-
-    @property
-    def has_tokens(self) -> bool:
-        return any(core.tokens for core in self._cores.values())
 
     # --- the client's side
 
@@ -207,15 +205,15 @@ class RequestRun:
                 return
             node = next(stage.node for stage in effect.path if stage.address == failure.address)
             match failure.error:
-                case Refused() as refused:
+                case (Refused() | BadRequest()) as error:
                     self._post_close(choice, effect.attempt, effect.path)
                     self._planning.finished(self._key(choice, effect.attempt), ok=False)
-                    self.tell(choice, OpenRefused(effect.attempt, node, refused.retry_after_s))
+                    retry_after_s, fault = (error.retry_after_s, None) if isinstance(error, Refused) else (0.0, error)
+                    self.tell(choice, OpenRefused(effect.attempt, node, retry_after_s, fault))
                 case PeerLost() | DeadlineExceeded() as error:
                     self.tell(choice, StageLost(effect.attempt, node, f"{node}: {error}", unreachable=True))
                 case error:
-                    retryable = not isinstance(error, BadRequest)
-                    self.tell(choice, StageLost(effect.attempt, node, str(error), retryable, error))
+                    self.tell(choice, StageLost(effect.attempt, node, str(error)))
 
     def _open_stage(self, choice: int, effect: OpenPath, index: int) -> OpenStage:
         stage, prompt = effect.path[index], self._prompt
@@ -267,6 +265,9 @@ class RequestRun:
         self._events_in.send_nowait(event)
 
     def _on_token(self, choice: int, emit: Emit) -> None:
+        if not self._speaks:
+            self._speaks = True
+            self._counters.speaking += 1
         self._counters.tokens_total += 1
         out = self._texts[choice].feed(emit)
         if out.text or out.token_ids:
@@ -283,6 +284,7 @@ class RequestRun:
         self.tell_all(Cancelled())
 
     def _finish(self) -> None:
+        self._counters.speaking -= self._speaks
         phases = {core.phase for core in self._cores.values()}
         if phases == {Phase.DONE}:
             self._counters.succeeded_total += 1
@@ -293,6 +295,7 @@ class RequestRun:
             self._counters.cancelled_total += 1
             self._send(Refused("the request was cancelled", 0.0))
         self._events_in.close()
+        self.record.close()
 
     def _finished(self) -> Finished:
         return Finished(

@@ -105,6 +105,16 @@ def test_two_refusals_are_answered_by_other_paths_then_the_request_waits_at_the_
     assert generation.tick(0.1) == [Plan(4, frozenset())]
 
 
+def test_a_request_that_can_never_fit_at_one_node_goes_to_another_and_fails_when_there_is_none():
+    never = BadRequest("it needs 40 blocks, this node has 10", "max_tokens")
+    generation = Generation(prompt_tokens=10, deadline_at=100.0, rng=Random(0))
+    generation.start(0.0)
+    generation.receive(Planned(1, PATH), 0.0)
+
+    assert generation.receive(OpenRefused(1, B, 0.0, never), 0.0) == [Plan(2, frozenset({B}))]
+    assert generation.receive(Unplannable(2, NoPath(ModelId("m"), ((3, 6),))), 0.0) == [Fail(never)]
+
+
 def test_all_nodes_full_for_too_long_is_refused_with_when_to_retry():
     generation = Generation(prompt_tokens=10, deadline_at=1000.0, rng=Random(0))
     now, effects = 0.0, generation.start(0.0)
@@ -175,6 +185,26 @@ def test_a_silent_suspect_is_left_before_the_verdict(suspect_at):
         effects += generation.tick(at) if at == 2.0 else generation.receive(PeerSuspect(B), at)
     assert effects[-2:] == [ClosePath(1, PATH), Plan(2, frozenset())]
     assert generation.receive(Planned(2, OTHER), 2.5) == [OpenPath(2, OTHER, (7,))]
+
+
+def test_a_suspect_that_does_not_even_open_is_left_too():
+    generation = Generation(prompt_tokens=10, deadline_at=100.0, rng=Random(0))
+    generation.start(0.0)
+    generation.receive(Planned(1, PATH), 0.0)
+
+    assert generation.tick(1.0) == [Doubt(frozenset({A, B}))]
+    assert generation.receive(PeerSuspect(B), 1.4) == [ClosePath(1, PATH), Plan(2, frozenset())]
+
+
+def test_who_waits_for_room_suspects_nobody():
+    generation = Generation(prompt_tokens=10, deadline_at=100.0, rng=Random(0))
+    generation.start(0.0)
+    for attempt, full in ((1, A), (2, B), (3, C)):
+        generation.receive(Planned(attempt, PATH), 0.0)
+        generation.receive(OpenRefused(attempt, full, 2.0), 0.0)
+
+    assert generation.phase is Phase.WAITING and generation.deadline >= 1.0
+    assert generation.tick(1.0) in ([], [Plan(4, frozenset())])
 
 
 def test_a_suspect_that_speaks_keeps_its_work_and_so_does_a_path_without_it():

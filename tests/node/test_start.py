@@ -32,7 +32,9 @@ def test_listening_beyond_loopback_needs_keys(tmp_path):
             NodeConfig(**bad)
     NodeConfig(bind=("127.0.0.9", 1), http=("::1", 2))
     NodeConfig(bind=("0.0.0.0", 1), key_file=tmp_path)
-    NodeConfig(http=("0.0.0.0", 1), api_key_file=tmp_path)
+    NodeConfig(http=("0.0.0.0", 1), key_file=tmp_path)
+    with pytest.raises(BadRequest, match="mesh key new"):
+        NodeConfig(http=("0.0.0.0", 1), api_key_file=tmp_path)
 
 
 @pytest.mark.parametrize("given", [{"name": "n" * 33}, {"name": "ü" * 17}, {"region": "r" * 17}])
