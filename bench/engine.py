@@ -146,6 +146,13 @@ def main() -> None:
             ).eval()
             for dtype in (torch.bfloat16, torch.float32)
         }
+        here = machine()
+        kernel, threads = loaded.stage.kernel.name, options.threads
+        print(
+            f"{here['cpu']}, {here['isa']}, load {here['load_average']}; {kernel}, {threads} thread(s)",
+            file=sys.stderr,
+            flush=True,
+        )
         rows = []
         for batch in BATCHES:
             rows.append(measure(loaded, plain, batch, rounds, steps))
@@ -154,13 +161,13 @@ def main() -> None:
         "bench": "engine",
         "command": "python -m bench.engine" + (" --quick" if options.quick else "") + f" --threads {options.threads}",
         "rows": rows,
-        "isa": machine()["isa"],
+        "isa": here["isa"],
         "kernel": loaded.stage.kernel.name,
         "threads": options.threads,
         "exact": is_exact(loaded.numerics),
         "parameters": loaded.stage.parameters,
         "load_s": round(load_s, 2),
-        "machine": machine(),
+        "machine": here,
     }
     if options.out is not None:
         options.out.write_text(json.dumps(report, indent=2) + "\n")

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
-MODEL_ID = "mesh-demo"
+from node.engine.default_shape import LAYERS, MAX_MODEL_LEN, MODEL_ID
+
 SEED = 20_261_121
 END_OF_TEXT, TURN_START, TURN_END = 0, 1, 2  # token numbers in tokenizer.json
 SOURCE = Path(__file__).with_name("mesh_demo")
@@ -67,10 +68,10 @@ def _config() -> LlamaConfig:
         vocab_size=2048,
         hidden_size=256,
         intermediate_size=704,
-        num_hidden_layers=6,
+        num_hidden_layers=LAYERS,
         num_attention_heads=8,
         num_key_value_heads=4,
-        max_position_embeddings=4096,
+        max_position_embeddings=MAX_MODEL_LEN,
         rms_norm_eps=1e-5,
         bos_token_id=END_OF_TEXT,
         eos_token_id=TURN_END,

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from node.engine.checkpoint import read_checkpoint
 from node.engine.default_model import ensure_default_model
+from node.engine.default_shape import LAYERS, MAX_MODEL_LEN
 
 WEIGHTS_SHA256 = "4a4d52fdf7bb23d8"
 
@@ -70,3 +71,8 @@ def test_its_template_shows_tools_and_their_calls(mesh_demo: Path) -> None:
     assert text.count("Be brief.") == 1 and text.count("<|im_start|>system") == 1
     assert '"name": "add"' in text and '"arguments": {"a": 1}' in text
     assert text.endswith("<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_what_is_said_of_the_model_before_it_is_made_is_true(mesh_demo: Path) -> None:
+    checkpoint = read_checkpoint(mesh_demo)
+    assert (checkpoint.layers, checkpoint.max_model_len) == (LAYERS, MAX_MODEL_LEN)
