@@ -312,7 +312,7 @@ def main() -> None:
         figures = trio.run(measure, mesh, options.users, seconds, options.tokens, Random(options.seed))
     report = {
         "bench": "availability",
-        "command": " ".join(["python -m bench.availability", *sys.argv[1:]]),
+        "command": f"python -m bench.availability --seconds {seconds:g} --users {options.users} --seed {options.seed}",
         **figures,
         "isa": machine()["isa"],
         "machine": machine(),
