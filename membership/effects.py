@@ -34,6 +34,21 @@ class Push:
 
 
 @dataclass(frozen=True, slots=True)
+class TryConnect:
+    """Find out whether anybody listens at `to`, and tell the core with `tried(number, refused)`."""
+
+    number: int
+    to: Address
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Keep links open to exactly these, so that the end of one of them is noticed at once. Others may stay open."""
+
+    addresses: tuple[Address, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class MemberChanged:
     """A member is not as it was: state, standing, name, address or region. `before` is None for a newcomer.
 
@@ -75,4 +90,4 @@ class Renewed:
     epoch: int
 
 
-Effect = Send | Exchange | Push | MemberChanged | MemberForgotten | FactsChanged | Measured | Renewed
+Effect = Send | Exchange | Push | TryConnect | Watch | MemberChanged | MemberForgotten | FactsChanged | Measured | Renewed

@@ -15,7 +15,24 @@ from membership.effects import Effect, Exchange, MemberChanged, MemberForgotten,
 from membership.fingerprint import Fingerprint
 from membership.members import Description, Member, Members, description_of, standing_of, state_of
 from membership.suspicion import Suspicion, expected_confirmations, minimum_s
-from mesh.gossip import ZERO_LOAD, Ack, Alive, Claim, Dead, Gossip, Message, Ping, PingReq, Sender, Suspect, claim_budget_bytes
+from mesh.gossip import (
+    REFUSED,
+    TIMEOUT,
+    ZERO_LOAD,
+    Ack,
+    Alive,
+    Claim,
+    Dead,
+    Gossip,
+    Knock,
+    Knocked,
+    Message,
+    Ping,
+    PingReq,
+    Sender,
+    Suspect,
+    claim_budget_bytes,
+)
 from mesh.ids import Address, NodeId
 from mesh.sync import MemberRecord
 from mesh.view import Load, PeerState
@@ -25,6 +42,7 @@ if TYPE_CHECKING:
 
 COUNTER_MAX = 2**48 - 1  # one less than the wire's bound, so that a refutation of anything accepted still fits
 _EXCHANGES_REMEMBERED = 1024
+_FRESH_S = 5.0  # a refused death is believed at once up to this age: later its victim may well be back
 
 
 class Hearing:
@@ -39,6 +57,8 @@ class Hearing:
         self.myself = Member(me.node, description_of(me), me.epoch, me.incarnation, PeerState.ALIVE, now)
         self.members = Members(self.myself, fingerprint)
         self.load, self.load_at = ZERO_LOAD, now
+        self.linked: dict[NodeId, int] = {}  # links open with each peer, either way
+        self.doubted: list[NodeId] = []  # heard to be refused-dead, but linked with us: to be looked at
         self.refutations = self.conflicts = self.unknown_claims = self.refused_newcomers = 0
         self._news: dict[NodeId, Claim] = {}
         self._changes: list[Effect] = []
@@ -76,6 +96,10 @@ class Hearing:
                 return Ack(sender, seq, claims)
             case Gossip(sender=sender):
                 return Gossip(sender, claims)
+            case Knock(sender=sender, seq=seq, target=target):
+                return Knock(sender, seq, target, claims)
+            case Knocked(sender=sender, seq=seq, refused=refused):
+                return Knocked(sender, seq, refused, claims)
 
     def spread(self, now: float, without: tuple[NodeId, ...] = ()) -> list[Effect]:
         """Ends every call from outside: changes, and this call's news to a few peers at once."""
@@ -160,6 +184,7 @@ class Hearing:
         """The record as a claim. Its accuser is unknown, so it is the node itself: no independent confirmation."""
         _, _, name, host, port, region = description_of(record)
         about = Member(record.node, (record.epoch, record.incarnation, name, host, port, region), *_standing(record), 0.0)
+        about.cause = record.cause if record.age_s <= _FRESH_S else TIMEOUT
         return about.claim(record.node)
 
     def _hear_of_myself(self, claim: Claim, now: float) -> list[Claim]:
@@ -206,6 +231,7 @@ class Hearing:
         member = Member(claim.node, description_of(claim), claim.epoch, claim.incarnation, state, since)
         if state is PeerState.SUSPECT:
             member.since, member.suspicion = now, self._suspicion(claim.node, claim.node, now)
+        member.cause = claim.cause if isinstance(claim, MemberRecord) and state is PeerState.DEAD else ""
         self.members.put(member)
         self._changes.append(MemberChanged(claim.node, None, state))
         if member.live:
@@ -221,6 +247,7 @@ class Hearing:
         if state is not before or restarted:
             member.since = now
         member.state, member.description = state, description
+        member.cause = (REFUSED if claim.cause == REFUSED else TIMEOUT) if isinstance(claim, Dead) else ""
         member.suspicion = self._suspicion(member.node, by, now) if state is PeerState.SUSPECT else None
         self.members.put(member)
         if member.live and before not in (PeerState.ALIVE, PeerState.SUSPECT):
@@ -243,11 +270,19 @@ class Hearing:
         return Suspicion(now, expected, min_s, min_s * self.config.suspicion_max_factor, first)
 
     def _hear_of_death(self, member: Member, claim: Dead, now: float) -> list[Claim]:
-        """Hearsay kills only whom we have suspected ourselves for a while; anybody else gets time to speak up.
+        """A refused death is proven, and news only while it is fresh: whoever has no link with the dead believes it at once.
+
+        Other hearsay kills only whom we have suspected ourselves for a while; anybody else gets time to speak up.
 
         So two halves of a mesh that took each other for dead meet without a single death. In an ordinary death
         the suspicion went round seconds before the verdict, and costs nothing here.
         """
+        if claim.cause == REFUSED and member.node not in self.linked:
+            self._become(member, claim, member.description, now, by=claim.by)
+            self._tell(claim)
+            return []
+        if claim.cause == REFUSED:
+            self.doubted.append(member.node)
         if (claim.epoch, claim.incarnation) > (member.epoch, member.incarnation) or member.suspicion is None:
             suspect = Suspect(claim.node, claim.epoch, claim.incarnation, claim.by)
             self._become(member, suspect, member.description, now, by=claim.by)

@@ -29,12 +29,15 @@ from membership.effects import (
     Push,
     Renewed,
     Send,
+    TryConnect,
+    Watch,
 )
 from membership.events import JoinFailed, MemberEvent, MembershipStatistics
 from mesh import gossip, sync
 from mesh.calls import Call, Handlers, Header, Reply
 from mesh.errors import BadRequest, DeadlineExceeded, LocalError, PeerLost, Refused, RemoteError
 from mesh.ids import Address, NodeId, format_address
+from mesh.knock import is_refused
 from mesh.seal import Seal, SealBroken
 from mesh.view import Facts, Load, Peer, PeerState, View
 
@@ -42,6 +45,7 @@ EXCHANGE_TIMEOUT_S = 5.0
 PUSH_TIMEOUT_S = 2.0
 FAREWELL_TIMEOUT_S = 1.0
 FAREWELL_PUSHES = 3
+FAREWELL_PUSHES_MAX = 64
 CALLS_MAX = 32  # exchanges and pushes under way; beyond it they are dropped, for the fingerprints will ask again
 DRAIN_MAX = 512  # datagrams read in one go before timers and other tasks get a turn
 
@@ -66,15 +70,19 @@ class Membership:
         config: MembershipConfig | None = None,
         rng: Random | None = None,
         load: Callable[[], Load] = Load,
+        knock: Callable[[Address], Awaitable[bool]] = is_refused,
+        keep_links: Callable[[tuple[Address, ...]], None] = lambda addresses: None,
     ) -> None:
         """`socket`: bound, UDP; stays the caller's to close, after `run` ended. `address`: what peers reach this node by,
-        by datagram and by call. `epoch`: higher than that of any former run on the same data directory.
+        by datagram and by call. `epoch`: higher than that of any former run on the same data directory. `knock`: does the host
+        at this address refuse connections? `keep_links`: is asked to hold links to these, and tells `linked` and `lost` of them.
 
         Raises:
             ValueError: a name, host or region that fits no claim.
         """
         self.me = me
         self._seal, self._call, self._load = seal, call, load
+        self._knock, self._keep_links = knock, keep_links
         self._address = address
         self._socket = socket
         claim = gossip.Alive(me, epoch, 0, name, address[0], address[1], region)
@@ -143,9 +151,16 @@ class Membership:
         """
         self._carry_out(self._core.publish(facts, trio.current_time()))
 
-    def lost(self, node: NodeId) -> None:
-        """A link to this peer broke: it is probed at once. Cheap; safe to call for every broken link."""
-        self._carry_out(self._core.lost(node, trio.current_time()))
+    def linked(self, node: NodeId) -> None:
+        """A link with this peer is open, either way, its handshake done."""
+        self._core.linked(node)
+
+    def lost(self, node: NodeId, *, proven: bool = False) -> None:
+        """A link to this peer broke: it is probed at once. Cheap; safe to call for every broken link.
+
+        `proven`: `linked` had told of it. Then its host is asked too whether anybody still listens there.
+        """
+        self._carry_out(self._core.lost(node, trio.current_time(), proven=proven))
 
     def note_load(self, node: NodeId, load: Load) -> None:
         """A peer told its load in an answer: newer than what gossip brought."""
@@ -155,7 +170,10 @@ class Membership:
     async def leave(self) -> None:
         """Says goodbye: datagrams to many, a call to a few, within a second. Nothing is sent after that; `run` idles on."""
         now = trio.current_time()
-        peers = [peer.address for peer in self.view.live() if peer.id != self.me]
+        peers = [peer for peer in self.view.live() if peer.id != self.me]
+        # Those who hold a link with us must know before it ends, or they would take its end for a death.
+        told = [peer.address for peer in peers if peer.id in self._core.swim.linked][:FAREWELL_PUSHES_MAX]
+        told += [peer.address for peer in self._core.rng.sample(peers, min(FAREWELL_PUSHES, len(peers)))]
         self._carry_out(self._core.leave(now))
         tail = sync.encode(self._core.farewell(now))
 
@@ -167,7 +185,7 @@ class Membership:
 
         with trio.move_on_after(FAREWELL_TIMEOUT_S, shield=True):
             async with trio.open_nursery() as nursery:
-                for address in self._core.rng.sample(peers, min(FAREWELL_PUSHES, len(peers))):
+                for address in dict.fromkeys(told):
                     nursery.start_soon(tell, address)
 
     async def changed(self, since_version: int) -> View:
@@ -264,6 +282,10 @@ class Membership:
                     self._start_call(self._exchange, to)
                 case Push(to=to, sync=news):
                     self._start_call(self._push, to, news)
+                case TryConnect(number=number, to=to):
+                    self._start_call(self._try_connect, number, to)
+                case Watch(addresses=addresses):
+                    self._keep_links(addresses)
                 case Measured(node=node):
                     self._show(node)
                 case FactsChanged(node=node):
@@ -330,6 +352,10 @@ class Membership:
             self._counts["calls_failed"] += 1
         finally:
             self._calls -= 1
+
+    async def _try_connect(self, number: int, to: Address) -> None:
+        refused = await self._knock(to)
+        self._carry_out(self._core.tried(number, refused, trio.current_time()))
 
     async def _exchange(self, to: Address) -> None:
         """Raises what a call may, and RemoteError for an answer that is none."""

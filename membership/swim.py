@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from membership.config import MembershipConfig
 from membership.effects import Effect, Exchange, Measured, MemberForgotten, Send
+from membership.evidence import Evidence
 from membership.fingerprint import Fingerprint
-from membership.hearing import Hearing
 from membership.members import Member
 from membership.probing import Probe, Probes
-from mesh.gossip import Ack, Alive, Claim, Dead, Gossip, Left, Message, Ping, PingReq, Sender, Suspect
+from mesh.gossip import Ack, Alive, Claim, Dead, Gossip, Knock, Knocked, Left, Message, Ping, PingReq, Sender, Suspect
 from mesh.ids import Address, NodeId
 from mesh.view import PeerState
 
@@ -44,9 +44,10 @@ class SwimStatistics:
     refused_newcomers: int
     rumours: int
     suspects: int
+    refused_deaths: int
 
 
-class Swim(Hearing):
+class Swim(Evidence):
     """The failure detector of one node."""
 
     def __init__(self, me: Alive, config: MembershipConfig, rng: Random, now: float, fingerprint: Fingerprint) -> None:
@@ -98,6 +99,10 @@ class Swim(Hearing):
                 rtt_s = self._on_ack(seq, sender.node, now, effects)
             case PingReq(seq=seq, target=target):
                 effects += self._relay(source, seq, target, now)
+            case Knock():
+                effects += self.on_knock(source, message, now)
+            case Knocked():
+                self.on_knocked(message, now)
             case Gossip():
                 pass
         if corrections:
@@ -135,17 +140,27 @@ class Swim(Hearing):
         if now >= self._next_redial_at:
             self._next_redial_at = now + self.config.redial_period_s * (0.75 + 0.5 * self.rng.random())
             effects += self._redial(now)
+            effects += self.watch(again=True)
         return effects + self.spread(now)
 
-    def lost(self, node: NodeId, now: float) -> list[Effect]:
-        """A link to `node` broke: probe it now, directly and through others at once."""
+    def lost(self, node: NodeId, now: float, *, proven: bool = False) -> list[Effect]:
+        """A link to `node` broke: probe it now, directly and through others at once.
+
+        `proven`: its handshake had named `node`, and it was told by `link_made`; its end may be the end of a process.
+        """
+        if proven and (left := self.linked.pop(node, 1) - 1) > 0:
+            self.linked[node] = left
         member = self.members.get(node)
         if self.left or member is None or not member.live or node == self.me:
             return []
-        if any(p.target == node and p.indirect_at == math.inf for p in self._probes.under_way.values()):
-            return []  # that question is being asked already
-        effects = self._probe(member, now, urgent=True)
+        effects = self.open_case(member, now) if proven else []
+        if not any(p.target == node and p.indirect_at == math.inf for p in self._probes.under_way.values()):
+            effects += self._probe(member, now, urgent=True)  # else that question is being asked already
         return effects + self.spread(now)
+
+    def tried(self, number: int, refused: bool, now: float) -> list[Effect]:
+        """What came of a `TryConnect`."""
+        return [] if self.left else self.on_tried(number, refused, now) + self.spread(now)
 
     def leave(self, now: float) -> list[Effect]:
         """Says goodbye to live peers and falls silent for good."""
@@ -169,6 +184,7 @@ class Swim(Hearing):
             self.refused_newcomers,
             len(self.rumours),
             len(self.members.suspects),
+            self.refused_deaths,
         )
 
     def on_newcomer(self, node: NodeId) -> None:
@@ -237,6 +253,8 @@ class Swim(Hearing):
             return None
         if (target := self.members.get(probe.target)) is not None:
             target.heard_at = now
+        if (case := self.cases.get(probe.target)) is not None and probe.sent_at >= case.opened_at:
+            self.close_case(probe.target)
         return now - probe.sent_at if by == probe.target else None
 
     def _probe_failed(self, probe: Probe, now: float) -> None:

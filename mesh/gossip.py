@@ -1,6 +1,6 @@
 """The datagrams of membership: what one fits in, what it may say, and how bytes become one.
 
-Three probes' messages (`Ping`, `Ack`, `PingReq`) and `Gossip`, which asks for no answer. Each carries the
+Three probes' messages (`Ping`, `Ack`, `PingReq`), two about connections (`Knock`, `Knocked`), and `Gossip`. Each carries the
 sender's own standing, its load and one 8-byte fingerprint of all it knows, and as many claims about members
 as still fit. Structs travel as MessagePack arrays: a newer version may append fields, an older one ignores them.
 Source: SWIM (Das, Gupta, Motivala, DSN 2002), section 4, with Lifeguard's accuser in each suspicion.
@@ -28,6 +28,7 @@ MAX_REGION_BYTES = 16
 
 _COUNTER_MAX = 2**48  # of epochs and incarnations: far from what 64 bits would overflow on one more step
 ZERO_LOAD = Load()
+REFUSED, TIMEOUT = "refused", "timeout"  # causes of a death
 
 Id = Annotated[NodeId, Meta(pattern=r"^[0-9a-f]{16}\Z")]
 Counter = Annotated[int, Meta(ge=0, le=_COUNTER_MAX)]
@@ -93,7 +94,7 @@ class Dead(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     epoch: Counter
     incarnation: Counter
     by: Id
-    cause: Annotated[str, Meta(max_length=8)] = "timeout"
+    cause: Annotated[str, Meta(max_length=8)] = TIMEOUT
 
 
 class Left(msgspec.Struct, frozen=True, array_like=True, tag="l"):
@@ -151,7 +152,25 @@ class Gossip(msgspec.Struct, frozen=True, array_like=True, tag="say"):
     claims: Annotated[tuple[Claim, ...], Meta(max_length=MAX_CLAIMS)] = ()
 
 
-Message = Ping | Ack | PingReq | Gossip
+class Knock(msgspec.Struct, frozen=True, array_like=True, tag="knock"):
+    """Try to connect to `target`, a member you know, and tell me in a `Knocked` with this `seq` whether its host refused."""
+
+    sender: Sender
+    seq: Sequence
+    target: Id
+    claims: Annotated[tuple[Claim, ...], Meta(max_length=MAX_CLAIMS)] = ()
+
+
+class Knocked(msgspec.Struct, frozen=True, array_like=True, tag="knocked"):
+    """`refused`: nobody listens there, says the host itself. False also when no answer came at all."""
+
+    sender: Sender
+    seq: Sequence
+    refused: bool
+    claims: Annotated[tuple[Claim, ...], Meta(max_length=MAX_CLAIMS)] = ()
+
+
+Message = Ping | Ack | PingReq | Gossip | Knock | Knocked
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)

@@ -57,6 +57,7 @@ class Link:
         counters: LinkStatistics,
         load: Callable[[], Load],
         on_load: Callable[[NodeId, Load], None],
+        on_linked: Callable[[NodeId], None],
     ) -> None:
         self.to = to
         self.peer: NodeId | None = None
@@ -64,6 +65,7 @@ class Link:
         self._counters = counters
         self._load = load
         self._on_load = on_load
+        self._on_linked = on_linked
         self._inbox, self._outbox = trio.open_memory_channel[Frame](OUTBOX_FRAMES)
         self._outbox_bytes = 0
         self._calls: dict[int, PendingCall] = {}
@@ -147,6 +149,7 @@ class Link:
         if answer.kind != "hello" or not isinstance(answer.header.get("node"), str):
             return "not a mesh node: its answer to the handshake is not ours"
         self.peer = NodeId(answer.header["node"])
+        self._on_linked(self.peer)
         return None
 
     async def _write(self, connection: trio.abc.Stream, link_scope: trio.CancelScope) -> None:

@@ -83,6 +83,7 @@ class Node:
             load=self._load,
             on_load=lambda node, load: self._membership.note_load(node, load),
             on_lost=self._on_link_lost,
+            on_linked=lambda node: self._membership.linked(node),
         )
         self._membership = Membership(
             identity.id,
@@ -94,6 +95,7 @@ class Node:
             seal=_seal(mesh_key, config.cluster),
             call=self._links.call,
             load=self._load,
+            keep_links=self._links.keep,
         )
         self._membership.on_renewed = identity.renew
         facts = Facts(version=version("gossip-mesh"), pid=os.getpid())
@@ -157,6 +159,7 @@ class Node:
 
     def _on_link_lost(self, node: NodeId | None, address: Address | None, reason: str) -> None:
         """A link ended. One that we dialled carried our requests: they go on elsewhere at once."""
+        proven = node is not None
         if node is None:
             node = next((peer.id for peer in self._view().peers.values() if peer.address == address), None)
         if address is not None:
@@ -164,11 +167,18 @@ class Node:
             if node is not None:
                 self._entry.peer_gone(node, reason)
         if node is not None:
-            self._membership.lost(node)
+            self._membership.lost(node, proven=proven)
 
     def _on_member(self, event: MemberEvent) -> None:
         peer = self._view().peers.get(event.node)
-        log.info("member", peer=event.node, name=peer.name if peer else "", state=event.after.value, restarted=event.restarted)
+        log.info(
+            "member",
+            peer=event.node,
+            name=peer.name if peer else "",
+            state=event.after.value,
+            cause=peer.cause if peer else "",
+            restarted=event.restarted,
+        )
         if event.down and event.node != self._identity.id:
             reason = "restarted" if event.restarted else event.after.value
             self._planning.forget(event.node)
