@@ -24,6 +24,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "exchange_gap_s": (0.01, 60),
     "exchange_pace_s": (0.0, 10),
     "watched_peers": (0, 16),
+    "stall_patience_s": (0, 3600),
 }
 
 
@@ -52,6 +53,7 @@ class MembershipConfig:
     lag_tolerance_s: float = 0.1  # a tick later than this means that we slept: our own timers prove nothing
     exchange_gap_s: float = 0.5  # between two exchanges with one peer
     exchange_pace_s: float = 0.02  # between any two exchanges of this node
+    stall_patience_s: float = 30.0  # a suspect that still listens is dead only after so long: its process exists
     watched_peers: int = 4  # ring successors to which links are kept; both ends watch, so a node is watched by twice as many
 
     def __post_init__(self) -> None:

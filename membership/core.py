@@ -45,8 +45,8 @@ class MembershipCore:
     def fingerprint(self) -> int:
         return self.swim.members.fingerprint.value
 
-    def receive(self, source: Address, message: Message, now: float) -> list[Effect]:
-        return self._settled(self.swim.receive(source, message, now))
+    def receive(self, source: Address, message: Message, now: float, arrived_at: float | None = None) -> list[Effect]:
+        return self._settled(self.swim.receive(source, message, now, arrived_at))
 
     def tick(self, now: float) -> list[Effect]:
         return self._settled(self.swim.tick(now))
@@ -57,7 +57,10 @@ class MembershipCore:
     def linked(self, node: NodeId) -> None:
         self.swim.link_made(node)
 
-    def tried(self, number: int, refused: bool, now: float) -> list[Effect]:
+    def stream_answered(self, seq: int, by: NodeId, now: float) -> list[Effect]:
+        return self._settled(self.swim.stream_answered(seq, by, now))
+
+    def tried(self, number: int, refused: bool | None, now: float) -> list[Effect]:
         return self._settled(self.swim.tried(number, refused, now))
 
     def leave(self, now: float) -> list[Effect]:

@@ -19,8 +19,9 @@ from membership.effects import Effect, MemberChanged, Send, TryConnect, Watch
 from membership.fingerprint import Fingerprint
 from membership.hearing import Hearing
 from membership.members import Member
-from mesh.gossip import REFUSED, Alive, Dead, Knock, Knocked
+from mesh.gossip import REFUSED, Alive, Dead, Knock, Knocked, Suspect
 from mesh.ids import Address, NodeId
+from mesh.view import PeerState
 
 if TYPE_CHECKING:
     from random import Random
@@ -71,9 +72,24 @@ class Evidence(Hearing):
         effects = super().spread(now, without)
         if self.doubted:
             effects += self._verify_hearsay(now)
-        if any(isinstance(effect, MemberChanged) for effect in effects):
-            effects += self.watch()
-        return effects
+        changed = [effect for effect in effects if isinstance(effect, MemberChanged)]
+        for change in changed:
+            if change.after is PeerState.SUSPECT and change.before is not PeerState.SUSPECT and self._watches(change.node):
+                effects += self._look(self.members[change.node], now)
+        return effects + self.watch() if changed else effects
+
+    def look_again(self, now: float) -> list[Effect]:
+        """At stalled suspects: one that has stopped listening is no longer given the benefit of the doubt."""
+        stalled = [m for m in self.suspected() if m.suspicion and m.suspicion.stalled and self._watches(m.node)]
+        return [effect for member in stalled for effect in self._look(member, now)]
+
+    def _watches(self, node: NodeId) -> bool:
+        return node in self.linked and node not in self.cases
+
+    def _look(self, member: Member, now: float) -> list[Effect]:
+        """One of those who watch a new suspect: does its process exist at all?"""
+        number = self._errand(member.node, None, 0, now)
+        return [TryConnect(number, member.address)] if number is not None else []
 
     def ring_successors(self, count: int) -> list[Member]:
         """The live members that follow this node in the order of ids, which are random: neighbours share no rack."""
@@ -120,17 +136,18 @@ class Evidence(Hearing):
             for effect in self.open_case(self.members[node], now, hearsay=True)
         ]
 
-    def on_tried(self, number: int, refused: bool, now: float) -> list[Effect]:
-        """The connection of a `TryConnect` was refused, or else it came about or got no answer."""
+    def on_tried(self, number: int, refused: bool | None, now: float) -> list[Effect]:
+        """The connection of a `TryConnect` was refused (True), came about (False), or got no answer (None)."""
         errand = self._errands.pop(number, None)
         if errand is None:
             return []
         if errand.asker is not None:
-            return [Send(errand.asker, self.filled(Knocked(self.sender(now), errand.asker_seq, refused), ()))]
+            return [Send(errand.asker, self.filled(Knocked(self.sender(now), errand.asker_seq, refused is True), ()))]
+        self._seen(errand.node, refused)
         case = self.cases.get(errand.node)
         if case is None or case.number != number:
             return []
-        if not refused:
+        if refused is not True:
             del self.cases[errand.node]
             return []
         case.refused_here = True
@@ -138,6 +155,16 @@ class Evidence(Hearing):
         case.relays = {relay.node for relay in relays}
         self._judge(case, now)
         return [Send(relay.address, self.filled(Knock(self.sender(now), number, errand.node), ())) for relay in relays]
+
+    def _seen(self, node: NodeId, refused: bool | None) -> None:
+        """What a connection of our own says of a suspect's process."""
+        member = self.members.get(node)
+        if member is None or member.suspicion is None:
+            return
+        if refused is False:
+            self._note_listening(member, Suspect(node, member.epoch, member.incarnation, node, listens=True))
+        elif member.suspicion.stalled:
+            member.suspicion.stalled = member.suspicion.listens = False
 
     def on_knock(self, asker: Address, message: Knock, now: float) -> list[Effect]:
         """Tries to connect on somebody's behalf: to members only, at the address known here."""

@@ -9,15 +9,16 @@ from mesh.ids import Address
 KNOCK_TIMEOUT_S = 1.0  # a host that is up refuses within a round trip; more is silence, which proves nothing
 
 
-async def is_refused(to: Address) -> bool:
-    """True only when the host at `to` answered that nobody listens there; False for a connection, silence, or no route."""
-    refused = False
+async def is_refused(to: Address) -> bool | None:
+    """True: the host at `to` says that nobody listens there. False: somebody does. None: silence, or no route."""
+    refused = None
     with trio.move_on_after(KNOCK_TIMEOUT_S):
         try:
             stream = await trio.open_tcp_stream(*to)
         except OSError as error:
-            refused = _all_refused(error)
+            refused = True if _all_refused(error) else None
         else:
+            refused = False
             await trio.aclose_forcefully(stream)
     return refused
 

@@ -179,6 +179,8 @@ class Node:
             cause=peer.cause if peer else "",
             restarted=event.restarted,
         )
+        if event.stalled:
+            self._entry.peer_gone(event.node, "stalled")  # what it computes for our clients goes on elsewhere
         if event.down and event.node != self._identity.id:
             reason = "restarted" if event.restarted else event.after.value
             self._planning.forget(event.node)

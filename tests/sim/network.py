@@ -15,7 +15,7 @@ from random import Random
 
 from membership.config import MembershipConfig
 from membership.core import MembershipCore
-from membership.effects import Effect, Exchange, FactsChanged, MemberChanged, Push, Send, TryConnect, Watch
+from membership.effects import Effect, Exchange, FactsChanged, MemberChanged, PingStream, Push, Send, TryConnect, Watch
 from mesh import gossip, sync
 from mesh.gossip import MAX_MESSAGE_BYTES, Alive
 from mesh.ids import Address, NodeId
@@ -248,6 +248,8 @@ class Network:
                     cause = member.cause if (member := it.core.swim.members.get(node)) is not None else ""
                     self.seen.append(Seen(self.now, it.id, node, before, after, restarted, cause))
                     self._trace.update(f"{self.now!r} {it.id} {node} {before} {after}\n".encode())
+                case PingStream(seq=seq, to=to):
+                    self._ping_stream(it, seq, to)
                 case TryConnect(number=number, to=to):
                     self._try_connect(it, number, to)
                 case Watch(addresses=addresses):
@@ -266,13 +268,19 @@ class Network:
             return None
         return self.nodes[target]
 
+    def _ping_stream(self, it: SimNode, seq: int, to: Address) -> None:
+        def answered(tail: bytes) -> None:
+            self._carry_out(it, it.core.stream_answered(seq, sync.decode_synced(tail).node, self.now))
+
+        self._call(it, to, sync.Sync(), answered)
+
     def _try_connect(self, it: SimNode, number: int, to: Address) -> None:
         peer = self._connects(it, to)
         answers = peer is not None and (peer.running or peer.refuses)
 
         def come_back() -> None:
             if it.running and not it.paused and self.nodes[it.id] is it:
-                refused = peer is not None and (peer.refuses_all or (peer.refuses and not peer.running))
+                refused = None if not answers else peer is not None and (peer.refuses_all or (peer.refuses and not peer.running))
                 self._carry_out(it, it.core.tried(number, refused, self.now))
 
         self._later(2 * self._delay() if answers else CONNECT_TIMEOUT_S, come_back)
