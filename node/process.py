@@ -39,6 +39,7 @@ from node.own_facts import OwnFacts
 from node.placing import Placing
 from node.planning import Planning
 from node.prompts import Prompts
+from node.pulse import Pulse
 from node.readiness import Readiness
 from node.request_run import EntryNode
 from node.sockets import PeerSockets
@@ -115,6 +116,7 @@ class Node:
         entry_node = EntryNode(identity.id, sockets.address, self._links.call, self._links.post)
         self._entry = Entry(entry_node, Prompts(models, self._documents), self._planning, config.request_timeout_s, rng)
         self._stages = Stages(sockets.address, engine, self._links.post, self._entry)
+        self._pulse = Pulse(self._facts, self._load, engine.overdue_s)
         self._readiness = Readiness(self._view, models, self._entry)
         self._placing = Placing(config.layers, engine, models, capacity, self._facts, self._membership)
         self._surface = Surface(self._view, models, self._entry, self._readiness, self._documents, embedder, self.statistics)
@@ -213,6 +215,7 @@ class Node:
         await nursery.start(self._documents.run)
         await nursery.start(self._entry.run)
         nursery.start_soon(self._sweep)
+        nursery.start_soon(self._pulse.run)
         self._server = await nursery.start(serve, self._app, [self._http_listener])
         announce(f"mesh node {self.name} up: {self._facts.now.http} gossip {format_address(self._sockets.address)}")
         nursery.start_soon(self._placing.run)
