@@ -145,13 +145,10 @@ class Generation:
             return []
         if now >= self.deadline_at:
             return self._end(Phase.FAILED, Fail(DeadlineExceeded("the request's deadline passed before its answer was complete")))
-        if now >= self._stall_at:
-            return self._stalled(now)
-        if now < self._wake_at:
-            return []
-        if self.phase is Phase.WAITING:
-            return self._plan(now)
-        return self._lost(None, f"no token for {self.patience.silence_s:g} s", now)
+        if now >= self._wake_at:
+            waits = self.phase is Phase.WAITING
+            return self._plan(now) if waits else self._lost(None, f"no token for {self.patience.silence_s:g} s", now)
+        return self._stalled(now) if now >= self._stall_at else []
 
     # --- transitions
 
@@ -164,7 +161,7 @@ class Generation:
 
     def _open(self, path: Stages, now: float) -> list[Effect]:
         self.phase, self.path = Phase.OPENING, path
-        self._wake_at = now + self.patience.silence_s
+        self._wake_at, self._stall_at = now + self.patience.silence_s, now + self.patience.stall_s
         return [OpenPath(self.attempt, path, tuple(self.tokens))]
 
     def _opened(self, now: float) -> list[Effect]:
@@ -193,7 +190,7 @@ class Generation:
     def _refused(self, node: NodeId, retry_after_s: float, fault: MeshError | None, now: float) -> list[Effect]:
         if self.phase is not Phase.OPENING:
             return []
-        self.path = ()
+        self.path, self._stall_at = (), math.inf
         if fault is not None:  # it can never fit there; a larger node may still take it
             self._avoid[node] = math.inf
             self._last_error = fault
@@ -233,10 +230,10 @@ class Generation:
 
     def _peer_suspect(self, node: NodeId, now: float) -> list[Effect]:
         self._suspects.add(node)
-        stalled = self.phase is Phase.RUNNING and self._stall_at == math.inf
+        stalled = self.phase in (Phase.OPENING, Phase.RUNNING) and self._stall_at == math.inf
         if stalled and not self._barren and any(stage.node == node for stage in self.path):
             # Blamed on nobody: with no path without it, the suspect is asked again (`routing.path` takes it last).
-            return self._lost(None, f"{node}: suspect, and no token for {self.patience.stall_s:g} s", now)
+            return self._lost(None, f"{node}: suspect, and nothing came for {self.patience.stall_s:g} s", now)
         return []
 
     def _peer_back(self, node: NodeId, now: float) -> list[Effect]:
