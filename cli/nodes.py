@@ -16,7 +16,11 @@ def node_rows(seen: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[obje
     for node in seen["nodes"]:
         load = node.get("load") or {}
         blocks = f"{load.get('kv_blocks_used', 0)}/{load.get('kv_blocks_total', 0)}"
-        state = node["state"] + (", draining" if node.get("draining") else "")
+        state = node["state"] + (f" ({node['cause']})" if node.get("cause") else "")
+        if node["state"] in ("alive", "suspect") and (ready := node.get("readiness", "warm")) != "warm":
+            state += f", {ready}"
+        elif node.get("draining"):
+            state += ", draining"
         running, waiting = load.get("running", 0), load.get("waiting", 0)
         layers = output.spans(node.get("spans", ()))
         rows.append((node["name"], state, node["http"], layers, running, waiting, blocks, node.get("region") or "-", node["id"]))

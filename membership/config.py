@@ -15,6 +15,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "gossip_period_s": (0.02, 10),
     "gossip_peers": (1, 16),
     "eager_peers": (0, 16),
+    "push_peers": (0, 16),
     "transmit_multiplier": (1, 16),
     "redial_period_s": (0.1, 3600),
     "forget_s": (1, 30 * 86400),
@@ -22,6 +23,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "lag_tolerance_s": (0.01, 10),
     "exchange_gap_s": (0.01, 60),
     "exchange_pace_s": (0.0, 10),
+    "watched_peers": (0, 16),
+    "stall_patience_s": (0, 3600),
 }
 
 
@@ -41,7 +44,8 @@ class MembershipConfig:
     confirmations: int = 3  # independent ones that bring suspicion down to its shortest (Lifeguard's K)
     gossip_period_s: float = 0.1  # while there are rumours to tell
     gossip_peers: int = 3
-    eager_peers: int = 2  # fresh news goes to so many at once, outside the copy budget
+    eager_peers: int = 3  # fresh news goes to so many at once, outside the copy budget
+    push_peers: int = 2  # a facts record too large for a datagram goes to so many at once, by call
     transmit_multiplier: int = 4
     redial_period_s: float = 2.0  # one dead member or absent seed is tried each period, so that partitions heal
     forget_s: float = 72 * 3600.0  # how long the dead and the departed are remembered
@@ -49,6 +53,8 @@ class MembershipConfig:
     lag_tolerance_s: float = 0.1  # a tick later than this means that we slept: our own timers prove nothing
     exchange_gap_s: float = 0.5  # between two exchanges with one peer
     exchange_pace_s: float = 0.02  # between any two exchanges of this node
+    stall_patience_s: float = 30.0  # a suspect that still listens is dead only after so long: its process exists
+    watched_peers: int = 4  # ring successors to which links are kept; both ends watch, so a node is watched by twice as many
 
     def __post_init__(self) -> None:
         for field in fields(self):

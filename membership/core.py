@@ -45,14 +45,23 @@ class MembershipCore:
     def fingerprint(self) -> int:
         return self.swim.members.fingerprint.value
 
-    def receive(self, source: Address, message: Message, now: float) -> list[Effect]:
-        return self._settled(self.swim.receive(source, message, now))
+    def receive(self, source: Address, message: Message, now: float, arrived_at: float | None = None) -> list[Effect]:
+        return self._settled(self.swim.receive(source, message, now, arrived_at))
 
     def tick(self, now: float) -> list[Effect]:
         return self._settled(self.swim.tick(now))
 
-    def lost(self, node: NodeId, now: float) -> list[Effect]:
-        return self._settled(self.swim.lost(node, now))
+    def lost(self, node: NodeId, now: float, *, proven: bool = False) -> list[Effect]:
+        return self._settled(self.swim.lost(node, now, proven=proven))
+
+    def linked(self, node: NodeId) -> None:
+        self.swim.link_made(node)
+
+    def stream_answered(self, seq: int, by: NodeId, now: float) -> list[Effect]:
+        return self._settled(self.swim.stream_answered(seq, by, now))
+
+    def tried(self, number: int, refused: bool | None, now: float) -> list[Effect]:
+        return self._settled(self.swim.tried(number, refused, now))
 
     def leave(self, now: float) -> list[Effect]:
         return self.swim.leave(now)
@@ -93,6 +102,7 @@ class MembershipCore:
             load,
             load_at,
             member.rtt_s,
+            member.cause,
         )
 
     # exchanges: ask -> answer -> learn -> answer -> learn
@@ -179,7 +189,7 @@ class MembershipCore:
         members = tuple(self.swim.members[record.owner].record(now) for record in records)
         sync = Sync(members=members, records=records)
         owners = tuple(record.owner for record in records) if len(records) == 1 else ()
-        peers = self.swim.members.some_peers(self.config.eager_peers, self.rng, without=(*without, *owners))
+        peers = self.swim.members.some_peers(self.config.push_peers, self.rng, without=(*without, *owners))
         return [Push(peer.address, sync) for peer in peers]
 
     def _entry(self, member: Member) -> DigestEntry:

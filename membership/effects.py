@@ -34,9 +34,33 @@ class Push:
 
 
 @dataclass(frozen=True, slots=True)
+class TryConnect:
+    """Find out whether anybody listens at `to`, and tell the core with `tried(number, refused)`; None: no answer."""
+
+    number: int
+    to: Address
+
+
+@dataclass(frozen=True, slots=True)
+class PingStream:
+    """Ping over a link, where datagrams got no answer: an empty `membership.sync` call. Tell `stream_answered(seq, node)`."""
+
+    seq: int
+    to: Address
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Keep links open to exactly these, so that the end of one of them is noticed at once. Others may stay open."""
+
+    addresses: tuple[Address, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class MemberChanged:
     """A member is not as it was: state, standing, name, address or region. `before` is None for a newcomer.
 
+    `stalled`: silent for as long as a death takes, but its process exists.
     `restarted`: it came back with a higher epoch, so whatever ran there is gone even if it was never seen dead.
     """
 
@@ -44,6 +68,7 @@ class MemberChanged:
     before: PeerState | None
     after: PeerState
     restarted: bool = False
+    stalled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,4 +100,6 @@ class Renewed:
     epoch: int
 
 
-Effect = Send | Exchange | Push | MemberChanged | MemberForgotten | FactsChanged | Measured | Renewed
+Request = Send | Exchange | Push | PingStream | TryConnect | Watch
+Notice = MemberChanged | MemberForgotten | FactsChanged | Measured | Renewed
+Effect = Request | Notice

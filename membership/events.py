@@ -32,6 +32,7 @@ class MemberEvent:
     before: PeerState | None
     after: PeerState
     restarted: bool = False
+    stalled: bool = False  # silent, but its process exists: what runs there may come back, or be dead later
 
     @property
     def down(self) -> bool:

@@ -13,9 +13,29 @@ from membership.config import MembershipConfig
 from membership.dissemination import Rumours, transmit_limit
 from membership.effects import Effect, Exchange, MemberChanged, MemberForgotten, Renewed, Send
 from membership.fingerprint import Fingerprint
+from membership.health import LAG_MAX_S, LocalHealth
 from membership.members import Description, Member, Members, description_of, standing_of, state_of
 from membership.suspicion import Suspicion, expected_confirmations, minimum_s
-from mesh.gossip import ZERO_LOAD, Ack, Alive, Claim, Dead, Gossip, Message, Ping, PingReq, Sender, Suspect, claim_budget_bytes
+from mesh.gossip import (
+    LISTENS,
+    REFUSED,
+    TIMEOUT,
+    ZERO_LOAD,
+    Ack,
+    Alive,
+    Claim,
+    Dead,
+    Gossip,
+    Knock,
+    Knocked,
+    Message,
+    Nack,
+    Ping,
+    PingReq,
+    Sender,
+    Suspect,
+    claim_budget_bytes,
+)
 from mesh.ids import Address, NodeId
 from mesh.sync import MemberRecord
 from mesh.view import Load, PeerState
@@ -25,6 +45,7 @@ if TYPE_CHECKING:
 
 COUNTER_MAX = 2**48 - 1  # one less than the wire's bound, so that a refutation of anything accepted still fits
 _EXCHANGES_REMEMBERED = 1024
+_FRESH_S = 5.0  # a refused death is believed at once up to this age: later its victim may well be back
 
 
 class Hearing:
@@ -39,6 +60,9 @@ class Hearing:
         self.myself = Member(me.node, description_of(me), me.epoch, me.incarnation, PeerState.ALIVE, now)
         self.members = Members(self.myself, fingerprint)
         self.load, self.load_at = ZERO_LOAD, now
+        self.health = LocalHealth()
+        self.linked: dict[NodeId, int] = {}  # links open with each peer, either way
+        self.doubted: list[NodeId] = []  # heard to be refused-dead, but linked with us: to be looked at
         self.refutations = self.conflicts = self.unknown_claims = self.refused_newcomers = 0
         self._news: dict[NodeId, Claim] = {}
         self._changes: list[Effect] = []
@@ -53,9 +77,9 @@ class Hearing:
 
     def sender(self, now: float) -> Sender:
         age_ms = max(0, round((now - self.load_at) * 1000))
-        return Sender(
-            self.me, self.myself.epoch, self.myself.incarnation, self.members.fingerprint.value, self.load, min(age_ms, 2**31)
-        )
+        lag_ms = round(self.health.lag_s(now) * 1000)
+        me, fingerprint = self.myself, self.members.fingerprint.value
+        return Sender(self.me, me.epoch, me.incarnation, fingerprint, self.load, min(age_ms, 2**31), lag_ms)
 
     def suspected(self) -> list[Member]:
         return [self.members[node] for node in sorted(self.members.suspects)]
@@ -74,8 +98,14 @@ class Hearing:
                 return PingReq(sender, seq, target, claims)
             case Ack(sender=sender, seq=seq):
                 return Ack(sender, seq, claims)
+            case Nack(sender=sender, seq=seq):
+                return Nack(sender, seq, claims)
             case Gossip(sender=sender):
                 return Gossip(sender, claims)
+            case Knock(sender=sender, seq=seq, target=target):
+                return Knock(sender, seq, target, claims)
+            case Knocked(sender=sender, seq=seq, refused=refused):
+                return Knocked(sender, seq, refused, claims)
 
     def spread(self, now: float, without: tuple[NodeId, ...] = ()) -> list[Effect]:
         """Ends every call from outside: changes, and this call's news to a few peers at once."""
@@ -89,6 +119,9 @@ class Hearing:
             for peer in self.members.some_peers(self.config.eager_peers, self.rng, without):
                 effects.append(Send(peer.address, Gossip(bare.sender, claims)))
         return effects
+
+    def note_change(self, change: MemberChanged) -> None:
+        self._changes.append(change)
 
     def take_changes(self) -> list[Effect]:
         changes, self._changes = self._changes, []
@@ -135,11 +168,14 @@ class Hearing:
         if told > known:
             self._become(member, claim, description, now, by=claim.by if isinstance(claim, Suspect) else self.me)
             self._tell(claim)
+            if isinstance(claim, Suspect):
+                self._note_listening(member, claim)
             return []
         if description != member.description:
             self._describe(member, description)
         if isinstance(claim, Suspect) and told == known:
             self._confirm(member, claim)
+            self._note_listening(member, claim)
         return [member.claim(self.me)] if told < known else []
 
     def hear_record(self, record: MemberRecord, now: float, *, tell: bool) -> None:
@@ -160,6 +196,9 @@ class Hearing:
         """The record as a claim. Its accuser is unknown, so it is the node itself: no independent confirmation."""
         _, _, name, host, port, region = description_of(record)
         about = Member(record.node, (record.epoch, record.incarnation, name, host, port, region), *_standing(record), 0.0)
+        about.cause = record.cause if record.age_s <= _FRESH_S else TIMEOUT
+        if record.state is PeerState.SUSPECT and record.cause == LISTENS:
+            return Suspect(record.node, record.epoch, record.incarnation, record.node, listens=True)
         return about.claim(record.node)
 
     def _hear_of_myself(self, claim: Claim, now: float) -> list[Claim]:
@@ -181,6 +220,7 @@ class Hearing:
             self.conflicts += 1
             return []
         self.refutations += 1
+        self.health.note(+1)
         if claim.epoch > me.epoch:
             me.epoch, me.incarnation = claim.epoch + 1, 0
             self._changes.append(Renewed(me.epoch))
@@ -206,6 +246,7 @@ class Hearing:
         member = Member(claim.node, description_of(claim), claim.epoch, claim.incarnation, state, since)
         if state is PeerState.SUSPECT:
             member.since, member.suspicion = now, self._suspicion(claim.node, claim.node, now)
+        member.cause = claim.cause if isinstance(claim, MemberRecord) and state is PeerState.DEAD else ""
         self.members.put(member)
         self._changes.append(MemberChanged(claim.node, None, state))
         if member.live:
@@ -221,6 +262,7 @@ class Hearing:
         if state is not before or restarted:
             member.since = now
         member.state, member.description = state, description
+        member.cause = (REFUSED if claim.cause == REFUSED else TIMEOUT) if isinstance(claim, Dead) else ""
         member.suspicion = self._suspicion(member.node, by, now) if state is PeerState.SUSPECT else None
         self.members.put(member)
         if member.live and before not in (PeerState.ALIVE, PeerState.SUSPECT):
@@ -233,6 +275,13 @@ class Hearing:
 
     def _confirm(self, member: Member, claim: Suspect) -> None:
         if member.suspicion is not None and claim.by != member.node and member.suspicion.confirm((claim.by,)):
+            listens = member.suspicion.listens
+            self._tell(Suspect(claim.node, claim.epoch, claim.incarnation, claim.by, listens or claim.listens))
+
+    def _note_listening(self, member: Member, claim: Suspect) -> None:
+        """Its process exists, says somebody who could connect to it: silence alone will not kill it soon."""
+        if claim.listens and member.suspicion is not None and not member.suspicion.listens:
+            member.suspicion.listens = True
             self._tell(claim)
 
     def _suspicion(self, node: NodeId, by: NodeId, now: float) -> Suspicion:
@@ -240,20 +289,37 @@ class Hearing:
         min_s = minimum_s(self.config.suspicion_multiplier, live, self.config.probe_period_s)
         expected = expected_confirmations(self.config.confirmations, live)
         first = None if by == node else by
-        return Suspicion(now, expected, min_s, min_s * self.config.suspicion_max_factor, first)
+        slack_s = self.slack_s(self.members.get(node), now)
+        max_s = min_s * self.config.suspicion_max_factor
+        return Suspicion(now, expected, min_s, max_s, first, slack_s=2 * slack_s, stall_patience_s=self.config.stall_patience_s)
+
+    def slack_s(self, member: Member | None, now: float) -> float:
+        """How much longer than usual an answer of `member` may take: its lag and ours, as far as lag excuses."""
+        return min(LAG_MAX_S, self.health.lag_s(now) + (member.lag_s if member is not None else 0.0))
 
     def _hear_of_death(self, member: Member, claim: Dead, now: float) -> list[Claim]:
-        """Hearsay kills only whom we have suspected ourselves for a while; anybody else gets time to speak up.
+        """A refused death is proven, and news only while it is fresh: whoever has no link with the dead believes it at once.
+
+        Other hearsay kills only whom we have suspected ourselves for a while; anybody else gets time to speak up.
 
         So two halves of a mesh that took each other for dead meet without a single death. In an ordinary death
         the suspicion went round seconds before the verdict, and costs nothing here.
         """
+        if claim.cause == REFUSED and member.node not in self.linked:
+            self._become(member, claim, member.description, now, by=claim.by)
+            self._tell(claim)
+            return []
+        if claim.cause == REFUSED:
+            self.doubted.append(member.node)
         if (claim.epoch, claim.incarnation) > (member.epoch, member.incarnation) or member.suspicion is None:
             suspect = Suspect(claim.node, claim.epoch, claim.incarnation, claim.by)
             self._become(member, suspect, member.description, now, by=claim.by)
             self._tell(suspect)
         suspicion = member.suspicion
         assert suspicion is not None, "a suspect has a suspicion"
+        if suspicion.listens and not suspicion.stalled:
+            return []  # the verdict of one who did not know
+        suspicion.stalled = suspicion.listens = False
         suspicion.cap_s = suspicion.min_s / 2
         if now >= suspicion.deadline:
             self._become(member, claim, member.description, now, by=claim.by)

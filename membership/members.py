@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from membership.fingerprint import Fingerprint
 from membership.suspicion import Suspicion
-from mesh.gossip import Alive, Claim, Dead, Left, Suspect
+from mesh.gossip import LISTENS, TIMEOUT, Alive, Claim, Dead, Left, Suspect
 from mesh.ids import Address, NodeId
 from mesh.sync import MemberRecord
 from mesh.view import Load, PeerState
@@ -66,6 +66,8 @@ class Member:
     load: Load = field(default_factory=Load)
     load_at: float = 0.0
     rtt_s: float | None = None
+    cause: str = ""  # of its death, or of a suspicion that says more than silence
+    lag_s: float = 0.0  # as it admits
 
     @property
     def standing(self) -> Standing:
@@ -100,16 +102,28 @@ class Member:
             case PeerState.SUSPECT:
                 # Its own name stands for an accuser that is not known.
                 first = self.suspicion.first if self.suspicion else None
-                return Suspect(self.node, self.epoch, self.incarnation, first or self.node)
+                listens = self.suspicion is not None and self.suspicion.listens
+                return Suspect(self.node, self.epoch, self.incarnation, first or self.node, listens)
             case PeerState.DEAD:
-                return Dead(self.node, self.epoch, self.incarnation, me)
+                return Dead(self.node, self.epoch, self.incarnation, me, self.cause or TIMEOUT)
             case PeerState.LEFT:
                 return Left(self.node, self.epoch, self.incarnation)
 
     def record(self, now: float) -> MemberRecord:
         _, _, name, host, port, region = self.description
         age_s = max(0.0, now - self.since)
-        return MemberRecord(self.node, self.epoch, self.incarnation, self.state, name, host, port, region, age_s)
+        return MemberRecord(
+            self.node,
+            self.epoch,
+            self.incarnation,
+            self.state,
+            name,
+            host,
+            port,
+            region,
+            age_s,
+            LISTENS if self.suspicion is not None and self.suspicion.listens else self.cause,
+        )
 
 
 class Members:

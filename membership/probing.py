@@ -28,6 +28,7 @@ class Probe:
     indirect_at: float  # when others are asked; infinite once they were
     ends_at: float
     relays: set[NodeId] = field(default_factory=set)
+    nacks: set[NodeId] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,14 @@ class Probes:
         self._round: list[NodeId] = []  # still to be probed, from the end
         self._seq = rng.randrange(_SEQUENCE_MAX)  # a restarted node is not taken for its former self
         self._relays: dict[int, Relay] = {}
+        self._nacks_due: dict[int, float] = {}  # of relays, by number: when the asker is told that nothing came yet
         self.under_way: dict[int, Probe] = {}
 
     @property
     def deadline(self) -> float:
         """When some probe next needs attention, in local monotonic seconds."""
-        return min((min(p.indirect_at, p.ends_at) for p in self.under_way.values()), default=math.inf)
+        probes = min((min(p.indirect_at, p.ends_at) for p in self.under_way.values()), default=math.inf)
+        return min(probes, min(self._nacks_due.values(), default=math.inf))
 
     def next_seq(self) -> int:
         self._seq = (self._seq + 1) % _SEQUENCE_MAX
@@ -93,7 +96,20 @@ class Probes:
             probe.indirect_at += slept_s
             probe.ends_at += slept_s
 
-    def relay(self, target: NodeId, asker: Address, asker_seq: int, now: float, expires_at: float) -> int | None:
+    def nacked(self, seq: int, by: NodeId) -> None:
+        """A relay answers that it heard us, and nothing of the target."""
+        probe = self.under_way.get(seq)
+        if probe is not None and by in probe.relays:
+            probe.nacks.add(by)
+
+    def nacks_due(self, now: float) -> list[Relay]:
+        """Relays whose target has kept silent; each once."""
+        due = [seq for seq, at in self._nacks_due.items() if at <= now]
+        for seq in due:
+            del self._nacks_due[seq]
+        return [self._relays[seq] for seq in due if seq in self._relays]
+
+    def relay(self, target: NodeId, asker: Address, asker_seq: int, now: float, nack_at: float, expires_at: float) -> int | None:
         """A number for a ping on somebody's behalf; None when too many are under way."""
         if len(self._relays) >= _RELAYS_MAX:
             self._relays = {seq: relay for seq, relay in self._relays.items() if relay.expires_at > now}
@@ -101,6 +117,7 @@ class Probes:
                 return None
         seq = self.next_seq()
         self._relays[seq] = Relay(target, asker, asker_seq, expires_at)
+        self._nacks_due[seq] = nack_at
         return seq
 
     def relayed(self, seq: int, by: NodeId, now: float) -> Relay | None:
@@ -109,4 +126,5 @@ class Probes:
         if relay is None or relay.target != by:
             return None
         del self._relays[seq]
+        self._nacks_due.pop(seq, None)
         return relay if relay.expires_at > now else None

@@ -1,15 +1,13 @@
 """The I/O of membership: a datagram socket, a clock and peer calls around one `MembershipCore`.
 
 Decides nothing. The core is called and its effects are carried out with no `await` in between, so no other task ever
-sees a half-applied change. Datagrams are sent without waiting: a full socket buffer loses them, as a network would.
+sees a half-applied change.
 All input that is ready is read before a timer may fire: a starved process must not take its own sleep for others' silence.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import socket as stdlib_socket
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from random import Random
@@ -19,6 +17,7 @@ import trio
 
 from membership.config import MembershipConfig
 from membership.core import MembershipCore
+from membership.datagrams import Datagrams
 from membership.effects import (
     Effect,
     Exchange,
@@ -26,24 +25,29 @@ from membership.effects import (
     Measured,
     MemberChanged,
     MemberForgotten,
+    PingStream,
     Push,
     Renewed,
     Send,
+    TryConnect,
+    Watch,
 )
 from membership.events import JoinFailed, MemberEvent, MembershipStatistics
 from mesh import gossip, sync
 from mesh.calls import Call, Handlers, Header, Reply
 from mesh.errors import BadRequest, DeadlineExceeded, LocalError, PeerLost, PeerRefused, Refused, RemoteError
-from mesh.ids import Address, NodeId, format_address, is_ip
-from mesh.seal import Seal, SealBroken
+from mesh.ids import Address, NodeId, format_address
+from mesh.knock import is_refused
+from mesh.seal import Seal
 from mesh.view import Facts, Load, Peer, PeerState, View
 
 EXCHANGE_TIMEOUT_S = 5.0
 PUSH_TIMEOUT_S = 2.0
+STREAM_PING_TIMEOUT_S = 1.0
 FAREWELL_TIMEOUT_S = 1.0
 FAREWELL_PUSHES = 3
+FAREWELL_PUSHES_MAX = 64
 CALLS_MAX = 32  # exchanges and pushes under way; beyond it they are dropped, for the fingerprints will ask again
-DRAIN_MAX = 512  # datagrams read in one go before timers and other tasks get a turn
 
 # What a peer call may end in without being our own bug.
 _CALL_FAILED = (PeerLost, DeadlineExceeded, RemoteError, Refused, BadRequest)
@@ -66,17 +70,20 @@ class Membership:
         config: MembershipConfig | None = None,
         rng: Random | None = None,
         load: Callable[[], Load] = Load,
+        knock: Callable[[Address], Awaitable[bool | None]] = is_refused,
+        keep_links: Callable[[tuple[Address, ...]], None] = lambda addresses: None,
     ) -> None:
         """`socket`: bound, UDP; stays the caller's to close, after `run` ended. `address`: what peers reach this node by,
-        by datagram and by call. `epoch`: higher than that of any former run on the same data directory.
+        by datagram and by call. `epoch`: higher than that of any former run on the same data directory. `knock`: does the host
+        at this address refuse connections? `keep_links`: is asked to hold links to these, and tells `linked` and `lost` of them.
 
         Raises:
             ValueError: a name, host or region that fits no claim.
         """
         self.me = me
-        self._seal, self._call, self._load = seal, call, load
+        self._call, self._load = call, load
+        self._knock, self._keep_links = knock, keep_links
         self._address = address
-        self._socket = socket
         claim = gossip.Alive(me, epoch, 0, name, address[0], address[1], region)
         self._core = MembershipCore(claim, config or MembershipConfig(), rng or Random(), trio.current_time())
         self._peers: dict[NodeId, Peer] = {}
@@ -88,17 +95,14 @@ class Membership:
         self._deadline_moved = trio.Event()
         self._armed_for = -math.inf  # when `_keep_time` wakes by itself; it need only hear of earlier deadlines
         self._nursery: trio.Nursery | None = None
-        self._datagrams: stdlib_socket.socket | None = None
+        self._datagrams = Datagrams(socket, seal)
         self._calls = 0
         self._counts: Counter[str] = Counter()
-        self._dropped: Counter[str] = Counter()
         self._refresh([me])
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Takes part in the mesh until cancelled."""
-        # A second descriptor of the same socket, read and written without ever waiting.
-        self._datagrams = stdlib_socket.socket(fileno=os.dup(self._socket.fileno()))
-        self._datagrams.setblocking(False)
+        self._datagrams.open()
         try:
             async with trio.open_nursery() as self._nursery:
                 self._nursery.start_soon(self._receive)
@@ -107,7 +111,6 @@ class Membership:
         finally:
             self._nursery = None
             self._datagrams.close()
-            self._datagrams = None
 
     async def join(self, seeds: list[Address]) -> int:
         """Exchanges all knowledge with every seed at once; how many answered. They are tried again whenever nobody is there.
@@ -145,9 +148,16 @@ class Membership:
         """
         self._carry_out(self._core.publish(facts, trio.current_time()))
 
-    def lost(self, node: NodeId) -> None:
-        """A link to this peer broke: it is probed at once. Cheap; safe to call for every broken link."""
-        self._carry_out(self._core.lost(node, trio.current_time()))
+    def linked(self, node: NodeId) -> None:
+        """A link with this peer is open, either way, its handshake done."""
+        self._core.linked(node)
+
+    def lost(self, node: NodeId, *, proven: bool = False) -> None:
+        """A link to this peer broke: it is probed at once. Cheap; safe to call for every broken link.
+
+        `proven`: `linked` had told of it. Then its host is asked too whether anybody still listens there.
+        """
+        self._carry_out(self._core.lost(node, trio.current_time(), proven=proven))
 
     def note_load(self, node: NodeId, load: Load) -> None:
         """A peer told its load in an answer: newer than what gossip brought."""
@@ -157,7 +167,10 @@ class Membership:
     async def leave(self) -> None:
         """Says goodbye: datagrams to many, a call to a few, within a second. Nothing is sent after that; `run` idles on."""
         now = trio.current_time()
-        peers = [peer.address for peer in self.view.live() if peer.id != self.me]
+        peers = [peer for peer in self.view.live() if peer.id != self.me]
+        # Those who hold a link with us must know before it ends, or they would take its end for a death.
+        told = [peer.address for peer in peers if peer.id in self._core.swim.linked][:FAREWELL_PUSHES_MAX]
+        told += [peer.address for peer in self._core.rng.sample(peers, min(FAREWELL_PUSHES, len(peers)))]
         self._carry_out(self._core.leave(now))
         tail = sync.encode(self._core.farewell(now))
 
@@ -169,7 +182,7 @@ class Membership:
 
         with trio.move_on_after(FAREWELL_TIMEOUT_S, shield=True):
             async with trio.open_nursery() as nursery:
-                for address in self._core.rng.sample(peers, min(FAREWELL_PUSHES, len(peers))):
+                for address in dict.fromkeys(told):
                     nursery.start_soon(tell, address)
 
     async def changed(self, since_version: int) -> View:
@@ -191,23 +204,22 @@ class Membership:
         return MembershipStatistics(
             MappingProxyType({state.value: states[state.value] for state in PeerState}),
             self.view.version,
-            self._counts["datagrams_sent"],
-            self._counts["datagrams_received"],
-            self._counts["bytes_sent"],
-            self._counts["bytes_received"],
-            MappingProxyType(dict(self._dropped)),
+            self._datagrams.sent,
+            self._datagrams.received,
+            self._datagrams.bytes_sent,
+            self._datagrams.bytes_received,
+            MappingProxyType(dict(self._datagrams.dropped)),
             self._counts["exchanges"],
             self._counts["pushes"],
             self._counts["calls_failed"],
             self._counts["calls_skipped"],
             self._core.facts.rejected,
-            self._core.swim.statistics(),
+            self._core.swim.statistics(trio.current_time()),
         )
 
     async def _receive(self) -> None:
-        assert self._datagrams is not None
         while True:
-            await trio.lowlevel.wait_readable(self._datagrams)
+            await self._datagrams.wait_readable()
             self._drain()
             await trio.lowlevel.checkpoint()
 
@@ -226,34 +238,10 @@ class Membership:
                 await trio.lowlevel.checkpoint()
 
     def _drain(self) -> None:
-        if self._datagrams is None:
-            return
         self._core.set_load(self._load(), trio.current_time())
-        for _ in range(DRAIN_MAX):
-            try:
-                datagram, source = self._datagrams.recvfrom(gossip.MAX_DATAGRAM_BYTES + 1)
-            except BlockingIOError:
-                return
-            except OSError:
-                # An ICMP error about something sent earlier; the datagram it stands for was lost.
-                self._dropped["network"] += 1
-                continue
-            self._counts["datagrams_received"] += 1
-            self._counts["bytes_received"] += len(datagram)
-            self._take(datagram, (source[0], source[1]))
-
-    def _take(self, datagram: bytes, source: Address) -> None:
-        if len(datagram) > gossip.MAX_DATAGRAM_BYTES:
-            self._dropped["too long"] += 1
-            return
-        try:
-            message = gossip.decode(self._seal.open(datagram))
-        except SealBroken as error:
-            self._dropped[error.fault.value] += 1
-        except gossip.BadDatagram:
-            self._dropped["malformed"] += 1
-        else:
-            self._carry_out(self._core.receive(source, message, trio.current_time()))
+        for source, message, lay_s in self._datagrams.drain():
+            now = trio.current_time()
+            self._carry_out(self._core.receive(source, message, now, now - lay_s))
 
     def _carry_out(self, effects: list[Effect]) -> None:
         changed: list[NodeId] = []
@@ -261,21 +249,27 @@ class Membership:
         for effect in effects:
             match effect:
                 case Send(to=to, message=message):
-                    self._send(to, message)
+                    self._datagrams.send(to, message)
                 case Exchange(to=to):
                     self._start_call(self._exchange, to)
                 case Push(to=to, sync=news):
                     self._start_call(self._push, to, news)
+                case PingStream(seq=seq, to=to):
+                    self._start_call(self._ping_stream, seq, to)
+                case TryConnect(number=number, to=to):
+                    self._start_call(self._try_connect, number, to)
+                case Watch(addresses=addresses):
+                    self._keep_links(addresses)
                 case Measured(node=node):
                     self._show(node)
                 case FactsChanged(node=node):
                     changed.append(node)
                 case MemberForgotten(node=node):
                     changed.append(node)
-                case MemberChanged(node=node, before=before, after=after, restarted=restarted):
+                case MemberChanged(node=node, before=before, after=after, restarted=restarted, stalled=stalled):
                     changed.append(node)
-                    if before is not after or restarted:
-                        events.append(MemberEvent(node, before, after, restarted))
+                    if before is not after or restarted or stalled:
+                        events.append(MemberEvent(node, before, after, restarted, stalled))
                 case Renewed(epoch=epoch):
                     self.on_renewed(epoch)
         if changed:
@@ -285,22 +279,6 @@ class Membership:
                 callback(event)
         if self._core.deadline < self._armed_for:
             self._deadline_moved.set()
-
-    def _send(self, to: Address, message: gossip.Message) -> None:
-        if self._datagrams is None:
-            return
-        if not is_ip(to[0]):  # a node claims the address of its socket; a name would be looked up while the loop stands still
-            self._dropped["unsent"] += 1
-            return
-        datagram = self._seal.seal(gossip.encode(message))
-        assert len(datagram) <= gossip.MAX_DATAGRAM_BYTES, "the core packs claims within the limit"
-        try:
-            self._datagrams.sendto(datagram, to)
-        except OSError:
-            self._dropped["unsent"] += 1  # buffer full, or no route
-            return
-        self._counts["datagrams_sent"] += 1
-        self._counts["bytes_sent"] += len(datagram)
 
     def _refresh(self, nodes: list[NodeId]) -> None:
         """A new view, in which these peers are as the core has them."""
@@ -335,6 +313,18 @@ class Membership:
             self._counts["calls_failed"] += 1
         finally:
             self._calls -= 1
+
+    async def _ping_stream(self, seq: int, to: Address) -> None:
+        _, tail = await self._call(to, sync.SYNC_KIND, {}, sync.encode(sync.Sync()), timeout_s=STREAM_PING_TIMEOUT_S)
+        try:
+            by = sync.decode_synced(tail).node
+        except sync.BadSync as error:
+            raise RemoteError(format_address(to), str(error)) from None
+        self._carry_out(self._core.stream_answered(seq, by, trio.current_time()))
+
+    async def _try_connect(self, number: int, to: Address) -> None:
+        refused = await self._knock(to)
+        self._carry_out(self._core.tried(number, refused, trio.current_time()))
 
     async def _exchange(self, to: Address) -> None:
         """Raises what a call may, and RemoteError for an answer that is none."""

@@ -48,6 +48,10 @@ class Suspicion:
     max_s: float
     first: NodeId | None  # the first accuser: whom exports of this suspicion name; None: an exchange did not say
     accusers: set[NodeId] = field(default_factory=set)
+    slack_s: float = 0.0  # lag that it, or we, admitted to
+    stall_patience_s: float = 0.0
+    listens: bool = False  # its process exists
+    stalled: bool = False  # and it has been silent for as long as another's death takes
     cap_s: float = math.inf  # somebody's verdict fell already: ours follows no later than so long after the start
 
     def __post_init__(self) -> None:
@@ -61,8 +65,9 @@ class Suspicion:
 
     @property
     def deadline(self) -> float:
-        """When the suspect is declared dead, in local monotonic seconds."""
-        return self.started_at + min(self.cap_s, remaining_s(self.confirmations, self.expected, 0.0, self.min_s, self.max_s))
+        """When the suspect is declared dead, or stalled if it listens, in local monotonic seconds."""
+        wait_s = min(self.cap_s, remaining_s(self.confirmations, self.expected, 0.0, self.min_s, self.max_s)) + self.slack_s
+        return self.started_at + (max(wait_s, self.stall_patience_s) if self.stalled else wait_s)
 
     def confirm(self, accusers: Iterable[NodeId]) -> bool:
         """Takes independent accusers in; True when one of them is new and still counts, so it is worth passing on."""

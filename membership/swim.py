@@ -15,12 +15,29 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from membership.config import MembershipConfig
-from membership.effects import Effect, Exchange, Measured, MemberForgotten, Send
+from membership.effects import Effect, Exchange, Measured, MemberChanged, MemberForgotten, PingStream, Send
+from membership.evidence import Evidence
 from membership.fingerprint import Fingerprint
-from membership.hearing import Hearing
+from membership.health import LAG_MAX_S, missed_nacks
 from membership.members import Member
 from membership.probing import Probe, Probes
-from mesh.gossip import Ack, Alive, Claim, Dead, Gossip, Left, Message, Ping, PingReq, Sender, Suspect
+from mesh.gossip import (
+    STALLED,
+    Ack,
+    Alive,
+    Claim,
+    Dead,
+    Gossip,
+    Knock,
+    Knocked,
+    Left,
+    Message,
+    Nack,
+    Ping,
+    PingReq,
+    Sender,
+    Suspect,
+)
 from mesh.ids import Address, NodeId
 from mesh.view import PeerState
 
@@ -28,6 +45,7 @@ if TYPE_CHECKING:
     from random import Random
 
 _SEEDS_MAX = 64
+_NACK_SHARE = 0.8  # of the probe timeout, after which a relay says that it heard us at least (Lifeguard, section IV-A)
 _FAREWELLS = 32  # peers told directly when this node leaves; they tell the others
 
 
@@ -44,9 +62,12 @@ class SwimStatistics:
     refused_newcomers: int
     rumours: int
     suspects: int
+    refused_deaths: int
+    health_score: int  # 0: well, 8: what this node sees of others is not to be trusted
+    lag_s: float
 
 
-class Swim(Hearing):
+class Swim(Evidence):
     """The failure detector of one node."""
 
     def __init__(self, me: Alive, config: MembershipConfig, rng: Random, now: float, fingerprint: Fingerprint) -> None:
@@ -77,12 +98,14 @@ class Swim(Hearing):
         if address in self._seeds:
             self._seeds[address] = node
 
-    def receive(self, source: Address, message: Message, now: float) -> list[Effect]:
-        """One datagram that came from `source`."""
+    def receive(self, source: Address, message: Message, now: float, arrived_at: float | None = None) -> list[Effect]:
+        """One datagram that came from `source`; `arrived_at`: when it reached this host, by the kernel's stamp, if earlier."""
         sender = message.sender
         if self.left or sender.node == self.me:
             return []
-        corrections = self._greet(source, sender, now)
+        arrived_at = now if arrived_at is None else min(now, arrived_at)
+        self.health.lagged(now - arrived_at, now)
+        corrections = self._greet(source, sender, now, arrived_at)
         corrections += [claim for told in message.claims for claim in self.hear(told, now)]
         effects: list[Effect] = []
         rtt_s = None
@@ -95,9 +118,15 @@ class Swim(Hearing):
                 effects.append(self._send(source, bare, claims))
                 corrections = []
             case Ack(seq=seq):
-                rtt_s = self._on_ack(seq, sender.node, now, effects)
+                rtt_s = self._on_ack(seq, sender.node, now, arrived_at, effects)
+            case Nack(seq=seq):
+                self._probes.nacked(seq, sender.node)
             case PingReq(seq=seq, target=target):
                 effects += self._relay(source, seq, target, now)
+            case Knock():
+                effects += self.on_knock(source, message, now)
+            case Knocked():
+                self.on_knocked(message, now)
             case Gossip():
                 pass
         if corrections:
@@ -114,6 +143,7 @@ class Swim(Hearing):
         due_at = min(self._next_probe_at, self._next_redial_at, self._probes.deadline)
         if (late_s := now - due_at) > self.config.lag_tolerance_s:
             self._forgive(late_s, now)
+            self.health.lagged(late_s, now)
         effects: list[Effect] = []
         for probe in list(self._probes.under_way.values()):
             if now >= probe.ends_at:
@@ -121,11 +151,13 @@ class Swim(Hearing):
                 self._probe_failed(probe, now)
             elif now >= probe.indirect_at:
                 effects += self._ask_others(probe, now)
+        for relay in self._probes.nacks_due(now):
+            effects.append(self._send(relay.asker, Nack(self.sender(now), relay.asker_seq), ()))
         for member in self.suspected():
             if member.suspicion is None or now >= member.suspicion.deadline:
-                self.declare(Dead(member.node, member.epoch, member.incarnation, self.me), now)
+                self._convict(member, now)
         if now >= self._next_probe_at:
-            self._next_probe_at = now + self.config.probe_period_s
+            self._next_probe_at = now + self.config.probe_period_s * self.health.factor
             if (target := self._probes.next_target(self.members.peers)) is not None:
                 effects += self._probe(self.members[target], now)
         if now >= self.next_gossip_at and self.rumours:
@@ -135,17 +167,42 @@ class Swim(Hearing):
         if now >= self._next_redial_at:
             self._next_redial_at = now + self.config.redial_period_s * (0.75 + 0.5 * self.rng.random())
             effects += self._redial(now)
+            effects += self.watch(again=True) + self.look_again(now)
         return effects + self.spread(now)
 
-    def lost(self, node: NodeId, now: float) -> list[Effect]:
-        """A link to `node` broke: probe it now, directly and through others at once."""
+    def _convict(self, member: Member, now: float) -> None:
+        """Its suspicion ran out. One whose process exists is stalled, and gets more time."""
+        suspicion = member.suspicion
+        if suspicion is not None and suspicion.listens and not suspicion.stalled and suspicion.stall_patience_s > 0:
+            suspicion.stalled, member.cause = True, STALLED
+            self.note_change(MemberChanged(member.node, PeerState.SUSPECT, PeerState.SUSPECT, stalled=True))
+        else:
+            self.declare(Dead(member.node, member.epoch, member.incarnation, self.me), now)
+
+    def stream_answered(self, seq: int, by: NodeId, now: float) -> list[Effect]:
+        """A `PingStream` was answered: datagrams to that node, or from it, get lost, but it lives."""
+        if not self.left and (probe := self._probes.answered(seq, by)) is not None and by == probe.target:
+            self._alive_after_all(probe, now)
+        return self.spread(now)
+
+    def lost(self, node: NodeId, now: float, *, proven: bool = False) -> list[Effect]:
+        """A link to `node` broke: probe it now, directly and through others at once.
+
+        `proven`: its handshake had named `node`, and it was told by `link_made`; its end may be the end of a process.
+        """
+        if proven and (left := self.linked.pop(node, 1) - 1) > 0:
+            self.linked[node] = left
         member = self.members.get(node)
         if self.left or member is None or not member.live or node == self.me:
             return []
-        if any(p.target == node and p.indirect_at == math.inf for p in self._probes.under_way.values()):
-            return []  # that question is being asked already
-        effects = self._probe(member, now, urgent=True)
+        effects = self.open_case(member, now) if proven else []
+        if not any(p.target == node and p.indirect_at == math.inf for p in self._probes.under_way.values()):
+            effects += self._probe(member, now, urgent=True)  # else that question is being asked already
         return effects + self.spread(now)
+
+    def tried(self, number: int, refused: bool | None, now: float) -> list[Effect]:
+        """What came of a `TryConnect`."""
+        return [] if self.left else self.on_tried(number, refused, now) + self.spread(now)
 
     def leave(self, now: float) -> list[Effect]:
         """Says goodbye to live peers and falls silent for good."""
@@ -158,7 +215,7 @@ class Swim(Hearing):
         self.left = True
         return [*self.take_changes(), *(Send(peer.address, Gossip(sender, (farewell,))) for peer in peers)]
 
-    def statistics(self) -> SwimStatistics:
+    def statistics(self, now: float) -> SwimStatistics:
         return SwimStatistics(
             self._probed,
             self._failed,
@@ -169,19 +226,23 @@ class Swim(Hearing):
             self.refused_newcomers,
             len(self.rumours),
             len(self.members.suspects),
+            self.refused_deaths,
+            self.health.score,
+            self.health.lag_s(now),
         )
 
     def on_newcomer(self, node: NodeId) -> None:
         self._probes.joined(node)
 
-    def _greet(self, source: Address, sender: Sender, now: float) -> list[Claim]:
+    def _greet(self, source: Address, sender: Sender, now: float, arrived_at: float) -> list[Claim]:
         """Takes note of who speaks; what it should be told about itself, if it does not know how it is seen."""
         member = self.members.get(sender.node)
         if member is None or (sender.epoch, sender.incarnation) > (member.epoch, member.incarnation):
             self.want_exchange(source, now)
             return []
         if (sender.epoch, sender.incarnation) == (member.epoch, member.incarnation):
-            member.heard_at = now
+            member.heard_at = max(member.heard_at, arrived_at)
+            member.lag_s = sender.lag_ms / 1000
         if member.live:
             if sender.fingerprint != self.members.fingerprint.value:
                 self.want_exchange(member.address, now)
@@ -202,7 +263,8 @@ class Swim(Hearing):
 
     def _probe(self, member: Member, now: float, *, urgent: bool = False) -> list[Effect]:
         self._probed += 1
-        period_s, timeout_s = self.config.probe_period_s, self.config.probe_timeout_s
+        slack_s, factor = self.slack_s(member, now), self.health.factor
+        period_s, timeout_s = self.config.probe_period_s * factor + slack_s, self.config.probe_timeout_s * factor + slack_s
         ends_at = now + (2 * timeout_s if urgent else period_s)
         probe = self._probes.start(member.node, now, now if urgent else now + timeout_s, ends_at)
         first = [member.claim(self.me)] if member.state is PeerState.SUSPECT else []
@@ -213,20 +275,25 @@ class Swim(Hearing):
         probe.indirect_at = math.inf
         relays = self.members.some_peers(self.config.indirect_peers, self.rng, without=(probe.target,))
         probe.relays |= {relay.node for relay in relays}
-        return [self._send(relay.address, PingReq(self.sender(now), probe.seq, probe.target), ()) for relay in relays]
+        asked: list[Effect] = [
+            self._send(relay.address, PingReq(self.sender(now), probe.seq, probe.target), ()) for relay in relays
+        ]
+        return [*asked, PingStream(probe.seq, self.members[probe.target].address)] if probe.target in self.members else asked
 
     def _relay(self, asker: Address, asker_seq: int, target: NodeId, now: float) -> list[Effect]:
         # Only to members, at the address we know: nobody can make us ping strangers.
         member = self.members.get(target)
         if member is None or target == self.me:
             return []
-        seq = self._probes.relay(target, asker, asker_seq, now, now + self.config.probe_period_s)
+        nack_at = now + _NACK_SHARE * self.config.probe_timeout_s
+        expires_at = now + self.config.probe_period_s + LAG_MAX_S
+        seq = self._probes.relay(target, asker, asker_seq, now, nack_at, expires_at)
         if seq is None:
             return []
         first = [] if member.state is PeerState.ALIVE else [member.claim(self.me)]
         return [self._send(member.address, Ping(self.sender(now), seq, target), first)]
 
-    def _on_ack(self, seq: int, by: NodeId, now: float, effects: list[Effect]) -> float | None:
+    def _on_ack(self, seq: int, by: NodeId, now: float, arrived_at: float, effects: list[Effect]) -> float | None:
         """The round trip in seconds when the target itself answered a probe of ours."""
         if (relay := self._probes.relayed(seq, by, now)) is not None:
             first = [self.members[by].claim(self.me)] if by in self.members else []
@@ -235,15 +302,22 @@ class Swim(Hearing):
         probe = self._probes.answered(seq, by)
         if probe is None:
             return None
+        self._alive_after_all(probe, arrived_at)
+        return max(0.0, arrived_at - probe.sent_at) if by == probe.target else None
+
+    def _alive_after_all(self, probe: Probe, at: float) -> None:
+        self.health.note(-1)
         if (target := self.members.get(probe.target)) is not None:
-            target.heard_at = now
-        return now - probe.sent_at if by == probe.target else None
+            target.heard_at = max(target.heard_at, at)
+        if (case := self.cases.get(probe.target)) is not None and probe.sent_at >= case.opened_at:
+            self.close_case(probe.target)
 
     def _probe_failed(self, probe: Probe, now: float) -> None:
         member = self.members.get(probe.target)
         if member is None or not member.live or member.heard_at > probe.sent_at:
             return
         self._failed += 1
+        self.health.note(missed_nacks(len(probe.relays), len(probe.nacks)))
         self.declare(Suspect(member.node, member.epoch, member.incarnation, self.me), now)
 
     def _forgive(self, late_s: float, now: float) -> None:

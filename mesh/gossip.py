@@ -1,7 +1,7 @@
 """The datagrams of membership: what one fits in, what it may say, and how bytes become one.
 
-Three probes' messages (`Ping`, `Ack`, `PingReq`) and `Gossip`, which asks for no answer. Each carries the
-sender's own standing, its load and one 8-byte fingerprint of all it knows, and as many claims about members
+Four messages for probes (`Ping`, `Ack`, `PingReq`, `Nack`), two about connections (`Knock`, `Knocked`), and `Gossip`. Each
+carries the sender's own standing, its load and one 8-byte fingerprint of all it knows, and as many claims about members
 as still fit. Structs travel as MessagePack arrays: a newer version may append fields, an older one ignores them.
 Source: SWIM (Das, Gupta, Motivala, DSN 2002), section 4, with Lifeguard's accuser in each suspicion.
 """
@@ -28,6 +28,8 @@ MAX_REGION_BYTES = 16
 
 _COUNTER_MAX = 2**48  # of epochs and incarnations: far from what 64 bits would overflow on one more step
 ZERO_LOAD = Load()
+REFUSED, TIMEOUT = "refused", "timeout"  # causes of a death
+LISTENS, STALLED = "listens", "stalled"  # of suspicions: its process exists; and it has been silent for long
 
 Id = Annotated[NodeId, Meta(pattern=r"^[0-9a-f]{16}\Z")]
 Counter = Annotated[int, Meta(ge=0, le=_COUNTER_MAX)]
@@ -77,13 +79,14 @@ class Alive(msgspec.Struct, frozen=True, array_like=True, tag="a"):
 class Suspect(msgspec.Struct, frozen=True, array_like=True, tag="s"):
     """`by` probed `node` at this incarnation, itself and through others, and heard nothing.
 
-    `by` equal to `node` stands for an accuser whose name got lost; it confirms nothing.
+    `by` equal to `node` stands for no accuser, or one whose name got lost; it confirms nothing.
     """
 
     node: Id
     epoch: Counter
     incarnation: Counter
     by: Id
+    listens: bool = False  # its host still takes connections for it: it is stalled or cut off, not gone
 
 
 class Dead(msgspec.Struct, frozen=True, array_like=True, tag="d"):
@@ -93,7 +96,7 @@ class Dead(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     epoch: Counter
     incarnation: Counter
     by: Id
-    cause: Annotated[str, Meta(max_length=8)] = "timeout"
+    cause: Annotated[str, Meta(max_length=8)] = TIMEOUT
 
 
 class Left(msgspec.Struct, frozen=True, array_like=True, tag="l"):
@@ -116,6 +119,7 @@ class Sender(msgspec.Struct, frozen=True, array_like=True):
     fingerprint: Annotated[int, Meta(ge=0)]  # of all live (node, epoch, incarnation, facts version), 64 bits
     load: Load = ZERO_LOAD
     load_age_ms: Annotated[int, Meta(ge=0, le=2**31)] = 0
+    lag_ms: Annotated[int, Meta(ge=0, le=2**31)] = 0  # how late the sender is with all it does, as it measured
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag="ping"):
@@ -144,6 +148,14 @@ class PingReq(msgspec.Struct, frozen=True, array_like=True, tag="req"):
     claims: Annotated[tuple[Claim, ...], Meta(max_length=MAX_CLAIMS)] = ()
 
 
+class Nack(msgspec.Struct, frozen=True, array_like=True, tag="nack"):
+    """Answers a `PingReq` whose target has not answered yet: the asker is heard, so the silence is not its own fault."""
+
+    sender: Sender
+    seq: Sequence
+    claims: Annotated[tuple[Claim, ...], Meta(max_length=MAX_CLAIMS)] = ()
+
+
 class Gossip(msgspec.Struct, frozen=True, array_like=True, tag="say"):
     """Claims alone."""
 
@@ -151,7 +163,25 @@ class Gossip(msgspec.Struct, frozen=True, array_like=True, tag="say"):
     claims: Annotated[tuple[Claim, ...], Meta(max_length=MAX_CLAIMS)] = ()
 
 
-Message = Ping | Ack | PingReq | Gossip
+class Knock(msgspec.Struct, frozen=True, array_like=True, tag="knock"):
+    """Try to connect to `target`, a member you know, and tell me in a `Knocked` with this `seq` whether its host refused."""
+
+    sender: Sender
+    seq: Sequence
+    target: Id
+    claims: Annotated[tuple[Claim, ...], Meta(max_length=MAX_CLAIMS)] = ()
+
+
+class Knocked(msgspec.Struct, frozen=True, array_like=True, tag="knocked"):
+    """`refused`: nobody listens there, says the host itself. False also when no answer came at all."""
+
+    sender: Sender
+    seq: Sequence
+    refused: bool
+    claims: Annotated[tuple[Claim, ...], Meta(max_length=MAX_CLAIMS)] = ()
+
+
+Message = Ping | Ack | PingReq | Nack | Gossip | Knock | Knocked
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)

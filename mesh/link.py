@@ -58,6 +58,7 @@ class Link:
         counters: LinkStatistics,
         load: Callable[[], Load],
         on_load: Callable[[NodeId, Load], None],
+        on_linked: Callable[[NodeId], None],
     ) -> None:
         self.to = to
         self.peer: NodeId | None = None
@@ -65,6 +66,7 @@ class Link:
         self._counters = counters
         self._load = load
         self._on_load = on_load
+        self._on_linked = on_linked
         self._inbox, self._outbox = trio.open_memory_channel[Frame](OUTBOX_FRAMES)
         self._outbox_bytes = 0
         self._calls: dict[int, PendingCall] = {}
@@ -157,6 +159,7 @@ class Link:
             return impostor
         frames.greeted()
         self.peer = NodeId(node)
+        self._on_linked(self.peer)
         return None
 
     async def _write(self, connection: trio.abc.Stream, link_scope: trio.CancelScope) -> None:

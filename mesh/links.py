@@ -8,7 +8,7 @@ starts from there, not from a timer. No retries here: they have one place and on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -44,13 +44,16 @@ class Links:
         load: Callable[[], Load] = Load,
         on_load: Callable[[NodeId, Load], None] = lambda node, load: None,
         on_lost: OnLost = lambda node, address, reason: None,
+        on_linked: Callable[[NodeId], None] = lambda node: None,
     ) -> None:
+        """`on_linked`: told of every link, either way, whose handshake named the peer; `on_lost` follows once for each."""
         self.config = config
         self.handlers: dict[str, Any] = {}
         self.receivers: dict[str, Any] = {}
         self.load = load
         self.on_load = on_load
         self.on_lost = on_lost
+        self.on_linked = on_linked
         self.counters = LinkStatistics()
         self._nursery: trio.Nursery | None = None
         self._links: dict[Address, Link] = {}
@@ -89,12 +92,18 @@ class Links:
         else:
             self._link_to(to).enqueue(Frame(kind, header, tail))
 
+    def keep(self, addresses: Iterable[Address]) -> None:
+        """Dials those that are not linked yet. A link is never closed for being idle: its end tells of its peer's."""
+        for address in addresses:
+            if address != self.config.address and self._nursery is not None:
+                self._link_to(address)
+
     def _link_to(self, to: Address) -> Link:
         link = self._links.get(to)
         if link is None:
             if self._nursery is None:
                 raise LocalError("Links.run must be running before a call")
-            link = self._links[to] = Link(to, self.config, self.counters, self.load, self.on_load)
+            link = self._links[to] = Link(to, self.config, self.counters, self.load, self.on_load, self.on_linked)
             self._nursery.start_soon(self._keep_link, link)
         return link
 
@@ -120,6 +129,7 @@ class Links:
             if peer is None:
                 self.counters.handshakes_refused_total += 1
             else:
+                self.on_linked(peer)
                 await self._answer(peer, connection, frames)
         finally:
             self.counters.frames_rejected_total += frames.broke_the_protocol

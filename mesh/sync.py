@@ -52,6 +52,7 @@ class MemberRecord(msgspec.Struct, frozen=True, array_like=True):
     port: Port
     region: Region = ""
     age_s: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
+    cause: Annotated[str, Meta(max_length=8)] = ""  # of a death: as in `mesh.gossip.Dead`; of a suspicion: "listens"
 
     def __post_init__(self) -> None:
         check_description(self.name, self.host, self.region)

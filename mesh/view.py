@@ -30,6 +30,16 @@ class PeerState(StrEnum):
     LEFT = "left"
 
 
+class Readiness(StrEnum):
+    """Whether a live node should be given work, as it says itself: it may answer every ping and still compute nothing."""
+
+    WARM = "warm"
+    LOADING = "loading"  # serves nothing yet
+    OVERLOADED = "overloaded"  # its KV blocks are full and requests wait
+    STALLED = "stalled"  # its engine makes no progress; gets nothing new unless nothing else is left
+    DRAINING = "draining"  # is going to leave
+
+
 class Span(msgspec.Struct, frozen=True, order=True):
     """Contiguous decoder layers `[start, end)` of one model, held and served by one node."""
 
@@ -79,6 +89,7 @@ class Facts(msgspec.Struct, frozen=True):
     documents: dict[str, Any] = {}
     intends: tuple[Span, ...] = ()  # being loaded, not yet served: so that nodes that join together do not choose alike
     capacity: dict[ModelId, Layer] = {}  # decoder layers of a model that it could hold; absent: pinned, it never moves
+    readiness: Readiness = Readiness.WARM
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +107,19 @@ class Peer:
     load: Load = field(default_factory=Load)
     load_at: float = 0.0  # when the load record was heard, local monotonic seconds
     rtt_s: float | None = None  # last measured round trip; None: never measured
+    # Of a death: "refused" (its host says that nobody listens there) or "timeout" (silence). Of a suspicion: "stalled"
+    # (silent for as long as would be a death, but its host still takes connections for it), else nothing.
+    cause: str = ""
 
     @property
     def usable(self) -> bool:
         """May be given new work."""
-        return self.state is PeerState.ALIVE and not self.facts.draining
+        return self.state is PeerState.ALIVE and not self.facts.draining and not self.stalled
+
+    @property
+    def stalled(self) -> bool:
+        """Its engine makes no progress, says its own process."""
+        return self.facts.readiness is Readiness.STALLED
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ sides give up what they share and say so over a new link: a word lost in between
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from membership.events import MemberEvent
 from mesh.ids import Address, NodeId
@@ -18,12 +19,16 @@ from node.planning import Planning
 from node.stages import Stages
 
 
+class Doubter(Protocol):
+    """Membership looks at the node at once; `proven`: a link with it had been made, so its host is asked too."""
+
+    def __call__(self, node: NodeId, *, proven: bool = False) -> None: ...
+
+
 class Losses:
     """`doubt`: told of a peer whose link ended, so that membership looks at it at once."""
 
-    def __init__(
-        self, view: Callable[[], View], entry: Entry, stages: Stages, planning: Planning, doubt: Callable[[NodeId], None]
-    ) -> None:
+    def __init__(self, view: Callable[[], View], entry: Entry, stages: Stages, planning: Planning, doubt: Doubter) -> None:
         self._view = view
         self._entry = entry
         self._stages = stages
@@ -32,6 +37,7 @@ class Losses:
 
     def link_lost(self, node: NodeId | None, address: Address | None, reason: str) -> None:
         """See `mesh.links.OnLost`: `address` is None where the peer had dialled."""
+        proven = node is not None  # by its handshake
         if node is None:
             node = next((peer.id for peer in self._view().peers.values() if peer.address == address), None)
         if address is not None:
@@ -41,7 +47,7 @@ class Losses:
         if node is not None:
             self._planning.link_lost(node)
             self._entry.peer_news(PeerGone(node, reason))
-            self._doubt(node)
+            self._doubt(node, proven=proven)
 
     def member_changed(self, event: MemberEvent) -> None:
         """Nothing that ran on a member that is down will be heard of again."""
@@ -52,7 +58,9 @@ class Losses:
             self._planning.forget(event.node)
             self._entry.peer_news(PeerGone(event.node, reason))
             self._stages.entry_lost(event.node, reason)
-        if event.after is PeerState.SUSPECT:
+        if event.stalled:  # what it computes for our clients goes on elsewhere
+            self._entry.peer_news(PeerGone(event.node, "stalled"))
+        elif event.after is PeerState.SUSPECT:
             self._entry.peer_news(PeerSuspect(event.node))
         elif event.after is PeerState.ALIVE:
             self._entry.peer_news(PeerBack(event.node))

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from mesh.ids import ModelId
-from mesh.view import Facts, ModelCard, Span
+from mesh.view import Facts, ModelCard, Readiness, Span
 
 
 class OwnFacts:
@@ -48,8 +48,11 @@ class OwnFacts:
         cards = tuple(card if known.id == model else known for known in self._facts.models)
         self._set(spans=tuple(sorted({*others, *spans})), intends=intends, models=cards)
 
+    def ready(self, readiness: Readiness) -> None:
+        self._set(readiness=readiness)
+
     def drain(self) -> None:
-        self._set(draining=True)
+        self._set(draining=True, readiness=Readiness.DRAINING)
 
     def documents(self, record: dict[str, Any]) -> None:
         self._set(documents=record)

@@ -40,6 +40,7 @@ from node.own_facts import OwnFacts
 from node.placing import Placing
 from node.planning import Planning
 from node.prompts import Prompts
+from node.pulse import Pulse
 from node.readiness import Readiness
 from node.request_run import EntryNode
 from node.sockets import PeerSockets, reachable
@@ -84,6 +85,7 @@ class Node:
             load=self._load,
             on_load=lambda node, load: self._membership.note_load(node, load),
             on_lost=lambda node, address, reason: self._losses.link_lost(node, address, reason),
+            on_linked=lambda node: self._membership.linked(node),
         )
         self._membership = Membership(
             identity.id,
@@ -95,6 +97,7 @@ class Node:
             seal=_seal(mesh_key, config.cluster),
             call=self._links.call,
             load=self._load,
+            keep_links=self._links.keep,
         )
         self._membership.on_renewed = identity.renew
         facts = Facts(version=version("gossip-mesh"), pid=os.getpid())
@@ -115,6 +118,7 @@ class Node:
         self._entry = Entry(entry_node, Prompts(models, self._documents), self._planning, config.request_timeout_s, rng)
         self._stages = Stages(sockets.address, engine, self._links.post, self._entry)
         self._losses = Losses(self._view, self._entry, self._stages, self._planning, self._membership.lost)
+        self._pulse = Pulse(self._facts, self._load, engine.overdue_s)
         self._readiness = Readiness(self._view, models, self._entry)
         self._placing = Placing(config.layers, engine, models, capacity, self._facts, self._membership)
         self._surface = Surface(self._view, models, self._entry, self._readiness, self._documents, embedder, self.statistics)
@@ -157,7 +161,14 @@ class Node:
 
     def _on_member(self, event: MemberEvent) -> None:
         peer = self._view().peers.get(event.node)
-        log.info("member", peer=event.node, name=peer.name if peer else "", state=event.after.value, restarted=event.restarted)
+        log.info(
+            "member",
+            peer=event.node,
+            name=peer.name if peer else "",
+            state=event.after.value,
+            cause=peer.cause if peer else "",
+            restarted=event.restarted,
+        )
         self._losses.member_changed(event)
 
     # --- life
@@ -186,6 +197,7 @@ class Node:
         await nursery.start(self._documents.run)
         await nursery.start(self._entry.run)
         nursery.start_soon(self._sweep)
+        nursery.start_soon(self._pulse.run)
         self._server = await nursery.start(serve, self._app, [self._http_listener])
         announce(f"mesh node {self.name} up: {self._facts.now.http} gossip {format_address(self._sockets.address)}")
         nursery.start_soon(self._placing.run)

@@ -97,7 +97,8 @@ def connected(spans_of: Sequence[Sequence[tuple[int, int]]], layers: int) -> boo
 
 
 def is_suspect(holder: Holder) -> bool:
-    return holder.peer.state is PeerState.SUSPECT
+    """Silent, or alive with an engine that makes no progress."""
+    return holder.peer.state is PeerState.SUSPECT or holder.peer.stalled
 
 
 def _serves(start: int, end: int, layers: int, same_model: bool) -> bool:

@@ -1,6 +1,6 @@
 """The path of a request: ordered stages, each a peer and some of its layers, that cover the whole model.
 
-Rules, in this order. Draining and excluded peers never. Suspect peers and those whose breaker is open only if there is
+Rules, in this order. Draining and excluded peers never. Suspect or stalled peers and those with an open breaker only if there is
 no path without them. One numerics fingerprint over the whole path, the wanted one if an earlier attempt fixed it: only
 then does another attempt give the same tokens (a wanted fingerprint is kept even at the price of a suspect peer). A
 single peer that holds the whole model before any split path: no hop is cheaper than none. Then cost (`routing.legs`).

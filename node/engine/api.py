@@ -153,5 +153,8 @@ class Engine(Protocol):
 
     def load_report(self) -> Load: ...
 
+    def overdue_s(self) -> float:
+        """How long the step under way is past all that earlier ones explain: an engine that hangs. 0 when it does well."""
+
     def statistics(self) -> object:
         """A frozen dataclass of counters and of what is loaded, for metrics."""

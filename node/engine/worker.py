@@ -32,6 +32,10 @@ from node.engine.rows import Drawn, HeldSpan, Piece, SchedulerStatistics, StepPl
 from node.engine.scheduler import Scheduler
 
 KV_SHARE = 0.25  # of free memory, where nothing is configured: several nodes may share a machine
+STALL_AFTER_S = 1.0  # a step that takes longer, and STALL_FACTOR times the longest of late, hangs
+STALL_FACTOR = 4.0
+FIRST_STEP_S = 2.5  # taken for the longest until there was one: a first step may page weights in
+LONGEST_FADES = 0.98  # a step, so that one outlier does not excuse stalls for ever
 AVERAGING = 0.2  # weight of the newest step in the running averages
 
 log = structlog.get_logger()
@@ -68,6 +72,8 @@ class TorchEngine:
         self._undelivered: list[EngineOutput] = []
         self._loading = threading.Lock()
         self._prefill_tok_s = self._step_ms = 0.0
+        self._step_began_s: float | None = None  # of the step under way, by perf_counter
+        self._longest_step_s = FIRST_STEP_S
         self._prefill_tokens = self._decode_tokens = self._step_failures = 0
         self._kv_bytes = config.kv_memory_bytes or int(psutil.virtual_memory().available * KV_SHARE)
         torch.set_num_threads(config.threads)
@@ -171,6 +177,12 @@ class TorchEngine:
         with self._lock:
             return msgspec.structs.replace(self._scheduler.load(), prefill_tok_s=self._prefill_tok_s, step_ms=self._step_ms)
 
+    def overdue_s(self) -> float:
+        began_s = self._step_began_s
+        if began_s is None:
+            return 0.0
+        return max(0.0, time.perf_counter() - began_s - max(STALL_AFTER_S, STALL_FACTOR * self._longest_step_s))
+
     def statistics(self) -> EngineStatistics:
         with self._lock:
             return EngineStatistics(
@@ -206,7 +218,7 @@ class TorchEngine:
                 deliver(outputs)
 
     def _step(self, plan: StepPlan, loaded: Loaded) -> list[EngineOutput]:
-        began_s = time.perf_counter()
+        began_s = self._step_began_s = time.perf_counter()
         try:
             out = self._compute(plan, loaded)
             last = plan.pieces[0].row.last
@@ -214,9 +226,11 @@ class TorchEngine:
             hidden = [] if last else _hidden_outputs(plan, out)
         except Exception as error:  # supervised: a background job; the step's sequences are lost, the thread lives
             log.exception("step failed", model=plan.lane.span.model if plan.lane else "", sequences=len(plan.pieces))
+            self._step_began_s = None
             with self._lock:
                 self._step_failures += 1
                 return list(self._scheduler.fail(plan, f"the step failed: {type(error).__name__}"))
+        self._step_began_s = None
         with self._lock:
             self._measure(plan, time.perf_counter() - began_s)
             return [*hidden, *self._scheduler.commit(plan, drawn)]
@@ -264,6 +278,8 @@ class TorchEngine:
         return drawn
 
     def _measure(self, plan: StepPlan, took_s: float) -> None:
+        known_s = 0.0 if self._longest_step_s == FIRST_STEP_S else self._longest_step_s * LONGEST_FADES
+        self._longest_step_s = max(took_s, known_s)
         rows = sum(piece.count for piece in plan.pieces)
         decodes = sum(piece.count == 1 for piece in plan.pieces)
         self._decode_tokens += decodes

@@ -17,6 +17,7 @@ import torch
 from mesh.errors import BadRequest, LocalError, Refused
 from mesh.ids import ModelId, StreamId
 from mesh.view import Span
+from node.engine import worker
 from node.engine.api import EngineConfig, EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
 from node.engine.loading import is_exact
 from node.engine.worker import TorchEngine
@@ -227,6 +228,33 @@ def test_calls_return_while_a_step_computes(checkpoint_of: Callable[[str], Path]
         go_on.set()
         assert len(one.tokens_of(opening("b").key)) == 12  # and nothing of "a", closed in mid-step
         assert one.outputs.empty()
+
+
+def test_a_step_that_hangs_is_overdue_and_one_that_ends_is_not(
+    checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computing, go_on = threading.Event(), threading.Event()
+    with running((checkpoint_of("llama"), 0, 4)) as one:
+        assert one.engine.overdue_s() == 0.0
+        one.engine.open(opening("a"))
+        assert len(one.tokens_of(opening("a").key)) == 12
+        stage = one.engine._loaded[Span(MODEL, 0, 4)].stage
+        forward = stage.forward
+
+        def hang(*args: Any, **kwargs: Any) -> torch.Tensor:
+            computing.set()
+            assert go_on.wait(WAIT_S)
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(stage, "forward", hang)
+        monkeypatch.setattr(worker, "STALL_AFTER_S", 0.0)
+        one.engine._longest_step_s = 0.001
+        one.engine.open(opening("b"))
+        assert computing.wait(WAIT_S)
+        wait_until(lambda: one.engine.overdue_s() > 0)
+        go_on.set()
+        assert len(one.tokens_of(opening("b").key)) == 12
+        assert one.engine.overdue_s() == 0.0
 
 
 def test_a_span_may_be_unloaded_in_mid_step(checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

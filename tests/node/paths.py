@@ -199,7 +199,7 @@ class SmallMesh:
         entry_node = EntryNode(me, address, links.call, links.post, lambda node: self.looked_at(node))
         entry = Entry(entry_node, CountingPrompts(), planning, 60.0, Random(1))  # type: ignore[arg-type]
         stages = engine.stages = Stages(address, engine, links.post, entry)  # type: ignore[arg-type]
-        losses = Losses(self.view, entry, stages, planning, lambda node: None)
+        losses = Losses(self.view, entry, stages, planning, lambda node, proven=False: None)
         links.add(stages.handlers, stages.receivers)
         self.nodes[name] = SmallNode(me, links, engine, entry, stages, losses, spans, trio.CancelScope())
         await self._nursery.start(self._run, self.nodes[name], listener)

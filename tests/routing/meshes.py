@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from mesh.ids import ModelId, NodeId
-from mesh.view import Facts, Load, ModelCard, Peer, PeerState, Span, View
+from mesh.view import Facts, Load, ModelCard, Peer, PeerState, Readiness, Span, View
 
 MODEL = ModelId("tiny")
 LAYERS = 6
@@ -20,6 +20,7 @@ def peer(
     *spans: tuple[int, int],
     state: PeerState = PeerState.ALIVE,
     draining: bool = False,
+    readiness: Readiness = Readiness.WARM,
     load: Load | None = None,
     load_at: float = 0.0,
     rtt_s: float | None = 0.001,
@@ -39,6 +40,7 @@ def peer(
             spans=tuple(Span(MODEL, start, end) for start, end in spans),
             models=(card(numerics, weights, layers),),
             draining=draining,
+            readiness=readiness,
             capacity={} if capacity is None else {MODEL: capacity},
         ),
         load=load or Load(step_ms=1.0 * sum(end - start for start, end in spans)),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mesh.errors import NoPath
 from mesh.ids import NodeId
-from mesh.view import Load, Peer, PeerState
+from mesh.view import Load, Peer, PeerState, Readiness
 from routing.dispatches import Dispatches
 from routing.path import Path, plan, uncovered
 from routing.policies import policy_named, policy_names
@@ -92,6 +92,14 @@ def test_suspect_and_avoided_peers_serve_only_when_nothing_else_is_left() -> Non
         )
         assert half.nodes == ("a", "b")
     assert planned(suspect).nodes == ("a",)
+
+
+def test_a_stalled_engine_gets_nothing_new_while_its_process_still_answers() -> None:
+    stalled = peer("a", (0, 6), readiness=Readiness.STALLED)
+    for seed in range(20):
+        assert planned(stalled, peer("b", (0, 3)), peer("c", (3, 6)), seed=seed).nodes == ("b", "c")
+    assert planned(stalled).nodes == ("a",), "unless nothing else is left"
+    assert not stalled.usable
 
 
 def test_one_fingerprint_over_the_path_before_nearness() -> None:

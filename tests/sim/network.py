@@ -15,7 +15,7 @@ from random import Random
 
 from membership.config import MembershipConfig
 from membership.core import MembershipCore
-from membership.effects import Effect, Exchange, FactsChanged, MemberChanged, Push, Send
+from membership.effects import Effect, Exchange, FactsChanged, MemberChanged, PingStream, Push, Send, TryConnect, Watch
 from mesh import gossip, sync
 from mesh.gossip import MAX_MESSAGE_BYTES, Alive
 from mesh.ids import Address, NodeId
@@ -23,6 +23,7 @@ from mesh.view import Facts, PeerState
 
 SOCKET_BUFFER_DATAGRAMS = 150  # about what Linux keeps of small datagrams in its default 212 KiB
 SEAL_BYTES = 48
+CONNECT_TIMEOUT_S = 1.0
 
 
 @dataclass(slots=True)
@@ -38,6 +39,9 @@ class SimNode:
     armed_for: float = float("inf")
     bytes_sent: int = 0
     datagrams_sent: int = 0
+    links: set[NodeId] = field(default_factory=set)  # open with these, whoever dialled
+    refuses: bool = False  # dead, but its host is up and says so
+    refuses_all: bool = False  # alive behind a firewall that resets what comes in by TCP
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,7 @@ class Seen:
     before: PeerState | None
     after: PeerState
     restarted: bool
+    cause: str
 
 
 class Network:
@@ -89,6 +94,8 @@ class Network:
         core = MembershipCore(claim, self.config, Random(self.rng.random()), self.now)
         old = self.nodes.get(node)
         if old is not None:
+            for other in sorted(old.links):
+                self._break_link(old, self.nodes[other])
             old.running = False
             self._at.pop(old.address, None)
         self.nodes[node] = SimNode(node, address, core, epoch, self.now)
@@ -108,6 +115,20 @@ class Network:
 
     def kill(self, node: NodeId) -> None:
         self.nodes[node].running = False
+
+    def crash(self, node: NodeId) -> None:
+        """Like kill -9 on a host that stays up: its links end within milliseconds, and new connections are refused."""
+        it = self.nodes[node]
+        it.running, it.refuses = False, True
+        for other in sorted(it.links):
+            self._break_link(it, self.nodes[other])
+
+    def break_links(self, node: NodeId) -> None:
+        """The links of a living node end, as when a firewall forgets them."""
+        it = self.nodes[node]
+        for other in sorted(it.links):
+            self._break_link(it, self.nodes[other])
+            self._break_link(self.nodes[other], it)
 
     def pause(self, node: NodeId) -> None:
         self.nodes[node].paused = True
@@ -146,10 +167,11 @@ class Network:
         """Says goodbye over datagrams and to three peers by call, then stops."""
         it = self.nodes[node]
         peers = it.core.swim.members.some_peers(3, self.rng)
+        peers += [it.core.swim.members[node] for node in sorted(it.core.swim.linked)]
         self._carry_out(it, it.core.leave(self.now))
         for peer in peers:
             self._call(it, peer.address, it.core.farewell(self.now), lambda _: None)
-        it.running = False
+        self.crash(node)
 
     def run(self, duration_s: float) -> None:
         """Lets `duration_s` of virtual time pass."""
@@ -223,13 +245,69 @@ class Network:
                 case Push(to=to, sync=news):
                     self._call(it, to, news, lambda _: None)
                 case MemberChanged(node=node, before=before, after=after, restarted=restarted):
-                    self.seen.append(Seen(self.now, it.id, node, before, after, restarted))
+                    cause = member.cause if (member := it.core.swim.members.get(node)) is not None else ""
+                    self.seen.append(Seen(self.now, it.id, node, before, after, restarted, cause))
                     self._trace.update(f"{self.now!r} {it.id} {node} {before} {after}\n".encode())
+                case PingStream(seq=seq, to=to):
+                    self._ping_stream(it, seq, to)
+                case TryConnect(number=number, to=to):
+                    self._try_connect(it, number, to)
+                case Watch(addresses=addresses):
+                    for address in addresses:
+                        self._open_link(it, address)
                 case FactsChanged(node=node):
                     self.facts_seen.append((self.now, it.id, node))
                 case _:
                     pass
         self._arm(it)
+
+    def _connects(self, it: SimNode, to: Address) -> SimNode | None:
+        """Who has a socket at `to`, if the way is open; a paused process still has its kernel."""
+        target = self._at.get(to)
+        if target is None or not self._passes(it.id, target) or not self._passes(target, it.id):
+            return None
+        return self.nodes[target]
+
+    def _ping_stream(self, it: SimNode, seq: int, to: Address) -> None:
+        def answered(tail: bytes) -> None:
+            self._carry_out(it, it.core.stream_answered(seq, sync.decode_synced(tail).node, self.now))
+
+        self._call(it, to, sync.Sync(), answered)
+
+    def _try_connect(self, it: SimNode, number: int, to: Address) -> None:
+        peer = self._connects(it, to)
+        answers = peer is not None and (peer.running or peer.refuses)
+
+        def come_back() -> None:
+            if it.running and not it.paused and self.nodes[it.id] is it:
+                refused = None if not answers else peer is not None and (peer.refuses_all or (peer.refuses and not peer.running))
+                self._carry_out(it, it.core.tried(number, refused, self.now))
+
+        self._later(2 * self._delay() if answers else CONNECT_TIMEOUT_S, come_back)
+
+    def _open_link(self, it: SimNode, to: Address) -> None:
+        peer = self._connects(it, to)
+        if peer is None or peer.id in it.links:
+            return
+
+        def opened() -> None:
+            if it.running and peer.running and not it.paused and not peer.paused and peer.id not in it.links:
+                it.links.add(peer.id)
+                peer.links.add(it.id)
+                it.core.linked(peer.id)
+                peer.core.linked(it.id)
+
+        self._later(4 * self._delay(), opened)
+
+    def _break_link(self, gone: SimNode, other: SimNode) -> None:
+        """`other` hears of the end, unless the way between them is cut: then nothing ever comes."""
+        other.links.discard(gone.id)
+
+        def hear() -> None:
+            if other.running and not other.paused and self._passes(gone.id, other.id):
+                self._carry_out(other, other.core.lost(gone.id, self.now, proven=True))
+
+        self._later(self.rng.uniform(0.001, 0.006) + self._delay(), hear)
 
     def _send(self, it: SimNode, to: Address, datagram: bytes) -> None:
         self.largest_bytes = max(self.largest_bytes, len(datagram))

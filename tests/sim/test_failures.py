@@ -80,7 +80,9 @@ def test_one_that_wakes_from_a_long_sleep_is_alive_again_everywhere_and_suspects
     ids = network.grow(10)
     sleeper = ids[3]
     network.pause(sleeper)
-    network.run_until(lambda: all(network.state(by, sleeper) is PeerState.DEAD for by in ids if by != sleeper), within_s=8)
+    network.run(28)
+    assert all(network.state(by, sleeper) is PeerState.SUSPECT for by in ids if by != sleeper), "its process exists"
+    network.run_until(lambda: all(network.state(by, sleeper) is PeerState.DEAD for by in ids if by != sleeper), within_s=60)
     network.run(30)
     network.resume(sleeper)
     network.run_until(lambda: converged(network), within_s=5)
@@ -88,6 +90,32 @@ def test_one_that_wakes_from_a_long_sleep_is_alive_again_everywhere_and_suspects
     others = [node for node in ids if node != sleeper]
     assert deaths_of(network, others) == [], f"seed {seed}"
     assert network.nodes[sleeper].core.swim.myself.incarnation > 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_loop_that_is_blocked_for_ten_seconds_kills_nobody(seed: int) -> None:
+    network = Network(seed, loss=0.01)
+    ids = network.grow(10)
+    for sleeper in (ids[3], ids[6]):
+        network.pause(sleeper)
+        network.run(10)
+        assert all(network.state(by, sleeper) is PeerState.SUSPECT for by in ids if by != sleeper), "it is passed over"
+        stalled = [by for by in ids if by != sleeper and network.nodes[by].core.peer(sleeper).cause == "stalled"]
+        assert len(stalled) >= 8, "one that has just slept itself is patient"
+        network.resume(sleeper)
+        network.run_until(lambda: converged(network), within_s=2)
+    assert deaths_of(network, ids) == [], f"seed {seed}"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_one_that_is_killed_while_it_is_stalled_is_dead_soon_after(seed: int) -> None:
+    network = Network(seed)
+    ids = network.grow(10)
+    network.pause(ids[3])
+    network.run(10)
+    network.kill(ids[3])
+    network.run_until(lambda: all_see(network, ids[3], PeerState.DEAD), within_s=5)
+    assert deaths_of(network, network.up) == [], f"seed {seed}"
 
 
 @pytest.mark.parametrize("seed", SEEDS)

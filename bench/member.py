@@ -1,0 +1,73 @@
+"""One member of a mesh and nothing else: links and membership in a process of its own, for measuring.
+
+Reads one address to join per line on stdin; prints a JSON line for its address and for each change of a member, with the
+machine's monotonic clock, which all processes share.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+import time
+
+import trio
+
+from membership.events import JoinFailed, MemberEvent
+from membership.service import Membership
+from mesh.ids import NodeId, format_address, parse_address
+from mesh.link import LinkConfig
+from mesh.links import Links
+from mesh.seal import KeySeal
+from mesh.tls import client_context, server_context
+from node.sockets import open_peer_sockets
+
+MESH_KEY = bytes(range(32))
+
+
+def say(**fields: object) -> None:
+    print(json.dumps({"at": time.monotonic(), **fields}), flush=True)
+
+
+async def run() -> None:
+    """Until stdin ends."""
+    sockets = await open_peer_sockets(("127.0.0.1", 0))
+    me = NodeId(secrets.token_hex(8))
+    config = LinkConfig(me, sockets.address, "mesh", server_context(MESH_KEY, me), client_context(MESH_KEY, me))
+    links = Links(
+        config,
+        on_lost=lambda node, address, reason: membership.lost(node, proven=True) if node is not None else None,
+        on_linked=lambda node: membership.linked(node),
+    )
+    membership = Membership(
+        me,
+        me[:8],
+        "",
+        1,
+        socket=sockets.datagrams,
+        address=sockets.address,
+        seal=KeySeal([MESH_KEY]),
+        call=links.call,
+        keep_links=links.keep,
+    )
+    links.add(membership.handlers)
+    membership.subscribe(lambda event: say(node=event.node, state=event.after.value, cause=cause_of(membership, event)))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(links.run, sockets.listener)
+        await nursery.start(membership.run)
+        say(me=me, address=format_address(sockets.address))
+        while line := await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True):
+            try:
+                await membership.join([parse_address(line.strip())])
+            except JoinFailed as error:
+                say(failed=str(error))
+        say(bytes_sent=membership.statistics().bytes_sent)
+        nursery.cancel_scope.cancel()
+
+
+def cause_of(membership: Membership, event: MemberEvent) -> str:
+    return membership.view.peers[event.node].cause
+
+
+if __name__ == "__main__":
+    trio.run(run)
