@@ -42,6 +42,7 @@ e2e: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m bench.engine --quick
 	$(BIN)/python -m bench.rag --quick
+	$(BIN)/python -m bench.availability --quick
 
 docs: $(STAMP)
 	$(BIN)/python -m cli.reference > docs/cli.md
