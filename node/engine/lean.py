@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from node.engine.attention import PackedBatch, attend
-from node.engine.blocks import BLOCK_TOKENS
 from node.engine.linear import PackedLinear, Sibling
 
 FORMS = ("llama", "mistral", "qwen2", "qwen3")  # `model_type`s whose layers have the form
@@ -92,31 +91,21 @@ class Lean:
         self._head = head
         self._layers = layers
         self._norm = _norm(base.norm)
-        self._table = torch.empty(2, 0)  # [2, positions, 1, dim]: what a `Turn` holds
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """`[rows] -> [rows, hidden]`."""
         out: torch.Tensor = self._base.embed_tokens(ids)
         return out
 
-    def run(self, batch: PackedBatch, x: torch.Tensor, positions: torch.Tensor, upto: int) -> torch.Tensor:
-        """The batch's layers over `x` `[rows, hidden]`, which fills a bucket; all `positions` are less than `upto`."""
-        turn = self._turn(x, positions, upto)
+    def run(self, batch: PackedBatch, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The batch's layers over `x` `[rows, hidden]`, which fills a bucket."""
+        cos, sin = self._base.rotary_emb(x, positions[None])
+        half = sin.shape[-1] // 2
+        turn = Turn(cos[0, :, None], torch.cat((-sin[..., :half], sin[..., half:]), -1)[0, :, None])
         for number in range(batch.start, batch.end):
             batch.layer = number
             x = self._layers[number].run(batch, x, turn)
         return x
-
-    def _turn(self, x: torch.Tensor, positions: torch.Tensor, upto: int) -> Turn:
-        """Looked up in a table that grows by blocks, each made once by the model's own code: two operations for a dozen."""
-        while self._table.shape[1] < upto:
-            known = self._table.shape[1]
-            cos, sin = self._base.rotary_emb(x, torch.arange(known, known + BLOCK_TOKENS)[None])
-            half = sin.shape[-1] // 2
-            more = torch.stack((cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)))[:, :, None]
-            self._table = torch.cat((self._table, more), 1) if known else more
-        cos, sin = self._table[:, positions].unbind(0)
-        return Turn(cos, sin)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """`[rows, hidden] -> [rows, vocab]` in float32; the rows fill a bucket."""

@@ -195,7 +195,7 @@ class Stage:
             batch = PackedBatch(segments, start, end)
             entering = self.lean.embed(tokens) if tokens is not None else taken
             assert entering is not None
-            out = self.lean.run(batch, entering, where, max(positions) + 1)
+            out = self.lean.run(batch, entering, where)
             if wanted is not None:
                 out = self.lean.logits(out if bucket == len(wanted) and rows == len(logits_at) else out[wanted])
         return out[:rows] if wanted is None else out[: len(logits_at)]
