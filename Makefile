@@ -34,7 +34,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 sim: $(STAMP)
-	$(BIN)/python -m tests.sim --seed 1 --nodes 100 --kill 5
+	$(BIN)/mesh simulate --seed 1 --nodes 100 --kill 5
 
 e2e: $(STAMP)
 	$(BIN)/python -m pytest -q tests/e2e
