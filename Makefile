@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test lint format sim e2e bench docs clean
+.PHONY: install demo test lint format sim e2e bench bench-peers docs clean
 
 install: $(STAMP)
 
@@ -42,6 +42,15 @@ e2e: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m bench.engine --quick
 	$(BIN)/python -m bench.rag --quick
+	$(BIN)/python -m bench.membership --quick
+
+# What bench.membership measures us against, in a virtual environment of its own.
+bench-peers: build/bench-peers/.installed
+
+build/bench-peers/.installed:
+	$(PYTHON) -m venv build/bench-peers
+	build/bench-peers/bin/python -m pip install --quiet --disable-pip-version-check kinship==0.4.0
+	@touch $@
 
 docs: $(STAMP)
 	$(BIN)/python -m cli.reference > docs/cli.md
