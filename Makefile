@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test lint format sim e2e bench docs clean
+.PHONY: install demo test lint format sim e2e bench bench-peers docs clean
 
 install: $(STAMP)
 
@@ -34,7 +34,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 sim: $(STAMP)
-	$(BIN)/python -m tests.sim --seed 1 --nodes 100 --kill 5
+	$(BIN)/mesh simulate --seed 1 --nodes 100 --kill 5
 
 e2e: $(STAMP)
 	$(BIN)/python -m pytest -q tests/e2e
@@ -43,6 +43,15 @@ bench: $(STAMP)
 	$(BIN)/python -m bench.engine --quick
 	$(BIN)/python -m bench.rag --quick
 	$(BIN)/python -m bench.availability --quick
+	$(BIN)/python -m bench.membership --quick
+
+# What bench.membership measures us against, in a virtual environment of its own.
+bench-peers: build/bench-peers/.installed
+
+build/bench-peers/.installed:
+	$(PYTHON) -m venv build/bench-peers
+	build/bench-peers/bin/python -m pip install --quiet --disable-pip-version-check kinship==0.4.0
+	@touch $@
 
 docs: $(STAMP)
 	$(BIN)/python -m cli.reference > docs/cli.md

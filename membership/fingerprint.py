@@ -7,6 +7,7 @@ incarnations too: a refutation that got lost is repaired by the same exchange as
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 from mesh.ids import NodeId
 
@@ -38,6 +39,7 @@ class Fingerprint:
             self._facts[node] = facts
 
 
+@lru_cache(maxsize=65_536)
 def _hash_of(node: NodeId, standing: tuple[int, int] | None, facts: tuple[int, int] | None) -> int:
     """One member's share; 0 for one that is not alive. Facts of an earlier run count for nothing."""
     if standing is None:

@@ -135,6 +135,7 @@ class Members:
         self._by_id: dict[NodeId, Member] = {}
         self._peers: list[NodeId] | None = None
         self.suspects: set[NodeId] = set()
+        self.gone: set[NodeId] = set()  # dead, or left
         self.put(myself)
 
     def __len__(self) -> int:
@@ -161,14 +162,17 @@ class Members:
         else:
             self.suspects.discard(member.node)
         if member.live:
+            self.gone.discard(member.node)
             self.fingerprint.live(member.node, member.epoch, member.incarnation)
         else:
+            self.gone.add(member.node)
             self.fingerprint.gone(member.node)
 
     def forget(self, node: NodeId) -> None:
         del self._by_id[node]
         self._peers = None
         self.suspects.discard(node)
+        self.gone.discard(node)
         self.fingerprint.forget(node)
 
     @property
@@ -189,5 +193,5 @@ class Members:
         return [self._by_id[node] for node in drawn if node not in without][:count]
 
     def oldest_tombstone(self) -> NodeId | None:
-        gone = [m for m in self._by_id.values() if not m.live and m.node != self.me]
+        gone = [self._by_id[node] for node in self.gone if node != self.me]
         return min(gone, key=lambda m: (m.since, m.node)).node if gone else None

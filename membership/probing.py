@@ -8,6 +8,7 @@ to an older one changes nothing.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -65,10 +66,11 @@ class Probes:
             self._round.insert(self._rng.randint(0, len(self._round)), node)
 
     def next_target(self, peers: list[NodeId]) -> NodeId | None:
-        """The next of `peers` in this round; starts a new round when it is over. None: there are no peers."""
-        live = set(peers)
+        """The next of the sorted `peers` in this round; starts a new round when it is over. None: there are no peers."""
         while self._round:
-            if (node := self._round.pop()) in live:
+            node = self._round.pop()
+            at = bisect_left(peers, node)
+            if at < len(peers) and peers[at] == node:
                 return node
         self._round = peers.copy()
         self._rng.shuffle(self._round)

@@ -329,18 +329,26 @@ class Swim(Evidence):
                 # What began since we woke up, from input that had waited, has not slept.
                 member.suspicion.started_at = min(now, member.suspicion.started_at + late_s)
 
+    def _absent_seeds(self) -> list[Address]:
+        """Seeds where no live member is known to be."""
+        met = {address: node for address, node in self._seeds.items() if node is None or not self._lives(node)}
+        taken = {m.address for m in self.members if m.live} if met else set()
+        return sorted(address for address in met if address not in taken)
+
+    def _lives(self, node: NodeId) -> bool:
+        return (member := self.members.get(node)) is not None and member.live
+
     def _redial(self, now: float) -> list[Effect]:
         """Tries one address where somebody was, so that a mesh that was cut in two becomes one again."""
         effects: list[Effect] = []
-        for member in [m for m in self.members if not m.live and now - m.since > self.config.forget_s]:
-            if member.node != self.me:
+        gone = [self.members[node] for node in sorted(self.members.gone)]
+        for member in gone:
+            if member.node != self.me and now - member.since > self.config.forget_s:
                 self.members.forget(member.node)
                 self.rumours.forget(member.node)
                 effects.append(MemberForgotten(member.node))
-        dead = sorted(m.node for m in self.members if m.state is PeerState.DEAD)
-        live = {m.node for m in self.members if m.live}
-        taken = {self.members[node].address for node in live}
-        seeds = sorted(address for address, met in self._seeds.items() if address not in taken and met not in live)
+        dead = [member.node for member in gone if member.state is PeerState.DEAD and member.node in self.members]
+        seeds = self._absent_seeds()
         if not (choices := len(dead) + len(seeds)):
             return effects
         if (choice := self.rng.randrange(choices)) < len(dead):

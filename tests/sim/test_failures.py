@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mesh.view import PeerState
-from tests.sim.checkers import (
+from membership.simulation.checkers import (
     all_see,
     converged,
     deaths_of,
@@ -13,7 +12,8 @@ from tests.sim.checkers import (
     nobody_raises_anothers_incarnation,
     queues_are_bounded,
 )
-from tests.sim.network import Network
+from membership.simulation.network import Network
+from mesh.view import PeerState
 
 SEEDS = range(5)
 

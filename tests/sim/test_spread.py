@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from membership.simulation.checkers import all_see, converged, deaths_of
+from membership.simulation.network import Network
 from mesh.view import Facts, PeerState
-from tests.sim.checkers import all_see, converged, deaths_of
-from tests.sim.network import Network
 
 SEEDS = range(5)
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from random import Random
 
 from membership.config import MembershipConfig
 from membership.core import MembershipCore
 from membership.effects import Effect, Exchange, FactsChanged, MemberChanged, PingStream, Push, Send, TryConnect, Watch
+from membership.members import Member
+from membership.simulation.nodes import Seen, SimNode
 from mesh import gossip, sync
 from mesh.gossip import MAX_MESSAGE_BYTES, Alive
 from mesh.ids import Address, NodeId
@@ -24,37 +25,6 @@ from mesh.view import Facts, PeerState
 SOCKET_BUFFER_DATAGRAMS = 150  # about what Linux keeps of small datagrams in its default 212 KiB
 SEAL_BYTES = 48
 CONNECT_TIMEOUT_S = 1.0
-
-
-@dataclass(slots=True)
-class SimNode:
-    id: NodeId
-    address: Address
-    core: MembershipCore
-    epoch: int
-    started_at: float
-    running: bool = True
-    paused: bool = False
-    buffer: list[tuple[Address, bytes]] = field(default_factory=list)
-    armed_for: float = float("inf")
-    bytes_sent: int = 0
-    datagrams_sent: int = 0
-    links: set[NodeId] = field(default_factory=set)  # open with these, whoever dialled
-    refuses: bool = False  # dead, but its host is up and says so
-    refuses_all: bool = False  # alive behind a firewall that resets what comes in by TCP
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """One change in one node's view."""
-
-    at: float
-    by: NodeId
-    node: NodeId
-    before: PeerState | None
-    after: PeerState
-    restarted: bool
-    cause: str
 
 
 class Network:
@@ -113,7 +83,22 @@ class Network:
         self.run(settle_s)
         return ids
 
+    def found(self, count: int) -> list[NodeId]:
+        """A mesh of `count` nodes that know one another from the start, and their links: for sizes where joining takes long."""
+        ids = [self.add() for _ in range(count)]
+        claims = [self.nodes[node].core.swim.myself for node in ids]
+        for node in ids:
+            it = self.nodes[node]
+            for other in claims:
+                if other.node != node:
+                    known = Member(other.node, other.description, other.epoch, other.incarnation, PeerState.ALIVE, self.now)
+                    it.core.swim.members.put(known)
+            self._carry_out(it, it.core.swim.watch())
+        self.run(0.1)
+        return ids
+
     def kill(self, node: NodeId) -> None:
+        """Silently, as when its host or its cable is gone."""
         self.nodes[node].running = False
 
     def crash(self, node: NodeId) -> None:
@@ -132,6 +117,10 @@ class Network:
 
     def pause(self, node: NodeId) -> None:
         self.nodes[node].paused = True
+
+    def starve(self, node: NodeId, late_s: tuple[float, float] = (0.5, 2.5)) -> None:
+        """Its process gets too little of the machine: what arrives lies in the socket, while timers fire on time."""
+        self.nodes[node].starved_s = late_s
 
     def resume(self, node: NodeId) -> None:
         """Like SIGCONT: everything that waits in the buffer is read before any timer is looked at."""
@@ -328,12 +317,26 @@ class Network:
                 if len(peer.buffer) < SOCKET_BUFFER_DATAGRAMS:
                     peer.buffer.append((it.address, datagram))
                 return
-            self._receive(peer, it.address, datagram)
+            self._when_read(peer, lambda arrived_at: self._receive(peer, it.address, datagram, arrived_at))
 
         self._later(self._delay(), arrive)
 
-    def _receive(self, it: SimNode, source: Address, datagram: bytes) -> None:
-        self._carry_out(it, it.core.receive(source, gossip.decode(datagram), self.now))
+    def _when_read(self, it: SimNode, take: Callable[[float], None]) -> None:
+        """Input has arrived at `it`: taken at once, or as late as a starved process reads."""
+        if it.starved_s is None:
+            take(self.now)
+            return
+        arrived_at = self.now
+        it.read_until = max(it.read_until, self.now + self.rng.uniform(*it.starved_s))
+
+        def read() -> None:
+            if it.running and not it.paused:
+                take(arrived_at)
+
+        self._later(it.read_until - self.now, read)
+
+    def _receive(self, it: SimNode, source: Address, datagram: bytes, arrived_at: float | None = None) -> None:
+        self._carry_out(it, it.core.receive(source, gossip.decode(datagram), self.now, arrived_at))
 
     def _exchange(self, it: SimNode, to: Address) -> None:
         def answered(tail: bytes) -> None:
@@ -354,8 +357,10 @@ class Network:
             if target is None or not self._passes(it.id, target) or not self._passes(target, it.id):
                 return
             peer = self.nodes[target]
-            if not peer.running or peer.paused:
-                return
+            if peer.running and not peer.paused:
+                self._when_read(peer, lambda arrived_at: answer(peer))
+
+        def answer(peer: SimNode) -> None:
             synced, effects = peer.core.answer(it.id, sync.decode_sync(tail), self.now)
             self._carry_out(peer, effects)
             reply = sync.encode(synced)
@@ -363,7 +368,7 @@ class Network:
 
             def come_back() -> None:
                 if it.running and not it.paused:
-                    answered(reply)
+                    self._when_read(it, lambda arrived_at: answered(reply))
 
             self._later(self._delay(), come_back)
 

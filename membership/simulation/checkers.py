@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from membership.simulation.network import Network
 from mesh.ids import NodeId
 from mesh.view import PeerState
-from tests.sim.network import Network
 
 
 def converged(network: Network) -> bool:

@@ -1,0 +1,45 @@
+"""`mesh simulate`: the node's own membership by the hundred, in virtual time."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from cli import options, output
+from mesh.errors import BadRequest
+
+
+def simulate(
+    nodes: Annotated[int, typer.Option("--nodes", min=2, max=2000, help="How many nodes.")] = 100,
+    seed: Annotated[int, typer.Option("--seed", help="Of everything random: one seed, one run.")] = 1,
+    loss: Annotated[float, typer.Option("--loss", min=0.0, max=0.9, help="The share of datagrams that get lost.")] = 0.0,
+    kill: Annotated[int, typer.Option("--kill", min=0, help="How many are killed, one after the other.")] = 3,
+    silent: Annotated[bool, typer.Option("--silent", help="Their hosts vanish too: nothing says that they are dead.")] = False,
+    starved: Annotated[int, typer.Option("--starved", min=0, help="How many read all input 0.5 to 2.5 s late.")] = 0,
+    json: options.JsonOption = False,
+) -> None:
+    """Simulate a mesh and its deaths: how soon each survivor knows, and whether anyone was wronged."""
+    from membership.simulation.scenario import Scenario
+    from membership.simulation.scenario import simulate as run
+
+    if kill + starved >= nodes:
+        raise BadRequest(f"expected fewer killed and starved nodes than {nodes}, got {kill + starved}", "kill")
+    outcome = run(Scenario(nodes, seed, loss, kill, silent, starved))
+    if json:
+        output.as_json(asdict(outcome))
+    else:
+        rows = [
+            (
+                death.node,
+                *(round(s, 3) for s in (death.first_s, death.p50_s, death.p99_s, death.last_s)),
+                f"{death.heard}/{death.observers}",
+            )
+            for death in outcome.deaths
+        ]
+        output.table(("KILLED", "FIRST S", "P50 S", "P99 S", "LAST S", "HEARD BY"), rows, empty="nobody was killed")
+        output.line(f"false deaths: {outcome.false_deaths}; idle: {outcome.idle_bytes_node_s:.0f} bytes/s sent a node")
+        output.line(f"trace {outcome.trace}; {outcome.virtual_s:.0f} virtual seconds in {outcome.wall_s:.1f} s")
+    if not outcome.well:
+        raise typer.Exit(1)

@@ -1,0 +1,1 @@
+"""Whole meshes of the real membership core, in virtual time."""

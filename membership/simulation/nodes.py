@@ -1,0 +1,42 @@
+"""A node of a simulated mesh, and what is noted of each change in one node's view."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from membership.core import MembershipCore
+from mesh.ids import Address, NodeId
+from mesh.view import PeerState
+
+
+@dataclass(slots=True)
+class SimNode:
+    id: NodeId
+    address: Address
+    core: MembershipCore
+    epoch: int
+    started_at: float
+    running: bool = True
+    paused: bool = False
+    buffer: list[tuple[Address, bytes]] = field(default_factory=list)
+    armed_for: float = float("inf")
+    bytes_sent: int = 0
+    datagrams_sent: int = 0
+    links: set[NodeId] = field(default_factory=set)  # open with these, whoever dialled
+    starved_s: tuple[float, float] | None = None  # reads each input so late, in order; its timers fire on time
+    read_until: float = 0.0
+    refuses: bool = False  # dead, but its host is up and says so
+    refuses_all: bool = False  # alive behind a firewall that resets what comes in by TCP
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One change in one node's view."""
+
+    at: float
+    by: NodeId
+    node: NodeId
+    before: PeerState | None
+    after: PeerState
+    restarted: bool
+    cause: str
