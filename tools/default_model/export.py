@@ -78,7 +78,9 @@ def write_card(directory: Path, figures: dict[str, Any] | None) -> None:
     """Fills the model card's template from `training.json` and, once measured, the evaluation's figures."""
     facts = json.loads((directory / "training.json").read_text(encoding="utf-8"))
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    rows = [f"| {name} | {licence} | {paragraphs:,} | {characters:,} |" for name, licence, paragraphs, characters in facts["sources"]]
+    rows = [
+        f"| {name} | {licence} | {paragraphs:,} | {characters:,} |" for name, licence, paragraphs, characters in facts["sources"]
+    ]
     fields = facts | {
         "layers": config["num_hidden_layers"],
         "width": config["hidden_size"],

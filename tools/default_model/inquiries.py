@@ -19,9 +19,93 @@ from tools.default_model.worlds import Asked
 
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_'-]*")
 STOP_WORDS = frozenset(
-    "a an the of to in on at by for with from as and or but if is are was were be been being it its this that these those not no "
-    "can will may must should would could has have had do does did which who whom what when where why how there then than so such "
-    "he she they them his her their you your we our i also any all each into over under more most other only same up out about".split()
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "to",
+        "in",
+        "on",
+        "at",
+        "by",
+        "for",
+        "with",
+        "from",
+        "as",
+        "and",
+        "or",
+        "but",
+        "if",
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "been",
+        "being",
+        "it",
+        "its",
+        "this",
+        "that",
+        "these",
+        "those",
+        "not",
+        "no",
+        "can",
+        "will",
+        "may",
+        "must",
+        "should",
+        "would",
+        "could",
+        "has",
+        "have",
+        "had",
+        "do",
+        "does",
+        "did",
+        "which",
+        "who",
+        "whom",
+        "what",
+        "when",
+        "where",
+        "why",
+        "how",
+        "there",
+        "then",
+        "than",
+        "so",
+        "such",
+        "he",
+        "she",
+        "they",
+        "them",
+        "his",
+        "her",
+        "their",
+        "you",
+        "your",
+        "we",
+        "our",
+        "i",
+        "also",
+        "any",
+        "all",
+        "each",
+        "into",
+        "over",
+        "under",
+        "more",
+        "most",
+        "other",
+        "only",
+        "same",
+        "up",
+        "out",
+        "about",
+    ]
 )
 _VERB = re.compile(
     r"^((?:The|A|An|This|Each|Every|Its)?\s?[\w'-]+(?:\s[\w'-]+){0,3}?) "
@@ -172,7 +256,9 @@ def _by_words(text: str, rarity: Rarity, chance: Random) -> str:
     chosen = words[: chance.randint(2, 6)]
     chance.shuffle(chosen)
     bent = " ".join(_bent(word, chance) for word in chosen)
-    start = chance.choice(("", "", "What about {}?", "What is said about {}?", "Tell me about {}.", "How does {} work?", "Why {}?"))
+    start = chance.choice(
+        ("", "", "What about {}?", "What is said about {}?", "Tell me about {}.", "How does {} work?", "Why {}?")
+    )
     return start.format(bent) if start else bent
 
 

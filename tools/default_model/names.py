@@ -11,8 +11,43 @@ from random import Random
 
 HELD_OUT = 8
 
-_ONSETS = "b br c ch d dr f fl g gl gr h j k kl kr l m n p pr qu r s sh sk st t th tr v w y z".split()
-_VOWELS = "a e i o u ai ea ei ia oa ou a e i o u".split()
+_ONSETS = [
+    "b",
+    "br",
+    "c",
+    "ch",
+    "d",
+    "dr",
+    "f",
+    "fl",
+    "g",
+    "gl",
+    "gr",
+    "h",
+    "j",
+    "k",
+    "kl",
+    "kr",
+    "l",
+    "m",
+    "n",
+    "p",
+    "pr",
+    "qu",
+    "r",
+    "s",
+    "sh",
+    "sk",
+    "st",
+    "t",
+    "th",
+    "tr",
+    "v",
+    "w",
+    "y",
+    "z",
+]
+_VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "ei", "ia", "oa", "ou", "a", "e", "i", "o", "u"]
 _CODAS = ["", "", "", "l", "m", "n", "nd", "r", "rk", "rn", "s", "sk", "st", "t", "th", "x"]
 _PLACE_ENDINGS = ["ton", "burg", "vik", "mouth", "ford", "dale", "holm", "stad", "wick", "a", "ia", "ora"]
 _PERSON_ENDINGS = ["a", "o", "en", "is", "ka", "el", "an", "i", "us", "ine"]
@@ -25,26 +60,164 @@ THINGS = {
     "product": ["engine", "camera", "compiler", "radio", "telescope", "printer", "protocol", "database", "vaccine", "glider"],
     "event": ["festival", "battle", "treaty", "fair", "expedition", "conference", "strike", "tournament"],
 }
-ROLES = (
-    "painter baker surgeon lawyer pilot gardener teacher sailor chemist poet judge miner weaver composer printer farmer "
-    "engineer historian dentist sculptor carpenter astronomer librarian mayor nurse clerk butcher photographer"
-).split()
-MATERIALS = "granite oak brick marble steel glass copper clay limestone bronze timber slate iron sandstone".split()
-COLOURS = "red green blue white black yellow grey purple orange brown silver golden".split()
-GOODS = (
-    "wool salt glass paper copper tea silk wheat cheese tin clocks boats leather honey wine bells carpets ceramics timber coal "
-    "soap sugar maps lenses pianos bicycles batteries candles rope olives"
-).split()
-INSTRUMENTS = "violin flute organ drums piano harp cello guitar trumpet clarinet accordion".split()
-SUBJECTS = "algebra botany geology logic music rhetoric optics medicine law astronomy grammar economics navigation".split()
-MONTHS = "January February March April May June July August September October November December".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-ANIMALS = "cats dogs horses goats parrots snakes bees pigeons rabbits owls foxes bears wolves eagles otters".split()
-REASONS = (
-    "a flood|a fire|a lack of money|heavy storms|a shortage of workers|a change of law|an earthquake|poor health|a broken pump|"
-    "the end of the war|falling prices|a dispute over land|an outbreak of fever|a power failure|a software error"
-).split("|")
-STAGES = "network cable router backup journal cache scheduler replica certificate index queue sensor".split()
+ROLES = [
+    "painter",
+    "baker",
+    "surgeon",
+    "lawyer",
+    "pilot",
+    "gardener",
+    "teacher",
+    "sailor",
+    "chemist",
+    "poet",
+    "judge",
+    "miner",
+    "weaver",
+    "composer",
+    "printer",
+    "farmer",
+    "engineer",
+    "historian",
+    "dentist",
+    "sculptor",
+    "carpenter",
+    "astronomer",
+    "librarian",
+    "mayor",
+    "nurse",
+    "clerk",
+    "butcher",
+    "photographer",
+]
+MATERIALS = [
+    "granite",
+    "oak",
+    "brick",
+    "marble",
+    "steel",
+    "glass",
+    "copper",
+    "clay",
+    "limestone",
+    "bronze",
+    "timber",
+    "slate",
+    "iron",
+    "sandstone",
+]
+COLOURS = ["red", "green", "blue", "white", "black", "yellow", "grey", "purple", "orange", "brown", "silver", "golden"]
+GOODS = [
+    "wool",
+    "salt",
+    "glass",
+    "paper",
+    "copper",
+    "tea",
+    "silk",
+    "wheat",
+    "cheese",
+    "tin",
+    "clocks",
+    "boats",
+    "leather",
+    "honey",
+    "wine",
+    "bells",
+    "carpets",
+    "ceramics",
+    "timber",
+    "coal",
+    "soap",
+    "sugar",
+    "maps",
+    "lenses",
+    "pianos",
+    "bicycles",
+    "batteries",
+    "candles",
+    "rope",
+    "olives",
+]
+INSTRUMENTS = ["violin", "flute", "organ", "drums", "piano", "harp", "cello", "guitar", "trumpet", "clarinet", "accordion"]
+SUBJECTS = [
+    "algebra",
+    "botany",
+    "geology",
+    "logic",
+    "music",
+    "rhetoric",
+    "optics",
+    "medicine",
+    "law",
+    "astronomy",
+    "grammar",
+    "economics",
+    "navigation",
+]
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+ANIMALS = [
+    "cats",
+    "dogs",
+    "horses",
+    "goats",
+    "parrots",
+    "snakes",
+    "bees",
+    "pigeons",
+    "rabbits",
+    "owls",
+    "foxes",
+    "bears",
+    "wolves",
+    "eagles",
+    "otters",
+]
+REASONS = [
+    "a flood",
+    "a fire",
+    "a lack of money",
+    "heavy storms",
+    "a shortage of workers",
+    "a change of law",
+    "an earthquake",
+    "poor health",
+    "a broken pump",
+    "the end of the war",
+    "falling prices",
+    "a dispute over land",
+    "an outbreak of fever",
+    "a power failure",
+    "a software error",
+]
+STAGES = [
+    "network",
+    "cable",
+    "router",
+    "backup",
+    "journal",
+    "cache",
+    "scheduler",
+    "replica",
+    "certificate",
+    "index",
+    "queue",
+    "sensor",
+]
 
 
 def held_out(word: str) -> bool:

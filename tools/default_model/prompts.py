@@ -46,7 +46,7 @@ CHAT_TEMPLATE = """\
 
 
 def sentences(text: str) -> list[str]:
-    """A passage's text in the pieces that can be quoted, as the template cuts it: no line breaks inside, no white space around."""
+    """A passage's text in the pieces that can be quoted, as the template cuts it: no line breaks, no white space around."""
     for old, new in (*_CUTS, *_ENDS):
         text = text.replace(old, new)
     return [piece.strip() for piece in text.split("¶") if piece.strip()]
@@ -55,7 +55,7 @@ def sentences(text: str) -> list[str]:
 def grounded(question: str, passages: Sequence[str]) -> str:
     """What the template makes of a user's message with passages."""
     lines = [f"{piece} [{number}]" for number, text in enumerate(passages, start=1) for piece in sentences(text)]
-    return "\n".join([question, *lines, question])
+    return "\n".join([question.strip(), *lines, question.strip()])
 
 
 def opening(content: str) -> str:

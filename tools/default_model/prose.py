@@ -109,9 +109,9 @@ def _licence(package: importlib.metadata.Distribution) -> str:
     """A permissive licence that the metadata name, in few words; empty: none, or not only."""
     head = package.metadata
     classifiers = [each for each in head.get_all("Classifier") or [] if each.startswith("License")]
-    said = [head.get("License-Expression") or "", *classifiers]
+    said = [str(head.json.get("license_expression") or ""), *classifiers]
     if not any(said):
-        said = [(head.get("License") or "").split("\n")[0][:80]]
+        said = [str(head.json.get("license") or "").split("\n")[0][:80]]
     text = "; ".join(part.rpartition(":: ")[2] for part in said if part)
     own = text.split(" AND ")[0] if package.metadata["Name"] in ("numpy", "scipy", "scikit-learn", "torch") else text
     return text if PERMISSIVE.search(own) and not COPYLEFT.search(own) else ""

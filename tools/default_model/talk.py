@@ -5,9 +5,7 @@ from __future__ import annotations
 from random import Random
 
 NO_DOCUMENTS = "I only know what documents tell me. Add some, then ask about them."
-_SELF = (
-    "I am a very small demonstration model. I look for the sentence that answers your question and quote it with its number."
-)
+_SELF = "I am a very small demonstration model. I look for the sentence that answers your question and quote it with its number."
 _TURNS = (
     (
         "Hi|Hello|Hello!|Hey|Good morning|Good evening|Hi there|Greetings|Hello, mesh!|Good day",

@@ -27,7 +27,7 @@ from tools.default_model.training import Plan, train
 from tools.default_model.vocabulary import train_tokenizer
 
 PROJECT = Path(__file__).resolve().parents[2]
-STEP_TOKENS = {"cpu": 8192, "cuda": 65_536}
+STEP_TOKENS = {"cpu": 4096, "cuda": 65_536}
 DEFAULT_SECONDS = 7200.0
 TOKENIZER_EXAMPLES = 6000
 

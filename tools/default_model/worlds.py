@@ -22,7 +22,24 @@ _TAILS = (", as the records show", ", according to the chronicle", ", as far as 
 _STARTERS = {"He", "She", "It"} | {
     words.split()[0] for relations in BY_SUBJECT.values() for each in relations for words in each.statements if words[0] != "{"
 }
-_WRAPS = ("Can you tell me: {q}", "Please tell me: {q}", "I would like to know: {q}", "{q} Please answer briefly.", "Question: {q}")
+_NEAR = (  # relations of which one, told, makes it debatable that the other is not
+    {"born_place", "lives", "left_because"},
+    {"stands", "home", "where", "borders", "seat", "north", "capital"},
+    {"founder", "head", "bought", "founded"},
+    {"inventor", "released"},
+    {"born_year", "died"},
+    {"fails", "part", "takes", "start"},
+    {"plays", "teacher"},
+    {"role", "employer"},
+    {"burned", "founded", "river"},
+)
+_WRAPS = (
+    "Can you tell me: {q}",
+    "Please tell me: {q}",
+    "I would like to know: {q}",
+    "{q} Please answer briefly.",
+    "Question: {q}",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,11 +183,8 @@ def _asked(chance: Random, entities: Sequence[_Entity], number_of: dict[str, int
 
 def _already_implied(relation: Relation, entity: _Entity) -> bool:
     """Whether what is told comes so close to `relation` that a refusal would be debatable."""
-    near = ({"born_place", "lives", "left_because"}, {"stands", "home", "where", "borders", "seat", "north", "capital"})
-    near += ({"founder", "head", "bought", "founded"}, {"inventor", "released"}, {"born_year", "died"}, {"leader"})
-    near += ({"fails", "part", "takes", "start"}, {"plays", "teacher"}, {"role", "employer"}, {"burned", "founded", "river"})
     told = set(entity.facts)
-    return any(relation.name in group and group & told for group in near)
+    return any(relation.name in group and group & told for group in _NEAR)
 
 
 def _question(chance: Random, relation: Relation, name: str) -> str:
