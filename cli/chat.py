@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,29 +14,46 @@ from mesh.errors import BadRequest, MeshError
 if TYPE_CHECKING:
     from mesh.client import Client
 
+PIPE_WAIT_S = 0.5
+
 
 def chat(
-    message: Annotated[str | None, typer.Argument(help="One message; without it, piped input, or a conversation.")] = None,
+    message: Annotated[
+        str | None, typer.Argument(help="One message; piped input follows it. With neither, a conversation.")
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", help="What the model is told before the conversation.")] = None,
     model: options.ModelOption = None,
-    max_tokens: options.MaxTokensOption = None,
+    max_tokens: options.MaxTokensOption = 512,
     temperature: options.TemperatureOption = None,
     seed: options.SeedOption = None,
     node: options.NodeOption = [],  # noqa: B006
     api_key: options.ApiKeyOption = None,
 ) -> None:
-    """Talk to a model. Ctrl-C stops an answer, Ctrl-D ends the conversation."""
+    """Talk to a model. Ctrl-C stops an answer; at the prompt, Ctrl-C or Ctrl-D ends the conversation."""
     params = options.sampling(max_tokens, temperature, seed, model)
     said: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     with options.client(node, api_key) as client:
         if message is None and not sys.stdin.isatty():
             message = sys.stdin.read()
+        elif message is not None:
+            message = "\n\n".join(part for part in (message, piped_beside()) if part.strip())
         if message is None:
             converse(client, said, params)
         elif message.strip():
             answer(client, [*said, {"role": "user", "content": message}], params)
         else:
             raise BadRequest('expected a message, got none; type one: mesh chat "…"', "message")
+
+
+def piped_beside() -> str:
+    """What is piped in beside a message; a pipe in which nothing comes is not waited for."""
+    if sys.stdin.isatty():
+        return ""
+    try:
+        ready, _, _ = select.select([sys.stdin], [], [], PIPE_WAIT_S)
+    except (OSError, ValueError):
+        return sys.stdin.read()  # not a file of the system's: a caller's own buffer, which is there at once
+    return sys.stdin.read() if ready else ""
 
 
 def converse(client: Client, said: list[dict[str, Any]], params: dict[str, object]) -> None:
@@ -47,7 +65,7 @@ def converse(client: Client, said: list[dict[str, Any]], params: dict[str, objec
     while True:
         try:
             message = input("> ")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             output.line()
             return
         if not message.strip():

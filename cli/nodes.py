@@ -22,6 +22,8 @@ def node_rows(seen: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[obje
         elif node.get("draining"):
             state += ", draining"
         running, waiting = load.get("running", 0), load.get("waiting", 0)
+        if node["state"] not in ("alive", "suspect"):
+            running = waiting = blocks = "-"
         layers = output.spans(node.get("spans", ()))
         rows.append((node["name"], state, node["http"], layers, running, waiting, blocks, node.get("region") or "-", node["id"]))
     return COLUMNS, rows

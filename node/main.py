@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import structlog
 import trio
@@ -16,7 +17,7 @@ from node.capacity import layers_that_fit, memory_budget_bytes
 from node.config import NodeConfig, cache_home, data_home
 from node.engine.api import Engine, EngineConfig
 from node.http.auth import ApiKeys
-from node.identity import take_free_identity, take_identity
+from node.identity import Identity, take_free_identity, take_identity
 from node.logs import configure
 from node.model_text import ModelText
 from node.models import Models, ServedModel, parse_reference
@@ -48,8 +49,9 @@ def run(config: NodeConfig, announce: Callable[[str], None]) -> int:
 
 
 async def _run(config: NodeConfig, announce: Callable[[str], None]) -> None:
-    identity = take_identity(config.data_dir) if config.data_dir else take_free_identity(data_home())
+    identity = _take_identity(config)
     configure(config.log_format, config.name or identity.id[:8])
+    log.info("node.starting", id=identity.id, data_dir=str(identity.directory))
     mesh_key = _load_mesh_key(config)
     api_keys = _load_api_keys(config)
     sockets = await open_peer_sockets(config.bind, config.join)
@@ -67,6 +69,15 @@ async def _run(config: NodeConfig, announce: Callable[[str], None]) -> None:
         mesh_key,
         api_keys,
     ).run(announce)
+
+
+def _take_identity(config: NodeConfig) -> Identity:
+    """A node with a name is the same node, with the same documents, whenever it is started by that name."""
+    if config.data_dir is not None:
+        return take_identity(config.data_dir)
+    if config.name:
+        return take_identity(data_home() / f"name-{quote(config.name, safe='')}")
+    return take_free_identity(data_home())
 
 
 @dataclass(frozen=True, slots=True)

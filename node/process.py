@@ -209,7 +209,7 @@ class Node:
         except JoinFailed as error:
             if error.refused:
                 raise
-            log.warning("node.alone", why=str(error))
+            log.warning("node.alone", why=f"{error}; it goes on alone and keeps trying")
 
     async def _sweep(self) -> None:
         while True:

@@ -70,8 +70,10 @@ class Prompts:
         room = model.card.max_model_len - len(tokens)
         if room < 1 or (request.max_tokens or 0) > room:
             raise BadRequest(
-                f"the context of {model.card.id} is {model.card.max_model_len} tokens; the prompt has {len(tokens)} and "
-                f"max_tokens asks for {request.max_tokens or 1} more; shorten the prompt or lower max_tokens",
+                f"the context of {model.card.id} is {model.card.max_model_len} tokens; the prompt has {len(tokens)}"
+                + (f" and max_tokens asks for {request.max_tokens} more" if request.max_tokens else "")
+                + "; shorten the prompt"
+                + (" or lower max_tokens" if request.max_tokens else ""),
                 _prompt_field(request),
                 "context_length_exceeded",
             )

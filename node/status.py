@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from mesh.ids import ModelId, format_address
-from mesh.view import Peer, View
+from mesh.view import Load, Peer, View
 from rag.types import StoreInfo
 
 
@@ -49,7 +49,7 @@ def status(view: View, stores: Sequence[StoreInfo], complete: Mapping[ModelId, b
 
 
 def _node(peer: Peer, view: View, now: float) -> dict[str, Any]:
-    is_me = peer.id == view.me
+    is_me, is_live = peer.id == view.me, view.is_live(peer.id)
     return {
         "id": peer.id,
         "name": peer.name,
@@ -58,9 +58,9 @@ def _node(peer: Peer, view: View, now: float) -> dict[str, Any]:
         "gossip": format_address(peer.address),
         "region": peer.region,
         "cause": peer.cause,
-        "draining": peer.facts.draining,
+        "draining": is_live and peer.facts.draining,
         "readiness": peer.facts.readiness.value,
         "spans": [{"model": span.model, "start": span.start, "end": span.end} for span in sorted(peer.facts.spans)],
-        "load": msgspec.structs.asdict(peer.load),
+        "load": msgspec.structs.asdict(peer.load if is_live else Load()),  # who is gone carries nothing
         "age_s": 0.0 if is_me else round(max(0.0, now - peer.load_at), 3),
     }

@@ -89,7 +89,13 @@ def test_chat_streams_one_answer(mesh: FakeMesh) -> None:
         "temperature": 0.0,
         "seed": 3,
         "stream": True,
+        "max_tokens": 512,
     }
+
+
+def test_chat_puts_what_is_piped_behind_the_message(mesh: FakeMesh) -> None:
+    assert mesh_command("chat", "Sum up:", "--node", mesh.url(0), stdin="a long text").exit_code == 0
+    assert mesh.posts("/v1/chat/completions")[0].json()["messages"] == [{"role": "user", "content": "Sum up:\n\na long text"}]
 
 
 def test_chat_reads_a_piped_message(mesh: FakeMesh) -> None:
