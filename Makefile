@@ -42,6 +42,7 @@ e2e: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m bench.engine --quick
 	$(BIN)/python -m bench.rag --quick
+	$(BIN)/python -m bench.availability --quick
 	$(BIN)/python -m bench.membership --quick
 
 # What bench.membership measures us against, in a virtual environment of its own.

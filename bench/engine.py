@@ -26,7 +26,6 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from bench.machine import machine
 from node.engine.attention import Segment
 from node.engine.checkpoint import read_checkpoint
-from node.engine.kvcache import SequenceKV
 from node.engine.loading import Loaded, is_exact, load_stage
 
 PROMPT_TOKENS = 64
@@ -60,7 +59,7 @@ class Ours:
 
     def __init__(self, loaded: Loaded, batch: int) -> None:
         self.stage = loaded.stage
-        self.caches = [SequenceKV() for _ in range(batch)]
+        self.caches = [self.stage.sequence() for _ in range(batch)]
         self.position = PROMPT_TOKENS
         self.tokens = []
         for cache, prompt in zip(self.caches, prompts(batch).tolist()):
@@ -96,33 +95,38 @@ class Plain:
         return self.tokens[:, 0].tolist()
 
 
-def interleaved_s(runners: dict[str, Callable[[], Any]], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds a step of each runner: each runs `steps` steps in turn, `rounds` times; one turn before does not count."""
-    times: dict[str, list[float]] = {name: [] for name in runners}
+def interleaved_s(runners: dict[str, Callable[[], Any]], rounds: int, steps: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds and CPU seconds a step: each runner runs `steps` steps in turn, `rounds` times; one turn before does not count."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
     for number in range(rounds + 1):
         for name, step in runners.items():
             for _ in range(steps):
-                began_s = time.perf_counter()
+                began_s, began_cpu_s = time.perf_counter(), time.process_time()
                 step()
                 if number:
-                    times[name].append(time.perf_counter() - began_s)
+                    times[name].append((time.perf_counter() - began_s, time.process_time() - began_cpu_s))
     return times
 
 
 def measure(loaded: Loaded, plain: dict[str, Any], batch: int, rounds: int, steps: int) -> dict[str, Any]:
-    """One row of the report; rates come from the median step."""
+    """One row of the report; figures come from the median step. CPU time is what remains comparable on a busy machine."""
     runners: dict[str, Callable[[], Any]] = {"ours": Ours(loaded, batch).step}
     runners |= {name: Plain(model, batch).step for name, model in plain.items()}
-    seconds = {name: statistics.median(times) for name, times in interleaved_s(runners, rounds, steps).items()}
+    times = interleaved_s(runners, rounds, steps)
+    seconds = {name: statistics.median(wall for wall, _ in taken) for name, taken in times.items()}
+    cpu_s = {name: statistics.median(cpu for _, cpu in taken) for name, taken in times.items()}
     opponent = min(plain, key=lambda name: seconds[name])
     return {
         "batch": batch,
         "ours_tok_s": round(batch / seconds["ours"], 1),
         "hf_tok_s": round(batch / seconds[opponent], 1),
         "vs_hf": round(seconds[opponent] / seconds["ours"], 2),
+        "vs_hf_cpu_time": round(min(cpu_s[name] for name in plain) / cpu_s["ours"], 2),
         "hf_dtype": opponent,
         "ours_step_ms": round(seconds["ours"] * 1e3, 2),
+        "ours_cpu_ms": round(cpu_s["ours"] * 1e3, 2),
         "hf_step_ms": {name: round(seconds[name] * 1e3, 2) for name in plain},
+        "hf_cpu_ms": {name: round(cpu_s[name] * 1e3, 2) for name in plain},
     }
 
 
@@ -147,6 +151,13 @@ def main() -> None:
             ).eval()
             for dtype in (torch.bfloat16, torch.float32)
         }
+        here = machine()
+        kernel, threads = loaded.stage.kernel.name, options.threads
+        print(
+            f"{here['cpu']}, {here['isa']}, load {here['load_average']}; {kernel}, {threads} thread(s)",
+            file=sys.stderr,
+            flush=True,
+        )
         rows = []
         for batch in BATCHES:
             rows.append(measure(loaded, plain, batch, rounds, steps))
@@ -155,13 +166,13 @@ def main() -> None:
         "bench": "engine",
         "command": "python -m bench.engine" + (" --quick" if options.quick else "") + f" --threads {options.threads}",
         "rows": rows,
-        "isa": machine()["isa"],
+        "isa": here["isa"],
         "kernel": loaded.stage.kernel.name,
         "threads": options.threads,
         "exact": is_exact(loaded.numerics),
         "parameters": loaded.stage.parameters,
         "load_s": round(load_s, 2),
-        "machine": machine(),
+        "machine": here,
     }
     if options.out is not None:
         options.out.write_text(json.dumps(report, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""One member of a kinship cluster, speaking as `bench.member` does. In a virtual environment of its own: `make bench-peers`."""
+"""One member of a kinship cluster, speaking as `bench.member` does. Runs in the environment of `make bench-peers`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_text
 from typing import Any
 
 from cli import options, output
@@ -41,19 +40,7 @@ def models(
 
 
 def default_model() -> dict[str, Any]:
-    """The default model as `/mesh/status` would tell it while nobody serves it. Makes its files if they are not there."""
-    from transformers.utils.logging import disable_progress_bar
+    """The default model as `/mesh/status` would tell it while nobody serves it. Neither makes it nor imports torch."""
+    from node.engine.default_shape import LAYERS, MAX_MODEL_LEN, MODEL_ID
 
-    from node.config import cache_home
-    from node.engine.default_model import MODEL_ID, ensure_default_model
-
-    disable_progress_bar()
-    directory = ensure_default_model(cache_home())
-    config = json_text.loads((directory / "config.json").read_text())
-    return {
-        "id": MODEL_ID,
-        "layers": config["num_hidden_layers"],
-        "max_model_len": config["max_position_embeddings"],
-        "complete": False,
-        "min_replicas": 0,
-    }
+    return {"id": MODEL_ID, "layers": LAYERS, "max_model_len": MAX_MODEL_LEN, "complete": False, "min_replicas": 0}

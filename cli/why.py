@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -15,24 +16,36 @@ def why(
     api_key: options.ApiKeyOption = None,
     json: options.JsonOption = False,
 ) -> None:
-    """Why a request went where it went."""
+    """Why a request went where it went: each plan's candidates, with their expected cost in ms, term by term."""
     with options.client(node, api_key) as client:
         known = client.why(request)
+        names = {peer["id"]: peer["name"] for peer in client.status()["nodes"]}
     if json:
         output.as_json(known)
         return
-    path = " -> ".join(f"{stage['node']} [{stage['start']}:{stage['end']}]" for stage in known.get("path", ())) or "none yet"
-    tokens = f"{known.get('seq', 0)} tokens, attempt {known.get('attempts', 1)}"
-    output.line(f"{known['id']}: {known.get('state', '?')}, {tokens}, entry {known.get('entry', '?')}, path {path}")
-    reasons = [entry for entry in known.get("why", ()) if isinstance(entry, dict)]
-    columns = list(dict.fromkeys(name for entry in reasons for name in entry))
-    if columns:
-        rows = [[_short(entry.get(column, "")) for column in columns] for entry in reasons]
-        output.table([column.upper() for column in columns], rows, empty="")
-    for entry in known.get("why", ()):
-        if not isinstance(entry, dict):
-            output.line(str(entry))
+    tokens = f"{known['seq']} tokens, attempts {known['attempts']}"
+    output.line(f"{known['id']}: {known['state']}, {tokens}, entry {names.get(known['entry'], known['entry'])}")
+    output.line(f"path {_path(known['path'], names) or 'none yet'}")
+    plans = known["why"]
+    terms = sorted({term for plan in plans for candidate in plan["candidates"] for term in candidate["terms_ms"]})
+    columns = ["CHOICE", "ATTEMPT", "STAGE", "RANK", "NODE", "COST_MS", *(term.upper() for term in terms)]
+    output.table(columns, _rows(plans, names, terms), empty="no path was planned")
 
 
-def _short(value: object) -> object:
-    return round(value, 2) if isinstance(value, float) else value
+def _path(stages: Iterable[Mapping[str, Any]], names: Mapping[str, str]) -> str:
+    return " -> ".join(f"{names.get(stage['node'], stage['node'])} [{stage['start']}:{stage['end']}]" for stage in stages)
+
+
+def _rows(plans: Iterable[Mapping[str, Any]], names: Mapping[str, str], terms: Iterable[str]) -> Iterator[list[object]]:
+    for plan in plans:
+        for candidate in plan["candidates"]:
+            costs = candidate["terms_ms"]
+            yield [
+                plan["choice"],
+                plan["attempt"],
+                candidate["stage"],
+                candidate["rank"],
+                names.get(candidate["node"], candidate["node"]),
+                f"{sum(costs.values()):.1f}",
+                *(f"{costs[term]:.1f}" if term in costs else "-" for term in terms),
+            ]

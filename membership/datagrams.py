@@ -12,7 +12,7 @@ import trio
 
 from mesh import gossip
 from mesh.arrival import ANCILLARY_BYTES, stamp_arrivals, waited_s
-from mesh.ids import Address
+from mesh.ids import Address, is_ip
 from mesh.seal import Seal, SealBroken
 
 DRAIN_MAX = 512  # datagrams read in one go before timers and other tasks get a turn
@@ -46,6 +46,9 @@ class Datagrams:
     def send(self, to: Address, message: gossip.Message) -> None:
         """A full socket buffer, or no route, loses it, as a network would."""
         if self._socket is None:
+            return
+        if not is_ip(to[0]):  # a node claims the address of its socket; a name would be looked up while the loop stands still
+            self.dropped["unsent"] += 1
             return
         datagram = self._seal.seal(gossip.encode(message))
         assert len(datagram) <= gossip.MAX_DATAGRAM_BYTES, "the core packs claims within the limit"

@@ -12,12 +12,16 @@ from mesh.view import PeerState
 
 
 class JoinFailed(MeshError):
-    """No seed answered. The message names each seed and why; the node is up, alone, and keeps trying them."""
+    """No seed answered. The message names each seed and why; the node is up, alone, and keeps trying them.
 
-    def __init__(self, reasons: Mapping[Address, str]) -> None:
+    `refused`: at one of them somebody answers who will not have us, or is no mesh node; time alone will not mend that.
+    """
+
+    def __init__(self, reasons: Mapping[Address, str], *, refused: bool = False) -> None:
         told = "; ".join(f"{format_address(seed)}: {reason}" for seed, reason in reasons.items())
         super().__init__(f"could not join the mesh: {told}; check the addresses, and that the key and the cluster are the same")
         self.reasons = dict(reasons)
+        self.refused = refused
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from membership.effects import (
 from membership.events import JoinFailed, MemberEvent, MembershipStatistics
 from mesh import gossip, sync
 from mesh.calls import Call, Handlers, Header, Reply
-from mesh.errors import BadRequest, DeadlineExceeded, LocalError, PeerLost, Refused, RemoteError
+from mesh.errors import BadRequest, DeadlineExceeded, LocalError, PeerLost, PeerRefused, Refused, RemoteError
 from mesh.ids import Address, NodeId, format_address
 from mesh.knock import is_refused
 from mesh.seal import Seal
@@ -124,6 +124,7 @@ class Membership:
             raise LocalError("join needs run() to be under way")
         others = [seed for seed in dict.fromkeys(seeds) if seed != self._address]
         reasons: dict[Address, str] = {}
+        refusals: list[bool] = []
 
         async def try_seed(seed: Address) -> None:
             self._core.swim.remember_seed(seed)
@@ -131,12 +132,13 @@ class Membership:
                 await self._exchange(seed)
             except _CALL_FAILED as error:
                 reasons[seed] = str(error)
+                refusals.append(isinstance(error, PeerRefused))
 
         async with trio.open_nursery() as nursery:
             for seed in others:
                 nursery.start_soon(try_seed, seed)
         if others and len(reasons) == len(others):
-            raise JoinFailed(reasons)
+            raise JoinFailed(reasons, refused=any(refusals))
         return len(others) - len(reasons)
 
     def recall(self, addresses: list[Address]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from mesh.calls import Header
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, Refused, RemoteError
 
+MAX_MESSAGE_CHARS = 2000  # of an error that travels: some quote what the caller sent, which may be large
+MAX_RETRY_AFTER_S = 3600.0
+
 
 def error_to_header(error: Exception) -> Header:
-    header: Header = {"type": type(error).__name__, "message": str(error)}
+    header: Header = {"type": type(error).__name__, "message": str(error)[:MAX_MESSAGE_CHARS]}
     if isinstance(error, Refused):
         header |= {"retry_after_s": error.retry_after_s, "quota": error.quota}
     elif isinstance(error, BadRequest):
@@ -20,11 +24,10 @@ def error_to_header(error: Exception) -> Header:
 def error_from_header(peer: str, header: Any) -> MeshError:
     if not isinstance(header, dict):
         return RemoteError(peer, "answered with a malformed error")
-    message = str(header.get("message", ""))
+    message = str(header.get("message", ""))[:MAX_MESSAGE_CHARS]
     match header.get("type"):
         case "Refused":
-            retry_after_s = header.get("retry_after_s")
-            return Refused(message, float(retry_after_s) if isinstance(retry_after_s, int | float) else 1.0)
+            return Refused(message, _seconds(header.get("retry_after_s")), quota=header.get("quota") is True)
         case "BadRequest":
             param, code, status = header.get("param"), header.get("code"), header.get("status")
             return BadRequest(
@@ -36,4 +39,11 @@ def error_from_header(peer: str, header: Any) -> MeshError:
         case "DeadlineExceeded":
             return DeadlineExceeded(message)
         case kind:
-            return RemoteError(peer, f"{kind}: {message}")
+            return RemoteError(peer, f"{str(kind)[:100]}: {message}")
+
+
+def _seconds(told: Any) -> float:
+    """A wait as a peer told it: a number that clocks can be set by, whatever came."""
+    if not isinstance(told, int | float) or math.isnan(told):
+        return 1.0
+    return float(min(max(told, 0.0), MAX_RETRY_AFTER_S))

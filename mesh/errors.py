@@ -32,6 +32,10 @@ class PeerLost(MeshError):
         self.reason = reason
 
 
+class PeerRefused(PeerLost):
+    """Who answers at the address will not link with us (another key or mesh), or is no mesh node: somebody must mend that."""
+
+
 class DeadlineExceeded(MeshError):
     """The request's own deadline passed (HTTP 504). Its work is freed."""
 

@@ -6,21 +6,29 @@ import ssl
 
 import trio
 
-from mesh.frames import Frame, FrameError, FrameReader
+from mesh.frames import MAX_HEADER_BYTES, MAX_TAIL_BYTES, Frame, FrameError, FrameReader
 
 RECEIVE_BYTES = 256 << 10
 COALESCE_BYTES = 256 << 10  # one send for many small frames
+MAX_HELLO_BYTES = 4 << 10  # what a stranger may make us keep before its greeting was read
 
 
 class FrameSource:
-    """Frames of one stream, one by one. How it ended is kept, not raised: an end is what every link comes to."""
+    """Frames of one stream, one by one. How it ended is kept, not raised: an end is what every link comes to.
+
+    Until `greeted` only a small frame without a tail is taken.
+    """
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
-        self._reader = FrameReader()
+        self._reader = FrameReader(MAX_HELLO_BYTES, 0)
         self._ready: list[Frame] = []
         self.end_reason = ""
         self.broke_the_protocol = False
+
+    def greeted(self) -> None:
+        """The other side said who it is: from here on it may send frames of full size."""
+        self._reader.allow(MAX_HEADER_BYTES, MAX_TAIL_BYTES)
 
     async def next(self) -> Frame | None:
         """The next frame; None once the stream has ended, orderly or suddenly: then `end_reason` says how."""

@@ -58,6 +58,10 @@ class FrameReader:
         self._max_header_bytes = max_header_bytes
         self._max_tail_bytes = max_tail_bytes
 
+    def allow(self, max_header_bytes: int, max_tail_bytes: int) -> None:
+        """Other limits, for the frames that come from here on."""
+        self._max_header_bytes, self._max_tail_bytes = max_header_bytes, max_tail_bytes
+
     def feed(self, data: bytes) -> list[Frame]:
         """All frames that are whole with `data`.
 

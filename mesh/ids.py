@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from typing import NewType
 
 NodeId = NewType("NodeId", str)
@@ -27,6 +28,15 @@ def parse_address(text: str, default_host: str = "127.0.0.1") -> Address:
     if not colon or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"expected HOST:PORT with a port from 0 to 65535, got {text!r}")
     return host.strip("[]") or default_host, int(port)
+
+
+def is_ip(host: str) -> bool:
+    """Whether `host` is an address as it stands: nothing is looked up for one, which may take seconds."""
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def format_address(address: Address) -> str:

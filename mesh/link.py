@@ -10,10 +10,11 @@ import trio
 
 from mesh.call_errors import error_from_header
 from mesh.calls import Header, Reply
-from mesh.errors import PeerLost
+from mesh.errors import PeerLost, PeerRefused
 from mesh.frame_stream import COALESCE_BYTES, FrameSource, send
 from mesh.frames import Frame, encode
 from mesh.ids import Address, NodeId, format_address
+from mesh.tls import why_impostor
 from mesh.view import Load
 
 PROTOCOL_VERSION = 1
@@ -72,6 +73,7 @@ class Link:
         self._calls: dict[int, PendingCall] = {}
         self._last_number = 0
         self._failed: str | None = None
+        self._refused = False
 
     async def call(self, kind: str, header: Header, tail: bytes) -> Reply:
         self._last_number += 1
@@ -83,7 +85,7 @@ class Link:
         finally:
             self._calls.pop(number, None)
         if pending.reply is None:
-            raise PeerLost(format_address(self.to), pending.failure)
+            raise self._lost(pending.failure)
         error = pending.reply.header.get("error")
         if error is not None:
             raise error_from_header(self.peer or format_address(self.to), error)
@@ -92,7 +94,7 @@ class Link:
     def enqueue(self, frame: Frame) -> None:
         self.used = True
         if self._failed is not None:
-            raise PeerLost(format_address(self.to), self._failed)
+            raise self._lost(self._failed)
         if self._outbox_bytes + len(frame.tail) > OUTBOX_BYTES:
             raise PeerLost(format_address(self.to), f"{self._outbox_bytes} bytes wait unread: the peer does not read")
         try:
@@ -100,6 +102,9 @@ class Link:
         except trio.WouldBlock:
             raise PeerLost(format_address(self.to), f"{OUTBOX_FRAMES} frames wait unread: the peer does not read") from None
         self._outbox_bytes += len(frame.tail)
+
+    def _lost(self, reason: str) -> PeerLost:
+        return (PeerRefused if self._refused else PeerLost)(format_address(self.to), reason)
 
     def fail(self, reason: str) -> None:
         """Everything that waits on this link, and whoever still holds it, gets PeerLost."""
@@ -113,7 +118,7 @@ class Link:
         try:
             with trio.fail_after(CONNECT_TIMEOUT_S):
                 stream = await trio.open_tcp_stream(*self.to)
-        except (OSError, trio.TooSlowError) as error:
+        except (OSError, ValueError, OverflowError, trio.TooSlowError) as error:  # a peer's word may be no address at all
             return "connection refused: no node listens there" if _is_refusal(error) else f"cannot connect: {error or 'timeout'}"
         connection: trio.abc.Stream = stream
         if self._config.client_tls is not None:
@@ -124,6 +129,7 @@ class Link:
             with trio.move_on_after(HANDSHAKE_TIMEOUT_S):
                 refusal = await self._greet(connection, frames)
             if refusal is not None:
+                self._refused = True
                 return refusal
             self._counters.links_opened_total += 1
             async with trio.open_nursery() as link_nursery:
@@ -148,9 +154,13 @@ class Link:
             return _why_greeting_ended(frames, tls=config.client_tls is not None)
         if answer.header.get("refused"):
             return f"refused: {str(answer.header['refused'])[:300]}"
-        if answer.kind != "hello" or not isinstance(answer.header.get("node"), str):
+        node = answer.header.get("node")
+        if answer.kind != "hello" or not isinstance(node, str):
             return "not a mesh node: its answer to the handshake is not ours"
-        self.peer = NodeId(answer.header["node"])
+        if config.client_tls is not None and (impostor := why_impostor(connection, node)):
+            return impostor
+        frames.greeted()
+        self.peer = NodeId(node)
         self._on_linked(self.peer)
         return None
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-import msgspec
 import structlog
 import trio
 
@@ -23,7 +22,7 @@ from mesh.frame_stream import COALESCE_BYTES, FrameSource, send
 from mesh.frames import Frame, encode
 from mesh.ids import Address, NodeId, format_address
 from mesh.link import HANDSHAKE_TIMEOUT_S, PROTOCOL_VERSION, Link, LinkConfig, LinkStatistics
-from mesh.tls import peer_node
+from mesh.tls import why_impostor
 from mesh.view import Load
 
 CALLS_AT_ONCE = 512  # handlers running for one inbound link; beyond it we stop reading, and TCP tells the peer
@@ -32,8 +31,8 @@ log = structlog.get_logger()
 
 
 OnLost = Callable[[NodeId | None, Address | None, str], None]
-"""Told of every link that ended: the peer's id unless the handshake never came so far; the peer's address where we dialled it
-and sent something, for then answers may be lost; why. A link that was only to be kept and never came about is nobody's loss."""
+"""Told of every link that ended: the peer's id unless the handshake never came so far; its address where we dialled it;
+why. A link that was only to be kept and never came about is nobody's loss."""
 
 
 class Links:
@@ -116,10 +115,8 @@ class Links:
             del self._links[link.to]
         link.fail(reason)
         self.counters.links_lost_total += 1
-        if link.used:
+        if link.used or link.peer is not None:
             self.on_lost(link.peer, link.to, reason)
-        elif link.peer is not None:
-            self.on_lost(link.peer, None, reason)
 
     async def _serve_peer(self, stream: trio.SocketStream) -> None:
         """One inbound link: handshake, then answer until it ends."""
@@ -147,11 +144,14 @@ class Links:
         hello = await frames.next()
         if hello is None:
             return None
-        refusal = self._why_refuse(hello) or _impostor(connection, hello)
+        refusal = self._why_refuse(hello)
+        if refusal is None and self.config.server_tls is not None:
+            refusal = why_impostor(connection, hello.header["node"])
         answer: Header = {"node": self.config.me, "refused": refusal}
         if not await send(connection, encode(Frame("hello", answer, is_reply=True))):
             return None
         if refusal is None:
+            frames.greeted()
             return NodeId(hello.header["node"])
         log.warning("link.refused", reason=refusal)
         return None
@@ -161,16 +161,18 @@ class Links:
         if hello.kind != "hello" or not isinstance(header.get("node"), str):
             return "expected a hello frame with a node id"
         if header.get("version") != PROTOCOL_VERSION:
-            return f"protocol version {header.get('version')!r}, here {PROTOCOL_VERSION}: run the same release on both nodes"
+            theirs = repr(header.get("version"))[:100]
+            return f"protocol version {theirs}, here {PROTOCOL_VERSION}: run the same release on both nodes"
         if header.get("cluster") != self.config.cluster:
-            return f"cluster label {header.get('cluster')!r}, here {self.config.cluster!r}: these are two meshes"
+            theirs = repr(header.get("cluster"))[:100]
+            return f"cluster label {theirs}, here {self.config.cluster!r}: these are two meshes"
         return None
 
     async def _answer(self, peer: NodeId, connection: trio.abc.Stream, frames: FrameSource) -> None:
         replies_in, replies = trio.open_memory_channel[bytes](CALLS_AT_ONCE)
         slots = trio.Semaphore(CALLS_AT_ONCE)
         async with trio.open_nursery() as link_nursery:
-            link_nursery.start_soon(self._write_replies, connection, replies)
+            link_nursery.start_soon(self._write_replies, connection, replies, link_nursery.cancel_scope)
             while (frame := await frames.next()) is not None:
                 self.counters.frames_received_total += 1
                 self.counters.bytes_received_total += len(frame.tail)
@@ -193,43 +195,45 @@ class Links:
             return
         try:
             receiver(peer, frame.header, frame.tail)
-        except (MeshError, KeyError, TypeError, ValueError, msgspec.MsgspecError) as error:
-            # A peer's malformed frame must not end the node: counted, dropped.
+        except Exception as error:  # noqa: BLE001  # supervised: one peer frame; a malformed one must not end the node
             self.counters.frames_rejected_total += 1
-            log.warning("link.frame_rejected", kind=frame.kind, peer=peer, error=f"{type(error).__name__}: {error}")
+            log.warning("link.frame_rejected", kind=frame.kind[:100], peer=peer, error=f"{type(error).__name__}: {error}"[:300])
 
     async def _answer_call(
         self, peer: NodeId, frame: Frame, replies: trio.MemorySendChannel[bytes], slots: trio.Semaphore
     ) -> None:
+        """Holds its slot until the answer is in the channel: answers that the peer does not read stop its calls."""
+        try:
+            await replies.send(await self._reply_to(peer, frame))
+        finally:
+            slots.release()
+
+    async def _reply_to(self, peer: NodeId, frame: Frame) -> bytes:
         try:
             handler = self.handlers.get(frame.kind)
             if handler is None:
-                raise BadRequest(f"this node answers no {frame.kind!r} call; are both nodes of one release?")
+                raise BadRequest(f"this node answers no {frame.kind[:100]!r} call; are both nodes of one release?")
             header, tail = await handler(peer, frame.header, frame.tail)
+            return self._encode_reply(frame, header, tail)
         except Exception as error:  # supervised: one peer call
             if not isinstance(error, MeshError):
                 self.counters.handler_failures_total += 1
-                log.error("call.failed", kind=frame.kind, peer=peer, exc_info=error)
-            header, tail = {"error": error_to_header(error)}, b""
-        finally:
-            slots.release()
-        await replies.send(encode(Frame(frame.kind, header, tail, frame.number, is_reply=True, load=self.load())))
+                log.error("call.failed", kind=frame.kind[:100], peer=peer, exc_info=error)
+            return self._encode_reply(frame, {"error": error_to_header(error)})
 
-    async def _write_replies(self, connection: trio.abc.Stream, replies: trio.MemoryReceiveChannel[bytes]) -> None:
+    def _encode_reply(self, call: Frame, header: Header, tail: bytes = b"") -> bytes:
+        return encode(Frame(call.kind, header, tail, call.number, is_reply=True, load=self.load()))
+
+    async def _write_replies(
+        self, connection: trio.abc.Stream, replies: trio.MemoryReceiveChannel[bytes], link_scope: trio.CancelScope
+    ) -> None:
         async for data in replies:
             batch = _drain(replies, data)
             self.counters.frames_sent_total += len(batch)
             self.counters.bytes_sent_total += sum(map(len, batch))
             if not await send(connection, b"".join(batch)):
+                link_scope.cancel()
                 return
-
-
-def _impostor(connection: trio.abc.Stream, hello: Frame) -> str | None:
-    """Why a certificate does not fit the node id that came with it; None without TLS, or when it does."""
-    if not isinstance(connection, trio.SSLStream):
-        return None
-    certified = peer_node(connection)
-    return None if certified == hello.header["node"] else f"the certificate is of node {certified}"
 
 
 def _drain(channel: trio.MemoryReceiveChannel[bytes], first: bytes) -> list[bytes]:

@@ -106,6 +106,15 @@ def peer_node(stream: Any) -> NodeId:
     raise RemoteError("unknown", "its certificate names no node; expected 16 hex digits as common name")
 
 
+def why_impostor(stream: Any, claimed: str) -> str | None:
+    """Why the certificate at the other end does not fit the node id that came with it; None when it does."""
+    try:
+        certified = peer_node(stream)
+    except RemoteError as error:
+        return error.reason
+    return None if certified == claimed else f"the certificate is of node {certified}"
+
+
 def mint(signer: Authority, node: NodeId) -> tuple[bytes, bytes]:
     """A new key and certificate of one node, both PEM: (certificate, private key).
 

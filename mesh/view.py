@@ -11,11 +11,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from mesh.ids import Address, ModelId, NodeId
+
+MAX_LAYERS = 4096  # of a model that a peer tells of: lists as long as that are made from its word
+
+Layer = Annotated[int, Meta(ge=0, le=MAX_LAYERS)]
 
 
 class PeerState(StrEnum):
@@ -39,8 +44,8 @@ class Span(msgspec.Struct, frozen=True, order=True):
     """Contiguous decoder layers `[start, end)` of one model, held and served by one node."""
 
     model: ModelId
-    start: int
-    end: int
+    start: Layer
+    end: Layer
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
@@ -62,8 +67,8 @@ class ModelCard(msgspec.Struct, frozen=True):
     """What every node that knows a model says of it; two cards with one id must agree in `weights`."""
 
     id: ModelId
-    layers: int
-    max_model_len: int
+    layers: Annotated[int, Meta(ge=1, le=MAX_LAYERS)]
+    max_model_len: Annotated[int, Meta(ge=1)]
     weights: str  # digest of the checkpoint's config and tensor index
     numerics: str  # fingerprint: equal ones promise equal tokens
     kind: str = "chat"
@@ -80,10 +85,10 @@ class Facts(msgspec.Struct, frozen=True):
     models: tuple[ModelCard, ...] = ()
     draining: bool = False
     version: str = ""
-    pid: int = 0
+    pid: Annotated[int, Meta(ge=0)] = 0
     documents: dict[str, Any] = {}
     intends: tuple[Span, ...] = ()  # being loaded, not yet served: so that nodes that join together do not choose alike
-    capacity: dict[ModelId, int] = {}  # decoder layers of a model that it could hold; absent: pinned, it never moves
+    capacity: dict[ModelId, Layer] = {}  # decoder layers of a model that it could hold; absent: pinned, it never moves
     readiness: Readiness = Readiness.WARM
 
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from node.generation import Emit
+from node.generation_events import Emit
 from node.requests import GenerateRequest, TokenLogprob
 from node.text import Decode, TextState
 

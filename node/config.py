@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
 from mesh.errors import BadRequest
-from mesh.ids import Address
+from mesh.gossip import check_description
+from mesh.ids import Address, is_ip
 
 LAYERS_FORM = "expected auto, none, A:B or A:B,C:D with 0 <= A < B"
 
@@ -41,6 +43,10 @@ class NodeConfig:
     def __post_init__(self) -> None:
         """Raises BadRequest with what was expected, what came and what to do."""
         pinned_spans(self.layers)
+        try:
+            check_description(self.name, self.bind[0], self.region)
+        except ValueError as error:
+            raise BadRequest(str(error)) from None
         if self.log_format not in ("text", "json"):
             raise BadRequest(f"--log-format: expected text or json, got {self.log_format!r}", "log_format")
         if self.dtype not in ("auto", "float32", "bfloat16"):
@@ -53,16 +59,16 @@ class NodeConfig:
                 "join; make one with `mesh key new` and give it to every node with --key-file",
                 "bind",
             )
-        if self.api_key_file is None and not is_loopback(self.http[0]):
+        if self.key_file is None and not is_loopback(self.http[0]):
             raise BadRequest(
-                f"--http {self.http[0]}: without API keys the endpoint listens on loopback only; make one with `mesh key api` "
-                "and give the file with --api-key-file",
+                f"--http {self.http[0]}: without a mesh key a node listens on loopback only; make one with `mesh key new` and "
+                "give it with --key-file; and make API keys with `mesh key api`, or whoever reaches the endpoint may use it",
                 "http",
             )
 
 
 def is_loopback(host: str) -> bool:
-    return host == "localhost" or host == "::1" or host.startswith("127.")
+    return host == "localhost" or (is_ip(host) and ip_address(host).is_loopback)
 
 
 def pinned_spans(layers: str) -> tuple[tuple[int, int], ...] | None:
@@ -78,7 +84,7 @@ def pinned_spans(layers: str) -> tuple[tuple[int, int], ...] | None:
     spans = []
     for part in layers.split(","):
         start, colon, end = part.partition(":")
-        if not (colon and start.isdigit() and end.isdigit() and int(start) < int(end)):
+        if not (colon and start.isdecimal() and end.isdecimal() and int(start) < int(end)):
             raise BadRequest(f"--layers {layers!r}: {LAYERS_FORM}", "layers")
         spans.append((int(start), int(end)))
     return tuple(spans)

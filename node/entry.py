@@ -10,9 +10,9 @@ from random import Random
 import trio
 
 from mesh.errors import BadRequest
-from mesh.ids import Address, NodeId
+from mesh.ids import Address
 from node.engine.api import SequenceLost, TokenOut
-from node.generation import PeerGone, TokenDrawn
+from node.generation_events import PeerNews, TokenDrawn
 from node.planning import Planning
 from node.prompts import Prompts
 from node.recent import RecentRequests
@@ -52,7 +52,7 @@ class Entry:
         self._counters = EntryCounters()
 
     def statistics(self) -> EntryStatistics:
-        running = sum(run.has_tokens for run in self._runs.values())
+        running = self._counters.speaking
         return EntryStatistics(running, len(self._runs) - running, replace(self._counters))
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -122,7 +122,7 @@ class Entry:
         if run is not None:
             run.stage_lost(lost, address)
 
-    def peer_gone(self, node: NodeId, reason: str) -> None:
-        """A link to the node broke, or membership gave it up."""
+    def peer_news(self, news: PeerNews) -> None:
+        """A link to the node broke, or membership changed its mind about it."""
         for run in self._runs.values():
-            run.tell_all(PeerGone(node, reason))
+            run.tell_all(news)

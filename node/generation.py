@@ -6,7 +6,9 @@ It decides which attempt counts, which token comes next, and when to plan a new 
 2. Tokens come in order of position, each once; a repeat is dropped, a gap loses the attempt.
 3. Whatever is lost (a stage, its link, its member, its answer in time) leads to the same transition:
    close the old attempt, plan the next, replay prompt and tokens, go on. There is no other failover.
-4. A refusal costs no attempt's work: another path at once, twice; then the request waits here, at the
+4. An attempt that falls silent has its nodes looked at (`Doubt`); if membership then cannot reach one of them either, the
+   attempt goes elsewhere and does not wait for the verdict. Once per token: a mesh that is merely slow must not chase itself.
+5. A refusal costs no attempt's work: another path at once, twice; then the request waits here, at the
    entry, where it can still go anywhere (`routing.bounce`).
 
 A later journal commits each token to a peer before `Emit`; it slots in between `token` and `Emit`.
@@ -20,7 +22,30 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from mesh.errors import DeadlineExceeded, MeshError, NoPath, Refused
-from mesh.ids import Address, NodeId
+from mesh.ids import NodeId
+from node.generation_events import (
+    Cancelled,
+    ClosePath,
+    Doubt,
+    Effect,
+    Emit,
+    Event,
+    Fail,
+    Finish,
+    Opened,
+    OpenPath,
+    OpenRefused,
+    PeerBack,
+    PeerGone,
+    PeerSuspect,
+    Plan,
+    Planned,
+    StageLost,
+    Stages,
+    StopFound,
+    TokenDrawn,
+    Unplannable,
+)
 from routing.bounce import Bounces, GoElsewhere, WaitHere
 
 if TYPE_CHECKING:
@@ -39,145 +64,6 @@ class Phase(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class StageAt:
-    """One stage of a path: `node` at `address` computes layers `[start, end)`."""
-
-    node: NodeId
-    address: Address
-    start: int
-    end: int
-
-
-Stages = tuple[StageAt, ...]
-
-
-# --- what happens to a generation
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    attempt: int
-    path: Stages
-
-
-@dataclass(frozen=True, slots=True)
-class Unplannable:
-    """Routing found no path, or no peer that would take it."""
-
-    attempt: int
-    error: MeshError
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True)
-class OpenRefused:
-    """A stage said BUSY; nothing is open any more on the others."""
-
-    attempt: int
-    node: NodeId
-    retry_after_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class TokenDrawn:
-    attempt: int
-    position: int
-    token: int
-    finish: str | None = None
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class StageLost:
-    """A stage gave the attempt up, or cannot be reached. `node` None: it is not known which."""
-
-    attempt: int
-    node: NodeId | None
-    reason: str
-    retryable: bool = True
-    error: MeshError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PeerGone:
-    """Membership or a broken link says that a node is lost, whatever it did."""
-
-    node: NodeId
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class StopFound:
-    """The entry found a stop string in the text: the answer ends here."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    """Nobody wants the rest."""
-
-
-Event = Planned | Unplannable | Opened | OpenRefused | TokenDrawn | StageLost | PeerGone | StopFound | Cancelled
-
-
-# --- what is to be done about it
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Find a path for `attempt` that avoids `exclude`; answer with Planned or Unplannable."""
-
-    attempt: int
-    exclude: frozenset[NodeId]
-
-
-@dataclass(frozen=True, slots=True)
-class OpenPath:
-    """Open every stage for prompt and `tokens` (the answer so far); answer with Opened, OpenRefused or StageLost."""
-
-    attempt: int
-    path: Stages
-    tokens: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ClosePath:
-    """Free the attempt's sequences on all its stages; nobody waits for it. `lost`: the node that was to blame, if any."""
-
-    attempt: int
-    path: Stages
-    lost: NodeId | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Emit:
-    """The next token of the answer, for the client; with `finish` it is the last."""
-
-    position: int
-    token: int
-    finish: str | None = None
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Fail:
-    error: MeshError
-
-
-Effect = Plan | OpenPath | ClosePath | Emit | Finish | Fail
-
-
-@dataclass(frozen=True, slots=True)
 class Patience:
     """How long and how often to try."""
 
@@ -185,7 +71,8 @@ class Patience:
     refused_s: float = 30.0  # how long a request may wait at the entry for room
     retry_s: float = 0.25  # between plans while waiting; membership events plan at once
     silence_s: float = 30.0  # no token for so long, and no other sign: the attempt is lost
-    prefill_tok_s: float = 20.0  # the slowest prefill believed in, added to the first token's silence
+    stall_s: float = 1.0  # no token for so long: its nodes are looked at, and one that is suspect is waited for no longer
+    prefill_tok_s: float = 20.0  # the slowest prefill believed in, added to the first token's silence and stall
     avoid_s: float = 3.0  # a node that was lost gets no part of the next plans for so long
     barren_attempts: int = 6  # attempts lost in a row without one new token: give up
 
@@ -207,6 +94,8 @@ class Generation:
     _bounces: Bounces = field(default_factory=Bounces)
     _barren: int = 0
     _wake_at: float = math.inf
+    _stall_at: float = math.inf  # when the silence of a running attempt becomes suspicious; infinite once it has
+    _suspects: set[NodeId] = field(default_factory=set)
     _give_up_at: float = math.inf
     _last_error: MeshError | None = None
 
@@ -217,7 +106,7 @@ class Generation:
     @property
     def deadline(self) -> float:
         """When `tick` next has something to do; infinite once ended."""
-        return math.inf if self.ended else min(self._wake_at, self.deadline_at)
+        return math.inf if self.ended else min(self._wake_at, self._stall_at, self.deadline_at)
 
     def start(self, now: float) -> list[Effect]:
         return self._plan(now)
@@ -234,14 +123,18 @@ class Generation:
                 return self._wait(error, now) if self.phase is Phase.PLANNING else []
             case Opened():
                 return self._opened(now)
-            case OpenRefused(node=node, retry_after_s=retry_after_s):
-                return self._refused(node, retry_after_s, now)
+            case OpenRefused():
+                return self._refused(event.node, event.retry_after_s, event.fault, now)
             case TokenDrawn():
                 return self._token(event, now)
             case StageLost():
-                return self._lost(event.node, event.reason, now, None if event.retryable else _fault(event))
+                return self._lost(event.node, event.reason, now, None if event.retryable else _fault(event), event.unreachable)
             case PeerGone(node=node, reason=reason):
                 return self._peer_gone(node, reason, now)
+            case PeerSuspect(node=node):
+                return self._peer_suspect(node, now)
+            case PeerBack(node=node):
+                return self._peer_back(node, now)
             case StopFound():
                 return self._end(Phase.DONE, Finish("stop"))
             case Cancelled():
@@ -252,31 +145,31 @@ class Generation:
             return []
         if now >= self.deadline_at:
             return self._end(Phase.FAILED, Fail(DeadlineExceeded("the request's deadline passed before its answer was complete")))
-        if now < self._wake_at:
-            return []
-        if self.phase is Phase.WAITING:
-            return self._plan(now)
-        return self._lost(None, f"no token for {self.patience.silence_s:g} s", now)
+        if now >= self._wake_at:
+            waits = self.phase is Phase.WAITING
+            return self._plan(now) if waits else self._lost(None, f"no token for {self.patience.silence_s:g} s", now)
+        return self._stalled(now) if now >= self._stall_at else []
 
     # --- transitions
 
     def _plan(self, now: float) -> list[Effect]:
         self.phase = Phase.PLANNING
         self.attempt += 1
-        self._wake_at = math.inf  # the shell answers a Plan at once
+        self._wake_at = self._stall_at = math.inf  # the shell answers a Plan at once
         self._avoid = {node: until for node, until in self._avoid.items() if until > now}
         return [Plan(self.attempt, frozenset(self._avoid) | self._bounces.excluded)]
 
     def _open(self, path: Stages, now: float) -> list[Effect]:
         self.phase, self.path = Phase.OPENING, path
-        self._wake_at = now + self.patience.silence_s
+        self._wake_at, self._stall_at = now + self.patience.silence_s, now + self.patience.stall_s
         return [OpenPath(self.attempt, path, tuple(self.tokens))]
 
     def _opened(self, now: float) -> list[Effect]:
         if self.phase is Phase.OPENING:
             self.phase = Phase.RUNNING
             replayed = self.prompt_tokens + len(self.tokens)
-            self._wake_at = now + self.patience.silence_s + replayed / self.patience.prefill_tok_s
+            first_token_at = now + replayed / self.patience.prefill_tok_s
+            self._wake_at, self._stall_at = first_token_at + self.patience.silence_s, first_token_at + self.patience.stall_s
         return []
 
     def _token(self, drawn: TokenDrawn, now: float) -> list[Effect]:
@@ -287,17 +180,21 @@ class Generation:
             return self._lost(None, f"a gap: token {drawn.position} came where {expected} was due", now)
         self.phase = Phase.RUNNING
         self.tokens.append(drawn.token)
-        self._wake_at = now + self.patience.silence_s
+        self._wake_at, self._stall_at = now + self.patience.silence_s, now + self.patience.stall_s
         self._barren = 0
         self._bounces.taken()
         self._give_up_at = math.inf
         emit = Emit(drawn.position, drawn.token, drawn.finish, drawn.logprob, drawn.top)
         return [emit] if drawn.finish is None else [emit, *self._end(Phase.DONE, Finish(drawn.finish))]
 
-    def _refused(self, node: NodeId, retry_after_s: float, now: float) -> list[Effect]:
+    def _refused(self, node: NodeId, retry_after_s: float, fault: MeshError | None, now: float) -> list[Effect]:
         if self.phase is not Phase.OPENING:
             return []
-        self.path = ()
+        self.path, self._stall_at = (), math.inf
+        if fault is not None:  # it can never fit there; a larger node may still take it
+            self._avoid[node] = math.inf
+            self._last_error = fault
+            return self._plan(now)
         self._last_error = Refused("every node that could serve this is full", retry_after_s)
         match self._bounces.busy(node, retry_after_s, self.rng):
             case GoElsewhere():
@@ -305,12 +202,15 @@ class Generation:
             case WaitHere(wait_s=wait_s):
                 return self._wait(self._last_error, now, wait_s)
 
-    def _lost(self, node: NodeId | None, reason: str, now: float, fault: MeshError | None = None) -> list[Effect]:
+    def _lost(
+        self, node: NodeId | None, reason: str, now: float, fault: MeshError | None = None, unreachable: bool = False
+    ) -> list[Effect]:
         if self.phase not in (Phase.OPENING, Phase.RUNNING):
             return []
         if fault is not None:
             return self._end(Phase.FAILED, Fail(fault))  # the request is to blame, no node
-        self._barren += 1
+        if not unreachable:  # else its nodes are avoided until none is left, and patience decides
+            self._barren += 1
         self.history.append(reason)
         close: list[Effect] = [ClosePath(self.attempt, self.path, node)]
         if node is not None:
@@ -321,17 +221,40 @@ class Generation:
             return close + self._end(Phase.FAILED, Fail(error))
         return close + self._plan(now)
 
+    def _stalled(self, now: float) -> list[Effect]:
+        self._stall_at = math.inf
+        nodes = frozenset(stage.node for stage in self.path)
+        if suspects := nodes & self._suspects:
+            return self._peer_suspect(min(suspects), now)
+        return [Doubt(nodes)]
+
+    def _peer_suspect(self, node: NodeId, now: float) -> list[Effect]:
+        self._suspects.add(node)
+        stalled = self.phase in (Phase.OPENING, Phase.RUNNING) and self._stall_at == math.inf
+        if stalled and not self._barren and any(stage.node == node for stage in self.path):
+            # Blamed on nobody: with no path without it, the suspect is asked again (`routing.path` takes it last).
+            return self._lost(None, f"{node}: suspect, and nothing came for {self.patience.stall_s:g} s", now)
+        return []
+
+    def _peer_back(self, node: NodeId, now: float) -> list[Effect]:
+        self._suspects.discard(node)
+        self._avoid.pop(node, None)
+        if self.phase is Phase.WAITING and isinstance(self._last_error, NoPath):
+            return self._plan(now)
+        return []
+
     def _peer_gone(self, node: NodeId, reason: str, now: float) -> list[Effect]:
+        self._suspects.discard(node)
         self._avoid[node] = now + self.patience.avoid_s
         if any(stage.node == node for stage in self.path):
-            return self._lost(node, f"{node}: {reason}", now)
+            return self._lost(node, f"{node}: {reason}", now, unreachable=True)
         return []
 
     def _wait(self, error: MeshError, now: float, wait_s: float | None = None) -> list[Effect]:
         """Nothing to be had: fail at once when nothing was ever begun and nobody could serve it, else wait a while."""
         if isinstance(error, NoPath) and not self.history:
             if not isinstance(self._last_error, Refused):
-                return self._end(Phase.FAILED, Fail(error))
+                return self._end(Phase.FAILED, Fail(self._last_error or error))
             error = self._last_error  # the path exists, but all its nodes have just refused
         if not isinstance(error, NoPath | Refused):
             return self._end(Phase.FAILED, Fail(error))

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import IO
 
 import msgspec
+import structlog
 
 from mesh.errors import BadRequest
 from mesh.ids import NodeId
+
+log = structlog.get_logger()
 
 
 class _Stored(msgspec.Struct):
@@ -32,8 +35,14 @@ class Identity:
     lock: IO[bytes]  # held as long as the process lives
 
     def renew(self, epoch: int) -> None:
-        """The mesh knew a higher epoch of this node than its own disk did: the next start must be higher still."""
-        _write(self.directory / "node.json", _Stored(self.id, epoch))
+        """The mesh knew a higher epoch of this node than its own disk did: the next start must be higher still.
+
+        A disk that cannot keep it is told of and no reason to end: the mesh will say it again.
+        """
+        try:
+            _write(self.directory / "node.json", _Stored(self.id, epoch))
+        except BadRequest as error:
+            log.error("identity.not_kept", epoch=epoch, reason=str(error))
 
 
 def take_identity(directory: Path) -> Identity:
@@ -52,9 +61,13 @@ def take_identity(directory: Path) -> Identity:
     except BlockingIOError:
         lock.close()
         raise BadRequest(f"--data-dir {directory}: another running node uses it; give each node its own", "data_dir") from None
-    stored = _read(directory / "node.json")
-    stored = _Stored(stored.id, stored.epoch + 1) if stored else _Stored(secrets.token_hex(8), 1)
-    _write(directory / "node.json", stored)
+    try:
+        stored = _read(directory / "node.json")
+        stored = _Stored(stored.id, stored.epoch + 1) if stored else _Stored(secrets.token_hex(8), 1)
+        _write(directory / "node.json", stored)
+    except BadRequest:
+        lock.close()
+        raise
     return Identity(NodeId(stored.id), stored.epoch, directory, lock)
 
 

@@ -29,12 +29,17 @@ log = structlog.get_logger()
 
 
 def run(config: NodeConfig, announce: Callable[[str], None]) -> int:
-    """Runs a node until it is told to stop: 0. Raises MeshError when it cannot start, or must end."""
+    """Runs a node until it is told to stop: 0. Raises MeshError when it cannot start, or must end.
+
+    Ctrl-C before the node takes its signals over is a KeyboardInterrupt, as of any program.
+    """
     # Generation-2 scans over a model's objects cost a third of the CPU at 2,000 streams; see docs/decisions.
     gc.set_threshold(50_000, 50, 100)
     try:
         trio.run(_run, config, announce)
     except BaseExceptionGroup as group:
+        if group.split(KeyboardInterrupt)[1] is None:
+            raise KeyboardInterrupt from None
         expected = group.subgroup(MeshError)
         if expected is None or group.split(MeshError)[1] is not None:
             raise
@@ -47,10 +52,10 @@ async def _run(config: NodeConfig, announce: Callable[[str], None]) -> None:
     configure(config.log_format, config.name or identity.id[:8])
     mesh_key = _load_mesh_key(config)
     api_keys = _load_api_keys(config)
-    sockets = await open_peer_sockets(config.bind)
+    sockets = await open_peer_sockets(config.bind, config.join)
     http_listener = await open_listener(config.http, "--http")
     budget_bytes = memory_budget_bytes(config.memory_bytes)
-    prepared = await trio.to_thread.run_sync(_prepare, config, budget_bytes)
+    prepared = await trio.to_thread.run_sync(_prepare, config, budget_bytes, abandon_on_cancel=True)
     await Node(
         config,
         identity,
@@ -110,8 +115,9 @@ def _load_api_keys(config: NodeConfig) -> ApiKeys | None:
         return None
     try:
         return ApiKeys.parse(config.api_key_file.read_text().splitlines())
-    except OSError as error:
-        raise BadRequest(f"--api-key-file {config.api_key_file}: {error.strerror}", "api_key_file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text file; `mesh key api` writes one"
+        raise BadRequest(f"--api-key-file {config.api_key_file}: {reason}", "api_key_file") from None
 
 
 def _first(group: BaseExceptionGroup[MeshError]) -> MeshError:

@@ -10,13 +10,14 @@ from typing import Any
 from mesh.ids import ModelId, NodeId
 from mesh.view import View
 from node.engine.api import SequenceKey
-from node.generation import StageAt, Stages
+from node.generation_events import StageAt, Stages
 from routing.breaker import Breakers
 from routing.dispatches import Dispatch, Dispatches
 from routing.path import Path, plan
 from routing.policies import Policy, policy_named
 from routing.score import Work
 
+DOUBT_S = 5.0  # a node whose link broke gets no part of new paths, if there are others; membership has spoken by then
 EXPECTED_OUTPUT_TOKENS = 256  # of an answer that may be longer; until averages per model are kept
 
 
@@ -50,6 +51,7 @@ class Planning:
         self._policies: dict[str, Policy] = {}
         self._dispatches = Dispatches()
         self._breakers = Breakers()
+        self._doubted_until: dict[NodeId, float] = {}
         self.last_wait_s = 0.0  # expected in the queues of the path planned last: what admission looks at
         self._sent: dict[SequenceKey, list[Dispatch]] = {}
 
@@ -66,12 +68,16 @@ class Planning:
             work=Work(request.known_tokens, min(request.tokens_to_come, EXPECTED_OUTPUT_TOKENS)),
             dispatches=self._dispatches,
             excluded=request.exclude,
-            avoided=self._breakers.avoided([peer.id for peer in view.live()], now),
+            avoided=self._breakers.avoided([peer.id for peer in view.live()], now) | self._doubted(now),
             numerics=request.numerics,
         )
         stages = tuple(StageAt(stage.node, stage.address, stage.start, stage.end) for stage in path)
         self.last_wait_s = path.wait_ms / 1000.0
         return PlannedPath(stages, path.numerics, _explanation(path))
+
+    def _doubted(self, now: float) -> frozenset[NodeId]:
+        self._doubted_until = {node: until for node, until in self._doubted_until.items() if until > now}
+        return frozenset(self._doubted_until)
 
     def _policy(self, name: str) -> Policy:
         if name not in self._policies:
@@ -97,8 +103,13 @@ class Planning:
             else:
                 self._breakers.given_up(sent.node)
 
+    def link_lost(self, node: NodeId) -> None:
+        """A link to the node broke: no request need find out for itself, before membership does, that it is dead."""
+        self._doubted_until[node] = self._now() + DOUBT_S
+
     def forget(self, node: NodeId) -> None:
         """The node died, left or restarted: its past says nothing of its next life."""
+        self._doubted_until.pop(node, None)
         self._dispatches.forget(node)
         self._breakers.restarted(node)
 

@@ -19,7 +19,7 @@ from random import Random
 import structlog
 import trio
 
-from membership.events import MemberEvent
+from membership.events import JoinFailed, MemberEvent
 from membership.service import Membership
 from mesh.ids import Address, ModelId, NodeId, format_address
 from mesh.link import LinkConfig
@@ -35,6 +35,7 @@ from node.http.auth import ApiKeys
 from node.http.server import Server, serve
 from node.identity import Identity
 from node.known_peers import KnownPeers
+from node.losses import Losses
 from node.models import Models
 from node.own_facts import OwnFacts
 from node.placing import Placing
@@ -43,7 +44,7 @@ from node.prompts import Prompts
 from node.pulse import Pulse
 from node.readiness import Readiness
 from node.request_run import EntryNode
-from node.sockets import PeerSockets
+from node.sockets import PeerSockets, reachable
 from node.stages import Stages
 from node.surface import Surface
 from rag.embed import MiniLM
@@ -84,7 +85,7 @@ class Node:
             LinkConfig(identity.id, sockets.address, config.cluster, *tls),
             load=self._load,
             on_load=lambda node, load: self._membership.note_load(node, load),
-            on_lost=self._on_link_lost,
+            on_lost=lambda node, address, reason: self._losses.link_lost(node, address, reason),
             on_linked=lambda node: self._membership.linked(node),
         )
         self._membership = Membership(
@@ -115,9 +116,10 @@ class Node:
             self._facts.documents,
             time.time,
         )
-        entry_node = EntryNode(identity.id, sockets.address, self._links.call, self._links.post)
+        entry_node = EntryNode(identity.id, sockets.address, self._links.call, self._links.post, self._membership.lost)
         self._entry = Entry(entry_node, Prompts(models, self._documents), self._planning, config.request_timeout_s, rng)
         self._stages = Stages(sockets.address, engine, self._links.post, self._entry)
+        self._losses = Losses(self._view, self._entry, self._stages, self._planning, self._membership.lost)
         self._pulse = Pulse(self._facts, self._load, engine.overdue_s)
         self._readiness = Readiness(self._view, models, self._entry)
         self._placing = Placing(config.layers, engine, models, capacity, self._facts, self._membership)
@@ -159,20 +161,6 @@ class Node:
             **({"server": self._server.statistics()} if self._server else {}),
         }
 
-    # --- what peers' fates mean here
-
-    def _on_link_lost(self, node: NodeId | None, address: Address | None, reason: str) -> None:
-        """A link ended. One that we dialled carried our requests: they go on elsewhere at once."""
-        proven = node is not None
-        if node is None:
-            node = next((peer.id for peer in self._view().peers.values() if peer.address == address), None)
-        if address is not None:
-            self._stages.link_lost(address, reason)
-            if node is not None:
-                self._entry.peer_gone(node, reason)
-        if node is not None:
-            self._membership.lost(node, proven=proven)
-
     def _on_member(self, event: MemberEvent) -> None:
         peer = self._view().peers.get(event.node)
         log.info(
@@ -183,13 +171,7 @@ class Node:
             cause=peer.cause if peer else "",
             restarted=event.restarted,
         )
-        if event.stalled:
-            self._entry.peer_gone(event.node, "stalled")  # what it computes for our clients goes on elsewhere
-        if event.down and event.node != self._identity.id:
-            reason = "restarted" if event.restarted else event.after.value
-            self._planning.forget(event.node)
-            self._entry.peer_gone(event.node, reason)
-            self._stages.peer_down(event.node)
+        self._losses.member_changed(event)
 
     # --- life
 
@@ -212,9 +194,9 @@ class Node:
     async def _start(self, nursery: trio.Nursery, announce: Callable[[str], None]) -> None:
         await nursery.start(self._links.run, self._sockets.listener)
         await nursery.start(self._membership.run)
-        self._facts.serve_http_at(f"http://{format_address(self._http_address)}")
+        self._facts.serve_http_at(f"http://{format_address(await reachable(self._http_address, self._config.join))}")
         self._membership.recall(self._known_peers.addresses())
-        await self._membership.join(list(self._config.join))
+        await self._join()
         await nursery.start(self._documents.run)
         await nursery.start(self._entry.run)
         nursery.start_soon(self._sweep)
@@ -222,6 +204,15 @@ class Node:
         self._server = await nursery.start(serve, self._app, [self._http_listener])
         announce(f"mesh node {self.name} up: {self._facts.now.http} gossip {format_address(self._sockets.address)}")
         nursery.start_soon(self._placing.run)
+
+    async def _join(self) -> None:
+        """A seed that is not up yet is tried again by itself: nodes may start in any order, and after any outage."""
+        try:
+            await self._membership.join(list(self._config.join))
+        except JoinFailed as error:
+            if error.refused:
+                raise
+            log.warning("node.alone", why=str(error))
 
     async def _sweep(self) -> None:
         while True:

@@ -65,15 +65,17 @@ class Prompts:
         if request.retrieval is not None and request.messages is not None:
             request, retrieved = await self._with_passages(request, model)
         tokens = await trio.to_thread.run_sync(encode, request, model)
-        _check_tokens(tokens, model, request)
+        if not tokens:
+            raise BadRequest("the prompt is empty: at least one token is needed", _prompt_field(request))
         room = model.card.max_model_len - len(tokens)
         if room < 1 or (request.max_tokens or 0) > room:
             raise BadRequest(
                 f"the context of {model.card.id} is {model.card.max_model_len} tokens; the prompt has {len(tokens)} and "
                 f"max_tokens asks for {request.max_tokens or 1} more; shorten the prompt or lower max_tokens",
-                "messages" if request.messages is not None else "prompt",
+                _prompt_field(request),
                 "context_length_exceeded",
             )
+        _check_vocabulary(tokens, model, request)
         seed = request.seed if request.seed is not None else SystemRandom().getrandbits(53)  # 53 bits: exact in JSON
         ends = () if request.sampling.ignore_eos else model.text.end_tokens
         sampling = msgspec.structs.replace(
@@ -94,7 +96,9 @@ class Prompts:
         question = str(asked["content"])
         result = await self._documents.search(request.retrieval.store, question, request.retrieval.top_k)
         budget_tokens = int(CONTEXT_SHARE * (model.card.max_model_len - (request.max_tokens or 0)))
-        context = build(question, result.passages, budget_tokens, lambda text: len(model.text.encode(text)))
+        context = await trio.to_thread.run_sync(
+            build, question, result.passages, budget_tokens, lambda text: len(model.text.encode(text))
+        )
         asked["content"] = context.prompt
         return replace(request, messages=tuple(messages)), replace(result, passages=context.passages)
 
@@ -108,13 +112,17 @@ def encode(request: GenerateRequest, model: ServedModel) -> tuple[int, ...]:
     return model.text.encode(request.prompt or "")
 
 
-def _check_tokens(tokens: tuple[int, ...], model: ServedModel, request: GenerateRequest) -> None:
-    param = "messages" if request.messages is not None else "prompt"
-    if not tokens:
-        raise BadRequest("the prompt is empty: at least one token is needed", param)
+def _prompt_field(request: GenerateRequest) -> str:
+    return "messages" if request.messages is not None else "prompt"
+
+
+def _check_vocabulary(tokens: tuple[int, ...], model: ServedModel, request: GenerateRequest) -> None:
+    """Raises BadRequest for a token id that the model does not have."""
     bad: Any = next((token for token in tokens if not 0 <= token < model.text.vocab_size), None)
     if bad is not None:
-        raise BadRequest(f"token {bad} is not in the vocabulary of {model.card.id} (0 to {model.text.vocab_size - 1})", param)
+        raise BadRequest(
+            f"token {bad} is not in the vocabulary of {model.card.id} (0 to {model.text.vocab_size - 1})", _prompt_field(request)
+        )
     for token in request.sampling.logit_bias:
         if not 0 <= token < model.text.vocab_size:
             raise BadRequest(f"token {token} is not in the vocabulary of {model.card.id}", "logit_bias")

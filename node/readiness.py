@@ -51,7 +51,10 @@ class Readiness:
                 return None
             if self._failure and trio.current_time() - self._failed_at < RETRY_S:
                 return self._failure
-            failure = await self._canary(complete[0])
+            for model in complete:  # one that answers is enough
+                failure = await self._canary(model)
+                if failure is None:
+                    break
             if failure is None:
                 self._proved = served
             self._failure, self._failed_at = failure or "", trio.current_time()

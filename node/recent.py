@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mesh.ids import NodeId, StreamId
-from node.generation import Generation, Phase, Stages
+from node.generation import Generation, Phase
+from node.generation_events import Stages
 
 REMEMBERED = 4096
 
@@ -34,12 +35,16 @@ class RequestRecord:
     generations: dict[int, Generation] = field(default_factory=dict)
     last_paths: dict[int, Stages] = field(default_factory=dict)
     why: list[dict[str, Any]] = field(default_factory=list)  # one entry a plan: candidates and scores
+    _final_state: str | None = None
+    _final_attempts: int = 1
 
     def path(self) -> list[dict[str, Any]]:
         stages = self.last_paths.get(0, ())
         return [{"node": stage.node, "start": stage.start, "end": stage.end} for stage in stages]
 
     def state(self) -> str:
+        if self._final_state is not None:
+            return self._final_state
         states = [_STATE[generation.phase] for generation in self.generations.values()]
         for state in ("running", "queued", "failed", "cancelled", "done"):
             if state in states:
@@ -48,8 +53,14 @@ class RequestRecord:
 
     @property
     def attempts(self) -> int:
-        """1 when undisturbed, one more for each path that was lost."""
-        return 1 + sum(len(generation.history) for generation in self.generations.values())
+        """1 when undisturbed, one more for each path that was lost; of several choices, that of the one that lost most."""
+        lost = (len(generation.history) for generation in self.generations.values())
+        return max(self._final_attempts, 1 + max(lost, default=0))
+
+    def close(self) -> None:
+        """The request has ended: what it held of its answer is let go, what became of it stays."""
+        self._final_state, self._final_attempts = self.state(), self.attempts
+        self.generations = {}
 
     def report(self) -> dict[str, Any]:
         """The body of `GET /mesh/requests/{id}`; nodes by their id."""
@@ -66,7 +77,7 @@ class RequestRecord:
 
 
 class RecentRequests:
-    """Found by stream id or by x-request-id (the newest of that name)."""
+    """Found by stream id, else by x-request-id (the newest of that name)."""
 
     def __init__(self) -> None:
         self._by_stream: OrderedDict[StreamId, RequestRecord] = OrderedDict()
@@ -82,5 +93,5 @@ class RecentRequests:
                 del self._by_request_id[oldest.request_id]
 
     def find(self, name: str) -> RequestRecord | None:
-        stream = self._by_request_id.get(name, StreamId(name))
-        return self._by_stream.get(stream)
+        known = self._by_stream.get(StreamId(name))  # a client chooses its x-request-id, but no stream's id
+        return known or self._by_stream.get(self._by_request_id.get(name, StreamId("")))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from random import Random
 
@@ -20,18 +20,18 @@ from mesh.errors import BadRequest, DeadlineExceeded, MeshError, PeerLost, Refus
 from mesh.ids import Address, NodeId
 from node.choice_text import ChoiceText
 from node.engine.api import OpenSequence, SequenceKey, SequenceLost
-from node.generation import (
+from node.generation import Generation, Phase
+from node.generation_events import (
     Cancelled,
     ClosePath,
+    Doubt,
     Effect,
     Emit,
     Event,
     Fail,
-    Generation,
     Opened,
     OpenPath,
     OpenRefused,
-    Phase,
     Plan,
     Planned,
     StageLost,
@@ -58,12 +58,14 @@ class EntryNode:
     address: Address
     call: Call
     post: Post
+    doubt: Callable[[NodeId], None] = lambda node: None  # has membership look at a peer now
 
 
 @dataclass(slots=True)
 class EntryCounters:
-    """Since the start."""
+    """Since the start; `speaking` as of now: requests of which a token has come."""
 
+    speaking: int = 0
     requests_total: int = 0
     succeeded_total: int = 0
     failed_total: int = 0
@@ -101,12 +103,9 @@ class RequestRun:
         self._woken = trio.Event()
         self._opening: dict[int, trio.CancelScope] = {}
         self._numerics: set[str] = set()
+        self._speaks = False
         # The reader may be slower than the mesh; what waits for it is bounded by the request's own max_tokens.
         self._events_in, self._events_out = trio.open_memory_channel[GenerateEvent | MeshError](math.inf)
-
-    @property
-    def has_tokens(self) -> bool:
-        return any(core.tokens for core in self._cores.values())
 
     # --- the client's side
 
@@ -169,6 +168,9 @@ class RequestRun:
                     open_nursery.start_soon(self._open, choice, effect, scope)
                 case ClosePath():
                     self._close(choice, effect)
+                case Doubt(nodes=nodes):
+                    for node in nodes:
+                        self._node.doubt(node)
                 case Emit():
                     self._on_token(choice, effect)
                 case Fail(error=error):
@@ -203,15 +205,15 @@ class RequestRun:
                 return
             node = next(stage.node for stage in effect.path if stage.address == failure.address)
             match failure.error:
-                case Refused() as refused:
+                case (Refused() | BadRequest()) as error:
                     self._post_close(choice, effect.attempt, effect.path)
                     self._planning.finished(self._key(choice, effect.attempt), ok=False)
-                    self.tell(choice, OpenRefused(effect.attempt, node, refused.retry_after_s))
+                    retry_after_s, fault = (error.retry_after_s, None) if isinstance(error, Refused) else (0.0, error)
+                    self.tell(choice, OpenRefused(effect.attempt, node, retry_after_s, fault))
                 case PeerLost() | DeadlineExceeded() as error:
-                    self.tell(choice, StageLost(effect.attempt, node, f"{node}: {error}"))
+                    self.tell(choice, StageLost(effect.attempt, node, f"{node}: {error}", unreachable=True))
                 case error:
-                    retryable = not isinstance(error, BadRequest)
-                    self.tell(choice, StageLost(effect.attempt, node, str(error), retryable, error))
+                    self.tell(choice, StageLost(effect.attempt, node, str(error)))
 
     def _open_stage(self, choice: int, effect: OpenPath, index: int) -> OpenStage:
         stage, prompt = effect.path[index], self._prompt
@@ -263,6 +265,9 @@ class RequestRun:
         self._events_in.send_nowait(event)
 
     def _on_token(self, choice: int, emit: Emit) -> None:
+        if not self._speaks:
+            self._speaks = True
+            self._counters.speaking += 1
         self._counters.tokens_total += 1
         out = self._texts[choice].feed(emit)
         if out.text or out.token_ids:
@@ -271,13 +276,15 @@ class RequestRun:
         if out.finish_reason is not None:
             self.record.seq += len(out.end_token_ids)
             self._send(ChoiceDone(choice, out.finish_reason, self.record.seq, out.end_token_ids))
-            self.tell(choice, StopFound())  # changes nothing where the engine ended it
+            # Before the tokens that may wait behind this one; changes nothing where the engine ended it.
+            self._inbox.appendleft((choice, StopFound()))
 
     def _fail(self, error: MeshError) -> None:
         self._send(error)
         self.tell_all(Cancelled())
 
     def _finish(self) -> None:
+        self._counters.speaking -= self._speaks
         phases = {core.phase for core in self._cores.values()}
         if phases == {Phase.DONE}:
             self._counters.succeeded_total += 1
@@ -288,6 +295,7 @@ class RequestRun:
             self._counters.cancelled_total += 1
             self._send(Refused("the request was cancelled", 0.0))
         self._events_in.close()
+        self.record.close()
 
     def _finished(self) -> Finished:
         return Finished(

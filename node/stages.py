@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Annotated, Literal, Protocol
 
 import msgspec
 import structlog
 import trio
+from msgspec import Meta
 
 from mesh.calls import Call, Header, Post, Reply
 from mesh.errors import BadRequest, MeshError, PeerLost, RemoteError
@@ -26,6 +27,22 @@ IDLE_S = 120.0  # a sequence that nothing came for: its close was lost with a li
 CLOSED_REMEMBERED = 8192  # an open that was overtaken by its close must find it here; seconds of requests
 
 log = structlog.get_logger()
+
+# Rows of one-way frames, as peers may send them: types and ranges are checked before anything believes them.
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Key = tuple[StreamId, Count, Count]  # stream, choice, attempt
+HiddenRow = tuple[StreamId, Count, Count, Count, Annotated[int, Meta(ge=1, le=2**31 - 1)], Count]  # key, position, count, bytes
+Top = tuple[tuple[Count, float], ...]
+TokenRow = tuple[StreamId, Count, Count, Count, Count, Literal["stop", "length"] | None, float | None, Top]
+
+
+class LostStage(msgspec.Struct, frozen=True):
+    """The frame `stage.lost`. `address`: of the stage to blame; None: not known."""
+
+    key: Key
+    reason: str
+    retryable: bool
+    address: Address | None
 
 
 class OpenStage(msgspec.Struct, frozen=True):
@@ -172,35 +189,32 @@ class Stages:
 
     def _on_hidden(self, sender: NodeId, header: Header, tail: bytes) -> None:
         offset = 0
-        for stream, choice, attempt, position, count, size_bytes in header["rows"]:
-            if not (type(size_bytes) is int and 0 <= size_bytes <= len(tail) - offset):
+        for stream, choice, attempt, position, count, size_bytes in msgspec.convert(header["rows"], list[HiddenRow]):
+            if size_bytes > len(tail) - offset:
                 raise RemoteError(sender, "activations shorter than their header says")
-            key = SequenceKey(StreamId(stream), choice, attempt)
+            key = SequenceKey(stream, choice, attempt)
             data = tail[offset : offset + size_bytes]
             offset += size_bytes
-            if key in self._routes and type(position) is int and type(count) is int and count > 0:
+            if key in self._routes:
                 self._engine.push(key, position, count, data)
             else:
                 self._counters.rejected_rows_total += 1
 
     def _on_tokens(self, sender: NodeId, header: Header, tail: bytes) -> None:
-        for stream, choice, attempt, position, token, finish, logprob, top in header["tokens"]:
-            key = SequenceKey(StreamId(stream), choice, attempt)
+        for stream, choice, attempt, position, token, finish, logprob, top in msgspec.convert(header["tokens"], list[TokenRow]):
+            key = SequenceKey(stream, choice, attempt)
             route = self._routes.get(key)
             if route is not None and route.sequence.start == 0 and route.next_address is not None and finish is None:
                 self._engine.token(key, position, token)
-            self._sink.token(TokenOut(key, position, token, finish, logprob, tuple((t, p) for t, p in top)))
+            self._sink.token(TokenOut(key, position, token, finish, logprob, top))
 
     def _on_lost(self, sender: NodeId, header: Header, tail: bytes) -> None:
-        stream, choice, attempt = header["key"]
-        key = SequenceKey(StreamId(stream), choice, attempt)
-        blamed = header["address"]
-        address = None if blamed is None else (str(blamed[0]), int(blamed[1]))
-        self._sink.lost(SequenceLost(key, str(header["reason"])[:500], bool(header["retryable"])), address)
+        lost = msgspec.convert(header, LostStage)
+        self._sink.lost(SequenceLost(SequenceKey(*lost.key), lost.reason[:500], lost.retryable), lost.address)
 
     def _on_close(self, sender: NodeId, header: Header, tail: bytes) -> None:
-        for stream, choice, attempt in header["keys"]:
-            self.close(SequenceKey(StreamId(stream), choice, attempt))
+        for key in msgspec.convert(header["keys"], list[Key]):
+            self.close(SequenceKey(*key))
 
     # --- what ends a sequence
 
@@ -215,16 +229,23 @@ class Stages:
         while len(self._closed) > CLOSED_REMEMBERED:
             self._closed.popitem(last=False)
 
-    def peer_down(self, node: NodeId) -> None:
-        """Frees what was computed for an entry node that is gone."""
-        for key in [key for key, route in self._routes.items() if route.entry == node]:
-            self.close(key)
+    def entry_lost(self, node: NodeId, reason: str) -> None:
+        """The entry `node` is gone, or its opens and closes may have been lost: what was computed for it is freed.
+
+        It is told, for it may only have slept, or its link alone have broken.
+        """
+        for key, route in [(key, route) for key, route in self._routes.items() if route.entry == node]:
+            self._engine.close(key)
+            self._give_up(route, SequenceLost(key, f"its stage lost the entry: {reason}"), None)
 
     def link_lost(self, address: Address, reason: str) -> None:
-        """A link broke: sequences whose next or first stage was behind it are given up here."""
-        self._lose(
-            {key for key, route in self._routes.items() if address in (route.next_address, route.first_address)}, address, reason
-        )
+        """A link broke: sequences whose activations or tokens went over it are given up here."""
+        over = {
+            key
+            for key, route in self._routes.items()
+            if address in (route.next_address, route.first_address, route.entry_address)
+        }
+        self._lose(over, address, reason)
 
     def sweep(self, now: float) -> None:
         """Frees sequences that nothing has come for since `IDLE_S`."""

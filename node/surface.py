@@ -100,5 +100,5 @@ class Surface:
             rows += vectors.tolist()
         return rows
 
-    def count_embed_tokens(self, texts: list[str]) -> int:
-        return sum(self._embedder.count_tokens(texts))
+    async def count_embed_tokens(self, texts: list[str]) -> int:
+        return sum(await trio.to_thread.run_sync(self._embedder.count_tokens, texts, limiter=self._embedding))

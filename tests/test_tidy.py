@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("mesh", "membership", "routing", "rag", "node", "cli", "bench")
+PACKAGES = ("mesh", "membership", "routing", "rag", "node", "cli", "bench", "tools")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 70

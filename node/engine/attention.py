@@ -23,9 +23,11 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from node.engine.kvcache import STRETCH, SequenceKV
+from node.engine.blocks import BLOCK_TOKENS
+from node.engine.kvcache import STRETCH, SequenceKV, Slab
 
 NAME = "mesh"
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # what SDPA would choose, at less cost
 ROW_QUANTUM = 8
 
 
@@ -48,12 +50,75 @@ class Tile:
     kv: SequenceKV
     first: int
     length: int
-    mask: torch.Tensor  # [1, 1, 1 or padded rows, length]: 0 where a row may look, else minus infinity
+    position: int
+    mask: torch.Tensor | None = None  # [1, 1, 1 or padded rows, length]: 0 where a row may look, else minus infinity
+
+
+@dataclass(slots=True)
+class Neighbours:
+    """Decoding rows, a row a sequence, whose keys lie in neighbouring slots of a slab; or one whose keys lie elsewhere."""
+
+    tiles: list[Tile]
+    mask: torch.Tensor  # [tiles, 1, 1, length]
+
+    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of keys and values `[tiles, kv_heads, length, dim]`."""
+        tile = self.tiles[0]
+        place = tile.kv.place
+        if len(self.tiles) == 1 or place is None:
+            return tile.kv.read(layer, tile.first, tile.length)
+        return place.slab.read(layer, place.slot, len(self.tiles), tile.first, tile.length)
+
+
+@dataclass(slots=True)
+class Reading:
+    """How the rows of a batch look at what is stored, for all layers with the same window."""
+
+    decoding: list[Neighbours]
+    decoding_rows: slice | torch.Tensor  # in the order of `decoding`
+    decoding_count: int
+    prefilling: list[Tile]
+    workspace: Workspace | None = None
+
+
+class Workspace:
+    """Tensors and views that all layers with the same window and shapes use one after the other.
+
+    Making them anew in each layer cost a twentieth of a step at batch 1: a view takes 5 to 10 microseconds once a
+    matrix product has swept the caches.
+    """
+
+    def __init__(self, reading: Reading, q: torch.Tensor, kv_heads: int) -> None:
+        heads, dim = q.shape[1:]
+        shared, count = heads // kv_heads, reading.decoding_count
+        self.shape = q.shape
+        self.kv_heads = kv_heads
+        self.out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        stacked = q.new_zeros(count, kv_heads, padded(shared, ROW_QUANTUM), dim)
+        self.queries = stacked[:, :, :shared]
+        at = reading.decoding_rows
+        self.answers = self.out[at].view(count, kv_heads, shared, dim) if isinstance(at, slice) else None
+        self.runs: list[tuple[Neighbours, torch.Tensor, torch.Tensor | None]] = []
+        row = 0
+        for near in reading.decoding:
+            rows = slice(row, row + len(near.tiles))
+            self.runs.append((near, stacked[rows], None if self.answers is None else self.answers[rows]))
+            row += len(near.tiles)
+
+
+@dataclass(slots=True)
+class Writing:
+    """Decoding rows that share a slab: their new keys and values are stored by one call."""
+
+    slab: Slab
+    rows: slice | torch.Tensor
+    slots: torch.Tensor
+    positions: torch.Tensor
 
 
 @dataclass(slots=True)
 class PackedBatch:
-    """What the layers of one forward share. `layer` is set by the layer slots as the forward goes along."""
+    """What the layers of one forward share. `layer` is set as the forward goes along."""
 
     segments: list[Segment]
     start: int
@@ -61,16 +126,86 @@ class PackedBatch:
     hidden: torch.Tensor | None = None  # [1, rows, hidden]: what stands before layer `start`
     captured: torch.Tensor | None = None  # [1, rows, hidden]: what came out of layer `end - 1`
     layer: int = -1
-    tiles: dict[int, tuple[list[Tile], list[Tile]]] = field(default_factory=dict)
+    shared: list[Writing] = field(default_factory=list)
+    apart: list[Segment] = field(default_factory=list)
+    readings: dict[int, Reading] = field(default_factory=dict)
 
-    def tiles_for(self, window: int, dtype: torch.dtype) -> tuple[list[Tile], list[Tile]]:
-        """One-row tiles and longer ones; made once for all layers with the same window (0: none)."""
-        made = self.tiles.get(window)
+    def __post_init__(self) -> None:
+        by_slab: dict[int, list[Segment]] = {}
+        for segment in self.segments:
+            end = segment.position + segment.count
+            segment.kv.expect(end)
+            if segment.count == 1 and segment.kv.in_slab and end <= BLOCK_TOKENS and segment.kv.place is not None:
+                by_slab.setdefault(id(segment.kv.place.slab), []).append(segment)
+            else:
+                self.apart.append(segment)
+        for together in by_slab.values():
+            places = [segment.kv.place for segment in together if segment.kv.place is not None]
+            self.shared.append(
+                Writing(
+                    places[0].slab,
+                    row_index([segment.row for segment in together]),
+                    torch.tensor([place.slot for place in places]),
+                    torch.tensor([segment.position for segment in together]),
+                )
+            )
+
+    def write(self, kv: torch.Tensor) -> None:
+        """Stores this layer's `[rows, 2, kv_heads, dim]`."""
+        for writing in self.shared:
+            writing.slab.put(self.layer, (writing.slots, writing.positions), kv[writing.rows])
+        for segment in self.apart:
+            segment.kv.write(self.layer, segment.position, kv[segment.row : segment.row + segment.count])
+
+    def reading(self, window: int, dtype: torch.dtype) -> Reading:
+        """Made once for all layers with the same window (0: none)."""
+        made = self.readings.get(window)
         if made is None:
-            tiles = [tile for segment in self.segments for tile in _cut(segment, window, dtype)]
-            made = [tile for tile in tiles if tile.count == 1], [tile for tile in tiles if tile.count > 1]
-            self.tiles[window] = made
+            tiles = [tile for segment in self.segments for tile in _cut(segment, window)]
+            singles = sorted((tile for tile in tiles if tile.count == 1), key=_neighbourhood)
+            longer = [tile for tile in tiles if tile.count > 1]
+            for tile in longer:
+                tile.mask = _mask([tile.position - tile.first], tile.count, tile.length, window, dtype)
+            decoding = [_neighbours(run, window, dtype) for run in _runs(singles)]
+            made = Reading(decoding, row_index([tile.row for tile in singles]), len(singles), longer)
+            self.readings[window] = made
         return made
+
+
+def row_index(rows: list[int]) -> slice | torch.Tensor:
+    """A slice, which copies nothing, where the rows stand in one piece and in order."""
+    if rows and rows == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return torch.tensor(rows, dtype=torch.long)
+
+
+def _neighbourhood(tile: Tile) -> tuple[int, int, int, int]:
+    place = tile.kv.place
+    if place is None or not tile.kv.in_slab:
+        return 0, tile.row, 0, 0
+    return id(place.slab), tile.first, tile.length, place.slot
+
+
+def _runs(singles: list[Tile]) -> Iterator[list[Tile]]:
+    """Splits decoding rows where the next one's keys are no neighbour of the last one's."""
+    run: list[Tile] = []
+    before: tuple[int, int, int, int] | None = None
+    for tile in singles:
+        here = _neighbourhood(tile)
+        if run and (here[0] == 0 or before != (*here[:3], here[3] - 1)):
+            yield run
+            run = []
+        run.append(tile)
+        before = here
+    if run:
+        yield run
+
+
+def _neighbours(run: list[Tile], window: int, dtype: torch.dtype) -> Neighbours:
+    mask = _mask([tile.position - tile.first for tile in run], 1, run[0].length, window, dtype)
+    for number, tile in enumerate(run):
+        tile.mask = mask[number : number + 1]
+    return Neighbours(run, mask)
 
 
 _thread = threading.local()  # load's self-check runs beside the engine thread
@@ -85,27 +220,29 @@ def padded(tokens: int, quantum: int) -> int:
     return -(-tokens // quantum) * quantum
 
 
-def _cut(segment: Segment, window: int, dtype: torch.dtype) -> Iterator[Tile]:
+def _cut(segment: Segment, window: int) -> Iterator[Tile]:
     position, end = segment.position, segment.position + segment.count
     while position < end:
         stretch = position // STRETCH * STRETCH
         upto = min(end, stretch + STRETCH)
         first = max(0, stretch - window + 1) // STRETCH * STRETCH if window else 0
-        length = stretch + STRETCH - first
-        mask = _mask(position - first, upto - position, length, window, dtype)
-        yield Tile(segment.row + position - segment.position, upto - position, segment.kv, first, length, mask)
+        row = segment.row + position - segment.position
+        yield Tile(row, upto - position, segment.kv, first, stretch + STRETCH - first, position)
         position = upto
 
 
-def _mask(position: int, count: int, length: int, window: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows past `count` (padding) copy the last one; a single row serves all of its copies."""
+def _mask(positions: list[int], count: int, length: int, window: int, dtype: torch.dtype) -> torch.Tensor:
+    """`[tiles, 1, rows, length]` for tiles of `count` rows that begin at `positions` of their keys.
+
+    Rows past `count` (padding) copy the last one; a single row serves all of its copies.
+    """
     tall = padded(count, ROW_QUANTUM) if count > 1 else 1
-    rows = torch.arange(position, position + tall).clamp_(max=position + count - 1)[:, None]
-    columns = torch.arange(length)[None]
+    rows = torch.tensor(positions)[:, None, None, None] + torch.arange(tall).clamp_(max=count - 1)[:, None]
+    columns = torch.arange(length)
     hidden = columns > rows
     if window:
         hidden |= columns <= rows - window
-    return torch.zeros(1, 1, tall, length, dtype=dtype).masked_fill_(hidden, float("-inf"))
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
 
 
 def mesh_attention(
@@ -125,24 +262,42 @@ def mesh_attention(
 
     Returns `[1, rows, heads, value_dim]`. Rows outside every segment come out as zeros.
     """
-    batch: PackedBatch = _thread.batch
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     value_dim = value.shape[-1]
-    query, key, value = _equal_dims(query, key, value)
-    kv = torch.cat((key, value))  # [2, kv_heads, rows, dim]
-    for segment in batch.segments:
-        segment.kv.write(batch.layer, segment.position, kv.narrow(2, segment.row, segment.count))
-    singles, longer = batch.tiles_for(sliding_window or 0, query.dtype)
-    heads, rows, dim = query.shape[1:]
-    out = query.new_zeros(rows, heads, dim)
-    if softcap or s_aux is not None:
-        for tile in (*singles, *longer):
-            _attend_plainly(batch.layer, tile, query[0], scale, softcap, s_aux, out)
-    else:
-        _attend_singles(batch.layer, singles, query[0], kv.shape[1], scale, out)
-        for tile in longer:
-            _attend_rows(batch.layer, tile, query, kv.shape[1], scale, out)
+    rows = [side[0].transpose(0, 1) for side in _equal_dims(query, key, value)]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = attend(_thread.batch, rows[0], torch.cat(rows[1:], 1), scale, sliding_window or 0, softcap, s_aux)
     return out[None, ..., :value_dim], None
+
+
+def attend(
+    batch: PackedBatch,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Stores `kv` `[rows, 2 * kv_heads, dim]` (keys, then values), then answers `q` `[rows, heads, dim]` in its own shape.
+
+    Rows outside every segment come out as zeros. The answer is good until the next layer's.
+    """
+    kv_heads = kv.shape[1] // 2
+    batch.write(kv.view(-1, 2, kv_heads, kv.shape[2]))
+    reading = batch.reading(window, q.dtype)
+    if softcap or sinks is not None:
+        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        for tile in [*(tile for near in reading.decoding for tile in near.tiles), *reading.prefilling]:
+            _attend_plainly(batch.layer, tile, q.transpose(0, 1), scale, softcap, sinks, out)
+        return out
+    space = reading.workspace
+    if space is None or space.shape != q.shape or space.kv_heads != kv_heads:
+        space = reading.workspace = Workspace(reading, q, kv_heads)
+    if reading.decoding:
+        _attend_decoding(batch.layer, reading, space, q, scale)
+    for tile in reading.prefilling:
+        _attend_prefilling(batch.layer, tile, q, kv_heads, scale, space.out)
+    return space.out
 
 
 def _equal_dims(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -151,28 +306,28 @@ def _equal_dims(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [tensor if tensor.shape[-1] == widest else F.pad(tensor, (0, widest - tensor.shape[-1])) for tensor in tensors]
 
 
-def _attend_singles(layer: int, tiles: list[Tile], q: torch.Tensor, kv_heads: int, scale: float, out: torch.Tensor) -> None:
-    """Decoding rows: `q` `[heads, rows, dim]`, the heads of each KV head stacked as rows."""
-    if not tiles:
-        return
-    heads, _, dim = q.shape
-    shared = heads // kv_heads
-    first = tiles[0].row
-    together = tiles[-1].row - first + 1 == len(tiles)  # as when all decode: views, no copies
-    rows = slice(first, first + len(tiles)) if together else torch.tensor([tile.row for tile in tiles])
-    stacked = q.new_zeros(len(tiles), kv_heads, padded(shared, ROW_QUANTUM), dim)
-    stacked[:, :, :shared] = q[:, rows].transpose(0, 1).reshape(len(tiles), kv_heads, shared, dim)
-    answers = []
-    for tile, queries in zip(tiles, stacked.split(1)):
-        keys, values = tile.kv.read(layer, tile.first, tile.length)
-        answers.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=tile.mask, scale=scale))
-    out[rows] = torch.cat(answers)[:, :, :shared].reshape(len(tiles), heads, dim)
+def _attend_decoding(layer: int, reading: Reading, space: Workspace, q: torch.Tensor, scale: float) -> None:
+    """The decoding rows' answers; the heads of each KV head are stacked as rows."""
+    rows = reading.decoding_rows
+    space.queries.copy_(q[rows].view(space.queries.shape))
+    apart = []
+    for near, queries, target in space.runs:
+        keys, values = near.read(layer)
+        answer = _flash(queries, keys, values, 0.0, False, attn_mask=near.mask, scale=scale)[0]
+        answer = answer[:, :, : space.queries.shape[2]]
+        if target is None:
+            apart.append(answer)
+        else:
+            target.copy_(answer)
+    if apart:
+        space.out[rows] = torch.cat(apart).reshape(-1, *q.shape[1:])
 
 
-def _attend_rows(layer: int, tile: Tile, q: torch.Tensor, kv_heads: int, scale: float, out: torch.Tensor) -> None:
-    """Prefilling rows: `q` `[1, heads, rows, dim]`."""
+def _attend_prefilling(layer: int, tile: Tile, q: torch.Tensor, kv_heads: int, scale: float, out: torch.Tensor) -> None:
+    """The rows of one tile; `q` `[rows, heads, dim]`."""
+    assert tile.mask is not None
     heads = q.shape[1]
-    queries = F.pad(q[:, :, tile.row : tile.row + tile.count], (0, 0, 0, tile.mask.shape[2] - tile.count))
+    queries = F.pad(q[tile.row : tile.row + tile.count].transpose(0, 1), (0, 0, 0, tile.mask.shape[2] - tile.count))[None]
     keys, values = tile.kv.read(layer, tile.first, tile.length)
     answer = F.scaled_dot_product_attention(queries, keys, values, attn_mask=tile.mask, scale=scale, enable_gqa=heads > kv_heads)
     out[tile.row : tile.row + tile.count] = answer[0, :, : tile.count].transpose(0, 1)
@@ -182,6 +337,7 @@ def _attend_plainly(
     layer: int, tile: Tile, q: torch.Tensor, scale: float, softcap: float | None, sinks: torch.Tensor | None, out: torch.Tensor
 ) -> None:
     """Capped scores or sinks: `q` `[heads, rows, dim]`; each product is `[heads, 8, dim]` by `[heads, dim, 128]` or back."""
+    assert tile.mask is not None
     heads = q.shape[0]
     keys, values = (side[0].repeat_interleave(heads // side.shape[1], 0) for side in tile.kv.read(layer, tile.first, tile.length))
     keys = keys.transpose(-1, -2)

@@ -67,6 +67,8 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     model_class = _model_class(directory, config)
     _refuse_what_cannot_be_exact(directory, config)
     files = _weight_files(directory)
+    for path in files:
+        _refuse_cut_short(path)
     layers, longest = config.num_hidden_layers, _longest(config)
     return Checkpoint(
         directory=directory,
@@ -173,6 +175,19 @@ def read_header(path: Path) -> bytes:
         return file.read(size)
 
 
+def _refuse_cut_short(path: Path) -> None:
+    """A download that broke off has a whole header and part of the data: known before anything is loaded."""
+    header = read_header(path)
+    try:
+        tensors = json.loads(header).items()
+        data_bytes = max((tensor["data_offsets"][1] for name, tensor in tensors if name != "__metadata__"), default=0)
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise _refusal(f"the header of {path.name} is damaged; download it again") from None
+    expected, found = 8 + len(header) + data_bytes, path.stat().st_size
+    if found < expected:
+        raise _refusal(f"{path.name} is cut short: expected {expected} bytes, it has {found}; download it again")
+
+
 def _stored_dtype(config: PretrainedConfig, first_file: Path) -> torch.dtype:
     named = getattr(config, "dtype", None)
     if isinstance(named, torch.dtype):
@@ -186,7 +201,10 @@ def _stored_dtype(config: PretrainedConfig, first_file: Path) -> torch.dtype:
 def _end_ids(directory: Path, config: PretrainedConfig) -> frozenset[int]:
     ids = getattr(config, "eos_token_id", None)
     if (directory / "generation_config.json").is_file():
-        ids = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id or ids
+        try:
+            ids = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id or ids
+        except (OSError, ValueError, TypeError) as error:
+            raise _refusal(f"the generation config of {directory.name} cannot be read: {str(error)[:200]}") from None
     return frozenset(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
 
 

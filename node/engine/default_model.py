@@ -1,9 +1,10 @@
-"""The default model `mesh-demo`: small, of random weights, made on the spot, the same bytes on every machine.
+"""The default model `mesh-demo`: small; trained if the package ships it trained, else of random weights made on the spot.
 
-It lets anyone try the mesh with nothing to download: Llama-shaped, 6 layers, 256 wide. It has learned nothing, so its
-answers are noise; what it shows is the mesh. The weights come from Philox counters by integer arithmetic and one
-exact scaling, so no CPU's rounding can make two nodes differ. The tokenizer, a byte-level BPE of 2,048 tokens,
-was trained once on the docstrings of CPython 3.11's standard library (PSF licence) and is part of the package.
+`python -m tools.default_model.train` trains one; its directory, put into the package as `TRAINED`, is what everybody gets then.
+The random one lets anyone try the mesh with nothing to download: Llama-shaped, 6 layers, 256 wide. It has learned nothing, so
+its answers are noise; what it shows is the mesh. Its weights are the same bytes on every machine: Philox counters, integer
+arithmetic and one exact scaling, so no CPU's rounding can make two nodes differ. Its tokenizer, a byte-level BPE of 2,048
+tokens, was trained once on the docstrings of CPython 3.11's standard library (PSF licence) and is part of the package.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
-MODEL_ID = "mesh-demo"
+from node.engine.default_shape import LAYERS, MAX_MODEL_LEN, MODEL_ID
+
 SEED = 20_261_121
 END_OF_TEXT, TURN_START, TURN_END = 0, 1, 2  # token numbers in tokenizer.json
 SOURCE = Path(__file__).with_name("mesh_demo")
+TRAINED = SOURCE / "trained"
 
 CHAT_TEMPLATE = """\
 {%- if tools %}{{ '<|im_start|>system\\n' }}
@@ -39,8 +42,13 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 
-def ensure_default_model(cache_dir: Path) -> Path:
-    """The model's directory under `cache_dir`, made first if it is not there; takes about a second.
+def ensure_default_model(cache_dir: Path, trained: Path = TRAINED) -> Path:
+    """The trained model's directory where the package has one, else the random one's under `cache_dir`."""
+    return trained if (trained / "config.json").is_file() else ensure_random_model(cache_dir)
+
+
+def ensure_random_model(cache_dir: Path) -> Path:
+    """The directory of the random model under `cache_dir`, made first if it is not there; takes about a second.
 
     Several nodes may do this at once: each writes aside and renames, and the first one's directory stays.
     """
@@ -67,10 +75,10 @@ def _config() -> LlamaConfig:
         vocab_size=2048,
         hidden_size=256,
         intermediate_size=704,
-        num_hidden_layers=6,
+        num_hidden_layers=LAYERS,
         num_attention_heads=8,
         num_key_value_heads=4,
-        max_position_embeddings=4096,
+        max_position_embeddings=MAX_MODEL_LEN,
         rms_norm_eps=1e-5,
         bos_token_id=END_OF_TEXT,
         eos_token_id=TURN_END,

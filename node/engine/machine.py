@@ -12,7 +12,7 @@ import torch
 
 from node.engine.linear import KERNELS, Kernel
 
-RULES_VERSION = 1  # of the exactness rules: rows in buckets, query rows by 8, KV by 512, rounding of the sampler
+RULES_VERSION = 2  # of the exactness rules: rows in buckets, query rows by 8, KV by 128, rounding of the sampler, lean layers
 DECISIVE = 1.5  # a timing overrules the rule of thumb only by this factor: two nodes of one kind must choose alike
 WORTH_TIMING_BYTES = 8 << 20  # smaller layers live in caches, where timings say little and matter less
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 from node.engine.attention import Segment
-from node.engine.kvcache import SequenceKV
 from node.engine.stage import Stage
 
 PROBE_TOKENS = 41  # neither a multiple of 8 nor of any bucket
@@ -25,7 +24,7 @@ class Probe:
         self.stage = stage
         self.ids = torch.randint(0, checkpoint.vocab_size, (count,), generator=numbers).tolist() if stage.start == 0 else None
         self.hidden = torch.randn(count, checkpoint.hidden_size, generator=numbers) if stage.start else None
-        self.kv = SequenceKV()
+        self.kv = stage.sequence()
         self.done = 0
 
     def take(self, count: int) -> tuple[list[int] | None, torch.Tensor | None, range]:

@@ -23,6 +23,8 @@ from torch import nn
 from mesh.errors import BadRequest
 from node.engine.attention import NAME, PackedBatch, Segment, set_batch
 from node.engine.checkpoint import KNOWN_GOOD, Checkpoint
+from node.engine.kvcache import KVStore, SequenceKV
+from node.engine.lean import Lean, lean_form
 from node.engine.linear import (
     BUCKETS,
     Kernel,
@@ -133,6 +135,8 @@ class Stage:
         self.parameters = sum(tensor.numel() for tensor in self.model.parameters())
         self._base = getattr(self.model, self.model.base_model_prefix)
         self._slots = find_layers(self._base, self.layers)
+        self.lean: Lean | None = None
+        self._store = KVStore()
         self._running: PackedBatch | None = None
         for number in range(start, end):
             layer = self._slots[number]
@@ -151,6 +155,10 @@ class Stage:
             return out
 
         return forward
+
+    def sequence(self) -> SequenceKV:
+        """Keys and values of a new sequence."""
+        return SequenceKV(self._store)
 
     @torch.inference_mode()
     def forward(
@@ -171,28 +179,51 @@ class Stage:
         """
         rows = len(positions)
         bucket = bucket_for(rows, self.buckets)
-        inputs: dict[str, Any] = {
-            "position_ids": torch.tensor([[*positions, *[0] * (bucket - rows)]]),
-            "use_cache": False,
-        }
+        where = torch.tensor([*positions, *[0] * (bucket - rows)])
+        tokens = None if ids is None else torch.tensor([*ids, *[0] * (bucket - rows)])
         taken = None
-        if ids is not None:
-            inputs["input_ids"] = torch.tensor([[*ids, *[0] * (bucket - rows)]])
+        if hidden is not None:
+            hidden = hidden.to(self.kernel.dtype)
+            taken = F.pad(hidden, (0, 0, 0, bucket - rows)) if bucket > rows else hidden
+        wanted = None
+        if end == self.layers and logits_at:
+            short = bucket_for(len(logits_at), self.buckets) - len(logits_at)
+            wanted = torch.tensor([*logits_at, *[logits_at[-1]] * short])
+        if self.lean is None:
+            out = self._through_the_model(segments, start, end, where, tokens, taken, wanted)
         else:
-            assert hidden is not None
-            taken = F.pad(hidden.to(self.kernel.dtype), (0, 0, 0, bucket - rows))[None]
-            inputs["inputs_embeds"] = taken
-        batch = PackedBatch(segments, start, end, taken)
+            batch = PackedBatch(segments, start, end)
+            entering = self.lean.embed(tokens) if tokens is not None else taken
+            assert entering is not None
+            out = self.lean.run(batch, entering, where)
+            if wanted is not None:
+                out = self.lean.logits(out if bucket == len(wanted) and rows == len(logits_at) else out[wanted])
+        return out[:rows] if wanted is None else out[: len(logits_at)]
+
+    def _through_the_model(
+        self,
+        segments: list[Segment],
+        start: int,
+        end: int,
+        where: torch.Tensor,
+        tokens: torch.Tensor | None,
+        taken: torch.Tensor | None,
+        wanted: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`forward` by the model's own code; the rows fill a bucket, and come out with its padding."""
+        inputs: dict[str, Any] = {"position_ids": where[None], "use_cache": False}
+        hidden = None if taken is None else taken[None]
+        inputs |= {"input_ids": tokens[None]} if tokens is not None else {"inputs_embeds": hidden}
+        batch = PackedBatch(segments, start, end, hidden)
         self._running = batch
         set_batch(batch)
         try:
-            if end < self.layers or not logits_at:
-                self._base(**inputs)
-                assert batch.captured is not None
-                return batch.captured[0, :rows]
-            short = bucket_for(len(logits_at), self.buckets) - len(logits_at)
-            wanted = torch.tensor([*logits_at, *[logits_at[-1]] * short])
-            return self.model(**inputs, logits_to_keep=wanted).logits[0, : len(logits_at)].float()
+            if wanted is not None:
+                logits: torch.Tensor = self.model(**inputs, logits_to_keep=wanted).logits[0]
+                return logits.float()
+            self._base(**inputs)
+            assert batch.captured is not None
+            return batch.captured[0]
         finally:
             self._running = None
             set_batch(None)
@@ -245,6 +276,7 @@ class Stage:
             packed.buckets = agreed
         if self.start > 0 and not isinstance(self.model.get_input_embeddings(), AbsentEmbedding):
             self.model.set_input_embeddings(AbsentEmbedding())  # a tied head's: packed now, and never looked up here
+        self.lean = lean_form(self.model, self._base, self._slots, self.start, self.end)
 
     def _agreed(self, layers: list[PackedLinear], buckets: tuple[int, ...]) -> tuple[int, ...]:
         """The buckets on which one layer of each shape agrees."""
@@ -252,7 +284,8 @@ class Stage:
         for packed in layers:
             if (packed.in_features, packed.out_features) not in tried:
                 tried.add((packed.in_features, packed.out_features))
-                buckets = agreeing_buckets(packed.product, packed.in_features, self.kernel.dtype, buckets)
+                for product in (packed.product, packed.twice):
+                    buckets = agreeing_buckets(product, packed.in_features, self.kernel.dtype, buckets)
         if not buckets:
             raise ValueError(f"{self.kernel.name} gives a row other bits for every number of rows beside it")
         return buckets

@@ -244,7 +244,7 @@ class TorchEngine:
         received: list[torch.Tensor] = []
         logits_at: list[int] = []
         for piece in plan.pieces:
-            kv = self._kv.setdefault(piece.row.key, SequenceKV())
+            kv = self._kv.get(piece.row.key) or self._kv.setdefault(piece.row.key, loaded.stage.sequence())
             segments.append(Segment(len(positions), piece.count, piece.position, kv))
             positions += range(piece.position, piece.position + piece.count)
             ids += piece.tokens

@@ -6,13 +6,13 @@ contract's error form. It is the one place in HTTP that goes on after any except
 
 from __future__ import annotations
 
-import logging
 import re
 import secrets
 import traceback
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+import structlog
 from starlette.requests import Request
 from starlette.routing import Route as StarletteRoute
 from starlette.routing import Router
@@ -26,7 +26,7 @@ from node.http.exchange import App, Message, Receive, Send
 from node.http.site import Endpoint, HttpStatistics, Json, Route, Site
 from node.services import NodeServices
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger()
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,200}")
 
@@ -102,7 +102,7 @@ class NodeApp:
             self._site.counts.failures += 1
             # Where, not what: a message or a traceback's values may hold a prompt.
             where = "".join(traceback.format_tb(error.__traceback__)[-4:])
-            log.error("http.request_failed id=%s path=%s error=%s at\n%s", request_id, scope["path"], type(error).__name__, where)
+            log.error("http.request_failed", id=request_id, path=scope["path"], error=type(error).__name__, where=where)
         if outward.started and isinstance(error, PeerLost):
             return  # cut, not ended: another node may go on with it
         try:

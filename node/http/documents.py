@@ -38,7 +38,7 @@ async def embed(site: Site, request: Request) -> App:
         {"object": "embedding", "index": index, "embedding": float32_base64(vector) if as_text else vector}
         for index, vector in enumerate(vectors)
     ]
-    tokens = site.node.count_embed_tokens(texts)
+    tokens = await site.node.count_embed_tokens(texts)
     return Json({"object": "list", "data": rows, "model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
 
 

@@ -196,12 +196,15 @@ def _base_request(
     options = body.mesh
     if options is not None and options.deadline_s is not None:
         _in_range("mesh.deadline_s", options.deadline_s, 0.001, 86400.0)
+    limit = _in_range(limit_name, limit, 1, MAX_TOKEN_ID)
+    if limit is not None and (body.min_tokens or 0) > limit:
+        raise BadRequest(f"min_tokens: expected at most {limit_name}, {limit}, got {body.min_tokens}", "min_tokens")
     return GenerateRequest(
         id=id,
         model=ModelId(body.model) if body.model else None,
         sampling=_sampling(body, logprobs),
         seed=_in_range("seed", body.seed, -MAX_SEED - 1, MAX_SEED),
-        max_tokens=_in_range(limit_name, limit, 1, MAX_TOKEN_ID),
+        max_tokens=limit,
         n=_in_range("n", body.n, 1, MAX_CHOICES) or 1,
         stop=_stops(body.stop),
         include_stop=bool(body.include_stop_str_in_output),
@@ -258,8 +261,8 @@ def _biases(biases: Mapping[str, float] | None) -> dict[int, float] | None:
 
 
 def _token_ids(param: str, ids: list[int] | None) -> tuple[int, ...] | None:
-    for token in ids or ():
-        _in_range(param, token, 0, MAX_TOKEN_ID)
+    for extreme in (min(ids), max(ids)) if ids else ():  # a prompt may have millions of them
+        _in_range(param, extreme, 0, MAX_TOKEN_ID)
     return tuple(ids) if ids is not None else None
 
 

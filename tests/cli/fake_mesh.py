@@ -119,9 +119,14 @@ class FakeMesh:
             case "GET", ["mesh", "status"]:
                 return 200, {}, self.status()
             case "GET", ["mesh", "requests", "req-1"]:
-                why = [{"node": "n0", "score_ms": 1.234, "chosen": True}, {"node": "n1", "score_ms": 5.0, "chosen": False}]
+                path_0 = [{"node": "n0", "start": 0, "end": 6}]
+                candidates = [
+                    {"stage": 0, "rank": 0, "node": "n0", "terms_ms": {"decode": 1.25, "network": 0.5}},
+                    {"stage": 0, "rank": 1, "node": "n1", "terms_ms": {"decode": 5.0}},
+                ]
+                why = [{"choice": 0, "attempt": 1, "path": path_0, "cost_ms": 1.75, "candidates": candidates}]
                 known = {"id": "chatcmpl-1", "entry": "n0", "state": "done", "seq": 3, "attempts": 1, "why": why}
-                return 200, {}, {**known, "path": [{"node": "n0", "start": 0, "end": 6}]}
+                return 200, {}, {**known, "path": path_0}
             case "GET", ["health"]:
                 return 200, {}, {}
             case "GET", ["v1", "models"]:

@@ -178,7 +178,7 @@ def test_a_path_that_is_not_there_is_told_before_anything_is_sent(mesh: FakeMesh
 
 def test_why_shows_the_path_and_each_candidate(mesh: FakeMesh) -> None:
     result = mesh_command("why", "req-1", "--node", mesh.url(0))
-    for part in ("n0 [0:6]", "SCORE_MS", "1.23", "5.0"):
+    for part in (" [0:6]", "COST_MS", "DECODE", "NETWORK", "1.8", "5.0"):
         assert part in result.stdout
 
 

@@ -75,6 +75,19 @@ def test_a_seed_that_is_no_mesh_node_is_named_so(tmp_path):
     assert code == 1 and "not a mesh node" in said
 
 
+def test_a_seed_that_is_not_up_yet_is_joined_as_soon_as_it_is():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        late = f"127.0.0.1:{free.getsockname()[1]}"
+    with LocalMesh() as mesh:
+        early = mesh.start("early", "--layers", "none", "--join", late)
+        mesh.start("late", "--layers", "none", "--bind", late, join=[])
+
+        def together():
+            return len([n for n in get(early, "/mesh/status").json()["nodes"] if n["state"] == "alive"]) == 2
+
+        wait_until(together, "both in one mesh")
+
+
 def test_keys_let_nodes_in_and_keep_others_out(tmp_path):
     keys = [tmp_path / "one.key", tmp_path / "other.key"]
     for key in keys:

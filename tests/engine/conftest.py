@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from node.engine.default_model import ensure_default_model
+from node.engine.default_model import ensure_random_model
 from tests.engine.checkpoints import make_checkpoint
 
 torch.set_num_threads(1)
@@ -30,4 +30,4 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 @pytest.fixture(scope="session")
 def mesh_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_default_model(tmp_path_factory.mktemp("cache"))
+    return ensure_random_model(tmp_path_factory.mktemp("cache"))

@@ -9,7 +9,8 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from node.engine.checkpoint import read_checkpoint
-from node.engine.default_model import ensure_default_model
+from node.engine.default_model import ensure_default_model, ensure_random_model
+from node.engine.default_shape import LAYERS, MAX_MODEL_LEN
 
 WEIGHTS_SHA256 = "4a4d52fdf7bb23d8"
 
@@ -31,7 +32,7 @@ def test_several_nodes_may_make_it_at_once(tmp_path: Path) -> None:
 
     def make() -> None:
         barrier.wait()
-        made.append(ensure_default_model(tmp_path))
+        made.append(ensure_random_model(tmp_path))
 
     threads = [threading.Thread(target=make) for _ in range(3)]
     for thread in threads:
@@ -40,7 +41,15 @@ def test_several_nodes_may_make_it_at_once(tmp_path: Path) -> None:
         thread.join()
     assert made == [tmp_path / "mesh-demo"] * 3
     assert [path.name for path in tmp_path.iterdir()] == ["mesh-demo"], "nothing is left aside"
-    assert ensure_default_model(tmp_path) == made[0]
+    assert ensure_random_model(tmp_path) == made[0]
+
+
+def test_a_trained_model_in_the_package_goes_before_the_random_one(tmp_path: Path) -> None:
+    trained, cache = tmp_path / "trained", tmp_path / "cache"
+    assert ensure_default_model(cache, trained) == cache / "mesh-demo"
+    trained.mkdir()
+    (trained / "config.json").write_text("{}")
+    assert ensure_default_model(cache, trained) == trained
 
 
 def test_its_tokenizer_gives_back_any_text_and_knows_chat(mesh_demo: Path) -> None:
@@ -70,3 +79,8 @@ def test_its_template_shows_tools_and_their_calls(mesh_demo: Path) -> None:
     assert text.count("Be brief.") == 1 and text.count("<|im_start|>system") == 1
     assert '"name": "add"' in text and '"arguments": {"a": 1}' in text
     assert text.endswith("<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_what_is_said_of_the_model_before_it_is_made_is_true(mesh_demo: Path) -> None:
+    checkpoint = read_checkpoint(mesh_demo)
+    assert (checkpoint.layers, checkpoint.max_model_len) == (LAYERS, MAX_MODEL_LEN)

@@ -10,7 +10,6 @@ import torch
 
 from node.engine.attention import Segment
 from node.engine.checkpoint import read_checkpoint
-from node.engine.kvcache import SequenceKV
 from node.engine.linear import KERNELS
 from node.engine.stage import Stage
 from tests.engine.checkpoints import DENSE
@@ -25,7 +24,7 @@ class Sequence:
     def __init__(self, tokens: list[int], path: list[Part]) -> None:
         self.tokens = list(tokens)
         self.path = path
-        self.kv = [SequenceKV() for _ in path]
+        self.kv = [stage.sequence() for stage, _, _ in path]
         self.computed = 0
         self.logits: dict[int, torch.Tensor] = {}
 

@@ -34,7 +34,7 @@ def test_ragged_rows_match_the_plain_model(name: str, checkpoint_of: Callable[[s
     attention = "eager" if name == "gemma2" else "sdpa"
     plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation=attention).eval()
     prompts = [torch.randint(3, 500, (count,), generator=torch.Generator().manual_seed(count)).tolist() for count in (5, 41, 67)]
-    caches = [SequenceKV() for _ in prompts]
+    caches = [stage.sequence() for _ in prompts]
     for count, done in ((4, 0), (None, 4)):
         segments: list[Segment] = []
         positions: list[int] = []
@@ -83,7 +83,11 @@ def test_the_self_check_notices_attention_that_forgets(
     stage.pack()
     assert selfcheck.computes_like_the_plain_model(stage, plain) and selfcheck.is_exact(stage)
     write = SequenceKV.write
-    monkeypatch.setattr(SequenceKV, "write", lambda self, layer, position, kv: write(self, layer, position, kv * (position < 10)))
+
+    def forgetful(self: SequenceKV, layer: int, position: int, kv: torch.Tensor) -> None:
+        write(self, layer, position, kv * (position < 10))
+
+    monkeypatch.setattr(SequenceKV, "write", forgetful)
     assert not selfcheck.computes_like_the_plain_model(stage, plain)
     assert not selfcheck.is_exact(stage)
 
@@ -188,3 +192,15 @@ def test_the_weights_digest_tells_finetunes_apart_and_ignores_who_saved_them(
     raw[-4] ^= 1
     (copy / "model.safetensors").write_bytes(raw)
     assert read_checkpoint(copy).weights != read_checkpoint(original).weights
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_threads_are_exact_too_and_promise_nothing_about_one(dtype: str, mesh_demo: Path) -> None:
+    checkpoint = read_checkpoint(mesh_demo)
+    one = load_stage(checkpoint, 0, 3, dtype, threads=1)
+    torch.set_num_threads(2)
+    try:
+        two = load_stage(checkpoint, 0, 3, dtype, threads=2)
+    finally:
+        torch.set_num_threads(1)
+    assert is_exact(two.numerics) and two.numerics != one.numerics

@@ -123,7 +123,7 @@ class FakeNode:
     async def embed(self, texts: list[str]) -> list[list[float]]:
         return [[float(len(text)), 0.5, -0.25] for text in texts]
 
-    def count_embed_tokens(self, texts: list[str]) -> int:
+    async def count_embed_tokens(self, texts: list[str]) -> int:
         return sum(len(text.split()) for text in texts)
 
     async def create_store(self, name: str) -> StoreInfo:

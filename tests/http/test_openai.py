@@ -58,6 +58,7 @@ def test_every_field_finds_its_place() -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
+        ({"min_tokens": 6, "max_tokens": 5}, "min_tokens"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),

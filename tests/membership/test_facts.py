@@ -96,6 +96,22 @@ def test_facts_of_strangers_and_records_that_do_not_decode_are_left_out() -> Non
     assert facts_of(core, 1) == Facts()
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [
+        Facts(spans=(Span(ModelId("m"), 0, 10**12),)),
+        Facts(intends=(Span(ModelId("m"), -1, 4),)),
+        Facts(models=(ModelCard(ModelId("m"), 10**12, 64, "w", "n"),)),
+        Facts(models=(ModelCard(ModelId("m"), 8, 0, "w", "n"),)),
+        Facts(capacity={ModelId("m"): -1}),
+    ],
+)
+def test_facts_with_layers_that_no_model_has_are_left_out(facts: Facts) -> None:
+    core = node_among(1)
+    core.answer(peer_id(1), Sync(records=(record(1, 5, facts),)), 1.0)
+    assert core.facts.rejected == 1 and facts_of(core, 1) == Facts()
+
+
 def test_a_copy_of_our_own_record_that_is_ahead_makes_ours_go_further_ahead() -> None:
     core = node_among(1)
     core.publish(FACTS, 1.0)

@@ -262,6 +262,19 @@ async def test_strangers_garbage_and_other_keys_are_dropped_and_counted(autojump
         assert len(node.membership.view.peers) == 1
 
 
+@pytest.mark.parametrize("host", ["\0", "", "name.invalid", "127.0.0.1 "])
+async def test_nothing_is_looked_up_for_a_claimed_host_and_none_ends_the_node(host: str, autojump_clock: trio.abc.Clock) -> None:
+    async with a_mesh() as mesh:
+        node = await mesh.start(1)
+        liar = NodeId("f" * 16)
+        claim = Alive(liar, 1, 0, "liar", host, 7946)
+        with trio.socket.socket(trio.socket.AF_INET, trio.socket.SOCK_DGRAM) as stranger:
+            await stranger.sendto(PlainSeal().seal(encode(Gossip(Sender(liar, 1, 0, 1), (claim,)))), node.address)
+        await until_state(node, liar, PeerState.DEAD)
+        statistics = node.membership.statistics()
+        assert statistics.datagrams_sent == 0 < statistics.datagrams_dropped["unsent"]
+
+
 async def test_nodes_with_one_key_form_a_mesh_and_nothing_of_it_is_plain_on_the_wire(autojump_clock: trio.abc.Clock) -> None:
     async with a_mesh() as mesh:
         first = await mesh.start(1, seal=KeySeal([b"k" * 32]))

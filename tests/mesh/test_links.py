@@ -1,6 +1,7 @@
 """Links over real loopback sockets."""
 
 import functools
+import math
 from contextlib import asynccontextmanager
 
 import pytest
@@ -8,8 +9,11 @@ import trio
 import trio.testing
 
 from mesh.errors import BadRequest, DeadlineExceeded, PeerLost, Refused, RemoteError
+from mesh.frames import Frame, encode
 from mesh.ids import NodeId
-from mesh.links import LinkConfig, Links
+from mesh.keys import new_key
+from mesh.links import CALLS_AT_ONCE, LinkConfig, Links
+from mesh.tls import client_context, server_context
 from mesh.view import Load
 
 
@@ -212,7 +216,7 @@ async def test_a_call_to_oneself_needs_no_network():
         assert a.counters.links_opened_total == 0
 
 
-async def test_a_kept_link_is_told_of_at_both_ends_and_its_end_costs_nobody_an_answer():
+async def test_a_kept_link_is_told_of_at_both_ends_and_its_end_is_told_once():
     async with trio.open_nursery() as nursery:
         told, ended = [], []
         [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
@@ -239,7 +243,7 @@ async def test_a_kept_link_is_told_of_at_both_ends_and_its_end_costs_nobody_an_a
             scope.cancel()
             await lost.wait()
         assert sorted(told) == [("a", "b"), ("b", "a")]
-        assert ended == [("b", None)]
+        assert ended == [("b", b.config.address)]
         nursery.cancel_scope.cancel()
 
 
@@ -260,4 +264,114 @@ async def test_a_kept_link_that_never_comes_about_is_nobodys_loss_but_a_calls_is
             while not ended:
                 await trio.testing.wait_all_tasks_blocked(0.001)
         assert ended == [(None, nobody)]
+        nursery.cancel_scope.cancel()
+
+
+HELLO = {"version": 1, "cluster": "mesh", "node": "stranger"}
+
+
+@pytest.mark.parametrize("broken", [lambda header: header["rows"][0], lambda header: header["rows"].get(1)])
+async def test_a_one_way_frame_that_its_receiver_cannot_read_is_counted_and_the_node_lives(broken):
+    async with two_nodes() as (a, b):
+        b.add({"echo": echo}, {"rows": lambda sender, header, tail: broken(header)})
+        a.post(b.config.address, "rows", {"rows": []})
+        await a.call(b.config.address, "echo", {})
+
+        assert b.counters.frames_rejected_total == 1
+
+
+@pytest.mark.parametrize("hello", [HELLO | {"version": ["x" * 3000]}, HELLO | {"cluster": "x" * 3000}, HELLO | {"node": 5}])
+async def test_a_greeting_of_another_kind_is_refused_in_few_words(hello):
+    async with two_nodes() as (_, b):
+        stream = await trio.open_tcp_stream(*b.config.address)
+        await stream.send_all(encode(Frame("hello", hello)))
+
+        assert 0 < len(await stream.receive_some(10_000)) < 500
+        await stream.aclose()
+        assert b.counters.handshakes_refused_total == 1
+
+
+@pytest.mark.parametrize("hello", [Frame("hello", HELLO | {"padding": "x" * 5000}), Frame("hello", HELLO, b"tail")])
+async def test_a_stranger_may_not_make_us_keep_more_than_a_greeting(hello):
+    async with two_nodes() as (_, b):
+        stream = await trio.open_tcp_stream(*b.config.address)
+        await stream.send_all(encode(hello)[:100])  # its lengths alone are enough to refuse it
+
+        assert await stream.receive_some() == b""
+        await stream.aclose()
+        assert b.counters.frames_rejected_total == 1
+
+
+async def test_an_answer_over_the_frame_limits_is_an_error_to_the_caller_and_the_link_lives_on():
+    async with two_nodes() as (a, b):
+
+        async def large(sender, header, tail):
+            return {"text": "x" * (5 << 20)}, b""
+
+        async def verbose(sender, header, tail):
+            raise BadRequest("x" * (5 << 20))
+
+        b.add({"large": large, "verbose": verbose, "echo": echo})
+        with pytest.raises(RemoteError, match="too large"):
+            await a.call(b.config.address, "large", {})
+        with pytest.raises(BadRequest, match=r"^x+$"):
+            await a.call(b.config.address, "verbose", {})
+        await a.call(b.config.address, "echo", {})
+
+
+async def test_answers_that_a_peer_does_not_read_stop_its_calls():
+    async with two_nodes() as (_, b):
+        taken = 0
+
+        async def large(sender, header, tail):
+            nonlocal taken
+            taken += 1
+            return {}, bytes(64 << 10)
+
+        b.add({"large": large})
+        stream = await trio.open_tcp_stream(*b.config.address)
+        await stream.send_all(encode(Frame("hello", HELLO)))
+        await stream.receive_some()
+        with trio.move_on_after(2):  # the writes block once nobody takes the calls up
+            for number in range(1, 40_000):
+                await stream.send_all(encode(Frame("large", {"padding": "x" * 2000}, number=number)))
+        await stream.aclose()
+
+        assert taken <= 4 * CALLS_AT_ONCE  # in hand, in the channel, in the socket's buffers
+
+
+@pytest.mark.parametrize(
+    ("told", "understood"), [(math.nan, 1.0), (math.inf, 3600.0), (-1.0, 0.0), (2**64 - 1, 3600.0), ("soon", 1.0), (0.5, 0.5)]
+)
+async def test_the_wait_that_a_peer_asks_for_is_a_number_to_set_clocks_by(told, understood):
+    async with two_nodes() as (a, b):
+
+        async def busy(sender, header, tail):
+            return {"error": {"type": "Refused", "message": "busy", "retry_after_s": told, "quota": True}}, b""
+
+        b.add({"busy": busy})
+        with pytest.raises(Refused) as refused:
+            await a.call(b.config.address, "busy", {})
+        assert (refused.value.retry_after_s, refused.value.quota) == (understood, True)
+
+
+@pytest.mark.parametrize("host", ["a..b", "\udc80", "x" * 300, ""])
+async def test_a_host_that_is_no_host_is_a_lost_peer(host):
+    async with two_nodes() as (a, _):
+        with pytest.raises(PeerLost):
+            await a.call((host, 1), "echo", {})
+
+
+async def test_with_a_mesh_key_a_node_must_answer_under_the_name_in_its_certificate():
+    key = new_key()
+    real, claimed = NodeId("0" * 16), NodeId("1" * 16)
+    async with trio.open_nursery() as nursery:
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        address = listener.socket.getsockname()[:2]
+        liar = Links(LinkConfig(claimed, address, "mesh", server_context(key, real), client_context(key, real)))
+        honest = Links(LinkConfig(NodeId("2" * 16), ("", 0), "mesh", None, client_context(key, NodeId("2" * 16))))
+        await nursery.start(liar.run, listener)
+        await nursery.start(honest.run, (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0])
+        with pytest.raises(PeerLost, match="certificate is of node 0000000000000000"), trio.fail_after(5):
+            await honest.call(address, "echo", {})
         nursery.cancel_scope.cancel()

@@ -6,22 +6,25 @@ position, so that a test sees at once whether a path was whole.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from types import MappingProxyType
 from typing import Any
 
 import trio
 
+from membership.events import MemberEvent
 from mesh.errors import Refused
-from mesh.ids import ModelId, NodeId, StreamId
-from mesh.link import LinkConfig
+from mesh.ids import Address, ModelId, NodeId, StreamId
+from mesh.link import Link, LinkConfig
 from mesh.links import Links
 from mesh.view import Facts, Load, ModelCard, Peer, PeerState, Span, View
 from node.engine.api import EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
 from node.entry import Entry
+from node.losses import Losses
 from node.planning import Planning
 from node.prompts import Prompt
 from node.request_run import EntryNode
@@ -69,6 +72,7 @@ class CountingEngine:
         self.refuse = 0
         self.faults: dict[int, Callable[[SequenceKey], None]] = {}
         self.stages: Stages | None = None
+        self.dead = False
 
     def open(self, sequence: OpenSequence) -> None:
         if self.refuse:
@@ -95,45 +99,81 @@ class CountingEngine:
             fault(sequence.key)
             return
         if sequence.end < LAYERS:
-            self._deliver(HiddenOut(sequence.key, position, count, bytes([position % 256]) * count))
+            self.deliver(HiddenOut(sequence.key, position, count, bytes([position % 256]) * count))
             return
         last = drawn == sequence.prompt_tokens + sequence.sampling.max_tokens - 1
-        self._deliver(TokenOut(sequence.key, drawn, token_at(drawn), "length" if last else None))
+        self.deliver(TokenOut(sequence.key, drawn, token_at(drawn), "length" if last else None))
         if sequence.start == 0 and not last:
             trio.lowlevel.current_trio_token().run_sync_soon(self.token, sequence.key, drawn, token_at(drawn))
 
     def lose(self, key: SequenceKey, reason: str = "evicted", retryable: bool = True) -> None:
         del self.sequences[key]
-        self._deliver(SequenceLost(key, reason, retryable))
+        self.deliver(SequenceLost(key, reason, retryable))
 
-    def _deliver(self, output: EngineOutput) -> None:
+    def deliver(self, *outputs: EngineOutput) -> None:
+        """As of one step."""
+        if self.dead:
+            return
         assert self.stages is not None
-        trio.lowlevel.current_trio_token().run_sync_soon(self.stages.carry, [output])
+        trio.lowlevel.current_trio_token().run_sync_soon(self.stages.carry, list(outputs))
 
     def close(self, key: SequenceKey) -> None:
         self.sequences.pop(key, None)
 
 
+class CuttableLinks(Links):
+    """Links that a test can break while both nodes live."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._cuts: dict[Address, trio.CancelScope] = {}
+
+    def cut(self, to: Address) -> None:
+        """As a network does it: what is under way is lost, and both ends hear of it."""
+        if to in self._cuts:
+            self._cuts[to].cancel()
+
+    def _link_to(self, to: Address) -> Link:
+        known = self._links.get(to)
+        link = super()._link_to(to)
+        if link is not known:
+            link.run = partial(self._run_cuttable, to, link.run)  # type: ignore[method-assign]
+        return link
+
+    async def _run_cuttable(self, to: Address, run: Callable[[], Awaitable[str]]) -> str:
+        with trio.CancelScope() as self._cuts[to]:
+            return await run()
+        return "cut"
+
+
 @dataclass
 class SmallNode:
     id: NodeId
-    links: Links
+    links: CuttableLinks
     engine: CountingEngine
     entry: Entry
     stages: Stages
+    losses: Losses
     spans: tuple[tuple[int, int], ...]
     scope: trio.CancelScope
-    state: PeerState = PeerState.ALIVE
+    state: PeerState = PeerState.DEAD  # until it runs
 
     def kill(self) -> None:
         """As the kernel does it: all its connections end, nothing is said."""
         self.state = PeerState.DEAD
+        self.engine.dead = True
         self.scope.cancel()
 
 
 class SmallMesh:
-    def __init__(self) -> None:
+    def __init__(self, nursery: trio.Nursery) -> None:
         self.nodes: dict[str, SmallNode] = {}
+        self._nursery = nursery
+        self.looked_at: Callable[[NodeId], None] = lambda node: None  # an entry doubts a node
+
+    @property
+    def live(self) -> list[SmallNode]:
+        return [node for node in self.nodes.values() if node.state is PeerState.ALIVE]
 
     def view(self) -> View:
         peers = {
@@ -149,25 +189,28 @@ class SmallMesh:
         }
         return View(NodeId(next(iter(peers))), MappingProxyType(peers), 1)
 
-    async def add(self, nursery: trio.Nursery, name: str, *spans: tuple[int, int]) -> None:
+    async def add(self, name: str, *spans: tuple[int, int]) -> None:
         [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
         address = listener.socket.getsockname()[:2]
         me, engine = NodeId(name), CountingEngine()
 
-        def lost(node: NodeId | None, at: Any, reason: str) -> None:
-            if at is not None:
-                stages.link_lost(at, reason)
-                gone = next((other.id for other in self.nodes.values() if other.links.config.address == at), None)
-                if gone is not None:
-                    entry.peer_gone(gone, reason)
-
-        links = Links(LinkConfig(me, address), on_lost=lost)
+        links = CuttableLinks(LinkConfig(me, address), on_lost=lambda *lost: losses.link_lost(*lost))
         planning = Planning(self.view, trio.current_time, Random(1))
-        entry = Entry(EntryNode(me, address, links.call, links.post), CountingPrompts(), planning, 60.0, Random(1))  # type: ignore[arg-type]
+        entry_node = EntryNode(me, address, links.call, links.post, lambda node: self.looked_at(node))
+        entry = Entry(entry_node, CountingPrompts(), planning, 60.0, Random(1))  # type: ignore[arg-type]
         stages = engine.stages = Stages(address, engine, links.post, entry)  # type: ignore[arg-type]
+        losses = Losses(self.view, entry, stages, planning, lambda node, proven=False: None)
         links.add(stages.handlers, stages.receivers)
-        self.nodes[name] = SmallNode(me, links, engine, entry, stages, spans, trio.CancelScope())
-        await nursery.start(self._run, self.nodes[name], listener)
+        self.nodes[name] = SmallNode(me, links, engine, entry, stages, losses, spans, trio.CancelScope())
+        await self._nursery.start(self._run, self.nodes[name], listener)
+        self.nodes[name].state = PeerState.ALIVE
+
+    async def restart(self, name: str) -> None:
+        """The same node again, at another port; the others hear of it as membership tells it."""
+        others = [node for node in self.live if node.id != name]
+        await self.add(name, *self.nodes[name].spans)
+        for other in others:
+            other.losses.member_changed(MemberEvent(NodeId(name), PeerState.DEAD, PeerState.ALIVE, restarted=True))
 
     async def _run(self, node: SmallNode, listener: trio.SocketListener, task_status: trio.TaskStatus[None]) -> None:
         with node.scope:
@@ -180,11 +223,11 @@ class SmallMesh:
 @asynccontextmanager
 async def small_mesh(**spans: tuple[tuple[int, int], ...]) -> AsyncIterator[SmallMesh]:
     """Nodes by name with their spans; the first is the entry."""
-    mesh = SmallMesh()
     async with trio.open_nursery() as nursery:
+        mesh = SmallMesh(nursery)
         for name, held in spans.items():
-            await mesh.add(nursery, name, *held)
-        with trio.fail_after(20):
+            await mesh.add(name, *held)
+        with trio.fail_after(60):
             yield mesh
         nursery.cancel_scope.cancel()
 

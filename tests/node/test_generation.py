@@ -4,23 +4,26 @@ import itertools
 import math
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.errors import BadRequest, DeadlineExceeded, NoPath, Refused
 from mesh.ids import ModelId, NodeId
-from node.generation import (
+from node.generation import Generation, Phase
+from node.generation_events import (
     Cancelled,
     ClosePath,
+    Doubt,
     Emit,
     Fail,
     Finish,
-    Generation,
     Opened,
     OpenPath,
     OpenRefused,
+    PeerBack,
     PeerGone,
-    Phase,
+    PeerSuspect,
     Plan,
     Planned,
     StageAt,
@@ -102,6 +105,16 @@ def test_two_refusals_are_answered_by_other_paths_then_the_request_waits_at_the_
     assert generation.tick(0.1) == [Plan(4, frozenset())]
 
 
+def test_a_request_that_can_never_fit_at_one_node_goes_to_another_and_fails_when_there_is_none():
+    never = BadRequest("it needs 40 blocks, this node has 10", "max_tokens")
+    generation = Generation(prompt_tokens=10, deadline_at=100.0, rng=Random(0))
+    generation.start(0.0)
+    generation.receive(Planned(1, PATH), 0.0)
+
+    assert generation.receive(OpenRefused(1, B, 0.0, never), 0.0) == [Plan(2, frozenset({B}))]
+    assert generation.receive(Unplannable(2, NoPath(ModelId("m"), ((3, 6),))), 0.0) == [Fail(never)]
+
+
 def test_all_nodes_full_for_too_long_is_refused_with_when_to_retry():
     generation = Generation(prompt_tokens=10, deadline_at=1000.0, rng=Random(0))
     now, effects = 0.0, generation.start(0.0)
@@ -136,11 +149,93 @@ def test_no_path_at_the_beginning_fails_at_once_and_in_mid_answer_waits_for_one(
 def test_silence_loses_the_attempt_and_the_deadline_ends_the_request():
     generation = running()
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
+    generation.tick(2.0)
     assert generation.deadline == 31.0
     assert generation.tick(31.0) == [ClosePath(1, PATH), Plan(2, frozenset())]
     generation.receive(Planned(2, OTHER), 31.0)
     [close, fail] = generation.tick(100.0)
     assert close == ClosePath(2, OTHER) and isinstance(fail.error, DeadlineExceeded)
+
+
+def test_a_silent_attempt_has_its_nodes_looked_at_once_for_each_silence():
+    generation = running()
+    generation.receive(TokenDrawn(1, 10, 7), 1.0)
+
+    assert generation.deadline == 2.0
+    assert generation.tick(2.0) == [Doubt(frozenset({A, B}))]
+    assert generation.deadline == 31.0
+    generation.receive(TokenDrawn(1, 11, 7), 5.0)
+    assert generation.tick(6.0) == [Doubt(frozenset({A, B}))]
+
+
+def test_a_prefill_may_be_silent_for_as_long_as_it_may_take():
+    generation = running(prompt_tokens=1000)
+
+    assert generation.deadline == 1000 / 20 + 1.0
+    assert generation.receive(PeerSuspect(B), 3.0) == []
+
+
+@pytest.mark.parametrize("suspect_at", [1.5, 2.5])
+def test_a_silent_suspect_is_left_before_the_verdict(suspect_at):
+    generation = running()
+    generation.receive(TokenDrawn(1, 10, 7), 1.0)
+
+    effects = []
+    for at in sorted((suspect_at, 2.0)):
+        effects += generation.tick(at) if at == 2.0 else generation.receive(PeerSuspect(B), at)
+    assert effects[-2:] == [ClosePath(1, PATH), Plan(2, frozenset())]
+    assert generation.receive(Planned(2, OTHER), 2.5) == [OpenPath(2, OTHER, (7,))]
+
+
+def test_a_suspect_that_does_not_even_open_is_left_too():
+    generation = Generation(prompt_tokens=10, deadline_at=100.0, rng=Random(0))
+    generation.start(0.0)
+    generation.receive(Planned(1, PATH), 0.0)
+
+    assert generation.tick(1.0) == [Doubt(frozenset({A, B}))]
+    assert generation.receive(PeerSuspect(B), 1.4) == [ClosePath(1, PATH), Plan(2, frozenset())]
+
+
+def test_who_waits_for_room_suspects_nobody():
+    generation = Generation(prompt_tokens=10, deadline_at=100.0, rng=Random(0))
+    generation.start(0.0)
+    for attempt, full in ((1, A), (2, B), (3, C)):
+        generation.receive(Planned(attempt, PATH), 0.0)
+        generation.receive(OpenRefused(attempt, full, 2.0), 0.0)
+
+    assert generation.phase is Phase.WAITING and generation.deadline >= 1.0
+    assert generation.tick(1.0) in ([], [Plan(4, frozenset())])
+
+
+def test_a_suspect_that_speaks_keeps_its_work_and_so_does_a_path_without_it():
+    generation = running()
+    generation.receive(TokenDrawn(1, 10, 7), 1.0)
+    assert generation.receive(PeerSuspect(B), 1.5) == []
+    generation.receive(TokenDrawn(1, 11, 7), 1.9)
+    assert generation.receive(PeerBack(B), 2.0) == []
+    assert generation.tick(2.9) == [Doubt(frozenset({A, B}))]
+    assert generation.receive(PeerSuspect(C), 3.0) == []
+
+
+def test_suspicion_moves_an_attempt_once_and_not_again_before_it_has_brought_a_token():
+    generation = running()
+    generation.receive(TokenDrawn(1, 10, 7), 1.0)
+    generation.tick(2.0)
+    assert generation.receive(PeerSuspect(B), 2.5) == [ClosePath(1, PATH), Plan(2, frozenset())]
+    generation.receive(Planned(2, PATH), 2.5)
+    generation.receive(Opened(2), 2.5)
+    assert generation.tick(10.0) == []
+    assert generation.receive(PeerSuspect(B), 10.0) == []
+    assert generation.receive(PeerGone(B, "dead"), 11.0) == [ClosePath(2, PATH, B), Plan(3, frozenset({B}))]
+
+
+def test_a_node_that_is_back_is_asked_at_once():
+    generation = running()
+    generation.receive(TokenDrawn(1, 10, 7), 1.0)
+    generation.receive(PeerGone(B, "dead"), 1.0)
+    generation.receive(Unplannable(2, NoPath(ModelId("m"), ((3, 6),))), 1.0)
+
+    assert generation.receive(PeerBack(B), 1.1) == [Plan(3, frozenset())]
 
 
 def test_a_request_at_fault_fails_without_another_attempt():
@@ -161,6 +256,39 @@ def test_attempts_that_never_bring_a_token_come_to_an_end():
     assert attempt == 6 and isinstance(effects[-1].error, Refused)
 
 
+def test_nodes_that_cannot_be_reached_are_waited_for_however_many_attempts_they_cost():
+    generation, now = running(), 1.0
+    generation.receive(TokenDrawn(1, 10, 7), now)
+    for _ in range(3):  # all nodes have died at once, and membership takes its time
+        generation.receive(PeerGone(A, "closed by the peer"), now)
+        generation.receive(Planned(generation.attempt, OTHER), now)
+        generation.receive(StageLost(generation.attempt, C, "connection refused", unreachable=True), now)
+        generation.receive(Planned(generation.attempt, OTHER), now)
+        generation.receive(StageLost(generation.attempt, B, "connection refused", unreachable=True), now)
+        generation.receive(Unplannable(generation.attempt, NoPath(ModelId("m"), ((0, 6),))), now)
+        assert generation.phase is Phase.WAITING
+        now += 4.0
+        generation.tick(now)
+    generation.receive(Planned(generation.attempt, PATH), now)
+    assert generation.receive(TokenDrawn(generation.attempt, 11, 9), now) == [Emit(11, 9)]
+
+
+def test_nodes_that_stay_unreachable_are_not_waited_for_for_ever():
+    generation, now = running(), 1.0
+    generation.receive(TokenDrawn(1, 10, 7), now)
+    effects = generation.receive(PeerGone(A, "dead"), now)
+    while not generation.ended and now < 60.0:
+        if generation.phase is Phase.PLANNING and generation._avoid:
+            effects = generation.receive(Unplannable(generation.attempt, NoPath(ModelId("m"), ((0, 6),))), now)
+        elif generation.phase is Phase.PLANNING:
+            generation.receive(Planned(generation.attempt, PATH), now)
+            effects = generation.receive(StageLost(generation.attempt, A, "refused", unreachable=True), now)
+        else:
+            now = generation.deadline
+            effects = generation.tick(now)
+    assert generation.phase is Phase.FAILED and isinstance(effects[-1].error, NoPath) and 20.0 < now < 26.0
+
+
 def test_cancel_and_stop_free_the_path():
     generation = running()
     assert generation.receive(Cancelled(), 1.0) == [ClosePath(1, PATH)]
@@ -177,6 +305,8 @@ events = st.one_of(
     st.builds(TokenDrawn, st.integers(1, 6), st.integers(8, 16), st.integers(0, 5), st.sampled_from([None, None, "stop"])),
     st.builds(StageLost, st.integers(1, 6), st.sampled_from([None, A, B]), st.just("x")),
     st.builds(PeerGone, st.sampled_from([A, B, C]), st.just("dead")),
+    st.builds(PeerSuspect, st.sampled_from([A, B, C])),
+    st.builds(PeerBack, st.sampled_from([A, B, C])),
     st.builds(Unplannable, st.integers(1, 6), st.just(NoPath(ModelId("m"), ()))),
 )
 

@@ -4,7 +4,8 @@ import pytest
 import trio
 
 from mesh.errors import BadRequest, NoPath
-from node.requests import ChoiceDone, Finished, TextDelta
+from node.engine.api import TokenOut
+from node.requests import ChoiceDone, Finished, Started, TextDelta
 from tests.node.paths import a_request, small_mesh, token_at
 
 SPLIT = {"entry": (), "a": ((0, 4),), "b": ((2, 6),), "c": ((0, 2), (4, 6))}
@@ -122,6 +123,24 @@ async def test_a_stop_string_ends_the_answer_and_the_work():
         assert [event.finish_reason for event in events if isinstance(event, ChoiceDone)] == ["stop"]
 
 
+async def test_tokens_that_come_with_the_one_that_completes_a_stop_string_change_nothing():
+    async with small_mesh(entry=(), only=((0, 6),)) as mesh:
+        engine = mesh.nodes["only"].engine
+
+        def burst(key):
+            engine.deliver(*(TokenOut(key, position, token_at(position)) for position in range(15, 25)))
+
+        engine.faults[15] = burst
+        text = "".join(map(chr, EXPECTED))
+        events = await run(mesh, a_request(stop=(text[7:9],)))
+        await at_rest(mesh)
+
+        assert "".join(event.text for event in events if isinstance(event, TextDelta)) == text[:7]
+        [done] = [event for event in events if isinstance(event, ChoiceDone)]
+        listed = [*tokens(events), *done.token_ids]
+        assert listed == EXPECTED[:9] and events[-1].seq == done.seq == 9
+
+
 async def test_a_client_that_leaves_frees_all_stages():
     async with small_mesh(**SPLIT) as mesh:
         async with mesh.nodes["entry"].entry.generate(a_request(max_tokens=900)) as stream:
@@ -150,6 +169,40 @@ async def test_a_close_that_overtakes_its_open_keeps_it_closed():
             await stages.handlers["stage.open"](mesh.nodes["entry"].id, {}, msgspec.msgpack.encode(late))
 
 
+@pytest.mark.parametrize(
+    ("kind", "header"),
+    [
+        ("stage.tokens", {"tokens": [["s1", 0, 1, "10", 65, None, None, []]]}),
+        ("stage.tokens", {"tokens": [["s1", 0, 1, 10, "A", None, None, []]]}),
+        ("stage.tokens", {"tokens": [["s1", 0, 1, 10, -1, None, None, []]]}),
+        ("stage.tokens", {"tokens": [["s1", 0, 1, 10, 2**40, None, None, []]]}),
+        ("stage.tokens", {"tokens": [["s1", 0, 1, 10, 65, 7, None, []]]}),
+        ("stage.tokens", {"tokens": [["s1", 0, 1, 10, 65, None, "?", [["x", None]]]]}),
+        ("stage.tokens", {"tokens": [[[], 0, 1, 10, 65, None, None, []]]}),
+        ("stage.hidden", {"rows": [["s1", 0, 1, 0, 0, 0]]}),
+        ("stage.hidden", {"rows": [["s1", 0, 1, "0", 1, 0]]}),
+        ("stage.lost", {"key": ["s1", 0, 1], "reason": "x", "retryable": True, "address": []}),
+        ("stage.lost", {"key": ["s1", 0, 1], "reason": "x", "retryable": True, "address": ["h", float("inf")]}),
+        ("stage.lost", {"key": ["s1", 0, 1], "reason": None, "retryable": False, "address": None}),
+        ("stage.close", {"keys": [["s1", {}, 1]]}),
+    ],
+)
+async def test_a_malformed_frame_of_a_peer_changes_nothing(kind, header):
+    async with small_mesh(**SPLIT) as mesh:
+        entry = mesh.nodes["entry"]
+
+        def meddle(event):
+            if isinstance(event, Started):
+                mesh.nodes["a"].links.post(entry.links.config.address, kind, header)
+
+        events = await run(mesh, each=meddle)
+        while not entry.links.counters.frames_rejected_total:  # it has a link of its own
+            await trio.sleep(0.01)
+
+        assert tokens(events) == EXPECTED
+        assert events[-1].attempts == 1
+
+
 async def test_sequences_of_a_dead_entry_are_freed():
     async with small_mesh(**SPLIT) as mesh:
         stuck = mesh.nodes["b"].engine
@@ -158,7 +211,7 @@ async def test_sequences_of_a_dead_entry_are_freed():
         with trio.move_on_after(0.5):
             await run(mesh)
         for node in mesh.nodes.values():
-            node.stages.peer_down(mesh.nodes["entry"].id)
+            node.stages.entry_lost(mesh.nodes["entry"].id, "dead")
         assert not stuck.sequences
 
 

@@ -1,0 +1,200 @@
+"""Links that break between live nodes, nodes that die and come back, many requests at once: no token changes, nothing stays."""
+
+from random import Random
+
+import pytest
+import trio
+
+from membership.events import MemberEvent
+from mesh.ids import NodeId, StreamId
+from mesh.view import PeerState
+from node.engine.api import TokenOut
+from node.generation import Patience
+from node.requests import ChoiceDone, TextDelta
+from tests.node.paths import a_request, small_mesh, token_at
+
+SPLIT = {"entry": (), "a": ((0, 4),), "b": ((2, 6),), "c": ((0, 2), (4, 6))}
+TOKENS = 40
+SILENCE_S = Patience().silence_s  # what is only noticed by silence takes as long
+EXPECTED = [token_at(position) for position in range(10, 10 + TOKENS)]
+
+
+async def tokens_of(mesh, stream, each=lambda: None, **changes):
+    """The tokens of each choice."""
+    said = {}
+    async with mesh.nodes["entry"].entry.generate(a_request(id=StreamId(stream), max_tokens=TOKENS, **changes)) as events:
+        async for event in events:
+            if isinstance(event, (TextDelta, ChoiceDone)):
+                said.setdefault(event.choice, []).extend(event.token_ids)
+                each()
+    return said
+
+
+def held(mesh):
+    return {
+        node.id: (sorted(node.engine.sequences), node.stages.open_sequences, node.entry.open_requests)
+        for node in mesh.live
+        if node.engine.sequences or node.stages.open_sequences or node.entry.open_requests
+    }
+
+
+async def nothing_stays(mesh, within_s=5.0):
+    with trio.move_on_after(within_s):
+        while held(mesh):
+            await trio.sleep(0.01)
+    assert not held(mesh)
+
+
+class Attack:
+    """Something breaks with a chance of `share` at each token that a client reads."""
+
+    def __init__(self, mesh, rng, share, most):
+        self.mesh, self.rng, self.share, self.left = mesh, rng, share, most
+        self.restarts = trio.open_memory_channel(100)
+
+    def __call__(self):
+        if self.left and self.rng.random() < self.share:
+            self.left -= 1
+            self.rng.choice((self.cut, self.cut, self.kill))()
+
+    def cut(self):
+        one, other = self.rng.sample(sorted(self.mesh.live, key=lambda node: node.id), 2)
+        one.links.cut(other.links.config.address)
+
+    def kill(self):
+        live = [name for name in "abc" if self.mesh.nodes[name] in self.mesh.live]
+        if len(live) == 3:
+            victim = self.rng.choice(live)
+            self.mesh.nodes[victim].kill()
+            self.restarts[0].send_nowait(victim)
+
+    async def restart_the_dead(self):
+        async for name in self.restarts[1]:
+            await trio.sleep(self.rng.choice((0.0, 1.0)))
+            await self.mesh.restart(name)
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_whatever_breaks_every_request_gets_its_tokens_and_no_sequence_stays(seed, mock_clock):
+    mock_clock.autojump_threshold = 0.02
+    rng = Random(seed)
+    async with small_mesh(**SPLIT) as mesh, trio.open_nursery() as nursery:
+        attack = Attack(mesh, rng, share=0.05, most=6)
+        nursery.start_soon(attack.restart_the_dead)
+        said = {}
+        began = trio.current_time()
+
+        async def ask(number):
+            said[number] = await tokens_of(mesh, f"s{number}", attack, n=1 + number % 2)
+
+        async with trio.open_nursery() as clients:
+            for number in range(6):
+                clients.start_soon(ask, number)
+
+        assert said == {number: {choice: EXPECTED for choice in range(1 + number % 2)} for number in range(6)}
+        assert attack.left < 6
+        assert trio.current_time() - began < SILENCE_S, "something was lost that nobody told"
+        await nothing_stays(mesh)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_last_token_that_is_lost_with_its_link_comes_over_another_path(mock_clock):
+    mock_clock.autojump_threshold = 0.02
+    async with small_mesh(entry=(), only=((0, 6),)) as mesh:
+        entry, only = mesh.nodes["entry"], mesh.nodes["only"]
+        last = 10 + TOKENS - 1
+
+        def say_it_to_nobody(key):
+            only.engine.deliver(TokenOut(key, last, token_at(last), "length"))
+            trio.lowlevel.current_trio_token().run_sync_soon(only.links.cut, entry.links.config.address)
+
+        only.engine.faults[last] = say_it_to_nobody
+        began = trio.current_time()
+
+        assert await tokens_of(mesh, "s1") == {0: EXPECTED}
+        assert trio.current_time() - began < SILENCE_S
+        await nothing_stays(mesh)
+
+
+async def test_a_close_that_is_lost_with_its_link_leaves_nothing_behind(mock_clock):
+    mock_clock.autojump_threshold = 0.02
+    async with small_mesh(entry=(), only=((0, 6),)) as mesh:
+        entry, only = mesh.nodes["entry"], mesh.nodes["only"]
+        only.engine.faults[20] = lambda key: None  # falls silent
+        only.links.receivers["stage.close"] = lambda *frame: None  # and never gets the close
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tokens_of, mesh, "s1")
+            while 20 in only.engine.faults:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+        assert only.engine.sequences
+        entry.links.cut(only.links.config.address)
+        await nothing_stays(mesh)
+
+
+async def test_an_entry_that_only_slept_is_told_that_its_work_was_freed(mock_clock):
+    mock_clock.autojump_threshold = 0.02
+    async with small_mesh(**SPLIT) as mesh:
+        for name in "abc":
+            mesh.nodes[name].engine.faults[20] = lambda key: None  # what it would have said has gone to a dead node
+        began = trio.current_time()
+        said = {}
+
+        async def ask():
+            said.update(await tokens_of(mesh, "s1"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            while all(20 in mesh.nodes[name].engine.faults for name in "abc"):
+                await trio.sleep(0.01)
+            down = MemberEvent(NodeId("entry"), PeerState.SUSPECT, PeerState.DEAD)
+            for name in "abc":
+                mesh.nodes[name].engine.faults.clear()
+                mesh.nodes[name].stages.entry_lost(down.node, down.after.value)
+
+        assert said == {0: EXPECTED}
+        assert trio.current_time() - began < SILENCE_S
+        await nothing_stays(mesh)
+
+
+async def test_a_node_whose_link_broke_is_not_asked_by_the_next_request():
+    async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh:
+        await tokens_of(mesh, "s1")
+        dead = next(node for name in "ab" if (node := mesh.nodes[name]).engine.opened)
+        dead.kill()
+        dead.state = PeerState.ALIVE  # membership has not noticed yet
+        while mesh.nodes["entry"].links.counters.links_lost_total == 0:
+            await trio.sleep(0.01)
+        for number in range(5):
+            await tokens_of(mesh, f"t{number}")
+            assert mesh.nodes["entry"].entry.recent.find(f"t{number}").attempts == 1
+
+
+async def test_a_stage_that_falls_silent_is_left_as_soon_as_membership_cannot_reach_it(mock_clock):
+    mock_clock.autojump_threshold = 0.02
+    async with small_mesh(**SPLIT) as mesh:
+        entry = mesh.nodes["entry"]
+        silent = set()
+
+        def look_at(node):
+            if node in silent and mesh.nodes[node].state is PeerState.ALIVE:
+                mesh.nodes[node].state = PeerState.SUSPECT
+                entry.losses.member_changed(MemberEvent(node, PeerState.ALIVE, PeerState.SUSPECT))
+
+        mesh.looked_at = look_at
+
+        def fall_silent(name):
+            silent.add(NodeId(name))
+            for other in "abc":
+                mesh.nodes[other].engine.faults.clear()
+
+        for name in "abc":
+            mesh.nodes[name].engine.faults[20] = lambda key, name=name: fall_silent(name)
+        began = trio.current_time()
+
+        assert await tokens_of(mesh, "s1") == {0: EXPECTED}
+        assert entry.entry.recent.find("s1").attempts == 2
+        assert trio.current_time() - began < 10.0
+        for name in "abc":
+            mesh.nodes[name].state = PeerState.ALIVE
+        await nothing_stays(mesh)

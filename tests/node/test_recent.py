@@ -1,0 +1,39 @@
+"""What is remembered of a request that is over."""
+
+from random import Random
+
+from mesh.ids import NodeId, StreamId
+from node.generation import Generation
+from node.recent import REMEMBERED, RecentRequests, RequestRecord
+
+
+def record(stream="s1", request_id="", *histories):
+    generations = {choice: Generation(3, 100.0, Random(0), history=list(history)) for choice, history in enumerate(histories)}
+    return RequestRecord(StreamId(stream), request_id, NodeId("n"), generations=generations)
+
+
+def test_one_death_is_one_more_attempt_however_many_choices_it_hit():
+    assert record("s1", "", (), ()).attempts == 1
+    assert record("s1", "", ("a died",), ("a died",)).attempts == 2
+    assert record("s1", "", ("a died", "b died"), ("a died",)).attempts == 3
+    assert record("s1", "").attempts == 1
+
+
+def test_a_request_is_found_by_stream_and_by_the_name_its_client_gave_the_newest_first():
+    recent = RecentRequests()
+    first, second = record("s1", "mine"), record("s2", "mine")
+    recent.add(first)
+    recent.add(second)
+
+    assert recent.find("s1") is first
+    assert recent.find("mine") is second
+    assert recent.find("other") is None
+
+
+def test_the_oldest_is_forgotten_with_its_name():
+    recent = RecentRequests()
+    for number in range(REMEMBERED + 1):
+        recent.add(record(f"s{number}", f"r{number}"))
+
+    assert recent.find("s0") is None and recent.find("r0") is None
+    assert recent.find("r1") is recent.find("s1") is not None

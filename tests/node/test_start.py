@@ -1,0 +1,155 @@
+"""What a node takes before it runs: its configuration, identity, sockets and models."""
+
+import json
+import struct
+
+import pytest
+
+from mesh.errors import BadRequest
+from mesh.view import Facts, ModelCard, Span
+from node.capacity import layers_that_fit, parameters
+from node.config import NodeConfig, pinned_spans
+from node.identity import take_free_identity, take_identity
+from node.models import Models, parse_reference
+from node.own_facts import OwnFacts
+from node.sockets import open_listener, open_peer_sockets, reachable
+
+
+@pytest.mark.parametrize(("layers", "spans"), [("auto", None), ("none", ()), ("0:4", ((0, 4),)), ("0:2,4:6", ((0, 2), (4, 6)))])
+def test_layers_are_pinned_left_out_or_chosen(layers, spans):
+    assert pinned_spans(layers) == spans
+
+
+@pytest.mark.parametrize("layers", ["", "4", "4:2", "a:b", "0:2,", "-1:2", "1:1", "0:²"])
+def test_other_forms_of_layers_are_refused_with_the_right_ones(layers):
+    with pytest.raises(BadRequest, match="A:B"):
+        NodeConfig(layers=layers)
+
+
+def test_listening_beyond_loopback_needs_keys(tmp_path):
+    for bad in ({"bind": ("0.0.0.0", 1)}, {"http": ("10.0.0.1", 1)}, {"bind": ("::", 1)}, {"bind": ("127.example.org", 1)}):
+        with pytest.raises(BadRequest, match="key"):
+            NodeConfig(**bad)
+    NodeConfig(bind=("127.0.0.9", 1), http=("::1", 2))
+    NodeConfig(bind=("0.0.0.0", 1), key_file=tmp_path)
+    NodeConfig(http=("0.0.0.0", 1), key_file=tmp_path)
+    with pytest.raises(BadRequest, match="mesh key new"):
+        NodeConfig(http=("0.0.0.0", 1), api_key_file=tmp_path)
+
+
+@pytest.mark.parametrize("given", [{"name": "n" * 33}, {"name": "ü" * 17}, {"region": "r" * 17}])
+def test_a_description_that_could_not_spread_is_refused(given):
+    with pytest.raises(BadRequest, match="bytes"):
+        NodeConfig(**given)
+
+
+def test_an_identity_is_for_life_and_each_start_counts(tmp_path):
+    first = take_identity(tmp_path)
+    first.lock.close()
+    second = take_identity(tmp_path)
+
+    assert (first.epoch, second.epoch) == (1, 2)
+    assert first.id == second.id and len(first.id) == 16
+    second.renew(9)
+    second.lock.close()
+    third = take_identity(tmp_path)
+    assert third.epoch == 10
+    third.lock.close()
+
+
+def test_a_disk_that_keeps_no_epoch_does_not_end_the_node(tmp_path):
+    held = take_identity(tmp_path)
+    (tmp_path / "node.new").mkdir()  # where it would be written aside
+    held.renew(9)
+    held.lock.close()
+    (tmp_path / "node.new").rmdir()
+    again = take_identity(tmp_path)
+    assert (again.id, again.epoch) == (held.id, 2)
+    again.lock.close()
+
+
+def test_one_data_directory_serves_one_running_node(tmp_path):
+    held = take_identity(tmp_path)
+    with pytest.raises(BadRequest, match="another running node"):
+        take_identity(tmp_path)
+    held.lock.close()
+
+
+def test_nodes_started_alike_take_directories_of_their_own(tmp_path):
+    first, second = take_free_identity(tmp_path), take_free_identity(tmp_path)
+    assert first.id != second.id and first.directory != second.directory
+    first.lock.close()
+    second.lock.close()
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"id": "x", "epoch": 1}', '{"id": "0123456789abcdef", "epoch": -1}'])
+def test_a_damaged_identity_is_told_and_not_replaced(tmp_path, content):
+    (tmp_path / "node.json").write_text(content)
+    with pytest.raises(BadRequest, match="node"):
+        take_identity(tmp_path)
+    assert (tmp_path / "node.json").read_text() == content
+
+
+async def test_gossip_and_links_share_one_free_port():
+    sockets = await open_peer_sockets(("127.0.0.1", 0))
+    try:
+        assert sockets.datagrams.getsockname()[:2] == sockets.listener.socket.getsockname()[:2] == sockets.address
+        with pytest.raises(BadRequest, match="in use"):
+            await open_peer_sockets(sockets.address)
+        with pytest.raises(BadRequest, match="--http"):
+            await open_listener(sockets.address, "--http")
+    finally:
+        sockets.datagrams.close()
+        await sockets.listener.aclose()
+
+
+async def test_a_node_that_listens_everywhere_tells_an_address_that_others_can_use():
+    assert await reachable(("127.0.0.5", 7)) == ("127.0.0.5", 7)
+    assert await reachable(("0.0.0.0", 7), [("no..body", 1), ("127.0.0.1", 9)]) == ("127.0.0.1", 7)
+    assert await reachable(("::", 7), [("::1", 9)]) == ("::1", 7)
+    assert (await reachable(("0.0.0.0", 7)))[0] != "0.0.0.0"
+
+
+def safetensors(path, tensors):
+    header = json.dumps({name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in tensors.items()})
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
+
+
+def test_capacity_is_counted_from_headers(tmp_path):
+    safetensors(tmp_path / "a.safetensors", {"x": [1000, 1000], "y": [500_000]})
+    safetensors(tmp_path / "b.safetensors", {"z": [1_500_000]})
+
+    assert parameters(tmp_path) == 3_000_000
+    per_layer = 3_000_000 * 4 * 1.25 / 6
+    assert layers_that_fit(tmp_path, 6, int(4 * per_layer / 0.75) + 1) == 4
+    assert layers_that_fit(tmp_path, 6, 1 << 40) == 6
+    assert layers_that_fit(tmp_path, 6, 1 << 20) == 0
+
+
+def test_model_references_name_a_directory_or_give_it_a_name(tmp_path):
+    (tmp_path / "llama").mkdir()
+    assert parse_reference(str(tmp_path / "llama")) == ("llama", tmp_path / "llama")
+    assert parse_reference(f"small={tmp_path / 'llama'}") == ("small", tmp_path / "llama")
+    with pytest.raises(BadRequest, match="save_pretrained"):
+        parse_reference("org/name")
+
+
+def test_an_unknown_model_is_404_and_names_the_known():
+    with pytest.raises(BadRequest, match="known: none") as unknown:
+        Models().get("x")
+    assert (unknown.value.status, unknown.value.code, unknown.value.param) == (404, "model_not_found", "model")
+
+
+def test_facts_go_out_once_for_each_change():
+    sent = []
+    facts = OwnFacts(Facts(), sent.append)
+    card, span = ModelCard("m", 6, 100, "w", ""), Span("m", 0, 3)
+    facts.know(card, 4)
+    facts.intend((span,))
+    facts.serve(card, (span,))
+    facts.serve(card, (span,))
+
+    assert [fact.intends for fact in sent] == [(), (span,), ()]
+    assert facts.now.spans == (span,) and facts.now.capacity == {"m": 4}
+    facts.know(ModelCard("pinned", 2, 100, "w", ""), None)
+    assert "pinned" not in facts.now.capacity

@@ -1,0 +1,42 @@
+"""What the node answers to HTTP without making its other clients wait."""
+
+import threading
+
+import numpy as np
+
+from mesh.ids import NodeId
+from mesh.view import View
+from node.models import Models
+from node.surface import Surface
+from rag.service import Documents
+
+
+class CountingEmbedder:
+    """Notes the thread that each call ran in."""
+
+    dim, identity = 4, "counting"
+
+    def __init__(self) -> None:
+        self.threads = set()
+
+    def embed(self, texts):
+        self.threads.add(threading.current_thread())
+        return np.ones((len(texts), self.dim), np.float32)
+
+    def count_tokens(self, texts):
+        self.threads.add(threading.current_thread())
+        return [len(text) for text in texts]
+
+
+async def no_call(*args, **kwargs):
+    raise AssertionError("nobody is asked")
+
+
+async def test_embedding_and_counting_leave_the_loop_to_others(tmp_path):
+    view, embedder = View(NodeId("a" * 16)), CountingEmbedder()
+    documents = Documents(view.me, tmp_path, embedder, lambda: view, no_call, lambda told: None, lambda: 0.0)
+    surface = Surface(lambda: view, Models(), None, None, documents, embedder, dict)
+
+    assert len(await surface.embed(["one", "two"])) == 2
+    assert await surface.count_embed_tokens(["one", "three"]) == 8
+    assert threading.current_thread() not in embedder.threads

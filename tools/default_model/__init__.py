@@ -1,0 +1,1 @@
+"""Trains, evaluates and exports the small model that answers when no `--model` is given."""
