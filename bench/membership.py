@@ -38,6 +38,7 @@ def told(outcomes: list[Outcome]) -> dict[str, Any]:
         "first_p50_s": seconds([death.first_s for death in deaths], 0.5),
         "every_node_p50_s": seconds([death.last_s for death in deaths], 0.5),
         "every_node_p99_s": seconds([death.last_s for death in deaths], 0.99),
+        "passed_over_p50_s": seconds([death.passed_over_s for death in deaths], 0.5),
         "false_deaths": wronged,
         "false_deaths_a_run_95_bound": round(3 / len(outcomes), 4) if not wronged else None,
         "unheard": sum(death.observers - death.heard for death in deaths),

@@ -78,9 +78,13 @@ class Members:
         return len(up & said)
 
     def close(self) -> None:
-        for process in self._processes:
+        for process, reader in zip(self._processes, self._readers):
             process.kill()
             process.wait()
+            reader.join()
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.close()
+            process.stdout.close()
 
 
 def measure(command: list[str], count: int, kills: int, settle_s: float, within_s: float = 30.0) -> dict[str, Any]:

@@ -46,6 +46,7 @@ PUSH_TIMEOUT_S = 2.0
 STREAM_PING_TIMEOUT_S = 1.0
 FAREWELL_TIMEOUT_S = 1.0
 FAREWELL_PUSHES = 3
+RECALLED_AT_ONCE = 8
 FAREWELL_PUSHES_MAX = 64
 CALLS_MAX = 32  # exchanges and pushes under way; beyond it they are dropped, for the fingerprints will ask again
 
@@ -139,6 +140,15 @@ class Membership:
         if others and len(reasons) == len(others):
             raise JoinFailed(reasons, refused=any(refusals))
         return len(others) - len(reasons)
+
+    def recall(self, addresses: list[Address]) -> None:
+        """Peers were once here: they are tried now and, while nobody is there, again and again. Fails for nobody's absence."""
+        for address in addresses:
+            if address != self._address:
+                self._core.swim.remember_seed(address)
+        for address in addresses[:RECALLED_AT_ONCE]:
+            if address != self._address:
+                self._start_call(self._exchange, address)
 
     def publish(self, facts: Facts) -> None:
         """This node's facts from now on, here at once and everywhere within milliseconds.

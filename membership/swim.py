@@ -181,7 +181,8 @@ class Swim(Evidence):
 
     def stream_answered(self, seq: int, by: NodeId, now: float) -> list[Effect]:
         """A `PingStream` was answered: datagrams to that node, or from it, get lost, but it lives."""
-        if not self.left and (probe := self._probes.answered(seq, by)) is not None and by == probe.target:
+        probe = self._probes.under_way.get(seq)
+        if not self.left and probe is not None and by == probe.target and self._probes.answered(seq, by) is not None:
             self._alive_after_all(probe, now)
         return self.spread(now)
 

@@ -62,6 +62,7 @@ class Link:
     ) -> None:
         self.to = to
         self.peer: NodeId | None = None
+        self.used = False  # something was sent over it, or waits to be
         self._config = config
         self._counters = counters
         self._load = load
@@ -91,6 +92,7 @@ class Link:
         return pending.reply.header, pending.reply.tail
 
     def enqueue(self, frame: Frame) -> None:
+        self.used = True
         if self._failed is not None:
             raise self._lost(self._failed)
         if self._outbox_bytes + len(frame.tail) > OUTBOX_BYTES:

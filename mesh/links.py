@@ -31,7 +31,8 @@ log = structlog.get_logger()
 
 
 OnLost = Callable[[NodeId | None, Address | None, str], None]
-"""Told of every link that ended: the peer's id unless the handshake never came so far, its address where we dialled it, why."""
+"""Told of every link that ended: the peer's id unless the handshake never came so far; its address where we dialled it;
+why. A link that was only to be kept and never came about is nobody's loss."""
 
 
 class Links:
@@ -114,7 +115,8 @@ class Links:
             del self._links[link.to]
         link.fail(reason)
         self.counters.links_lost_total += 1
-        self.on_lost(link.peer, link.to, reason)
+        if link.used or link.peer is not None:
+            self.on_lost(link.peer, link.to, reason)
 
     async def _serve_peer(self, stream: trio.SocketStream) -> None:
         """One inbound link: handshake, then answer until it ends."""

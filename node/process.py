@@ -34,6 +34,7 @@ from node.http.app import make_app
 from node.http.auth import ApiKeys
 from node.http.server import Server, serve
 from node.identity import Identity
+from node.known_peers import KnownPeers
 from node.losses import Losses
 from node.models import Models
 from node.own_facts import OwnFacts
@@ -100,6 +101,7 @@ class Node:
             keep_links=self._links.keep,
         )
         self._membership.on_renewed = identity.renew
+        self._known_peers = KnownPeers(identity.directory, time.time)
         facts = Facts(version=version("gossip-mesh"), pid=os.getpid())
         self._facts = OwnFacts(facts, self._membership.publish)
         rng = Random()
@@ -193,6 +195,7 @@ class Node:
         await nursery.start(self._links.run, self._sockets.listener)
         await nursery.start(self._membership.run)
         self._facts.serve_http_at(f"http://{format_address(await reachable(self._http_address, self._config.join))}")
+        self._membership.recall(self._known_peers.addresses())
         await self._join()
         await nursery.start(self._documents.run)
         await nursery.start(self._entry.run)
@@ -214,6 +217,7 @@ class Node:
     async def _sweep(self) -> None:
         while True:
             await trio.sleep(SWEEP_EVERY_S)
+            self._known_peers.note(self._view())
             self._stages.sweep(trio.current_time())
 
     async def _drain(self, node_scope: trio.CancelScope) -> None:
@@ -226,6 +230,7 @@ class Node:
             # Two owners of work, neither of which knows of the other: looking is simpler than an event of both.
             while self._entry.open_requests or self._stages.open_sequences:  # noqa: ASYNC110
                 await trio.sleep(DRAIN_POLL_S)
+        self._known_peers.note(self._view())
         await self._membership.leave()
         node_scope.cancel()
 

@@ -46,6 +46,15 @@ def detection_s(network: Network, node: NodeId, killed_at: float) -> list[float]
     return sorted(first.values())
 
 
+def fallen_s(network: Network, node: NodeId, killed_at: float) -> list[float]:
+    """How long after its death each observer first had it anything but alive, ascending."""
+    first: dict[NodeId, float] = {}
+    for seen in network.seen:
+        if seen.node == node and seen.at >= killed_at and seen.after is not PeerState.ALIVE:
+            first.setdefault(seen.by, seen.at - killed_at)
+    return sorted(first.values())
+
+
 def nobody_raises_anothers_incarnation(network: Network) -> bool:
     """No view holds a standing of a running node that it did not give itself."""
     for by in network.up:

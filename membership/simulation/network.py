@@ -55,11 +55,19 @@ class Network:
 
     # what a test does to the mesh
 
-    def add(self, seeds: Iterable[NodeId] = (), *, number: int | None = None, epoch: int = 1, name: str | None = None) -> NodeId:
+    def add(
+        self,
+        seeds: Iterable[NodeId] = (),
+        *,
+        number: int | None = None,
+        epoch: int = 1,
+        name: str | None = None,
+        address: Address | None = None,
+    ) -> NodeId:
         """Starts a node, or starts it again under its old id with another `epoch`, and joins it through `seeds`."""
         number = len(self.nodes) if number is None else number
         node = NodeId(f"{number:016x}")
-        address = (f"10.0.{number // 250}.{number % 250 + 1}", 7946 + epoch)
+        address = address or (f"10.0.{number // 250}.{number % 250 + 1}", 7946 + epoch)
         claim = Alive(node, epoch, 0, name or f"node-{number}", address[0], address[1], "")
         core = MembershipCore(claim, self.config, Random(self.rng.random()), self.now)
         old = self.nodes.get(node)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
-from membership.simulation.checkers import deaths_of, detection_s, percentile
+from membership.simulation.checkers import deaths_of, detection_s, fallen_s, percentile
 from membership.simulation.network import Network
 from mesh.view import PeerState
 
@@ -36,6 +37,7 @@ class Death:
     p50_s: float
     p99_s: float
     last_s: float
+    passed_over_s: float  # when the last of them had at least suspected it, and so gave it no new work
     heard: int
     observers: int
 
@@ -74,10 +76,11 @@ def simulate(scenario: Scenario) -> Outcome:
         (network.kill if scenario.silent else network.crash)(node)
         network.run(scenario.watch_s)
         took = detection_s(network, node, killed_at)
+        passed_over_s = max(fallen_s(network, node, killed_at), default=math.nan)
         first_s, p50_s, p99_s, last_s = (percentile(took, share) for share in (0.0, 0.5, 0.99, 1.0))
         up = set(network.up)
         unheard = sum(network.state(by, node) is not PeerState.DEAD for by in up)
-        deaths.append(Death(node, first_s, p50_s, p99_s, last_s, len(up) - unheard, len(up)))
+        deaths.append(Death(node, first_s, p50_s, p99_s, last_s, passed_over_s, len(up) - unheard, len(up)))
     wronged = {(node, network.nodes[by].core.swim.members[node].incarnation) for _, by, node in deaths_of(network, network.up)}
     wall_s = time.perf_counter() - began_s
     return Outcome(tuple(deaths), len(wronged), idle, network.now, wall_s, network.trace())

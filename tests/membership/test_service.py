@@ -222,6 +222,20 @@ async def test_when_no_seed_answers_the_error_names_each_and_why_and_they_are_tr
         assert await late.membership.join([lonely.address, ("127.0.0.1", 1), late.address]) == 1
 
 
+async def test_recalled_peers_are_found_now_or_when_they_are_back_and_their_absence_is_no_error(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    async with a_mesh() as mesh:
+        one, other, late = [await mesh.start(number) for number in range(3)]
+        del mesh.at[late.address]
+        one.membership.recall([one.address, other.address, late.address, ("127.0.0.1", 1)])
+        with trio.fail_after(1):
+            await until_state(one, other.membership.me, PeerState.ALIVE)
+        mesh.at[late.address] = late.membership
+        with trio.fail_after(30):
+            await until_state(other, late.membership.me, PeerState.ALIVE)
+
+
 async def test_joining_nobody_is_no_error_and_joining_before_run_is_our_own(autojump_clock: trio.abc.Clock) -> None:
     async with a_mesh() as mesh:
         running = await mesh.start(1)

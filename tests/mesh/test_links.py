@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+import trio.testing
 
 from mesh.errors import BadRequest, DeadlineExceeded, PeerLost, Refused, RemoteError
 from mesh.frames import Frame, encode
@@ -213,6 +214,57 @@ async def test_a_call_to_oneself_needs_no_network():
 
         assert (await a.call(a.config.address, "echo", {}))[0] == {"sender": "a"}
         assert a.counters.links_opened_total == 0
+
+
+async def test_a_kept_link_is_told_of_at_both_ends_and_its_end_is_told_once():
+    async with trio.open_nursery() as nursery:
+        told, ended = [], []
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        b = Links(LinkConfig(NodeId("b"), listener.socket.getsockname()[:2]), on_linked=lambda node: told.append(("b", node)))
+        scope = trio.CancelScope()
+
+        async def run_b(*, task_status):
+            with scope:
+                await b.run(listener, task_status=task_status)
+
+        await nursery.start(run_b)
+        lost = trio.Event()
+        a = await start(
+            nursery,
+            "a",
+            on_linked=lambda node: told.append(("a", node)),
+            on_lost=lambda *end: (ended.append(end[:2]), lost.set()),
+        )
+        with trio.fail_after(10):
+            a.keep([b.config.address, a.config.address])
+            a.keep([b.config.address])
+            while len(told) < 2:
+                await trio.testing.wait_all_tasks_blocked(0.001)
+            scope.cancel()
+            await lost.wait()
+        assert sorted(told) == [("a", "b"), ("b", "a")]
+        assert ended == [("b", b.config.address)]
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_kept_link_that_never_comes_about_is_nobodys_loss_but_a_calls_is():
+    async with trio.open_nursery() as nursery:
+        ended = []
+        a = await start(nursery, "a", on_lost=lambda *end: ended.append(end[:2]))
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nobody = listener.socket.getsockname()[:2]
+        await listener.aclose()
+        with trio.fail_after(10):
+            a.keep([nobody])
+            while a.counters.links_lost_total == 0:
+                await trio.testing.wait_all_tasks_blocked(0.001)
+            assert ended == []
+            with pytest.raises(PeerLost):
+                await a.call(nobody, "echo", {})
+            while not ended:
+                await trio.testing.wait_all_tasks_blocked(0.001)
+        assert ended == [(None, nobody)]
+        nursery.cancel_scope.cancel()
 
 
 HELLO = {"version": 1, "cluster": "mesh", "node": "stranger"}

@@ -115,6 +115,21 @@ def test_a_seed_that_starts_later_is_found(seed: int) -> None:
     network.run_until(lambda: converged(network), within_s=10)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_mesh_whose_nodes_all_restarted_without_a_seed_finds_itself_by_old_addresses(seed: int) -> None:
+    network = Network(seed)
+    ids = network.grow(8)
+    old = [network.nodes[node].address for node in ids]
+    for node in ids:
+        network.crash(node)
+    network.run(1)
+    for number in range(8):
+        network.add(number=number, epoch=2, address=old[number])
+        for address in old:
+            network.nodes[ids[number]].core.swim.remember_seed(address)
+    network.run_until(lambda: converged(network), within_s=10)
+
+
 def test_the_same_seed_gives_the_same_trace_and_another_seed_another() -> None:
     def trace(seed: int) -> str:
         network = Network(seed, loss=0.1)
