@@ -27,7 +27,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/mypy mesh membership routing rag node cli
+	$(BIN)/mypy mesh membership routing rag node cli tools
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -77,10 +77,20 @@ def test_a_time_budget_counts_what_was_trained_before(prepared: Path, tmp_path: 
     assert 101.0 <= ended.seconds < 110.0 and ended.steps < STEPS
 
 
+def test_a_session_ends_before_the_run_does(prepared: Path, tmp_path: Path) -> None:
+    run, _ = run_in(tmp_path / "run", prepared, [1])
+    ticks = iter(float(second) for second in range(1000))
+    model = Model(TINY, 7)
+    plan = Plan(tmp_path / "run", "cpu", None, 500.0, workers=0, compiled=False, session_s=4.0)
+    left = training.train(plan, run, model, Optimisers(model), clock=lambda: next(ticks))
+    kept = checkpoints.read_run(tmp_path / "run")
+    assert left.seconds < 100.0 and kept is not None and kept.steps == left.steps > 1
+
+
 def test_rows_are_packed_and_a_batch_is_a_function_of_its_number(prepared: Path) -> None:
     maker, other = Maker.load(prepared, 3), Maker.load(prepared, 3)
     other.batch(0, 0, 2048)
-    batch, again = maker.batch(5, 2, 4096), other.batch(5, 2, 4096)
+    batch, again = maker.batch(5, 3, 4096), other.batch(5, 3, 4096)
     assert batch.ids.shape == (8, 512) and np.array_equal(batch.ids, again.ids)
     assert (batch.segments > 0).mean() > 0.75
     assert not batch.weights[batch.segments == 0].any(), "padding teaches nothing"
@@ -132,7 +142,7 @@ def test_a_model_too_large_for_the_package_is_refused(prepared: Path, tmp_path: 
 
 
 def test_stages_follow_one_another_and_the_rate_rises_holds_and_falls() -> None:
-    assert [stage_at(progress) for progress in (0.0, 0.2, 0.5, 0.8, 1.0)] == [0, 1, 2, 3, 4]
+    assert [stage_at(progress) for progress in (0.0, 0.1, 0.2, 0.5, 0.8, 1.0)] == [0, 1, 2, 3, 4, 5]
     assert [stage.until for stage in STAGES] == sorted(stage.until for stage in STAGES)
     assert all(abs(sum(stage.mix.values()) - 1.0) < 1e-9 for stage in STAGES)
     assert 0.0 < rate_at(0.0) < rate_at(0.005) < rate_at(0.01) == rate_at(0.7) == 1.0 > rate_at(0.9) > rate_at(1.0) == 0.0

@@ -62,7 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif not _is_over(run, given):
         workers = given.workers if given.workers is not None else 12 if device == "cuda" else 1
         compiled = given.compile if given.compile is not None else device == "cuda" or (given.seconds or 0) >= 900
-        plan = Plan(work, device, given.steps, given.seconds, workers, compiled, given.checkpoint_every)
+        plan = Plan(
+            work,
+            device,
+            given.steps,
+            given.seconds,
+            workers,
+            compiled,
+            checkpoint_every_s=given.checkpoint_every,
+            session_s=given.session,
+        )
         run = train(plan, run, model, optimisers)
     export.export(given.out or work / export.NAME, run, model, work)
     return 0
@@ -103,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, help="time budget of the training, earlier parts of the run counted in")
     length.add_argument("--steps", type=int, help="number of steps instead: the same weights however often interrupted")
+    parser.add_argument("--session", type=float, metavar="SECONDS", help="leave after so long, to go on with the same command")
     parser.add_argument("--work", type=Path, default=Path("build/default-model"), help="text, tokenizer, checkpoint, log")
     parser.add_argument("--out", type=Path, help="model directory to write (default: mesh-demo in the work folder)")
     parser.add_argument("--seed", type=int, default=20_261_121)

@@ -34,7 +34,8 @@ class Plan:
     compiled: bool
     checkpoint_every_s: float = 120.0
     report_every_s: float = 10.0
-    stop_after_steps: int | None = None  # leave here, with a checkpoint, as if interrupted
+    stop_after_steps: int | None = None  # leave here, with a checkpoint, to be gone on from
+    session_s: float | None = None  # likewise after so long in this call
 
 
 @dataclass(slots=True)
@@ -82,6 +83,7 @@ def train(plan: Plan, run: Run, model: Model, optimisers: Optimisers, clock: Cal
         tally.tokens += batch.ids.size
         tally.steps += 1
         over = progress(run.steps) >= 1.0 or run.steps == plan.stop_after_steps
+        over = over or (plan.session_s is not None and run.seconds - before_s >= plan.session_s)
         if over or clock() - tally.began_s > plan.report_every_s:
             _report(plan, run, stage, tally, norm)
             tally = _Tally(torch.zeros(5, device=device), clock())
