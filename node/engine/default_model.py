@@ -9,6 +9,7 @@ tokens, was trained once on the docstrings of CPython 3.11's standard library (P
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -52,6 +53,7 @@ def ensure_random_model(cache_dir: Path) -> Path:
 
     Several nodes may do this at once: each writes aside and renames, and the first one's directory stays.
     """
+    cache_dir /= _recipe()
     wanted = cache_dir / MODEL_ID
     if (wanted / "config.json").is_file():
         return wanted
@@ -68,6 +70,12 @@ def ensure_random_model(cache_dir: Path) -> Path:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return wanted
+
+
+def _recipe() -> str:
+    """Names what the random model is made of: another release's model is never taken for this one's."""
+    parts = (str(SEED), CHAT_TEMPLATE, repr(_config().to_dict()), (SOURCE / "tokenizer.json").read_text())
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=4).hexdigest()
 
 
 def _config() -> LlamaConfig:
