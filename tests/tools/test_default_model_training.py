@@ -15,11 +15,13 @@ from tools.default_model import checkpoints, evaluate, export, train, training
 from tools.default_model.checkpoints import Run
 from tools.default_model.curriculum import STAGES, rate_at, stage_at
 from tools.default_model.examples import Maker
-from tools.default_model.model import Model, block_mask
+from tools.default_model.model import Model, Pointer, block_mask
 from tools.default_model.optimisers import Optimisers
+from tools.default_model.prompts import MARKS, REFUSAL
 from tools.default_model.prose import Prose, Source
 from tools.default_model.shape import SHAPES
 from tools.default_model.training import Plan
+from tools.default_model.vocabulary import load_tokenizer
 
 TINY = SHAPES["tiny"]
 STEPS = 6
@@ -101,14 +103,47 @@ def test_rows_are_packed_and_a_batch_is_a_function_of_its_number(prepared: Path)
         assert starts[row][numbers > 0].sum() == numbers.max()
 
 
+def test_the_pointer_is_told_the_mark_behind_the_sentence_that_answers(prepared: Path) -> None:
+    maker = Maker.load(prepared, 3)
+    tokenizer = load_tokenizer(prepared / "tokenizer.json")
+    answered = refused = 0
+    for number in range(4):
+        batch = maker.batch(number, 3, 4096)
+        flat, row_of = batch.ids.reshape(-1), batch.ids.shape[1]
+        assert len(batch.marks) == len(batch.pointed) > 0
+        for places, which in zip(batch.marks, batch.pointed, strict=True):
+            marked = places[places >= 0]
+            assert all(tokenizer.decode([flat[place]]) in MARKS for place in marked)
+            assert len({batch.segments.reshape(-1)[place] for place in marked}) == 1
+            after = tokenizer.decode(flat[marked[-1] : (marked[-1] // row_of + 1) * row_of].tolist(), skip_special_tokens=False)
+            answer = after.partition("assistant\n")[2].partition("<|im_end|>")[0]
+            if which == batch.marks.shape[1]:
+                refused += answer == REFUSAL
+                continue
+            begins = marked[which - 1] + 1 if which else marked[which] // row_of * row_of
+            assert tokenizer.decode(flat[begins : marked[which] + 1].tolist()).endswith(answer)
+            answered += 1
+    assert answered > 10 and refused > 0
+
+
+def test_pointing_picks_the_highest_mark_and_never_padding() -> None:
+    pointer = Pointer(TINY)
+    with torch.no_grad():
+        pointer.direction.fill_(1.0)
+    hidden = torch.randn(9, TINY.width, generator=torch.Generator().manual_seed(2))
+    scores = pointer(hidden, torch.tensor([[2, 5, -1], [8, -1, -1]]))
+    assert scores.shape == (2, 4) and torch.isinf(scores[0, 2]) and torch.isinf(scores[1, 1:3]).all()
+    assert scores[0, 3] == 0.0 and torch.isfinite(scores[:, 0]).all()
+
+
 def test_a_token_sees_its_own_example_and_nothing_later() -> None:
     model = Model(TINY, 1)
     first, second = torch.arange(5), torch.arange(20, 27)
     packed = torch.cat([first, second])[None]
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
     segments = torch.tensor([[1] * 5 + [2] * 7])
-    hidden = model(packed, positions, block_mask(segments, torch.float32))[0]
-    alone = model(second[None], torch.arange(7)[None], None)[0]
+    hidden = model(packed, positions, block_mask(segments, torch.float32))[0][0]
+    alone = model(second[None], torch.arange(7)[None], None)[0][0]
     assert torch.allclose(hidden[5:], alone, atol=1e-5)
 
 
@@ -119,9 +154,9 @@ def test_an_exported_model_computes_what_was_trained(prepared: Path, tmp_path: P
     ids = torch.randint(0, TINY.vocabulary, (2, 40), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(40).expand(2, 40)
     with torch.inference_mode():
-        ours = model.logits(model(ids, positions, None))
+        ours = model.logits(model(ids, positions, None)[0])
         assert torch.allclose(loaded(ids).logits, ours, atol=1e-4)
-    assert sum(each.numel() for each in model.parameters()) == TINY.parameters == loaded.num_parameters()
+    assert sum(each.numel() for each in export.weights(model).values()) == TINY.parameters == loaded.num_parameters()
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == 2
     again = Model(TINY, 4)
     export.load_into(again, tmp_path / "out")
@@ -142,7 +177,7 @@ def test_a_model_too_large_for_the_package_is_refused(prepared: Path, tmp_path: 
 
 
 def test_stages_follow_one_another_and_the_rate_rises_holds_and_falls() -> None:
-    assert [stage_at(progress) for progress in (0.0, 0.1, 0.2, 0.5, 0.8, 1.0)] == [0, 1, 2, 3, 4, 5]
+    assert [stage_at(progress) for progress in (0.0, 0.05, 0.2, 0.5, 0.8, 1.0)] == [0, 1, 2, 3, 4, 5]
     assert [stage.until for stage in STAGES] == sorted(stage.until for stage in STAGES)
     assert all(abs(sum(stage.mix.values()) - 1.0) < 1e-9 for stage in STAGES)
     assert 0.0 < rate_at(0.0) < rate_at(0.005) < rate_at(0.01) == rate_at(0.7) == 1.0 > rate_at(0.9) > rate_at(1.0) == 0.0

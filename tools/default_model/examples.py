@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tools.default_model import drills, talk
 from tools.default_model.curriculum import STAGES
 from tools.default_model.inquiries import Rarity, ask_about, stems, unanswerable
-from tools.default_model.prompts import grounded, opening, sentences
+from tools.default_model.prompts import MARKS, grounded, opening, sentences
 from tools.default_model.prose import Prose
 from tools.default_model.vocabulary import load_tokenizer
 from tools.default_model.worlds import Asked, World, make_world
@@ -37,13 +37,19 @@ class Batch:
     positions: np.ndarray  # [rows, tokens] int16, from 0 in each example
     segments: np.ndarray  # [rows, tokens] int16
     weights: np.ndarray  # [rows, tokens] float32: of predicting the token after this one
+    marks: np.ndarray  # [questions, most] int64, the places of a question's marks in the flattened ids; padded with -1
+    pointed: np.ndarray  # [questions] int64: which mark is behind the answer; `most` for none
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     ids: np.ndarray  # [n] int32
     weights: np.ndarray  # [n] float32, of predicting the token at this place
+    marks: np.ndarray  # [m] int64, places of the marks behind the passages' sentences
+    pointed: int | None  # the number of the mark behind the answer, -1 for none; None: not to be learned
 
+
+FOLLOW_UPS = (0, 1, 2, 3)  # more questions about the same passages: one reading, several lessons
 
 Parts = list[tuple[str, bool]]  # text, and whether it is to be learned
 
@@ -60,6 +66,7 @@ class Maker:
         for paragraph in prose.paragraphs[:20_000]:
             pool.update(dict.fromkeys(word for word in paragraph.lower().split() if word.isalpha() and len(word) > 2))
         self._pool = list(pool)
+        self._mark_ids = [number for mark in MARKS if tokenizer and (number := tokenizer.token_to_id(mark)) is not None]
 
     @classmethod
     def load(cls, work: Path, seed: int) -> Maker:
@@ -138,7 +145,8 @@ class Maker:
             return []
         first, *others = world.asked
         turns = [(grounded(first.question, world.passages), first.answer)]
-        return _turns(turns + [(each.question, each.answer) for each in others])
+        more = others[: chance.choice(FOLLOW_UPS)]
+        return _turns(turns + [(each.question, each.answer) for each in more])
 
     def _encoded(self, drawn: Sequence[Parts], chance: Random) -> list[Example]:
         assert self._tokenizer is not None
@@ -156,8 +164,19 @@ class Maker:
                 else:
                     weights += [TEXT_WEIGHT if chance.random() < TEXT_SHARE else 0.0 for _ in piece]
             if ids:
-                examples.append(Example(np.array(ids, np.int32), np.array(weights, np.float32)))
+                examples.append(Example(np.array(ids, np.int32), np.array(weights, np.float32), *self._pointed(parts, ids)))
         return examples
+
+    def _pointed(self, parts: Parts, ids: Sequence[int]) -> tuple[np.ndarray, int | None]:
+        """The marks of the first turn's prompt, and which of them is behind the answer."""
+        lines = [line for line in parts[0][0].splitlines() if line.endswith(MARKS)]
+        if len(parts) < 2 or not lines:
+            return np.zeros(0, np.int64), None
+        marks = np.flatnonzero(np.isin(ids, self._mark_ids))[: len(lines)]
+        if parts[0][0].count("[") != len(lines):  # a passage has brackets of its own: which mark is whose is not certain
+            return np.zeros(0, np.int64), None
+        answer = parts[1][0].removesuffix("<|im_end|>")
+        return marks, lines.index(answer) if answer in lines else -1
 
 
 def asked_text(asked: Asked, passages: Sequence[str]) -> str:
@@ -188,6 +207,7 @@ def _packed(examples: Sequence[Example], rows: int, length: int) -> Batch:
     weights = np.zeros((rows, length), np.float32)
     used = [0] * rows
     numbers = [0] * rows
+    pointing: list[tuple[np.ndarray, int]] = []
     for example in sorted(examples, key=lambda each: -len(each.ids)):
         size = len(example.ids)
         row = max((each for each in range(rows) if used[each] + size <= length), key=used.__getitem__, default=None)
@@ -199,5 +219,12 @@ def _packed(examples: Sequence[Example], rows: int, length: int) -> Batch:
         positions[row, start : start + size] = np.arange(size)
         segments[row, start : start + size] = numbers[row]
         weights[row, start : start + size - 1] = example.weights[1:]
+        if example.pointed is not None:
+            pointing.append((example.marks + row * length + start, example.pointed))
         used[row] += size
-    return Batch(ids, positions, segments, weights)
+    most = max((len(places) for places, _ in pointing), default=0)
+    marks = np.full((len(pointing), most), -1, np.int64)
+    for number, (places, _) in enumerate(pointing):
+        marks[number, : len(places)] = places
+    pointed = np.array([most if which < 0 else which for _, which in pointing], np.int64)
+    return Batch(ids, positions, segments, weights, marks, pointed)

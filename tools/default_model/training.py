@@ -21,6 +21,9 @@ from tools.default_model.feeding import batches
 from tools.default_model.model import Model, block_mask
 from tools.default_model.optimisers import Optimisers
 
+POINTING_WEIGHT = 0.5  # of the pointer's loss beside the tokens'
+REPORTED = 7  # sums that `_loss` returns
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -67,7 +70,7 @@ def train(plan: Plan, run: Run, model: Model, optimisers: Optimisers, clock: Cal
         assert plan.seconds is not None
         return run.seconds / plan.seconds
 
-    tally = _Tally(torch.zeros(5, device=device))
+    tally = _Tally(torch.zeros(REPORTED, device=device))
     feed = batches(plan.work, run.seed, run.steps, run.step_tokens, lambda number: stage_at(progress(number)), plan.workers)
     for stage, batch in feed:
         loss, sums = _loss(model, forward, batch, device, compute)
@@ -86,7 +89,7 @@ def train(plan: Plan, run: Run, model: Model, optimisers: Optimisers, clock: Cal
         over = over or (plan.session_s is not None and run.seconds - before_s >= plan.session_s)
         if over or clock() - tally.began_s > plan.report_every_s:
             _report(plan, run, stage, tally, norm)
-            tally = _Tally(torch.zeros(5, device=device), clock())
+            tally = _Tally(torch.zeros(REPORTED, device=device), clock())
         if over or clock() - saved_s > plan.checkpoint_every_s:
             checkpoints.save(plan.work, run, model, optimisers)
             saved_s = clock()
@@ -105,7 +108,8 @@ def compute_type(device: torch.device) -> torch.dtype:
 def _loss(
     model: Model, forward: Callable[..., Tensor], batch: Batch, device: torch.device, compute: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The weighted mean loss, and counts for the report: choosing tokens right and all, copying tokens right and all, loss.
+    """The weighted mean loss with the pointer's, and what the report counts: choosing tokens right and all, copying tokens
+    right and all, the loss without the pointer's, questions pointed right and all.
 
     Logits are made only where something is to be learned: they would be the largest product of all.
     """
@@ -114,21 +118,28 @@ def _loss(
     mask = block_mask(torch.from_numpy(batch.segments).to(device, non_blocking=True), compute)
     places = torch.from_numpy(batch.weights.reshape(-1).nonzero()[0]).to(device, non_blocking=True)
     weights = torch.from_numpy(batch.weights[batch.weights > 0]).to(device, non_blocking=True)
-    hidden = forward(ids, positions, mask, compute).flatten(0, 1)[places]
-    logits = model.logits(hidden).float()
+    hidden, below = forward(ids, positions, mask, compute)
+    logits = model.logits(hidden.flatten(0, 1)[places]).float()
     targets = ids.reshape(-1)[places + 1]
     losses = functional.cross_entropy(logits, targets, reduction="none")
     loss = (losses * weights).sum() / weights.sum()
+    pointed = torch.from_numpy(batch.pointed).to(device, non_blocking=True)
+    scores = model.pointer(below.flatten(0, 1), torch.from_numpy(batch.marks).to(device, non_blocking=True))
+    pointing = functional.cross_entropy(scores, pointed, reduction="sum") / max(1, len(pointed))
     with torch.no_grad():
         right = logits.argmax(-1) == targets
         choice, copy = weights > 1.0, weights == 1.0
-        sums = torch.stack([(right & choice).sum(), choice.sum(), (right & copy).sum(), copy.sum(), loss]).float()
-    return loss, sums
+        counts = [(right & choice).sum(), choice.sum(), (right & copy).sum(), copy.sum(), loss]
+        if len(pointed):
+            counts += [(scores.argmax(-1) == pointed).sum(), torch.tensor(len(pointed), device=device)]
+        else:
+            counts += [torch.zeros((), device=device)] * 2
+    return loss + POINTING_WEIGHT * pointing, torch.stack([each.float() for each in counts])
 
 
 def _report(plan: Plan, run: Run, stage: int, tally: _Tally, norm: float) -> None:
     """One line to the log and to standard error: how often the choosing and how often the copying tokens are right."""
-    choices_right, choices, copies_right, copies, loss = tally.sums.tolist()
+    choices_right, choices, copies_right, copies, loss, points_right, points = tally.sums.tolist()
     line = {
         "step": run.steps,
         "stage": stage,
@@ -138,6 +149,7 @@ def _report(plan: Plan, run: Run, stage: int, tally: _Tally, norm: float) -> Non
         "loss": round(loss / tally.steps, 4),
         "choice_right": round(choices_right / max(1.0, choices), 4),
         "copy_right": round(copies_right / max(1.0, copies), 4),
+        "point_right": round(points_right / max(1.0, points), 4),
         "norm": round(norm, 3),
     }
     with (plan.work / "log.jsonl").open("a", encoding="utf-8") as log:
