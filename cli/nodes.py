@@ -7,7 +7,15 @@ from typing import Any
 
 from cli import options, output
 
-COLUMNS = ("NODE", "STATE", "HTTP", "LAYERS", "RUNNING", "WAITING", "KV BLOCKS", "REGION", "ID")
+COLUMNS = ("NODE", "STATE", "HTTP", "LAYERS", "RUNNING", "WAITING", "KV BLOCKS", "RTT MS", "REGION", "ID")
+
+
+def rtt(node: Mapping[str, Any]) -> str:
+    """The round trip from the node that was asked: measured, else told from coordinates with a `~`."""
+    measured_ms, estimate_ms = node.get("rtt_ms"), node.get("rtt_estimate_ms")
+    if node["state"] not in ("alive", "suspect") or (measured_ms is None and estimate_ms is None):
+        return "-"
+    return f"{measured_ms:.1f}" if measured_ms is not None else f"~{estimate_ms:.1f}"
 
 
 def node_rows(seen: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
@@ -25,7 +33,19 @@ def node_rows(seen: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[obje
         if node["state"] not in ("alive", "suspect"):
             running = waiting = blocks = "-"
         layers = output.spans(node.get("spans", ()))
-        rows.append((node["name"], state, node["http"], layers, running, waiting, blocks, node.get("region") or "-", node["id"]))
+        row = (
+            node["name"],
+            state,
+            node["http"],
+            layers,
+            running,
+            waiting,
+            blocks,
+            rtt(node),
+            node.get("region") or "-",
+            node["id"],
+        )
+        rows.append(row)
     return COLUMNS, rows
 
 

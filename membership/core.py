@@ -102,6 +102,7 @@ class MembershipCore:
             load,
             load_at,
             member.rtt_s,
+            self.swim.distances.estimate_s(member) if node != self.me else None,
             member.cause,
         )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from membership.config import MembershipConfig
 from membership.dissemination import Rumours, transmit_limit
+from membership.distances import Distances
 from membership.effects import Effect, Exchange, MemberChanged, MemberForgotten, Renewed, Send
 from membership.fingerprint import Fingerprint
 from membership.health import LAG_MAX_S, LocalHealth
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 COUNTER_MAX = 2**48 - 1  # one less than the wire's bound, so that a refutation of anything accepted still fits
 _EXCHANGES_REMEMBERED = 1024
+WAY_FACTOR = 3.0  # a probe waits for so many of the round trips that are to be expected
 _FRESH_S = 5.0  # a refused death is believed at once up to this age: later its victim may well be back
 
 
@@ -61,6 +63,7 @@ class Hearing:
         self.members = Members(self.myself, fingerprint)
         self.load, self.load_at = ZERO_LOAD, now
         self.health = LocalHealth()
+        self.distances = Distances(rng)
         self.linked: dict[NodeId, int] = {}  # links open with each peer, either way
         self.doubted: list[NodeId] = []  # heard to be refused-dead, but linked with us: to be looked at
         self.refutations = self.conflicts = self.unknown_claims = self.refused_newcomers = 0
@@ -92,12 +95,12 @@ class Hearing:
         limit = transmit_limit(self.config.transmit_multiplier, self.members.live_count)
         claims = self.rumours.take(claim_budget_bytes(bare), limit, first)
         match bare:
-            case Ping(sender=sender, seq=seq, target=target):
-                return Ping(sender, seq, target, claims)
+            case Ping(sender=sender, seq=seq, target=target, where=where):
+                return Ping(sender, seq, target, claims, where)
             case PingReq(sender=sender, seq=seq, target=target):
                 return PingReq(sender, seq, target, claims)
-            case Ack(sender=sender, seq=seq):
-                return Ack(sender, seq, claims)
+            case Ack(sender=sender, seq=seq, where=where):
+                return Ack(sender, seq, claims, where)
             case Nack(sender=sender, seq=seq):
                 return Nack(sender, seq, claims)
             case Gossip(sender=sender):
@@ -187,6 +190,8 @@ class Hearing:
         member = self.members.get(record.node)
         if member is None:
             self._admit(record, record.state, now, tell=tell)
+            if (newcomer := self.members.get(record.node)) is not None:
+                self.distances.heard(newcomer, record.where)
             return
         if not isinstance(claim, Alive) and description_of(record) > member.description:
             self._describe(member, description_of(record))
@@ -261,6 +266,8 @@ class Hearing:
         member.epoch, member.incarnation = claim.epoch, claim.incarnation
         if state is not before or restarted:
             member.since = now
+        if restarted or member.address != description[3:5]:
+            self.distances.forget(member)
         member.state, member.description = state, description
         member.cause = (REFUSED if claim.cause == REFUSED else TIMEOUT) if isinstance(claim, Dead) else ""
         member.suspicion = self._suspicion(member.node, by, now) if state is PeerState.SUSPECT else None
@@ -270,6 +277,8 @@ class Hearing:
         self._changes.append(MemberChanged(member.node, before, state, restarted))
 
     def _describe(self, member: Member, description: Description) -> None:
+        if member.address != description[3:5]:
+            self.distances.forget(member)
         member.description = description
         self._changes.append(MemberChanged(member.node, member.state, member.state))
 
@@ -294,8 +303,11 @@ class Hearing:
         return Suspicion(now, expected, min_s, max_s, first, slack_s=2 * slack_s, stall_patience_s=self.config.stall_patience_s)
 
     def slack_s(self, member: Member | None, now: float) -> float:
-        """How much longer than usual an answer of `member` may take: its lag and ours, as far as lag excuses."""
-        return min(LAG_MAX_S, self.health.lag_s(now) + (member.lag_s if member is not None else 0.0))
+        """How much longer than usual an answer of `member` may take: its lag, ours, and a way longer than the usual ones."""
+        if member is None:
+            return min(LAG_MAX_S, self.health.lag_s(now))
+        far_s = max(0.0, WAY_FACTOR * self.distances.expected_s(member) - self.config.probe_timeout_s)
+        return min(LAG_MAX_S, self.health.lag_s(now) + member.lag_s + far_s)
 
     def _hear_of_death(self, member: Member, claim: Dead, now: float) -> list[Claim]:
         """A refused death is proven, and news only while it is fresh: whoever has no link with the dead believes it at once.

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from membership.coordinates import Coordinate, pack
 from membership.fingerprint import Fingerprint
 from membership.suspicion import Suspicion
 from mesh.gossip import LISTENS, TIMEOUT, Alive, Claim, Dead, Left, Suspect
@@ -65,7 +66,8 @@ class Member:
     suspicion: Suspicion | None = None
     load: Load = field(default_factory=Load)
     load_at: float = 0.0
-    rtt_s: float | None = None
+    rtt_s: float | None = None  # last measured
+    point: Coordinate | None = None  # where it is, as it said last
     cause: str = ""  # of its death, or of a suspicion that says more than silence
     lag_s: float = 0.0  # as it admits
 
@@ -123,6 +125,7 @@ class Member:
             region,
             age_s,
             LISTENS if self.suspicion is not None and self.suspicion.listens else self.cause,
+            pack(self.point) if self.point is not None else None,
         )
 
 

@@ -108,13 +108,16 @@ class Swim(Evidence):
         corrections = self._greet(source, sender, now, arrived_at)
         corrections += [claim for told in message.claims for claim in self.hear(told, now)]
         effects: list[Effect] = []
-        rtt_s = None
+        rtt_s = None  # of the ack, if it times one
         match message:
-            case Ping(seq=seq, target=target):
+            case Ping(seq=seq, target=target, where=where):
                 # Somebody else lived at this address before us: the asker is told who does now, and gets no ack.
                 wanted = target == self.me
                 claims = corrections if wanted else [self.myself.alive_claim(), *corrections]
-                bare = Ack(self.sender(now), seq) if wanted else Gossip(self.sender(now))
+                answer = self.distances.told_with_ack(where)
+                bare = Ack(self.sender(now), seq, where=answer) if wanted else Gossip(self.sender(now))
+                if sender.node in self.members:
+                    self.distances.heard(self.members[sender.node], where)
                 effects.append(self._send(source, bare, claims))
                 corrections = []
             case Ack(seq=seq):
@@ -132,6 +135,9 @@ class Swim(Evidence):
         if corrections:
             effects.append(self._send(source, Gossip(self.sender(now)), corrections))
         if (peer := self.members.get(sender.node)) is not None and peer.live:
+            if rtt_s is not None and isinstance(message, Ack):
+                lagging = max(self.health.lag_s(now), peer.lag_s) > 0
+                self.distances.measured(peer, rtt_s, message.where, lagging=lagging)
             effects.append(self._measure(peer, sender, now, rtt_s))
         return effects + self.spread(now, without=(sender.node,))
 
@@ -255,8 +261,6 @@ class Swim(Evidence):
         load_at = now - sender.load_age_ms / 1000
         if load_at >= peer.load_at or peer.load_at > now:
             peer.load, peer.load_at = sender.load, load_at
-        if rtt_s is not None:
-            peer.rtt_s = rtt_s
         return Measured(peer.node, peer.load, peer.load_at, rtt_s)
 
     def _send(self, to: Address, bare: Message, first: Sequence[Claim]) -> Send:
@@ -269,7 +273,8 @@ class Swim(Evidence):
         ends_at = now + (2 * timeout_s if urgent else period_s)
         probe = self._probes.start(member.node, now, now if urgent else now + timeout_s, ends_at)
         first = [member.claim(self.me)] if member.state is PeerState.SUSPECT else []
-        effects: list[Effect] = [self._send(member.address, Ping(self.sender(now), probe.seq, member.node), first)]
+        ping = Ping(self.sender(now), probe.seq, member.node, where=self.distances.told_with_ping())
+        effects: list[Effect] = [self._send(member.address, ping, first)]
         return effects + self._ask_others(probe, now) if urgent else effects
 
     def _ask_others(self, probe: Probe, now: float) -> list[Effect]:
@@ -295,7 +300,7 @@ class Swim(Evidence):
         return [self._send(member.address, Ping(self.sender(now), seq, target), first)]
 
     def _on_ack(self, seq: int, by: NodeId, now: float, arrived_at: float, effects: list[Effect]) -> float | None:
-        """The round trip in seconds when the target itself answered a probe of ours."""
+        """The round trip in seconds when the target itself answered a probe of ours; a clock that stood still timed none."""
         if (relay := self._probes.relayed(seq, by, now)) is not None:
             first = [self.members[by].claim(self.me)] if by in self.members else []
             effects.append(self._send(relay.asker, Ack(self.sender(now), relay.asker_seq), first))
@@ -304,7 +309,8 @@ class Swim(Evidence):
         if probe is None:
             return None
         self._alive_after_all(probe, arrived_at)
-        return max(0.0, arrived_at - probe.sent_at) if by == probe.target else None
+        rtt_s = arrived_at - probe.sent_at
+        return rtt_s if by == probe.target and rtt_s > 0 else None
 
     def _alive_after_all(self, probe: Probe, at: float) -> None:
         self.health.note(-1)
@@ -346,6 +352,7 @@ class Swim(Evidence):
         for member in gone:
             if member.node != self.me and now - member.since > self.config.forget_s:
                 self.members.forget(member.node)
+                self.distances.forget(member)
                 self.rumours.forget(member.node)
                 effects.append(MemberForgotten(member.node))
         dead = [member.node for member in gone if member.state is PeerState.DEAD and member.node in self.members]

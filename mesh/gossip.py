@@ -38,6 +38,7 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 Name = Annotated[str, Meta(max_length=MAX_NAME_BYTES)]
 Host = Annotated[str, Meta(max_length=MAX_HOST_BYTES)]
 Region = Annotated[str, Meta(max_length=MAX_REGION_BYTES)]
+Where = Annotated[bytes, Meta(max_length=32)]  # a node's network coordinate, packed by `membership.coordinates`
 
 
 class BadDatagram(ValueError):
@@ -129,6 +130,7 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag="ping"):
     seq: Sequence
     target: Id
     claims: Annotated[tuple[Claim, ...], Meta(max_length=MAX_CLAIMS)] = ()
+    where: Where | None = None  # now and then; then the ack says it too
 
 
 class Ack(msgspec.Struct, frozen=True, array_like=True, tag="ack"):
@@ -137,6 +139,7 @@ class Ack(msgspec.Struct, frozen=True, array_like=True, tag="ack"):
     sender: Sender
     seq: Sequence
     claims: Annotated[tuple[Claim, ...], Meta(max_length=MAX_CLAIMS)] = ()
+    where: Where | None = None
 
 
 class PingReq(msgspec.Struct, frozen=True, array_like=True, tag="req"):

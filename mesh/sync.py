@@ -12,7 +12,7 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta
 
-from mesh.gossip import Counter, Host, Id, Name, Port, Region, check_description
+from mesh.gossip import Counter, Host, Id, Name, Port, Region, Where, check_description
 from mesh.ids import Address
 from mesh.view import Facts, PeerState
 
@@ -53,6 +53,7 @@ class MemberRecord(msgspec.Struct, frozen=True, array_like=True):
     region: Region = ""
     age_s: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
     cause: Annotated[str, Meta(max_length=8)] = ""  # of a death: as in `mesh.gossip.Dead`; of a suspicion: "listens"
+    where: Where | None = None  # its network coordinate, as the sender heard it
 
     def __post_init__(self) -> None:
         check_description(self.name, self.host, self.region)

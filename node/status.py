@@ -62,5 +62,7 @@ def _node(peer: Peer, view: View, now: float) -> dict[str, Any]:
         "readiness": peer.facts.readiness.value,
         "spans": [{"model": span.model, "start": span.start, "end": span.end} for span in sorted(peer.facts.spans)],
         "load": msgspec.structs.asdict(peer.load if is_live else Load()),  # who is gone carries nothing
+        "rtt_ms": None if peer.rtt_s is None else round(peer.rtt_s * 1000, 3),
+        "rtt_estimate_ms": None if peer.rtt_estimate_s is None else round(peer.rtt_estimate_s * 1000, 3),
         "age_s": 0.0 if is_me else round(max(0.0, now - peer.load_at), 3),
     }

@@ -238,11 +238,13 @@ def region_ms(mine: str, theirs: str) -> float:
 
 
 def rtt_ms(peer: Peer, me: NodeId, my_region: str) -> float:
-    """Round trip to the peer: measured, else what its region makes likely. None to ourselves."""
+    """Round trip to the peer: measured, else by its network coordinate, else what its region makes likely. None to ourselves."""
     if peer.id == me:
         return 0.0
     if peer.rtt_s is not None:
         return peer.rtt_s * 1000.0
+    if peer.rtt_estimate_s is not None:
+        return peer.rtt_estimate_s * 1000.0
     return UNMEASURED_FAR_RTT_MS if region_ms(my_region, peer.region) else UNMEASURED_RTT_MS
 
 

@@ -80,6 +80,8 @@ class FakeMesh:
                 "region": "",
                 "spans": [{"model": "tiny", "start": 0, "end": 6}],
                 "load": {"running": index, "waiting": 0, "kv_blocks_used": 1, "kv_blocks_total": 8},
+                "rtt_ms": [None, 1.25, None][index % 3],
+                "rtt_estimate_ms": [None, 9.0, 80.04][index % 3],
                 "age_s": 0.0,
             }
             for index in range(len(self.servers))

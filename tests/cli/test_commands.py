@@ -42,6 +42,14 @@ def test_status_shows_nodes_models_and_stores(mesh: FakeMesh) -> None:
         assert part in result.stdout
 
 
+def test_nodes_shows_round_trips_and_marks_those_that_are_only_estimated() -> None:
+    with fake_mesh(4) as mesh:
+        mesh.kill(3)
+        rows = [line.split() for line in mesh_command("nodes", "--node", mesh.url(0)).stdout.splitlines()]
+    assert rows[0][-4:-2] == ["RTT", "MS"]
+    assert [row[-3] for row in rows[1:]] == ["-", "1.2", "~80.0", "-"]
+
+
 def test_the_node_may_come_from_the_environment(mesh: FakeMesh) -> None:
     assert "n1" in mesh_command("nodes", MESH_NODE=mesh.url(0)).stdout
 

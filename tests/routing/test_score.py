@@ -118,6 +118,9 @@ def test_the_own_region_and_the_measured_round_trip() -> None:
     assert rtt_ms(near, ME, "eu") < rtt_ms(far, ME, "eu")
     assert rtt_ms(peer("c", (0, 6), rtt_s=0.02), ME, "") == 20.0
     assert rtt_ms(far, NodeId("b"), "us") == 0.0
+    told = replace(far, rtt_estimate_s=0.04)
+    assert rtt_ms(told, ME, "eu") == 40.0, "an estimate by coordinates is better than a guess"
+    assert rtt_ms(replace(told, rtt_s=0.02), ME, "eu") == 20.0, "a measurement is better than an estimate"
 
 
 def cost_of(who: Peer, work: Work | None = None, layers: int = 6, **more: object) -> Costs:
