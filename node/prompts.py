@@ -12,12 +12,14 @@ import msgspec
 import trio
 
 from mesh.errors import BadRequest
+from node.grammar import GrammarCheck
 from node.models import Models, ServedModel
-from node.requests import Citation, GenerateRequest, RetrievalReport, SamplingParams
+from node.requests import Citation, GenerateRequest, Grammar, RetrievalReport, SamplingParams
 from rag.context import build, citations
 from rag.service import Documents
 from rag.types import SearchResult
 
+COMPILE_TIMEOUT_S = 5.0  # of a grammar, the wait for others' included; its own limits end it within a second
 CONTEXT_SHARE = 0.6  # of the model's context that passages may fill; the rest is the question's and the answer's
 
 
@@ -35,6 +37,11 @@ class Prompt:
             return self.sampling
         digest = hashlib.blake2b(f"{self.seed}:{choice}".encode(), digest_size=8).digest()
         return msgspec.structs.replace(self.sampling, seed=int.from_bytes(digest, "big") >> 1)
+
+    def stage_sampling(self, choice: int, *, last: bool) -> SamplingParams:
+        """`choice_sampling` as a stage needs it: only the last one draws, so only there the grammar goes."""
+        sampling = self.choice_sampling(choice)
+        return sampling if last or sampling.grammar is None else msgspec.structs.replace(sampling, grammar=None)
 
     def retrieval_report(self, texts: Sequence[str]) -> RetrievalReport | None:
         if self.retrieved is None:
@@ -57,6 +64,8 @@ class Prompts:
     def __init__(self, models: Models, documents: Documents) -> None:
         self._models = models
         self._documents = documents
+        self._grammars = GrammarCheck()
+        self._compiling = trio.CapacityLimiter(1)  # one at a time: a burst of large grammars must not take every core
 
     async def prepare(self, request: GenerateRequest) -> Prompt:
         """Raises BadRequest: unknown model or store, a prompt that does not fit, tokens out of range."""
@@ -78,6 +87,8 @@ class Prompts:
                 "context_length_exceeded",
             )
         _check_vocabulary(tokens, model, request)
+        if request.sampling.grammar is not None:
+            await self._check_grammar(request.sampling.grammar)
         seed = request.seed if request.seed is not None else SystemRandom().getrandbits(53)  # 53 bits: exact in JSON
         ends = () if request.sampling.ignore_eos else model.text.end_tokens
         sampling = msgspec.structs.replace(
@@ -87,6 +98,15 @@ class Prompts:
             stop_token_ids=tuple(sorted({*request.sampling.stop_token_ids, *ends})),
         )
         return Prompt(model, tokens, sampling, seed, retrieved)
+
+    async def _check_grammar(self, grammar: Grammar) -> None:
+        """Raises BadRequest: it does not compile, or not in time."""
+        if self._grammars.knows(grammar):
+            return
+        with trio.move_on_after(COMPILE_TIMEOUT_S):
+            await trio.to_thread.run_sync(self._grammars.check, grammar, limiter=self._compiling, abandon_on_cancel=True)
+            return
+        raise BadRequest(f"{grammar.param}: took more than {COMPILE_TIMEOUT_S:g} s to compile; make it simpler", grammar.param)
 
     async def _with_passages(self, request: GenerateRequest, model: ServedModel) -> tuple[GenerateRequest, SearchResult]:
         """Puts what the store knows of the last user message in front of it."""

@@ -229,7 +229,7 @@ class RequestRun:
             prompt_tokens=len(prompt.tokens),
             known=len(tokens),
             tokens=tokens if is_first or is_last else (),
-            sampling=prompt.choice_sampling(choice),
+            sampling=prompt.stage_sampling(choice, last=is_last),
         )
         next_address = None if is_last else effect.path[index + 1].address
         return OpenStage(sequence, self._node.id, self._node.address, effect.path[0].address, next_address)

@@ -7,11 +7,20 @@ torch or the network. All validation that needs no model has happened before one
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from mesh.ids import ModelId, NodeId, StreamId
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What an answer must be. Part of the request, so every node that draws a token for it has it."""
+
+    kind: Literal["json", "regex", "choice", "lark"]
+    source: str  # a JSON schema; a regular expression; the choices as a JSON list of texts; a Lark grammar
+    lenient: bool = False  # a schema's keywords that cannot be enforced are passed over, not refused
+    param: str = "response_format"  # the field it came from, for errors
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
@@ -34,6 +43,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     logit_bias: dict[int, float] = {}
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()  # the model's own end tokens are added by the entry
+    grammar: Grammar | None = None
     logprobs: int | None = None  # how many alternatives to report beside the drawn token; None: no logprobs
 
 

@@ -24,6 +24,7 @@ from mesh.ids import Address, NodeId, StreamId, format_address
 from node.engine.api import Engine, EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
 
 IDLE_S = 120.0  # a sequence that nothing came for: its close was lost with a link; longer than any wait for a step
+GRAMMARS_AT_ONCE = 2  # compiled side by side; each is a thread that takes up to a second, beside the engine's own
 CLOSED_REMEMBERED = 8192  # an open that was overtaken by its close must find it here; seconds of requests
 
 log = structlog.get_logger()
@@ -94,6 +95,7 @@ class Stages:
         self._routes: dict[SequenceKey, OpenStage] = {}
         self._heard_at: dict[SequenceKey, float] = {}
         self._closed: OrderedDict[SequenceKey, None] = OrderedDict()
+        self._compiling = trio.CapacityLimiter(GRAMMARS_AT_ONCE)
         self._counters = StagesStatistics()
 
     def statistics(self) -> StagesStatistics:
@@ -173,7 +175,9 @@ class Stages:
     async def _on_open(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
         stage = _decode_open(sender, tail)
         key = stage.sequence.key
-        if key in self._closed:
+        if stage.sequence.sampling.grammar is not None:
+            await trio.to_thread.run_sync(self._engine.prepare, stage.sequence, limiter=self._compiling)
+        if key in self._closed:  # perhaps while its grammar was compiled
             raise RemoteError(sender, "closed before it was opened")
         if key not in self._routes:  # a repeat is answered as the first was
             self._routes[key] = stage

@@ -130,6 +130,13 @@ class Engine(Protocol):
     def unload(self, span: Span) -> None:
         """Drops a span; its sequences are lost (*blocking*)."""
 
+    def prepare(self, sequence: OpenSequence) -> None:
+        """What must be ready before `open`: compiles the sequence's grammar, if it is drawn here (*blocking*).
+
+        Raises:
+            BadRequest: the grammar does not compile within its limits.
+        """
+
     def open(self, sequence: OpenSequence) -> None:
         """Admits a sequence; a first stage begins its prefill at the next step.
 

@@ -77,7 +77,7 @@ class Piece:
     tokens: tuple[int, ...] = ()
     pushed: tuple[Pushed, ...] = ()  # may begin before `position` and end behind the piece
     draws: bool = False  # the logits behind its last position give the next token
-    history: tuple[int, ...] = ()  # with `draws`: all tokens so far, if sampling looks at them
+    history: tuple[int, ...] = ()  # with `draws`: all tokens so far, if sampling or a grammar looks at them
     stop_ids: frozenset[int] = frozenset()  # with `draws`: tokens that end the sequence
 
 
@@ -97,6 +97,8 @@ class Drawn:
     token: int | None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    ends: bool = False  # the grammar allows nothing behind this token
+    why_none: str = ""  # with no token: the reason, where it is not the logits
 
 
 @dataclass(frozen=True, slots=True)

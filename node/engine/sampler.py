@@ -4,9 +4,9 @@ The noise is counter-based: each token's Gumbel noise is hashed from seed, posit
 generator whose state could differ on the node that continues. Each row is worked alone, in numpy, in float64, so no
 row's result depends on its neighbours. Ties go to the lower token number.
 
-Order: logit bias, the ban of stop tokens before `min_tokens`, penalties, temperature, top-k, top-p, min-p, then the
-Gumbel-max draw (arg max of logits / temperature + noise, which draws from the softmax). Reported logprobs are those of
-the model itself, before any of these.
+Order: what the grammar allows, logit bias, the ban of stop tokens before `min_tokens`, penalties, temperature, top-k,
+top-p, min-p, then the Gumbel-max draw (arg max of logits / temperature + noise, which draws from the softmax). Reported
+logprobs are those of the model itself, before any of these.
 """
 
 from __future__ import annotations
@@ -50,18 +50,29 @@ def draw(
     prompt_tokens: int,
     history: Sequence[int] = (),
     stop_ids: Collection[int] = (),
+    allowed: NDArray[np.bool_] | None = None,
 ) -> Drawn:
     """The token for `position`. `logits` `[vocab]`; `history` are all tokens before, needed for penalties only.
+
+    `allowed` `[vocab]`: the tokens that a grammar lets through, at least one; where all of them are stop tokens, the least
+    number of tokens is forgone.
 
     Logits that hold a NaN or plus infinity, or leave nothing to draw, give a `Drawn` without a token.
     """
     if _plainly_greedy(params, position - prompt_tokens):
-        token = int(logits.argmax())  # a NaN counts as the greatest
-        return Drawn(token if np.isfinite(logits[token]) else None)
+        worst = int(logits.argmax())  # a NaN counts as the greatest
+        token = worst if allowed is None else int(np.where(allowed, logits, -np.inf).argmax())
+        return Drawn(token if np.isfinite(logits[worst]) and np.isfinite(logits[token]) else None)
     if np.isnan(logits).any() or logits.max() == np.inf or logits.max() == -np.inf:
         return Drawn(None)
     banned = stop_ids if position - prompt_tokens < params.min_tokens else ()
-    scores = _adjusted(logits, params, prompt_tokens, history, banned)
+    if allowed is not None:
+        logits_allowed = np.where(allowed, logits, np.float32(-np.inf))
+        if int(allowed.sum()) == sum(bool(allowed[token]) for token in banned if token < len(allowed)):
+            banned = ()
+    else:
+        logits_allowed = logits
+    scores = _adjusted(logits_allowed, params, prompt_tokens, history, banned)
     if params.temperature < GREEDY_BELOW:
         token = int(scores.argmax())
     else:

@@ -237,6 +237,7 @@ class Scheduler:
         draws = row.last and end == row.known
         sampling = row.opened.sampling
         looks_back = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
+        looks_back = looks_back or sampling.grammar is not None
         return Piece(
             row,
             position,
@@ -268,11 +269,11 @@ class Scheduler:
         if drawn.token is None:
             self._failed += 1
             self._forget(row)
-            return SequenceLost(
-                row.key, "the model gave no usable logits (not a number, or nothing left to draw)", retryable=False
-            )
+            reason = drawn.why_none or "the model gave no usable logits (not a number, or nothing left to draw)"
+            return SequenceLost(row.key, reason, retryable=False)
         finish = None
-        if drawn.token in piece.stop_ids and position - row.opened.prompt_tokens >= sampling.min_tokens:
+        late_enough = position - row.opened.prompt_tokens >= sampling.min_tokens
+        if drawn.ends or (drawn.token in piece.stop_ids and late_enough):
             finish = "stop"
         elif position + 1 >= row.limit:
             finish = "length"

@@ -21,11 +21,12 @@ import torch
 from mesh.errors import BadRequest, LocalError
 from mesh.ids import ModelId, StreamId
 from mesh.view import Load, ModelCard, Span
-from node.engine import machine, sampler
+from node.engine import machine
 from node.engine.api import Deliver, EngineConfig, EngineOutput, HiddenOut, OpenSequence, SequenceKey
 from node.engine.attention import Segment
 from node.engine.blocks import BLOCK_TOKENS, BlockPool
 from node.engine.checkpoint import read_checkpoint
+from node.engine.constraints import Constraints
 from node.engine.kvcache import SequenceKV
 from node.engine.loading import Loaded, card, kv_token_bytes, load_stage
 from node.engine.rows import Drawn, HeldSpan, Piece, SchedulerStatistics, StepPlan
@@ -67,6 +68,7 @@ class TorchEngine:
         self._cards: dict[Span, ModelCard] = {}
         self._pools: dict[Span, tuple[BlockPool, int]] = {}  # with the bytes of one block
         self._kv: dict[SequenceKey, SequenceKV] = {}
+        self._constraints = Constraints()
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._undelivered: list[EngineOutput] = []
@@ -116,6 +118,8 @@ class TorchEngine:
                 self._share_memory()
                 self._loaded[span] = loaded
                 self._cards[span] = card(checkpoint, model, loaded.numerics)
+                if end == checkpoint.layers:
+                    self._constraints.serve(model, checkpoint.directory, checkpoint.vocab_size, checkpoint.end_ids)
                 self._scheduler.add_span(
                     span,
                     HeldSpan(
@@ -145,6 +149,9 @@ class TorchEngine:
             pool.resize(max(1, self._kv_bytes // len(self._pools) // block_bytes))
 
     # ---- sequences
+
+    def prepare(self, sequence: OpenSequence) -> None:
+        self._constraints.prepare(sequence)
 
     def open(self, sequence: OpenSequence) -> None:
         with self._lock:
@@ -212,6 +219,7 @@ class TorchEngine:
                 loaded = self._loaded[plan.lane.span] if plan.lane is not None else None
             for key in plan.freed:
                 self._kv.pop(key, None)
+                self._constraints.forget(key)
             if loaded is not None:
                 outputs += self._step(plan, loaded)
             if outputs:
@@ -267,13 +275,8 @@ class TorchEngine:
         drawn = {}
         for piece, row_logits in zip(drawing, logits.numpy()):
             opened = piece.row.opened
-            drawn[piece.row.key] = sampler.draw(
-                row_logits,
-                opened.sampling,
-                piece.position + piece.count,
-                opened.prompt_tokens,
-                piece.history,
-                piece.stop_ids,
+            drawn[piece.row.key] = self._constraints.draw(
+                row_logits, opened, piece.position + piece.count, piece.history, piece.stop_ids
             )
         return drawn
 

@@ -19,6 +19,7 @@ from mesh.errors import BadRequest
 from mesh.ids import ModelId, StreamId
 from node.http.errors import unexpected_field
 from node.http.schema import ChatBody, CompletionBody, GenerationBody
+from node.http.structured import parse_grammar
 from node.requests import GenerateRequest, Retrieval, SamplingParams
 
 MAX_CHOICES = 16
@@ -51,12 +52,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "documents": NEUTRAL_EMPTY,
     "functions": NEUTRAL_EMPTY,
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "structured_outputs": NEUTRAL_EMPTY,
-    "guided_json": NEUTRAL_EMPTY,
-    "guided_regex": NEUTRAL_EMPTY,
-    "guided_choice": NEUTRAL_EMPTY,
-    "guided_grammar": NEUTRAL_EMPTY,
     "modalities": (None, ["text"]),
     "audio": (None,),
     "web_search_options": (None,),
@@ -230,6 +225,7 @@ def _sampling(body: GenerationBody, logprobs: int | None) -> SamplingParams:
         "logit_bias": _biases(body.logit_bias),
         "stop_token_ids": _token_ids("stop_token_ids", body.stop_token_ids),
         "logprobs": logprobs,
+        "grammar": parse_grammar(body),
     }
     if checked["top_k"] == -1:  # vLLM's "all"
         checked["top_k"] = neutral.top_k

@@ -25,6 +25,17 @@ class MeshOptions(msgspec.Struct, kw_only=True):
     policy: str | None = None
 
 
+class StructuredOutputs(msgspec.Struct, kw_only=True):
+    """vLLM's: at most one of them."""
+
+    json: str | dict[str, Any] | bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: Any = None
+
+
 class GenerationBody(msgspec.Struct, kw_only=True):
     """What chat and plain completions share."""
 
@@ -51,6 +62,12 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     include_stop_str_in_output: bool | None = None
     priority: int | None = None
     return_token_ids: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     # the mesh's
     mesh: MeshOptions | None = None
 

@@ -90,7 +90,6 @@ def test_every_field_finds_its_place() -> None:
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"chat_template": "{{x}}"}, "chat_template"),
         ({"echo": True}, "echo"),
         ({"suffix": "x"}, "suffix"),
