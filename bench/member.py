@@ -15,10 +15,11 @@ import trio
 
 from membership.events import JoinFailed, MemberEvent
 from membership.service import Membership
-from mesh.ids import NodeId, format_address, parse_address
+from mesh.ids import format_address, parse_address
 from mesh.link import LinkConfig
 from mesh.links import Links
 from mesh.seal import KeySeal
+from mesh.signing import IdentityKey
 from mesh.tls import client_context, server_context
 from node.sockets import open_peer_sockets
 
@@ -32,7 +33,8 @@ def say(**fields: object) -> None:
 async def run() -> None:
     """Until stdin ends."""
     sockets = await open_peer_sockets(("127.0.0.1", 0))
-    me = NodeId(secrets.token_hex(8))
+    identity = IdentityKey(secrets.token_bytes(32))
+    me = identity.node
     config = LinkConfig(me, sockets.address, "mesh", server_context(MESH_KEY, me), client_context(MESH_KEY, me))
     links = Links(
         config,
@@ -44,6 +46,7 @@ async def run() -> None:
         me[:8],
         "",
         1,
+        signer=identity,
         socket=sockets.datagrams,
         address=sockets.address,
         seal=KeySeal([MESH_KEY]),

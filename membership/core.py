@@ -13,15 +13,16 @@ from membership.facts import FactsBook
 from membership.fingerprint import Fingerprint
 from membership.members import SEVERITY, Member
 from membership.swim import Swim
-from mesh.gossip import Alive, Message
+from mesh.gossip import Alive, Message, Suspect
 from mesh.ids import Address, NodeId
+from mesh.signing import Signer
 from mesh.sync import MAX_SYNC_BYTES, DigestEntry, FactsRecord, MemberRecord, Sync, Synced
 from mesh.view import Facts, Load, Peer
 
 if TYPE_CHECKING:
     from random import Random
 
-_RECORD_BYTES = 180  # upper bound of one member record on the wire
+_RECORD_BYTES = 280  # upper bound of one member record on the wire
 _REPLY_BYTES = MAX_SYNC_BYTES - 65_536  # leaves room for the digest and the list of what is wanted
 _PASS_ON_MAX = 8  # records of one exchange passed on at once: more means that we, not the others, were behind
 
@@ -29,12 +30,13 @@ _PASS_ON_MAX = 8  # records of one exchange passed on at once: more means that w
 class MembershipCore:
     """One node's share of the mesh's common knowledge."""
 
-    def __init__(self, me: Alive, config: MembershipConfig, rng: Random, now: float) -> None:
+    def __init__(self, me: Alive, signer: Signer, config: MembershipConfig, rng: Random, now: float) -> None:
+        """`me`: as this run of the node is described; it is signed here."""
         fingerprint = Fingerprint()
         self.me: NodeId = me.node
         self.config = config
         self.rng = rng
-        self.swim = Swim(me, config, rng, now, fingerprint)
+        self.swim = Swim(me, signer, config, rng, now, fingerprint)
         self.facts = FactsBook(me.node, me.epoch, fingerprint)
 
     @property
@@ -181,9 +183,7 @@ class MembershipCore:
     def _hear_verdict_on_me(self, asker: NodeId, entry: DigestEntry | None, now: float) -> None:
         """The asker's digest may call us dead: we refute before we answer, so that the answer sets it right."""
         if entry is not None and SEVERITY[entry.state] > 0:
-            _, _, name, host, port, region = self.swim.myself.description
-            record = MemberRecord(self.me, entry.epoch, entry.incarnation, entry.state, name, host, port, region)
-            self.swim.hear_record(record, now, tell=False)
+            self.swim.hear(Suspect(self.me, entry.epoch, entry.incarnation, asker), now)
 
     def _pushes(self, records: tuple[FactsRecord, ...], now: float, without: tuple[NodeId, ...]) -> list[Effect]:
         # With its member record: news of a newcomer may overtake the datagram that announces it.

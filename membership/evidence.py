@@ -21,6 +21,7 @@ from membership.hearing import Hearing
 from membership.members import Member
 from mesh.gossip import REFUSED, Alive, Dead, Knock, Knocked, Suspect
 from mesh.ids import Address, NodeId
+from mesh.signing import Signer
 from mesh.view import PeerState
 
 if TYPE_CHECKING:
@@ -60,8 +61,10 @@ class Errand:
 class Evidence(Hearing):
     """Watches ring neighbours over links, and weighs what their ends mean."""
 
-    def __init__(self, me: Alive, config: MembershipConfig, rng: Random, now: float, fingerprint: Fingerprint) -> None:
-        super().__init__(me, config, rng, now, fingerprint)
+    def __init__(
+        self, me: Alive, signer: Signer, config: MembershipConfig, rng: Random, now: float, fingerprint: Fingerprint
+    ) -> None:
+        super().__init__(me, signer, config, rng, now, fingerprint)
         self.watched: tuple[tuple[NodeId, Address], ...] = ()
         self.cases: dict[NodeId, Case] = {}
         self._errands: dict[int, Errand] = {}

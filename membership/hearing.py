@@ -1,5 +1,7 @@
 """How what is said changes what is known: the half of SWIM that judges claims.
 
+A node's own words count only with its signature. Words of others about it, that it is silent or gone, count against the last
+it was heard to say itself and no further: nobody can push its incarnation up, and its next word beats them all.
 All changes of a member go through `_become`; what is news is kept for `spread`, what changed for `take_changes`.
 A claim that loses to what is known earns its teller a correction, so a stale rumour meets the newer one at once.
 """
@@ -15,8 +17,9 @@ from membership.distances import Distances
 from membership.effects import Effect, Exchange, MemberChanged, MemberForgotten, Renewed, Send
 from membership.fingerprint import Fingerprint
 from membership.health import LAG_MAX_S, LocalHealth
-from membership.members import Description, Member, Members, description_of, standing_of, state_of
+from membership.members import Member, Members, description_of, standing_of, state_of
 from membership.suspicion import Suspicion, expected_confirmations, minimum_s
+from membership.words import Words, is_news, within_words
 from mesh.gossip import (
     LISTENS,
     REFUSED,
@@ -29,6 +32,7 @@ from mesh.gossip import (
     Gossip,
     Knock,
     Knocked,
+    Left,
     Message,
     Nack,
     Ping,
@@ -38,6 +42,7 @@ from mesh.gossip import (
     claim_budget_bytes,
 )
 from mesh.ids import Address, NodeId
+from mesh.signing import Signer
 from mesh.sync import MemberRecord
 from mesh.view import Load, PeerState
 
@@ -53,13 +58,18 @@ _FRESH_S = 5.0  # a refused death is believed at once up to this age: later its 
 class Hearing:
     """What one node knows of the members, and what it still has to tell."""
 
-    def __init__(self, me: Alive, config: MembershipConfig, rng: Random, now: float, fingerprint: Fingerprint) -> None:
+    def __init__(
+        self, me: Alive, signer: Signer, config: MembershipConfig, rng: Random, now: float, fingerprint: Fingerprint
+    ) -> None:
         self.me: NodeId = me.node
+        self.words = Words(signer)
         self.config = config
         self.rng = rng
         self.left = False
         self.rumours = Rumours()
         self.myself = Member(me.node, description_of(me), me.epoch, me.incarnation, PeerState.ALIVE, now)
+        self.myself.key, self.myself.signature = self.words.key, self.words.signed(me).signature
+        self.behind = False  # somebody spoke of words of a node that were not heard here
         self.members = Members(self.myself, fingerprint)
         self.load, self.load_at = ZERO_LOAD, now
         self.health = LocalHealth()
@@ -148,73 +158,112 @@ class Hearing:
         if isinstance(claim, Suspect) and member.state is PeerState.SUSPECT:
             self._confirm(member, claim)
         elif standing_of(claim) > member.standing:
-            self._become(member, claim, member.description, now, by=self.me)
+            self._become(member, claim, now, by=self.me)
             self._tell(claim)
 
-    def hear(self, claim: Claim, now: float) -> list[Claim]:
-        """Takes one claim in; returns what its teller should hear in answer, if it is behind."""
+    def hear_all(self, source: Address, claims: Sequence[Claim], now: float) -> list[Claim]:
+        """Takes in what one datagram tells; returns what its sender should hear in answer, if it is behind.
+
+        No honest node passes forged words on, so the first ends the datagram: to judge more of them would only cost time.
+        """
+        answers: list[Claim] = []
+        forged, self.behind = self.words.forged, False
+        for claim in claims:
+            answers += self.hear(claim, now)
+            if self.words.forged != forged:
+                break
+        if self.behind:
+            self.want_exchange(source, now)
+        return answers
+
+    def hear(self, claim: Claim, now: float, words: Alive | Left | None = None) -> list[Claim]:
+        """Takes one claim in; returns what its teller should hear in answer, if it is behind.
+
+        `words`: what the node itself last said, where that comes along with somebody's verdict.
+        """
+        words = claim if isinstance(claim, Alive | Left) else words
         if claim.node == self.me:
-            return self._hear_of_myself(claim, now)
+            return self._hear_of_myself(claim, words, now)
         member = self.members.get(claim.node)
         if member is None:
-            if isinstance(claim, Alive):
-                self._admit(claim, PeerState.ALIVE, now, tell=True)
+            if isinstance(claim, Alive) and claim.key:
+                self._admit(claim, PeerState.ALIVE, claim, claim.key, now, tell=True)
             else:
-                self.unknown_claims += 1  # nothing to undo here; the next exchange brings it with its address
+                self.unknown_claims += 1  # nothing to undo here; the next exchange brings it with its address and key
+                self.behind |= isinstance(claim, Alive)
             return []
-        description = member.description
-        if isinstance(claim, Alive):
-            description = max(description, description_of(claim))
-        elif isinstance(claim, Dead) and member.live and standing_of(claim) > member.standing:
-            return self._hear_of_death(member, claim, now)
+        described = False
+        if words is not None and is_news(words, member):
+            if not self.words.hold(words, member.key):
+                return []
+            described = self._take_words(member, words)
+        aimed, claim = claim, within_words(claim, member, words)
+        self.behind |= claim is not aimed
         told, known = standing_of(claim), member.standing
+        if isinstance(claim, Dead) and member.live and told > known:
+            return self._hear_of_death(member, claim, now)
         if told > known:
-            self._become(member, claim, description, now, by=claim.by if isinstance(claim, Suspect) else self.me)
+            self._become(member, claim, now, by=claim.by if isinstance(claim, Suspect) else self.me)
             self._tell(claim)
             if isinstance(claim, Suspect):
                 self._note_listening(member, claim)
             return []
-        if description != member.description:
-            self._describe(member, description)
+        if described:
+            self._changes.append(MemberChanged(member.node, member.state, member.state))
         if isinstance(claim, Suspect) and told == known:
             self._confirm(member, claim)
             self._note_listening(member, claim)
         return [member.claim(self.me)] if told < known else []
 
+    def _take_words(self, member: Member, words: Alive | Left) -> bool:
+        """Whether they describe the node anew. Its state is another matter: they may have come late."""
+        if isinstance(words, Left):
+            member.signature = words.signature
+            return False
+        if member.state is not PeerState.LEFT or standing_of(words) > member.standing:
+            member.signature = words.signature
+        if member.address != words.address:
+            self.distances.forget(member)
+        member.description = description_of(words)
+        return True
+
     def hear_record(self, record: MemberRecord, now: float, *, tell: bool) -> None:
         """Takes in what a peer's exchange says of one node. `tell`: pass a newcomer on as a rumour."""
-        claim = self._claim_in(record)
-        if record.node == self.me:
-            self._hear_of_myself(claim, now)
-            return
-        member = self.members.get(record.node)
-        if member is None:
-            self._admit(record, record.state, now, tell=tell)
+        claim, words = self._claim_in(record), record.words
+        if record.node != self.me and record.node not in self.members:
+            self._admit(record, record.state, words, record.key, now, tell=tell)
             if (newcomer := self.members.get(record.node)) is not None:
                 self.distances.heard(newcomer, record.where)
-            return
-        if not isinstance(claim, Alive) and description_of(record) > member.description:
-            self._describe(member, description_of(record))
-        self.hear(claim, now)
+        else:
+            self.hear(claim, now, words)
 
     def _claim_in(self, record: MemberRecord) -> Claim:
         """The record as a claim. Its accuser is unknown, so it is the node itself: no independent confirmation."""
-        _, _, name, host, port, region = description_of(record)
-        about = Member(record.node, (record.epoch, record.incarnation, name, host, port, region), *_standing(record), 0.0)
-        about.cause = record.cause if record.age_s <= _FRESH_S else TIMEOUT
-        if record.state is PeerState.SUSPECT and record.cause == LISTENS:
-            return Suspect(record.node, record.epoch, record.incarnation, record.node, listens=True)
-        return about.claim(record.node)
+        node, epoch, incarnation = record.node, record.epoch, record.incarnation
+        match record.state:
+            case PeerState.SUSPECT:
+                return Suspect(node, epoch, incarnation, node, listens=record.cause == LISTENS)
+            case PeerState.DEAD:
+                return Dead(node, epoch, incarnation, node, (record.age_s <= _FRESH_S and record.cause) or TIMEOUT)
+            case _:
+                return record.words
 
-    def _hear_of_myself(self, claim: Claim, now: float) -> list[Claim]:
+    def _hear_of_myself(self, claim: Claim, words: Alive | Left | None, now: float) -> list[Claim]:
         me = self.myself
         told, mine = (claim.epoch, claim.incarnation), (me.epoch, me.incarnation)
         if told < mine:
             if not isinstance(claim, Alive):
                 self._tell(me.alive_claim())  # a stale accusation still travels: so must its answer
             return [me.alive_claim()]
+        if told > mine and (words is None or (words.epoch, words.incarnation) != told):
+            self.behind = True  # words of ours that we do not know: whoever has them will show them in an exchange
+            return [me.alive_claim()]
+        if (told > mine or isinstance(claim, Left)) and not (words and self.words.hold(words, self.words.key)):
+            return []
         if isinstance(claim, Alive):
             if told == mine and description_of(claim) == me.description:
+                return []
+            if told == mine and not self.words.hold(claim, self.words.key):
                 return []
             # A run of this node that this one knows nothing of: a lost epoch file, or a copy of the data directory.
             self.conflicts += 1
@@ -232,12 +281,15 @@ class Hearing:
         else:
             me.incarnation = claim.incarnation + 1
         me.description = (me.epoch, me.incarnation, *me.description[2:])
+        me.signature = self.words.signed(me.alive_claim()).signature
         self.members.put(me)
         self._changes.append(MemberChanged(self.me, PeerState.ALIVE, PeerState.ALIVE))
         self._tell(me.alive_claim())
         return [me.alive_claim()]
 
-    def _admit(self, claim: Alive | MemberRecord, state: PeerState, now: float, *, tell: bool) -> None:
+    def _admit(
+        self, claim: Alive | MemberRecord, state: PeerState, words: Alive | Left, key: bytes, now: float, *, tell: bool
+    ) -> None:
         if len(self.members) >= self.config.members_max:
             tombstone = self.members.oldest_tombstone()
             if tombstone is None or state not in (PeerState.ALIVE, PeerState.SUSPECT):
@@ -248,7 +300,10 @@ class Hearing:
         since = now - claim.age_s if isinstance(claim, MemberRecord) else now
         if now - since > self.config.forget_s and state in (PeerState.DEAD, PeerState.LEFT):
             return  # a ghost: we may have forgotten it already
+        if not self.words.hold(words, key):
+            return
         member = Member(claim.node, description_of(claim), claim.epoch, claim.incarnation, state, since)
+        member.key, member.signature = key, words.signature
         if state is PeerState.SUSPECT:
             member.since, member.suspicion = now, self._suspicion(claim.node, claim.node, now)
         member.cause = claim.cause if isinstance(claim, MemberRecord) and state is PeerState.DEAD else ""
@@ -259,28 +314,22 @@ class Hearing:
             if tell:
                 self._tell(member.alive_claim())
 
-    def _become(self, member: Member, claim: Claim, description: Description, now: float, by: NodeId) -> None:
+    def _become(self, member: Member, claim: Claim, now: float, by: NodeId) -> None:
         """The one door through which a known member changes."""
         before, state = member.state, state_of(claim)
         restarted = claim.epoch > member.epoch
         member.epoch, member.incarnation = claim.epoch, claim.incarnation
         if state is not before or restarted:
             member.since = now
-        if restarted or member.address != description[3:5]:
+        if restarted:
             self.distances.forget(member)
-        member.state, member.description = state, description
+        member.state = state
         member.cause = (REFUSED if claim.cause == REFUSED else TIMEOUT) if isinstance(claim, Dead) else ""
         member.suspicion = self._suspicion(member.node, by, now) if state is PeerState.SUSPECT else None
         self.members.put(member)
         if member.live and before not in (PeerState.ALIVE, PeerState.SUSPECT):
             self.on_newcomer(member.node)
         self._changes.append(MemberChanged(member.node, before, state, restarted))
-
-    def _describe(self, member: Member, description: Description) -> None:
-        if member.address != description[3:5]:
-            self.distances.forget(member)
-        member.description = description
-        self._changes.append(MemberChanged(member.node, member.state, member.state))
 
     def _confirm(self, member: Member, claim: Suspect) -> None:
         if member.suspicion is not None and claim.by != member.node and member.suspicion.confirm((claim.by,)):
@@ -318,14 +367,14 @@ class Hearing:
         the suspicion went round seconds before the verdict, and costs nothing here.
         """
         if claim.cause == REFUSED and member.node not in self.linked:
-            self._become(member, claim, member.description, now, by=claim.by)
+            self._become(member, claim, now, by=claim.by)
             self._tell(claim)
             return []
         if claim.cause == REFUSED:
             self.doubted.append(member.node)
         if (claim.epoch, claim.incarnation) > (member.epoch, member.incarnation) or member.suspicion is None:
             suspect = Suspect(claim.node, claim.epoch, claim.incarnation, claim.by)
-            self._become(member, suspect, member.description, now, by=claim.by)
+            self._become(member, suspect, now, by=claim.by)
             self._tell(suspect)
         suspicion = member.suspicion
         assert suspicion is not None, "a suspect has a suspicion"
@@ -334,14 +383,10 @@ class Hearing:
         suspicion.stalled = suspicion.listens = False
         suspicion.cap_s = suspicion.min_s / 2
         if now >= suspicion.deadline:
-            self._become(member, claim, member.description, now, by=claim.by)
+            self._become(member, claim, now, by=claim.by)
             self._tell(claim)
         return []
 
     def _tell(self, claim: Claim) -> None:
         self.rumours.put(claim)
         self._news[claim.node] = claim
-
-
-def _standing(record: MemberRecord) -> tuple[int, int, PeerState]:
-    return record.epoch, record.incarnation, record.state

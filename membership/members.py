@@ -70,6 +70,8 @@ class Member:
     point: Coordinate | None = None  # where it is, as it said last
     cause: str = ""  # of its death, or of a suspicion that says more than silence
     lag_s: float = 0.0  # as it admits
+    key: bytes = b""  # the first heard, for good
+    signature: bytes = b""  # its own: under its goodbye once it has left, else under its description
 
     @property
     def standing(self) -> Standing:
@@ -93,8 +95,8 @@ class Member:
 
     def alive_claim(self) -> Alive:
         """Its latest own words about itself, as far as they were heard."""
-        epoch, incarnation, name, host, port, region = self.description
-        return Alive(self.node, epoch, incarnation, name, host, port, region)
+        key = self.key if self.description[1] == 0 else b""
+        return Alive(self.node, *self.description, self.signature, key)
 
     def claim(self, me: NodeId) -> Claim:
         """What this node would tell of it now."""
@@ -109,7 +111,7 @@ class Member:
             case PeerState.DEAD:
                 return Dead(self.node, self.epoch, self.incarnation, me, self.cause or TIMEOUT)
             case PeerState.LEFT:
-                return Left(self.node, self.epoch, self.incarnation)
+                return Left(self.node, self.epoch, self.incarnation, self.signature)
 
     def record(self, now: float) -> MemberRecord:
         _, _, name, host, port, region = self.description
@@ -126,6 +128,8 @@ class Member:
             age_s,
             LISTENS if self.suspicion is not None and self.suspicion.listens else self.cause,
             pack(self.point) if self.point is not None else None,
+            self.key,
+            self.signature,
         )
 
 

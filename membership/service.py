@@ -39,6 +39,7 @@ from mesh.errors import BadRequest, DeadlineExceeded, LocalError, PeerLost, Peer
 from mesh.ids import Address, NodeId, format_address
 from mesh.knock import is_refused
 from mesh.seal import Seal
+from mesh.signing import Signer
 from mesh.view import Facts, Load, Peer, PeerState, View
 
 EXCHANGE_TIMEOUT_S = 5.0
@@ -64,6 +65,7 @@ class Membership:
         region: str,
         epoch: int,
         *,
+        signer: Signer,
         socket: trio.socket.SocketType,
         address: Address,
         seal: Seal,
@@ -75,8 +77,9 @@ class Membership:
         keep_links: Callable[[tuple[Address, ...]], None] = lambda addresses: None,
     ) -> None:
         """`socket`: bound, UDP; stays the caller's to close, after `run` ended. `address`: what peers reach this node by,
-        by datagram and by call. `epoch`: higher than that of any former run on the same data directory. `knock`: does the host
-        at this address refuse connections? `keep_links`: is asked to hold links to these, and tells `linked` and `lost` of them.
+        by datagram and by call. `epoch`: higher than that of any former run on the same data directory. `signer`: with the key
+        that `me` is made from. `knock`: does the host at this address refuse connections? `keep_links`: is asked to hold links
+        to these, and tells `linked` and `lost` of them.
 
         Raises:
             ValueError: a name, host or region that fits no claim.
@@ -86,7 +89,7 @@ class Membership:
         self._knock, self._keep_links = knock, keep_links
         self._address = address
         claim = gossip.Alive(me, epoch, 0, name, address[0], address[1], region)
-        self._core = MembershipCore(claim, config or MembershipConfig(), rng or Random(), trio.current_time())
+        self._core = MembershipCore(claim, signer, config or MembershipConfig(), rng or Random(), trio.current_time())
         self._peers: dict[NodeId, Peer] = {}
         self.view = View(me)
         self.handlers: Handlers = MappingProxyType({sync.SYNC_KIND: self._answer_sync})

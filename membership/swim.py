@@ -30,7 +30,6 @@ from mesh.gossip import (
     Gossip,
     Knock,
     Knocked,
-    Left,
     Message,
     Nack,
     Ping,
@@ -39,6 +38,7 @@ from mesh.gossip import (
     Suspect,
 )
 from mesh.ids import Address, NodeId
+from mesh.signing import Signer
 from mesh.view import PeerState
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class SwimStatistics:
     sleeps: int
     unknown_claims: int
     refused_newcomers: int
+    forged_claims: int
     rumours: int
     suspects: int
     refused_deaths: int
@@ -70,8 +71,10 @@ class SwimStatistics:
 class Swim(Evidence):
     """The failure detector of one node."""
 
-    def __init__(self, me: Alive, config: MembershipConfig, rng: Random, now: float, fingerprint: Fingerprint) -> None:
-        super().__init__(me, config, rng, now, fingerprint)
+    def __init__(
+        self, me: Alive, signer: Signer, config: MembershipConfig, rng: Random, now: float, fingerprint: Fingerprint
+    ) -> None:
+        super().__init__(me, signer, config, rng, now, fingerprint)
         self._probes = Probes(rng)
         self._seeds: dict[Address, NodeId | None] = {}  # and who was last met there
         # A random phase: nodes started together do not probe in step.
@@ -106,7 +109,7 @@ class Swim(Evidence):
         arrived_at = now if arrived_at is None else min(now, arrived_at)
         self.health.lagged(now - arrived_at, now)
         corrections = self._greet(source, sender, now, arrived_at)
-        corrections += [claim for told in message.claims for claim in self.hear(told, now)]
+        corrections += self.hear_all(source, message.claims, now)
         effects: list[Effect] = []
         rtt_s = None  # of the ack, if it times one
         match message:
@@ -216,7 +219,9 @@ class Swim(Evidence):
         if self.left:
             return []
         me = self.myself
-        self.declare(farewell := Left(self.me, me.epoch, me.incarnation), now)
+        farewell = self.words.farewell(self.me, me.epoch, me.incarnation)
+        me.signature = farewell.signature
+        self.declare(farewell, now)
         sender = self.sender(now)
         peers = self.members.some_peers(_FAREWELLS, self.rng)
         self.left = True
@@ -231,6 +236,7 @@ class Swim(Evidence):
             self._sleeps,
             self.unknown_claims,
             self.refused_newcomers,
+            self.words.forged,
             len(self.rumours),
             len(self.members.suspects),
             self.refused_deaths,

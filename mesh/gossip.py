@@ -20,7 +20,7 @@ from mesh.view import Load
 MAX_DATAGRAM_BYTES = 1400  # sealed; fits an Ethernet frame under IPv6, UDP and one tunnel header
 MAX_SEAL_BYTES = 64  # what a seal may add
 MAX_MESSAGE_BYTES = MAX_DATAGRAM_BYTES - MAX_SEAL_BYTES
-MAX_CLAIM_BYTES = 150
+MAX_CLAIM_BYTES = 250  # of the longest name and host, with key and signature; a usual one without its key takes half
 MAX_CLAIMS = 128  # the smallest claim takes 22 bytes, so no honest datagram holds more
 MAX_NAME_BYTES = 32
 MAX_HOST_BYTES = 46  # the longest text form of an IPv6 address, and most host names
@@ -38,6 +38,8 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 Name = Annotated[str, Meta(max_length=MAX_NAME_BYTES)]
 Host = Annotated[str, Meta(max_length=MAX_HOST_BYTES)]
 Region = Annotated[str, Meta(max_length=MAX_REGION_BYTES)]
+PublicKey = Annotated[bytes, Meta(max_length=32)]
+Signature = Annotated[bytes, Meta(max_length=64)]
 Where = Annotated[bytes, Meta(max_length=32)]  # a node's network coordinate, packed by `membership.coordinates`
 
 
@@ -59,7 +61,10 @@ def check_description(name: str, host: str, region: str) -> None:
 
 
 class Alive(msgspec.Struct, frozen=True, array_like=True, tag="a"):
-    """`node` lives and is reached here. Only the node itself makes one with a new incarnation."""
+    """`node` lives and is reached here, in its own words: signed by it (`mesh.signing`), whoever passes them on.
+
+    The key travels with the first words of a run, when many do not have it yet; later ones can do without.
+    """
 
     node: Id
     epoch: Counter
@@ -68,6 +73,8 @@ class Alive(msgspec.Struct, frozen=True, array_like=True, tag="a"):
     host: Host
     port: Port
     region: Region = ""
+    signature: Signature = b""
+    key: PublicKey = b""
 
     def __post_init__(self) -> None:
         check_description(self.name, self.host, self.region)
@@ -101,11 +108,12 @@ class Dead(msgspec.Struct, frozen=True, array_like=True, tag="d"):
 
 
 class Left(msgspec.Struct, frozen=True, array_like=True, tag="l"):
-    """`node` said goodbye itself."""
+    """`node` said goodbye itself, and signed it."""
 
     node: Id
     epoch: Counter
     incarnation: Counter
+    signature: Signature = b""
 
 
 Claim = Alive | Suspect | Dead | Left

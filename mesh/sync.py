@@ -12,7 +12,7 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta
 
-from mesh.gossip import Counter, Host, Id, Name, Port, Region, Where, check_description
+from mesh.gossip import Alive, Counter, Host, Id, Left, Name, Port, PublicKey, Region, Signature, Where, check_description
 from mesh.ids import Address
 from mesh.view import Facts, PeerState
 
@@ -41,7 +41,10 @@ class DigestEntry(msgspec.Struct, frozen=True, array_like=True):
 
 
 class MemberRecord(msgspec.Struct, frozen=True, array_like=True):
-    """What the sender knows of one node, in full. `age_s`: how long it has been in this state."""
+    """What the sender knows of one node, in full. `age_s`: how long it has been in this state.
+
+    `signature` is the node's own: under its goodbye when it has left, else under its words of this incarnation.
+    """
 
     node: Id
     epoch: Counter
@@ -54,6 +57,8 @@ class MemberRecord(msgspec.Struct, frozen=True, array_like=True):
     age_s: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
     cause: Annotated[str, Meta(max_length=8)] = ""  # of a death: as in `mesh.gossip.Dead`; of a suspicion: "listens"
     where: Where | None = None  # its network coordinate, as the sender heard it
+    key: PublicKey = b""
+    signature: Signature = b""
 
     def __post_init__(self) -> None:
         check_description(self.name, self.host, self.region)
@@ -61,6 +66,14 @@ class MemberRecord(msgspec.Struct, frozen=True, array_like=True):
     @property
     def address(self) -> Address:
         return self.host, self.port
+
+    @property
+    def words(self) -> Alive | Left:
+        """What the node itself said last, with its signature."""
+        if self.state is PeerState.LEFT:
+            return Left(self.node, self.epoch, self.incarnation, self.signature)
+        place = self.name, self.host, self.port, self.region
+        return Alive(self.node, self.epoch, self.incarnation, *place, self.signature, self.key)
 
 
 class FactsRecord(msgspec.Struct, frozen=True, array_like=True):

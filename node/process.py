@@ -93,6 +93,7 @@ class Node:
             self.name,
             config.region,
             identity.epoch,
+            signer=identity.key,
             socket=sockets.datagrams,
             address=sockets.address,
             seal=_seal(mesh_key, config.cluster),

@@ -17,6 +17,7 @@ from membership.core import MembershipCore
 from membership.effects import Effect, Exchange, FactsChanged, MemberChanged, PingStream, Push, Send, TryConnect, Watch
 from membership.members import Member
 from membership.simulation.nodes import Seen, SimNode
+from membership.simulation.signer import StandInSigner
 from mesh import gossip, sync
 from mesh.gossip import MAX_MESSAGE_BYTES, Alive
 from mesh.ids import Address, NodeId
@@ -69,7 +70,7 @@ class Network:
         node = NodeId(f"{number:016x}")
         address = address or (f"10.0.{number // 250}.{number % 250 + 1}", 7946 + epoch)
         claim = Alive(node, epoch, 0, name or f"node-{number}", address[0], address[1], "")
-        core = MembershipCore(claim, self.config, Random(self.rng.random()), self.now)
+        core = MembershipCore(claim, StandInSigner(node), self.config, Random(self.rng.random()), self.now)
         old = self.nodes.get(node)
         if old is not None:
             for other in sorted(old.links):
@@ -100,6 +101,7 @@ class Network:
             for other in claims:
                 if other.node != node:
                     known = Member(other.node, other.description, other.epoch, other.incarnation, PeerState.ALIVE, self.now)
+                    known.key, known.signature = other.key, other.signature
                     it.core.swim.members.put(known)
             self._carry_out(it, it.core.swim.watch())
         self.run(0.1)

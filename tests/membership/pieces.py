@@ -5,11 +5,16 @@ from __future__ import annotations
 from random import Random
 from typing import TypeVar
 
+import msgspec
+
 from membership.config import MembershipConfig
 from membership.core import MembershipCore
 from membership.effects import Effect, Send
-from mesh.gossip import Ack, Alive, Claim, Gossip, Ping, Sender
+from membership.simulation.signer import StandInSigner
+from mesh.gossip import Ack, Alive, Claim, Gossip, Left, Ping, Sender
 from mesh.ids import Address, NodeId
+from mesh.statements import alive_statement, left_statement
+from mesh.sync import MemberRecord, decode_sync, decode_synced, encode
 from mesh.view import PeerState
 
 CONFIG = MembershipConfig()
@@ -27,16 +32,41 @@ def address_of(number: int) -> Address:
 
 def alive(number: int, incarnation: int = 0, epoch: int = 1, name: str | None = None) -> Alive:
     host, port = address_of(number)
-    return Alive(peer_id(number), epoch, incarnation, name or f"node-{number}", host, port)
+    return signed(Alive(peer_id(number), epoch, incarnation, name or f"node-{number}", host, port))
+
+
+def signed(claim: Alive) -> Alive:
+    """As its owner says it; with the key, so that it is believed also of one who was not known."""
+    key = claim.node.encode()
+    signature = StandInSigner(claim.node).sign(alive_statement(claim))
+    return msgspec.structs.replace(claim, signature=signature, key=key if claim.incarnation == 0 else b"")
+
+
+def left(node: NodeId, epoch: int, incarnation: int) -> Left:
+    bare = Left(node, epoch, incarnation)
+    return msgspec.structs.replace(bare, signature=StandInSigner(node).sign(left_statement(bare)))
+
+
+def member_record(words: Alive, state: PeerState = PeerState.ALIVE, age_s: float = 0.0, cause: str = "") -> MemberRecord:
+    """What somebody else holds of a node that said `words`."""
+    key, signature = words.node.encode(), words.signature
+    if state is PeerState.LEFT:
+        signature = left(words.node, words.epoch, words.incarnation).signature
+    place = words.name, words.host, words.port, words.region
+    return MemberRecord(words.node, words.epoch, words.incarnation, state, *place, age_s, cause, key=key, signature=signature)
+
+
+def core_of(me: Alive, config: MembershipConfig, rng: Random, now: float = 0.0) -> MembershipCore:
+    return MembershipCore(me, StandInSigner(me.node), config, rng, now)
 
 
 def sender(number: int, incarnation: int = 0, epoch: int = 1, fingerprint: int = 0) -> Sender:
     return Sender(peer_id(number), epoch, incarnation, fingerprint)
 
 
-def node_among(peers: int, *, seed: int = 1, config: MembershipConfig = CONFIG) -> MembershipCore:
+def node_among(peers: int, *, seed: int = 1, config: MembershipConfig = CONFIG, numbered: int = 0) -> MembershipCore:
     """A node that has heard of `peers` others, numbered from 1, and has told all it had to tell."""
-    core = MembershipCore(alive(0), config, Random(seed), 0.0)
+    core = core_of(alive(numbered), config, Random(seed))
     for number in range(1, peers + 1):
         core.receive(address_of(number), gossip(number, alive(number)), 0.0)
     core.swim.rumours._by_node.clear()
@@ -45,6 +75,14 @@ def node_among(peers: int, *, seed: int = 1, config: MembershipConfig = CONFIG) 
 
 def gossip(by: int, *claims: Claim, incarnation: int = 0) -> Gossip:
     return Gossip(sender(by, incarnation), claims)
+
+
+def exchange(asker: MembershipCore, teller: MembershipCore, now: float) -> None:
+    """The two calls of an exchange, through the codec, as the shell makes them."""
+    synced, _ = teller.answer(asker.me, decode_sync(encode(asker.ask())), now)
+    wanted, _ = asker.learn(address_of(int(teller.me, 16)), decode_synced(encode(synced)), now)
+    if wanted is not None:
+        teller.answer(asker.me, decode_sync(encode(wanted)), now)
 
 
 def state(core: MembershipCore, number: int) -> PeerState | None:

@@ -14,7 +14,7 @@ from membership.members import SEVERITY, standing_of
 from mesh.gossip import MAX_MESSAGE_BYTES, Ack, Alive, Claim, Dead, Gossip, Left, Message, Ping, PingReq, Suspect, encoded_bytes
 from mesh.ids import NodeId
 from mesh.view import PeerState
-from tests.membership.pieces import CONFIG, ME, address_of, alive, node_among, peer_id, sender
+from tests.membership.pieces import CONFIG, ME, address_of, alive, core_of, exchange, left, node_among, peer_id, sender, signed
 
 subjects = st.integers(1, 3).map(peer_id)
 epochs = st.integers(1, 3)
@@ -23,7 +23,7 @@ incarnations = st.integers(0, 3)
 
 def _alive(node: NodeId, epoch: int, incarnation: int) -> Alive:
     # One owner says one thing at one standing: name and port follow from it.
-    return Alive(node, epoch, incarnation, f"name-{epoch}-{incarnation}", "10.0.0.1", 100 * epoch + incarnation)
+    return signed(Alive(node, epoch, incarnation, f"name-{epoch}-{incarnation}", "10.0.0.1", 100 * epoch + incarnation))
 
 
 alives = st.builds(_alive, subjects, epochs, incarnations)
@@ -31,19 +31,19 @@ claims: st.SearchStrategy[Claim] = st.one_of(
     alives,
     st.builds(Suspect, subjects, epochs, incarnations, st.integers(0, 5).map(peer_id)),
     st.builds(Dead, subjects, epochs, incarnations, st.integers(0, 5).map(peer_id)),
-    st.builds(Left, subjects, epochs, incarnations),
+    st.builds(left, subjects, epochs, incarnations),
 )
 
 
 def known(core: MembershipCore) -> dict[NodeId, tuple[object, ...]]:
     """What must not depend on order. A death heard of may stand as a suspicion for a while: both count as accused."""
     verdicts = {PeerState.SUSPECT: "accused", PeerState.DEAD: "accused"}
-    members = (m for m in core.swim.members if m.node != ME)
+    members = (core.swim.members[node] for node in map(peer_id, (1, 2, 3)))
     return {m.node: (m.epoch, m.incarnation, verdicts.get(m.state, m.state), m.name, m.address) for m in members}
 
 
-def after(told: list[Claim]) -> MembershipCore:
-    core = node_among(3)
+def after(told: list[Claim], numbered: int = 0) -> MembershipCore:
+    core = node_among(3, numbered=numbered)
     for claim in told:
         core.receive(address_of(9), Gossip(sender(9), (claim,)), 1.0)
     return core
@@ -59,11 +59,24 @@ def test_standing_is_a_total_order_in_which_epoch_goes_before_incarnation_before
 
 
 @given(st.lists(claims, max_size=12), st.randoms(use_true_random=False), st.data())
-def test_order_and_repetition_of_claims_make_no_difference(told: list[Claim], rng: Random, data: st.DataObject) -> None:
+def test_order_and_repetition_of_claims_make_no_difference_once_notes_are_compared(
+    told: list[Claim], rng: Random, data: st.DataObject
+) -> None:
+    """An accusation that came before the words it accuses counts against older ones: the exchange sets that right."""
     repeated = st.lists(st.sampled_from(told), max_size=5) if told else st.just([])
     shuffled = told + data.draw(repeated)
     rng.shuffle(shuffled)
-    assert known(after(told)) == known(after(shuffled))
+    one, other = after(told), after(shuffled, numbered=8)
+    exchange(one, other, 1.0)
+    assert known(one) == known(other)
+
+
+@given(st.lists(claims, max_size=12), st.randoms(use_true_random=False))
+def test_among_those_who_heard_the_words_the_order_of_accusations_makes_no_difference(told: list[Claim], rng: Random) -> None:
+    words = [claim for claim in told if isinstance(claim, Alive)]
+    shuffled = list(told)
+    rng.shuffle(shuffled)
+    assert known(after(words + told)) == known(after(words + shuffled))
 
 
 @given(st.lists(claims, max_size=12))
@@ -81,8 +94,8 @@ def test_what_is_known_of_a_node_never_goes_back(told: list[Claim]) -> None:
 def test_nobody_but_its_owner_raises_an_incarnation(told: list[Claim]) -> None:
     core = after(told)
     for member in core.swim.members:
-        heard = [(c.epoch, c.incarnation) for c in told if c.node == member.node] + [(1, 0)]
-        assert (member.epoch, member.incarnation) == max(heard)
+        said = [(c.epoch, c.incarnation) for c in told if c.node == member.node and isinstance(c, Alive | Left)] + [(1, 0)]
+        assert (member.epoch, member.incarnation) == max(said)
 
 
 @given(st.lists(claims, max_size=12))
@@ -150,4 +163,4 @@ def test_after_any_input_a_tick_uses_its_deadline_up_and_bounds_hold(steps: list
 
 def test_severity_ranks_every_state() -> None:
     assert sorted(PeerState, key=SEVERITY.__getitem__) == [PeerState.ALIVE, PeerState.SUSPECT, PeerState.DEAD, PeerState.LEFT]
-    assert MembershipCore(alive(0), CONFIG, Random(1), 0.0).deadline > 0.0
+    assert core_of(alive(0), CONFIG, Random(1)).deadline > 0.0

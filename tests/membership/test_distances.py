@@ -11,9 +11,9 @@ from membership.coordinates import Coordinate, pack
 from membership.core import MembershipCore
 from membership.distances import Distances
 from membership.simulation.network import Network
-from mesh.gossip import Ack, Ping, PingReq
+from mesh.gossip import Ack, Alive, Ping, PingReq
 from mesh.sync import Sync
-from tests.membership.pieces import CONFIG, ME, address_of, alive, gossip, messages, node_among, peer_id, sender
+from tests.membership.pieces import CONFIG, ME, address_of, alive, gossip, messages, node_among, peer_id, sender, signed
 
 THERE = Coordinate((0.03, *[0.0] * 7), error=0.1)
 
@@ -120,7 +120,7 @@ def test_what_was_measured_of_a_former_place_is_forgotten(moved: str) -> None:
     core = node_among(1)
     answered(core, 0.05, pack(THERE))
     assert core.swim.members[peer_id(1)].point is not None
-    claim = alive(1, epoch=2) if moved == "restarted" else alive(1, incarnation=1).__class__(peer_id(1), 1, 1, "n", "10.9.9.9", 1)
+    claim = alive(1, epoch=2) if moved == "restarted" else signed(Alive(peer_id(1), 1, 1, "n", "10.9.9.9", 1))
     core.receive(address_of(1), gossip(1, claim), 9.0)
     member = core.swim.members[peer_id(1)]
     assert (member.point, member.rtt_s) == (None, None)

@@ -14,7 +14,6 @@ from mesh.sync import (
     MAX_FACTS_BYTES,
     BadSync,
     FactsRecord,
-    MemberRecord,
     Sync,
     Synced,
     decode_facts,
@@ -23,21 +22,27 @@ from mesh.sync import (
     encode,
 )
 from mesh.view import Facts, ModelCard, ModelId, PeerState, Span
-from tests.membership.pieces import ME, address_of, alive, gossip, node_among, only, peer_id, run_to, sender, state
+from tests.membership.pieces import (
+    ME,
+    address_of,
+    alive,
+    core_of,
+    exchange,
+    gossip,
+    member_record,
+    node_among,
+    only,
+    peer_id,
+    run_to,
+    sender,
+    state,
+)
 
 FACTS = Facts(http="http://x", spans=(Span(ModelId("m"), 0, 4),), models=(ModelCard(ModelId("m"), 8, 64, "w", "n"),))
 
 
 def record(number: int, version: int, facts: Facts = FACTS, epoch: int = 1) -> FactsRecord:
     return FactsRecord(peer_id(number), epoch, version, encode(facts))
-
-
-def exchange(asker: MembershipCore, teller: MembershipCore, now: float) -> None:
-    """The two calls of an exchange, through the codec, as the shell makes them."""
-    synced, _ = teller.answer(asker.me, decode_sync(encode(asker.ask())), now)
-    wanted, _ = asker.learn(address_of(int(teller.me, 16)), decode_synced(encode(synced)), now)
-    if wanted is not None:
-        teller.answer(asker.me, decode_sync(encode(wanted)), now)
 
 
 def facts_of(core: MembershipCore, number: int) -> Facts:
@@ -123,7 +128,7 @@ def test_a_copy_of_our_own_record_that_is_ahead_makes_ours_go_further_ahead() ->
 def test_after_one_exchange_both_sides_know_the_same() -> None:
     one, other = node_among(3), node_among(0)
     other_id = peer_id(8)
-    other = MembershipCore(alive(8), one.config, one.rng, 0.0)
+    other = core_of(alive(8), one.config, one.rng)
     other.publish(Facts(http="other"), 0.0)
     one.publish(FACTS, 0.0)
     one.answer(peer_id(2), Sync(records=(record(2, 4),)), 0.0)
@@ -136,7 +141,7 @@ def test_after_one_exchange_both_sides_know_the_same() -> None:
 
 def test_an_asker_that_takes_us_for_dead_hears_at_once_that_we_live() -> None:
     one, other = node_among(1), node_among(3)
-    mistaken = MembershipCore(alive(1), one.config, one.rng, 0.0)
+    mistaken = core_of(alive(1), one.config, one.rng)
     mistaken.receive(address_of(0), gossip(0, alive(0)), 0.0)
     mistaken.swim.declare(Dead(ME, 1, 0, peer_id(1)), 0.0)
     exchange(mistaken, one, 1.0)
@@ -146,8 +151,8 @@ def test_an_asker_that_takes_us_for_dead_hears_at_once_that_we_live() -> None:
 
 def test_an_exchange_brings_the_dead_with_their_age_so_that_ghosts_end() -> None:
     core = node_among(1)
-    dead = MemberRecord(peer_id(5), 1, 0, PeerState.DEAD, "old", "10.0.0.1", 1, "", 100.0)
-    ghost = MemberRecord(peer_id(6), 1, 0, PeerState.DEAD, "ghost", "10.0.0.1", 2, "", core.config.forget_s + 1)
+    dead = member_record(alive(5), PeerState.DEAD, 100.0)
+    ghost = member_record(alive(6), PeerState.DEAD, core.config.forget_s + 1)
     _, effects = core.answer(peer_id(1), Sync(members=(dead, ghost)), 1000.0)
     assert only(MemberChanged, effects) == [MemberChanged(peer_id(5), None, PeerState.DEAD)]
     assert core.swim.members[peer_id(5)].since == 900.0
@@ -156,7 +161,7 @@ def test_an_exchange_brings_the_dead_with_their_age_so_that_ghosts_end() -> None
 
 def test_an_exchange_is_no_independent_confirmation() -> None:
     core = node_among(6)
-    accused = MemberRecord(peer_id(5), 1, 0, PeerState.SUSPECT, "node-5", *address_of(5))
+    accused = member_record(alive(5), PeerState.SUSPECT)
     for teller in (1, 2, 3):
         core.answer(peer_id(teller), Sync(members=(accused,)), 0.0)
     suspicion = core.swim.members[peer_id(5)].suspicion
@@ -175,7 +180,7 @@ def test_an_answer_stops_at_its_limit_and_the_next_one_goes_on() -> None:
     big = Facts(documents={"x": "y" * (MAX_FACTS_BYTES - 200)})
     for number in range(1, 41):
         teller.answer(peer_id(number), Sync(records=(record(number, 1, big),)), 0.0)
-    asker = MembershipCore(alive(50), teller.config, teller.rng, 0.0)
+    asker = core_of(alive(50), teller.config, teller.rng)
     rounds = 0
     while asker.fingerprint != teller.fingerprint:
         exchange(asker, teller, 1.0)
@@ -195,7 +200,7 @@ def test_any_bytes_are_a_sync_or_a_bad_sync(raw: bytes) -> None:
 
 def test_news_of_one_exchange_is_told_on_but_not_a_whole_mesh() -> None:
     few, many = node_among(0), node_among(0)
-    members = tuple(MemberRecord(peer_id(n), 1, 0, PeerState.ALIVE, "n", *address_of(n)) for n in range(1, 30))
+    members = tuple(member_record(alive(n)) for n in range(1, 30))
     few.answer(peer_id(1), Sync(members=members[:4]), 1.0)
     assert len(few.swim.rumours) == 4
     many.answer(peer_id(1), Sync(members=members), 1.0)

@@ -15,6 +15,7 @@ import trio.testing
 from membership.config import MembershipConfig
 from membership.events import JoinFailed, MemberEvent
 from membership.service import Membership
+from membership.simulation.signer import StandInSigner
 from mesh.calls import Header, Reply
 from mesh.errors import BadRequest, LocalError, PeerLost
 from mesh.gossip import MAX_DATAGRAM_BYTES, Ack, Alive, Gossip, Ping, Sender, decode, encode
@@ -22,6 +23,7 @@ from mesh.ids import Address, NodeId, format_address
 from mesh.seal import KeySeal, PlainSeal, Seal
 from mesh.sync import SYNC_KIND
 from mesh.view import Facts, Load, PeerState
+from tests.membership.pieces import signed
 
 
 @dataclass
@@ -66,6 +68,7 @@ class Mesh:
             name or f"node-{number}",
             "here",
             epoch,
+            signer=StandInSigner(me),
             socket=socket,
             address=address,
             seal=seal or PlainSeal(),
@@ -267,7 +270,7 @@ async def test_nothing_is_looked_up_for_a_claimed_host_and_none_ends_the_node(ho
     async with a_mesh() as mesh:
         node = await mesh.start(1)
         liar = NodeId("f" * 16)
-        claim = Alive(liar, 1, 0, "liar", host, 7946)
+        claim = signed(Alive(liar, 1, 0, "liar", host, 7946))
         with trio.socket.socket(trio.socket.AF_INET, trio.socket.SOCK_DGRAM) as stranger:
             await stranger.sendto(PlainSeal().seal(encode(Gossip(Sender(liar, 1, 0, 1), (claim,)))), node.address)
         await until_state(node, liar, PeerState.DEAD)
@@ -323,7 +326,7 @@ async def test_an_ack_that_is_ready_when_the_timer_fires_is_in_time(mock_clock: 
             me = NodeId("2" * 16)
             host, port = peer.getsockname()
             by = Sender(me, 1, 0, 0)
-            peer.sendto(seal.seal(encode(Gossip(by, (Alive(me, 1, 0, "peer", host, port),)))), node.address)
+            peer.sendto(seal.seal(encode(Gossip(by, (signed(Alive(me, 1, 0, "peer", host, port)),)))), node.address)
             await trio.testing.wait_all_tasks_blocked()
             while node.membership.statistics().swim.probes == 0:
                 mock_clock.jump(0.05)
@@ -359,4 +362,5 @@ async def test_a_name_that_fits_no_claim_is_refused_at_the_start() -> None:
 
     with trio.socket.socket(trio.socket.AF_INET, trio.socket.SOCK_DGRAM) as socket:
         with pytest.raises(ValueError, match="name may take 32 bytes"):
-            Membership(NodeId("1" * 16), "n" * 33, "", 1, socket=socket, address=("127.0.0.1", 1), seal=PlainSeal(), call=call)
+            me, at = NodeId("1" * 16), ("127.0.0.1", 1)
+            Membership(me, "n" * 33, "", 1, signer=StandInSigner(me), socket=socket, address=at, seal=PlainSeal(), call=call)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from membership.config import MembershipConfig
+from membership.core import MembershipCore
 from membership.effects import Exchange, FactsChanged, Measured, MemberChanged, MemberForgotten, Push, Renewed
-from mesh.gossip import Ack, Dead, Gossip, Left, Ping, PingReq, Sender, Suspect
+from mesh.gossip import Ack, Dead, Gossip, Ping, PingReq, Sender, Suspect
 from mesh.sync import Synced
 from mesh.view import Facts, Load, PeerState
 from tests.membership.pieces import (
@@ -15,6 +16,7 @@ from tests.membership.pieces import (
     address_of,
     alive,
     gossip,
+    left,
     messages,
     node_among,
     only,
@@ -120,17 +122,22 @@ def test_the_accused_refutes_with_a_higher_incarnation_and_tells_its_accuser_at_
     assert ack.sender.incarnation == 1
 
 
+def refutes(core: MembershipCore, times: int) -> None:
+    for incarnation in range(times):
+        core.receive(address_of(1), gossip(1, Dead(ME, 1, incarnation, peer_id(2))), 1.0)
+
+
 def test_one_that_slept_and_learns_that_it_is_dead_lives_on_with_a_higher_incarnation() -> None:
     core = node_among(3)
-    effects = core.receive(address_of(1), gossip(1, Dead(ME, 1, 4, peer_id(2))), 1.0)
-    assert core.swim.myself.incarnation == 5
-    assert (address_of(1), alive(0, incarnation=5)) in [(to, told.claims[0]) for to, told in messages(effects, Gossip)]
+    effects = core.receive(address_of(1), gossip(1, Dead(ME, 1, 0, peer_id(2))), 1.0)
+    assert core.swim.myself.incarnation == 1
+    assert (address_of(1), alive(0, incarnation=1)) in [(to, told.claims[0]) for to, told in messages(effects, Gossip)]
     assert only(MemberChanged, effects) == [MemberChanged(ME, PeerState.ALIVE, PeerState.ALIVE)]
 
 
 def test_a_stale_accusation_is_answered_without_a_new_incarnation() -> None:
     core = node_among(3)
-    core.receive(address_of(1), gossip(1, Dead(ME, 1, 4, peer_id(2))), 1.0)
+    refutes(core, 5)
     effects = core.receive(address_of(2), Ping(sender(2), 5, ME, (Suspect(ME, 1, 2, peer_id(3)),)), 2.0)
     assert core.swim.myself.incarnation == 5
     assert messages(effects, Ack)[0][1].claims[0] == alive(0, incarnation=5)
@@ -199,7 +206,7 @@ def test_a_dead_member_that_speaks_is_told_so() -> None:
 
 def test_the_departed_are_never_called_dead() -> None:
     core = node_among(3)
-    core.receive(address_of(2), gossip(2, Left(peer_id(2), 1, 0)), 1.0)
+    core.receive(address_of(2), gossip(2, left(peer_id(2), 1, 0)), 1.0)
     core.receive(address_of(1), gossip(1, Suspect(peer_id(2), 1, 0, peer_id(1)), Dead(peer_id(2), 1, 0, peer_id(1))), 1.1)
     run_to(core, 30.0, answers=True)
     assert state(core, 2) is PeerState.LEFT
@@ -299,7 +306,7 @@ def test_a_full_table_lets_newcomers_in_for_tombstones_only() -> None:
     core = node_among(3, config=MembershipConfig(members_max=4))
     core.receive(address_of(1), gossip(1, alive(8)), 1.0)
     assert state(core, 8) is None and core.swim.statistics(0.0).refused_newcomers == 1
-    core.receive(address_of(2), gossip(2, Left(peer_id(2), 1, 0)), 1.1)
+    core.receive(address_of(2), gossip(2, left(peer_id(2), 1, 0)), 1.1)
     core.receive(address_of(1), gossip(1, alive(8)), 1.2)
     assert state(core, 8) is PeerState.ALIVE and state(core, 2) is None
 
@@ -307,7 +314,7 @@ def test_a_full_table_lets_newcomers_in_for_tombstones_only() -> None:
 def test_one_who_left_says_goodbye_and_is_silent_for_good() -> None:
     core = node_among(3)
     effects = core.leave(1.0)
-    assert {to for to, told in messages(effects, Gossip) if told.claims == (Left(ME, 1, 0),)} == {
+    assert {to for to, told in messages(effects, Gossip) if told.claims == (left(ME, 1, 0),)} == {
         address_of(n) for n in (1, 2, 3)
     }
     assert core.deadline == math.inf
@@ -323,7 +330,7 @@ def test_own_words_that_come_back_are_no_news() -> None:
 
 def test_a_stale_accusation_is_answered_to_others_too_for_it_still_travels() -> None:
     core = node_among(4)
-    core.receive(address_of(1), gossip(1, Dead(ME, 1, 4, peer_id(2))), 1.0)
+    refutes(core, 5)
     effects = core.receive(address_of(2), gossip(2, Suspect(ME, 1, 2, peer_id(3))), 50.0)
     told = {to for to, told in messages(effects, Gossip) if alive(0, incarnation=5) in told.claims}
     assert address_of(2) in told and len(told) == 1 + CONFIG.eager_peers

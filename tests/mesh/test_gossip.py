@@ -36,16 +36,17 @@ from mesh.view import Load
 
 A, B = NodeId("a" * 16), NodeId("b" * 16)
 SENDER = Sender(A, 1, 2, 2**64 - 1, Load(1, 2, 3, 4, 5, 6.5, 7.5), 12)
-LONGEST = Alive(A, 2**48, 2**48, "n" * 32, "h" * 46, 65535, "r" * 16)
+LONGEST = Alive(A, 2**48, 2**48, "n" * 32, "h" * 46, 65535, "r" * 16, b"s" * 64, b"k" * 32)
 
 ids = st.text("0123456789abcdef", min_size=16, max_size=16).map(NodeId)
 counters = st.integers(0, 2**48)
+signatures = st.binary(max_size=64)
 names = st.text(max_size=10).filter(lambda name: len(name.encode()) <= 32)
 claims = st.one_of(
-    st.builds(Alive, ids, counters, counters, names, st.just("::1"), st.integers(0, 65535)),
+    st.builds(Alive, ids, counters, counters, names, st.just("::1"), st.integers(0, 65535), st.just("r"), signatures),
     st.builds(Suspect, ids, counters, counters, ids),
     st.builds(Dead, ids, counters, counters, ids),
-    st.builds(Left, ids, counters, counters),
+    st.builds(Left, ids, counters, counters, signatures),
 )
 claim_lists = st.lists(claims, max_size=8).map(tuple)
 senders = st.builds(Sender, ids, counters, counters, st.integers(0, 2**64 - 1), st.just(SENDER.load), st.integers(0, 2**31))
@@ -115,9 +116,9 @@ def test_too_many_bytes_are_refused_before_they_are_decoded() -> None:
 
 
 def test_a_newer_version_may_append_fields() -> None:
-    raw = msgspec.msgpack.encode(["l", B, 1, 2, "of a later version"])
+    raw = msgspec.msgpack.encode(["l", B, 1, 2, b"signature", "of a later version"])
     message = msgspec.msgpack.encode(["say", msgspec.to_builtins(SENDER), [msgspec.Raw(raw)], {"more": 1}])
-    assert decode(message) == Gossip(SENDER, (Left(B, 1, 2),))
+    assert decode(message) == Gossip(SENDER, (Left(B, 1, 2, b"signature"),))
 
 
 def test_the_longest_claim_fits_its_limit_and_a_full_message_the_datagram() -> None:
@@ -129,3 +130,7 @@ def test_the_longest_claim_fits_its_limit_and_a_full_message_the_datagram() -> N
     for seal in (PlainSeal(), KeySeal([bytes(32)])):
         assert seal.overhead_bytes <= MAX_SEAL_BYTES
         assert len(seal.seal(full)) <= MAX_DATAGRAM_BYTES
+
+
+def test_a_usual_refutation_with_its_signature_takes_less_than_150_bytes() -> None:
+    assert encoded_bytes(Alive(A, 12, 3, "gpu-box-17-a1b2", "192.168.100.17", 7946, "eu-west", b"s" * 64)) < 150
