@@ -115,6 +115,7 @@ class Entry:
             self._counters.late_tokens_total += 1
             return
         key = token.key
+        run.note_cached(key, token.cached)
         run.tell(key.choice, TokenDrawn(key.attempt, token.position, token.token, token.finish, token.logprob, token.top))
 
     def lost(self, lost: SequenceLost, address: Address | None) -> None:

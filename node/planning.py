@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 from mesh.ids import ModelId, NodeId
+from mesh.prefix import PAGE_TOKENS
 from mesh.view import View
 from node.engine.api import SequenceKey
 from node.generation_events import StageAt, Stages
@@ -15,6 +16,7 @@ from routing.breaker import Breakers
 from routing.dispatches import Dispatch, Dispatches
 from routing.path import Path, plan
 from routing.policies import Policy, policy_named
+from routing.prefixes import PrefixMemory, prefix_key
 from routing.score import Work
 
 DOUBT_S = 5.0  # a node whose link broke gets no part of new paths, if there are others; membership has spoken by then
@@ -32,6 +34,7 @@ class PlanRequest:
     exclude: frozenset[NodeId]
     numerics: str  # the fingerprint of the attempt before: an equal one keeps the promise of equal tokens; empty: any
     policy: str  # empty: the default
+    names: Sequence[bytes] = ()  # of the pages of the known tokens (`mesh.prefix`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ class Planning:
         self._policies: dict[str, Policy] = {}
         self._dispatches = Dispatches()
         self._breakers = Breakers()
+        self._prefixes = PrefixMemory(PAGE_TOKENS)
         self._doubted_until: dict[NodeId, float] = {}
         self.last_wait_s = 0.0  # expected in the queues of the path planned last: what admission looks at
         self._sent: dict[SequenceKey, list[Dispatch]] = {}
@@ -65,7 +69,12 @@ class Planning:
             self._policy(request.policy),
             self._rng,
             now,
-            work=Work(request.known_tokens, min(request.tokens_to_come, EXPECTED_OUTPUT_TOKENS)),
+            work=Work(
+                request.known_tokens,
+                min(request.tokens_to_come, EXPECTED_OUTPUT_TOKENS),
+                prefix_key=prefix_key(request.names),
+                cached_tokens=self._prefixes.cached_tokens(request.names),
+            ),
             dispatches=self._dispatches,
             excluded=request.exclude,
             avoided=self._breakers.avoided([peer.id for peer in view.live()], now) | self._doubted(now),
@@ -90,6 +99,10 @@ class Planning:
         for stage in stages:
             self._breakers.dispatched(stage.node, now)
 
+    def opened(self, stages: Stages, names: Sequence[bytes]) -> None:
+        """The stages took up a sequence with these pages, and will have them for a while."""
+        self._prefixes.sent(names, [stage.node for stage in stages])
+
     def finished(self, key: SequenceKey, *, ok: bool, lost: NodeId | None = None) -> None:
         """The attempt ended: well, by the fault of `lost`, or (neither) by nobody's."""
         now = self._now()
@@ -111,6 +124,7 @@ class Planning:
         """The node died, left or restarted: its past says nothing of its next life."""
         self._doubted_until.pop(node, None)
         self._dispatches.forget(node)
+        self._prefixes.forget(node)
         self._breakers.restarted(node)
 
 

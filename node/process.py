@@ -22,6 +22,7 @@ import trio
 from membership.events import JoinFailed, MemberEvent
 from membership.service import Membership
 from mesh.ids import Address, ModelId, NodeId, format_address
+from mesh.keys import derive
 from mesh.link import LinkConfig
 from mesh.links import Links
 from mesh.seal import KeySeal, PlainSeal, Seal
@@ -117,7 +118,8 @@ class Node:
             self._facts.documents,
             time.time,
         )
-        entry_node = EntryNode(identity.id, sockets.address, self._links.call, self._links.post, self._membership.lost)
+        voice = self._links.call, self._links.post, self._membership.lost
+        entry_node = EntryNode(identity.id, sockets.address, *voice, _prefix_secret(mesh_key))
         self._entry = Entry(entry_node, Prompts(models, self._documents), self._planning, config.request_timeout_s, rng)
         self._stages = Stages(sockets.address, engine, self._links.post, self._entry)
         self._losses = Losses(self._view, self._entry, self._stages, self._planning, self._membership.lost)
@@ -234,6 +236,10 @@ class Node:
         self._known_peers.note(self._view())
         await self._membership.leave()
         node_scope.cancel()
+
+
+def _prefix_secret(mesh_key: bytes | None) -> bytes:
+    return derive(mesh_key, "prefix") if mesh_key else b""
 
 
 def _contexts(mesh_key: bytes | None, node: NodeId) -> tuple[ssl.SSLContext | None, ssl.SSLContext | None]:

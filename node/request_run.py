@@ -18,8 +18,9 @@ import trio
 from mesh.calls import Call, Post
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, PeerLost, Refused
 from mesh.ids import Address, NodeId
+from mesh.prefix import PAGE_TOKENS, further_names, prefix_salt
 from node.choice_text import ChoiceText
-from node.engine.api import OpenSequence, SequenceKey, SequenceLost
+from node.engine.api import OpenSequence, Prefix, SequenceKey, SequenceLost
 from node.generation import Generation, Phase
 from node.generation_events import (
     Cancelled,
@@ -59,6 +60,7 @@ class EntryNode:
     call: Call
     post: Post
     doubt: Callable[[NodeId], None] = lambda node: None  # has membership look at a peer now
+    prefix_secret: bytes = b""  # keys the names of prompt beginnings; the same on all nodes of the mesh
 
 
 @dataclass(slots=True)
@@ -103,6 +105,10 @@ class RequestRun:
         self._woken = trio.Event()
         self._opening: dict[int, trio.CancelScope] = {}
         self._numerics: set[str] = set()
+        self._salt = prefix_salt(node.prefix_secret, request.tenant, prompt.model.card.weights)
+        self._path_numerics: dict[int, str] = {}
+        self._names: dict[int, list[bytes]] = {choice: [] for choice in self._cores}
+        self._cached_tokens = 0
         self._speaks = False
         # The reader may be slower than the mesh; what waits for it is bounded by the request's own max_tokens.
         self._events_in, self._events_out = trio.open_memory_channel[GenerateEvent | MeshError](math.inf)
@@ -136,6 +142,11 @@ class RequestRun:
         node = next((stage.node for stage in path if stage.address == address), None)
         fault = None if lost.retryable else BadRequest(lost.reason)
         self.tell(choice, StageLost(lost.key.attempt, node, lost.reason, lost.retryable, fault))
+
+    def note_cached(self, key: SequenceKey, tokens: int) -> None:
+        """So many of the known tokens did not have to be computed. Of several choices and attempts the first one counts."""
+        if key.choice == 0 and key.attempt == 1:
+            self._cached_tokens = min(tokens, len(self._prompt.tokens))
 
     async def drive(self) -> None:
         """Until every choice has ended."""
@@ -186,6 +197,7 @@ class RequestRun:
             exclude=plan.exclude,
             numerics=next(iter(self._numerics)) if len(self._numerics) == 1 else "",
             policy=self.request.policy,
+            names=self._names_of(choice),
         )
         try:
             planned = self._planning.plan(request)
@@ -193,6 +205,7 @@ class RequestRun:
             self.tell(choice, Unplannable(plan.attempt, error))
             return
         self._numerics.add(planned.numerics)
+        self._path_numerics[choice] = planned.numerics
         self.record.why.append({"choice": choice, "attempt": plan.attempt, **planned.why})
         self.tell(choice, Planned(plan.attempt, planned.stages))
 
@@ -201,6 +214,7 @@ class RequestRun:
         with scope:
             failure = await open_path(self._node.call, stages, timeout_s=OPEN_TIMEOUT_S)
             if failure is None:
+                self._planning.opened(effect.path, self._names[choice])
                 self.tell(choice, Opened(effect.attempt))
                 return
             node = next(stage.node for stage in effect.path if stage.address == failure.address)
@@ -230,9 +244,23 @@ class RequestRun:
             known=len(tokens),
             tokens=tokens if is_first or is_last else (),
             sampling=prompt.stage_sampling(choice, last=is_last),
+            prefix=self._prefix(choice, len(tokens)),
         )
         next_address = None if is_last else effect.path[index + 1].address
         return OpenStage(sequence, self._node.id, self._node.address, effect.path[0].address, next_address)
+
+    def _names_of(self, choice: int) -> list[bytes]:
+        """Of all whole pages of the tokens known so far."""
+        names = self._names[choice]
+        names += further_names(self._salt, names, (*self._prompt.tokens, *self._cores[choice].tokens))
+        return names
+
+    def _prefix(self, choice: int, known: int) -> Prefix | None:
+        """Pages are used and kept where all stages compute exactly and alike: then they hold what would be computed."""
+        numerics = self._path_numerics[choice]
+        if not is_exact(numerics):
+            return None
+        return Prefix(self._salt, tuple(self._names_of(choice)[: known // PAGE_TOKENS]), numerics)
 
     def _close(self, choice: int, effect: ClosePath) -> None:
         scope = self._opening.pop(choice, None)
@@ -307,9 +335,14 @@ class RequestRun:
             attempts=self.record.attempts,
             path=tuple(StageUse(stage.node, stage.start, stage.end) for stage in self.record.last_paths.get(0, ())),
             retrieval=self._prompt.retrieval_report([text.whole for text in self._texts.values()]),
+            cached_tokens=self._cached_tokens,
         )
 
     def _is_exact(self) -> bool:
         """All paths of all attempts computed with one set of exact kernels."""
-        [numerics] = self._numerics if len(self._numerics) == 1 else [""]
-        return bool(numerics) and not numerics.startswith("approximate")
+        return len(self._numerics) == 1 and all(map(is_exact, self._numerics))
+
+
+def is_exact(numerics: str) -> bool:
+    """Whether a path's fingerprint promises equal tokens; one that is empty, or approximate, does not."""
+    return bool(numerics) and not numerics.startswith("approximate")

@@ -155,6 +155,7 @@ class Finished:
     attempts: int
     path: tuple[StageUse, ...]
     retrieval: RetrievalReport | None = None
+    cached_tokens: int = 0  # of the prompt, that the first attempt found computed
 
 
 GenerateEvent = Started | TextDelta | ChoiceDone | Finished

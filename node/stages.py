@@ -17,10 +17,12 @@ import msgspec
 import structlog
 import trio
 from msgspec import Meta
+from msgspec.structs import replace as changed
 
 from mesh.calls import Call, Header, Post, Reply
 from mesh.errors import BadRequest, MeshError, PeerLost, RemoteError
 from mesh.ids import Address, NodeId, StreamId, format_address
+from mesh.prefix import NAME_BYTES
 from node.engine.api import Engine, EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
 
 IDLE_S = 120.0  # a sequence that nothing came for: its close was lost with a link; longer than any wait for a step
@@ -32,9 +34,18 @@ log = structlog.get_logger()
 # Rows of one-way frames, as peers may send them: types and ranges are checked before anything believes them.
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Key = tuple[StreamId, Count, Count]  # stream, choice, attempt
-HiddenRow = tuple[StreamId, Count, Count, Count, Annotated[int, Meta(ge=1, le=2**31 - 1)], Count]  # key, position, count, bytes
+Names = tuple[Annotated[bytes, Meta(min_length=NAME_BYTES, max_length=NAME_BYTES)], ...]
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Draft = tuple[Count, ...]
+HiddenRow = tuple[StreamId, Count, Count, Count, Positive, Count, Names, Draft]  # key, position, count, bytes, names, draft
 Top = tuple[tuple[Count, float], ...]
-TokenRow = tuple[StreamId, Count, Count, Count, Count, Literal["stop", "length"] | None, float | None, Top]
+TokenRow = tuple[StreamId, Count, Count, Count, Count, Literal["stop", "length"] | None, float | None, Top, Count]
+
+
+class StageOpened(msgspec.Struct, frozen=True):
+    """The answer to `stage.open`."""
+
+    pages: Count = 0  # of the sequence's, kept at the stage
 
 
 class LostStage(msgspec.Struct, frozen=True):
@@ -139,7 +150,7 @@ class Stages:
             self._send_tokens(address, drawn)
 
     def _send_hidden(self, address: Address, rows: list[HiddenOut]) -> None:
-        header = {"rows": [[*row.key, row.position, row.count, len(row.data)] for row in rows]}
+        header = {"rows": [[*row.key, row.position, row.count, len(row.data), row.names, row.draft] for row in rows]}
         try:
             self._post(address, "stage.hidden", header, b"".join(row.data for row in rows))
             self._counters.hidden_frames_total += 1
@@ -147,7 +158,7 @@ class Stages:
             self._lose({row.key for row in rows}, address, error.reason)
 
     def _send_tokens(self, address: Address, drawn: list[TokenOut]) -> None:
-        header = {"tokens": [[*t.key, t.position, t.token, t.finish, t.logprob, [list(pair) for pair in t.top]] for t in drawn]}
+        header = {"tokens": [[*t.key, t.position, t.token, t.finish, t.logprob, t.top, t.cached] for t in drawn]}
         try:
             self._post(address, "stage.tokens", header)
             self._counters.token_frames_total += 1
@@ -179,38 +190,41 @@ class Stages:
             await trio.to_thread.run_sync(self._engine.prepare, stage.sequence, limiter=self._compiling)
         if key in self._closed:  # perhaps while its grammar was compiled
             raise RemoteError(sender, "closed before it was opened")
-        if key not in self._routes:  # a repeat is answered as the first was
+        pages = 0
+        if key not in self._routes:  # a repeat changes nothing; that it offers no page costs no more than computing them
             self._routes[key] = stage
             self._heard_at[key] = trio.current_time()
             try:
-                self._engine.open(stage.sequence)
+                pages = self._engine.open(stage.sequence)
             except MeshError:
                 self._forget(key)
                 self._counters.refused_total += 1
                 raise
             self._counters.opened_total += 1
-        return {}, b""
+        return {"pages": pages}, b""
 
     def _on_hidden(self, sender: NodeId, header: Header, tail: bytes) -> None:
         offset = 0
-        for stream, choice, attempt, position, count, size_bytes in msgspec.convert(header["rows"], list[HiddenRow]):
+        rows = msgspec.convert(header["rows"], list[HiddenRow])
+        for stream, choice, attempt, position, count, size_bytes, names, draft in rows:
             if size_bytes > len(tail) - offset:
                 raise RemoteError(sender, "activations shorter than their header says")
             key = SequenceKey(stream, choice, attempt)
             data = tail[offset : offset + size_bytes]
             offset += size_bytes
             if key in self._routes:
-                self._engine.push(key, position, count, data)
+                self._engine.push(HiddenOut(key, position, count, data, names, draft))
             else:
                 self._counters.rejected_rows_total += 1
 
     def _on_tokens(self, sender: NodeId, header: Header, tail: bytes) -> None:
-        for stream, choice, attempt, position, token, finish, logprob, top in msgspec.convert(header["tokens"], list[TokenRow]):
+        rows = msgspec.convert(header["tokens"], list[TokenRow])
+        for stream, choice, attempt, position, token, finish, logprob, top, cached in rows:
             key = SequenceKey(stream, choice, attempt)
             route = self._routes.get(key)
             if route is not None and route.sequence.start == 0 and route.next_address is not None and finish is None:
                 self._engine.token(key, position, token)
-            self._sink.token(TokenOut(key, position, token, finish, logprob, top))
+            self._sink.token(TokenOut(key, position, token, finish, logprob, top, cached))
 
     def _on_lost(self, sender: NodeId, header: Header, tail: bytes) -> None:
         lost = msgspec.convert(header, LostStage)
@@ -279,20 +293,30 @@ class OpenFailure:
 async def open_path(call: Call, stages: list[tuple[Address, OpenStage]], *, timeout_s: float) -> OpenFailure | None:
     """Opens all stages but the first together, then the first, which begins to compute at once.
 
-    On a failure some stages may be open: the caller closes them all.
+    The first is told how many pages all others have, so that it begins behind what the whole path has. On a failure some
+    stages may be open: the caller closes them all.
     """
     failures: list[OpenFailure] = []
+    pages: list[int] = []
 
     async def open_one(address: Address, stage: OpenStage) -> None:
         try:
-            await call(address, "stage.open", {}, msgspec.msgpack.encode(stage), timeout_s=timeout_s)
+            header, _ = await call(address, "stage.open", {}, msgspec.msgpack.encode(stage), timeout_s=timeout_s)
+            pages.append(msgspec.convert(header, StageOpened).pages)
         except MeshError as error:
             failures.append(OpenFailure(address, error))
+        except msgspec.ValidationError as error:
+            failures.append(
+                OpenFailure(address, RemoteError(format_address(address), f"no answer to stage.open: {error}"))
+            )
 
     (first_address, first), *others = stages
     async with trio.open_nursery() as nursery:
         for address, stage in others:
             nursery.start_soon(open_one, address, stage)
     if not failures:
+        if others and first.sequence.prefix is not None:
+            prefix = changed(first.sequence.prefix, elsewhere=min(pages))
+            first = changed(first, sequence=changed(first.sequence, prefix=prefix))
         await open_one(first_address, first)
     return failures[0] if failures else None

@@ -26,6 +26,20 @@ class SequenceKey(NamedTuple):
     attempt: int
 
 
+class Prefix(msgspec.Struct, frozen=True):
+    """What a stage needs to find the pages of earlier sequences that begin with the same tokens, and to keep its own.
+
+    `names` are those of the whole pages of the known tokens (`mesh.prefix`). The first stage of several is asked last, and
+    told `elsewhere`: the fewest pages that all others have; it begins behind what all have, and the position of its first
+    activations tells the others where that is.
+    """
+
+    salt: bytes
+    names: tuple[bytes, ...]
+    numerics: str  # of the whole path
+    elsewhere: int | None = None  # None: there are no other stages
+
+
 class OpenSequence(msgspec.Struct, frozen=True):
     """Take up one sequence on the layers `[start, end)`, which lie within a span that is loaded here.
 
@@ -45,6 +59,10 @@ class OpenSequence(msgspec.Struct, frozen=True):
     known: int
     tokens: tuple[int, ...]
     sampling: SamplingParams
+    prefix: Prefix | None = None  # None: nothing is looked up or kept, for the path's numerics are not exact
+    priority: int = 0  # lower goes first
+    remaining_ms: int | None = None  # until the request's own deadline
+    last_choice: bool = False  # no other node could take this part of the path
 
     @property
     def key(self) -> SequenceKey:
@@ -62,11 +80,16 @@ class HiddenOut:
     position: int
     count: int
     data: bytes
+    names: tuple[bytes, ...] = ()  # of the pages that became whole since the last
+    draft: tuple[int, ...] = ()  # the tokens at the last so many positions are guessed (`speculation`)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenOut:
-    """The token drawn for `position`; with `finish` ("stop" or "length") it is the last."""
+    """The token drawn for `position`; with `finish` ("stop" or "length") it is the last.
+
+    `cached`: how many tokens before it were not computed but taken from pages.
+    """
 
     key: SequenceKey
     position: int
@@ -74,6 +97,7 @@ class TokenOut:
     finish: str | None = None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()  # alternatives (token, logprob), likeliest first
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +161,10 @@ class Engine(Protocol):
             BadRequest: the grammar does not compile within its limits.
         """
 
-    def open(self, sequence: OpenSequence) -> None:
+    def open(self, sequence: OpenSequence) -> int:
         """Admits a sequence; a first stage begins its prefill at the next step.
+
+        Returns how many of its pages are kept here; they stay until it begins.
 
         Raises:
             Refused: no room (sequences or KV blocks); try elsewhere or later.
@@ -146,7 +172,7 @@ class Engine(Protocol):
             LocalError: no loaded span holds `[start, end)`.
         """
 
-    def push(self, key: SequenceKey, position: int, count: int, data: bytes) -> None:
+    def push(self, hidden: HiddenOut) -> None:
         """Activations from the stage before, for a sequence that is open here."""
 
     def token(self, key: SequenceKey, position: int, token: int) -> None:

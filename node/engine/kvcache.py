@@ -14,10 +14,14 @@ from __future__ import annotations
 
 import mmap
 import weakref
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from node.engine.blocks import BLOCK_TOKENS, blocks_for
+
+Page = dict[int, torch.Tensor]
+"""Keys and values of some positions of a sequence: layer -> `[2, kv_heads, positions, dim]`."""
 
 STRETCH = 128  # positions: attention reads keys in whole stretches, so capacities are whole stretches too
 SLOTS = 16
@@ -142,13 +146,43 @@ class SequenceKV:
         keys, values = held.narrow(3, first, length).unbind(0)
         return keys, values
 
+    @torch.inference_mode()
+    def page(self, position: int, count: int, layers: Iterable[int]) -> Page:
+        """A copy of what is stored at `position … position + count - 1`; layers that store nothing are left out."""
+        copied = {}
+        for layer in layers:
+            held = self._held(layer)
+            if held is not None:
+                copied[layer] = held[:, 0, :, position : position + count].clone(memory_format=torch.contiguous_format)
+        return copied
+
+    @torch.inference_mode()
+    def restore(self, pages: Sequence[Page]) -> None:
+        """Begins the sequence with what the pages hold, one after the other from position 0 on."""
+        end = sum(next(iter(page.values())).shape[2] for page in pages)
+        self.expect(end)
+        for layer, first in pages[0].items():
+            target = self._room(layer, end, first.permute(2, 0, 1, 3))
+            position = 0
+            for page in pages:
+                part = page[layer]
+                target[:, 0, :, position : position + part.shape[2]] = part
+                position += part.shape[2]
+
+    def _held(self, layer: int) -> torch.Tensor | None:
+        """`[2, 1, kv_heads, capacity, dim]`, or None where nothing was ever written."""
+        if layer in self._buffers or self.place is None:
+            return self._buffers.get(layer)
+        held = self.place.slab.layers.get(layer)
+        return None if held is None else held[:, self.place.slot : self.place.slot + 1]
+
     @property
     def in_slab(self) -> bool:
         return not self._buffers
 
     def _room(self, layer: int, end: int, like: torch.Tensor) -> torch.Tensor:
         """`[2, 1, kv_heads, capacity, dim]` with a capacity of `end` at least."""
-        held = self._buffers.get(layer)
+        held = self._held(layer)
         if held is None:
             assert self.place is not None
             slot = self.place.slot

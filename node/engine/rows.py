@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mesh.prefix import PAGE_TOKENS, further_names
 from mesh.view import Span
 from node.engine.api import OpenSequence, SequenceKey, SequenceLost
 from node.engine.blocks import BlockPool
+from node.engine.pages import PageName
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,16 @@ class Pushed:
     data: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class PageStore:
+    """The keys and values at a sequence's positions `position … position + PAGE_TOKENS - 1` are to be kept as page `number`."""
+
+    key: SequenceKey
+    lane: Lane
+    position: int
+    number: int
+
+
 @dataclass(slots=True, eq=False)
 class Row:
     """One sequence here. `computed` positions have their keys and values stored; `tokens` is empty in the middle of a path."""
@@ -43,6 +55,12 @@ class Row:
     served: int = 0  # number of the step that computed it last
     pushed: list[Pushed] = field(default_factory=list)
     pushed_end: int = 0
+    names: list[bytes] = field(default_factory=list)  # of its whole pages, as far as they are known here
+    names_sent: int = 0  # to the next stage
+    pages_kept: int = 0  # of its pages, from the first on: kept in the index, by this sequence or another
+    offered: list[int] = field(default_factory=list)  # pages pinned until it is known from where on it computes
+    restoring: list[int] = field(default_factory=list)  # pages pinned until its first piece has read them
+    cached: int = 0  # tokens taken from pages
 
     @property
     def key(self) -> SequenceKey:
@@ -66,6 +84,22 @@ class Row:
         """Positions that could be computed now."""
         return (self.known if self.first else self.pushed_end) - self.computed
 
+    @property
+    def settled(self) -> int:
+        """Positions whose keys and values are final."""
+        return min(self.computed, self.known) if self.first or self.last else self.computed
+
+    def learn_names(self) -> None:
+        """Names the pages that have become whole, where the tokens are known here and nobody else names them."""
+        prefix = self.opened.prefix
+        if prefix is not None and self.first and len(self.tokens) // PAGE_TOKENS > len(self.names):
+            self.names += further_names(prefix.salt, self.names, self.tokens)
+
+    def page_name(self, page: int) -> PageName:
+        prefix = self.opened.prefix
+        assert prefix is not None
+        return PageName(self.lane.start, self.lane.end, prefix.numerics, self.names[page])
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -76,6 +110,8 @@ class Piece:
     count: int
     tokens: tuple[int, ...] = ()
     pushed: tuple[Pushed, ...] = ()  # may begin before `position` and end behind the piece
+    restore: tuple[int, ...] = ()  # pages that hold all positions before; read before anything is computed
+    names: tuple[bytes, ...] = ()  # for the next stage: of the pages that have become whole
     draws: bool = False  # the logits behind its last position give the next token
     history: tuple[int, ...] = ()  # with `draws`: all tokens so far, if sampling or a grammar looks at them
     stop_ids: frozenset[int] = frozenset()  # with `draws`: tokens that end the sequence
@@ -88,6 +124,7 @@ class StepPlan:
     pieces: tuple[Piece, ...]
     lost: tuple[SequenceLost, ...]
     freed: tuple[SequenceKey, ...]  # sequences gone since the last plan: their tensors can go
+    dropped: tuple[tuple[Span, int], ...] = ()  # pages gone since the last plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +149,9 @@ class SchedulerStatistics:
     evicted: int
     failed: int
     dropped: int  # pushes, tokens and opens that came twice, too early or too late
+    pages: int = 0
+    prompt_tokens: int = 0  # of all sequences that a first stage took up
+    cached_tokens: int = 0  # those of them that pages held
 
 
 @dataclass(frozen=True, slots=True, eq=False)

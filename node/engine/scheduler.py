@@ -12,16 +12,18 @@ elsewhere changes no token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
-from mesh.errors import BadRequest, LocalError, Refused
+from mesh.errors import LocalError, Refused
 from mesh.ids import StreamId
+from mesh.prefix import NAME_BYTES, PAGE_TOKENS
 from mesh.view import Load, Span
-from node.engine.api import OpenSequence, SequenceKey, SequenceLost, TokenOut
+from node.engine.admission import check
+from node.engine.api import HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
 from node.engine.blocks import BlockPool, blocks_for
-from node.engine.rows import Drawn, HeldSpan, Lane, Piece, Pushed, Row, SchedulerStatistics, StepPlan
-
-PREFILL_SHARE = 4  # one part in so many of a step's budget is kept for prefill
+from node.engine.pages import PageIndex
+from node.engine.rows import Drawn, HeldSpan, Lane, PageStore, Piece, Pushed, Row, SchedulerStatistics, StepPlan
+from node.engine.sharing import share
 
 
 class Scheduler:
@@ -36,6 +38,9 @@ class Scheduler:
         self._rows: dict[SequenceKey, Row] = {}
         self._turns: dict[Lane, int] = {}  # number of the step that served the lane last
         self._held_by_step: list[tuple[BlockPool, list[int]]] = []
+        self._pages: dict[Span, PageIndex] = {}
+        self._stores: list[PageStore] = []
+        self._prompt_tokens = self._cached_tokens = 0
         self._freed: list[SequenceKey] = []
         self._steps = self._opened = self._finished = self._evicted = self._failed = self._dropped = 0
 
@@ -43,7 +48,9 @@ class Scheduler:
 
     def add_span(self, span: Span, held: HeldSpan) -> None:
         """Serves `span` from now on; a span that is there already stays as it is."""
-        self._spans.setdefault(span, held)
+        if span not in self._spans:
+            self._spans[span] = held
+            self._pages[span] = PageIndex(held.pool)
 
     def drop_span(self, span: Span) -> list[SequenceLost]:
         """Forgets a span; its sequences are lost, and may go elsewhere."""
@@ -51,35 +58,72 @@ class Scheduler:
         for row in rows:
             self._forget(row)
         self._spans.pop(span, None)
+        self._pages.pop(span, None)
         return [SequenceLost(row.key, f"layers {span.start}:{span.end} of {span.model} were unloaded") for row in rows]
+
+    def fit_pages(self) -> None:
+        """The pools have other sizes now."""
+        for pages in self._pages.values():
+            pages.fit()
 
     # ---- sequences
 
-    def open(self, sequence: OpenSequence) -> None:
-        """Raises as `Engine.open`; a sequence that is open already stays as it is."""
+    def open(self, sequence: OpenSequence) -> int:
+        """As `Engine.open`; a sequence that is open already stays as it is."""
         if sequence.key in self._rows:
             self._dropped += 1
-            return
+            return 0
         span, held = self._span_for(sequence)
-        self._check(sequence, held)
+        check(sequence, held)
         if sum(row.lane.span == span for row in self._rows.values()) >= self.max_sequences:
             raise Refused(f"{self.max_sequences} sequences are running on layers {span.start}:{span.end} of {span.model}")
-        blocks = held.pool.take(blocks_for(sequence.known + 1))
-        if blocks is None:
-            raise Refused(f"no room for {sequence.known} tokens: {held.pool.free} of {held.pool.total} KV blocks are free")
-        self._opened += 1
-        lane = Lane(span, sequence.start, sequence.end)
-        self._rows[sequence.key] = Row(
+        row = Row(
             sequence,
-            lane,
+            Lane(span, sequence.start, sequence.end),
             held.layers,
             held.hidden_size,
-            self._opened,
-            blocks,
+            self._opened + 1,
+            [],
             list(sequence.tokens),
             sequence.known,
             served=self._steps,
+            names=list(sequence.prefix.names) if sequence.prefix is not None else [],
         )
+        row.names_sent = len(row.names)
+        if not self._give_room(row):
+            free = held.pool.free + self._pages[span].blocks
+            raise Refused(f"no room for {sequence.known} tokens: {free} of {held.pool.total} KV blocks are free")
+        self._opened += 1
+        self._rows[sequence.key] = row
+        return len(row.offered) + len(row.restoring)
+
+    def _give_room(self, row: Row) -> bool:
+        """Blocks for the tokens known so far, and the pages that hold their beginning; False: there is no room."""
+        pages, prefix = self._pages[row.lane.span], row.opened.prefix
+        names = [row.page_name(page) for page in range(min(len(row.names), (row.known - 1) // PAGE_TOKENS))]
+        pages.find(names)  # those it wants are now the last to go
+        blocks = pages.take(blocks_for(row.known + 1))
+        if blocks is None:
+            return False
+        row.blocks = blocks
+        found = pages.find(names)
+        if row.first and prefix is not None:
+            found = found if prefix.elsewhere is None else found[: prefix.elsewhere]
+        pages.pin(found)
+        row.offered = found
+        if row.first:
+            self._begin(row, len(found) * PAGE_TOKENS)
+            self._prompt_tokens += row.known
+            self._cached_tokens += row.computed
+        return True
+
+    def _begin(self, row: Row, position: int) -> None:
+        """It computes from `position` on, and takes what is before from the pages it was offered."""
+        count = position // PAGE_TOKENS
+        self._pages[row.lane.span].unpin(row.offered[count:])
+        row.restoring, row.offered = row.offered[:count], []
+        row.computed = row.pushed_end = row.cached = position
+        row.pages_kept = count
 
     def _span_for(self, sequence: OpenSequence) -> tuple[Span, HeldSpan]:
         fitting = [
@@ -91,44 +135,18 @@ class Scheduler:
             raise LocalError(f"no loaded span holds layers {sequence.start}:{sequence.end} of {sequence.model}")
         return max(fitting, key=lambda pair: (pair[1].pool.free, -pair[0].start, -pair[0].end))
 
-    def _check(self, sequence: OpenSequence, held: HeldSpan) -> None:
-        end = sequence.prompt_tokens + sequence.sampling.max_tokens
-        if end > held.max_model_len:
-            raise BadRequest(
-                f"{sequence.prompt_tokens} prompt tokens and {sequence.sampling.max_tokens} new ones exceed the context of "
-                f"{held.max_model_len} tokens; shorten the prompt or lower max_tokens",
-                param="max_tokens",
-                code="context_length_exceeded",
-            )
-        if not 1 <= sequence.prompt_tokens <= sequence.known < end:
-            raise BadRequest(
-                f"expected 1 <= prompt tokens <= known tokens < {end}, got {sequence.prompt_tokens}, {sequence.known}"
-            )
-        if blocks_for(end) > held.pool.total:
-            raise BadRequest(f"{end} tokens need {blocks_for(end)} KV blocks, but this node has {held.pool.total} in all")
-        if sequence.start == 0 or sequence.end == held.layers:
-            if len(sequence.tokens) != sequence.known:
-                raise BadRequest(
-                    f"expected all {sequence.known} known tokens at the first and last stage, got {len(sequence.tokens)}"
-                )
-            worst = max(sequence.tokens, key=lambda token: token if token >= 0 else held.vocab_size - token)
-            if not 0 <= worst < held.vocab_size:
-                raise BadRequest(f"token {worst} is outside the vocabulary of {held.vocab_size}", param="prompt")
-
-    def push(self, key: SequenceKey, position: int, count: int, data: bytes) -> None:
+    def push(self, hidden: HiddenOut) -> None:
         """Takes activations that continue what came before; all else is counted and dropped."""
-        row = self._rows.get(key)
-        if row is None or row.first or count < 1 or position != row.pushed_end or position + count >= row.limit:
+        row = self._rows.get(hidden.key)
+        if row is None or not _continues(row, hidden):
             self._dropped += 1
             return
-        if row.last and position + count > row.known:
-            self._dropped += 1
-            return
-        if len(data) not in (2 * count * row.hidden_size, 4 * count * row.hidden_size):
-            self._dropped += 1
-            return
-        row.pushed.append(Pushed(position, count, data))
+        position, count = hidden.position, hidden.count
+        if position and row.pushed_end == 0:
+            self._begin(row, position)
+        row.pushed.append(Pushed(position, count, hidden.data))
         row.pushed_end += count
+        row.names += hidden.names
 
     def token(self, key: SequenceKey, position: int, token: int) -> None:
         """The token at `position`, for a first stage that is not also the last; all else is counted and dropped."""
@@ -153,8 +171,12 @@ class Scheduler:
 
     def _forget(self, row: Row) -> None:
         del self._rows[row.key]
+        self._give_up_room(row)
+
+    def _give_up_room(self, row: Row) -> None:
+        self._pages[row.lane.span].unpin([*row.offered, *row.restoring])
         self._spans[row.lane.span].pool.release(row.blocks)
-        row.blocks = []
+        row.blocks, row.offered, row.restoring = [], [], []
         self._freed.append(row.key)
 
     # ---- steps
@@ -169,7 +191,8 @@ class Scheduler:
         pieces: list[Piece] = []
         if lane is not None:
             self._steps += 1
-            for row, count in self._share(row for row in self._rows.values() if row.lane == lane and row.ready > 0):
+            ready = [row for row in self._rows.values() if row.lane == lane and row.ready > 0]
+            for row, count in share(ready, self.step_tokens):
                 if row.key in self._rows and self._grow(row, row.computed + count + 1, lost):
                     pieces.append(self._piece(row, count))
             pieces = [piece for piece in pieces if self._rows.get(piece.row.key) is piece.row]
@@ -179,7 +202,8 @@ class Scheduler:
                 pool.retain(piece.row.blocks)
                 self._held_by_step.append((pool, list(piece.row.blocks)))
         freed, self._freed = tuple(self._freed), []
-        return StepPlan(self._steps, lane if pieces else None, tuple(pieces), tuple(lost), freed)
+        dropped = tuple((span, number) for span, pages in self._pages.items() for number in pages.dropped())
+        return StepPlan(self._steps, lane if pieces else None, tuple(pieces), tuple(lost), freed, dropped)
 
     def _next_lane(self) -> Lane | None:
         """The lane with work that was served longest ago; a new one counts as never served."""
@@ -194,31 +218,12 @@ class Scheduler:
         self._turns = {kept: step for kept, step in self._turns.items() if kept in in_use} | {lane: self._steps + 1}
         return lane
 
-    def _share(self, ready: Iterable[Row]) -> Iterator[tuple[Row, int]]:
-        """Splits the budget: (row, tokens) pairs."""
-        rows = sorted(ready, key=lambda row: (row.served, row.age))
-        decodes = [row for row in rows if row.ready == 1]
-        prefills = sorted((row for row in rows if row.ready > 1), key=lambda row: row.age)
-        left = self.step_tokens
-        kept = -(-left // PREFILL_SHARE) if prefills else 0
-        if prefills and left == 1 and decodes and decodes[0].served < prefills[0].served:
-            kept = 0  # a budget of one token: take turns
-        for row in decodes[: left - kept]:
-            left -= 1
-            yield row, 1
-        for row in prefills:
-            if left < 1:
-                return
-            count = min(row.ready, left)
-            left -= count
-            yield row, count
-
     def _grow(self, row: Row, tokens: int, lost: list[SequenceLost]) -> bool:
         """Gives `row` room for `tokens`, evicting the youngest of its span while there is none; False: that was `row` itself."""
-        pool = self._spans[row.lane.span].pool
+        pages = self._pages[row.lane.span]
         missing = blocks_for(min(tokens, row.limit)) - len(row.blocks)
         while missing > 0:
-            more = pool.take(missing)
+            more = pages.take(missing)
             if more is not None:
                 row.blocks += more
                 return True
@@ -238,12 +243,15 @@ class Scheduler:
         sampling = row.opened.sampling
         looks_back = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
         looks_back = looks_back or sampling.grammar is not None
+        row.learn_names()
         return Piece(
             row,
             position,
             count,
             tokens=tuple(row.tokens[position:end]) if row.first else (),
             pushed=() if row.first else tuple(part for part in row.pushed if part.position < end),
+            restore=tuple(row.restoring),
+            names=() if row.last else tuple(row.names[row.names_sent :]),
             draws=draws,
             history=tuple(row.tokens) if draws and looks_back else (),
             stop_ids=self._stop_ids(row) if draws else frozenset(),
@@ -258,10 +266,42 @@ class Scheduler:
                 continue
             row.computed = piece.position + piece.count
             row.pushed = [part for part in row.pushed if part.position + part.count > row.computed]
+            row.names_sent += len(piece.names)
+            self._pages[row.lane.span].unpin(row.restoring)
+            row.restoring = []
+            self._keep_pages(row)
             if piece.draws:
                 outputs.append(self._draw(piece, drawn[row.key]))
         self._end_step()
         return outputs
+
+    def _keep_pages(self, row: Row) -> None:
+        """Has the pages kept that have become whole, as long as there is room."""
+        pages = self._pages[row.lane.span]
+        row.learn_names()
+        while row.pages_kept < min(len(row.names), row.settled // PAGE_TOKENS):
+            name = row.page_name(row.pages_kept)
+            number = pages.add(name)
+            if number is not None:
+                self._stores.append(PageStore(row.key, row.lane, row.pages_kept * PAGE_TOKENS, number))
+            elif name not in pages:
+                return
+            row.pages_kept += 1
+
+    def pages_to_store(self) -> list[PageStore]:
+        """What the last commit wants kept; to be copied before the next plan."""
+        stores, self._stores = self._stores, []
+        return stores
+
+    def not_stored(self, store: PageStore) -> list[SequenceLost]:
+        """There was no memory for a copy; who already counted on the page may go elsewhere."""
+        lane, number = store.lane, store.number
+        waiting = [row for row in self._rows.values() if row.lane == lane and number in (*row.offered, *row.restoring)]
+        for row in waiting:
+            self._forget(row)
+        if lane.span in self._pages:
+            self._pages[lane.span].drop(number)
+        return [SequenceLost(row.key, "a page it counted on was not kept, for lack of memory") for row in waiting]
 
     def _draw(self, piece: Piece, drawn: Drawn) -> TokenOut | SequenceLost:
         row = piece.row
@@ -282,7 +322,7 @@ class Scheduler:
         if finish is not None:
             self._finished += 1
             self._forget(row)
-        return TokenOut(row.key, position, drawn.token, finish, drawn.logprob, drawn.top)
+        return TokenOut(row.key, position, drawn.token, finish, drawn.logprob, drawn.top, row.cached)
 
     def _stop_ids(self, row: Row) -> frozenset[int]:
         """Tokens that end this sequence; `ignore_eos` takes the model's own out, wherever they came from."""
@@ -313,7 +353,7 @@ class Scheduler:
         return Load(
             running=len(self._rows),
             waiting=sum(row.computed == 0 for row in rows),
-            kv_blocks_used=sum(pool.used for pool in pools),
+            kv_blocks_used=sum(pool.used for pool in pools) - sum(pages.blocks for pages in self._pages.values()),
             kv_blocks_total=sum(pool.total for pool in pools),
             prefill_tokens_queued=sum(row.opened.known - row.computed for row in rows if row.opened.known - row.computed > 1),
         )
@@ -330,4 +370,25 @@ class Scheduler:
             evicted=self._evicted,
             failed=self._failed,
             dropped=self._dropped,
+            pages=sum(map(len, self._pages.values())),
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
         )
+
+
+def _continues(row: Row, hidden: HiddenOut) -> bool:
+    """Whether a peer's activations are what this row waits for, in place, size and type."""
+    position, count = hidden.position, hidden.count
+    if row.first or count < 1 or position + count >= row.limit or (row.last and position + count > row.known):
+        return False
+    begins = row.pushed_end == 0 and position % PAGE_TOKENS == 0 and position <= len(row.offered) * PAGE_TOKENS
+    if position != row.pushed_end and not begins:
+        return False
+    if len(hidden.data) not in (2 * count * row.hidden_size, 4 * count * row.hidden_size):
+        return False
+    named = len(row.names) + len(hidden.names)
+    return not hidden.names or (
+        row.opened.prefix is not None
+        and named * PAGE_TOKENS <= position + count
+        and all(len(name) == NAME_BYTES for name in hidden.names)
+    )

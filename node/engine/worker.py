@@ -20,6 +20,7 @@ import torch
 
 from mesh.errors import BadRequest, LocalError
 from mesh.ids import ModelId, StreamId
+from mesh.prefix import PAGE_TOKENS
 from mesh.view import Load, ModelCard, Span
 from node.engine import machine
 from node.engine.api import Deliver, EngineConfig, EngineOutput, HiddenOut, OpenSequence, SequenceKey
@@ -27,9 +28,9 @@ from node.engine.attention import Segment
 from node.engine.blocks import BLOCK_TOKENS, BlockPool
 from node.engine.checkpoint import read_checkpoint
 from node.engine.constraints import Constraints
-from node.engine.kvcache import SequenceKV
+from node.engine.kvcache import Page, SequenceKV
 from node.engine.loading import Loaded, card, kv_token_bytes, load_stage
-from node.engine.rows import Drawn, HeldSpan, Piece, SchedulerStatistics, StepPlan
+from node.engine.rows import Drawn, HeldSpan, PageStore, Piece, SchedulerStatistics, StepPlan
 from node.engine.scheduler import Scheduler
 
 KV_SHARE = 0.25  # of free memory, where nothing is configured: several nodes may share a machine
@@ -69,6 +70,7 @@ class TorchEngine:
         self._pools: dict[Span, tuple[BlockPool, int]] = {}  # with the bytes of one block
         self._kv: dict[SequenceKey, SequenceKV] = {}
         self._constraints = Constraints()
+        self._kept: dict[Span, dict[int, Page]] = {}  # by page number
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._undelivered: list[EngineOutput] = []
@@ -117,6 +119,7 @@ class TorchEngine:
                 self._pools[span] = (pool, block_bytes)
                 self._share_memory()
                 self._loaded[span] = loaded
+                self._kept[span] = {}
                 self._cards[span] = card(checkpoint, model, loaded.numerics)
                 if end == checkpoint.layers:
                     self._constraints.serve(model, checkpoint.directory, checkpoint.vocab_size, checkpoint.end_ids)
@@ -137,7 +140,7 @@ class TorchEngine:
     def unload(self, span: Span) -> None:
         with self._lock:
             lost = self._scheduler.drop_span(span)
-            for held in (self._loaded, self._cards, self._pools):
+            for held in (self._loaded, self._cards, self._pools, self._kept):
                 held.pop(span, None)
             self._share_memory()
             self._undelivered.extend(lost)
@@ -147,20 +150,22 @@ class TorchEngine:
         """Every span gets the same share of the KV memory; a shrunken pool gives no block out until it fits again."""
         for pool, block_bytes in self._pools.values():
             pool.resize(max(1, self._kv_bytes // len(self._pools) // block_bytes))
+        self._scheduler.fit_pages()
 
     # ---- sequences
 
     def prepare(self, sequence: OpenSequence) -> None:
         self._constraints.prepare(sequence)
 
-    def open(self, sequence: OpenSequence) -> None:
+    def open(self, sequence: OpenSequence) -> int:
         with self._lock:
-            self._scheduler.open(sequence)
+            pages = self._scheduler.open(sequence)
             self._lock.notify_all()
+            return pages
 
-    def push(self, key: SequenceKey, position: int, count: int, data: bytes) -> None:
+    def push(self, hidden: HiddenOut) -> None:
         with self._lock:
-            self._scheduler.push(key, position, count, data)
+            self._scheduler.push(hidden)
             self._lock.notify_all()
 
     def token(self, key: SequenceKey, position: int, token: int) -> None:
@@ -217,18 +222,21 @@ class TorchEngine:
                 outputs: list[EngineOutput] = [*self._undelivered, *plan.lost]
                 self._undelivered.clear()
                 loaded = self._loaded[plan.lane.span] if plan.lane is not None else None
+                kept = self._kept[plan.lane.span] if plan.lane is not None else {}
+                for span, number in plan.dropped:
+                    self._kept[span].pop(number, None)
             for key in plan.freed:
                 self._kv.pop(key, None)
                 self._constraints.forget(key)
             if loaded is not None:
-                outputs += self._step(plan, loaded)
+                outputs += self._step(plan, loaded, kept)
             if outputs:
                 deliver(outputs)
 
-    def _step(self, plan: StepPlan, loaded: Loaded) -> list[EngineOutput]:
+    def _step(self, plan: StepPlan, loaded: Loaded, kept: dict[int, Page]) -> list[EngineOutput]:
         began_s = self._step_began_s = time.perf_counter()
         try:
-            out = self._compute(plan, loaded)
+            out = self._compute(plan, loaded, kept)
             last = plan.pieces[0].row.last
             drawn = self._draw(plan, out) if last else {}
             hidden = [] if last else _hidden_outputs(plan, out)
@@ -241,9 +249,23 @@ class TorchEngine:
         self._step_began_s = None
         with self._lock:
             self._measure(plan, time.perf_counter() - began_s)
-            return [*hidden, *self._scheduler.commit(plan, drawn)]
+            outputs = [*hidden, *self._scheduler.commit(plan, drawn)]
+            stores = self._scheduler.pages_to_store()
+        self._store(stores, kept)
+        return outputs
 
-    def _compute(self, plan: StepPlan, loaded: Loaded) -> torch.Tensor:
+    def _store(self, stores: list[PageStore], kept: dict[int, Page]) -> None:
+        """Copies pages out of sequences. Without memory for it there is one page less, which costs nobody a token."""
+        for store in stores:
+            try:
+                kept[store.number] = self._kv[store.key].page(
+                    store.position, PAGE_TOKENS, range(store.lane.start, store.lane.end)
+                )
+            except (MemoryError, RuntimeError):  # torch says RuntimeError when it cannot allocate
+                with self._lock:
+                    self._undelivered += self._scheduler.not_stored(store)
+
+    def _compute(self, plan: StepPlan, loaded: Loaded, kept: dict[int, Page]) -> torch.Tensor:
         """One forward: activations `[rows, hidden]`, or logits `[pieces that draw, vocab]` behind the last layer."""
         assert plan.lane is not None
         segments: list[Segment] = []
@@ -253,6 +275,8 @@ class TorchEngine:
         logits_at: list[int] = []
         for piece in plan.pieces:
             kv = self._kv.get(piece.row.key) or self._kv.setdefault(piece.row.key, loaded.stage.sequence())
+            if piece.restore:
+                kv.restore([kept[number] for number in piece.restore])
             segments.append(Segment(len(positions), piece.count, piece.position, kv))
             positions += range(piece.position, piece.position + piece.count)
             ids += piece.tokens
@@ -309,6 +333,6 @@ def _hidden_outputs(plan: StepPlan, hidden: torch.Tensor) -> list[EngineOutput]:
     for piece in plan.pieces:
         rows = hidden[row : row + piece.count].contiguous()
         raw = rows.view(torch.int16) if rows.dtype is torch.bfloat16 else rows
-        outputs.append(HiddenOut(piece.row.key, piece.position, piece.count, raw.numpy().tobytes()))
+        outputs.append(HiddenOut(piece.row.key, piece.position, piece.count, raw.numpy().tobytes(), piece.names))
         row += piece.count
     return outputs

@@ -80,13 +80,14 @@ class Answer:
             choice.text.append(event.text)
             choice.logprobs.extend(event.logprobs)
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Counts of the request, not of its attempts."""
         prompt_tokens, completion_tokens = sum(self._prompt_tokens), self.seq
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(end.cached_tokens for end in self._finished if end is not None)},
         }
 
     def envelope(self, kind: str, choices: list[dict[str, Any]], mesh: dict[str, Any]) -> Chunk:

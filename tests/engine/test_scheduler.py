@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from mesh.errors import BadRequest, LocalError, Refused
 from mesh.ids import ModelId, StreamId
 from mesh.view import Span
-from node.engine.api import OpenSequence, SequenceKey, SequenceLost, TokenOut
+from node.engine.api import HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
 from node.engine.blocks import BLOCK_TOKENS, BlockPool
 from node.engine.rows import Drawn, HeldSpan, StepPlan
 from node.engine.scheduler import Scheduler
@@ -59,7 +59,7 @@ def shares(plan: StepPlan) -> dict[str, tuple[int, int]]:
 
 
 def push(scheduler: Scheduler, name: str, position: int, count: int, size: int = 4) -> None:
-    scheduler.push(key(name), position, count, b"\0" * (count * HIDDEN * size))
+    scheduler.push(HiddenOut(key(name), position, count, b"\0" * (count * HIDDEN * size)))
 
 
 def test_a_solo_sequence_prefills_then_decodes_to_its_length_and_frees_its_blocks() -> None:

@@ -101,7 +101,7 @@ def connect(first: Running, last: Running) -> None:
 
     def onward(out: EngineOutput) -> None:
         if isinstance(out, HiddenOut):
-            last.engine.push(out.key, out.position, out.count, out.data)
+            last.engine.push(out)
 
     def back(out: EngineOutput) -> None:
         if isinstance(out, TokenOut):
@@ -147,8 +147,8 @@ def test_three_stages_of_which_the_middle_never_sees_a_token(checkpoint_of: Call
     undisturbed = alone(directory, opening("a"))
     with running((directory, 0, 2)) as first, running((directory, 1, 3)) as middle, running((directory, 2, 4)) as last:
         connect(first, last)
-        first.forward = lambda out: middle.engine.push(out.key, out.position, out.count, out.data)  # type: ignore[union-attr]
-        middle.forward = lambda out: last.engine.push(out.key, out.position, out.count, out.data)  # type: ignore[union-attr]
+        first.forward = lambda out: middle.engine.push(out)  # type: ignore[arg-type]
+        middle.forward = lambda out: last.engine.push(out)  # type: ignore[arg-type]
         last.engine.open(opening("a", 3, 4))
         middle.engine.open(opening("a", 1, 3, bare=True))
         first.engine.open(opening("a", 0, 1))
@@ -180,10 +180,12 @@ def test_activations_that_are_no_numbers_lose_their_own_sequence_only(checkpoint
             one.engine.open(opening(name, 2, 4, max_tokens=1))
             if company:
                 one.engine.open(opening("bad", 2, 4))
-                one.engine.push(opening("bad").key, 0, len(PROMPT), np.full((len(PROMPT), 64), np.nan, "<f4").tobytes())
+                one.engine.push(
+                    HiddenOut(opening("bad").key, 0, len(PROMPT), np.full((len(PROMPT), 64), np.nan, "<f4").tobytes())
+                )
                 lost = one.next()
                 assert isinstance(lost, SequenceLost) and not lost.retryable and lost.key.stream == "bad"
-            one.engine.push(opening(name).key, 0, len(PROMPT), good)
+            one.engine.push(HiddenOut(opening(name).key, 0, len(PROMPT), good))
             answers.append(one.tokens_of(opening(name).key))
         assert answers[0] == answers[1]
 
@@ -222,7 +224,7 @@ def test_calls_return_while_a_step_computes(checkpoint_of: Callable[[str], Path]
         assert computing.wait(WAIT_S)
         one.engine.open(opening("b"))  # each of these would hang for ever if the step held the lock
         one.engine.token(opening("b").key, 3, 3)
-        one.engine.push(opening("b").key, 0, 1, b"")
+        one.engine.push(HiddenOut(opening("b").key, 0, 1, b""))
         one.engine.close(opening("a").key)
         assert one.engine.load_report().running == 1
         go_on.set()

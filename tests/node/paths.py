@@ -74,7 +74,7 @@ class CountingEngine:
         self.stages: Stages | None = None
         self.dead = False
 
-    def open(self, sequence: OpenSequence) -> None:
+    def open(self, sequence: OpenSequence) -> int:
         if self.refuse:
             self.refuse -= 1
             raise Refused("full", 0.05)
@@ -82,11 +82,13 @@ class CountingEngine:
         self.opened.append(sequence)
         if sequence.start == 0:
             self._compute(sequence, 0, sequence.known)
+        return 0
 
-    def push(self, key: SequenceKey, position: int, count: int, data: bytes) -> None:
-        if key in self.sequences:
-            assert data == bytes([position % 256]) * count, "activations of other positions"
-            self._compute(self.sequences[key], position, count)
+    def push(self, hidden: HiddenOut) -> None:
+        if hidden.key in self.sequences:
+            position, count = hidden.position, hidden.count
+            assert hidden.data == bytes([position % 256]) * count, "activations of other positions"
+            self._compute(self.sequences[hidden.key], position, count)
 
     def token(self, key: SequenceKey, position: int, token: int) -> None:
         if key in self.sequences:
