@@ -306,9 +306,7 @@ async def open_path(call: Call, stages: list[tuple[Address, OpenStage]], *, time
         except MeshError as error:
             failures.append(OpenFailure(address, error))
         except msgspec.ValidationError as error:
-            failures.append(
-                OpenFailure(address, RemoteError(format_address(address), f"no answer to stage.open: {error}"))
-            )
+            failures.append(OpenFailure(address, RemoteError(format_address(address), f"no answer to stage.open: {error}")))
 
     (first_address, first), *others = stages
     async with trio.open_nursery() as nursery:

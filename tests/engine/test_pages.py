@@ -52,7 +52,7 @@ def test_a_sequence_that_wants_a_block_gets_that_of_unread_pages() -> None:
 
 
 def test_pages_that_somebody_is_about_to_read_stay() -> None:
-    pool, index = filled(1, *range(PAGES_PER_BLOCK))
+    _, index = filled(1, *range(PAGES_PER_BLOCK))
     index.pin([3])
     assert index.take(1) is None and len(index) == PAGES_PER_BLOCK, "nothing goes for a block that cannot be had"
     index.unpin([3])

@@ -1,4 +1,4 @@
-"""Pages of earlier sequences: what is found is not computed again, on every stage of a path, and no bit of an answer depends on it."""
+"""Pages of earlier sequences: what is found is not computed again, on any stage, and no bit of an answer depends on it."""
 
 from __future__ import annotations
 

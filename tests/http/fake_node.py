@@ -35,7 +35,7 @@ def started(prompt_tokens: int = 3, seed: int = 7) -> Started:
 
 def finished(seq: int, *, attempts: int = 1, **fields: Any) -> Finished:
     path = (StageUse(ME, 0, 2), StageUse(NodeId("00000000000000bb"), 2, 4))
-    return Finished(seq, 3, seq, 7, "exact", attempts, path, **fields)
+    return Finished(seq, 3, seq, 7, "exact", attempts, path, **{"cached_tokens": 2, **fields})
 
 
 def saying(words: Sequence[str] = WORDS, choices: int = 1, pause_s: float = 0.0) -> list[Step]:

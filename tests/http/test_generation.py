@@ -17,6 +17,8 @@ from tests.http.served import ask_in_memory, served
 HANG_A_MOMENT = 0.02  # so that what came before is out when the failure comes
 QUESTION = {"model": CHAT, "messages": [{"role": "user", "content": "Say hello"}]}
 
+USAGE = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8, "prompt_tokens_details": {"cached_tokens": 2}}
+
 
 async def test_a_chat_answer_is_whole_and_tells_how_it_came_about() -> None:
     async with served() as site:
@@ -28,7 +30,7 @@ async def test_a_chat_answer_is_whole_and_tells_how_it_came_about() -> None:
     assert body["object"] == "chat.completion"
     assert body["choices"][0]["message"]["content"] == "".join(WORDS)
     assert body["choices"][0]["finish_reason"] == "stop"
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    assert body["usage"] == USAGE
     assert body["mesh"]["seq"] == 5
     assert body["mesh"]["seed"] == 7
     assert body["mesh"]["numerics"] == "exact"
@@ -60,7 +62,7 @@ async def test_a_stream_with_usage_asked_for_carries_it_and_the_path_in_the_last
         events = (await site.ask("POST", "/v1/chat/completions", asked)).events()
     last, before = events[-2], events[-3]
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    assert last["usage"] == USAGE
     assert last["mesh"]["path"] and last["mesh"]["seq"] == 5
     assert before["choices"][0]["finish_reason"] == "stop" and before["usage"] is None
 
@@ -87,7 +89,8 @@ async def test_a_list_of_prompts_is_one_answer_of_several_generations() -> None:
     assert prompts == {("one", 2), ("two", 2)}
     assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2, 3]
     assert {choice["text"] for choice in whole["choices"]} == {"".join(WORDS)}
-    assert whole["usage"] == {"prompt_tokens": 6, "completion_tokens": 20, "total_tokens": 26}
+    cached = {"prompt_tokens_details": {"cached_tokens": 4}}
+    assert whole["usage"] == {"prompt_tokens": 6, "completion_tokens": 20, "total_tokens": 26, **cached}
     assert events[-1] == "[DONE]" and events[-2]["mesh"]["seq"] == 20
     assert sum(chunk["choices"][0]["finish_reason"] == "stop" for chunk in events[:-1]) == 4
 

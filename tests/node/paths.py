@@ -70,6 +70,7 @@ class CountingEngine:
         self.sequences: dict[SequenceKey, OpenSequence] = {}
         self.opened: list[OpenSequence] = []
         self.refuse = 0
+        self.pages = 0  # kept here of any sequence
         self.faults: dict[int, Callable[[SequenceKey], None]] = {}
         self.stages: Stages | None = None
         self.dead = False
@@ -82,7 +83,7 @@ class CountingEngine:
         self.opened.append(sequence)
         if sequence.start == 0:
             self._compute(sequence, 0, sequence.known)
-        return 0
+        return self.pages
 
     def push(self, hidden: HiddenOut) -> None:
         if hidden.key in self.sequences:
@@ -104,7 +105,7 @@ class CountingEngine:
             self.deliver(HiddenOut(sequence.key, position, count, bytes([position % 256]) * count))
             return
         last = drawn == sequence.prompt_tokens + sequence.sampling.max_tokens - 1
-        self.deliver(TokenOut(sequence.key, drawn, token_at(drawn), "length" if last else None))
+        self.deliver(TokenOut(sequence.key, drawn, token_at(drawn), "length" if last else None, cached=max(0, self.pages)))
         if sequence.start == 0 and not last:
             trio.lowlevel.current_trio_token().run_sync_soon(self.token, sequence.key, drawn, token_at(drawn))
 

@@ -64,6 +64,26 @@ async def test_any_stage_that_dies_at_any_token_costs_no_token(after):
             assert events[-1].attempts == 2 or (events[-1].attempts == 1 and after > 15)  # it may have been done already
 
 
+async def test_the_first_stage_is_told_what_all_others_have_and_the_client_what_was_cached():
+    async with small_mesh(entry=(), a=((0, 2),), b=((2, 4),), c=((4, 6),)) as mesh:
+        for name, pages in (("a", 9), ("b", 3), ("c", 5)):
+            mesh.nodes[name].engine.pages = pages
+        events = await run(mesh)
+
+        told = {name: mesh.nodes[name].engine.opened[0].prefix for name in "abc"}
+        assert [told[name].elsewhere for name in "abc"] == [3, None, None]
+        assert all(each.salt == told["a"].salt and each.numerics == "n" for each in told.values())
+        assert events[-1].cached_tokens == 5
+
+
+async def test_an_answer_that_is_no_answer_to_an_open_is_a_lost_stage():
+    async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh:
+        mesh.nodes["a"].engine.pages = mesh.nodes["b"].engine.pages = -1
+        with trio.move_on_after(0.5):
+            await run(mesh)
+        assert mesh.nodes["entry"].entry.recent.find("s1").attempts > 1
+
+
 async def test_an_evicted_sequence_is_replayed_elsewhere_from_what_was_said():
     async with small_mesh(**SPLIT) as mesh:
         for name in "abc":
