@@ -118,9 +118,7 @@ class Node:
             self._facts.documents,
             time.time,
         )
-        voice = self._links.call, self._links.post, self._membership.lost
-        entry_node = EntryNode(identity.id, sockets.address, *voice, _prefix_secret(mesh_key))
-        self._entry = Entry(entry_node, Prompts(models, self._documents), self._planning, config.request_timeout_s, rng)
+        self._entry = self._make_entry(Prompts(models, self._documents), rng, mesh_key)
         self._stages = Stages(sockets.address, engine, self._links.post, self._entry)
         self._losses = Losses(self._view, self._entry, self._stages, self._planning, self._membership.lost)
         self._pulse = Pulse(self._facts, self._load, engine.overdue_s)
@@ -133,6 +131,12 @@ class Node:
             self._links.add(handlers)
         self._links.add(receivers=self._stages.receivers)
         self._membership.subscribe(self._on_member)
+
+    def _make_entry(self, prompts: Prompts, rng: Random, mesh_key: bytes | None) -> Entry:
+        prefix_secret = derive(mesh_key, "prefix") if mesh_key else b""
+        voice = self._links.call, self._links.post, self._membership.lost
+        entry_node = EntryNode(self._identity.id, self._sockets.address, *voice, prefix_secret)
+        return Entry(entry_node, prompts, self._planning, self._config.request_timeout_s, rng)
 
     def _view(self) -> View:
         return self._membership.view
@@ -236,10 +240,6 @@ class Node:
         self._known_peers.note(self._view())
         await self._membership.leave()
         node_scope.cancel()
-
-
-def _prefix_secret(mesh_key: bytes | None) -> bytes:
-    return derive(mesh_key, "prefix") if mesh_key else b""
 
 
 def _contexts(mesh_key: bytes | None, node: NodeId) -> tuple[ssl.SSLContext | None, ssl.SSLContext | None]:
