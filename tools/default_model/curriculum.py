@@ -20,11 +20,11 @@ class Stage:
 
 
 STAGES = (
-    Stage(0.04, 128, {"echo": 0.40, "lookup": 0.40, "world": 0.18, "talk": 0.02}),
-    Stage(0.10, 256, {"echo": 0.10, "lookup": 0.35, "world": 0.45, "prose": 0.08, "talk": 0.02}),
-    Stage(0.30, 256, {"echo": 0.03, "lookup": 0.17, "world": 0.45, "prose": 0.33, "talk": 0.02}),
-    Stage(0.60, 512, {"echo": 0.01, "lookup": 0.10, "world": 0.42, "prose": 0.45, "talk": 0.02}),
-    Stage(0.90, 1024, {"echo": 0.01, "lookup": 0.06, "world": 0.41, "prose": 0.50, "talk": 0.02}),
+    Stage(0.06, 128, {"echo": 0.40, "lookup": 0.40, "world": 0.18, "talk": 0.02}),
+    Stage(0.15, 256, {"echo": 0.10, "lookup": 0.35, "world": 0.45, "prose": 0.08, "talk": 0.02}),
+    Stage(0.40, 256, {"echo": 0.03, "lookup": 0.17, "world": 0.45, "prose": 0.33, "talk": 0.02}),
+    Stage(0.75, 512, {"echo": 0.01, "lookup": 0.10, "world": 0.42, "prose": 0.45, "talk": 0.02}),
+    Stage(0.92, 1024, {"echo": 0.01, "lookup": 0.06, "world": 0.41, "prose": 0.50, "talk": 0.02}),
     Stage(1.00, 2048, {"echo": 0.01, "lookup": 0.06, "world": 0.41, "prose": 0.50, "talk": 0.02}),
 )
 
