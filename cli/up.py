@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +14,11 @@ from cli import leash, options, output
 
 ModelsOption = Annotated[
     list[str],
-    typer.Option("--model", metavar="REF", help="A model directory, or NAME=DIR; repeatable. Else the default model."),
+    typer.Option(
+        "--model",
+        metavar="REF",
+        help="A model directory, NAME=DIR, or the id of a model that peers serve; repeatable. Else the default model.",
+    ),
 ]
 LayersOption = Annotated[str, typer.Option("--layers", help="auto, none, or the layers to hold: A:B or A:B,C:D (end excluded).")]
 BindOption = Annotated[str, typer.Option("--bind", metavar="HOST:PORT", help="Gossip (UDP) and peer links (TCP); port 0: any.")]
@@ -25,7 +31,11 @@ MemoryOption = Annotated[
     str | None,
     typer.Option("--memory", metavar="SIZE", help="For weights and KV cache, such as 8GiB; else half of what is free."),
 ]
-DataDirOption = Annotated[Path | None, typer.Option("--data-dir", metavar="DIR", help="Identity and documents.")]
+UploadOption = Annotated[
+    str | None,
+    typer.Option("--upload", metavar="SIZE", help="Bytes a second of weights for peers; else 64MiB while it computes."),
+]
+DataDirOption = Annotated[Path | None, typer.Option("--data-dir", metavar="DIR", help="Identity, documents, fetched weights.")]
 KeyFileOption = Annotated[Path | None, typer.Option("--key-file", metavar="F", help="The mesh secret, from `mesh key new`.")]
 ApiKeyFileOption = Annotated[Path | None, typer.Option("--api-key-file", metavar="F", help="API keys, from `mesh key api`.")]
 DrainOption = Annotated[float, typer.Option("--drain-s", min=0.0, help="How long open streams may go on after SIGTERM.")]
@@ -73,6 +83,7 @@ def up(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     memory: MemoryOption = None,
+    upload: UploadOption = None,
     data_dir: DataDirOption = None,
     key_file: KeyFileOption = None,
     api_key_file: ApiKeyFileOption = None,
@@ -96,6 +107,7 @@ def join(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     memory: MemoryOption = None,
+    upload: UploadOption = None,
     data_dir: DataDirOption = None,
     key_file: KeyFileOption = None,
     api_key_file: ApiKeyFileOption = None,
@@ -109,15 +121,14 @@ def join(
 
 
 def start(given: dict[str, Any]) -> None:
-    """Runs the node until it has left.
+    """Runs the node until it has left; then the process ends.
 
     Raises:
         BadRequest: an option has another form than expected.
-        typer.Exit: with the node's exit code, when it has ended.
     """
     from node.config import NodeConfig
 
-    leash_fd, memory, models = given.pop("leash"), given.pop("memory"), given.pop("model")
+    leash_fd, memory, upload, models = (given.pop(name) for name in ("leash", "memory", "upload", "model"))
     config = NodeConfig(
         **{
             **given,
@@ -125,6 +136,7 @@ def start(given: dict[str, Any]) -> None:
             "bind": options.address(given["bind"], "--bind"),
             "http": options.address(given["http"], "--http"),
             "memory_bytes": options.size_bytes(memory, "--memory") if memory is not None else None,
+            "upload_bytes_s": options.size_bytes(upload, "--upload") if upload is not None else None,
             "models": tuple(models),
             "key_file": options.existing_file(given["key_file"], "--key-file"),
             "api_key_file": options.existing_file(given["api_key_file"], "--api-key-file"),
@@ -132,6 +144,7 @@ def start(given: dict[str, Any]) -> None:
     )
     if leash_fd is not None:
         leash.hold(leash_fd)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # nothing is taken yet, and the imports below take seconds
     from node.main import run  # imports torch and trio: after all that can be wrong with the options
 
-    raise typer.Exit(run(config, output.line))
+    run(config, output.line)

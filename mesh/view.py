@@ -72,6 +72,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     weights: str  # digest of the checkpoint's config and tensor index
     numerics: str  # fingerprint: equal ones promise equal tokens
     kind: str = "chat"
+    manifest: str = ""  # identity of the manifest of its files, which this node hands to peers; empty: not (yet) known here
 
 
 class Facts(msgspec.Struct, frozen=True):

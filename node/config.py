@@ -26,7 +26,7 @@ class NodeConfig:
     bind: Address = ("127.0.0.1", 7946)  # gossip (UDP) and peer links (TCP); port 0: any free one
     http: Address = ("127.0.0.1", 8000)
     join: tuple[Address, ...] = ()
-    models: tuple[str, ...] = ()  # a directory or NAME=DIR each; none: the small default model
+    models: tuple[str, ...] = ()  # a directory, NAME=DIR or the id of a peers' model each; none: the small default model
     layers: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
@@ -37,6 +37,7 @@ class NodeConfig:
     cluster: str = "mesh"  # label: nodes of another label are refused
     threads: int = 1  # torch threads; several nodes on one machine must take 1 each
     drain_s: float = 30.0  # how long open streams may go on after SIGTERM
+    upload_bytes_s: int | None = None  # weights for peers; None: bounded while this node computes, else all but unbounded
     request_timeout_s: float = 600.0  # a request's own deadline where the client set none
     log_format: str = "text"
 
@@ -53,6 +54,8 @@ class NodeConfig:
             raise BadRequest(f"--dtype: expected auto, float32 or bfloat16, got {self.dtype!r}", "dtype")
         if self.memory_bytes is not None and self.memory_bytes < 16 << 20:
             raise BadRequest(f"--memory: expected at least 16MiB, got {self.memory_bytes} bytes", "memory")
+        if self.upload_bytes_s is not None and self.upload_bytes_s < 1 << 10:
+            raise BadRequest(f"--upload: expected at least 1KiB a second, got {self.upload_bytes_s} bytes", "upload")
         if self.key_file is None and not is_loopback(self.bind[0]):
             raise BadRequest(
                 f"--bind {self.bind[0]}: without a mesh key a node listens on loopback only, since anyone who reaches it could "

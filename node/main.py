@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import NoReturn
 from urllib.parse import quote
 
 import structlog
@@ -20,24 +24,28 @@ from node.http.auth import ApiKeys
 from node.identity import Identity, take_free_identity, take_identity
 from node.logs import configure
 from node.model_text import ModelText
-from node.models import Models, ServedModel, parse_reference
+from node.models import Holdings, Models, ServedModel, split_references
 from node.process import Node
 from node.sockets import open_listener, open_peer_sockets
 
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 KV_SHARE = 0.25  # of the node's memory; the rest is for weights
 
 log = structlog.get_logger()
 
 
-def run(config: NodeConfig, announce: Callable[[str], None]) -> int:
-    """Runs a node until it is told to stop: 0. Raises MeshError when it cannot start, or must end.
+def run(config: NodeConfig, announce: Callable[[str], None]) -> NoReturn:
+    """Runs a node until it is told to stop, and ends the process with exit code 0.
 
+    Raises MeshError when it cannot start, or must end.
     Ctrl-C before the node takes its signals over is a KeyboardInterrupt, as of any program.
     """
     # Generation-2 scans over a model's objects cost a third of the CPU at 2,000 streams; see docs/decisions.
     gc.set_threshold(50_000, 50, 100)
+    early: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: early.append(number))  # until trio takes it over
     try:
-        trio.run(_run, config, announce)
+        trio.run(_run, config, announce, early)
     except BaseExceptionGroup as group:
         if group.split(KeyboardInterrupt)[1] is None:
             raise KeyboardInterrupt from None
@@ -45,10 +53,40 @@ def run(config: NodeConfig, announce: Callable[[str], None]) -> int:
         if expected is None or group.split(MeshError)[1] is not None:
             raise
         raise _first(expected) from None
-    return 0
+    _end_process()
 
 
-async def _run(config: NodeConfig, announce: Callable[[str], None]) -> None:
+def _end_process() -> NoReturn:
+    """At once: a load or a step may run on in a thread that nobody waits for, and with torch an orderly end takes seconds."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
+
+
+async def _run(config: NodeConfig, announce: Callable[[str], None], early: list[int]) -> None:
+    with trio.open_signal_receiver(*_STOP_SIGNALS) as signals:
+        node = None if early else await _unless_told(signals, partial(_make, config))
+        if node is not None:
+            await node.run(announce, signals)
+
+
+async def _unless_told(signals: AsyncIterator[int], make: Callable[[], Awaitable[Node]]) -> Node | None:
+    """What `make` makes; None when a signal came first."""
+    made: Node | None = None
+
+    async def wait(scope: trio.CancelScope) -> None:
+        await anext(signals)
+        scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait, nursery.cancel_scope)
+        made = await make()
+        nursery.cancel_scope.cancel()
+    return made
+
+
+async def _make(config: NodeConfig) -> Node:
+    """Takes everything that can fail at the start."""
     identity = _take_identity(config)
     configure(config.log_format, config.name or identity.id[:8])
     log.info("node.starting", id=identity.id, data_dir=str(identity.directory))
@@ -57,18 +95,17 @@ async def _run(config: NodeConfig, announce: Callable[[str], None]) -> None:
     sockets = await open_peer_sockets(config.bind, config.join)
     http_listener = await open_listener(config.http, "--http")
     budget_bytes = memory_budget_bytes(config.memory_bytes)
-    prepared = await trio.to_thread.run_sync(_prepare, config, budget_bytes, abandon_on_cancel=True)
-    await Node(
+    engine, holdings = await trio.to_thread.run_sync(_prepare, config, budget_bytes, abandon_on_cancel=True)
+    return Node(
         config,
         identity,
         sockets,
         http_listener,
-        prepared.engine,
-        prepared.models,
-        prepared.capacity,
+        engine,
+        holdings,
         mesh_key,
         api_keys,
-    ).run(announce)
+    )
 
 
 def _take_identity(config: NodeConfig) -> Identity:
@@ -80,16 +117,9 @@ def _take_identity(config: NodeConfig) -> Identity:
     return take_free_identity(data_home())
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    engine: Engine
-    models: Models
-    capacity: dict[ModelId, int]  # layers this node could hold
-
-
-def _prepare(config: NodeConfig, budget_bytes: int) -> _Prepared:
+def _prepare(config: NodeConfig, budget_bytes: int) -> tuple[Engine, Holdings]:
     """Reads the models' configs and tokenizers, before any weights (*blocking*, seconds: torch is imported here)."""
-    references = [parse_reference(reference) for reference in config.models]
+    references, wanted = split_references(config.models, joins=bool(config.join))
     from node.engine.default_model import MODEL_ID, ensure_default_model
     from node.engine.worker import TorchEngine
 
@@ -102,13 +132,14 @@ def _prepare(config: NodeConfig, budget_bytes: int) -> _Prepared:
         )
     )
     models, capacity = Models(), {}
-    if not references:
+    if not references and not wanted:
         references = [(ModelId(MODEL_ID), ensure_default_model(cache_home() / "models"))]
+    share_bytes = budget_bytes // (len(references) + len(wanted))
     for model, directory in references:
         card = engine.inspect(directory, model)
         models.add(ServedModel(card, directory, ModelText.load(directory)))
-        capacity[model] = layers_that_fit(directory, card.layers, budget_bytes // len(references))
-    return _Prepared(engine, models, capacity)
+        capacity[model] = layers_that_fit(directory, card.layers, share_bytes)
+    return engine, Holdings(models, capacity, tuple(wanted), share_bytes)
 
 
 def _load_mesh_key(config: NodeConfig) -> bytes | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from mesh.errors import BadRequest
 from mesh.ids import ModelId
 from mesh.view import ModelCard
 from node.model_text import ModelText
+from node.weights.fetching import Fetched
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class ServedModel:
     card: ModelCard
     directory: Path
     text: ModelText
+    fetched: Fetched | None = None  # its files come from peers, as they are needed
 
 
 def parse_reference(reference: str) -> tuple[ModelId, Path]:
@@ -30,10 +32,38 @@ def parse_reference(reference: str) -> tuple[ModelId, Path]:
     if not directory.is_dir():
         raise BadRequest(
             f"--model {reference}: there is no directory {directory}; give a directory that save_pretrained wrote "
-            "(config.json, *.safetensors, tokenizer), or NAME=DIR",
+            "(config.json, *.safetensors, tokenizer), NAME=DIR, or with --join the id of a model that peers serve",
             "model",
         )
     return ModelId(name if equals else directory.resolve().name), directory
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What a node starts with. `capacity`: layers of each model that it could hold; `share_bytes`: of its memory, for each model;
+    `wanted`: models whose files come from peers.
+    """
+
+    models: Models
+    capacity: dict[ModelId, int]
+    wanted: tuple[ModelId, ...]
+    share_bytes: int
+
+
+def split_references(references: Iterable[str], *, joins: bool) -> tuple[list[tuple[ModelId, Path]], list[ModelId]]:
+    """Models whose files are here, and the ids of those that come from peers: any other name, given to a node that joins some.
+
+    Raises:
+        BadRequest: as `parse_reference`.
+    """
+    here, wanted = [], []
+    for reference in references:
+        is_path = "=" in reference or reference.startswith((".", "/", "~")) or Path(reference).expanduser().is_dir()
+        if joins and not is_path and reference:
+            wanted.append(ModelId(reference))
+        else:
+            here.append(parse_reference(reference))
+    return here, wanted
 
 
 class Models:

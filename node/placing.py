@@ -2,12 +2,16 @@
 
 Pinned spans are loaded as they are told. With `auto` the node chooses when it joins and moves later only
 when the view gives it the move: a new span is loaded and served before an old one is dropped.
+
+A model that was named but whose files are not here is taken up as soon as peers tell of it: its text side first, then,
+before each load, the tensors of the span.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
+import msgspec
 import structlog
 import trio
 
@@ -17,8 +21,9 @@ from mesh.ids import ModelId
 from mesh.view import ModelCard, Span
 from node.config import pinned_spans
 from node.engine.api import Engine
-from node.models import Models, ServedModel
+from node.models import Holdings, ServedModel
 from node.own_facts import OwnFacts
+from node.weights.library import Library, capacity_layers
 from routing.placement import choose_spans, next_move
 
 SETTLE_S = 0.3  # after joining, and after each change: cuts come in bursts, and one answer to all of them is enough
@@ -33,35 +38,66 @@ class Placing:
         self,
         layers: str,
         engine: Engine,
-        models: Models,
-        capacity: Mapping[ModelId, int],
+        holdings: Holdings,
         facts: OwnFacts,
         membership: Membership,
+        library: Library,
     ) -> None:
-        pinned = pinned_spans(layers)
-        self._pinned = None if pinned is None else {model.card.id: _pinned_spans(model.card, pinned) for model in models}
+        self._pinned = pinned_spans(layers)
+        for model in holdings.models:
+            _pinned_spans(model.card, self._pinned or ())
         self._engine = engine
-        self._models = models
-        self._capacity = capacity
+        self._models = holdings.models
+        self._capacity = dict(holdings.capacity)
         self._facts = facts
         self._membership = membership
+        self._library = library
+        self._wanted = tuple(holdings.wanted)
+        self._share_bytes = holdings.share_bytes
 
     async def run(self) -> None:
-        """Loads what is to be served; with `auto`, until cancelled.
+        """Loads what is to be served, offers the files to peers; with `auto`, goes on until cancelled.
 
         Raises:
             BadRequest: the model cannot be served exactly.
         """
         for model in self._models:
-            # A pinned node tells no capacity: the mesh must not count on it for a move that it will not make.
-            self._facts.know(model.card, self._capacity[model.card.id] if self._pinned is None else None)
-        if self._pinned is not None:
-            for model in self._models:
-                await self._take(model, self._pinned[model.card.id])
-            return
+            self._know(model)
         for model in self._models:
+            await self._hold(model)
+        async with trio.open_nursery() as nursery:
+            for model in self._models:
+                nursery.start_soon(self._offer, model)
+            for name in self._wanted:
+                nursery.start_soon(self._adopt, name)
+            if self._pinned is None:
+                nursery.start_soon(self._follow)
+
+    def _know(self, model: ServedModel) -> None:
+        # A pinned node tells no capacity: the mesh must not count on it for a move that it will not make.
+        self._facts.know(model.card, self._capacity[model.card.id] if self._pinned is None else None)
+
+    async def _adopt(self, name: ModelId) -> None:
+        """Takes up a model that peers serve."""
+        model = await self._library.adopt(name)
+        _pinned_spans(model.card, self._pinned or ())
+        self._capacity[name] = capacity_layers(model, self._share_bytes)
+        self._models.add(model)
+        self._know(model)
+        log.info("model.adopted", model=name, layers=model.card.layers)
+        await self._hold(model)
+
+    async def _offer(self, model: ServedModel) -> None:
+        manifest = await self._library.offer(model)
+        card = msgspec.structs.replace(self._models.get(model.card.id).card, manifest=manifest)
+        self._models.update(card)
+        self._know(self._models.get(card.id))
+
+    async def _hold(self, model: ServedModel) -> None:
+        if self._pinned is not None:
+            await self._take(model, _pinned_spans(model.card, self._pinned))
+        else:
             await self._join(model)
-        await self._follow()
 
     async def _join(self, model: ServedModel) -> None:
         """Chooses, tells what it chose, and looks again until the others' choices have been heard: then loads."""
@@ -96,12 +132,17 @@ class Placing:
 
     async def _take(self, model: ServedModel, spans: Iterable[Span]) -> None:
         """Loads the spans, and tells of each as soon as it serves."""
-        card = model.card
-        for span in sorted(set(spans) - set(self._held(card))):
-            card = await trio.to_thread.run_sync(self._engine.load, model.directory, card.id, span.start, span.end)
+        id = model.card.id
+        for span in sorted(set(spans) - set(self._held(model.card))):
+            await self._library.bring(model, span)
+            loaded = await trio.to_thread.run_sync(
+                self._engine.load, model.directory, id, span.start, span.end, abandon_on_cancel=True
+            )
+            card = msgspec.structs.replace(loaded, manifest=self._models.get(id).card.manifest)
             self._models.update(card)
             self._facts.serve(card, (*self._held(card), span))
-            log.info("span.serves", model=card.id, start=span.start, end=span.end, numerics=card.numerics)
+            log.info("span.serves", model=id, start=span.start, end=span.end, numerics=card.numerics)
+        card = self._models.get(id).card
         self._facts.serve(card, self._held(card))  # nothing is intended any more
 
     async def _drop(self, model: ServedModel, spans: Iterable[Span]) -> None:

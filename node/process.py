@@ -8,11 +8,10 @@ computed here go on for a while, the node says goodbye, and everything ends with
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from importlib.metadata import version
 from random import Random
 
@@ -21,7 +20,7 @@ import trio
 
 from membership.events import JoinFailed, MemberEvent
 from membership.service import Membership
-from mesh.ids import Address, ModelId, NodeId, format_address
+from mesh.ids import Address, NodeId, format_address
 from mesh.keys import derive
 from mesh.link import LinkConfig
 from mesh.links import Links
@@ -37,7 +36,7 @@ from node.http.server import Server, serve
 from node.identity import Identity
 from node.known_peers import KnownPeers
 from node.losses import Losses
-from node.models import Models
+from node.models import Holdings
 from node.own_facts import OwnFacts
 from node.placing import Placing
 from node.planning import Planning
@@ -48,13 +47,14 @@ from node.request_run import EntryNode
 from node.sockets import PeerSockets, reachable
 from node.stages import Stages
 from node.surface import Surface
+from node.weights.library import Library
 from rag.embed import MiniLM
 from rag.service import Documents
 
 SWEEP_EVERY_S = 10.0
 MAX_HOST_LABEL = 27  # of a name of at most 32 bytes, which every claim of membership carries
 DRAIN_POLL_S = 0.05
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ENGINE_STOP_S = 5.0  # for the step under way; a step that hangs is left behind
 
 log = structlog.get_logger()
 
@@ -69,8 +69,7 @@ class Node:
         sockets: PeerSockets,
         http_listener: trio.SocketListener,
         engine: Engine,
-        models: Models,
-        capacity: Mapping[ModelId, int],
+        holdings: Holdings,
         mesh_key: bytes | None,
         api_keys: ApiKeys | None,
     ) -> None:
@@ -109,26 +108,24 @@ class Node:
         rng = Random()
         self._planning = Planning(self._view, trio.current_time, rng)
         embedder = MiniLM()
-        self._documents = Documents(
-            identity.id,
-            identity.directory / "documents",
-            embedder,
-            self._view,
-            self._links.call,
-            self._facts.documents,
-            time.time,
-        )
+        self._documents = self._make_documents(embedder)
+        models = holdings.models
         self._entry = self._make_entry(Prompts(models, self._documents), rng, mesh_key)
         self._stages = Stages(sockets.address, engine, self._links.post, self._entry)
         self._losses = Losses(self._view, self._entry, self._stages, self._planning, self._membership.lost)
         self._pulse = Pulse(self._facts, self._load, engine.overdue_s)
         self._readiness = Readiness(self._view, models, self._entry)
-        self._placing = Placing(config.layers, engine, models, capacity, self._facts, self._membership)
+        self._library = self._make_library()
+        self._placing = Placing(config.layers, engine, holdings, self._facts, self._membership, self._library)
         self._surface = Surface(self._view, models, self._entry, self._readiness, self._documents, embedder, self.statistics)
         self._app = make_app(self._surface, auth=api_keys, bound=self._http_address)
         self._server: Server | None = None
-        for handlers in (self._membership.handlers, self._documents.handlers, self._stages.handlers):
-            self._links.add(handlers)
+        self._membership_runs = False
+        self._wire()
+
+    def _wire(self) -> None:
+        for part in (self._membership, self._documents, self._stages, self._library):
+            self._links.add(part.handlers)
         self._links.add(receivers=self._stages.receivers)
         self._membership.subscribe(self._on_member)
 
@@ -137,6 +134,27 @@ class Node:
         voice = self._links.call, self._links.post, self._membership.lost
         entry_node = EntryNode(self._identity.id, self._sockets.address, *voice, prefix_secret)
         return Entry(entry_node, prompts, self._planning, self._config.request_timeout_s, rng)
+
+    def _make_documents(self, embedder: MiniLM) -> Documents:
+        return Documents(
+            self._identity.id,
+            self._identity.directory / "documents",
+            embedder,
+            self._view,
+            self._links.call,
+            self._facts.documents,
+            time.time,
+        )
+
+    def _make_library(self) -> Library:
+        return Library(
+            self._view,
+            self._membership.changed,
+            self._links.call,
+            self._identity.directory / "weights",
+            lambda: self._engine.load_report().running > 0,
+            self._config.upload_bytes_s,
+        )
 
     def _view(self) -> View:
         return self._membership.view
@@ -163,6 +181,8 @@ class Node:
             "links": self._links.statistics(),
             "membership": self._membership.statistics(),
             "documents": self._documents.statistics(),
+            "weights_sent": self._library.source.statistics(),
+            "weights_fetched": self._library.fetching.statistics(),
             "engine": self._engine.statistics(),
             "http": self._app.statistics(),
             **({"server": self._server.statistics()} if self._server else {}),
@@ -182,25 +202,29 @@ class Node:
 
     # --- life
 
-    async def run(self, announce: Callable[[str], None]) -> None:
-        """Until a signal; raises what makes the start impossible."""
+    async def run(self, announce: Callable[[str], None], signals: AsyncIterator[int]) -> None:
+        """Until one of `signals`; raises what makes the start impossible."""
         self._engine.start(self._stages.deliverer(trio.lowlevel.current_trio_token()))
         try:
-            with trio.open_signal_receiver(*_STOP_SIGNALS) as signals:
-                async with trio.open_nursery() as nursery:
-                    await self._start(nursery, announce)
-                    await anext(signals)
-                    nursery.start_soon(self._drain, nursery.cancel_scope)
-                    await anext(signals)  # a second one: at once
-                    nursery.cancel_scope.cancel()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._stop_by, signals, nursery)
+                await self._start(nursery, announce)
         finally:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._engine.stop)
+            with trio.move_on_after(ENGINE_STOP_S, shield=True):
+                await trio.to_thread.run_sync(self._engine.stop, abandon_on_cancel=True)
             self._sockets.datagrams.close()
+
+    async def _stop_by(self, signals: AsyncIterator[int], nursery: trio.Nursery) -> None:
+        """The first signal: drain, or, where nothing was announced yet, leave at once. A second one: at once."""
+        await anext(signals)
+        nursery.start_soon(self._drain if self._server is not None else self._leave, nursery.cancel_scope)
+        await anext(signals)
+        nursery.cancel_scope.cancel()
 
     async def _start(self, nursery: trio.Nursery, announce: Callable[[str], None]) -> None:
         await nursery.start(self._links.run, self._sockets.listener)
         await nursery.start(self._membership.run)
+        self._membership_runs = True
         self._facts.serve_http_at(f"http://{format_address(await reachable(self._http_address, self._config.join))}")
         self._membership.recall(self._known_peers.addresses())
         await self._join()
@@ -238,7 +262,11 @@ class Node:
             while self._entry.open_requests or self._stages.open_sequences:  # noqa: ASYNC110
                 await trio.sleep(DRAIN_POLL_S)
         self._known_peers.note(self._view())
-        await self._membership.leave()
+        await self._leave(node_scope)
+
+    async def _leave(self, node_scope: trio.CancelScope) -> None:
+        if self._membership_runs:
+            await self._membership.leave()
         node_scope.cancel()
 
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mesh.errors import BadRequest
+from node.weights.store import MARK
 
 HEADER_MAX_BYTES = 100 << 20  # the safetensors format's own limit
 SAMPLES = 16  # pieces of each weight file that go into the digest
@@ -209,7 +210,13 @@ def _end_ids(directory: Path, config: PretrainedConfig) -> frozenset[int]:
 
 
 def _digest(directory: Path, files: list[Path]) -> str:
-    """Tells checkpoints apart without reading them whole: config, tensor headers, and evenly spaced samples of the bytes."""
+    """Tells checkpoints apart without reading them whole: config, tensor headers, and evenly spaced samples of the bytes.
+
+    A directory whose files come from peers holds a part of them, in other files; what the whole is, its mark says.
+    """
+    mark = directory / MARK
+    if mark.is_file():
+        return str(json.loads(mark.read_text())["weights"])
     digest = hashlib.blake2b(digest_size=8)
     config = json.loads((directory / "config.json").read_text())
     for changing in ("transformers_version", "_name_or_path", "torch_dtype"):

@@ -20,11 +20,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[NodeConfig]:
     configs: list[NodeConfig] = []
     fake = ModuleType("node.main")
 
-    def run(config: NodeConfig, announce: object) -> int:
+    def run(config: NodeConfig, announce: object) -> None:
         configs.append(config)
         assert callable(announce)
         announce("mesh node a up: http://127.0.0.1:1 gossip 127.0.0.1:2")
-        return 0
 
     fake.run = run  # type: ignore[attr-defined]
     monkeypatch.setitem(__import__("sys").modules, "node.main", fake)

@@ -1,0 +1,212 @@
+"""What two nodes must agree on to hand a model's files over: its manifest, and the pieces that files are fetched in.
+
+A manifest names the tensors (dtype, shape) and the small text files of a model, with the hash of every piece of at most
+1 MiB of each. Where a tensor lies in which file is no part of it, so a model cut into other files is still the same model.
+Nodes gossip the manifest's own hash: whoever asks for that hash can check the manifest, and by it every byte that comes.
+Nothing in a manifest is believed before it is bounded: names, counts, shapes and sizes are checked when it is decoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from mesh.view import MAX_LAYERS, ModelCard
+
+MANIFEST_KIND = "weights.manifest"  # the call {manifest, offset} -> {size_bytes}, a slice of the manifest
+PIECE_KIND = "weights.piece"  # the call {manifest, name, number} -> the piece
+NOT_HELD = "weights_not_held"  # the error code of who does not have that (yet): nothing is wrong with it
+PIECE_BYTES = 1 << 20  # short beside a token's frame on the same link: 8 ms at 1 Gbit/s
+DIGEST_BYTES = 32
+MAX_MANIFEST_BYTES = 64 << 20  # 2 TB of weights
+MAX_FILE_BYTES = 64 << 20  # the largest vocabularies take a third of it
+
+# What a tokenizer, a config or a template may be called. Nothing executable is among them, and no name has a folder in it.
+TEXT_FILES = frozenset(
+    {
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "spiece.model",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+    }
+)
+# Bytes of one element, by safetensors' names.
+DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
+DTYPE_BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
+_HEADS = frozenset({"lm_head", "embed_out"})  # what models call the matrix behind the last layer
+
+Size = Annotated[int, Meta(ge=0, le=1 << 44)]
+Digests = Annotated[bytes, Meta(max_length=MAX_MANIFEST_BYTES)]
+
+
+class BadManifest(ValueError):
+    """The bytes are no manifest of ours, or not the one that was asked for; the text says why."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Piece:
+    """Bytes `[offset, offset + size_bytes)` of the tensor or file `name`."""
+
+    name: str
+    number: int
+    offset: int
+    size_bytes: int
+    digest: bytes
+
+    def matches(self, content: bytes) -> bool:
+        return len(content) == self.size_bytes and digest_of(content) == self.digest
+
+
+class FileEntry(msgspec.Struct, frozen=True, array_like=True):
+    """A text file. `digests`: those of its pieces, one behind the other."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64)]
+    size_bytes: Size
+    digests: Digests
+
+
+class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
+    name: Annotated[str, Meta(min_length=1, max_length=512)]
+    dtype: Annotated[str, Meta(max_length=16)]
+    shape: Annotated[tuple[Annotated[int, Meta(ge=0, le=1 << 40)], ...], Meta(max_length=8)]
+    digests: Digests
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.elements * DTYPE_BYTES[self.dtype]
+
+
+Entry = FileEntry | TensorEntry
+
+
+class Manifest(msgspec.Struct, frozen=True, array_like=True):
+    """`weights`: the digest that `ModelCard` tells for the same checkpoint; both lists are in the order of their names."""
+
+    weights: Annotated[str, Meta(max_length=128)]
+    layers: Annotated[int, Meta(ge=1, le=MAX_LAYERS)]
+    max_model_len: Annotated[int, Meta(ge=1)]
+    files: Annotated[tuple[FileEntry, ...], Meta(max_length=len(TEXT_FILES))]
+    tensors: Annotated[tuple[TensorEntry, ...], Meta(max_length=1 << 20)]
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.elements for tensor in self.tensors)
+
+    def agrees_with(self, card: ModelCard) -> bool:
+        return (self.weights, self.layers, self.max_model_len) == (card.weights, card.layers, card.max_model_len)
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Manifest)
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The one form of it: equal models give equal bytes."""
+    return _encoder.encode(manifest)
+
+
+def identity(encoded: bytes) -> str:
+    """What is gossiped of an encoded manifest: 64 hex digits."""
+    return digest_of(encoded).hex()
+
+
+def is_identity(text: object) -> bool:
+    return isinstance(text, str) and len(text) == 2 * DIGEST_BYTES and set(text) <= set("0123456789abcdef")
+
+
+def decode(encoded: bytes, wanted: str) -> Manifest:
+    """The manifest whose identity is `wanted`.
+
+    Raises:
+        BadManifest: other bytes than those, or out of bounds.
+    """
+    if len(encoded) > MAX_MANIFEST_BYTES or identity(encoded) != wanted:
+        raise BadManifest(f"the manifest that came is not {wanted[:16]}")
+    try:
+        manifest = _decoder.decode(encoded)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise BadManifest(f"not a manifest: {error}") from None
+    _check(manifest)
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    for entries in (manifest.files, manifest.tensors):
+        names = [entry.name for entry in entries]
+        if names != sorted(set(names)):
+            raise BadManifest("names that are not in order, or come twice")
+    for file in manifest.files:
+        if file.name not in TEXT_FILES or file.size_bytes > MAX_FILE_BYTES:
+            raise BadManifest(f"{file.name[:64]!r} of {file.size_bytes} bytes is no file of a model's text side")
+    for tensor in manifest.tensors:
+        if tensor.dtype not in DTYPE_BYTES or tensor.name == "__metadata__" or not tensor.name.isprintable():
+            raise BadManifest(f"{tensor.name[:64]!r} of dtype {tensor.dtype} is no tensor of ours")
+        if tensor.size_bytes > 1 << 44:
+            raise BadManifest(f"{tensor.name[:64]!r} is absurdly large")
+    every: list[Entry] = [*manifest.files, *manifest.tensors]
+    for entry in every:
+        if len(entry.digests) != DIGEST_BYTES * -(-entry.size_bytes // PIECE_BYTES):
+            raise BadManifest(f"{entry.name[:64]!r} has {len(entry.digests)} bytes of hashes for {entry.size_bytes} bytes")
+
+
+def pieces_of(entry: Entry) -> Iterator[Piece]:
+    for number, offset in enumerate(range(0, entry.size_bytes, PIECE_BYTES)):
+        size_bytes = min(PIECE_BYTES, entry.size_bytes - offset)
+        digest = entry.digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
+        yield Piece(entry.name, number, offset, size_bytes, digest)
+
+
+def digest_of(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+
+
+def layer_of(tensor: str) -> int | None:
+    """The decoder layer that a tensor belongs to: the first number in its dotted name. None: it is outside the layers."""
+    return next((int(part) for part in tensor.split(".") if part.isdecimal() and len(part) < 6), None)
+
+
+def tensors_of_span(
+    tensors: Iterable[TensorEntry], layers: int, start: int, end: int, vocab_size: int | None, *, tied: bool
+) -> list[TensorEntry]:
+    """The tensors that a stage of the layers `[start, end)` is made of.
+
+    Outside the layers the large ones are told apart by a first dimension of `vocab_size`: the embedding goes to the first
+    stage, the head to the last, which needs the embedding too where it is the head (`tied`). All others are small (final
+    norm, position tables) and go everywhere. With `vocab_size` None everything outside the layers goes everywhere.
+    """
+    every = list(tensors)
+    heads = {each.name for each in every if _HEADS & set(each.name.split(".")) and layer_of(each.name) is None}
+    tied = tied or not heads
+    wanted = []
+    for tensor in every:
+        layer = layer_of(tensor.name)
+        if layer is not None:
+            needed = start <= layer < end
+        elif vocab_size is None or vocab_size not in tensor.shape[:1]:
+            needed = True
+        elif tensor.name in heads:
+            needed = end == layers
+        else:
+            needed = start == 0 or (end == layers and tied)
+        if needed:
+            wanted.append(tensor)
+    return wanted

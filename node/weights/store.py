@@ -1,0 +1,191 @@
+"""The directory of a model whose files come from peers: whole files that a loader may read, and parts that grow.
+
+One safetensors file a layer, and one a tensor outside the layers, so that a span is a set of whole files and a loader can
+never take for weights what has not come: what is not here is in no file and in no index. A part lies beside the files under
+another ending, at its full size from the start, so a full disk is told before anything is fetched. After a restart
+the pieces of a part are hashed again: what matches is kept, whatever else is in it is fetched anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mesh.errors import BadRequest
+from mesh.weights import DTYPE_BYTES, Entry, Manifest, Piece, TensorEntry, encode, layer_of, pieces_of
+from node.safetensors_header import make_header
+from node.weights.catalogue import Catalogue, Place
+
+MARK = "pulled.json"  # beside the files: what the model is, for its digest cannot be told from a part of it
+INDEX = "model.safetensors.index.json"
+PART = ".part"
+SPARE_BYTES = 256 << 20  # of the disk, left to the documents and to everybody else
+
+
+class WrongPiece(Exception):
+    """The bytes are not those that the manifest tells of."""
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file as it will be: `head`, then the entries at their offsets."""
+
+    path: Path
+    head: bytes
+    entries: tuple[Entry, ...]
+    offsets: dict[str, int]
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.head) + sum(entry.size_bytes for entry in self.entries)
+
+    @property
+    def part(self) -> Path:
+        return self.path.with_name(self.path.name + PART)
+
+    def is_here(self) -> bool:
+        return self.path.is_file() and self.path.stat().st_size == self.size_bytes
+
+
+class PulledModel:
+    """Every method is *blocking*; one thread at a time."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        """Makes the directory. Raises OSError."""
+        self.directory = directory
+        self.manifest = manifest
+        self.catalogue = Catalogue(encode(manifest), manifest, {})
+        self._files = {file.path.name: file for file in _layout(directory, manifest)}
+        self._file_of = {entry.name: file for file in self._files.values() for entry in file.entries}
+        self._lacks: dict[str, set[Piece]] = {}  # of the files that are being fetched, by name
+        directory.mkdir(parents=True, exist_ok=True)
+        _write(directory / MARK, json.dumps({"manifest": self.catalogue.id, "weights": manifest.weights}).encode())
+        for file in self._files.values():
+            if file.is_here():
+                self._can_be_read(file)
+        self._write_index()
+
+    def missing(self, names: Iterable[str]) -> list[Piece]:
+        """The pieces to fetch until all of `names` are here; what a part holds already is hashed (a second a gigabyte).
+
+        Raises:
+            BadRequest: the disk has no room for them.
+            OSError: the disk cannot be written.
+        """
+        wanted = {self._file_of[name].path.name: self._file_of[name] for name in names}
+        files = [file for _, file in sorted(wanted.items()) if not file.is_here()]
+        self._make_room(files)
+        pieces: list[Piece] = []
+        for file in files:
+            lacking = self._lacking(file)
+            pieces += lacking
+            self._lacks[file.path.name] = set(lacking)
+            if not lacking:
+                self._finish(file)
+        return pieces
+
+    def keep(self, piece: Piece, content: bytes) -> None:
+        """Checks a piece and writes it; with the last one of a file, the file is there to be read.
+
+        Raises:
+            WrongPiece: not the bytes that were wanted; nothing was written.
+            OSError: the disk cannot be written.
+        """
+        if not piece.matches(content):
+            raise WrongPiece(piece.name)
+        file = self._file_of[piece.name]
+        lacks = self._lacks.get(file.path.name, set())
+        if piece not in lacks:
+            return  # it came twice
+        with file.part.open("r+b", buffering=0) as part:
+            os.pwrite(part.fileno(), content, file.offsets[piece.name] + piece.offset)
+        lacks.discard(piece)
+        if not lacks:
+            self._finish(file)
+
+    def _lacking(self, file: _File) -> list[Piece]:
+        """Of the file's part, which is made if there is none, the pieces that do not match."""
+        every = [piece for entry in file.entries for piece in pieces_of(entry)]
+        if not file.part.is_file() or file.part.stat().st_size != file.size_bytes:
+            with file.part.open("wb") as part:
+                part.write(file.head)
+                _reserve(part.fileno(), file.size_bytes)
+            return every
+        with file.part.open("rb", buffering=0) as part:
+            return [
+                piece
+                for piece in every
+                if not piece.matches(os.pread(part.fileno(), piece.size_bytes, file.offsets[piece.name] + piece.offset))
+            ]
+
+    def _finish(self, file: _File) -> None:
+        with file.part.open("r+b", buffering=0) as part:
+            os.pwrite(part.fileno(), file.head, 0)
+            os.fsync(part.fileno())
+        file.part.replace(file.path)
+        self._can_be_read(file)
+        if file.head:
+            self._write_index()
+
+    def _can_be_read(self, file: _File) -> None:
+        self.catalogue.places.update({name: Place(file.path, offset) for name, offset in file.offsets.items()})
+
+    def _write_index(self) -> None:
+        here = self.catalogue.places
+        tensors = [tensor for tensor in self.manifest.tensors if tensor.name in here]
+        index = {
+            "metadata": {"total_size": sum(tensor.size_bytes for tensor in tensors)},
+            "weight_map": {tensor.name: here[tensor.name].path.name for tensor in tensors},
+        }
+        _write(self.directory / INDEX, json.dumps(index).encode())
+
+    def _make_room(self, files: list[_File]) -> None:
+        needed_bytes = sum(file.size_bytes for file in files if not file.part.is_file())
+        free_bytes = shutil.disk_usage(self.directory).free
+        if needed_bytes and needed_bytes + SPARE_BYTES > free_bytes:
+            raise BadRequest(
+                f"the weights to fetch take {needed_bytes >> 20} MiB on disk, and of its {free_bytes >> 20} MiB free "
+                f"{SPARE_BYTES >> 20} MiB stay free; make room, or give a --data-dir on another disk",
+                "data_dir",
+            )
+
+
+def _layout(directory: Path, manifest: Manifest) -> list[_File]:
+    files = [_File(directory / entry.name, b"", (entry,), {entry.name: 0}) for entry in manifest.files]
+    groups: dict[str, list[TensorEntry]] = {}
+    outside = 0
+    for tensor in manifest.tensors:
+        layer = layer_of(tensor.name)
+        outside += layer is None
+        groups.setdefault(f"outside-{outside:05d}" if layer is None else f"layer-{layer:05d}", []).append(tensor)
+    for name, tensors in groups.items():
+        # The widest elements first, so that each tensor begins at a multiple of its elements' size.
+        ordered = sorted(tensors, key=lambda tensor: (-DTYPE_BYTES[tensor.dtype], tensor.name))
+        head, offsets = make_header(ordered)
+        files.append(_File(directory / f"{name}.safetensors", head, tuple(ordered), offsets))
+    return files
+
+
+def _reserve(descriptor: int, size_bytes: int) -> None:
+    """Takes the room now where the file system can: a disk that fills up meanwhile then harms somebody else."""
+    os.ftruncate(descriptor, size_bytes)
+    if hasattr(os, "posix_fallocate") and size_bytes:
+        try:
+            os.posix_fallocate(descriptor, 0, size_bytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Written aside and renamed: what is there is whole."""
+    if path.is_file() and path.read_bytes() == content:
+        return
+    aside = path.with_name(path.name + ".new")
+    aside.write_bytes(content)
+    aside.replace(path)

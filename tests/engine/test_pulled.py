@@ -1,0 +1,46 @@
+"""A stage loaded from fetched files alone computes what the whole directory computes, bit for bit."""
+
+import pytest
+import torch
+
+from mesh.errors import BadRequest
+from mesh.ids import ModelId
+from mesh.view import ModelCard
+from node.engine import selfcheck
+from node.engine.checkpoint import read_checkpoint
+from node.engine.loading import load_stage
+from node.weights.catalogue import catalogue_of
+from node.weights.fetching import _of_span
+from node.weights.store import PulledModel
+
+
+def pulled(directory, folder, start, end):
+    whole = read_checkpoint(directory)
+    card = ModelCard(ModelId("m"), whole.layers, whole.max_model_len, whole.weights, "")
+    source = catalogue_of(directory, card, folder / "kept")
+    files = PulledModel(folder / f"{start}-{end}", source.manifest)
+
+    def fetch(names):
+        for piece in files.missing(names):
+            files.keep(piece, source.read(piece.name, piece.number))
+
+    fetch([file.name for file in source.manifest.files])
+    fetch([tensor.name for tensor in _of_span(files, start, end)])
+    return whole, files.directory
+
+
+@pytest.mark.parametrize(("name", "start", "end"), [("llama", 1, 3), ("llama_tied", 2, 4), ("gpt2", 0, 2), ("qwen3_moe", 1, 3)])
+def test_a_span_from_fetched_files_is_the_same_stage(name, start, end, tmp_path, checkpoint_of):
+    whole, directory = pulled(checkpoint_of(name), tmp_path, start, end)
+    part = read_checkpoint(directory)
+    assert part.weights == whole.weights, "what a part cannot tell of the whole, its mark does"
+    stages = [load_stage(checkpoint, start, end, "float32", 1).stage for checkpoint in (whole, part)]
+    outputs = [selfcheck.run_together(stage, [(selfcheck.Probe(stage, 1, 20), 20)]) for stage in stages]
+    assert torch.equal(*outputs)
+    assert stages[0].parameters == stages[1].parameters
+
+
+def test_layers_that_were_not_fetched_are_missed_and_not_made_up(tmp_path, checkpoint_of):
+    _, directory = pulled(checkpoint_of("llama"), tmp_path, 1, 3)
+    with pytest.raises(BadRequest, match="lacks"):
+        load_stage(read_checkpoint(directory), 0, 3, "float32", 1)

@@ -1,0 +1,56 @@
+"""Small made-up models on disk for the tests of weights: directories of bytes that no loader need understand."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from mesh.ids import ModelId
+from mesh.view import ModelCard
+from mesh.weights import TensorEntry
+from node.safetensors_header import make_header
+from node.weights.catalogue import Catalogue, catalogue_of
+
+LAYERS, VOCABULARY = 3, 40
+CARD = ModelCard(ModelId("tiny"), LAYERS, 64, "w", "")
+
+
+def tensors(width: int = 16) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """name -> (dtype, shape)"""
+    named = {"model.embed_tokens.weight": ("F32", (VOCABULARY, width)), "lm_head.weight": ("BF16", (VOCABULARY, width))}
+    for number in range(LAYERS):
+        named[f"model.layers.{number}.mlp.weight"] = ("F32", (width, 3, width))
+        named[f"model.layers.{number}.norm.weight"] = ("BF16", (width + 1,))
+    return {**named, "model.norm.weight": ("F32", (width,))}
+
+
+def contents(named: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, bytes]:
+    """The same bytes for the same names and shapes."""
+    return {
+        name: random.Random(name).randbytes(TensorEntry(name, dtype, shape, b"").size_bytes)
+        for name, (dtype, shape) in named.items()
+    }
+
+
+def write_file(path: Path, named: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    """A safetensors file."""
+    head, _ = make_header([TensorEntry(name, dtype, shape, b"") for name, (dtype, shape) in named.items()])
+    path.write_bytes(head + b"".join(contents(named).values()))
+
+
+def write_model(directory: Path, *, files: int = 1, width: int = 16, **config: object) -> Path:
+    """A model cut into `files` files."""
+    directory.mkdir(parents=True)
+    told = {"vocab_size": VOCABULARY, "tie_word_embeddings": False, **config}
+    (directory / "config.json").write_text(json.dumps(told))
+    (directory / "tokenizer.json").write_text('{"tokens": []}')
+    (directory / "modeling_evil.py").write_text("raise SystemExit('executed')")
+    named = list(tensors(width).items())
+    for number in range(files):
+        write_file(directory / f"model-{number}.safetensors", dict(named[number::files]))
+    return directory
+
+
+def whole_catalogue(directory: Path, kept_in: Path) -> Catalogue:
+    return catalogue_of(directory, CARD, kept_in)

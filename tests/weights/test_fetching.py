@@ -1,0 +1,285 @@
+"""Weights from peers over a network of fakes: real sources and stores, peers that lie, die, lack, refuse and come late."""
+
+import shutil
+from collections import namedtuple
+from contextlib import asynccontextmanager
+from types import MappingProxyType
+
+import msgspec
+import pytest
+import trio
+
+from mesh.errors import BadRequest, PeerLost, Refused
+from mesh.ids import ModelId, NodeId
+from mesh.view import Facts, Peer, PeerState, View
+from mesh.weights import PIECE_KIND
+from node.weights.fetching import Fetching, announced
+from node.weights.source import WeightsSource
+from node.weights.store import PulledModel
+from tests.weights.models import CARD, contents, tensors, whole_catalogue, write_model
+
+ME, MODEL = NodeId("me"), ModelId("tiny")
+WIDTH = 320
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return whole_catalogue(write_model(folder / "model", files=2, width=WIDTH), folder / "kept")
+
+
+class Network:
+    """Peers by name. `faults`: what a peer does to its answers, `(header, content) -> content`, or raises."""
+
+    def __init__(self, me=ME):
+        self.sources, self.faults, self.asked = {}, {}, []
+        self.view = View(me, MappingProxyType({me: Peer(me, "me", ("me", 0))}), 1)
+        self._changed = trio.Event()
+
+    def add(self, name, catalogue, fault=lambda header, content: content, card=CARD):
+        source = self.sources[name] = WeightsSource(lambda: False)
+        source.add(catalogue)
+        self.faults[name] = fault
+        card = msgspec.structs.replace(card, manifest=catalogue.id)
+        self._set({**self.view.peers, name: Peer(NodeId(name), name, (name, 0), facts=Facts(models=(card,)))})
+
+    def kill(self, name):
+        del self.sources[name]
+        peers = {**self.view.peers, name: msgspec_replace(self.view.peers[name], state=PeerState.DEAD)}
+        self._set(peers)
+
+    def _set(self, peers):
+        self.view = View(ME, MappingProxyType(peers), self.view.version + 1)
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def changed(self, version):
+        while self.view.version <= version:
+            await self._changed.wait()
+        return self.view
+
+    async def call(self, to, kind, header, tail=b"", *, timeout_s=10.0):
+        name = to[0]
+        if kind == PIECE_KIND:
+            self.asked.append((name, header["name"]))
+        if name not in self.sources:
+            raise PeerLost(name, "gone")
+        reply, content = await self.sources[name].handlers[kind](ME, header, tail)
+        if name not in self.sources:
+            raise PeerLost(name, "died in mid-answer")
+        return reply, self.faults[name]({**header, "kind": kind}, content)
+
+
+def msgspec_replace(peer, **changes):
+    return Peer(peer.id, peer.name, peer.address, facts=peer.facts, **changes)
+
+
+@asynccontextmanager
+async def fetching(network, tmp_path):
+    with trio.fail_after(20):
+        yield Fetching(lambda: network.view, network.changed, network.call, tmp_path / "weights")
+
+
+def came_whole(files):
+    for name, content in contents(tensors(WIDTH)).items():
+        place = files.catalogue.places[name]
+        assert place.path.read_bytes()[place.offset :][: len(content)] == content
+    return True
+
+
+async def test_a_model_comes_from_several_peers_at_once(tmp_path, whole):
+    network = Network()
+    for name in "abc":
+        network.add(name, whole)
+    async with fetching(network, tmp_path) as mine:
+        fetched = await mine.text_side(MODEL)
+        assert fetched.card.numerics == "" and fetched.card.manifest == whole.id
+        assert not list(fetched.files.directory.glob("*.safetensors")), "the text side alone"
+        await mine.span(fetched, 0, 3)
+    assert came_whole(fetched.files)
+    assert {name for name, _ in network.asked} == {"a", "b", "c"}
+    assert mine.statistics().lies_total == 0 and mine.statistics().bytes_fetched_total >= sum(
+        map(len, contents(tensors(WIDTH)).values())
+    )
+
+
+async def test_only_the_spans_tensors_are_asked_for_and_more_of_them_when_it_grows(tmp_path, whole):
+    network = Network()
+    network.add("a", whole)
+    async with fetching(network, tmp_path) as mine:
+        fetched = await mine.text_side(MODEL)
+        network.asked.clear()
+        await mine.span(fetched, 1, 2)
+        assert {name for _, name in network.asked} == {
+            "model.layers.1.mlp.weight",
+            "model.layers.1.norm.weight",
+            "model.norm.weight",
+        }
+        network.asked.clear()
+        await mine.span(fetched, 1, 3)
+        assert {name for _, name in network.asked} == {
+            "model.layers.2.mlp.weight",
+            "model.layers.2.norm.weight",
+            "lm_head.weight",
+        }
+        network.asked.clear()
+        await mine.span(fetched, 1, 3)
+        assert network.asked == []
+
+
+def lie(header, content):
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+async def test_a_peer_that_lies_and_one_that_dies_cost_no_byte(tmp_path, whole):
+    network = Network()
+
+    def die(header, content):
+        if header["kind"] == PIECE_KIND and "layers" in header["name"]:
+            network.kill("dying")
+            raise PeerLost("dying", "gone")
+        return content
+
+    network.add("dying", whole, die)
+    network.add("honest", whole)
+    network.add("liar", whole, lie)
+    async with fetching(network, tmp_path) as mine:
+        fetched = await mine.text_side(MODEL)
+        await mine.span(fetched, 0, 3)
+    assert came_whole(fetched.files)
+    assert mine.statistics().lies_total >= 1
+
+
+async def test_when_all_sources_die_the_rest_comes_from_one_that_joins_later(tmp_path, whole):
+    network = Network()
+
+    def die(header, content):
+        network.kill("first")
+        raise PeerLost("first", "gone")
+
+    network.add("first", whole)
+    async with fetching(network, tmp_path) as mine, trio.open_nursery() as nursery:
+        fetched = await mine.text_side(MODEL)
+        network.faults["first"] = die
+        nursery.start_soon(mine.span, fetched, 0, 3)
+        while "first" in network.sources:
+            await trio.sleep(0.01)
+        network.add("second", whole)
+    assert came_whole(fetched.files)
+
+
+async def test_after_a_restart_only_what_was_missing_is_fetched(tmp_path, whole):
+    network = Network()
+    network.add("a", whole)
+    async with fetching(network, tmp_path) as mine:
+        fetched = await mine.text_side(MODEL)
+        (piece, *_) = fetched.files.missing(["model.layers.0.mlp.weight"])
+        fetched.files.keep(piece, whole.read(piece.name, piece.number))
+    network.asked.clear()
+    async with fetching(network, tmp_path) as again:
+        fetched = await again.text_side(MODEL)
+        assert network.asked == []
+        await again.span(fetched, 0, 3)
+    assert came_whole(fetched.files)
+    assert network.asked.count(("a", piece.name)) == sum(name == piece.name for name in _pieces(whole)) - 1
+
+
+def _pieces(whole):
+    names = []
+    for name in tensors(WIDTH):
+        number = 0
+        while whole.size_bytes(name, number):
+            names.append(name)
+            number += 1
+    return names
+
+
+async def test_who_holds_a_part_hands_that_part_on(tmp_path, whole):
+    part = PulledModel(tmp_path / "part", whole.manifest)
+    for piece in part.missing(["model.layers.0.mlp.weight", "config.json", "tokenizer.json"]):
+        part.keep(piece, whole.read(piece.name, piece.number))
+    network = Network()
+    network.add("part", part.catalogue)
+    async with fetching(network, tmp_path) as mine, trio.open_nursery() as nursery:
+        fetched = await mine.text_side(MODEL)
+        nursery.start_soon(mine.span, fetched, 0, 3)
+        while "model.layers.0.mlp.weight" not in fetched.files.catalogue.places:
+            await trio.sleep(0.01)
+        network.add("whole", whole)
+    assert came_whole(fetched.files)
+    assert network.sources["part"].statistics().pieces_sent_total > 2
+    assert network.sources["part"].statistics().not_held_total > 0
+    assert mine.statistics().lies_total == 0
+
+
+async def test_a_manifest_that_is_not_what_was_gossiped_is_asked_of_another(tmp_path, whole):
+    network = Network()
+    network.add("a-liar", whole, lambda header, content: lie(header, content) if header["kind"] != PIECE_KIND else content)
+    network.add("b", whole)
+    async with fetching(network, tmp_path) as mine:
+        assert (await mine.text_side(MODEL)).files.manifest == whole.manifest
+
+
+async def test_a_card_that_tells_of_another_model_than_its_manifest_is_not_believed(tmp_path, whole):
+    network = Network()
+    network.add("a", whole, card=msgspec.structs.replace(CARD, weights="other"))
+    async with fetching(network, tmp_path) as mine:
+        with trio.move_on_after(0.3) as waited:
+            await mine.text_side(MODEL)
+        assert waited.cancelled_caught and not (tmp_path / "weights").exists()
+
+
+async def test_it_waits_until_somebody_tells_of_the_model(tmp_path, whole):
+    network = Network()
+    async with fetching(network, tmp_path) as mine, trio.open_nursery() as nursery:
+        nursery.start_soon(mine.text_side, MODEL)
+        await trio.testing.wait_all_tasks_blocked()
+        network.add("a", whole)
+    assert (tmp_path / "weights" / whole.id[:32] / "config.json").exists()
+
+
+async def test_most_peers_decide_which_files_a_name_means(tmp_path, whole):
+    other = whole_catalogue(write_model(tmp_path / "other", rope=1), tmp_path / "kept")
+    network = Network()
+    network.add("a", other, card=msgspec.structs.replace(CARD, weights="other"))
+    network.add("b", whole, card=msgspec.structs.replace(CARD, numerics="one machine"))
+    network.add("c", whole, card=msgspec.structs.replace(CARD, numerics="another"))
+    assert announced(network.view, MODEL).manifest == whole.id
+    network.kill("c")
+    assert announced(network.view, MODEL).manifest == min(whole.id, other.id)
+    assert announced(network.view, ModelId("nonsuch")) is None
+
+
+async def test_a_full_disk_is_told_with_what_to_do(tmp_path, whole, monkeypatch):
+    network = Network()
+    network.add("a", whole)
+    async with fetching(network, tmp_path) as mine:
+        fetched = await mine.text_side(MODEL)
+        with pytest.raises(BadRequest, match="make room"):
+            with monkeypatch.context() as patch:
+                usage = namedtuple("usage", "total used free")
+                patch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 0, 1 << 20))
+                await mine.span(fetched, 0, 3)
+
+        def fails(piece, content):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(fetched.files, "keep", fails)
+        with pytest.raises(BadRequest, match="No space"):
+            await mine.span(fetched, 0, 3)
+
+
+async def test_a_source_with_too_many_waiting_says_so_and_is_asked_later(tmp_path, whole):
+    network = Network()
+    refusals = iter(range(3))
+
+    def busy(header, content):
+        if header["kind"] == PIECE_KIND and next(refusals, None) is not None:
+            raise Refused("busy", 0.05)
+        return content
+
+    network.add("a", whole, busy)
+    async with fetching(network, tmp_path) as mine:
+        fetched = await mine.text_side(MODEL)
+        await mine.span(fetched, 0, 3)
+    assert came_whole(fetched.files) and mine.statistics().retries_total == 3
