@@ -9,21 +9,22 @@ from typing import TYPE_CHECKING
 
 from membership.config import MembershipConfig
 from membership.effects import Effect, FactsChanged, MemberForgotten, Push, Renewed
-from membership.facts import FactsBook
+from membership.facts import DELTAS_BYTES, FactsBook
 from membership.fingerprint import Fingerprint
 from membership.members import SEVERITY, Member
+from membership.owner_map import Outcome
 from membership.swim import Swim
 from mesh.gossip import Alive, Message, Suspect
 from mesh.ids import Address, NodeId
 from mesh.signing import Signer
-from mesh.sync import MAX_SYNC_BYTES, DigestEntry, FactsRecord, MemberRecord, Sync, Synced
+from mesh.sync import MAX_SYNC_BYTES, DigestEntry, FactsDelta, Known, MemberRecord, Sync, Synced, Want
 from mesh.view import Facts, Load, Peer
 
 if TYPE_CHECKING:
     from random import Random
 
 _RECORD_BYTES = 280  # upper bound of one member record on the wire
-_REPLY_BYTES = MAX_SYNC_BYTES - 65_536  # leaves room for the digest and the list of what is wanted
+_MEMBERS_MAX = (MAX_SYNC_BYTES - DELTAS_BYTES - 400_000) // _RECORD_BYTES  # leaves room for deltas and the list of what is wanted
 _PASS_ON_MAX = 8  # records of one exchange passed on at once: more means that we, not the others, were behind
 
 
@@ -80,11 +81,9 @@ class MembershipCore:
         return True
 
     def publish(self, facts: Facts, now: float) -> list[Effect]:
-        """Raises LocalError when the record is too large."""
-        record = self.facts.publish(facts)
-        if record is None:
-            return []
-        return [FactsChanged(self.me), *self._pushes((record,), now, ())]
+        """Raises LocalError when they are larger than peers accept."""
+        news = self.facts.publish(facts)
+        return [] if news is None else [FactsChanged(self.me), *self._pushes((news,), now, ())]
 
     def peer(self, node: NodeId) -> Peer | None:
         """The node as the view shows it; None once it was forgotten."""
@@ -116,36 +115,40 @@ class MembershipCore:
 
     def answer(self, asker: NodeId, sync: Sync, now: float) -> tuple[Synced, list[Effect]]:
         """A peer opened an exchange, brought what we wanted, or pushes news."""
-        effects = self._learn(asker, sync.members, sync.records, now, pushed=not sync.digest)
+        effects = self._learn(asker, sync.members, sync.deltas, now, pushed=not sync.digest)
         if not sync.digest or self.swim.left:
             return Synced(self.me), effects
         mine = {entry.node: entry for entry in sync.digest}
         self._hear_verdict_on_me(asker, mine.get(self.me), now)
         effects += self._settled(self.swim.spread(now))
-        wanted, members, records = [], [], []
+        wanted: list[Want] = []
+        members: list[MemberRecord] = []
+        behind: dict[NodeId, Known] = {}
         for node in sorted({*mine, *(member.node for member in self.swim.members)}):
             theirs, member = mine.get(node), self.swim.members.get(node)
             ours = self._entry(member) if member is not None else None
             if theirs is not None and (ours is None or _is_ahead(theirs, ours)):
-                wanted.append(node)
+                wanted.append(Want(node, *self.facts.known(node)))
             if member is not None and ours is not None and (theirs is None or _is_ahead(ours, theirs)):
                 members.append(member.record(now))
-                record = self.facts.record(node)
-                if record is not None and (theirs is None or _facts_of(ours) > _facts_of(theirs)):
-                    records.append(record)
-        members, records = _within_budget(members, records)
-        return Synced(self.me, tuple(members), tuple(records), tuple(wanted)), effects
+                if (known := _facts_of(theirs) if theirs is not None else (0, 0)) < _facts_of(ours):
+                    behind[node] = known
+        deltas, cut = self.facts.deltas(behind)
+        more = cut or len(members) > _MEMBERS_MAX
+        return Synced(self.me, tuple(members[:_MEMBERS_MAX]), tuple(deltas), tuple(wanted), more), effects
 
     def learn(self, source: Address, synced: Synced, now: float) -> tuple[Sync | None, list[Effect]]:
-        """The answer of `source` came: what it brings, and what to send in a second call, if anything is wanted."""
+        """The answer of `source` came: what it brings, and what to send next, if anything is wanted or there is more."""
         self.swim.met_seed(source, synced.node)
-        effects = self._learn(synced.node, synced.members, synced.records, now, pushed=False)
-        if not synced.wanted or self.swim.left:
+        effects = self._learn(synced.node, synced.members, synced.deltas, now, pushed=False)
+        if self.swim.left or not (synced.wanted or synced.more):
             return None, effects
-        known = [member for node in synced.wanted if (member := self.swim.members.get(node)) is not None]
-        records = [record for member in known if (record := self.facts.record(member.node)) is not None]
-        kept, records = _within_budget([member.record(now) for member in known], records)
-        return Sync(members=tuple(kept), records=tuple(records)), effects
+        behind = {want.node: (want.facts_epoch, want.facts_version) for want in synced.wanted if want.node in self.swim.members}
+        # With the question for the rest goes half as much.
+        half = 2 if synced.more else 1
+        members = tuple(self.swim.members[node].record(now) for node in list(behind)[: _MEMBERS_MAX // half])
+        deltas, _ = self.facts.deltas(behind, DELTAS_BYTES // half)
+        return Sync(self.ask().digest if synced.more else (), members, tuple(deltas)), effects
 
     def farewell(self, now: float) -> Sync:
         """The push that tells a peer we left, for `leave` over a stream."""
@@ -155,7 +158,7 @@ class MembershipCore:
         self,
         teller: NodeId,
         members: tuple[MemberRecord, ...],
-        records: tuple[FactsRecord, ...],
+        deltas: tuple[FactsDelta, ...],
         now: float,
         *,
         pushed: bool,
@@ -166,35 +169,51 @@ class MembershipCore:
         for member in members:
             tell = newcomers <= _PASS_ON_MAX or member.node == teller
             self.swim.hear_record(member, now, tell=tell)
-        news = [record for record in records if record.owner in self.swim.members and self.facts.accept(record)]
-        effects: list[Effect] = [FactsChanged(record.owner) for record in news]
-        own_words = [record for record in news if record.owner == teller]
-        passed_on = news if pushed or len(news) <= _PASS_ON_MAX else own_words
-        # What is held now: of our own record that may be a later one than was told.
-        held = [self.facts.record(record.owner) for record in passed_on if self.swim.members[record.owner].live]
-        current = tuple(record for record in held if record is not None)
+        news, gap = self._accept(deltas)
+        if gap and teller in self.swim.members:
+            self.swim.want_exchange(self.swim.members[teller].address, now)
+        effects: list[Effect] = [FactsChanged(owner) for owner in news]
+        passed_on = news if pushed or len(news) <= _PASS_ON_MAX else {owner: news[owner] for owner in news if owner == teller}
         effects = self._settled(self.swim.spread(now)) + effects
-        if current:
-            # A teller who was ahead of us about ourselves hears the outcome too; else it knows what it told.
-            defended = any(record.owner == self.me for record in current)
-            effects += self._pushes(current, now, () if defended else (teller,))
-        return effects
+        # A teller who was ahead of us about ourselves hears the outcome too; else it knows what it told.
+        current = tuple(delta for owner, delta in passed_on.items() if delta is not None and self.swim.members[owner].live)
+        return effects + self._pushes(current, now, () if self.me in passed_on else (teller,))
+
+    def _accept(self, deltas: tuple[FactsDelta, ...]) -> tuple[dict[NodeId, FactsDelta | None], bool]:
+        """Takes in what was told of members: the news of each owner, to pass on, and whether something before it is missing."""
+        news: dict[NodeId, FactsDelta | None] = {}
+        gap = False
+        for delta in deltas:
+            if delta.owner in self.swim.members:
+                outcome, passed_on = self.facts.accept(delta)
+                gap |= outcome is Outcome.GAP
+                if outcome is Outcome.NEWS:
+                    news[delta.owner] = passed_on
+        return news, gap
 
     def _hear_verdict_on_me(self, asker: NodeId, entry: DigestEntry | None, now: float) -> None:
         """The asker's digest may call us dead: we refute before we answer, so that the answer sets it right."""
         if entry is not None and SEVERITY[entry.state] > 0:
             self.swim.hear(Suspect(self.me, entry.epoch, entry.incarnation, asker), now)
 
-    def _pushes(self, records: tuple[FactsRecord, ...], now: float, without: tuple[NodeId, ...]) -> list[Effect]:
+    def _pushes(self, news: tuple[FactsDelta, ...], now: float, without: tuple[NodeId, ...]) -> list[Effect]:
+        """The news for a few peers, as far as one message should grow: exchanges bring the rest."""
+        kept: list[FactsDelta] = []
+        left_bytes = DELTAS_BYTES
+        for delta in news:
+            if (left_bytes := left_bytes - delta.size_bytes) >= 0:
+                kept.append(delta)
+        if not kept:
+            return []
         # With its member record: news of a newcomer may overtake the datagram that announces it.
-        members = tuple(self.swim.members[record.owner].record(now) for record in records)
-        sync = Sync(members=members, records=records)
-        owners = tuple(record.owner for record in records) if len(records) == 1 else ()
+        members = tuple(self.swim.members[delta.owner].record(now) for delta in kept)
+        sync = Sync(members=members, deltas=tuple(kept))
+        owners = (kept[0].owner,) if len(kept) == 1 else ()
         peers = self.swim.members.some_peers(self.config.push_peers, self.rng, without=(*without, *owners))
         return [Push(peer.address, sync) for peer in peers]
 
     def _entry(self, member: Member) -> DigestEntry:
-        return DigestEntry(member.node, member.epoch, member.incarnation, member.state, *self.facts.version(member.node))
+        return DigestEntry(member.node, member.epoch, member.incarnation, member.state, *self.facts.known(member.node))
 
     def _settled(self, effects: list[Effect]) -> list[Effect]:
         """Lets the facts book follow what happened to the members."""
@@ -203,8 +222,8 @@ class MembershipCore:
                 case MemberForgotten(node=node):
                     self.facts.forget(node)
                 case Renewed(epoch=epoch):
-                    if (record := self.facts.renew(epoch)) is not None:
-                        effects = [*effects, FactsChanged(self.me), *self._pushes((record,), 0.0, ())]
+                    if (news := self.facts.renew(epoch)) is not None:
+                        effects = [*effects, FactsChanged(self.me), *self._pushes((news,), 0.0, ())]
         return effects
 
 
@@ -216,16 +235,3 @@ def _is_ahead(one: DigestEntry, other: DigestEntry) -> bool:
     """Does the first know something of the node that the second does not?"""
     standing = (one.epoch, one.incarnation, SEVERITY[one.state])
     return standing > (other.epoch, other.incarnation, SEVERITY[other.state]) or _facts_of(one) > _facts_of(other)
-
-
-def _within_budget(members: list[MemberRecord], records: list[FactsRecord]) -> tuple[list[MemberRecord], list[FactsRecord]]:
-    """What of both fits one sync, members first; the next exchange brings the rest."""
-    members = members[: _REPLY_BYTES // _RECORD_BYTES]
-    left_bytes = _REPLY_BYTES - len(members) * _RECORD_BYTES
-    kept = []
-    for record in records:
-        left_bytes -= len(record.body) + 64
-        if left_bytes < 0:
-            break
-        kept.append(record)
-    return members, kept

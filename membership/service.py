@@ -49,6 +49,7 @@ FAREWELL_TIMEOUT_S = 1.0
 FAREWELL_PUSHES = 3
 RECALLED_AT_ONCE = 8
 FAREWELL_PUSHES_MAX = 64
+ROUNDS_MAX = 8  # calls of one exchange: what does not fit into one answer comes in the next
 CALLS_MAX = 32  # exchanges and pushes under way; beyond it they are dropped, for the fingerprints will ask again
 
 # What a peer call may end in without being our own bug.
@@ -342,9 +343,10 @@ class Membership:
     async def _exchange(self, to: Address) -> None:
         """Raises what a call may, and RemoteError for an answer that is none."""
         self._counts["exchanges"] += 1
-        wanted = await self._tell(to, self._core.ask())
-        if wanted is not None:
-            await self._tell(to, wanted)  # what the second answer may want is left to the next exchange
+        ask: sync.Sync | None = self._core.ask()
+        for _ in range(ROUNDS_MAX):
+            if ask is not None:
+                ask = await self._tell(to, ask)
 
     async def _tell(self, to: Address, ask: sync.Sync) -> sync.Sync | None:
         _, tail = await self._call(to, sync.SYNC_KIND, {}, sync.encode(ask), timeout_s=EXCHANGE_TIMEOUT_S)

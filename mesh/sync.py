@@ -2,11 +2,12 @@
 
 The caller sends a digest of all it knows; the answer holds what the caller lacks and names what it wants;
 a second call brings that. Without a digest the call is a push: here is news. The structs ride in the frame's
-tail; a reply that would grow too long ends early, and the next exchange goes on, for the fingerprints still differ.
+tail; a reply that would grow too long ends early and says that there is `more`.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -14,11 +15,16 @@ from msgspec import Meta
 
 from mesh.gossip import Alive, Counter, Host, Id, Left, Name, Port, PublicKey, Region, Signature, Where, check_description
 from mesh.ids import Address
-from mesh.view import Facts, PeerState
+from mesh.view import PeerState
 
 SYNC_KIND = "membership.sync"
 MAX_SYNC_BYTES = 4 * 1024 * 1024
-MAX_FACTS_BYTES = 256 * 1024  # one node's record, encoded
+MAX_OWNER_BYTES = 1024 * 1024  # of what one node tells of itself, keys and values
+MAX_OWNER_KEYS = 8192
+MAX_KEY_CHARS = 512
+DELTA_BYTES = 64  # reckoned for a delta without its entries
+ENTRY_BYTES = 16  # reckoned for an entry's version and lengths
+MAX_VERSION = 2**47  # half of what a counter holds, so that an owner can always go beyond what others say of it
 MAX_ENTRIES = 16_384  # of any list in a sync; above the largest mesh that is configured
 
 
@@ -76,35 +82,78 @@ class MemberRecord(msgspec.Struct, frozen=True, array_like=True):
         return Alive(self.node, self.epoch, self.incarnation, *place, self.signature, self.key)
 
 
-class FactsRecord(msgspec.Struct, frozen=True, array_like=True):
-    """One owner's `Facts` as it wrote them; `body` is their MessagePack, passed on unread."""
+class FactsEntry(msgspec.Struct, frozen=True, array_like=True):
+    """One key as its owner wrote it last; None: it deleted it."""
+
+    key: Annotated[str, Meta(max_length=MAX_KEY_CHARS)]
+    version: Counter
+    value: Annotated[bytes, Meta(max_length=MAX_OWNER_BYTES)] | None
+
+
+Known = tuple[int, int]
+"""(epoch, version) of a copy of an owner's map; (0, 0): nothing."""
+
+
+class FactsDelta(msgspec.Struct, frozen=True, array_like=True):
+    """What a copy of an owner's map at version `since` lacks up to version `upto`, in version order.
+
+    `collected`: deletions up to here are forgotten. A copy below it, given a delta from 0, starts over.
+    """
 
     owner: Id
     epoch: Counter
-    version: Counter
-    body: Annotated[bytes, Meta(max_length=MAX_FACTS_BYTES)]
+    since: Counter
+    upto: Annotated[int, Meta(ge=0, le=MAX_VERSION)]
+    collected: Counter
+    entries: Annotated[tuple[FactsEntry, ...], Meta(max_length=MAX_ENTRIES)]
+
+    @property
+    def size_bytes(self) -> int:
+        return DELTA_BYTES + sum(map(entry_bytes, self.entries))
+
+
+def entry_bytes(entry: FactsEntry) -> int:
+    """About what an entry takes on the wire; not less."""
+    return ENTRY_BYTES + len(entry.key.encode()) + len(entry.value or b"")
+
+
+def is_sound(delta: FactsDelta) -> bool:
+    """Whether an honest teller could have made it: writes in order, each key once, all within its range."""
+    versions = [entry.version for entry in delta.entries]
+    ordered = all(a < b for a, b in pairwise(versions))
+    within = not versions or (delta.since < versions[0] and versions[-1] <= delta.upto)
+    once = len({entry.key for entry in delta.entries}) == len(versions)
+    return ordered and within and once and delta.since < delta.upto and delta.collected <= delta.upto
+
+
+class Want(msgspec.Struct, frozen=True, array_like=True):
+    """The sender lacks something of this node; of its map it holds this much."""
+
+    node: Id
+    facts_epoch: Counter = 0
+    facts_version: Counter = 0
 
 
 class Sync(msgspec.Struct, frozen=True, array_like=True):
     digest: Annotated[tuple[DigestEntry, ...], Meta(max_length=MAX_ENTRIES)] = ()
     members: Annotated[tuple[MemberRecord, ...], Meta(max_length=MAX_ENTRIES)] = ()
-    records: Annotated[tuple[FactsRecord, ...], Meta(max_length=MAX_ENTRIES)] = ()
+    deltas: Annotated[tuple[FactsDelta, ...], Meta(max_length=MAX_ENTRIES)] = ()
 
 
 class Synced(msgspec.Struct, frozen=True, array_like=True):
     node: Id  # who answers: the caller may know no more than an address, or a host name
     members: Annotated[tuple[MemberRecord, ...], Meta(max_length=MAX_ENTRIES)] = ()
-    records: Annotated[tuple[FactsRecord, ...], Meta(max_length=MAX_ENTRIES)] = ()
-    wanted: Annotated[tuple[Id, ...], Meta(max_length=MAX_ENTRIES)] = ()
+    deltas: Annotated[tuple[FactsDelta, ...], Meta(max_length=MAX_ENTRIES)] = ()
+    wanted: Annotated[tuple[Want, ...], Meta(max_length=MAX_ENTRIES)] = ()
+    more: bool = False  # it did not all fit: ask again
 
 
 _encoder = msgspec.msgpack.Encoder()
 _sync_decoder = msgspec.msgpack.Decoder(Sync)
 _synced_decoder = msgspec.msgpack.Decoder(Synced)
-_facts_decoder = msgspec.msgpack.Decoder(Facts)
 
 
-def encode(struct: Sync | Synced | Facts) -> bytes:
+def encode(struct: Sync | Synced) -> bytes:
     return _encoder.encode(struct)
 
 
@@ -116,11 +165,6 @@ def decode_sync(tail: bytes) -> Sync:
 def decode_synced(tail: bytes) -> Synced:
     """Raises BadSync: too long, of another shape, or out of bounds."""
     return _decode(_synced_decoder, tail, MAX_SYNC_BYTES)
-
-
-def decode_facts(body: bytes) -> Facts:
-    """Raises BadSync: too long, of another shape, or nested without end."""
-    return _decode(_facts_decoder, body, MAX_FACTS_BYTES)
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[T], raw: bytes, limit_bytes: int) -> T:

@@ -13,7 +13,7 @@ from rag.replica import SHARDS, Digest
 from rag.types import StoreInfo
 from rag.wire import Summary
 
-MAX_PUBLISHED_BYTES = 16 << 10  # of gossip; beyond it peers ask for the rest
+MAX_PUBLISHED_BYTES = 256 << 10  # a quarter of what a node may tell; beyond it peers ask for the rest
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from mesh.view import Facts, PeerState
 SOCKET_BUFFER_DATAGRAMS = 150  # about what Linux keeps of small datagrams in its default 212 KiB
 SEAL_BYTES = 48
 CONNECT_TIMEOUT_S = 1.0
+ROUNDS_MAX = 8  # as in the service
 
 
 class Network:
@@ -349,13 +350,19 @@ class Network:
         self._carry_out(it, it.core.receive(source, gossip.decode(datagram), self.now, arrived_at))
 
     def _exchange(self, it: SimNode, to: Address) -> None:
-        def answered(tail: bytes) -> None:
-            wanted, effects = it.core.learn(to, sync.decode_synced(tail), self.now)
-            self._carry_out(it, effects)
-            if wanted is not None:
-                self._call(it, to, wanted, lambda _: None)
+        rounds = iter(range(ROUNDS_MAX))
 
-        self._call(it, to, it.core.ask(), answered)
+        def tell(ask: sync.Sync) -> None:
+            if next(rounds, None) is not None:
+                self._call(it, to, ask, answered)
+
+        def answered(tail: bytes) -> None:
+            ask, effects = it.core.learn(to, sync.decode_synced(tail), self.now)
+            self._carry_out(it, effects)
+            if ask is not None:
+                tell(ask)
+
+        tell(it.core.ask())
 
     def _call(self, it: SimNode, to: Address, ask: sync.Sync, answered: Callable[[bytes], None]) -> None:
         """A peer call over a stream: never lost in part, so it fails only where there is no way or nobody there."""

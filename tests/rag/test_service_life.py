@@ -11,6 +11,7 @@ import trio
 from trio.testing import MockClock
 
 from mesh.errors import BadRequest, Refused
+from rag import report
 from rag.wire import Summary
 from tests.rag.fakes import HashingEmbedder
 from tests.rag.small_mesh import small_mesh
@@ -68,7 +69,10 @@ async def test_a_lost_registry_comes_back_from_gossip(tmp_path: Path, jumping_cl
         assert mesh[2].store("pages").name == "pages"
 
 
-async def test_a_registry_too_large_for_gossip_still_reaches_a_newcomer(tmp_path: Path, jumping_clock: MockClock) -> None:
+async def test_a_registry_too_large_for_gossip_still_reaches_a_newcomer(
+    tmp_path: Path, jumping_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "MAX_PUBLISHED_BYTES", 16 << 10)  # so that 200 stores are too many
     async with small_mesh(tmp_path, 2) as mesh:
         await mesh.kill(1)
         mesh.sites[1].documents = None

@@ -76,7 +76,7 @@ def test_a_header_survives_the_journey_and_a_wrong_one_is_a_bad_request() -> Non
 def test_a_summary_is_gossiped_whole_while_small_and_by_name_when_large() -> None:
     small = Summary([ENTRY], {ENTRY.id: {"3": Digest(1, 2**64 - 1, 1, 1, 7)}})
     assert msgspec.convert(published(small), Summary) == small
-    entries = [Entry(store_id(f"s{n}"), f"s{n}", 0, "e", 1, NodeId("a")) for n in range(500)]
+    entries = [Entry(store_id(f"s{n}"), f"s{n}", 0, "e", 1, NodeId("a")) for n in range(7000)]
     large = published(Summary(entries))
     assert len(msgspec.msgpack.encode(large)) < 200 < MAX_PUBLISHED_BYTES
     assert large["brief"] and not large["stores"]
