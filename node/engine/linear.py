@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from node.engine.native.product import NativeProduct, int8_of
 
 BUCKETS = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 FP16_LARGEST = 65504.0
@@ -54,6 +57,20 @@ def _pack_fbgemm_fp16(weight: torch.Tensor, bias: torch.Tensor | None) -> Rows:
     return lambda rows: product(rows, packed)
 
 
+class AtenInt8Product:
+    """A product with weights of eight bits, one scale an output; the same bits for any number of rows."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        numbers, scale = int8_of(weight)
+        self._numbers = numbers.contiguous()
+        self._scale = scale.to(weight.dtype)
+        self._bias = bias
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.aten._weight_int8pack_mm(rows, self._numbers, self._scale)
+        return out if self._bias is None else out.add_(self._bias)
+
+
 def _pack_aten(weight: torch.Tensor, bias: torch.Tensor | None) -> Rows:
     weight = weight.contiguous()
     return lambda rows: F.linear(rows, weight, bias)
@@ -61,16 +78,28 @@ def _pack_aten(weight: torch.Tensor, bias: torch.Tensor | None) -> Rows:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One way to multiply: `dtype` is that of the rows, and of everything else in the model."""
+    """One way to multiply: `dtype` is that of the rows, and of everything else in the model.
+
+    A `compiled` one is ours (node/engine/native), with layers of its own for Llama-shaped models.
+    """
 
     name: str
     dtype: torch.dtype
     pack: Pack
+    quantize: str = "none"
+    compiled: bool = False
 
 
 KERNELS = {
     kernel.name: kernel
     for kernel in (
+        Kernel("mesh-bf16", torch.bfloat16, NativeProduct, compiled=True),
+        Kernel("mesh-fp32", torch.float32, NativeProduct, compiled=True),
+        Kernel("mesh-int8", torch.bfloat16, partial(NativeProduct, quantize="int8"), "int8", compiled=True),
+        Kernel("mesh-int4", torch.bfloat16, partial(NativeProduct, quantize="int4"), "int4", compiled=True),
+        Kernel("mesh-int8-fp32", torch.float32, partial(NativeProduct, quantize="int8"), "int8", compiled=True),
+        Kernel("mesh-int4-fp32", torch.float32, partial(NativeProduct, quantize="int4"), "int4", compiled=True),
+        Kernel("aten-int8", torch.bfloat16, AtenInt8Product, "int8"),
         Kernel("onednn-fp32", torch.float32, OneDnnProduct),
         Kernel("onednn-bf16", torch.bfloat16, OneDnnProduct),
         Kernel("fbgemm-fp16", torch.float32, _pack_fbgemm_fp16),
@@ -109,7 +138,7 @@ class PackedLinear(nn.Module):
 
         That spares each of a layer's two residual additions a pass of its own, 10 to 20 microseconds a step.
         """
-        plus = self.product.plus if isinstance(self.product, OneDnnProduct) else self._added
+        plus = self.product.plus if isinstance(self.product, (OneDnnProduct, NativeProduct)) else self._added
         largest = self.buckets[-1]
         count = rows.shape[0]
         if count <= largest:

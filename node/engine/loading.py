@@ -30,8 +30,10 @@ class Loaded:
     numerics: str
 
 
-def load_stage(checkpoint: Checkpoint, start: int, end: int, wanted: str, threads: int) -> Loaded:
+def load_stage(checkpoint: Checkpoint, start: int, end: int, wanted: str, threads: int, quantize: str = "none") -> Loaded:
     """Loads layers `[start, end)` with the best kernel that is right and exact here, else with the first that is right.
+
+    `wanted`: auto, a dtype or a kernel; `quantize`: none, int8 or int4.
 
     Raises:
         BadRequest: layers out of range, or no kernel computes what the plain model does.
@@ -41,7 +43,7 @@ def load_stage(checkpoint: Checkpoint, start: int, end: int, wanted: str, thread
     config = checkpoint.config
     widest = int(getattr(config, "intermediate_size", None) or 4 * checkpoint.hidden_size)
     try:
-        kernels = machine.ranked(wanted, checkpoint.stored_dtype, checkpoint.hidden_size, widest)
+        kernels = machine.ranked(wanted, checkpoint.stored_dtype, checkpoint.hidden_size, widest, quantize)
     except ValueError as error:
         raise BadRequest(str(error), param="dtype") from error
     inexact: Stage | None = None

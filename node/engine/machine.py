@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from node.engine.linear import KERNELS, Kernel
+from node.engine.native.library import Isa, native
 
-RULES_VERSION = 2  # of the exactness rules: rows in buckets, query rows by 8, KV by 128, rounding of the sampler, lean layers
+RULES_VERSION = 3  # of the exactness rules: rows in buckets, query rows by 8, KV by 128, rounding of the sampler, compiled layers
 DECISIVE = 1.5  # a timing overrules the rule of thumb only by this factor: two nodes of one kind must choose alike
 WORTH_TIMING_BYTES = 8 << 20  # smaller layers live in caches, where timings say little and matter less
 
@@ -40,42 +41,65 @@ def cpu() -> str:
 
 def fingerprint(weights: str, kernel: Kernel, threads: int) -> str:
     """Equal fingerprints promise equal tokens: all that is known to change a bit, in 16 hex digits."""
-    parts = (torch.__version__, isa(), cpu(), str(kernel.dtype), kernel.name, "none", RULES_VERSION, weights, threads)
+    parts = (torch.__version__, isa(), cpu(), str(kernel.dtype), kernel.name, kernel.quantize, RULES_VERSION, weights, threads)
     return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).hexdigest()
 
 
-def candidates(wanted: str, stored: torch.dtype) -> list[Kernel]:
+def kernel_isa(kernel: Kernel) -> str:
+    """The instructions that a kernel's products run on: our own choice, or what torch may use."""
+    library = native() if kernel.compiled else None
+    return isa() if library is None else library.isa.name.lower()
+
+
+def candidates(wanted: str, stored: torch.dtype, quantize: str = "none") -> list[Kernel]:
     """Kernels for a checkpoint stored as `stored`, by rule of thumb the best first. `wanted`: a dtype, kernel or "auto".
 
     Nothing is rounded that the checkpoint holds exactly, unless it was asked for. Without bf16 instructions bf16
-    arithmetic is several times slower than fp32, while FBGEMM reads half the bytes of fp32 and rounds less than bf16.
+    arithmetic is several times slower than fp32; "mesh-fp32" and FBGEMM then read half the bytes of fp32. Kernels of
+    our own are named only where they could be built.
 
     Raises:
-        ValueError: no such dtype or kernel.
+        ValueError: no such dtype or kernel, or none that quantises so.
     """
-    names = {
-        "float32": ["onednn-fp32", "aten-fp32"],
-        "bfloat16": ["onednn-bf16", "aten-bf16"],
-    }
     if wanted in KERNELS:
-        return [KERNELS[wanted]]
-    if wanted in names:
-        return [KERNELS[name] for name in names[wanted]]
-    if wanted != "auto":
+        return _existing([wanted])
+    fast = "bf16" in isa() or "amx" in isa()
+    if wanted not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"expected auto, float32, bfloat16 or one of {', '.join(KERNELS)}; got {wanted!r}")
-    if stored is torch.bfloat16:
-        fast = "bf16" in isa() or "amx" in isa()
-        order = ["onednn-bf16", "fbgemm-fp16"] if fast else ["fbgemm-fp16", "onednn-bf16"]
-        return [KERNELS[name] for name in (*order, "onednn-fp32", "aten-fp32")]
+    wide = wanted == "float32" or (wanted == "auto" and not (fast and stored is torch.bfloat16))
+    if quantize == "int8":
+        return _existing(["mesh-int8-fp32", "mesh-int8", "aten-int8"] if wide else ["mesh-int8", "aten-int8"])
+    if quantize == "int4":
+        return _existing(["mesh-int4-fp32"] if wide else ["mesh-int4"])
+    if wanted == "bfloat16":
+        return _existing([*_bf16_first(), "aten-bf16"])
+    if wanted == "float32" or stored is torch.float32:
+        return _existing(["mesh-fp32", "onednn-fp32", "aten-fp32"])
     if stored is torch.float16:
-        return [KERNELS[name] for name in ("fbgemm-fp16", "onednn-fp32", "aten-fp32")]
-    return [KERNELS[name] for name in names["float32"]]
+        return _existing(["mesh-fp32", "fbgemm-fp16", "onednn-fp32", "aten-fp32"])
+    narrow = [*_bf16_first(), "mesh-fp32", "fbgemm-fp16"] if fast else ["mesh-fp32", "fbgemm-fp16", "onednn-bf16"]
+    return _existing([*narrow, "onednn-fp32", "aten-fp32"])
+
+
+def _bf16_first() -> list[str]:
+    """Tiles make our own kernel the faster one; without them oneDNN's bf16 instructions are, from some rows on."""
+    library = native()
+    tiles = library is not None and library.isa is Isa.AMX
+    return ["mesh-bf16", "onednn-bf16"] if tiles else ["onednn-bf16", "mesh-bf16"]
+
+
+def _existing(names: list[str]) -> list[Kernel]:
+    kernels = [KERNELS[name] for name in names]
+    found = [kernel for kernel in kernels if not kernel.compiled or native() is not None]
+    if not found:
+        raise ValueError(f"{names[0]} needs the compiled kernel, which could not be built on this machine (see the log)")
+    return found
 
 
 @functools.cache
-def ranked(wanted: str, stored: torch.dtype, inputs: int, outputs: int) -> list[Kernel]:
+def ranked(wanted: str, stored: torch.dtype, inputs: int, outputs: int, quantize: str = "none") -> list[Kernel]:
     """The candidates, the fastest on a layer of this shape first where it is decisively so."""
-    kernels = candidates(wanted, stored)
+    kernels = candidates(wanted, stored, quantize)
     if len(kernels) == 1 or inputs * outputs * stored.itemsize < WORTH_TIMING_BYTES:
         return kernels
     weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(7)) / inputs**0.5

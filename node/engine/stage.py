@@ -24,7 +24,7 @@ from mesh.errors import BadRequest
 from node.engine.attention import NAME, PackedBatch, Segment, set_batch
 from node.engine.checkpoint import KNOWN_GOOD, Checkpoint
 from node.engine.kvcache import KVStore, SequenceKV
-from node.engine.lean import Lean, lean_form
+from node.engine.lean import FORMS, Lean, lean_form
 from node.engine.linear import (
     BUCKETS,
     Kernel,
@@ -36,6 +36,7 @@ from node.engine.linear import (
     pack_siblings,
     siblings,
 )
+from node.engine.native.layers import NativeLayers, fits, native_layers
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -135,7 +136,7 @@ class Stage:
         self.parameters = sum(tensor.numel() for tensor in self.model.parameters())
         self._base = getattr(self.model, self.model.base_model_prefix)
         self._slots = find_layers(self._base, self.layers)
-        self.lean: Lean | None = None
+        self.lean: Lean | NativeLayers | None = None
         self._store = KVStore()
         self._running: PackedBatch | None = None
         for number in range(start, end):
@@ -257,6 +258,8 @@ class Stage:
         Raises:
             ValueError: this kernel cannot hold the weights, or no two row counts agree.
         """
+        if self.kernel.compiled and self._pack_compiled():
+            return
         even = self._even_buckets()
         inner = [pack_siblings(parent, names, self.kernel) for parent, names in siblings(self._slots)]
         for parent, name, layer in linear_modules(self._slots):
@@ -274,9 +277,23 @@ class Stage:
             packed.buckets = self.buckets
         for packed in outer:
             packed.buckets = agreed
-        if self.start > 0 and not isinstance(self.model.get_input_embeddings(), AbsentEmbedding):
-            self.model.set_input_embeddings(AbsentEmbedding())  # a tied head's: packed now, and never looked up here
+        self._drop_embedding()
         self.lean = lean_form(self.model, self._base, self._slots, self.start, self.end)
+
+    def _pack_compiled(self) -> bool:
+        """Packs the span for the compiled layers, which take any number of rows; False where the model has another form."""
+        span = self.model, self._base, self._slots, self.start, self.end
+        if self.checkpoint.config.model_type not in FORMS or not fits(*span):
+            return False
+        self.lean = native_layers(*span, self.kernel.quantize, self.kernel.dtype)
+        self._drop_embedding()
+        self.buckets = (1,)
+        return True
+
+    def _drop_embedding(self) -> None:
+        """A tied head's is packed now, and never looked up behind the first stage."""
+        if self.start > 0 and not isinstance(self.model.get_input_embeddings(), AbsentEmbedding):
+            self.model.set_input_embeddings(AbsentEmbedding())
 
     def _agreed(self, layers: list[PackedLinear], buckets: tuple[int, ...]) -> tuple[int, ...]:
         """The buckets on which one layer of each shape agrees."""

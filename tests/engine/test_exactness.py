@@ -11,11 +11,13 @@ import torch
 from node.engine.attention import Segment
 from node.engine.checkpoint import read_checkpoint
 from node.engine.linear import KERNELS
+from node.engine.native.library import native
 from node.engine.stage import Stage
 from tests.engine.checkpoints import DENSE
 
 Part = tuple[Stage, int, int]
 ANSWER = 6
+COMPILED = ["mesh-bf16", "mesh-fp32", "mesh-int8", "mesh-int4-fp32"] if native() else []
 
 
 class Sequence:
@@ -80,7 +82,7 @@ def load(directory: Path, start: int, end: int, kernel: str) -> Stage:
     return stage
 
 
-@pytest.mark.parametrize("kernel", ["onednn-fp32", "onednn-bf16", "fbgemm-fp16", "aten-fp32"])
+@pytest.mark.parametrize("kernel", [*COMPILED, "onednn-fp32", "onednn-bf16", "fbgemm-fp16", "aten-fp32"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gpt2"])
 def test_tokens_and_logits_are_bit_equal_however_a_sequence_is_computed(
     name: str, kernel: str, checkpoint_of: Callable[[str], Path]
@@ -126,7 +128,7 @@ def test_other_architectures_are_bit_equal_in_chunks_in_batches_and_split(
     assert all(torch.equal(batched.logits[position], alone.logits[position]) for position in (45, 46))
 
 
-@pytest.mark.parametrize("kernel", ["onednn-fp32", "onednn-bf16"])
+@pytest.mark.parametrize("kernel", [*COMPILED[:2], "onednn-fp32", "onednn-bf16"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
 def test_sequences_longer_than_a_block_are_bit_equal_too(name: str, kernel: str, checkpoint_of: Callable[[str], Path]) -> None:
     whole = load(checkpoint_of(name), 0, 4, kernel)

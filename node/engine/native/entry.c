@@ -1,0 +1,97 @@
+/* What Python calls: chooses the instructions once, and packs weights. */
+#define _GNU_SOURCE
+#include "mesh.h"
+
+#include <cpuid.h>
+#include <math.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+int use_amx;
+static const rows_t *rows;
+
+static int64_t saved_registers(void) {
+    uint32_t low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (int64_t)high << 32 | low;
+}
+
+/* The best of `enum isa` that CPU, kernel and this build allow. */
+static int best(void) {
+    uint32_t a, b, c, d, b7, d7, unused;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_FMA) || !(c & bit_F16C)) return NONE;
+    if (!__get_cpuid_count(7, 0, &unused, &b7, &unused, &d7) || !(b7 & bit_AVX2)) return NONE;
+    const int64_t saved = saved_registers();
+    if ((saved & 6) != 6) return NONE;
+    const uint32_t wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    if ((b7 & wanted) != wanted || (saved & 0xe6) != 0xe6) return AVX2;
+#if defined(WITH_AMX)
+    const int has_tiles = (d7 >> 24 & 1) && (d7 >> 22 & 1) && (saved & 0x60000) == 0x60000;
+    if (has_tiles && !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */)) return AMX;
+#endif
+    return AVX512;
+}
+
+/* Settles the instructions: at most `most`. Gives what was settled, NONE where nothing here can run. */
+EXPORT int mesh_use(int most) {
+    const int can = best(), use = can < most ? can : most;
+    use_amx = use == AMX;
+    rows = use >= AVX512 ? &rows_avx512 : use == AVX2 ? &rows_avx2 : 0;
+    return use;
+}
+
+EXPORT void mesh_product(const product_t *p, const void *x, int64_t count, int bf16, const void *add, void *out, int out_bf16, int threads) {
+    rows->product(p, x, count, bf16, add, out, out_bf16, threads);
+}
+
+EXPORT void mesh_before(const layer_t *l, const void *x, const int64_t *positions, const float *turns, int64_t count, int bf16,
+                 void *qkv, int threads) {
+    rows->before(l, x, positions, turns, count, bf16, qkv, threads);
+}
+
+EXPORT void mesh_after(const layer_t *l, const void *answer, void *x, int64_t count, int bf16, int threads) {
+    rows->after(l, answer, x, count, bf16, threads);
+}
+
+EXPORT void mesh_logits(const product_t *p, const float *norm, float eps, const void *x, int64_t count, int bf16, float *out, int threads) {
+    rows->logits(p, norm, eps, x, count, bf16, out, threads);
+}
+
+/* ---- packing */
+
+typedef struct {
+    const void *weight; /* [n][k], the first of a BF16 or FP16 element's bytes least; whole numbers int8 for INT8 and INT4 */
+    char *packed;       /* zeros at first */
+    int64_t n, k;
+    int kind;
+} pack_t;
+
+static void pack_panel(const void *work, int64_t panel) {
+    const pack_t *p = work;
+    const int64_t steps = (p->k + STEP - 1) / STEP;
+    const int64_t end = (panel + 1) * PANEL < p->n ? (panel + 1) * PANEL : p->n;
+    for (int64_t output = panel * PANEL; output < end; output++) {
+        const int64_t half = output % PANEL / 16, lane = output % 16;
+        for (int64_t input = 0; input < p->k; input++) {
+            const int64_t from = output * p->k + input, pair = input % STEP / 2, odd = input % 2;
+            const int64_t at = ((panel * steps + input / STEP) * 2 + half) * 16 + pair; /* pairs before this one */
+            switch (p->kind) {
+            case BF16: ((uint16_t *)p->packed)[at * 32 + lane * 2 + odd] = ((const uint16_t *)p->weight)[from]; break;
+            case FP16: ((uint16_t *)p->packed)[at * 32 + odd * 16 + lane] = ((const uint16_t *)p->weight)[from]; break;
+            case INT8: p->packed[at * 32 + odd * 16 + lane] = ((const char *)p->weight)[from]; break;
+            case INT4:
+                p->packed[at * 16 + lane] |= (char)((((const signed char *)p->weight)[from] + 8) << (odd ? 4 : 0));
+                break;
+            default: ((float *)p->packed)[at * 32 + odd * 16 + lane] = ((const float *)p->weight)[from];
+            }
+        }
+    }
+}
+
+EXPORT void mesh_pack(int kind, const void *weight, int64_t n, int64_t k, void *packed, int threads) {
+    const pack_t work = {weight, packed, n, k, kind};
+    pool_run(pack_panel, &work, (n + PANEL - 1) / PANEL, threads);
+}

@@ -1,0 +1,182 @@
+"""The layers of Llama-shaped models with everything but attention compiled: two calls a layer beside it.
+
+Norms, products, rotary positions, activation and residual sums keep to one order of operations for each row, whatever
+stands beside it: rows need no padding here. What lies between the rounding of a layer's input and that of its sums stays
+float32, so these layers round less than the model's own, and the self-check holds them against it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from node.engine.attention import PackedBatch, attend
+from node.engine.native.library import LayerParts, Library, native
+from node.engine.native.product import NativeProduct
+
+HALF_PANEL = 16
+FIRST_POSITIONS = 1024  # of the table of rotary positions, which doubles when a position lies beyond it
+
+
+@dataclass(frozen=True, slots=True)
+class NativeLayer:
+    """One layer. `kept` holds what `parts` points to."""
+
+    parts: LayerParts
+    kept: tuple[Any, ...]
+    scale: float
+    window: int
+
+
+class NativeLayers:
+    """A Llama-shaped model's layers `[start, end)`, and what stands around them: the interface of `lean.Lean`."""
+
+    def __init__(self, base: Any, head: NativeProduct | None, layers: dict[int, NativeLayer], dtype: torch.dtype) -> None:
+        library = native()
+        assert library is not None
+        self._library: Library = library
+        self._base = base
+        self._head = head
+        self._layers = layers
+        self._pointers = {number: ctypes.byref(layer.parts) for number, layer in layers.items()}
+        self._norm = base.norm.weight.detach().float().contiguous()
+        self._eps = float(base.norm.variance_epsilon)
+        self._dtype = dtype
+        self._turns = self._turn_table(FIRST_POSITIONS)
+
+    def _turn_table(self, positions: int) -> torch.Tensor:
+        """`[positions, 2, dim / 2]` float32: cosines, then sines."""
+        like = torch.zeros(1, dtype=torch.float32)
+        cos, sin = self._base.rotary_emb(like, torch.arange(positions)[None])
+        half = cos.shape[-1] // 2
+        return torch.stack((cos[0, :, :half], sin[0, :, :half]), 1).contiguous()
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[rows] -> [rows, hidden]`."""
+        out: torch.Tensor = self._base.embed_tokens(ids)
+        return out
+
+    def run(self, batch: PackedBatch, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The batch's layers over `x` `[rows, hidden]`."""
+        rows, bf16, threads = x.shape[0], self._dtype is torch.bfloat16, torch.get_num_threads()
+        while len(self._turns) <= int(positions.max()):
+            self._turns = self._turn_table(2 * len(self._turns))
+        x = x.clone(memory_format=torch.contiguous_format)
+        shape = self._layers[batch.start].parts
+        qkv = x.new_empty(rows, shape.heads + 2 * shape.kv_heads, shape.dim)
+        queries, keys_and_values = qkv[:, : shape.heads], qkv[:, shape.heads :]
+        at_x, at_qkv, at_positions, at_turns = (each.data_ptr() for each in (x, qkv, positions, self._turns))
+        for number in range(batch.start, batch.end):
+            batch.layer = number
+            layer, parts = self._layers[number], self._pointers[number]
+            self._library.before(parts, at_x, at_positions, at_turns, rows, bf16, at_qkv, threads)
+            answer = attend(batch, queries, keys_and_values, layer.scale, layer.window)
+            self._library.after(parts, answer.data_ptr(), at_x, rows, bf16, threads)
+        return x
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """`[rows, hidden] -> [rows, vocab]` in float32."""
+        assert self._head is not None
+        x = x.contiguous()
+        out = torch.empty(x.shape[0], self._head.outputs)
+        parts, bf16 = ctypes.byref(self._head.parts), self._dtype is torch.bfloat16
+        threads = torch.get_num_threads()
+        self._library.logits(parts, self._norm.data_ptr(), self._eps, x.data_ptr(), x.shape[0], bf16, out.data_ptr(), threads)
+        return out
+
+
+def fits(model: Any, base: Any, slots: nn.ModuleList, start: int, end: int) -> bool:
+    """Whether the model's layers `[start, end)`, its last norm and its head have the form that is compiled."""
+    head = model.get_output_embeddings() if end == len(slots) else None
+    if head is not None and not isinstance(head, nn.Linear):
+        return False
+    if model.config.hidden_act not in ("silu", "swish") or not hasattr(base, "rotary_emb"):
+        return False
+    norms = [base.norm]
+    for layer in slots[start:end]:
+        attention, mlp = layer.self_attn, layer.mlp
+        linear = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+        linear += [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        of_heads = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        if not all(isinstance(each, nn.Linear) for each in linear) or (of_heads[0] is None) != (of_heads[1] is None):
+            return False
+        if attention.head_dim % 2 or base.rotary_emb.inv_freq.shape[0] * 2 != attention.head_dim:
+            return False
+        norms += [layer.input_layernorm, layer.post_attention_layernorm, *(norm for norm in of_heads if norm is not None)]
+    return all(hasattr(norm, "variance_epsilon") for norm in norms)
+
+
+def native_layers(
+    model: Any, base: Any, slots: nn.ModuleList, start: int, end: int, quantize: str, dtype: torch.dtype
+) -> NativeLayers:
+    """Packs the layers `[start, end)` of a model that `fits`, freeing each layer's own weights as it goes."""
+    layers = {number: _layer(slots[number], model.config, quantize) for number in range(start, end)}
+    head = None
+    if end == len(slots):
+        own = model.get_output_embeddings()
+        head = NativeProduct(own.weight.data, None if own.bias is None else own.bias.data, quantize)
+        model.set_output_embeddings(nn.Identity())
+    return NativeLayers(base, head, layers, dtype)
+
+
+def _take(parent: Any, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A linear layer's weight and bias; the layer is gone afterwards."""
+    layer = getattr(parent, name)
+    setattr(parent, name, nn.Identity())
+    return layer.weight.data, None if layer.bias is None else layer.bias.data
+
+
+def _joined(parts: list[tuple[torch.Tensor, torch.Tensor | None]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    weight = torch.cat([weight for weight, _ in parts])
+    if all(bias is None for _, bias in parts):
+        return weight, None
+    return weight, torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts])
+
+
+def _interleaved(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Rows in turns of 16, gates first; both filled up with zeros to whole turns."""
+    sides = []
+    for side in (gate, up):
+        filler = side.new_zeros(-len(side) % HALF_PANEL, *side.shape[1:])
+        sides.append(torch.cat((side, filler)).view(-1, HALF_PANEL, *side.shape[1:]))
+    return torch.stack(sides, 1).flatten(0, 2)
+
+
+def _gate_up(mlp: Any, quantize: str) -> NativeProduct:
+    (gate, gate_bias), (up, up_bias) = _take(mlp, "gate_proj"), _take(mlp, "up_proj")
+    if gate_bias is None and up_bias is None:
+        return NativeProduct(_interleaved(gate, up), None, quantize)
+    biases = [side.new_zeros(len(side)) if bias is None else bias for side, bias in ((gate, gate_bias), (up, up_bias))]
+    return NativeProduct(_interleaved(gate, up), _interleaved(*biases), quantize)
+
+
+def _layer(layer: Any, config: Any, quantize: str) -> NativeLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    dim = attention.head_dim
+    heads, kv_heads = attention.q_proj.out_features // dim, attention.k_proj.out_features // dim
+    middle = mlp.gate_proj.out_features
+    qkv = NativeProduct(*_joined([_take(attention, name) for name in ("q_proj", "k_proj", "v_proj")]), quantize)
+    out = NativeProduct(*_take(attention, "o_proj"), quantize)
+    gate_up = _gate_up(mlp, quantize)
+    down = NativeProduct(*_take(mlp, "down_proj"), quantize)
+    modules = (layer.input_layernorm, getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
+    norms = [None if norm is None else norm.weight.detach().float() for norm in (*modules, layer.post_attention_layernorm)]
+    eps = float(layer.input_layernorm.variance_epsilon)
+    head_eps = float(attention.q_norm.variance_epsilon) if norms[1] is not None else eps
+    parts = LayerParts(
+        *(None if norm is None else norm.data_ptr() for norm in norms),
+        *(product.parts for product in (qkv, out, gate_up, down)),
+        eps,
+        head_eps,
+        layer.input_layernorm.weight.shape[0],
+        heads,
+        kv_heads,
+        dim,
+        middle,
+    )
+    window = getattr(config if config.model_type == "mistral" else attention, "sliding_window", None)
+    return NativeLayer(parts, (norms, qkv, out, gate_up, down), float(attention.scaling), window or 0)

@@ -1,0 +1,107 @@
+"""The compiled kernel as Python sees it: the structures of mesh.h and its functions. Calls release the interpreter's lock."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import CDLL, POINTER, c_float, c_int, c_int64, c_void_p
+from enum import IntEnum
+from pathlib import Path
+
+import structlog
+
+from node.config import cache_home
+from node.engine.native.build import CannotBuild, built
+
+log = structlog.get_logger()
+
+
+class Isa(IntEnum):
+    """How panels are worked off; all give the same bits."""
+
+    NONE = 0
+    AVX2 = 1
+    AVX512 = 2
+    AMX = 3
+
+
+class Kind(IntEnum):
+    """How weights are held."""
+
+    BF16 = 0
+    FP32 = 1
+    FP16 = 2
+    INT8 = 3
+    INT4 = 4
+
+
+class ProductParts(ctypes.Structure):
+    """`product_t`."""
+
+    _fields_ = (
+        ("packed", c_void_p),
+        ("bias", c_void_p),
+        ("scale", c_void_p),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("kind", c_int64),
+    )
+
+
+class LayerParts(ctypes.Structure):
+    """`layer_t`."""
+
+    _fields_ = (
+        ("before_attention", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("before_mlp", c_void_p),
+        ("qkv", ProductParts),
+        ("out", ProductParts),
+        ("gate_up", ProductParts),
+        ("down", ProductParts),
+        ("eps", c_float),
+        ("head_eps", c_float),
+        ("hidden", c_int64),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("dim", c_int64),
+        ("middle", c_int64),
+    )
+
+
+class Library:
+    """The functions of entry.c. Pointers come from tensors: whoever calls keeps those alive."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError: it cannot be loaded."""
+        loaded = CDLL(str(path))
+        self.use = loaded.mesh_use
+        self.use.argtypes, self.use.restype = (c_int,), c_int
+        self.pack = loaded.mesh_pack
+        self.pack.argtypes = (c_int, c_void_p, c_int64, c_int64, c_void_p, c_int)
+        self.product = loaded.mesh_product
+        self.product.argtypes = (POINTER(ProductParts), c_void_p, c_int64, c_int, c_void_p, c_void_p, c_int, c_int)
+        self.before = loaded.mesh_before
+        self.before.argtypes = (POINTER(LayerParts), c_void_p, c_void_p, c_void_p, c_int64, c_int, c_void_p, c_int)
+        self.after = loaded.mesh_after
+        self.after.argtypes = (POINTER(LayerParts), c_void_p, c_void_p, c_int64, c_int, c_int)
+        self.logits = loaded.mesh_logits
+        self.logits.argtypes = (POINTER(ProductParts), c_void_p, c_float, c_void_p, c_int64, c_int, c_void_p, c_int)
+        for function in (self.pack, self.product, self.before, self.after, self.logits):
+            function.restype = None
+        self.isa = Isa(self.use(Isa.AMX))
+
+
+@functools.cache
+def native() -> Library | None:
+    """The compiled kernel, built at the first call of a user; None where it cannot be, which is logged once."""
+    try:
+        library = Library(built(cache_home()))
+    except (CannotBuild, OSError) as error:
+        log.info("no compiled kernel", reason=str(error)[:300])
+        return None
+    if library.isa is Isa.NONE:
+        log.info("no compiled kernel", reason="this CPU lacks AVX2, FMA or F16C")
+        return None
+    return library
