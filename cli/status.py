@@ -19,6 +19,8 @@ def status(
         return
     me = seen["self"]
     output.line(f"asked {me['name']} ({me['id']}) version {me.get('version') or '?'} at {me['http']}, gossip {me['gossip']}")
+    for span, kernel in me.get("kernels", {}).items():
+        output.line(f"{span} is computed by {kernel}")
     output.line()
     output.table(*node_rows(seen), empty="no nodes")
     output.line()

@@ -27,6 +27,7 @@ NameOption = Annotated[str, typer.Option("--name", help="What people call the no
 RegionOption = Annotated[str, typer.Option("--region", help="Where the node is; paths within a region are preferred.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
+QuantizeOption = Annotated[str, typer.Option("--quantize", help="none, int8 or int4: how weights are held.")]
 MemoryOption = Annotated[
     str | None,
     typer.Option("--memory", metavar="SIZE", help="For weights and KV cache, such as 8GiB; else half of what is free."),
@@ -82,6 +83,7 @@ def up(
     region: RegionOption = "",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = "none",
     memory: MemoryOption = None,
     upload: UploadOption = None,
     data_dir: DataDirOption = None,
@@ -106,6 +108,7 @@ def join(
     region: RegionOption = "",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = "none",
     memory: MemoryOption = None,
     upload: UploadOption = None,
     data_dir: DataDirOption = None,

@@ -30,6 +30,7 @@ class NodeConfig:
     layers: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
+    quantize: str = "none"  # int8 and int4 round the weights: less memory, faster decoding, other tokens
     memory_bytes: int | None = None  # for weights and KV together; None: half of what is free at the start
     data_dir: Path | None = None  # identity and documents; None: one of its own under the user's data directory
     key_file: Path | None = None
@@ -52,6 +53,8 @@ class NodeConfig:
             raise BadRequest(f"--log-format: expected text or json, got {self.log_format!r}", "log_format")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise BadRequest(f"--dtype: expected auto, float32 or bfloat16, got {self.dtype!r}", "dtype")
+        if self.quantize not in ("none", "int8", "int4"):
+            raise BadRequest(f"--quantize: expected none, int8 or int4, got {self.quantize!r}", "quantize")
         if self.memory_bytes is not None and self.memory_bytes < 16 << 20:
             raise BadRequest(f"--memory: expected at least 16MiB, got {self.memory_bytes} bytes", "memory")
         if self.upload_bytes_s is not None and self.upload_bytes_s < 1 << 10:

@@ -127,6 +127,7 @@ def _prepare(config: NodeConfig, budget_bytes: int) -> tuple[Engine, Holdings]:
         EngineConfig(
             device=config.device,
             dtype=config.dtype,
+            quantize=config.quantize,
             threads=config.threads,
             kv_memory_bytes=int(KV_SHARE * budget_bytes),
         )

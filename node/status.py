@@ -8,12 +8,14 @@ from typing import Any
 import msgspec
 
 from mesh.ids import ModelId, format_address
-from mesh.view import Load, Peer, View
+from mesh.view import Load, Peer, Span, View
 from rag.types import StoreInfo
 
 
-def status(view: View, stores: Sequence[StoreInfo], complete: Mapping[ModelId, bool], now: float) -> dict[str, Any]:
-    """`complete`: per model, whether a path through all its layers exists right now."""
+def status(
+    view: View, stores: Sequence[StoreInfo], complete: Mapping[ModelId, bool], now: float, kernels: Mapping[Span, str]
+) -> dict[str, Any]:
+    """`complete`: per model, whether a path through all its layers exists right now; `kernels`: of the spans loaded here."""
     me = view.peers[view.me]
     return {
         "self": {
@@ -23,6 +25,7 @@ def status(view: View, stores: Sequence[StoreInfo], complete: Mapping[ModelId, b
             "http": me.facts.http,
             "gossip": format_address(me.address),
             "version": me.facts.version,
+            "kernels": {f"{span.model} {span.start}:{span.end}": name for span, name in sorted(kernels.items())},
         },
         "nodes": [_node(peer, view, now) for peer in sorted(view.peers.values(), key=lambda peer: (peer.name, peer.id))],
         "models": [

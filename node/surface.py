@@ -66,7 +66,8 @@ class Surface:
         missing = self._readiness.missing_layers()
         view = self._view()
         complete = {model: model not in missing for model in view.models()}
-        return status(view, self._documents.stores(), complete, trio.current_time())
+        kernels = getattr(self.statistics().get("engine"), "kernels", {})  # another engine may tell of none
+        return status(view, self._documents.stores(), complete, trio.current_time(), kernels)
 
     def models(self) -> list[ModelCard]:
         missing = self._readiness.missing_layers()

@@ -122,6 +122,7 @@ Deliver = Callable[[list[EngineOutput]], None]
 class EngineConfig:
     device: str = "auto"  # auto | cpu | cuda:N
     dtype: str = "auto"  # auto | float32 | bfloat16 | a linear kernel's name, e.g. fbgemm-fp16
+    quantize: str = "none"  # none | int8 | int4: how weights are held
     threads: int = 1  # torch threads; several nodes on one machine: 1 each
     kv_memory_bytes: int | None = None  # for all KV caches; None: a share of free memory
     step_tokens: int = 512  # token budget of one step: prefill chunks and decodes together

@@ -45,10 +45,10 @@ def fingerprint(weights: str, kernel: Kernel, threads: int) -> str:
     return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).hexdigest()
 
 
-def kernel_isa(kernel: Kernel) -> str:
-    """The instructions that a kernel's products run on: our own choice, or what torch may use."""
+def named(kernel: Kernel) -> str:
+    """A kernel and the instructions its products run on, `mesh-bf16 on amx`: our own choice, or what torch may use."""
     library = native() if kernel.compiled else None
-    return isa() if library is None else library.isa.name.lower()
+    return f"{kernel.name} on {isa() if library is None else library.isa.name.lower()}"
 
 
 def candidates(wanted: str, stored: torch.dtype, quantize: str = "none") -> list[Kernel]:

@@ -48,7 +48,7 @@ class EngineStatistics:
     scheduler: SchedulerStatistics
     isa: str
     threads: int
-    kernels: dict[Span, str]  # span -> name of its linear kernel
+    kernels: dict[Span, str]  # span -> name of its linear kernel and the instructions it runs on, `mesh-bf16 on amx`
     numerics: dict[Span, str]
     parameters: dict[Span, int]
     prefill_tokens: int
@@ -112,7 +112,7 @@ class TorchEngine:
                 return self._cards[span]
             torch.set_num_threads(self._config.threads)
             checkpoint = read_checkpoint(directory)
-            loaded = load_stage(checkpoint, start, end, self._config.dtype, self._config.threads)
+            loaded = load_stage(checkpoint, start, end, self._config.dtype, self._config.threads, self._config.quantize)
             block_bytes = BLOCK_TOKENS * kv_token_bytes(checkpoint, end - start, loaded.stage.kernel.dtype)
             pool = BlockPool(max(1, self._kv_bytes // block_bytes))
             with self._lock:
@@ -134,7 +134,8 @@ class TorchEngine:
                         end_ids=checkpoint.end_ids,
                     ),
                 )
-            log.info("span loaded", model=model, start=start, end=end, kernel=loaded.stage.kernel.name, numerics=loaded.numerics)
+            kernel = machine.named(loaded.stage.kernel)
+            log.info("span loaded", model=model, start=start, end=end, kernel=kernel, numerics=loaded.numerics)
             return self._cards[span]
 
     def unload(self, span: Span) -> None:
@@ -201,7 +202,7 @@ class TorchEngine:
                 scheduler=self._scheduler.statistics(),
                 isa=machine.isa(),
                 threads=self._config.threads,
-                kernels={span: loaded.stage.kernel.name for span, loaded in self._loaded.items()},
+                kernels={span: machine.named(loaded.stage.kernel) for span, loaded in self._loaded.items()},
                 numerics={span: loaded.numerics for span, loaded in self._loaded.items()},
                 parameters={span: loaded.stage.parameters for span, loaded in self._loaded.items()},
                 prefill_tokens=self._prefill_tokens,

@@ -45,7 +45,12 @@ def test_options_become_the_configuration(started: list[NodeConfig], tmp_path: P
     (tmp_path / "key").touch()
     words = "up --name n --region r --bind 127.0.0.1:0 --http :0 --join 10.0.0.1:7946 --join [::1]:2 --model /m --model x=/n"
     more = ["--layers", "0:2,4:6", "--memory", "2GiB", "--data-dir", str(tmp_path), "--key-file", str(tmp_path / "key")]
-    assert mesh_command(*words.split(), *more, "--drain-s", "5", "--log-format", "json", "--dtype", "float32").exit_code == 0
+    assert (
+        mesh_command(
+            *words.split(), *more, "--drain-s", "5", "--log-format", "json", "--dtype", "float32", "--quantize", "int8"
+        ).exit_code
+        == 0
+    )
     assert started == [
         NodeConfig(
             name="n",
@@ -61,6 +66,7 @@ def test_options_become_the_configuration(started: list[NodeConfig], tmp_path: P
             drain_s=5.0,
             log_format="json",
             dtype="float32",
+            quantize="int8",
         )
     ]
 

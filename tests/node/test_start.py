@@ -26,6 +26,11 @@ def test_other_forms_of_layers_are_refused_with_the_right_ones(layers):
         NodeConfig(layers=layers)
 
 
+def test_weights_are_quantised_to_known_widths_only():
+    with pytest.raises(BadRequest, match="none, int8 or int4"):
+        NodeConfig(quantize="int2")
+
+
 def test_listening_beyond_loopback_needs_keys(tmp_path):
     for bad in ({"bind": ("0.0.0.0", 1)}, {"http": ("10.0.0.1", 1)}, {"bind": ("::", 1)}, {"bind": ("127.example.org", 1)}):
         with pytest.raises(BadRequest, match="key"):

@@ -4,9 +4,10 @@ import threading
 
 import numpy as np
 
-from mesh.ids import NodeId
-from mesh.view import View
+from mesh.ids import ModelId, NodeId
+from mesh.view import Peer, Span, View
 from node.models import Models
+from node.status import status
 from node.surface import Surface
 from rag.service import Documents
 
@@ -40,3 +41,9 @@ async def test_embedding_and_counting_leave_the_loop_to_others(tmp_path):
     assert len(await surface.embed(["one", "two"])) == 2
     assert await surface.count_embed_tokens(["one", "three"]) == 8
     assert threading.current_thread() not in embedder.threads
+
+
+def test_status_tells_which_kernel_computes_each_span():
+    me = Peer(NodeId("a" * 16), "n", ("127.0.0.1", 1))
+    told = status(View(me.id, {me.id: me}), [], {}, 0.0, {Span(ModelId("m"), 0, 6): "mesh-bf16 on amx"})
+    assert told["self"]["kernels"] == {"m 0:6": "mesh-bf16 on amx"}
