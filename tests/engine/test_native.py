@@ -19,6 +19,7 @@ from node.engine.native.build import CannotBuild, built
 from node.engine.native.layers import NativeLayers
 from node.engine.native.library import Isa, Kind, Library, native
 from node.engine.native.product import NativeProduct, int4_of, int8_of
+from node.engine.selfcheck import difference, plain_output
 from node.engine.stage import Stage
 
 needs_it = pytest.mark.skipif(native() is None, reason="the compiled kernel cannot be built here")
@@ -65,7 +66,7 @@ def test_a_row_has_the_same_bits_on_every_instruction_set_in_any_company_and_wit
 @needs_it
 def test_numbers_at_the_edges_of_their_range_come_out_alike_too(library: Library) -> None:
     weight, rows = numbers(32, 64), numbers(4, 64, seed=2)
-    weight[:, ::7] *= 1e-39  # denormals count as zero, whatever multiplies
+    weight[3] = 1e-39  # denormal: counts as zero, whatever it is multiplied by
     rows[1] *= 1e-30
     rows[2] *= 1e30
     rows[3, 5] = float("nan")
@@ -77,6 +78,34 @@ def test_numbers_at_the_edges_of_their_range_come_out_alike_too(library: Library
     for out in outs:
         assert torch.equal(out[:3], outs[0][:3])
         assert out[3].isnan().all() and not out[:3].isnan().any(), "one row's NaN stays its own"
+        assert (out[:3, 3] == 0).all()
+
+
+@needs_it
+def test_a_product_is_whole_when_the_call_returns_however_many_threads_worked_on_it() -> None:
+    product, rows = NativeProduct(numbers(512, 512), None), numbers(128, 512, seed=2)  # a thread's share takes a millisecond
+    whole = product(rows)
+    torch.set_num_threads(2)
+    try:
+        for _ in range(30):  # in turns, for new tensors take up the room of old ones and what was in it
+            assert torch.equal(product(rows), whole)
+            assert torch.equal(product(-rows), -whole)
+    finally:
+        torch.set_num_threads(1)
+
+
+@needs_it
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+def test_compiled_layers_compute_what_the_plain_model_does(name: str, checkpoint_of: Callable[[str], Path]) -> None:
+    for start, end in ((0, 4), (1, 3)):
+        stage = Stage(read_checkpoint(checkpoint_of(name)), start, end, KERNELS["mesh-fp32"], threads=1)
+        for parameter, tensor in stage.model.named_parameters():
+            if "norm" in parameter:
+                tensor.copy_(1 + numbers(*tensor.shape) / 2)  # as made they are all ones
+        plain = plain_output(stage)
+        stage.pack()
+        assert isinstance(stage.lean, NativeLayers)
+        assert difference(stage, plain) < 1e-4
 
 
 @needs_it
