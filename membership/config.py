@@ -7,8 +7,10 @@ from dataclasses import dataclass, fields
 # (lowest, highest) sensible value of every field; outside them the protocol's promises do not hold.
 _BOUNDS: dict[str, tuple[float, float]] = {
     "probe_period_s": (0.05, 60),
+    "probe_round_s": (0.05, 60),
     "probe_timeout_s": (0.01, 30),
     "indirect_peers": (0, 16),
+    "suspicion_unit_s": (0.01, 60),
     "suspicion_multiplier": (1, 32),
     "suspicion_max_factor": (1, 16),
     "confirmations": (0, 16),
@@ -33,13 +35,17 @@ class MembershipConfig:
     """How eagerly a node watches and tells.
 
     Raises:
-        ValueError: a number is outside its bounds, or the probe timeout leaves no room for indirect probes.
+        ValueError: a number is outside its bounds, or the times of a probe leave no room for one another.
     """
 
-    probe_period_s: float = 0.5  # one member is probed each period
+    probe_period_s: float = 0.8  # one member is probed each period: nearly all that an idle mesh sends
+    probe_round_s: float = (
+        0.5  # from a ping to the suspicion of a member that nobody reaches: routing passes it over from then on
+    )
     probe_timeout_s: float = 0.2  # then others are asked to try; above any LAN round trip, even of a busy process
     indirect_peers: int = 3
-    suspicion_multiplier: float = 4.0  # shortest suspicion: this * log10(live), at least this, periods: 2 s up to 10 nodes
+    suspicion_unit_s: float = 0.5
+    suspicion_multiplier: float = 4.0  # shortest suspicion: this * log10(live), at least this, units: 2 s up to 10 nodes
     suspicion_max_factor: float = 3.0  # an unconfirmed suspicion lasts this much longer
     confirmations: int = 3  # independent ones that bring suspicion down to its shortest (Lifeguard's K)
     gossip_period_s: float = 0.1  # while there are rumours to tell
@@ -61,5 +67,5 @@ class MembershipConfig:
             low, high = _BOUNDS[field.name]
             if not low <= (value := getattr(self, field.name)) <= high:
                 raise ValueError(f"{field.name} must be from {low:g} to {high:g}, got {value!r}")
-        if self.probe_timeout_s >= self.probe_period_s:
-            raise ValueError("probe_timeout_s must be below probe_period_s: indirect probes use the time between them")
+        if not self.probe_timeout_s < self.probe_round_s <= self.probe_period_s:
+            raise ValueError("probe_timeout_s must be below probe_round_s, for indirect probes, and that at most probe_period_s")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import trio
 
-from mesh import gossip
+from mesh import gossip, gossip_wire
 from mesh.arrival import ANCILLARY_BYTES, stamp_arrivals, waited_s
 from mesh.ids import Address, is_ip
 from mesh.seal import Seal, SealBroken
@@ -50,7 +50,7 @@ class Datagrams:
         if not is_ip(to[0]):  # a node claims the address of its socket; a name would be looked up while the loop stands still
             self.dropped["unsent"] += 1
             return
-        datagram = self._seal.seal(gossip.encode(message))
+        datagram = self._seal.seal(gossip_wire.encode(message))
         assert len(datagram) <= gossip.MAX_DATAGRAM_BYTES, "the core packs claims within the limit"
         try:
             self._socket.sendto(datagram, to)
@@ -84,7 +84,7 @@ class Datagrams:
             self.dropped["too long"] += 1
             return None
         try:
-            return gossip.decode(self._seal.open(datagram))
+            return gossip_wire.decode(self._seal.open(datagram))
         except SealBroken as error:
             self.dropped[error.fault.value] += 1
         except gossip.BadDatagram:

@@ -12,7 +12,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mesh.gossip import Claim, encoded_bytes
+from mesh.gossip import Claim
+from mesh.gossip_wire import claim_bytes
 from mesh.ids import NodeId
 
 
@@ -48,7 +49,7 @@ class Rumours:
     def put(self, claim: Claim) -> None:
         """Starts to tell `claim`, in place of whatever was told about its node before."""
         self._arrivals += 1
-        self._by_node[claim.node] = Rumour(claim, encoded_bytes(claim), 0, self._arrivals)
+        self._by_node[claim.node] = Rumour(claim, len(claim_bytes(claim)), 0, self._arrivals)
 
     def forget(self, node: NodeId) -> None:
         self._by_node.pop(node, None)
@@ -61,7 +62,7 @@ class Rumours:
         taken: list[Claim] = []
         about: set[NodeId] = set()
         for claim in first:
-            size_bytes = encoded_bytes(claim)
+            size_bytes = len(claim_bytes(claim))
             if size_bytes <= budget_bytes and claim.node not in about:
                 taken.append(claim)
                 about.add(claim.node)

@@ -39,8 +39,8 @@ from mesh.gossip import (
     PingReq,
     Sender,
     Suspect,
-    claim_budget_bytes,
 )
+from mesh.gossip_wire import claim_budget_bytes
 from mesh.ids import Address, NodeId
 from mesh.signing import Signer
 from mesh.sync import MemberRecord
@@ -92,7 +92,7 @@ class Hearing:
         age_ms = max(0, round((now - self.load_at) * 1000))
         lag_ms = round(self.health.lag_s(now) * 1000)
         me, fingerprint = self.myself, self.members.fingerprint.value
-        return Sender(self.me, me.epoch, me.incarnation, fingerprint, self.load, min(age_ms, 2**31), lag_ms)
+        return Sender(self.me, me.epoch, me.incarnation, fingerprint, self.load, age_ms, lag_ms)
 
     def suspected(self) -> list[Member]:
         return [self.members[node] for node in sorted(self.members.suspects)]
@@ -344,7 +344,7 @@ class Hearing:
 
     def _suspicion(self, node: NodeId, by: NodeId, now: float) -> Suspicion:
         live = self.members.live_count
-        min_s = minimum_s(self.config.suspicion_multiplier, live, self.config.probe_period_s)
+        min_s = minimum_s(self.config.suspicion_multiplier, live, self.config.suspicion_unit_s)
         expected = expected_confirmations(self.config.confirmations, live)
         first = None if by == node else by
         slack_s = self.slack_s(self.members.get(node), now)

@@ -25,12 +25,12 @@ def remaining_s(confirmations: int, expected: int, elapsed_s: float, min_s: floa
     return max(min_s, max_s - (max_s - min_s) * share) - elapsed_s
 
 
-def minimum_s(multiplier: float, live: int, probe_period_s: float) -> float:
-    """The shortest suspicion in a mesh of `live` members: rumours need log(n) periods to reach everyone, and back.
+def minimum_s(multiplier: float, live: int, unit_s: float) -> float:
+    """The shortest suspicion in a mesh of `live` members: rumours need time in log(n) to reach everyone, and back.
 
-    Source: memberlist's `suspicionTimeout`: multiplier * max(1, log10(n)) * period.
+    Source: memberlist's `suspicionTimeout`: multiplier * max(1, log10(n)) * unit, which is its probe period.
     """
-    return multiplier * max(1.0, math.log10(max(1, live))) * probe_period_s
+    return multiplier * max(1.0, math.log10(max(1, live))) * unit_s
 
 
 def expected_confirmations(wanted: int, live: int) -> int:

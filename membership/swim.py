@@ -275,8 +275,8 @@ class Swim(Evidence):
     def _probe(self, member: Member, now: float, *, urgent: bool = False) -> list[Effect]:
         self._probed += 1
         slack_s, factor = self.slack_s(member, now), self.health.factor
-        period_s, timeout_s = self.config.probe_period_s * factor + slack_s, self.config.probe_timeout_s * factor + slack_s
-        ends_at = now + (2 * timeout_s if urgent else period_s)
+        round_s, timeout_s = self.config.probe_round_s * factor + slack_s, self.config.probe_timeout_s * factor + slack_s
+        ends_at = now + (2 * timeout_s if urgent else round_s)
         probe = self._probes.start(member.node, now, now if urgent else now + timeout_s, ends_at)
         first = [member.claim(self.me)] if member.state is PeerState.SUSPECT else []
         ping = Ping(self.sender(now), probe.seq, member.node, where=self.distances.told_with_ping())
@@ -298,7 +298,7 @@ class Swim(Evidence):
         if member is None or target == self.me:
             return []
         nack_at = now + _NACK_SHARE * self.config.probe_timeout_s
-        expires_at = now + self.config.probe_period_s + LAG_MAX_S
+        expires_at = now + self.config.probe_round_s + LAG_MAX_S
         seq = self._probes.relay(target, asker, asker_seq, now, nack_at, expires_at)
         if seq is None:
             return []

@@ -1,8 +1,8 @@
 """Frames between two nodes on one stream: a core without I/O, bytes in, frames out.
 
 Layout, big-endian: u32 header bytes, u32 tail bytes, header, tail. The header is a MessagePack map
-`{"k": kind, "n": call number, "r": reply?, "h": header, "l": sender's load}`; the tail is raw (tensors,
-files).
+`{"k": kind, "n": call number, "r": reply?, "h": header, "l": sender's load (mesh.load_wire)}`; the tail is raw
+(tensors, files).
 Both lengths are checked before a byte of them is kept, so a hostile peer cannot make us allocate.
 """
 
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgpack
-import msgspec
 
 from mesh.calls import Header
+from mesh.load_wire import pack_load, unpack_load
 from mesh.view import Load
 
 MAX_HEADER_BYTES = 4 << 20
@@ -43,7 +43,7 @@ class Frame:
 
 def encode(frame: Frame) -> bytes:
     """Raises ValueError when the frame is over the limits that `FrameReader` enforces: a bug on our side."""
-    load = msgspec.to_builtins(frame.load) if frame.load is not None else None
+    load = pack_load(frame.load) if frame.load is not None else None
     head = msgpack.packb({"k": frame.kind, "n": frame.number, "r": frame.is_reply, "h": frame.header, "l": load})
     if len(head) > MAX_HEADER_BYTES or len(frame.tail) > MAX_TAIL_BYTES:
         raise ValueError(f"frame {frame.kind} too large: header {len(head)}, tail {len(frame.tail)} bytes")
@@ -96,8 +96,8 @@ def _decode(head: bytes, tail: bytes) -> Frame:
             max_bin_len=len(head),
         )
         kind, number, is_reply, header = outer["k"], outer["n"], outer["r"], outer["h"]
-        load = None if outer["l"] is None else msgspec.convert(outer["l"], Load)
-    except (ValueError, KeyError, TypeError, msgpack.UnpackException, msgspec.MsgspecError) as error:
+        load = None if outer["l"] is None else unpack_load(outer["l"])[0]
+    except (ValueError, KeyError, TypeError, struct.error, msgpack.UnpackException) as error:
         raise FrameError(f"not a frame header: {type(error).__name__}") from error
     if not (isinstance(kind, str) and type(number) is int and type(is_reply) is bool and isinstance(header, dict)):
         raise FrameError("a frame header field has the wrong type")

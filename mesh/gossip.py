@@ -1,8 +1,8 @@
-"""The datagrams of membership: what one fits in, what it may say, and how bytes become one.
+"""The datagrams of membership: what one fits in and what it may say. How it lies on the wire: `mesh.gossip_wire`.
 
 Four messages for probes (`Ping`, `Ack`, `PingReq`, `Nack`), two about connections (`Knock`, `Knocked`), and `Gossip`. Each
 carries the sender's own standing, its load and one 8-byte fingerprint of all it knows, and as many claims about members
-as still fit. Structs travel as MessagePack arrays: a newer version may append fields, an older one ignores them.
+as still fit.
 Source: SWIM (Das, Gupta, Motivala, DSN 2002), section 4, with Lifeguard's accuser in each suspicion.
 """
 
@@ -21,19 +21,19 @@ MAX_DATAGRAM_BYTES = 1400  # sealed; fits an Ethernet frame under IPv6, UDP and 
 MAX_SEAL_BYTES = 64  # what a seal may add
 MAX_MESSAGE_BYTES = MAX_DATAGRAM_BYTES - MAX_SEAL_BYTES
 MAX_CLAIM_BYTES = 250  # of the longest name and host, with key and signature; a usual one without its key takes half
-MAX_CLAIMS = 128  # the smallest claim takes 22 bytes, so no honest datagram holds more
+MAX_CLAIMS = 128  # the smallest claim takes 15 bytes, so no honest datagram holds more
 MAX_NAME_BYTES = 32
 MAX_HOST_BYTES = 46  # the longest text form of an IPv6 address, and most host names
 MAX_REGION_BYTES = 16
 
-_COUNTER_MAX = 2**48  # of epochs and incarnations: far from what 64 bits would overflow on one more step
+COUNTER_MAX = 2**48  # of epochs and incarnations: far from what 64 bits would overflow on one more step
 ZERO_LOAD = Load()
 REFUSED, TIMEOUT = "refused", "timeout"  # causes of a death
 LISTENS, STALLED = "listens", "stalled"  # of suspicions: its process exists; and it has been silent for long
 
 Id = Annotated[NodeId, Meta(pattern=r"^[0-9a-f]{16}\Z")]
-Counter = Annotated[int, Meta(ge=0, le=_COUNTER_MAX)]
-Sequence = Annotated[int, Meta(ge=0, le=2**32)]
+Counter = Annotated[int, Meta(ge=0, le=COUNTER_MAX)]
+Sequence = Annotated[int, Meta(ge=0, lt=2**32)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Name = Annotated[str, Meta(max_length=MAX_NAME_BYTES)]
 Host = Annotated[str, Meta(max_length=MAX_HOST_BYTES)]
@@ -127,8 +127,8 @@ class Sender(msgspec.Struct, frozen=True, array_like=True):
     incarnation: Counter
     fingerprint: Annotated[int, Meta(ge=0)]  # of all live (node, epoch, incarnation, facts version), 64 bits
     load: Load = ZERO_LOAD
-    load_age_ms: Annotated[int, Meta(ge=0, le=2**31)] = 0
-    lag_ms: Annotated[int, Meta(ge=0, le=2**31)] = 0  # how late the sender is with all it does, as it measured
+    load_age_ms: Annotated[int, Meta(ge=0)] = 0  # told as 65,535 if above
+    lag_ms: Annotated[int, Meta(ge=0)] = 0  # how late the sender is with all it does, as it measured
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag="ping"):
@@ -194,44 +194,9 @@ class Knocked(msgspec.Struct, frozen=True, array_like=True, tag="knocked"):
 
 Message = Ping | Ack | PingReq | Nack | Gossip | Knock | Knocked
 
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Message)
-
-
-def encode(message: Message) -> bytes:
-    """The bytes to seal; the caller has kept the claims within `claim_budget_bytes`."""
-    return _encoder.encode(message)
-
-
-def encoded_bytes(struct: Message | Claim) -> int:
-    """The size of a message or claim on the wire."""
-    return len(_encoder.encode(struct))
-
-
-def claim_budget_bytes(bare: Message) -> int:
-    """How many bytes of claims still fit into `bare`, a message without claims."""
-    return MAX_MESSAGE_BYTES - encoded_bytes(bare) - 2  # an array of 16 and more takes a longer header
-
-
-def decode(opened: bytes) -> Message:
-    """A message out of what a seal held.
-
-    Raises:
-        BadDatagram: too long, not MessagePack, of another shape, or out of bounds.
-    """
-    if len(opened) > MAX_MESSAGE_BYTES:
-        raise BadDatagram(f"a message takes at most {MAX_MESSAGE_BYTES} bytes, got {len(opened)}")
-    try:
-        message = _decoder.decode(opened)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise BadDatagram(f"not a gossip message: {error}") from None
-    if not load_is_sane(message.sender.load):
-        raise BadDatagram("a load record holds negative or infinite figures")
-    return message
-
 
 def load_is_sane(load: Load) -> bool:
     """No figure is negative, infinite or not a number: one such would poison every score computed from it."""
     counts = (load.running, load.waiting, load.kv_blocks_used, load.kv_blocks_total, load.prefill_tokens_queued)
     rates = (load.prefill_tok_s, load.step_ms)
-    return all(0 <= count <= _COUNTER_MAX for count in counts) and all(rate >= 0 and math.isfinite(rate) for rate in rates)
+    return all(0 <= count <= COUNTER_MAX for count in counts) and all(rate >= 0 and math.isfinite(rate) for rate in rates)

@@ -17,7 +17,7 @@ from mesh.ids import Address, NodeId, format_address
 from mesh.tls import why_impostor
 from mesh.view import Load
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 HANDSHAKE_TIMEOUT_S = 2.0  # shorter than any call's own time, so that the reason is told and not the call's timeout
 CONNECT_TIMEOUT_S = 3.0
 OUTBOX_FRAMES = 4096  # some seconds of tokens for 1,000 sequences; beyond it the peer does not read and is as good as lost

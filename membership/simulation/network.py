@@ -18,13 +18,14 @@ from membership.effects import Effect, Exchange, FactsChanged, MemberChanged, Pi
 from membership.members import Member
 from membership.simulation.nodes import Seen, SimNode
 from membership.simulation.signer import StandInSigner
-from mesh import gossip, sync
+from mesh import gossip_wire, sync
 from mesh.gossip import MAX_MESSAGE_BYTES, Alive
 from mesh.ids import Address, NodeId
+from mesh.seal import KeySeal
 from mesh.view import Facts, PeerState
 
 SOCKET_BUFFER_DATAGRAMS = 150  # about what Linux keeps of small datagrams in its default 212 KiB
-SEAL_BYTES = 48
+SEAL_BYTES = KeySeal.overhead_bytes
 CONNECT_TIMEOUT_S = 1.0
 ROUNDS_MAX = 8  # as in the service
 
@@ -239,7 +240,7 @@ class Network:
         for effect in effects:
             match effect:
                 case Send(to=to, message=message):
-                    self._send(it, to, gossip.encode(message))
+                    self._send(it, to, gossip_wire.encode(message))
                 case Exchange(to=to):
                     self._exchange(it, to)
                 case Push(to=to, sync=news):
@@ -347,7 +348,7 @@ class Network:
         self._later(it.read_until - self.now, read)
 
     def _receive(self, it: SimNode, source: Address, datagram: bytes, arrived_at: float | None = None) -> None:
-        self._carry_out(it, it.core.receive(source, gossip.decode(datagram), self.now, arrived_at))
+        self._carry_out(it, it.core.receive(source, gossip_wire.decode(datagram), self.now, arrived_at))
 
     def _exchange(self, it: SimNode, to: Address) -> None:
         rounds = iter(range(ROUNDS_MAX))

@@ -11,7 +11,8 @@ from membership.core import MembershipCore
 from membership.effects import Send
 from membership.fingerprint import Fingerprint
 from membership.members import SEVERITY, standing_of
-from mesh.gossip import MAX_MESSAGE_BYTES, Ack, Alive, Claim, Dead, Gossip, Left, Message, Ping, PingReq, Suspect, encoded_bytes
+from mesh.gossip import MAX_MESSAGE_BYTES, Ack, Alive, Claim, Dead, Gossip, Left, Message, Ping, PingReq, Suspect
+from mesh.gossip_wire import encoded_bytes
 from mesh.ids import NodeId
 from mesh.view import PeerState
 from tests.membership.pieces import CONFIG, ME, address_of, alive, core_of, exchange, left, node_among, peer_id, sender, signed

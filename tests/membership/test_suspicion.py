@@ -10,7 +10,8 @@ import pytest
 from membership.config import MembershipConfig
 from membership.dissemination import Rumours, transmit_limit
 from membership.suspicion import Suspicion, expected_confirmations, minimum_s, remaining_s
-from mesh.gossip import Alive, Dead, Suspect, encoded_bytes
+from mesh.gossip import Alive, Dead, Suspect
+from mesh.gossip_wire import claim_bytes
 from tests.membership.pieces import alive, peer_id
 
 
@@ -62,7 +63,7 @@ def test_the_least_told_rumour_goes_first_and_each_only_so_often() -> None:
     rumours = Rumours()
     rumours.put(alive(1))
     rumours.put(alive(2))
-    one = encoded_bytes(alive(1))
+    one = len(claim_bytes(alive(1)))
     assert rumours.take(one, 2) == (alive(2),), "the newest of those told equally often"
     assert rumours.take(one, 2) == (alive(1),)
     assert rumours.take(2 * one, 2) == (alive(2), alive(1))
@@ -82,7 +83,7 @@ def test_claims_that_must_go_first_are_not_counted_nor_told_twice_in_one_message
     rumours.put(dead := Dead(peer_id(1), 1, 0, peer_id(2)))
     assert rumours.take(1000, 1, [dead]) == (dead,)
     assert rumours.take(1000, 1) == (dead,)
-    assert rumours.take(encoded_bytes(dead) - 1, 1, [dead]) == ()
+    assert rumours.take(len(claim_bytes(dead)) - 1, 1, [dead]) == ()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ frames = st.builds(
     tail=st.binary(max_size=200),
     number=st.integers(0, 2**40),
     is_reply=st.booleans(),
-    load=st.none() | st.builds(Load, running=st.integers(0, 99), prefill_tok_s=st.floats(0, 1e6)),
+    load=st.none() | st.builds(Load, running=st.integers(0, 99), prefill_tok_s=st.floats(0, 1e6, width=32)),
 )
 
 

@@ -12,6 +12,7 @@ from mesh.errors import BadRequest, DeadlineExceeded, PeerLost, Refused, RemoteE
 from mesh.frames import Frame, encode
 from mesh.ids import NodeId
 from mesh.keys import new_key
+from mesh.link import PROTOCOL_VERSION
 from mesh.links import CALLS_AT_ONCE, LinkConfig, Links
 from mesh.tls import client_context, server_context
 from mesh.view import Load
@@ -267,7 +268,7 @@ async def test_a_kept_link_that_never_comes_about_is_nobodys_loss_but_a_calls_is
         nursery.cancel_scope.cancel()
 
 
-HELLO = {"version": 1, "cluster": "mesh", "node": "stranger"}
+HELLO = {"version": PROTOCOL_VERSION, "cluster": "mesh", "node": "stranger"}
 
 
 @pytest.mark.parametrize("broken", [lambda header: header["rows"][0], lambda header: header["rows"].get(1)])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.seal import NONCES_REMEMBERED, REPLAY_WINDOW_S, KeySeal, PlainSeal, Seal, SealBroken, SealFault
+from mesh.seal import NONCES_REMEMBERED, REPLAY_WINDOW_S, KeySeal, PlainSeal, Seal, SealBroken, SealFault, _key_id
 
 KEY, OTHER = b"k" * 32, b"o" * 32
 
@@ -45,6 +45,41 @@ def test_every_fault_has_its_name() -> None:
     assert fault(PlainSeal("here"), PlainSeal("there").seal(b"x")) is SealFault.WRONG_CLUSTER
     assert fault(PlainSeal(), b"GET / HTTP/1.1\r\nHost: here\r\n\r\n") is SealFault.FOREIGN
     assert fault(KeySeal([KEY]), b"") is SealFault.FOREIGN
+    assert fault(KeySeal([KEY]), KeySeal([KEY]).seal(b"")[:-1]) is SealFault.FOREIGN
+    assert fault(KeySeal([KEY]), b"GM\x01\x01" + bytes(60)) is SealFault.OTHER_VERSION
+    of_a_later_version = bytearray(KeySeal([KEY]).seal(b"x"))
+    of_a_later_version[0] += 2
+    assert fault(KeySeal([KEY]), bytes(of_a_later_version)) is SealFault.OTHER_VERSION
+
+
+def test_two_keys_of_one_short_name_are_told_apart() -> None:
+    named: dict[bytes, bytes] = {}
+    numbers = (number.to_bytes(32, "big") for number in range(100_000))
+    one, other = next((named[name], key) for key in numbers if named.setdefault(name := _key_id(key), key) != key)
+    assert KeySeal([one, other]).open(KeySeal([other]).seal(b"x")) == b"x"
+    assert KeySeal([other, one]).open(KeySeal([other]).seal(b"x")) == b"x"
+    assert fault(KeySeal([one]), KeySeal([other]).seal(b"x")) is SealFault.DAMAGED
+
+
+def test_a_replay_when_the_short_time_comes_round_again_is_refused() -> None:
+    clock = Clock()
+    seal = KeySeal([KEY], clock=clock)
+    old = seal.seal(b"x")
+    for turns in (1, 2, -1):
+        clock.now = Clock().now + turns * 65_536 * 4
+        assert fault(seal, old) is SealFault.DAMAGED
+    clock.now = Clock().now
+    assert seal.open(old) == b"x"
+
+
+@pytest.mark.parametrize("hours", [1, 12, 36])
+def test_a_clock_wrong_by_hours_is_told_from_a_forgery(hours: int) -> None:
+    clock = Clock()
+    seal = KeySeal([KEY], clock=clock)
+    datagram = seal.seal(b"x")
+    for sign in (1, -1):
+        clock.now = Clock().now + sign * hours * 3600
+        assert fault(seal, datagram) is SealFault.REPLAYED
 
 
 @pytest.mark.parametrize("seal", [KeySeal([KEY]), PlainSeal()])
@@ -59,7 +94,7 @@ def test_no_bit_may_change(seal: Seal) -> None:
 
 def test_the_cluster_is_authenticated_beyond_its_short_hash() -> None:
     here, there = KeySeal([KEY], "here"), KeySeal([KEY], "there")
-    forged = here.seal(b"x")[:4] + there.seal(b"x")[4:8] + here.seal(b"x")[8:]
+    forged = here.seal(b"x")[:1] + there.seal(b"x")[1:3] + here.seal(b"x")[3:]
     assert fault(there, forged) is SealFault.DAMAGED
 
 
@@ -69,11 +104,11 @@ def test_a_datagram_is_opened_once_and_only_while_it_is_fresh() -> None:
     once, late, early = seal.seal(b"x"), seal.seal(b"x"), seal.seal(b"x")
     seal.open(once)
     assert fault(seal, once) is SealFault.REPLAYED
-    clock.now += REPLAY_WINDOW_S + 1
+    clock.now += REPLAY_WINDOW_S + 5
     assert fault(seal, late) is SealFault.REPLAYED
-    clock.now -= 2 * REPLAY_WINDOW_S + 2
+    clock.now -= 2 * REPLAY_WINDOW_S + 10
     assert fault(seal, early) is SealFault.REPLAYED
-    clock.now += REPLAY_WINDOW_S + 1
+    clock.now += REPLAY_WINDOW_S + 5
     assert seal.open(late) == b"x"
 
 
@@ -105,7 +140,7 @@ def test_any_bytes_are_refused_by_name(raw: bytes) -> None:
 @given(st.binary(max_size=200))
 def test_any_bytes_behind_a_right_head_are_refused_by_name(raw: bytes) -> None:
     for seal in (KeySeal([KEY]), PlainSeal()):
-        assert fault(seal, seal.seal(b"")[:12] + raw) in SealFault
+        assert fault(seal, seal.seal(b"")[:7] + raw) in SealFault
 
 
 def test_a_seal_without_a_key_is_refused() -> None:

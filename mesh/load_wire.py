@@ -1,0 +1,37 @@
+"""How busy a node is, in 24 bytes: on every gossip message and every frame of a link.
+
+Layout, big endian: running 2, waiting 2, KV blocks used 4, in all 4, prefill tokens queued 4, prefill tokens a second as a
+float of 4, milliseconds a step as a float of 2, age in milliseconds 2. What is above its field's highest value is told
+as that: a node with 65,535 requests waiting and one with more are passed over alike.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from mesh.view import Load
+
+_LAYOUT = struct.Struct("!HHIIIfeH")
+LOAD_BYTES = _LAYOUT.size
+_U16, _U32 = 2**16 - 1, 2**32 - 1
+_FLOAT_MAX, _HALF_MAX = 3.4e38, 65504.0
+
+
+def pack_load(load: Load, age_ms: int = 0) -> bytes:
+    """`LOAD_BYTES` bytes. The figures are the node's own: none is negative or not a number."""
+    return _LAYOUT.pack(
+        min(load.running, _U16),
+        min(load.waiting, _U16),
+        min(load.kv_blocks_used, _U32),
+        min(load.kv_blocks_total, _U32),
+        min(load.prefill_tokens_queued, _U32),
+        min(load.prefill_tok_s, _FLOAT_MAX),
+        min(load.step_ms, _HALF_MAX),
+        min(age_ms, _U16),
+    )
+
+
+def unpack_load(raw: bytes, at: int = 0) -> tuple[Load, int]:
+    """Load and age in milliseconds out of `LOAD_BYTES` bytes from `at`; whether they are sane is the caller's to ask."""
+    *figures, age_ms = _LAYOUT.unpack_from(raw, at)
+    return Load(*figures), age_ms
