@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,15 @@ class ModelText:
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    @property
+    def template(self) -> str:
+        """The chat template; all of them where there are several. Empty where the model has none."""
+        template = self.tokenizer.chat_template or ""
+        return "\n".join(template.values()) if isinstance(template, dict) else str(template)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[int, ...]:
         """The conversation through the model's own chat template, ready for the assistant's turn.
 
         Raises:
@@ -55,11 +63,28 @@ class ModelText:
             raise BadRequest("this model has no chat template; use /v1/completions", "messages")
         try:
             encoded = self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
+                list(messages), tools=list(tools) if tools else None, add_generation_prompt=True, tokenize=True, return_dict=True
             )
         except TemplateError as error:
             raise BadRequest(f"the model's chat template refuses these messages: {_first_line(error)}", "messages") from None
         return tuple(encoded["input_ids"])
+
+    def special_id(self, text: str) -> int | None:
+        """The special token that is `text`: one that `decode` leaves out."""
+        token = self.tokenizer.get_added_vocab().get(text) if text else None
+        return token if token in self.tokenizer.all_special_ids else None
+
+    def decode_with(self, kept: frozenset[int]) -> Callable[[Sequence[int]], str]:
+        """`decode`, but the special tokens `kept` are text."""
+        if not kept:
+            return self.decode
+        left_out = frozenset(self.tokenizer.all_special_ids) - kept
+
+        def decode(tokens: Sequence[int]) -> str:
+            shown = [token for token in tokens if token not in left_out]
+            return str(self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+        return decode
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -15,6 +15,8 @@ from mesh.errors import BadRequest
 from node.grammar import GrammarCheck
 from node.models import Models, ServedModel
 from node.requests import Citation, GenerateRequest, Grammar, RetrievalReport, SamplingParams
+from node.text import Decode
+from node.tool_styles import conversation, grammar_for, knows_tools, style_of
 from rag.context import build, citations
 from rag.service import Documents
 from rag.types import SearchResult
@@ -30,6 +32,12 @@ class Prompt:
     sampling: SamplingParams  # max_tokens, seed and end tokens settled
     seed: int
     retrieved: SearchResult | None = None
+    tool_style: str = ""  # of the model, where the request offers tools
+    markers: frozenset[int] = frozenset()  # special tokens that belong to the text: they begin a tool call
+
+    @property
+    def decode(self) -> Decode:
+        return self.model.text.decode_with(self.markers) if self.markers else self.model.text.decode
 
     def choice_sampling(self, choice: int) -> SamplingParams:
         """Choice 0 draws with the request's seed; the others with seeds that follow from it."""
@@ -87,8 +95,9 @@ class Prompts:
                 "context_length_exceeded",
             )
         _check_vocabulary(tokens, model, request)
-        if request.sampling.grammar is not None:
-            await self._check_grammar(request.sampling.grammar)
+        grammar, style, markers = _tool_form(request, model)
+        if grammar is not None:
+            await self._check_grammar(grammar)
         seed = request.seed if request.seed is not None else SystemRandom().getrandbits(53)  # 53 bits: exact in JSON
         ends = () if request.sampling.ignore_eos else model.text.end_tokens
         sampling = msgspec.structs.replace(
@@ -96,8 +105,9 @@ class Prompts:
             seed=seed,
             max_tokens=request.max_tokens or room,
             stop_token_ids=tuple(sorted({*request.sampling.stop_token_ids, *ends})),
+            grammar=grammar,
         )
-        return Prompt(model, tokens, sampling, seed, retrieved)
+        return Prompt(model, tokens, sampling, seed, retrieved, style, markers)
 
     async def _check_grammar(self, grammar: Grammar) -> None:
         """Raises BadRequest: it does not compile, or not in time."""
@@ -130,8 +140,22 @@ def encode(request: GenerateRequest, model: ServedModel) -> tuple[int, ...]:
     if request.prompt_ids is not None:
         return request.prompt_ids
     if request.messages is not None:
-        return model.text.encode_chat(request.messages)
+        use, template = request.tools, model.text.template
+        offered = use.tools if use is not None and use.choice != "none" else None
+        messages = conversation(request.messages, use, template)
+        return model.text.encode_chat(messages, offered if knows_tools(template) else None)
     return model.text.encode(request.prompt or "")
+
+
+def _tool_form(request: GenerateRequest, model: ServedModel) -> tuple[Grammar | None, str, frozenset[int]]:
+    """What the answer must be, the style of the calls in it, and the special tokens that are part of them."""
+    use, grammar = request.tools, request.sampling.grammar
+    if use is None or use.choice == "none":
+        return grammar, "", frozenset()
+    style = style_of(model.text.template)
+    markers = (model.text.special_id(marker) for marker in (style.opening, style.closing))
+    kept = frozenset(marker for marker in markers if marker is not None)
+    return grammar_for(use, style, model.text.special_id, grammar), style.name, kept
 
 
 def _prompt_field(request: GenerateRequest) -> str:

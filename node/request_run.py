@@ -99,7 +99,7 @@ class RequestRun:
         self._prompt = prompt
         self._cores = {choice: Generation(len(prompt.tokens), deadline_at, rng) for choice in range(request.n)}
         ends = prompt.sampling.stop_token_ids
-        self._texts = {choice: ChoiceText(prompt.model.text.decode, request, prompt.tokens, ends) for choice in self._cores}
+        self._texts = {choice: ChoiceText(prompt.decode, request, prompt.tokens, ends) for choice in self._cores}
         self.record.generations = self._cores
         self._inbox: deque[tuple[int, Event]] = deque()  # bounded by the choices' max_tokens: positions are numbered
         self._woken = trio.Event()
@@ -150,7 +150,8 @@ class RequestRun:
 
     async def drive(self) -> None:
         """Until every choice has ended."""
-        self._send(Started(self._prompt.model.card.id, self._prompt.seed, len(self._prompt.tokens)))
+        prompt = self._prompt
+        self._send(Started(prompt.model.card.id, prompt.seed, len(prompt.tokens), prompt.tool_style))
         async with trio.open_nursery() as open_nursery:
             for choice, core in self._cores.items():
                 self._carry_out(choice, core.start(trio.current_time()), open_nursery)

@@ -56,6 +56,24 @@ class Retrieval:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolUse:
+    """Functions that the answer may call. `tools` are in OpenAI's form, checked."""
+
+    tools: tuple[dict[str, Any], ...]
+    choice: Literal["auto", "none", "required"] = "auto"
+    named: str | None = None  # the one function that must be called; `choice` is then "required"
+    parallel: bool = True  # more than one call in an answer
+
+    @property
+    def forced(self) -> bool:
+        return self.choice == "required"
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(str(tool["function"]["name"]) for tool in self.tools)
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """Exactly one of `messages`, `prompt`, `prompt_ids` is set."""
 
@@ -71,6 +89,7 @@ class GenerateRequest:
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     retrieval: Retrieval | None = None
+    tools: ToolUse | None = None
     deadline_s: float | None = None  # seconds from now; None: the node's default
     tenant: str = ""
     request_id: str = ""  # x-request-id
@@ -141,6 +160,7 @@ class Started:
     model: ModelId
     seed: int
     prompt_tokens: int
+    tool_style: str = ""  # how the model writes tool calls (`node.tool_styles`), where tools were offered
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,9 @@ from typing import Any
 
 from mesh.ids import ModelId
 from node.http.openai import Asked
+from node.http.tool_deltas import delta_of, ending, message_of, parser_for
 from node.requests import ChoiceDone, Finished, GenerateEvent, Started, TextDelta, TokenLogprob
+from node.tool_calls import ToolCallParser
 
 Chunk = dict[str, Any]
 
@@ -40,6 +42,7 @@ class Answer:
         self._fingerprint_of = fingerprint_of
         self._model = asked.generations[0].model or ModelId("")
         self._fingerprint = ""
+        self._tool_style = ""
         self._seqs = [0] * len(asked.generations)
         self._prompt_tokens = [0] * len(asked.generations)
         self._finished: list[Finished | None] = [None] * len(asked.generations)
@@ -59,6 +62,7 @@ class Answer:
                 self._prompt_tokens[generation] = event.prompt_tokens
                 self._model = event.model
                 self._fingerprint = self._fingerprint_of(event.model)
+                self._tool_style = event.tool_style
                 return -1
             case Finished():
                 self._seqs[generation] = event.seq
@@ -79,6 +83,10 @@ class Answer:
         if isinstance(event, TextDelta):
             choice.text.append(event.text)
             choice.logprobs.extend(event.logprobs)
+
+    def new_parser(self, index: int) -> ToolCallParser | None:
+        """Finds the tool calls in the text of choice `index`; None where none were offered."""
+        return parser_for(self.asked.tools, self._tool_style, self.asked.id, index)
 
     def usage(self) -> dict[str, Any]:
         """Counts of the request, not of its attempts."""
@@ -144,7 +152,7 @@ class ChunkStream:
         self._answer = answer
         self._asked = answer.asked
         self._kind = "chat.completion.chunk" if answer.asked.chat else "text_completion"
-        self._started = 0
+        self._parsers: dict[int, ToolCallParser | None] = {}
         self._held: Chunk | None = None
 
     @property
@@ -157,7 +165,9 @@ class ChunkStream:
             case Started():
                 return self._opening(generation)
             case TextDelta():
-                return [self._choice_chunk(index, event.text, event.token_ids, event.logprobs)]
+                delta = self._delta(index, event.text)
+                silent = not delta and not self._asked.token_ids and not self._asked.logprobs  # held back: a call may begin
+                return [] if silent else [self._choice_chunk(index, event.text, event.token_ids, event.logprobs, delta)]
             case ChoiceDone():
                 return self._ending(index, event)
             case Finished():
@@ -173,10 +183,24 @@ class ChunkStream:
             for index in range(first, first + self._asked.n)
         ]
 
+    def _parser(self, index: int) -> ToolCallParser | None:
+        if index not in self._parsers:
+            self._parsers[index] = self._answer.new_parser(index)
+        return self._parsers[index]
+
+    def _delta(self, index: int, text: str) -> dict[str, Any]:
+        parser = self._parser(index)
+        return {"content": text} if parser is None else delta_of(parser.feed(text))
+
     def _choice_chunk(
-        self, index: int, text: str, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob], reason: str | None = None
+        self,
+        index: int,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprob],
+        delta: dict[str, Any],
+        reason: str | None = None,
     ) -> Chunk:
-        delta = {"content": text} if text or reason is None else {}
         body: dict[str, Any] = {"delta": delta} if self._asked.chat else {"text": text}
         if self._asked.logprobs and (logprobs or reason is None):
             offset = self._answer.choices[index].chars
@@ -187,7 +211,10 @@ class ChunkStream:
         return self._chunk([self._choice(index, body, reason)])
 
     def _ending(self, index: int, event: ChoiceDone) -> list[Chunk]:
-        chunk = self._choice_chunk(index, "", event.token_ids, (), event.finish_reason)
+        parser = self._parser(index)
+        delta = delta_of(parser.finish()) if parser is not None else {}
+        reason = ending(event.finish_reason, parser, self._asked.tools)
+        chunk = self._choice_chunk(index, "", event.token_ids, (), delta, reason)
         if all(choice.finish_reason for choice in self._answer.choices):
             self._held = chunk
             return []
@@ -227,8 +254,9 @@ def whole_answer(answer: Answer) -> dict[str, Any]:
 def _whole_choice(answer: Answer, index: int, choice: Choice) -> dict[str, Any]:
     text = "".join(choice.text)
     body: dict[str, Any] = {"index": index}
+    parser = answer.new_parser(index)
     if answer.asked.chat:
-        body["message"] = {"role": "assistant", "content": text, "refusal": None}
+        body["message"] = {"role": "assistant", **message_of(parser, text), "refusal": None}
         annotations = answer.annotations()
         if annotations:
             body["message"]["annotations"] = annotations
@@ -236,7 +264,7 @@ def _whole_choice(answer: Answer, index: int, choice: Choice) -> dict[str, Any]:
         body["text"] = text
     form = chat_logprobs(choice.logprobs) if answer.asked.chat else completion_logprobs(choice.logprobs, 0)
     body["logprobs"] = form if answer.asked.logprobs else None
-    body["finish_reason"] = choice.finish_reason
+    body["finish_reason"] = ending(choice.finish_reason or "", parser, answer.asked.tools)
     if answer.asked.token_ids:
         body["token_ids"] = choice.token_ids
     return body

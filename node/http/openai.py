@@ -18,21 +18,21 @@ import msgspec
 from mesh.errors import BadRequest
 from mesh.ids import ModelId, StreamId
 from node.http.errors import unexpected_field
+from node.http.messages import parse_messages
 from node.http.schema import ChatBody, CompletionBody, GenerationBody
 from node.http.structured import parse_grammar
-from node.requests import GenerateRequest, Retrieval, SamplingParams
+from node.http.tools import parse_tools
+from node.requests import GenerateRequest, Retrieval, SamplingParams, ToolUse
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 32
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024  # the entry holds text back by the longest one
-MAX_MESSAGES = 4096
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024
 MAX_TOKEN_ID = 2**31 - 1
 MAX_SEED = 2**63 - 1
 MAX_PASSAGES = 50
-ROLES = ("system", "developer", "user", "assistant")
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
@@ -78,6 +78,10 @@ class Asked:
     continuous_usage: bool = False
     token_ids: bool = False
     logprobs: bool = False
+
+    @property
+    def tools(self) -> ToolUse | None:
+        return self.generations[0].tools
 
     @property
     def choices(self) -> int:
@@ -129,12 +133,15 @@ def parse_chat(raw: bytes, id: StreamId, *, tenant: str = "", request_id: str = 
     """A body of `POST /v1/chat/completions`. Raises BadRequest."""
     body, fields = decode_body(raw, ChatBody)
     _refuse_unsupported(fields)
-    _refuse_tools(fields)
     logprobs = _top_logprobs(body)
     limit_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     base = _base_request(body, id, limit, limit_name, logprobs, tenant, request_id)
-    request = replace(base, messages=_messages(body.messages), retrieval=_retrieval(body))
+    tools = parse_tools(body)
+    if tools is not None and tools.forced and base.sampling.grammar is not None:
+        asked = base.sampling.grammar.param
+        raise BadRequest(f"{asked}: tool_choice says already what the answer must be", asked)
+    request = replace(base, messages=parse_messages(body.messages), retrieval=_retrieval(body), tools=tools)
     return _asked(body, id, (request,), chat=True)
 
 
@@ -304,60 +311,7 @@ def _retrieval(body: ChatBody) -> Retrieval | None:
     return Retrieval(body.mesh.store) if top_k is None else Retrieval(body.mesh.store, top_k)
 
 
-def _messages(messages: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    if not 1 <= len(messages) <= MAX_MESSAGES:
-        raise BadRequest(f"messages: expected 1 to {MAX_MESSAGES} messages, got {len(messages)}", "messages")
-    return tuple(_message(message, f"messages[{index}]") for index, message in enumerate(messages))
-
-
-def _message(message: Mapping[str, Any], param: str) -> dict[str, Any]:
-    """Role, content as one text, and name; `developer` is the newer word for `system`."""
-    role = message.get("role")
-    if role not in ROLES:
-        raise unexpected_field(f"one of {', '.join(ROLES)}", role, f"{param}.role")
-    for field in ("tool_calls", "function_call", "audio"):
-        if message.get(field):
-            raise BadRequest(f"{param}.{field}: not supported here", f"{param}.{field}")
-    cleaned = {"role": "system" if role == "developer" else role, "content": _content(message, role, f"{param}.content")}
-    name = message.get("name")
-    if name is not None:
-        if not isinstance(name, str):
-            raise unexpected_field("a text", name, f"{param}.name")
-        cleaned["name"] = name
-    return cleaned
-
-
-def _content(message: Mapping[str, Any], role: str, param: str) -> str:
-    """Text parts are joined by newlines, as vLLM does for models that take text."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    if content is None and role == "assistant":
-        return ""
-    if not isinstance(content, list):
-        raise unexpected_field("a text or a list of text parts", content, param)
-    texts = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "input_text", "output_text"):
-            raise BadRequest(
-                f"{param}[{index}]: expected a part of type text; others are not supported", f"{param}[{index}].type"
-            )
-        if not isinstance(part.get("text"), str):
-            raise unexpected_field("a text", part.get("text"), f"{param}[{index}].text")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
 def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
     for name, neutral in UNSUPPORTED.items():
         if fields.get(name) not in neutral:
             raise BadRequest(f"{name}: not supported here; leave it out", name)
-
-
-def _refuse_tools(fields: Mapping[str, Any]) -> None:
-    choice = fields.get("tool_choice")
-    if fields.get("tools") and choice != "none":
-        raise BadRequest("tools: not supported here; leave them out, or set tool_choice to none", "tools")
-    if choice not in (None, "none", "auto"):
-        raise BadRequest("tool_choice: tools are not supported here; expected none or auto", "tool_choice")

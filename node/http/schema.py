@@ -75,6 +75,9 @@ class GenerationBody(msgspec.Struct, kw_only=True):
 class ChatBody(GenerationBody, kw_only=True):
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
 

@@ -88,7 +88,7 @@ def test_every_field_finds_its_place() -> None:
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"chat_template": "{{x}}"}, "chat_template"),
         ({"echo": True}, "echo"),
@@ -103,7 +103,9 @@ def test_every_field_finds_its_place() -> None:
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0]"),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "user", "content": "a", "name": 3}]}, "messages[0].name"),
     ],
 )  # fmt: skip
@@ -155,7 +157,7 @@ def test_harmless_fields_are_ignored() -> None:
         chat(store=True, metadata={"a": 1}, parallel_tool_calls=True, service_tier="auto", made_up=1, tool_choice="none")
         == chat()
     )
-    assert chat(tools=[{"type": "function"}], tool_choice="none") == chat()
+    assert chat(tools=[], tool_choice="none") == chat()
 
 
 def test_text_parts_are_joined_and_developer_speaks_as_system() -> None:
