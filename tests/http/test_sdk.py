@@ -13,9 +13,11 @@ import trio
 from mesh.errors import DeadlineExceeded, Refused
 from tests.http.fake_node import CHAT, EMBED, HANG, WORDS, FakeNode, saying
 from tests.http.served import Served, served
+from tests.http.test_tools import CALLS, CLOCK, WEATHER, writing
 
 TEXT = "".join(WORDS)
 T = TypeVar("T")
+TOOLS: Any = [WEATHER, CLOCK]
 
 
 async def with_sdk(site: Served, ask: Callable[[openai.OpenAI], T]) -> T:
@@ -51,6 +53,31 @@ async def test_chat_and_its_stream() -> None:
     assert first.messages == ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"})
     assert (first.seed, first.max_tokens, first.sampling.temperature) == (1, 9, 0.0)
     assert second.sampling.top_k == 5 and second.max_tokens is None
+
+
+async def test_functions_are_offered_called_and_answered() -> None:
+    def ask(client: openai.OpenAI) -> None:
+        whole = client.chat.completions.create(model=CHAT, messages=MESSAGES, tools=TOOLS)
+        [call, other] = whole.choices[0].message.tool_calls or []
+        assert whole.choices[0].finish_reason == "tool_calls" and call.type == other.type == "function"
+        assert (call.function.name, call.function.arguments) == ("weather", '{"city": "Ulm"}')
+        told: Any = [*MESSAGES, whole.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "Sunny"}]
+        client.chat.completions.create(model=CHAT, messages=told, tools=TOOLS, tool_choice="none")
+        with client.chat.completions.stream(model=CHAT, messages=MESSAGES, tools=TOOLS) as stream:
+            final = stream.get_final_completion()
+        assert [made.function.arguments for made in final.choices[0].message.tool_calls or []] == ['{"city": "Ulm"}', "{}"]
+        assert final.choices[0].message.content == whole.choices[0].message.content == "Let me look."
+
+    async with served(FakeNode([writing(CALLS), saying(), writing(CALLS)])) as site:
+        await with_sdk(site, ask)
+        second = site.node.requests[1]
+    assert second.messages is not None and [message["role"] for message in second.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+    ]
+    assert second.messages[2]["tool_calls"][0]["function"]["name"] == "weather"
 
 
 async def test_plain_completions() -> None:
