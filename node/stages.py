@@ -37,7 +37,7 @@ Key = tuple[StreamId, Count, Count]  # stream, choice, attempt
 Names = tuple[Annotated[bytes, Meta(min_length=NAME_BYTES, max_length=NAME_BYTES)], ...]
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Draft = tuple[Count, ...]
-HiddenRow = tuple[StreamId, Count, Count, Count, Positive, Count, Names, Draft]  # key, position, count, bytes, names, draft
+HiddenRow = tuple[StreamId, Count, Count, Count, Positive, Count, Names, Draft, Count]  # key, then `HiddenOut` with data's size
 Top = tuple[tuple[Count, float], ...]
 TokenRow = tuple[StreamId, Count, Count, Count, Count, Literal["stop", "length"] | None, float | None, Top, Count]
 
@@ -150,7 +150,9 @@ class Stages:
             self._send_tokens(address, drawn)
 
     def _send_hidden(self, address: Address, rows: list[HiddenOut]) -> None:
-        header = {"rows": [[*row.key, row.position, row.count, len(row.data), row.names, row.draft] for row in rows]}
+        header = {
+            "rows": [[*row.key, row.position, row.count, len(row.data), row.names, row.draft, row.rewinds] for row in rows]
+        }
         try:
             self._post(address, "stage.hidden", header, b"".join(row.data for row in rows))
             self._counters.hidden_frames_total += 1
@@ -206,14 +208,14 @@ class Stages:
     def _on_hidden(self, sender: NodeId, header: Header, tail: bytes) -> None:
         offset = 0
         rows = msgspec.convert(header["rows"], list[HiddenRow])
-        for stream, choice, attempt, position, count, size_bytes, names, draft in rows:
+        for stream, choice, attempt, position, count, size_bytes, names, draft, rewinds in rows:
             if size_bytes > len(tail) - offset:
                 raise RemoteError(sender, "activations shorter than their header says")
             key = SequenceKey(stream, choice, attempt)
             data = tail[offset : offset + size_bytes]
             offset += size_bytes
             if key in self._routes:
-                self._engine.push(HiddenOut(key, position, count, data, names, draft))
+                self._engine.push(HiddenOut(key, position, count, data, names, draft, rewinds))
             else:
                 self._counters.rejected_rows_total += 1
 

@@ -82,6 +82,7 @@ class HiddenOut:
     data: bytes
     names: tuple[bytes, ...] = ()  # of the pages that became whole since the last
     draft: tuple[int, ...] = ()  # the tokens at the last so many positions are guessed (`speculation`)
+    rewinds: int = 0  # guesses that had proved wrong when this was computed; what is of an older one is void
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,7 @@ class EngineConfig:
     kv_memory_bytes: int | None = None  # for all KV caches; None: a share of free memory
     step_tokens: int = 512  # token budget of one step: prefill chunks and decodes together
     max_sequences: int = 64  # per stage; one more is refused as BUSY
+    speculates: bool = True  # guesses the next tokens from the text where that pays (`speculation`)
 
 
 class Engine(Protocol):

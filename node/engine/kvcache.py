@@ -121,9 +121,13 @@ class SequenceKV:
         self._give_up = weakref.finalize(self, self.place.release)
         self._give_up.atexit = False
         self._buffers: dict[int, torch.Tensor] = {}
+        self._end = 0
 
     def expect(self, end: int) -> None:
-        """Says that positions up to `end` are about to be written, in every layer."""
+        """Says that positions up to `end` are about to be written, in every layer, and that nothing behind counts any more."""
+        if end < self._end:
+            self._forget(end, self._end)
+        self._end = end
         if self.place is None:
             return
         if self._buffers and all(buffer.shape[3] >= end for buffer in self._buffers.values()):
@@ -145,6 +149,16 @@ class SequenceKV:
             return self.place.slab.read(layer, self.place.slot, 1, first, length)
         keys, values = held.narrow(3, first, length).unbind(0)
         return keys, values
+
+    @torch.inference_mode()
+    def _forget(self, position: int, end: int) -> None:
+        """Zeros where guesses were that proved wrong."""
+        held = self._buffers.values()
+        if not held and self.place is not None:
+            slot = self.place.slot
+            held = [layer[:, slot : slot + 1] for layer in self.place.slab.layers.values()]
+        for layer in held:
+            layer[:, :, :, position:end].zero_()
 
     @torch.inference_mode()
     def page(self, position: int, count: int, layers: Iterable[int]) -> Page:

@@ -1,32 +1,13 @@
-"""What the scheduler keeps of a sequence, and what it hands the worker for a step. No torch."""
+"""What the scheduler hands the worker for a step, and what comes back. No torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from mesh.prefix import PAGE_TOKENS, further_names
 from mesh.view import Span
-from node.engine.api import OpenSequence, SequenceKey, SequenceLost
+from node.engine.api import SequenceKey, SequenceLost
 from node.engine.blocks import BlockPool
-from node.engine.pages import PageName
-
-
-@dataclass(frozen=True, slots=True)
-class Lane:
-    """The layers `[start, end)` of one loaded span."""
-
-    span: Span
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Pushed:
-    """Activations for `count` positions, as they came off the wire."""
-
-    position: int
-    count: int
-    data: bytes
+from node.engine.row import Lane, Pushed, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,68 +18,6 @@ class PageStore:
     lane: Lane
     position: int
     number: int
-
-
-@dataclass(slots=True, eq=False)
-class Row:
-    """One sequence here. `computed` positions have their keys and values stored; `tokens` is empty in the middle of a path."""
-
-    opened: OpenSequence
-    lane: Lane
-    layers: int  # of the whole model
-    hidden_size: int
-    age: int  # admission number: the greatest is the youngest
-    blocks: list[int]
-    tokens: list[int]
-    known: int
-    computed: int = 0
-    served: int = 0  # number of the step that computed it last
-    pushed: list[Pushed] = field(default_factory=list)
-    pushed_end: int = 0
-    names: list[bytes] = field(default_factory=list)  # of its whole pages, as far as they are known here
-    names_sent: int = 0  # to the next stage
-    pages_kept: int = 0  # of its pages, from the first on: kept in the index, by this sequence or another
-    offered: list[int] = field(default_factory=list)  # pages pinned until it is known from where on it computes
-    restoring: list[int] = field(default_factory=list)  # pages pinned until its first piece has read them
-    cached: int = 0  # tokens taken from pages
-
-    @property
-    def key(self) -> SequenceKey:
-        return self.opened.key
-
-    @property
-    def first(self) -> bool:
-        return self.lane.start == 0
-
-    @property
-    def last(self) -> bool:
-        return self.lane.end == self.layers
-
-    @property
-    def limit(self) -> int:
-        """The position behind the last token that may be drawn."""
-        return self.opened.prompt_tokens + self.opened.sampling.max_tokens
-
-    @property
-    def ready(self) -> int:
-        """Positions that could be computed now."""
-        return (self.known if self.first else self.pushed_end) - self.computed
-
-    @property
-    def settled(self) -> int:
-        """Positions whose keys and values are final."""
-        return min(self.computed, self.known) if self.first or self.last else self.computed
-
-    def learn_names(self) -> None:
-        """Names the pages that have become whole, where the tokens are known here and nobody else names them."""
-        prefix = self.opened.prefix
-        if prefix is not None and self.first and len(self.tokens) // PAGE_TOKENS > len(self.names):
-            self.names += further_names(prefix.salt, self.names, self.tokens)
-
-    def page_name(self, page: int) -> PageName:
-        prefix = self.opened.prefix
-        assert prefix is not None
-        return PageName(self.lane.start, self.lane.end, prefix.numerics, self.names[page])
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +31,10 @@ class Piece:
     pushed: tuple[Pushed, ...] = ()  # may begin before `position` and end behind the piece
     restore: tuple[int, ...] = ()  # pages that hold all positions before; read before anything is computed
     names: tuple[bytes, ...] = ()  # for the next stage: of the pages that have become whole
-    draws: bool = False  # the logits behind its last position give the next token
+    draft: tuple[int, ...] = ()  # the tokens at its last so many positions are guesses
+    rewinds: int = 0  # of the row, when this was planned
+    draws: bool = False  # the logits behind its last position, and those before its guesses, give the next tokens
+    draws_from: int = 0  # with `draws`: the position of the first token to be drawn
     history: tuple[int, ...] = ()  # with `draws`: all tokens so far, if sampling or a grammar looks at them
     stop_ids: frozenset[int] = frozenset()  # with `draws`: tokens that end the sequence
 
@@ -152,6 +74,11 @@ class SchedulerStatistics:
     pages: int = 0
     prompt_tokens: int = 0  # of all sequences that a first stage took up
     cached_tokens: int = 0  # those of them that pages held
+    guessed_tokens: int = 0  # by first stages
+    true_guesses: int = 0
+    preempted: int = 0  # sequences that gave their blocks up and waited here for others
+    overdue: int = 0  # sequences whose deadline passed
+    isolated: int = 0  # steps that failed and were tried again sequence by sequence, or without the youngest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -164,3 +91,4 @@ class HeldSpan:
     vocab_size: int
     max_model_len: int
     end_ids: frozenset[int]  # the model's own end-of-sequence tokens
+    exact: bool = True  # its kernels give the same bits however rows are cut: what guessing rests on

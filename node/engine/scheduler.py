@@ -1,81 +1,83 @@
 """Which rows the next step computes. A core: no torch, no clock, no threads.
 
 Each (loaded span, layers asked of it) is a *lane*; a step takes rows of one lane, and lanes with work take turns. Within a
-step's token budget decodes go first, those not served for longest ahead; a quarter of the budget stays for prefill
-while any waits, the oldest sequence first, so neither starves the other. Any mixture gives the same tokens (design.md,
-Exactness), so fairness is free.
+lane `sharing` splits the step's token budget. Any mixture gives the same tokens (design.md, Exactness), so fairness is free;
+for the same reason rows may compute tokens that are only guessed (`speculation`) and begin behind pages that others
+computed (`pages`).
 
 A sequence holds blocks for the tokens known when it was admitted and takes more as it grows. When none is free the
-youngest sequence of that span is evicted: the oldest always finishes, so there is no livelock, and recomputing
-elsewhere changes no token.
+least important of that span, and of those the youngest, gives its blocks up: the most important always finishes, so there is
+no livelock. It is lost, and its entry goes on with it elsewhere; where there is no elsewhere it waits here and is computed
+again before anything new is taken up. A step that fails is tried again sequence by sequence, so what breaks breaks alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from mesh.errors import LocalError, Refused
 from mesh.ids import StreamId
-from mesh.prefix import NAME_BYTES, PAGE_TOKENS
 from mesh.view import Load, Span
 from node.engine.admission import check
 from node.engine.api import HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
-from node.engine.blocks import BlockPool, blocks_for
-from node.engine.pages import PageIndex
-from node.engine.rows import Drawn, HeldSpan, Lane, PageStore, Piece, Pushed, Row, SchedulerStatistics, StepPlan
+from node.engine.rooms import Rooms
+from node.engine.row import Lane, Row
+from node.engine.rows import Drawn, HeldSpan, PageStore, Piece, SchedulerStatistics, StepPlan
 from node.engine.sharing import share
+from node.engine.speculation import LONGEST_GUESS, StepCosts
 
 
 class Scheduler:
-    """Every method takes microseconds. The caller holds a lock around each; a step runs between `plan` and `commit`."""
+    """Every method takes microseconds. The caller holds a lock around each; a step runs between `plan` and `commit`.
 
-    def __init__(self, step_tokens: int, max_sequences: int) -> None:
+    `now`: seconds of any clock that only goes forward.
+    """
+
+    def __init__(self, step_tokens: int, max_sequences: int, speculates: bool = True) -> None:
         if step_tokens < 1 or max_sequences < 1:
             raise LocalError(f"expected a positive token budget and sequence limit, got {step_tokens} and {max_sequences}")
         self.step_tokens = step_tokens
         self.max_sequences = max_sequences
-        self._spans: dict[Span, HeldSpan] = {}
+        self.costs = StepCosts()
+        self._speculates = speculates
+        self._rooms = Rooms()
         self._rows: dict[SequenceKey, Row] = {}
         self._turns: dict[Lane, int] = {}  # number of the step that served the lane last
-        self._held_by_step: list[tuple[BlockPool, list[int]]] = []
-        self._pages: dict[Span, PageIndex] = {}
-        self._stores: list[PageStore] = []
-        self._prompt_tokens = self._cached_tokens = 0
         self._freed: list[SequenceKey] = []
         self._steps = self._opened = self._finished = self._evicted = self._failed = self._dropped = 0
+        self._prompt_tokens = self._cached_tokens = self._guessed_tokens = self._true_guesses = 0
+        self._preempted = self._overdue = self._isolated = 0
 
     # ---- spans
 
     def add_span(self, span: Span, held: HeldSpan) -> None:
         """Serves `span` from now on; a span that is there already stays as it is."""
-        if span not in self._spans:
-            self._spans[span] = held
-            self._pages[span] = PageIndex(held.pool)
+        self._rooms.add(span, held)
 
     def drop_span(self, span: Span) -> list[SequenceLost]:
         """Forgets a span; its sequences are lost, and may go elsewhere."""
         rows = [row for row in self._rows.values() if row.lane.span == span]
         for row in rows:
             self._forget(row)
-        self._spans.pop(span, None)
-        self._pages.pop(span, None)
+        self._rooms.drop(span)
         return [SequenceLost(row.key, f"layers {span.start}:{span.end} of {span.model} were unloaded") for row in rows]
 
     def fit_pages(self) -> None:
         """The pools have other sizes now."""
-        for pages in self._pages.values():
-            pages.fit()
+        self._rooms.fit()
 
     # ---- sequences
 
-    def open(self, sequence: OpenSequence) -> int:
+    def open(self, sequence: OpenSequence, now: float = 0.0) -> int:
         """As `Engine.open`; a sequence that is open already stays as it is."""
         if sequence.key in self._rows:
             self._dropped += 1
             return 0
-        span, held = self._span_for(sequence)
+        span = self._rooms.span_for(sequence)
+        held = self._rooms.spans[span]
         check(sequence, held)
-        if sum(row.lane.span == span for row in self._rows.values()) >= self.max_sequences:
+        there = [row for row in self._rows.values() if row.lane.span == span]
+        if len(there) >= self.max_sequences:
             raise Refused(f"{self.max_sequences} sequences are running on layers {span.start}:{span.end} of {span.model}")
         row = Row(
             sequence,
@@ -86,67 +88,34 @@ class Scheduler:
             [],
             list(sequence.tokens),
             sequence.known,
+            admitted=self._steps,
             served=self._steps,
             names=list(sequence.prefix.names) if sequence.prefix is not None else [],
         )
         row.names_sent = len(row.names)
-        if not self._give_room(row):
-            free = held.pool.free + self._pages[span].blocks
+        if sequence.remaining_ms is not None:
+            row.deadline_at = now + sequence.remaining_ms / 1e3
+        if any(other.waiting for other in there) or not self._rooms.give(row):
+            free = self._rooms.free(span)
             raise Refused(f"no room for {sequence.known} tokens: {free} of {held.pool.total} KV blocks are free")
+        row.cached = row.computed
+        if row.first:
+            self._prompt_tokens += row.known
+            self._cached_tokens += row.cached
         self._opened += 1
         self._rows[sequence.key] = row
         return len(row.offered) + len(row.restoring)
 
-    def _give_room(self, row: Row) -> bool:
-        """Blocks for the tokens known so far, and the pages that hold their beginning; False: there is no room."""
-        pages, prefix = self._pages[row.lane.span], row.opened.prefix
-        names = [row.page_name(page) for page in range(min(len(row.names), (row.known - 1) // PAGE_TOKENS))]
-        pages.find(names)  # those it wants are now the last to go
-        blocks = pages.take(blocks_for(row.known + 1))
-        if blocks is None:
-            return False
-        row.blocks = blocks
-        found = pages.find(names)
-        if row.first and prefix is not None:
-            found = found if prefix.elsewhere is None else found[: prefix.elsewhere]
-        pages.pin(found)
-        row.offered = found
-        if row.first:
-            self._begin(row, len(found) * PAGE_TOKENS)
-            self._prompt_tokens += row.known
-            self._cached_tokens += row.computed
-        return True
-
-    def _begin(self, row: Row, position: int) -> None:
-        """It computes from `position` on, and takes what is before from the pages it was offered."""
-        count = position // PAGE_TOKENS
-        self._pages[row.lane.span].unpin(row.offered[count:])
-        row.restoring, row.offered = row.offered[:count], []
-        row.computed = row.pushed_end = row.cached = position
-        row.pages_kept = count
-
-    def _span_for(self, sequence: OpenSequence) -> tuple[Span, HeldSpan]:
-        fitting = [
-            (span, held)
-            for span, held in self._spans.items()
-            if span.model == sequence.model and span.start <= sequence.start < sequence.end <= span.end
-        ]
-        if not fitting:
-            raise LocalError(f"no loaded span holds layers {sequence.start}:{sequence.end} of {sequence.model}")
-        return max(fitting, key=lambda pair: (pair[1].pool.free, -pair[0].start, -pair[0].end))
-
     def push(self, hidden: HiddenOut) -> None:
         """Takes activations that continue what came before; all else is counted and dropped."""
         row = self._rows.get(hidden.key)
-        if row is None or not _continues(row, hidden):
+        if row is None or not row.continues(hidden):
             self._dropped += 1
             return
-        position, count = hidden.position, hidden.count
-        if position and row.pushed_end == 0:
-            self._begin(row, position)
-        row.pushed.append(Pushed(position, count, hidden.data))
-        row.pushed_end += count
-        row.names += hidden.names
+        if hidden.position and row.pushed_end == 0:
+            self._rooms.begin(row, hidden.position)
+            row.cached = hidden.position
+        row.take(hidden)
 
     def token(self, key: SequenceKey, position: int, token: int) -> None:
         """The token at `position`, for a first stage that is not also the last; all else is counted and dropped."""
@@ -154,11 +123,10 @@ class Scheduler:
         if row is None or not row.first or row.last or position != row.known or row.known + 1 >= row.limit:
             self._dropped += 1
             return
-        if not 0 <= token < self._spans[row.lane.span].vocab_size:
+        if not 0 <= token < self._rooms.spans[row.lane.span].vocab_size:
             self._dropped += 1
             return
-        row.tokens.append(token)
-        row.known += 1
+        self._true_guesses += row.confirm(token)
 
     def close(self, key: SequenceKey) -> None:
         row = self._rows.get(key)
@@ -171,39 +139,48 @@ class Scheduler:
 
     def _forget(self, row: Row) -> None:
         del self._rows[row.key]
-        self._give_up_room(row)
-
-    def _give_up_room(self, row: Row) -> None:
-        self._pages[row.lane.span].unpin([*row.offered, *row.restoring])
-        self._spans[row.lane.span].pool.release(row.blocks)
-        row.blocks, row.offered, row.restoring = [], [], []
+        self._rooms.give_up(row)
         self._freed.append(row.key)
 
     # ---- steps
 
     def has_work(self) -> bool:
-        return bool(self._freed) or any(row.ready > 0 for row in self._rows.values())
+        rows = self._rows.values()
+        return bool(self._freed) or any(row.ready > 0 or (row.waiting and self._rooms.may_give(row)) for row in rows)
 
-    def plan(self) -> StepPlan:
+    def plan(self, now: float = 0.0) -> StepPlan:
         """The next step. Its blocks stay held until `commit`, whatever is closed meanwhile."""
-        lost: list[SequenceLost] = []
+        lost = self._drop_overdue(now)
+        self._readmit()
         lane = self._next_lane()
         pieces: list[Piece] = []
         if lane is not None:
             self._steps += 1
-            ready = [row for row in self._rows.values() if row.lane == lane and row.ready > 0]
-            for row, count in share(ready, self.step_tokens):
+            for row, count in self._chosen(lane):
                 if row.key in self._rows and self._grow(row, row.computed + count + 1, lost):
                     pieces.append(self._piece(row, count))
-            pieces = [piece for piece in pieces if self._rows.get(piece.row.key) is piece.row]
-            pool = self._spans[lane.span].pool
+            pieces = [piece for piece in pieces if self._rows.get(piece.row.key) is piece.row and not piece.row.waiting]
             for piece in pieces:
                 piece.row.served = self._steps
-                pool.retain(piece.row.blocks)
-                self._held_by_step.append((pool, list(piece.row.blocks)))
+                self._rooms.hold(piece)
         freed, self._freed = tuple(self._freed), []
-        dropped = tuple((span, number) for span, pages in self._pages.items() for number in pages.dropped())
+        dropped = self._rooms.dropped_pages()
         return StepPlan(self._steps, lane if pieces else None, tuple(pieces), tuple(lost), freed, dropped)
+
+    def _drop_overdue(self, now: float) -> list[SequenceLost]:
+        """Nobody waits for them any more, so they cost no step."""
+        overdue = [row for row in self._rows.values() if row.deadline_at <= now]
+        for row in overdue:
+            self._overdue += 1
+            self._forget(row)
+        return [SequenceLost(row.key, "the request's deadline passed") for row in overdue]
+
+    def _readmit(self) -> None:
+        """Preempted sequences go on, the most important first, as soon as there is room for what they know."""
+        for row in sorted((row for row in self._rows.values() if row.waiting), key=_standing):
+            if not self._rooms.give(row):
+                return
+            row.waiting = False
 
     def _next_lane(self) -> Lane | None:
         """The lane with work that was served longest ago; a new one counts as never served."""
@@ -218,143 +195,177 @@ class Scheduler:
         self._turns = {kept: step for kept, step in self._turns.items() if kept in in_use} | {lane: self._steps + 1}
         return lane
 
+    def _chosen(self, lane: Lane) -> list[tuple[Row, int]]:
+        """The rows of the next step with their counts of positions, guesses among them."""
+        ready = [row for row in self._rows.values() if row.lane == lane and row.ready > 0]
+        suspects = [row for row in ready if row.alone]
+        chosen = list(share(suspects[:1] or ready, self.step_tokens, self._steps))
+        if lane.start > 0 or not self._speculates or not self._rooms.spans[lane.span].exact:
+            return chosen
+        rows, tokens = sum(count for _, count in chosen), float(len(chosen))
+        with_guesses = []
+        for row, count in chosen:
+            if row.decodes and not row.alone:
+                guess = row.guess(min(LONGEST_GUESS, self.step_tokens - rows, self._rooms.spare(row)))
+                likely = row.pace.rate * len(guess)
+                if guess and self.costs.pays(rows, tokens, len(guess), likely):
+                    row.draft, row.guessed = list(guess), len(guess)
+                    self._guessed_tokens += len(guess)
+                    count += len(guess)
+                    rows, tokens = rows + len(guess), tokens + likely
+            with_guesses.append((row, count))
+        return with_guesses
+
     def _grow(self, row: Row, tokens: int, lost: list[SequenceLost]) -> bool:
-        """Gives `row` room for `tokens`, evicting the youngest of its span while there is none; False: that was `row` itself."""
-        pages = self._pages[row.lane.span]
-        missing = blocks_for(min(tokens, row.limit)) - len(row.blocks)
-        while missing > 0:
-            more = pages.take(missing)
-            if more is not None:
-                row.blocks += more
-                return True
-            youngest = max(
-                (other for other in self._rows.values() if other.lane.span == row.lane.span), key=lambda other: other.age
-            )
-            self._evicted += 1
-            self._forget(youngest)
-            lost.append(SequenceLost(youngest.key, "evicted: no KV block was free, and it was the youngest sequence"))
-            if youngest is row:
+        """Gives `row` room for `tokens`; while there is none the least of its span goes. False: that was `row` itself."""
+        if row.waiting:
+            return False
+        while not self._rooms.grow(row, tokens):
+            rivals = (other for other in self._rows.values() if other.lane.span == row.lane.span and other.blocks)
+            least = max(rivals, key=_standing)
+            if least.opened.last_choice and least.first and least.last:
+                self._preempt(least)
+            else:
+                self._evicted += 1
+                self._forget(least)
+                lost.append(SequenceLost(least.key, "evicted: no KV block was free, and it was the youngest sequence"))
+            if least is row:
                 return False
         return True
 
+    def _preempt(self, row: Row) -> None:
+        """It waits here for blocks and begins anew; what pages hold of it by then it need not compute."""
+        self._preempted += 1
+        self._rooms.give_up(row)
+        self._freed.append(row.key)
+        row.waiting, row.computed, row.draft, row.guessed = True, 0, [], 0
+
     def _piece(self, row: Row, count: int) -> Piece:
         position, end = row.computed, row.computed + count
-        draws = row.last and end == row.known
+        draws = row.last and end >= row.known
         sampling = row.opened.sampling
         looks_back = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
         looks_back = looks_back or sampling.grammar is not None
         row.learn_names()
+        row.void_from = float("inf")
         return Piece(
             row,
             position,
             count,
-            tokens=tuple(row.tokens[position:end]) if row.first else (),
+            tokens=tuple([*row.tokens, *row.draft][position:end]) if row.first else (),
             pushed=() if row.first else tuple(part for part in row.pushed if part.position < end),
             restore=tuple(row.restoring),
             names=() if row.last else tuple(row.names[row.names_sent :]),
+            draft=tuple(row.draft[max(0, position - row.known) : max(0, end - row.known)]),
+            rewinds=row.rewinds,
             draws=draws,
+            draws_from=row.known,
             history=tuple(row.tokens) if draws and looks_back else (),
             stop_ids=self._stop_ids(row) if draws else frozenset(),
         )
 
-    def commit(self, plan: StepPlan, drawn: dict[SequenceKey, Drawn]) -> list[TokenOut | SequenceLost]:
+    def commit(self, plan: StepPlan, drawn: Mapping[SequenceKey, Sequence[Drawn]]) -> list[TokenOut | SequenceLost]:
         """Takes the step's results up; nothing comes of sequences that were closed in mid-step."""
         outputs: list[TokenOut | SequenceLost] = []
         for piece in plan.pieces:
             row = piece.row
             if self._rows.get(row.key) is not row:
                 continue
-            row.computed = piece.position + piece.count
-            row.pushed = [part for part in row.pushed if part.position + part.count > row.computed]
+            row.alone = False
+            row.computed = int(min(piece.position + piece.count, row.void_from))
+            row.pushed = [part for part in row.pushed if part.end > row.computed]
             row.names_sent += len(piece.names)
-            self._pages[row.lane.span].unpin(row.restoring)
-            row.restoring = []
-            self._keep_pages(row)
+            self._rooms.keep_pages(row)
             if piece.draws:
-                outputs.append(self._draw(piece, drawn[row.key]))
-        self._end_step()
+                outputs += self._take_drawn(piece, drawn[row.key])
+        self._rooms.end_step()
         return outputs
-
-    def _keep_pages(self, row: Row) -> None:
-        """Has the pages kept that have become whole, as long as there is room."""
-        pages = self._pages[row.lane.span]
-        row.learn_names()
-        while row.pages_kept < min(len(row.names), row.settled // PAGE_TOKENS):
-            name = row.page_name(row.pages_kept)
-            number = pages.add(name)
-            if number is not None:
-                self._stores.append(PageStore(row.key, row.lane, row.pages_kept * PAGE_TOKENS, number))
-            elif name not in pages:
-                return
-            row.pages_kept += 1
 
     def pages_to_store(self) -> list[PageStore]:
         """What the last commit wants kept; to be copied before the next plan."""
-        stores, self._stores = self._stores, []
-        return stores
+        return self._rooms.pages_to_store()
 
     def not_stored(self, store: PageStore) -> list[SequenceLost]:
         """There was no memory for a copy; who already counted on the page may go elsewhere."""
-        lane, number = store.lane, store.number
-        waiting = [row for row in self._rows.values() if row.lane == lane and number in (*row.offered, *row.restoring)]
+        rows = [row for row in self._rows.values() if row.lane == store.lane]
+        waiting = [row for row in rows if store.number in (*row.offered, *row.restoring)]
         for row in waiting:
             self._forget(row)
-        if lane.span in self._pages:
-            self._pages[lane.span].drop(number)
+        self._rooms.drop_page(store)
         return [SequenceLost(row.key, "a page it counted on was not kept, for lack of memory") for row in waiting]
 
-    def _draw(self, piece: Piece, drawn: Drawn) -> TokenOut | SequenceLost:
-        row = piece.row
-        position, sampling = row.known, row.opened.sampling
-        if drawn.token is None:
-            self._failed += 1
-            self._forget(row)
-            reason = drawn.why_none or "the model gave no usable logits (not a number, or nothing left to draw)"
-            return SequenceLost(row.key, reason, retryable=False)
-        finish = None
-        late_enough = position - row.opened.prompt_tokens >= sampling.min_tokens
-        if drawn.ends or (drawn.token in piece.stop_ids and late_enough):
-            finish = "stop"
-        elif position + 1 >= row.limit:
-            finish = "length"
-        row.tokens.append(drawn.token)
-        row.known += 1
-        if finish is not None:
-            self._finished += 1
-            self._forget(row)
-        return TokenOut(row.key, position, drawn.token, finish, drawn.logprob, drawn.top, row.cached)
+    def _take_drawn(self, piece: Piece, drawn: Sequence[Drawn]) -> list[TokenOut | SequenceLost]:
+        """One token, and one for each guess before it that was right."""
+        row, outputs = piece.row, list[TokenOut | SequenceLost]()
+        for each in drawn:
+            position, sampling = row.known, row.opened.sampling
+            if each.token is None:
+                self._failed += 1
+                self._forget(row)
+                reason = each.why_none or "the model gave no usable logits (not a number, or nothing left to draw)"
+                return [*outputs, SequenceLost(row.key, reason, retryable=False)]
+            finish = None
+            late_enough = position - row.opened.prompt_tokens >= sampling.min_tokens
+            if each.ends or (each.token in piece.stop_ids and late_enough):
+                finish = "stop"
+            elif position + 1 >= row.limit:
+                finish = "length"
+            outputs.append(TokenOut(row.key, position, each.token, finish, each.logprob, each.top, row.cached))
+            if finish is not None:
+                self._finished += 1
+                self._forget(row)
+                return outputs
+            was_true = row.confirm(each.token)
+            self._true_guesses += was_true and row.first
+            if not was_true:
+                return outputs
+        return outputs
 
     def _stop_ids(self, row: Row) -> frozenset[int]:
         """Tokens that end this sequence; `ignore_eos` takes the model's own out, wherever they came from."""
         stops = frozenset(row.opened.sampling.stop_token_ids)
-        return stops - self._spans[row.lane.span].end_ids if row.opened.sampling.ignore_eos else stops
+        return stops - self._rooms.spans[row.lane.span].end_ids if row.opened.sampling.ignore_eos else stops
+
+    def out_of_memory(self, plan: StepPlan) -> list[SequenceLost]:
+        """There was no memory for the step: its least important sequence is lost, the others are tried again."""
+        rows = self._again(plan)
+        if not rows:
+            return []
+        least = max(rows, key=_standing)
+        self._failed += 1
+        self._forget(least)
+        return [SequenceLost(least.key, "out of memory, and it was the youngest sequence of the step")]
 
     def fail(self, plan: StepPlan, reason: str) -> list[SequenceLost]:
-        """The step failed: its sequences are lost, all others go on."""
-        lost = []
-        for row in (piece.row for piece in plan.pieces):
-            if self._rows.get(row.key) is row:
-                self._failed += 1
-                self._forget(row)
-                lost.append(SequenceLost(row.key, reason))
-        self._end_step()
-        return lost
+        """The step failed. A sequence that was alone in it is lost; of several each is tried alone, and all others go on."""
+        rows = self._again(plan)
+        if len(rows) == 1 and len(plan.pieces) == 1:
+            self._failed += 1
+            self._forget(rows[0])
+            return [SequenceLost(rows[0].key, reason)]
+        self._isolated += 1
+        for row in rows:
+            row.alone = True
+        return []
 
-    def _end_step(self) -> None:
-        for pool, blocks in self._held_by_step:
-            pool.release(blocks)
-        self._held_by_step = []
+    def _again(self, plan: StepPlan) -> list[Row]:
+        """Nothing came of the step: its rows are as they were before it."""
+        rows = [piece.row for piece in plan.pieces if self._rows.get(piece.row.key) is piece.row]
+        for row in rows:
+            if row.first:
+                row.draft, row.guessed = [], 0
+        self._rooms.end_step()
+        return rows
 
     # ---- figures
 
     def load(self) -> Load:
         rows = self._rows.values()
-        pools = [held.pool for held in self._spans.values()]
         return Load(
             running=len(self._rows),
             waiting=sum(row.computed == 0 for row in rows),
-            kv_blocks_used=sum(pool.used for pool in pools) - sum(pages.blocks for pages in self._pages.values()),
-            kv_blocks_total=sum(pool.total for pool in pools),
+            kv_blocks_used=self._rooms.used,
+            kv_blocks_total=self._rooms.total,
             prefill_tokens_queued=sum(row.opened.known - row.computed for row in rows if row.opened.known - row.computed > 1),
         )
 
@@ -370,25 +381,17 @@ class Scheduler:
             evicted=self._evicted,
             failed=self._failed,
             dropped=self._dropped,
-            pages=sum(map(len, self._pages.values())),
+            pages=self._rooms.pages,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
+            guessed_tokens=self._guessed_tokens,
+            true_guesses=self._true_guesses,
+            preempted=self._preempted,
+            overdue=self._overdue,
+            isolated=self._isolated,
         )
 
 
-def _continues(row: Row, hidden: HiddenOut) -> bool:
-    """Whether a peer's activations are what this row waits for, in place, size and type."""
-    position, count = hidden.position, hidden.count
-    if row.first or count < 1 or position + count >= row.limit or (row.last and position + count > row.known):
-        return False
-    begins = row.pushed_end == 0 and position % PAGE_TOKENS == 0 and position <= len(row.offered) * PAGE_TOKENS
-    if position != row.pushed_end and not begins:
-        return False
-    if len(hidden.data) not in (2 * count * row.hidden_size, 4 * count * row.hidden_size):
-        return False
-    named = len(row.names) + len(hidden.names)
-    return not hidden.names or (
-        row.opened.prefix is not None
-        and named * PAGE_TOKENS <= position + count
-        and all(len(name) == NAME_BYTES for name in hidden.names)
-    )
+def _standing(row: Row) -> tuple[int, int]:
+    """Who gives way is the greatest: the least important, and of those the youngest."""
+    return row.opened.priority, row.age

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import psutil
 import structlog
 import torch
+from numpy.typing import NDArray
 
 from mesh.errors import BadRequest, LocalError
 from mesh.ids import ModelId, StreamId
@@ -29,7 +31,7 @@ from node.engine.blocks import BLOCK_TOKENS, BlockPool
 from node.engine.checkpoint import read_checkpoint
 from node.engine.constraints import Constraints
 from node.engine.kvcache import Page, SequenceKV
-from node.engine.loading import Loaded, card, kv_token_bytes, load_stage
+from node.engine.loading import Loaded, card, is_exact, kv_token_bytes, load_stage
 from node.engine.rows import Drawn, HeldSpan, PageStore, Piece, SchedulerStatistics, StepPlan
 from node.engine.scheduler import Scheduler
 
@@ -64,7 +66,7 @@ class TorchEngine:
             raise BadRequest(f"this build computes on CPUs; expected device auto or cpu, got {config.device!r}", param="device")
         self._config = config
         self._lock = threading.Condition()
-        self._scheduler = Scheduler(config.step_tokens, config.max_sequences)
+        self._scheduler = Scheduler(config.step_tokens, config.max_sequences, config.speculates)
         self._loaded: dict[Span, Loaded] = {}
         self._cards: dict[Span, ModelCard] = {}
         self._pools: dict[Span, tuple[BlockPool, int]] = {}  # with the bytes of one block
@@ -132,6 +134,7 @@ class TorchEngine:
                         vocab_size=checkpoint.vocab_size,
                         max_model_len=checkpoint.max_model_len,
                         end_ids=checkpoint.end_ids,
+                        exact=is_exact(loaded.numerics),
                     ),
                 )
             kernel = machine.named(loaded.stage.kernel)
@@ -160,7 +163,7 @@ class TorchEngine:
 
     def open(self, sequence: OpenSequence) -> int:
         with self._lock:
-            pages = self._scheduler.open(sequence)
+            pages = self._scheduler.open(sequence, time.monotonic())
             self._lock.notify_all()
             return pages
 
@@ -219,7 +222,7 @@ class TorchEngine:
                 self._lock.wait_for(lambda: self._stopping or self._undelivered or self._scheduler.has_work())
                 if self._stopping:
                     return
-                plan = self._scheduler.plan()
+                plan = self._scheduler.plan(time.monotonic())
                 outputs: list[EngineOutput] = [*self._undelivered, *plan.lost]
                 self._undelivered.clear()
                 loaded = self._loaded[plan.lane.span] if plan.lane is not None else None
@@ -246,6 +249,8 @@ class TorchEngine:
             self._step_began_s = None
             with self._lock:
                 self._step_failures += 1
+                if is_out_of_memory(error):
+                    return list(self._scheduler.out_of_memory(plan))
                 return list(self._scheduler.fail(plan, f"the step failed: {type(error).__name__}"))
         self._step_began_s = None
         with self._lock:
@@ -262,7 +267,9 @@ class TorchEngine:
                 kept[store.number] = self._kv[store.key].page(
                     store.position, PAGE_TOKENS, range(store.lane.start, store.lane.end)
                 )
-            except (MemoryError, RuntimeError):  # torch says RuntimeError when it cannot allocate
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 with self._lock:
                     self._undelivered += self._scheduler.not_stored(store)
 
@@ -283,7 +290,7 @@ class TorchEngine:
             ids += piece.tokens
             received += [_activations(piece, part.position, part.count, part.data) for part in piece.pushed]
             if piece.draws:
-                logits_at.append(len(positions) - 1)
+                logits_at += range(len(positions) - 1 - len(piece.draft), len(positions))
         first = plan.lane.start == 0
         return loaded.stage.forward(
             plan.lane.start,
@@ -295,21 +302,32 @@ class TorchEngine:
             logits_at=logits_at,
         )
 
-    def _draw(self, plan: StepPlan, logits: torch.Tensor) -> dict[SequenceKey, Drawn]:
+    def _draw(self, plan: StepPlan, logits: torch.Tensor) -> dict[SequenceKey, list[Drawn]]:
+        """For each piece that draws its next token, and behind each guess that this proves right one more."""
         drawing = [piece for piece in plan.pieces if piece.draws]
-        drawn = {}
-        for piece, row_logits in zip(drawing, logits.numpy()):
-            opened = piece.row.opened
-            drawn[piece.row.key] = self._constraints.draw(
-                row_logits, opened, piece.position + piece.count, piece.history, piece.stop_ids
-            )
+        rows = iter(logits.numpy() if drawing else ())  # without any, what came out are activations, in bfloat16 at times
+        return {piece.row.key: self._draw_piece(piece, rows) for piece in drawing}
+
+    def _draw_piece(self, piece: Piece, rows: Iterator[NDArray[np.float32]]) -> list[Drawn]:
+        logits = [next(rows) for _ in range(len(piece.draft) + 1)]
+        history = list(piece.history)
+        drawn: list[Drawn] = []
+        for number, guess in enumerate([*piece.draft, None]):
+            at = piece.draws_from + number
+            one = self._constraints.draw(logits[number], piece.row.opened, at, history, piece.stop_ids)
+            drawn.append(one)
+            if one.token is None or one.token != guess or one.ends:
+                break
+            if piece.history:
+                history.append(one.token)
         return drawn
 
     def _measure(self, plan: StepPlan, took_s: float) -> None:
         known_s = 0.0 if self._longest_step_s == FIRST_STEP_S else self._longest_step_s * LONGEST_FADES
         self._longest_step_s = max(took_s, known_s)
-        rows = sum(piece.count for piece in plan.pieces)
-        decodes = sum(piece.count == 1 for piece in plan.pieces)
+        self._scheduler.costs.measured(sum(piece.count for piece in plan.pieces), took_s * 1e3)
+        rows = sum(max(1, piece.count - len(piece.draft)) for piece in plan.pieces)
+        decodes = sum(piece.count - len(piece.draft) <= 1 for piece in plan.pieces)
         self._decode_tokens += decodes
         self._prefill_tokens += rows - decodes
         if decodes == rows:
@@ -317,6 +335,12 @@ class TorchEngine:
         elif rows > 2 * decodes:
             rate = (rows - decodes) / took_s
             self._prefill_tok_s += (rate - self._prefill_tok_s) * (AVERAGING if self._prefill_tok_s else 1.0)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, torch on a GPU, or torch's CPU allocator (which says so in words alone) had no memory to give."""
+    words = ("not enough memory", "out of memory", "can't allocate memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error).lower() for word in words)
 
 
 def _activations(piece: Piece, position: int, count: int, data: bytes) -> torch.Tensor:
@@ -334,6 +358,7 @@ def _hidden_outputs(plan: StepPlan, hidden: torch.Tensor) -> list[EngineOutput]:
     for piece in plan.pieces:
         rows = hidden[row : row + piece.count].contiguous()
         raw = rows.view(torch.int16) if rows.dtype is torch.bfloat16 else rows
-        outputs.append(HiddenOut(piece.row.key, piece.position, piece.count, raw.numpy().tobytes(), piece.names))
+        data = raw.numpy().tobytes()
+        outputs.append(HiddenOut(piece.row.key, piece.position, piece.count, data, piece.names, piece.draft, piece.rewinds))
         row += piece.count
     return outputs

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bench.copying import teach_to_copy
+
 COMMON: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -52,12 +54,17 @@ DENSE = tuple(name for name in SHAPES if name not in {"mixtral", "qwen3_moe", "g
 
 
 def make_checkpoint(root: Path, name: str, shard: str | None = None, **changes: Any) -> Path:
-    """A random checkpoint of the named shape below `root`; the same bytes for the same arguments."""
-    kind, own = SHAPES[name]
+    """A random checkpoint of the named shape below `root`; the same bytes for the same arguments.
+
+    One whose name begins with "copying-" mostly continues a token by its neighbour in a cycle of seven.
+    """
+    kind, own = SHAPES[name.removeprefix("copying-")]
     directory = root / name
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind, **{**COMMON, **own, **changes})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if name.startswith("copying-"):
+            teach_to_copy(model, period=7, layer_share=0.015)
     model.save_pretrained(directory, **({"max_shard_size": shard} if shard else {}))
     return directory

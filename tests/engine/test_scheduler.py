@@ -8,13 +8,15 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from msgspec.structs import replace
 
 from mesh.errors import BadRequest, LocalError, Refused
 from mesh.ids import ModelId, StreamId
+from mesh.prefix import further_names
 from mesh.view import Span
-from node.engine.api import HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
+from node.engine.api import HiddenOut, OpenSequence, Prefix, SequenceKey, SequenceLost, TokenOut
 from node.engine.blocks import BLOCK_TOKENS, BlockPool
-from node.engine.rows import Drawn, HeldSpan, StepPlan
+from node.engine.rows import Drawn, HeldSpan, Piece, StepPlan
 from node.engine.scheduler import Scheduler
 from node.requests import SamplingParams
 
@@ -29,7 +31,7 @@ def held(blocks: int = 16) -> HeldSpan:
 
 
 def scheduler_of(*spans: Span, step_tokens: int = 64, max_sequences: int = 8, blocks: int = 16) -> Scheduler:
-    scheduler = Scheduler(step_tokens, max_sequences)
+    scheduler = Scheduler(step_tokens, max_sequences, speculates=False)
     for span in spans or (WHOLE,):
         scheduler.add_span(span, held(blocks))
     return scheduler
@@ -46,7 +48,7 @@ def sequence(
 
 def run(scheduler: Scheduler, token: int | None = 50) -> tuple[StepPlan, list[TokenOut | SequenceLost]]:
     plan = scheduler.plan()
-    outputs = scheduler.commit(plan, {piece.row.key: Drawn(token) for piece in plan.pieces if piece.draws})
+    outputs = scheduler.commit(plan, {piece.row.key: [Drawn(token)] for piece in plan.pieces if piece.draws})
     return plan, [*plan.lost, *outputs]
 
 
@@ -187,7 +189,7 @@ def test_logits_without_a_token_lose_the_sequence_for_good_and_leave_the_others(
     scheduler.open(sequence("bad"))
     scheduler.open(sequence("good"))
     plan = scheduler.plan()
-    outputs = scheduler.commit(plan, {key("bad"): Drawn(None), key("good"): Drawn(9)})
+    outputs = scheduler.commit(plan, {key("bad"): [Drawn(None)], key("good"): [Drawn(9)]})
     assert [(type(out), out.key.stream) for out in outputs] == [(SequenceLost, "bad"), (TokenOut, "good")]
     assert isinstance(outputs[0], SequenceLost) and not outputs[0].retryable
 
@@ -223,7 +225,7 @@ def test_closing_in_mid_step_gives_the_blocks_back_only_after_it() -> None:
     plan = scheduler.plan()
     scheduler.close(key("a"))
     assert scheduler.load().kv_blocks_used == 1
-    assert scheduler.commit(plan, {key("a"): Drawn(50)}) == []
+    assert scheduler.commit(plan, {key("a"): [Drawn(50)]}) == []
     assert scheduler.load().kv_blocks_used == 0
 
 
@@ -271,6 +273,16 @@ def test_dropping_a_span_loses_its_sequences_and_close_streams_frees_the_rest() 
     assert set(scheduler.plan().freed) == {key("a"), key("b")}
 
 
+def drawn_for(piece: Piece) -> list[Drawn]:
+    """A text that repeats itself, and at times does not."""
+    drawn = []
+    for position, guess in enumerate([*piece.draft, None], piece.draws_from):
+        drawn.append(Drawn(60 + position % 3 if position % 11 else 70))
+        if drawn[-1].token != guess:
+            break
+    return drawn
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Anything may be opened, fed, closed and stepped in any order; see the invariants."""
 
@@ -285,18 +297,41 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.next_position: dict[SequenceKey, int] = {}
         self.plan: StepPlan | None = None
         self.count = 0
+        self.now = 0
 
     @rule(
         prompt=st.sampled_from([1, 3, 30, BLOCK_TOKENS - 1, BLOCK_TOKENS + 5]),
-        answer=st.integers(1, 8),
+        answer=st.sampled_from([1, 2, 5, 8, 60]),
         span=st.sampled_from([(0, 4), (0, 2), (1, 3), (2, 4)]),
         extra=st.integers(0, 3),
+        priority=st.integers(-1, 1),
+        last_choice=st.booleans(),
+        keeps=st.booleans(),
+        remaining_s=st.sampled_from([None, None, None, 3]),
     )
-    def open(self, prompt: int, answer: int, span: tuple[int, int], extra: int) -> None:
+    def open(
+        self,
+        prompt: int,
+        answer: int,
+        span: tuple[int, int],
+        extra: int,
+        priority: int,
+        last_choice: bool,
+        keeps: bool,
+        remaining_s: int | None,
+    ) -> None:
         self.count += 1
         one = sequence(f"s{self.count}", prompt, span, known=prompt + min(extra, answer - 1), max_tokens=answer)
+        names = further_names(b"", [], [number % 90 + 5 for number in range(one.known)])
+        one = replace(
+            one,
+            priority=priority,
+            last_choice=last_choice,
+            prefix=Prefix(b"", tuple(names), "n") if keeps else None,
+            remaining_ms=None if remaining_s is None else remaining_s * 1000,
+        )
         try:
-            self.scheduler.open(one)
+            self.scheduler.open(one, self.now)
         except (Refused, BadRequest):
             return
         self.opened[one.key] = one
@@ -328,7 +363,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def begin_step(self) -> None:
         if self.plan is None:
-            self.plan = self.scheduler.plan()
+            self.now += 1
+            self.plan = self.scheduler.plan(self.now)
             self.over |= {lost.key for lost in self.plan.lost}
             assert sum(piece.count for piece in self.plan.pieces) <= self.scheduler.step_tokens
             assert len({piece.row.lane for piece in self.plan.pieces}) <= 1
@@ -336,15 +372,18 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert piece.row.key not in self.over
                 assert len(piece.row.blocks) * BLOCK_TOKENS >= piece.position + piece.count
 
-    @rule(good=st.booleans())
-    def end_step(self, good: bool) -> None:
+    @rule(good=st.sampled_from([True, True, False]), memory=st.booleans())
+    def end_step(self, good: bool, memory: bool = False) -> None:
         if self.plan is not None:
             outputs: list[TokenOut | SequenceLost]
             if good:
-                drawing = {piece.row.key: Drawn(60) for piece in self.plan.pieces if piece.draws}
+                drawing = {piece.row.key: drawn_for(piece) for piece in self.plan.pieces if piece.draws}
                 outputs = self.scheduler.commit(self.plan, drawing)
+            elif memory:
+                outputs = list(self.scheduler.out_of_memory(self.plan))
             else:
                 outputs = list(self.scheduler.fail(self.plan, "broken"))
+            self.scheduler.pages_to_store()
             self.plan = None
             for out in outputs:
                 assert out.key not in self.over, "output of a sequence that is over"
@@ -364,19 +403,24 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         for span, one in self.pools.items():
             blocks = {block for row in self.scheduler._rows.values() if row.lane.span == span for block in row.blocks}
-            for pool, more in self.scheduler._held_by_step:
+            for pool, more in self.scheduler._rooms._held_by_step:
                 blocks |= set(more) if pool is one.pool else set()
-            assert one.pool.used == len(blocks) <= one.pool.total
+            pages = self.scheduler._rooms._pages[span]
+            assert one.pool.used == len(blocks) + pages.blocks <= one.pool.total
+            readers = sum(len(row.offered) + len(row.restoring) for row in self.scheduler._rows.values() if row.lane.span == span)
+            assert pages.readers == readers
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
         self.end_step(True)
         while self.scheduler.has_work():  # progress: every step computes something, or only frees
-            before = sum(row.computed for row in self.scheduler._rows.values()), len(self.scheduler._rows)
-            plan, _ = run(self.scheduler)
-            after = sum(row.computed for row in self.scheduler._rows.values()), len(self.scheduler._rows)
-            assert after != before or plan.freed
+            self.now += 1
+            plan = self.scheduler.plan(self.now)
+            assert plan.pieces or plan.freed or plan.lost
+            before = sum(piece.row.computed for piece in plan.pieces)
+            outputs = self.scheduler.commit(plan, {piece.row.key: drawn_for(piece) for piece in plan.pieces if piece.draws})
+            assert outputs or not plan.pieces or sum(piece.row.computed for piece in plan.pieces) > before
         self.scheduler.close_streams(lambda stream: False)
         assert self.scheduler.load().kv_blocks_used == 0 and self.scheduler.load().running == 0
 

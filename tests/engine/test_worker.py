@@ -142,6 +142,12 @@ def test_tokens_are_the_same_alone_in_company_split_over_two_engines_and_after_a
         assert last.tokens_of(SequenceKey(StreamId("a"), 0, 2)) == undisturbed[5:]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_prompt_of_several_steps_is_answered(dtype: str, checkpoint_of: Callable[[str], Path]) -> None:
+    directory = checkpoint_of("llama")
+    assert alone(directory, opening("a"), dtype=dtype, step_tokens=16) == alone(directory, opening("a"), dtype=dtype)
+
+
 def test_three_stages_of_which_the_middle_never_sees_a_token(checkpoint_of: Callable[[str], Path]) -> None:
     directory = checkpoint_of("qwen3")
     undisturbed = alone(directory, opening("a"))

@@ -1,0 +1,237 @@
+"""Guesses: where they come from, when they stop, and that no order of events on a path lets a wrong one into an answer."""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import pytest
+
+from mesh.ids import ModelId, StreamId
+from mesh.view import Span
+from node.engine.api import HiddenOut, OpenSequence, SequenceLost, TokenOut
+from node.engine.blocks import BlockPool
+from node.engine.rows import Drawn, HeldSpan, Piece, StepPlan
+from node.engine.scheduler import Scheduler
+from node.engine.speculation import FIRST_GUESS, LONGEST_GUESS, LONGEST_REST, Lookup, Pace, StepCosts
+from node.requests import SamplingParams
+
+MODEL = ModelId("toy")
+LAYERS, HIDDEN = 6, 4
+PROMPT, ANSWER = 9, 60
+
+
+def test_what_followed_the_last_three_tokens_before_is_guessed_again() -> None:
+    lookup = Lookup()
+    text = [1, 2, 3, 4, 5, 9, 1, 2, 3]
+    assert lookup.guess(text, 2) == (4, 5)
+    assert lookup.guess([*text, 8, 1, 2, 3], 4) == (8, 1, 2, 3), "the latest place counts"
+    assert lookup.guess([*text, 8, 1, 2, 3, 6], 4) == ()
+    assert Lookup().guess([1, 2], 4) == () == Lookup().guess([1, 2, 3, 1, 2, 3], 0)
+
+
+def test_a_text_that_repeats_itself_is_continued_round_and_round() -> None:
+    assert Lookup().guess([7, 7, 7, 7], 5) == (7,) * 5
+    assert Lookup().guess([5, 1, 2, 1, 2, 1], 5) == (2, 1, 2, 1, 2)
+
+
+def test_guesses_grow_while_they_come_true_and_rest_longer_and_longer_while_they_do_not() -> None:
+    pace = Pace()
+    lengths = []
+    for _ in range(4):
+        lengths.append(pace.next())
+        pace.verified(lengths[-1], lengths[-1])
+    assert lengths == [FIRST_GUESS, 7, LONGEST_GUESS, LONGEST_GUESS]
+    pace.verified(LONGEST_GUESS, 4)
+    assert pace.next() == 7
+    rests = []
+    for _ in range(12):
+        pace.verified(3, 0)
+        rest = 0
+        while pace.next() == 0:
+            rest += 1
+        rests.append(rest)
+    assert rests == sorted(rests) and rests[0] < 4 and rests[-1] == LONGEST_REST
+    assert pace.rate < 0.1
+
+
+def test_rows_are_only_added_where_steps_of_that_size_bring_more_tokens_a_millisecond() -> None:
+    costs = StepCosts()
+    assert costs.pays(1, 1, 7, 3.5), "what was never measured is tried"
+    costs.measured(1, 10.0)
+    costs.measured(8, 15.0)
+    costs.measured(32, 40.0)
+    costs.measured(512, 640.0)
+    assert costs.pays(1, 1, 7, 3.5) and not costs.pays(1, 1, 7, 0.4)
+    assert not costs.pays(32, 32, 32 * 15, 32 * 12)
+    for _ in range(50):
+        costs.measured(8, 60.0)
+    assert not costs.pays(1, 1, 7, 3.5), "costs follow what is measured"
+
+
+def truth(seed: int) -> list[int]:
+    """A text that copies itself in places."""
+    rng = Random(seed)
+    text: list[int] = []
+    while len(text) < PROMPT + ANSWER:
+        if len(text) > 6 and rng.random() < 0.7:
+            at, count = rng.randrange(len(text) - 4), rng.randrange(3, 14)
+            text += text[at : at + count]
+        else:
+            text += [rng.randrange(3, 9) for _ in range(rng.randrange(1, 5))]
+    return text[: PROMPT + ANSWER]
+
+
+def packed(tokens: list[int]) -> bytes:
+    return b"".join(struct.pack("<I12x", token) for token in tokens)
+
+
+def unpacked(piece: Piece) -> list[int]:
+    """The tokens that a piece's activations were computed from, found as the worker finds its rows."""
+    tokens: list[int] = []
+    for part in piece.pushed:
+        all_of_it = [number for (number,) in struct.iter_unpack("<I12x", part.data)]
+        tokens += all_of_it[max(piece.position - part.position, 0) : piece.position + piece.count - part.position]
+    return tokens
+
+
+@dataclass
+class StageOfTokens:
+    """A stage whose keys are the tokens themselves, so that a wrong one is seen."""
+
+    start: int
+    end: int
+    text: list[int]
+    step_tokens: int
+    keys: dict[int, int] = field(default_factory=dict)
+    under_way: StepPlan | None = None
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(self.step_tokens, 4)
+        span = Span(MODEL, self.start, self.end)
+        self.scheduler.add_span(span, HeldSpan(BlockPool(4), LAYERS, HIDDEN, 100, 4096, frozenset()))
+        self.sequence = OpenSequence(
+            StreamId("s"),
+            0,
+            1,
+            MODEL,
+            self.start,
+            self.end,
+            PROMPT,
+            PROMPT,
+            tuple(self.text[:PROMPT]) if self.start == 0 or self.end == LAYERS else (),
+            SamplingParams(max_tokens=ANSWER),
+        )
+        self.scheduler.open(self.sequence)
+
+    def begin(self) -> None:
+        if self.under_way is None and self.scheduler.has_work():
+            self.under_way = self.scheduler.plan()
+
+    def finish(self) -> list[HiddenOut | TokenOut | SequenceLost]:
+        plan, self.under_way = self.under_way, None
+        if plan is None or not plan.pieces:
+            return []
+        self.steps += 1
+        [piece] = plan.pieces
+        tokens = list(piece.tokens) if self.start == 0 else unpacked(piece)
+        assert len(tokens) == piece.count
+        self.keys.update(zip(range(piece.position, piece.position + piece.count), tokens))
+        outputs: list[Any] = []
+        drawn = {}
+        if self.end < LAYERS:
+            names, draft = piece.names, piece.draft
+            outputs.append(HiddenOut(piece.row.key, piece.position, piece.count, packed(tokens), names, draft, piece.rewinds))
+        elif piece.draws:
+            drawn[piece.row.key] = self.draw(piece)
+        return outputs + list(self.scheduler.commit(plan, drawn))
+
+    def draw(self, piece: Piece) -> list[Drawn]:
+        drawn: list[Drawn] = []
+        for position, guess in enumerate([*piece.draft, None], piece.draws_from):
+            seen = [self.keys[at] for at in range(position)]
+            assert seen == self.text[:position], f"the token at {position} was drawn behind other tokens"
+            drawn.append(Drawn(self.text[position]))
+            if drawn[-1].token != guess:
+                break
+        return drawn
+
+
+def travel(seed: int, cuts: list[int]) -> tuple[list[int], list[StageOfTokens]]:
+    """An answer over a path of stages cut at `cuts`, with links that keep order and everything else in any order."""
+    rng = Random(seed)
+    text = truth(seed)
+    bounds = [0, *cuts, LAYERS]
+    stages = [
+        StageOfTokens(start, end, text, rng.choice([2, 3, 5, 40]) if start else 40)
+        for start, end in zip(bounds, bounds[1:])
+    ]
+    links: list[deque[Any]] = [deque() for _ in stages]  # links[i] leads out of stage i; the last one back to the first
+    said: list[int] = []
+    for _ in range(20_000):
+        act = rng.randrange(3)
+        number = rng.randrange(len(stages))
+        if act == 0:
+            stages[number].begin()
+        elif act == 1:
+            links[number] += stages[number].finish()
+        elif links[number]:
+            out = links[number].popleft()
+            if isinstance(out, HiddenOut):
+                stages[number + 1].scheduler.push(out)
+                continue
+            assert isinstance(out, TokenOut), out
+            said.append(out.token)
+            if out.finish is not None:
+                return said, stages
+            if len(stages) > 1:
+                stages[0].scheduler.token(out.key, out.position, out.token)
+    raise AssertionError(f"seed {seed}: no end after {len(said)} tokens")
+
+
+@pytest.mark.parametrize("cuts", [[], [3], [2, 4], [1, 2, 5]])
+def test_no_order_of_events_lets_a_wrong_guess_into_an_answer(cuts: list[int]) -> None:
+    true_guesses = wrong_guesses = 0
+    for seed in range(60):
+        said, stages = travel(seed, cuts)
+        assert said == truth(seed)[PROMPT:], f"seed {seed}"
+        statistics = stages[0].scheduler.statistics()
+        true_guesses += statistics.true_guesses
+        wrong_guesses += statistics.guessed_tokens - statistics.true_guesses
+        assert all(stage.scheduler.statistics().dropped == 0 or stage.start for stage in stages)
+    assert true_guesses > 60 * ANSWER / 5 and wrong_guesses > 60, "the text is one that is worth guessing, and hard to"
+
+
+def test_a_sequence_alone_takes_fewer_steps_for_a_text_that_copies() -> None:
+    text = [3, 4, 5, 6, 7, 8, 3, 4, 5] + [3 + (index % 6) for index in range(3, 3 + ANSWER)]
+    stage = StageOfTokens(0, LAYERS, text, 40)
+    said: list[int] = []
+    while len(said) < ANSWER:
+        stage.begin()
+        plan, stage.under_way = stage.under_way, None
+        assert plan is not None
+        stage.steps += 1
+        [piece] = plan.pieces
+        stage.keys.update(zip(range(piece.position, piece.position + piece.count), piece.tokens))
+        said += [out.token for out in stage.scheduler.commit(plan, {piece.row.key: stage.draw(piece)}) if isinstance(out, TokenOut)]
+    assert said == text[PROMPT:] and stage.steps <= 8
+
+
+def test_guesses_never_take_another_sequences_block_nor_pass_the_last_token() -> None:
+    stage = StageOfTokens(0, LAYERS, [5] * (PROMPT + ANSWER), 400)
+    widest = 0
+    for _ in range(40):
+        plan = stage.scheduler.plan()
+        if not plan.pieces:
+            break
+        [piece] = plan.pieces
+        widest = max(widest, piece.count)
+        assert piece.position + piece.count <= PROMPT + ANSWER - 1
+        stage.keys.update(zip(range(piece.position, piece.position + piece.count), piece.tokens))
+        outputs = stage.scheduler.commit(plan, {piece.row.key: stage.draw(piece)})
+    assert isinstance(outputs[-1], TokenOut) and outputs[-1].finish == "length"
+    assert widest == 1 + LONGEST_GUESS
