@@ -42,6 +42,7 @@ class PlannedPath:
     stages: Stages
     numerics: str  # common fingerprint; empty when the stages differ
     why: dict[str, Any]
+    last_choice: bool = False  # one node takes all of it, and no other could now
 
 
 class Planning:
@@ -82,7 +83,8 @@ class Planning:
         )
         stages = tuple(StageAt(stage.node, stage.address, stage.start, stage.end) for stage in path)
         self.last_wait_s = path.wait_ms / 1000.0
-        return PlannedPath(stages, path.numerics, _explanation(path))
+        asked = {each.node for each in path.considered}
+        return PlannedPath(stages, path.numerics, _explanation(path), last_choice=len(stages) == len(asked) == 1)
 
     def _doubted(self, now: float) -> frozenset[NodeId]:
         self._doubted_until = {node: until for node, until in self._doubted_until.items() if until > now}

@@ -40,7 +40,7 @@ from node.generation_events import (
     StopFound,
     Unplannable,
 )
-from node.planning import Planning, PlanRequest
+from node.planning import PlannedPath, Planning, PlanRequest
 from node.prompts import Prompt
 from node.recent import RequestRecord
 from node.requests import ChoiceDone, Finished, GenerateEvent, GenerateRequest, StageUse, Started, TextDelta
@@ -106,7 +106,7 @@ class RequestRun:
         self._opening: dict[int, trio.CancelScope] = {}
         self._numerics: set[str] = set()
         self._salt = prefix_salt(node.prefix_secret, request.tenant, prompt.model.card.weights)
-        self._path_numerics: dict[int, str] = {}
+        self._planned: dict[int, PlannedPath] = {}
         self._names: dict[int, list[bytes]] = {choice: [] for choice in self._cores}
         self._cached_tokens = 0
         self._speaks = False
@@ -206,7 +206,7 @@ class RequestRun:
             self.tell(choice, Unplannable(plan.attempt, error))
             return
         self._numerics.add(planned.numerics)
-        self._path_numerics[choice] = planned.numerics
+        self._planned[choice] = planned
         self.record.why.append({"choice": choice, "attempt": plan.attempt, **planned.why})
         self.tell(choice, Planned(plan.attempt, planned.stages))
 
@@ -246,6 +246,9 @@ class RequestRun:
             tokens=tokens if is_first or is_last else (),
             sampling=prompt.stage_sampling(choice, last=is_last),
             prefix=self._prefix(choice, len(tokens)),
+            priority=self.request.priority,
+            remaining_ms=max(0, int((self._cores[choice].deadline_at - trio.current_time()) * 1e3)),
+            last_choice=self._planned[choice].last_choice,
         )
         next_address = None if is_last else effect.path[index + 1].address
         return OpenStage(sequence, self._node.id, self._node.address, effect.path[0].address, next_address)
@@ -258,7 +261,7 @@ class RequestRun:
 
     def _prefix(self, choice: int, known: int) -> Prefix | None:
         """Pages are used and kept where all stages compute exactly and alike: then they hold what would be computed."""
-        numerics = self._path_numerics[choice]
+        numerics = self._planned[choice].numerics
         if not is_exact(numerics):
             return None
         return Prefix(self._salt, tuple(self._names_of(choice)[: known // PAGE_TOKENS]), numerics)

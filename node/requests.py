@@ -94,6 +94,7 @@ class GenerateRequest:
     tenant: str = ""
     request_id: str = ""  # x-request-id
     policy: str = ""  # routing policy; empty: the node's default
+    priority: int = 0  # lower goes first, as in vLLM
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,9 +150,7 @@ class Stages:
             self._send_tokens(address, drawn)
 
     def _send_hidden(self, address: Address, rows: list[HiddenOut]) -> None:
-        header = {
-            "rows": [[*row.key, row.position, row.count, len(row.data), row.names, row.draft, row.rewinds] for row in rows]
-        }
+        header = {"rows": [[*row.key, row.position, row.count, len(row.data), row.names, row.draft, row.rewinds] for row in rows]}
         try:
             self._post(address, "stage.hidden", header, b"".join(row.data for row in rows))
             self._counters.hidden_frames_total += 1

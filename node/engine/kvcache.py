@@ -153,7 +153,7 @@ class SequenceKV:
     @torch.inference_mode()
     def _forget(self, position: int, end: int) -> None:
         """Zeros where guesses were that proved wrong."""
-        held = self._buffers.values()
+        held = list(self._buffers.values())
         if not held and self.place is not None:
             slot = self.place.slot
             held = [layer[:, slot : slot + 1] for layer in self.place.slab.layers.values()]

@@ -33,6 +33,7 @@ MAX_BIASES = 1024
 MAX_TOKEN_ID = 2**31 - 1
 MAX_SEED = 2**63 - 1
 MAX_PASSAGES = 50
+MAX_PRIORITY = 100
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
@@ -214,6 +215,7 @@ def _base_request(
         tenant=tenant,
         request_id=request_id,
         policy=(options.policy or "") if options else "",
+        priority=_in_range("priority", body.priority, -MAX_PRIORITY, MAX_PRIORITY) or 0,
     )
 
 

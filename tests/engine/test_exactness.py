@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,29 @@ def generate(sequence: Sequence, chunk: int, answer: int = ANSWER) -> Sequence:
     return sequence
 
 
+def continued(whole: Sequence, computed: int, pages: list[int], tokens: int) -> Sequence:
+    """`whole` as one that knows `tokens` of its tokens, and finds the first `computed` of them in pages of these sizes."""
+    one = Sequence(whole.tokens[:tokens], whole.path)
+    for number, (_, start, end) in enumerate(whole.path):
+        bounds = [sum(pages[:index]) for index in range(len(pages) + 1)]
+        kept = [
+            whole.kv[number].page(at, upto - at, range(start, end)) for at, upto in pairwise(bounds) if upto <= computed
+        ]
+        if kept:
+            one.kv[number].restore(kept)
+    one.computed = computed
+    return one
+
+
+def guessed_wrong(whole: Sequence) -> Sequence:
+    """`whole` two tokens into its answer, after seven wrong guesses were computed behind them."""
+    one = continued(whole, 0, [], 72)
+    one.tokens += [(token + 1) % 500 for token in whole.tokens[-4:]] + [7, 8, 9]
+    step([(one, len(one.tokens))])
+    one.tokens, one.computed, one.logits = whole.tokens[:72], 71, {}
+    return one
+
+
 def prompt(seed: int, count: int) -> list[int]:
     return torch.randint(3, 500, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -104,6 +128,13 @@ def test_tokens_and_logits_are_bit_equal_however_a_sequence_is_computed(
         step([(others[0], 1), (others[1], 1), (others[2], 1), (batched, 1)])
     assert_same(alone, batched)
 
+    for pages in (1, 2):  # a prefix-cache hit, short or long; then one that was preempted after three tokens
+        hit = continued(alone, 32 * pages, [32, 32], 70)
+        assert_same(alone, generate(hit, chunk=16))
+        preempted = continued(alone, 32 * pages, [32, 32], 70 + 3)
+        assert_same(alone, generate(preempted, chunk=512, answer=ANSWER - 3))
+    assert_same(alone, generate(guessed_wrong(alone), chunk=512, answer=ANSWER - 2))
+
     for path in (
         [(early, 0, 2), (late, 2, 4)],
         [(early, 0, 1), (late, 1, 4)],
@@ -135,6 +166,9 @@ def test_sequences_longer_than_a_block_are_bit_equal_too(name: str, kernel: str,
     path = [(whole, 0, 4)]
     alone = generate(Sequence(prompt(1, 1021), path), chunk=2048)  # decodes across position 1024
     assert_same(alone, generate(Sequence(prompt(1, 1021), path), chunk=128))
+    assert_same(alone, generate(Sequence(prompt(1, 1021), path), chunk=16))
+    assert_same(alone, generate(continued(alone, 992, [32] * 31, 1021), chunk=16))
+    assert_same(alone, generate(continued(alone, 512, [32] * 16, 1024), chunk=128, answer=ANSWER - 3))
     assert_same(alone, generate(Sequence(alone.tokens[:1025], path), chunk=300, answer=ANSWER - 4))
     batched, other = Sequence(prompt(1, 1021), path), Sequence(prompt(2, 100), path)
     step([(other, 90), (batched, 400)])

@@ -18,6 +18,7 @@ from node.engine.api import HiddenOut, OpenSequence, Prefix, SequenceKey, Sequen
 from node.engine.blocks import BLOCK_TOKENS, BlockPool
 from node.engine.rows import Drawn, HeldSpan, Piece, StepPlan
 from node.engine.scheduler import Scheduler
+from node.engine.sharing import AGEING_STEPS
 from node.requests import SamplingParams
 
 MODEL = ModelId("toy")
@@ -281,6 +282,102 @@ def drawn_for(piece: Piece) -> list[Drawn]:
         if drawn[-1].token != guess:
             break
     return drawn
+
+
+def important(one: OpenSequence, priority: int) -> OpenSequence:
+    return replace(one, priority=priority)
+
+
+def test_the_more_important_prefills_first_and_among_equals_the_older() -> None:
+    scheduler = scheduler_of(step_tokens=16)
+    scheduler.open(sequence("plain", prompt=16))
+    scheduler.open(important(sequence("idle", prompt=16), 5))
+    scheduler.open(important(sequence("urgent", prompt=16), -5))
+    scheduler.open(important(sequence("urgent too", prompt=16), -5))
+    first = [next(iter(shares(plan))) for plan, _ in (run(scheduler) for _ in range(3))]
+    assert first[0] == "urgent"
+    order: list[str] = []
+    for _ in range(12):
+        order += [name for name, (position, _) in shares(run(scheduler)[0]).items() if position == 0]
+    assert order[-1] == "idle"
+
+
+def test_no_priority_starves_another_however_many_important_ones_keep_coming() -> None:
+    scheduler = scheduler_of(step_tokens=16, max_sequences=8)
+    scheduler.open(important(sequence("patient", prompt=16), 2))
+    for step in range((2 + 3) * AGEING_STEPS + 4):
+        scheduler.open(important(sequence(f"pushy{step}", prompt=16, max_tokens=1), -3))
+        if "patient" in shares(run(scheduler)[0]):
+            break
+    else:
+        pytest.fail("it was never served")
+    assert step > AGEING_STEPS, "its importance counts for a while"
+
+
+def test_the_least_important_gives_way_and_not_the_youngest_of_all() -> None:
+    scheduler = scheduler_of(blocks=2, step_tokens=1024)
+    scheduler.open(important(sequence("idle", prompt=5, max_tokens=50), 1))
+    scheduler.open(important(sequence("growing", prompt=BLOCK_TOKENS - 2, max_tokens=50), 0))
+    outputs = [out for _ in range(4) for out in run(scheduler)[1]]
+    assert [out.key.stream for out in outputs if isinstance(out, SequenceLost)] == ["idle"]
+
+
+def test_a_sequence_past_its_deadline_costs_no_step() -> None:
+    scheduler = scheduler_of()
+    scheduler.open(replace(sequence("late"), remaining_ms=2000), now=10.0)
+    scheduler.open(sequence("patient"), now=10.0)
+    assert set(shares(scheduler.plan(now=11.9))) == {"late", "patient"}
+    plan = scheduler.plan(now=12.0)
+    assert set(shares(plan)) == {"patient"}
+    assert [(lost.key.stream, lost.retryable) for lost in plan.lost] == [("late", True)]
+    assert scheduler.statistics().overdue == 1 and key("late") in plan.freed
+
+
+def test_a_sequence_with_no_other_choice_waits_here_for_blocks_and_goes_on_where_it_was() -> None:
+    scheduler = scheduler_of(blocks=2, step_tokens=1024)
+    scheduler.open(sequence("old", prompt=BLOCK_TOKENS - 4, max_tokens=12))
+    scheduler.open(replace(sequence("young", prompt=5, max_tokens=30), last_choice=True))
+    outputs: list[TokenOut | SequenceLost] = []
+    waited = False
+    while scheduler.has_work():
+        outputs += run(scheduler)[1]
+        if scheduler.statistics().preempted and not waited:
+            waited = True
+            with pytest.raises(Refused):
+                scheduler.open(sequence("newcomer"))
+    said = {name: [out.position for out in outputs if out.key.stream == name] for name in ("old", "young")}
+    assert waited and not any(isinstance(out, SequenceLost) for out in outputs)
+    assert said == {"old": list(range(BLOCK_TOKENS - 4, BLOCK_TOKENS + 8)), "young": list(range(5, 35))}
+    assert scheduler.load().kv_blocks_used == 0 and scheduler.load().running == 0
+
+
+def test_of_a_step_that_failed_each_sequence_is_tried_alone_and_only_the_culprit_is_lost() -> None:
+    scheduler = scheduler_of()
+    for name in ("a", "bad", "c"):
+        scheduler.open(sequence(name))
+    assert scheduler.fail(scheduler.plan(), "it broke") == []
+    said: dict[str, int] = {"a": 0, "c": 0}
+    lost: list[str] = []
+    while scheduler.has_work():
+        plan = scheduler.plan()
+        if "bad" in shares(plan):
+            lost += [each.key.stream for each in scheduler.fail(plan, "it broke")]
+            continue
+        for out in scheduler.commit(plan, {piece.row.key: [Drawn(50)] for piece in plan.pieces}):
+            said[out.key.stream] += 1
+    assert (lost, said) == (["bad"], {"a": 4, "c": 4})
+    assert scheduler.load().kv_blocks_used == 0
+
+
+def test_without_memory_for_a_step_its_youngest_goes_and_the_others_are_tried_again() -> None:
+    scheduler = scheduler_of()
+    for name in ("old", "young"):
+        scheduler.open(sequence(name))
+    [lost] = scheduler.out_of_memory(scheduler.plan())
+    assert lost.key.stream == "young" and lost.retryable
+    assert shares(run(scheduler)[0]) == {"old": (0, 5)}
+    [lost] = scheduler.out_of_memory(scheduler.plan())
+    assert lost.key.stream == "old" and scheduler.load().kv_blocks_used == 0
 
 
 class SchedulerMachine(RuleBasedStateMachine):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -167,8 +168,7 @@ def travel(seed: int, cuts: list[int]) -> tuple[list[int], list[StageOfTokens]]:
     text = truth(seed)
     bounds = [0, *cuts, LAYERS]
     stages = [
-        StageOfTokens(start, end, text, rng.choice([2, 3, 5, 40]) if start else 40)
-        for start, end in zip(bounds, bounds[1:])
+        StageOfTokens(start, end, text, rng.choice([2, 3, 5, 40]) if start else 40) for start, end in pairwise(bounds)
     ]
     links: list[deque[Any]] = [deque() for _ in stages]  # links[i] leads out of stage i; the last one back to the first
     said: list[int] = []
@@ -217,7 +217,9 @@ def test_a_sequence_alone_takes_fewer_steps_for_a_text_that_copies() -> None:
         stage.steps += 1
         [piece] = plan.pieces
         stage.keys.update(zip(range(piece.position, piece.position + piece.count), piece.tokens))
-        said += [out.token for out in stage.scheduler.commit(plan, {piece.row.key: stage.draw(piece)}) if isinstance(out, TokenOut)]
+        said += [
+            out.token for out in stage.scheduler.commit(plan, {piece.row.key: stage.draw(piece)}) if isinstance(out, TokenOut)
+        ]
     assert said == text[PROMPT:] and stage.steps <= 8
 
 

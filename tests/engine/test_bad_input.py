@@ -1,0 +1,203 @@
+"""What one sequence or one frame does wrong hurts nobody else: the others of its batch stay exact, the node lives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from msgspec.structs import replace
+
+from mesh.errors import BadRequest
+from mesh.view import Span
+from node.engine.api import HiddenOut, SequenceKey, SequenceLost, TokenOut
+from node.engine.worker import is_out_of_memory
+from tests.engine.test_prefix_cache import ask, bits, numbers
+from tests.engine.test_worker import MODEL, Running, opening, running
+
+NAMES = ("a", "b", "c")
+WHOLE = Span(MODEL, 0, 4)
+NO_MEMORY = (
+    "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
+)
+
+
+def rows(name: str, count: int) -> bytes:
+    noise = np.random.Generator(np.random.Philox(sum(map(ord, name))))
+    return noise.normal(size=(count, 64)).astype("<f4").tobytes()
+
+
+def ends(one: Running, count: int) -> dict[str, list[TokenOut] | SequenceLost]:
+    """What becomes of so many sequences."""
+    became: dict[str, Any] = {}
+    while count:
+        out = one.next()
+        if isinstance(out, SequenceLost):
+            became[out.key.stream] = out
+        elif isinstance(out, TokenOut):
+            became.setdefault(out.key.stream, []).append(out)
+        count -= isinstance(out, SequenceLost) or (isinstance(out, TokenOut) and out.finish is not None)
+    return became
+
+
+def computed_together(one: Running, monkeypatch: pytest.MonkeyPatch, spoil: Callable[..., Any]) -> dict[str, Any]:
+    """Three sequences that are all open before the first step; `spoil(forward, segments, …)` stands for each forward."""
+    stage = one.engine._loaded[WHOLE].stage
+    forward = stage.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "forward", lambda *args, **named: spoil(forward, *args, **named))
+        with one.engine._lock:
+            for name in NAMES:
+                one.engine.open(opening(name, tokens=numbers(ord(name), 40), logprobs=2))
+        return ends(one, len(NAMES))
+
+
+def plain(forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    return forward(*args, **named)
+
+
+def test_logits_that_are_no_numbers_fail_alone(checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with running((checkpoint_of("llama"), 0, 4), speculates=False) as one:
+        expected = computed_together(one, monkeypatch, plain)
+        steps = 0
+
+        def poison(forward: Callable[..., Any], *args: Any, **named: Any) -> torch.Tensor:
+            nonlocal steps
+            steps += 1
+            logits = forward(*args, **named).clone()
+            if steps == 4:
+                logits[1] = float("nan")
+            return logits
+
+        became = computed_together(one, monkeypatch, poison)
+        assert isinstance(became["b"], SequenceLost) and not became["b"].retryable
+        assert all(bits(became[name]) == bits(expected[name]) for name in "ac")
+
+
+def test_activations_that_are_no_numbers_leave_the_rows_beside_them_exact(checkpoint_of: Callable[[str], Path]) -> None:
+    with running((checkpoint_of("llama"), 2, 4)) as one:
+        answers = []
+        for company in (False, True):
+            good, bad = opening(f"good{company}", 2, 4, max_tokens=1, logprobs=3), opening("bad", 2, 4)
+            one.engine.open(good)
+            if company:
+                one.engine.open(bad)
+            with one.engine._lock:  # one step takes both
+                one.engine.push(HiddenOut(good.key, 0, 37, rows("good", 37)))
+                if company:
+                    one.engine.push(HiddenOut(bad.key, 0, 37, np.full((37, 64), np.nan, "<f4").tobytes()))
+            became = ends(one, 1 + company)
+            answers.append(bits(became[good.key.stream]))  # type: ignore[arg-type]
+            assert not company or isinstance(became["bad"], SequenceLost)
+        assert answers[0] == answers[1]
+
+
+def test_a_sequence_that_breaks_every_step_is_found_and_the_others_go_on_exactly(
+    checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running((checkpoint_of("llama"), 0, 4)) as one:
+        expected = computed_together(one, monkeypatch, plain)
+        culprit = next(token for token in numbers(ord("b"), 40) if token not in numbers(ord("a"), 40) + numbers(ord("c"), 40))
+
+        def break_down(forward: Callable[..., Any], *args: Any, **named: Any) -> torch.Tensor:
+            if culprit in named["ids"] and len(named["ids"]) >= 40:  # a prefill, not a step that happens to draw it
+                raise ArithmeticError("this one")
+            return forward(*args, **named)
+
+        became = computed_together(one, monkeypatch, break_down)
+        assert isinstance(became["b"], SequenceLost) and "ArithmeticError" in became["b"].reason
+        assert all(bits(became[name]) == bits(expected[name]) for name in "ac")
+        assert one.engine.statistics().scheduler.isolated == 1
+        assert one.engine.load_report().kv_blocks_used == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError(NO_MEMORY), torch.OutOfMemoryError("CUDA out of memory")])
+def test_out_of_memory_ends_the_youngest_and_never_the_node(
+    error: Exception, checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running((checkpoint_of("llama"), 0, 4)) as one:
+        expected = computed_together(one, monkeypatch, plain)
+
+        def too_much(
+            forward: Callable[..., Any], segments_of: Any, end: int, segments: list[Any], *args: Any, **named: Any
+        ) -> Any:
+            if len(segments) > 2:
+                raise error
+            return forward(segments_of, end, segments, *args, **named)
+
+        became = computed_together(one, monkeypatch, too_much)
+        lost = became["c"]
+        assert isinstance(lost, SequenceLost) and lost.retryable and "memory" in lost.reason
+        assert all(bits(became[name]) == bits(expected[name]) for name in "ab")
+
+
+def test_only_a_lack_of_memory_is_taken_for_one() -> None:
+    assert not is_out_of_memory(RuntimeError("Tensors must have the same shape")) and not is_out_of_memory(KeyError("x"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokens": (5, 512), "known": 2, "prompt_tokens": 2},
+        {"tokens": (5, -1), "known": 2, "prompt_tokens": 2},
+        {"tokens": (), "known": 0, "prompt_tokens": 0},
+        {"known": 2**62},
+        {"prompt_tokens": 2**62},
+        {"known": -5, "tokens": ()},
+    ],
+)
+def test_what_can_never_be_served_is_refused_at_once(changes: dict[str, Any], checkpoint_of: Callable[[str], Path]) -> None:
+    with running((checkpoint_of("llama"), 0, 4)) as one:
+        with pytest.raises(BadRequest):
+            one.engine.open(replace(opening("a"), **changes))
+        sequence = ask("b", numbers(1, 70))
+        assert sequence.prefix is not None
+        for names in ((), sequence.prefix.names[:1], (b"short", b"short"), (*sequence.prefix.names, b"x" * 16)):
+            with pytest.raises(BadRequest, match="names of 16 bytes"):
+                one.engine.open(replace(sequence, prefix=replace(sequence.prefix, names=names)))
+        assert one.engine.load_report().running == 0
+
+
+GOOD = HiddenOut(opening("a").key, 0, 3, rows("a", 3))
+BAD_FRAMES = {
+    "another attempt": HiddenOut(SequenceKey(GOOD.key.stream, 0, 2), 0, 3, GOOD.data),
+    "a row too few": HiddenOut(GOOD.key, 0, 3, rows("a", 2)),
+    "eight bytes a number": HiddenOut(GOOD.key, 0, 3, rows("a", 6)),
+    "half a number": HiddenOut(GOOD.key, 0, 3, GOOD.data[:-2]),
+    "a gap": HiddenOut(GOOD.key, 1, 3, GOOD.data),
+    "a gap of a page": HiddenOut(GOOD.key, 32, 3, GOOD.data),
+    "nothing": HiddenOut(GOOD.key, 0, 0, b""),
+    "past the end": HiddenOut(GOOD.key, 0, 80, rows("a", 80)),
+    "guesses within the prompt": HiddenOut(GOOD.key, 0, 3, GOOD.data, draft=(1, 2)),
+    "more guesses than rows": HiddenOut(GOOD.key, 0, 3, GOOD.data, draft=(1, 2, 3, 4)),
+    "of a guess that nobody made": HiddenOut(GOOD.key, 0, 3, GOOD.data, rewinds=1),
+    "names where none are kept": HiddenOut(GOOD.key, 0, 3, GOOD.data, names=(b"x" * 16,)),
+}
+
+
+@pytest.mark.parametrize("span", [(2, 4), (1, 3)])
+@pytest.mark.parametrize("kind", BAD_FRAMES)
+def test_a_frame_of_another_shape_type_or_attempt_is_counted_and_changes_nothing(
+    kind: str, span: tuple[int, int], stages: dict[tuple[int, int], Running]
+) -> None:
+    engine = stages[span].engine
+    engine.open(opening("a", *span, bare=span[1] < 4))
+    before = engine.statistics().scheduler.dropped
+    engine.push(BAD_FRAMES[kind])
+    row = engine._scheduler._rows[GOOD.key]
+    assert engine.statistics().scheduler.dropped == before + 1 and row.pushed_end == row.rewinds == 0 and not row.draft
+    engine.push(GOOD)
+    assert engine.statistics().scheduler.dropped == before + 1 and row.pushed_end == 3
+    engine.close(GOOD.key)
+
+
+@pytest.fixture(scope="module")
+def stages(checkpoint_of: Callable[[str], Path]) -> dict[tuple[int, int], Running]:
+    made = {}
+    for start, end in ((2, 4), (1, 3)):
+        made[start, end] = Running()
+        made[start, end].engine.load(checkpoint_of("llama"), MODEL, start, end)
+    return made
