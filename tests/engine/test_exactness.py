@@ -70,9 +70,7 @@ def continued(whole: Sequence, computed: int, pages: list[int], tokens: int) -> 
     one = Sequence(whole.tokens[:tokens], whole.path)
     for number, (_, start, end) in enumerate(whole.path):
         bounds = [sum(pages[:index]) for index in range(len(pages) + 1)]
-        kept = [
-            whole.kv[number].page(at, upto - at, range(start, end)) for at, upto in pairwise(bounds) if upto <= computed
-        ]
+        kept = [whole.kv[number].page(at, upto - at, range(start, end)) for at, upto in pairwise(bounds) if upto <= computed]
         if kept:
             one.kv[number].restore(kept)
     one.computed = computed

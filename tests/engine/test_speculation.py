@@ -167,9 +167,7 @@ def travel(seed: int, cuts: list[int]) -> tuple[list[int], list[StageOfTokens]]:
     rng = Random(seed)
     text = truth(seed)
     bounds = [0, *cuts, LAYERS]
-    stages = [
-        StageOfTokens(start, end, text, rng.choice([2, 3, 5, 40]) if start else 40) for start, end in pairwise(bounds)
-    ]
+    stages = [StageOfTokens(start, end, text, rng.choice([2, 3, 5, 40]) if start else 40) for start, end in pairwise(bounds)]
     links: list[deque[Any]] = [deque() for _ in stages]  # links[i] leads out of stage i; the last one back to the first
     said: list[int] = []
     for _ in range(20_000):

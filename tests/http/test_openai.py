@@ -52,7 +52,7 @@ def test_every_field_finds_its_place() -> None:
     )  # fmt: skip
     assert (request.model, request.n, request.seed, request.stop, request.max_tokens) == ("m", 3, -5, ("END",), 7)
     assert request.include_stop and request.retrieval == Retrieval("docs", 2)
-    assert (request.deadline_s, request.policy) == (1.5, "round_robin")
+    assert (request.deadline_s, request.policy, request.priority) == (1.5, "round_robin", 3)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,8 @@ def test_every_field_finds_its_place() -> None:
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_completion_tokens": 10**9 * 5}, "max_completion_tokens"),
         ({"seed": 2**64}, "seed"),
+        ({"priority": 101}, "priority"),
+        ({"priority": -101}, "priority"),
         ({"stop": ["a"] * 17}, "stop"),
         ({"stop": [""]}, "stop"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),

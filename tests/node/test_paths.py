@@ -76,6 +76,20 @@ async def test_the_first_stage_is_told_what_all_others_have_and_the_client_what_
         assert events[-1].cached_tokens == 5
 
 
+async def test_a_stage_is_told_how_urgent_it_is_how_long_anyone_waits_and_whether_there_is_another():
+    async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh:
+        await run(mesh, a_request(priority=-3))
+        [opened] = [each for name in "ab" for each in mesh.nodes[name].engine.opened]
+        assert opened.priority == -3 and 50_000 < opened.remaining_ms <= 60_000 and not opened.last_choice
+    async with small_mesh(entry=(), only=((0, 6),)) as mesh:
+        await run(mesh)
+        [opened] = mesh.nodes["only"].engine.opened
+        assert opened.priority == 0 and opened.last_choice
+    async with small_mesh(entry=(), a=((0, 3),), b=((3, 6),)) as mesh:
+        await run(mesh)
+        assert not any(each.last_choice for name in "ab" for each in mesh.nodes[name].engine.opened), "it is one of two"
+
+
 async def test_an_answer_that_is_no_answer_to_an_open_is_a_lost_stage():
     async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh:
         mesh.nodes["a"].engine.pages = mesh.nodes["b"].engine.pages = -1
