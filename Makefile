@@ -45,12 +45,18 @@ bench: $(STAMP)
 	$(BIN)/python -m bench.availability --quick
 	$(BIN)/python -m bench.membership --quick
 
-# What bench.membership measures us against, in a virtual environment of its own.
-bench-peers: build/bench-peers/.installed
+# What bench.membership and bench.engine measure us against, each in a virtual environment of its own. llama.cpp is built
+# from source for this machine: a few minutes.
+bench-peers: build/bench-peers/.installed build/bench-llama/.installed
 
 build/bench-peers/.installed:
 	$(PYTHON) -m venv build/bench-peers
 	build/bench-peers/bin/python -m pip install --quiet --disable-pip-version-check kinship==0.4.0
+	@touch $@
+
+build/bench-llama/.installed:
+	$(PYTHON) -m venv build/bench-llama
+	build/bench-llama/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36 gguf==0.19.0
 	@touch $@
 
 docs: $(STAMP)
