@@ -30,6 +30,9 @@ FILTER_SAMPLES = 3
 HEIGHT_MIN_S = 10e-6
 GRAVITY_S = 150.0
 RTT_MAX_S = 10.0
+NOTABLE_S = 0.01  # shorter round trips need not be told apart: they are of one LAN
+SETTLED_MISS = 0.3
+_MISS_SHARE = 0.1
 STEP_MAX_S = 0.1
 _SAME_PLACE_S = 1e-6
 _ERROR_MIN = 1e-6
@@ -92,9 +95,15 @@ class Position:
         self._origin = Coordinate((0.0,) * dimensions)
         self.point = self._origin
         self.samples = 0
+        self._miss = 0.0  # of the predictions of late, relative to what was measured, or to what is notable
         self.refused = 0  # absurd round trips, and peers' points that could not be
         self._latest_s: dict[NodeId, deque[float]] = {}
         self._off_s: deque[float] = deque([0.0] * ADJUSTMENT_SAMPLES, ADJUSTMENT_SAMPLES)
+
+    @property
+    def settled(self) -> bool:
+        """This node's place explains what it measures."""
+        return self._miss < SETTLED_MISS
 
     def told(self, raw: bytes) -> Coordinate | None:
         """The point that a peer says it has; counted when it is none."""
@@ -109,6 +118,8 @@ class Position:
             return False
         rtt_s = max(self._filtered_s(node, rtt_s), _SAME_PLACE_S)
         self.samples += 1
+        miss = abs(self.point.distance_s(theirs) - rtt_s) / max(rtt_s, NOTABLE_S)
+        self._miss += _MISS_SHARE * (min(1.0, miss) - self._miss)
         moved = self._pulled(theirs, rtt_s)
         self._off_s.append(max(-RTT_MAX_S, rtt_s - moved.raw_s(theirs)))
         adjustment_s = sum(self._off_s) / (2 * ADJUSTMENT_SAMPLES)

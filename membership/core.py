@@ -13,6 +13,7 @@ from membership.facts import DELTAS_BYTES, FactsBook
 from membership.fingerprint import Fingerprint
 from membership.members import SEVERITY, Member
 from membership.owner_map import Outcome
+from membership.regions import some_to_tell
 from membership.swim import Swim
 from mesh.gossip import Alive, Message, Suspect
 from mesh.ids import Address, NodeId
@@ -209,7 +210,7 @@ class MembershipCore:
         members = tuple(self.swim.members[delta.owner].record(now) for delta in kept)
         sync = Sync(members=members, deltas=tuple(kept))
         owners = (kept[0].owner,) if len(kept) == 1 else ()
-        peers = self.swim.members.some_peers(self.config.push_peers, self.rng, without=(*without, *owners))
+        peers = some_to_tell(self.swim.members, self.config.push_peers, self.rng, (*without, *owners))
         return [Push(peer.address, sync) for peer in peers]
 
     def _entry(self, member: Member) -> DigestEntry:

@@ -1,13 +1,12 @@
 """How far each member is: measured, else told from its point, else as far as its region is.
 
-Points ride on pings, and on the acks of such pings: on each of the first, then on fewer, then on every sixteenth, which costs
-6 bytes a second. An exchange brings the points of all to a newcomer at once.
+Points ride on pings, and on the acks of such pings: on each while this node's place does not explain what it measures, then on
+every sixteenth, which costs 6 bytes a second; in a LAN that is soon. An exchange brings the points of all to a newcomer at once.
 Source: Serf carries its coordinates in acks; the rest is our own.
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from membership.coordinates import Position, pack
@@ -16,7 +15,11 @@ from membership.members import Member
 if TYPE_CHECKING:
     from random import Random
 
-TOLD_EVERY = ((8, 1), (32, 4), (math.inf, 16))  # up to so many samples: on each so many-th ping
+FIRST_SAMPLES = 8
+SETTLED_EVERY = 16  # pings
+LOST_EVERY = 4  # pings of a node that cannot find its place
+LOST_SAMPLES = 512  # after so many it is taken for one
+VAGUE_ERROR = 0.5  # relative; of points that tell less than the average of a named region
 _REGIONS_MAX = 256
 _REGION_SHARE = 0.125  # of one measured round trip in its region's average
 
@@ -32,7 +35,8 @@ class Distances:
     def told_with_ping(self) -> bytes | None:
         """What the next ping says of where this node is."""
         self._pings += 1
-        every = next(every for samples, every in TOLD_EVERY if self.position.samples < samples)
+        samples, settled = self.position.samples, self.position.settled
+        every = 1 if samples < FIRST_SAMPLES else SETTLED_EVERY if settled else 1 if samples < LOST_SAMPLES else LOST_EVERY
         return None if self._pings % every else pack(self.position.point)
 
     def told_with_ack(self, asked: bytes | None) -> bytes | None:
@@ -63,9 +67,11 @@ class Distances:
 
     def estimate_s(self, member: Member) -> float | None:
         """The round trip to be expected without asking: by the points, else by others of its region. None: nobody knows."""
-        if member.point is not None and self.position.samples > 0:
-            return self.position.point.distance_s(member.point)
-        return self._region_s.get(member.region)
+        point, average_s = member.point, self._region_s.get(member.region)
+        if point is None or not self.position.samples:
+            return average_s
+        vague = member.region and max(point.error, self.position.point.error) > VAGUE_ERROR
+        return average_s if vague and average_s is not None else self.position.point.distance_s(point)
 
     def expected_s(self, member: Member) -> float:
         """Measured, else estimated; 0 without either."""

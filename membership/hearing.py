@@ -18,6 +18,7 @@ from membership.effects import Effect, Exchange, MemberChanged, MemberForgotten,
 from membership.fingerprint import Fingerprint
 from membership.health import LAG_MAX_S, LocalHealth
 from membership.members import Member, Members, description_of, standing_of, state_of
+from membership.regions import some_to_tell
 from membership.suspicion import Suspicion, expected_confirmations, minimum_s
 from membership.words import Words, is_news, within_words
 from mesh.gossip import (
@@ -129,7 +130,7 @@ class Hearing:
                 self.next_gossip_at = now + self.config.gossip_period_s
             bare = Gossip(self.sender(now))
             claims = Rumours().take(claim_budget_bytes(bare), 1, list(news.values()))
-            for peer in self.members.some_peers(self.config.eager_peers, self.rng, without):
+            for peer in some_to_tell(self.members, self.config.eager_peers, self.rng, without):
                 effects.append(Send(peer.address, Gossip(bare.sender, claims)))
         return effects
 
@@ -224,7 +225,10 @@ class Hearing:
             member.signature = words.signature
         if member.address != words.address:
             self.distances.forget(member)
+        moved = member.region != words.region
         member.description = description_of(words)
+        if moved:
+            self.members.put(member)
         return True
 
     def hear_record(self, record: MemberRecord, now: float, *, tell: bool) -> None:

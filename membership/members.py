@@ -143,6 +143,9 @@ class Members:
         self._peers: list[NodeId] | None = None
         self.suspects: set[NodeId] = set()
         self.gone: set[NodeId] = set()  # dead, or left
+        self.region = myself.region
+        self.abroad: dict[str, set[NodeId]] = {}  # live members of other regions, by region
+        self._near: list[NodeId] | None = None
         self.put(myself)
 
     def __len__(self) -> int:
@@ -161,9 +164,10 @@ class Members:
         return self._by_id[node]
 
     def put(self, member: Member) -> None:
-        """Records a newcomer, or that a known member's state or standing changed."""
+        """Records a newcomer, or that a known member's state, standing or region changed."""
         self._by_id[member.node] = member
-        self._peers = None
+        self._peers = self._near = None
+        self._locate(member.node, member.region if member.live else self.region)
         if member.state is PeerState.SUSPECT:
             self.suspects.add(member.node)
         else:
@@ -177,7 +181,8 @@ class Members:
 
     def forget(self, node: NodeId) -> None:
         del self._by_id[node]
-        self._peers = None
+        self._peers = self._near = None
+        self._locate(node, self.region)
         self.suspects.discard(node)
         self.gone.discard(node)
         self.fingerprint.forget(node)
@@ -194,9 +199,33 @@ class Members:
         """This node included."""
         return len(self.peers) + 1
 
-    def some_peers(self, count: int, rng: Random, without: tuple[NodeId, ...] = ()) -> list[Member]:
-        """Up to `count` different live peers, uniformly at random, none of `without`."""
-        drawn = rng.sample(self.peers, min(len(self.peers), count + len(without)))
+    @property
+    def near(self) -> list[NodeId]:
+        """Those of `peers` that are in this node's own region, in the same order."""
+        if not self.abroad:
+            return self.peers
+        if self._near is None:
+            self._near = [node for node in self.peers if self._by_id[node].region == self.region]
+        return self._near
+
+    def in_regions(self, regions: set[str]) -> list[NodeId]:
+        """Live members of these other regions, sorted."""
+        return sorted(node for region in regions for node in self.abroad.get(region, ()))
+
+    def _locate(self, node: NodeId, region: str) -> None:
+        for other in [name for name, nodes in self.abroad.items() if node in nodes and name != region]:
+            self.abroad[other].discard(node)
+            if not self.abroad[other]:
+                del self.abroad[other]
+        if region != self.region:
+            self.abroad.setdefault(region, set()).add(node)
+
+    def some_peers(
+        self, count: int, rng: Random, without: tuple[NodeId, ...] = (), among: list[NodeId] | None = None
+    ) -> list[Member]:
+        """Up to `count` different live peers, or of the peers `among`, uniformly at random, none of `without`."""
+        among = self.peers if among is None else among
+        drawn = rng.sample(among, min(len(among), count + len(without)))
         return [self._by_id[node] for node in drawn if node not in without][:count]
 
     def oldest_tombstone(self) -> NodeId | None:

@@ -1,14 +1,11 @@
-"""Whom to probe next, and which probes are under way. No verdicts here: `membership.swim` draws them.
+"""Which probes are under way. No verdicts here: `membership.swim` draws them; whom to probe says `membership.regions`.
 
-Round-robin over a shuffled list bounds the time until everyone was probed, which drawing at random does not
-(SWIM, section 4.3). A newcomer goes to a random place of the round. Each probe has a number, so a late answer
-to an older one changes nothing.
+Each probe has a number, so a late answer to an older one changes nothing.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -44,8 +41,6 @@ class Relay:
 
 class Probes:
     def __init__(self, rng: Random) -> None:
-        self._rng = rng
-        self._round: list[NodeId] = []  # still to be probed, from the end
         self._seq = rng.randrange(_SEQUENCE_MAX)  # a restarted node is not taken for its former self
         self._relays: dict[int, Relay] = {}
         self._nacks_due: dict[int, float] = {}  # of relays, by number: when the asker is told that nothing came yet
@@ -60,21 +55,6 @@ class Probes:
     def next_seq(self) -> int:
         self._seq = (self._seq + 1) % _SEQUENCE_MAX
         return self._seq
-
-    def joined(self, node: NodeId) -> None:
-        if node not in self._round:
-            self._round.insert(self._rng.randint(0, len(self._round)), node)
-
-    def next_target(self, peers: list[NodeId]) -> NodeId | None:
-        """The next of the sorted `peers` in this round; starts a new round when it is over. None: there are no peers."""
-        while self._round:
-            node = self._round.pop()
-            at = bisect_left(peers, node)
-            if at < len(peers) and peers[at] == node:
-                return node
-        self._round = peers.copy()
-        self._rng.shuffle(self._round)
-        return self._round.pop() if self._round else None
 
     def start(self, target: NodeId, now: float, indirect_at: float, ends_at: float) -> Probe:
         probe = Probe(self.next_seq(), target, now, indirect_at, ends_at)

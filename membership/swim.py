@@ -21,6 +21,7 @@ from membership.fingerprint import Fingerprint
 from membership.health import LAG_MAX_S, missed_nacks
 from membership.members import Member
 from membership.probing import Probe, Probes
+from membership.regions import Patrol, some_relays, some_to_tell
 from mesh.gossip import (
     STALLED,
     Ack,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 _SEEDS_MAX = 64
 _NACK_SHARE = 0.8  # of the probe timeout, after which a relay says that it heard us at least (Lifeguard, section IV-A)
+_RELAYED_FACTOR = 1.25  # a relayed answer waits so much longer than what is to be expected
 _FAREWELLS = 32  # peers told directly when this node leaves; they tell the others
 
 
@@ -76,6 +78,7 @@ class Swim(Evidence):
     ) -> None:
         super().__init__(me, signer, config, rng, now, fingerprint)
         self._probes = Probes(rng)
+        self._patrol = Patrol(rng)
         self._seeds: dict[Address, NodeId | None] = {}  # and who was last met there
         # A random phase: nodes started together do not probe in step.
         self._next_probe_at = now + config.probe_period_s * rng.random()
@@ -167,11 +170,11 @@ class Swim(Evidence):
                 self._convict(member, now)
         if now >= self._next_probe_at:
             self._next_probe_at = now + self.config.probe_period_s * self.health.factor
-            if (target := self._probes.next_target(self.members.peers)) is not None:
+            if (target := self._patrol.next_target(self.members)) is not None:
                 effects += self._probe(self.members[target], now)
         if now >= self.next_gossip_at and self.rumours:
             self.next_gossip_at = now + self.config.gossip_period_s
-            for peer in self.members.some_peers(self.config.gossip_peers, self.rng):
+            for peer in some_to_tell(self.members, self.config.gossip_peers, self.rng):
                 effects.append(self._send(peer.address, Gossip(self.sender(now)), ()))
         if now >= self._next_redial_at:
             self._next_redial_at = now + self.config.redial_period_s * (0.75 + 0.5 * self.rng.random())
@@ -245,7 +248,7 @@ class Swim(Evidence):
         )
 
     def on_newcomer(self, node: NodeId) -> None:
-        self._probes.joined(node)
+        self._patrol.joined(self.members[node], self.members)
 
     def _greet(self, source: Address, sender: Sender, now: float, arrived_at: float) -> list[Claim]:
         """Takes note of who speaks; what it should be told about itself, if it does not know how it is seen."""
@@ -285,12 +288,20 @@ class Swim(Evidence):
 
     def _ask_others(self, probe: Probe, now: float) -> list[Effect]:
         probe.indirect_at = math.inf
-        relays = self.members.some_peers(self.config.indirect_peers, self.rng, without=(probe.target,))
+        relays = some_relays(self.members, self.config.indirect_peers, self.rng, probe.target)
         probe.relays |= {relay.node for relay in relays}
+        probe.ends_at = max(probe.ends_at, now + self._relay_s(relays, probe.target))
         asked: list[Effect] = [
             self._send(relay.address, PingReq(self.sender(now), probe.seq, probe.target), ()) for relay in relays
         ]
         return [*asked, PingStream(probe.seq, self.members[probe.target].address)] if probe.target in self.members else asked
+
+    def _relay_s(self, relays: list[Member], target: NodeId) -> float:
+        """How long an answer through relays, or their nack, may take: their way to the target is no longer than by here."""
+        way_s = max((self.distances.expected_s(relay) for relay in relays), default=0.0)
+        there_s = self.distances.expected_s(self.members[target]) if target in self.members else 0.0
+        nack_s = way_s + _NACK_SHARE * self.config.probe_timeout_s
+        return min(LAG_MAX_S, _RELAYED_FACTOR * max(2 * way_s + there_s, nack_s))
 
     def _relay(self, asker: Address, asker_seq: int, target: NodeId, now: float) -> list[Effect]:
         # Only to members, at the address we know: nobody can make us ping strangers.

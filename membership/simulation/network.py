@@ -18,6 +18,7 @@ from membership.effects import Effect, Exchange, FactsChanged, MemberChanged, Pi
 from membership.members import Member
 from membership.simulation.nodes import Seen, SimNode
 from membership.simulation.signer import StandInSigner
+from membership.simulation.ways import Span, Ways
 from mesh import gossip_wire, sync
 from mesh.gossip import MAX_MESSAGE_BYTES, Alive
 from mesh.ids import Address, NodeId
@@ -39,19 +40,20 @@ class Network:
         *,
         config: MembershipConfig | None = None,
         loss: float = 0.0,
-        delay_s: tuple[float, float] = (0.0005, 0.002),
+        delay_s: Span = (0.0005, 0.002),
+        far_s: Span | None = None,
     ) -> None:
+        """`delay_s`: of one way; `far_s`: between two regions, if that takes longer."""
         self.rng = Random(seed)
         self.config = config or MembershipConfig()
         self.loss = loss
-        self.delay_s = delay_s
+        self.ways = Ways(self.rng, delay_s, far_s)
         self.now = 0.0
         self.nodes: dict[NodeId, SimNode] = {}
         self.seen: list[Seen] = []
         self.facts_seen: list[tuple[float, NodeId, NodeId]] = []
         self.largest_bytes = 0
         self._at: dict[Address, NodeId] = {}
-        self._cut: set[tuple[NodeId, NodeId]] = set()
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._scheduled = 0
         self._trace = hashlib.blake2b(digest_size=16)
@@ -66,12 +68,14 @@ class Network:
         epoch: int = 1,
         name: str | None = None,
         address: Address | None = None,
+        region: str = "",
     ) -> NodeId:
         """Starts a node, or starts it again under its old id with another `epoch`, and joins it through `seeds`."""
         number = len(self.nodes) if number is None else number
         node = NodeId(f"{number:016x}")
         address = address or (f"10.0.{number // 250}.{number % 250 + 1}", 7946 + epoch)
-        claim = Alive(node, epoch, 0, name or f"node-{number}", address[0], address[1], "")
+        claim = Alive(node, epoch, 0, name or f"node-{number}", address[0], address[1], region)
+        self.ways.place(node, region)
         core = MembershipCore(claim, StandInSigner(node), self.config, Random(self.rng.random()), self.now)
         old = self.nodes.get(node)
         if old is not None:
@@ -146,15 +150,10 @@ class Network:
 
     def cut(self, some: Iterable[NodeId], others: Iterable[NodeId], *, one_way: bool = False) -> None:
         """Nothing gets from `some` to `others`, nor back unless `one_way`."""
-        others = list(others)
-        for one in some:
-            for other in others:
-                self._cut.add((one, other))
-                if not one_way:
-                    self._cut.add((other, one))
+        self.ways.cut(some, others, one_way=one_way)
 
     def heal(self) -> None:
-        self._cut.clear()
+        self.ways.heal()
 
     def publish(self, node: NodeId, facts: Facts) -> None:
         it = self.nodes[node]
@@ -214,12 +213,6 @@ class Network:
         self._scheduled += 1  # breaks ties: what was sent first arrives first
         heapq.heappush(self._heap, (self.now + delay_s, self._scheduled, happen))
 
-    def _delay(self) -> float:
-        return self.rng.uniform(*self.delay_s)
-
-    def _passes(self, source: NodeId, to: NodeId) -> bool:
-        return (source, to) not in self._cut
-
     def _arm(self, it: SimNode) -> None:
         deadline = it.core.deadline
         if deadline >= it.armed_for or deadline == float("inf"):
@@ -265,7 +258,7 @@ class Network:
     def _connects(self, it: SimNode, to: Address) -> SimNode | None:
         """Who has a socket at `to`, if the way is open; a paused process still has its kernel."""
         target = self._at.get(to)
-        if target is None or not self._passes(it.id, target) or not self._passes(target, it.id):
+        if target is None or not self.ways.passes(it.id, target) or not self.ways.passes(target, it.id):
             return None
         return self.nodes[target]
 
@@ -284,7 +277,7 @@ class Network:
                 refused = None if not answers else peer is not None and (peer.refuses_all or (peer.refuses and not peer.running))
                 self._carry_out(it, it.core.tried(number, refused, self.now))
 
-        self._later(2 * self._delay() if answers else CONNECT_TIMEOUT_S, come_back)
+        self._later(2 * self.ways.delay_s(it.id, peer.id) if peer is not None and answers else CONNECT_TIMEOUT_S, come_back)
 
     def _open_link(self, it: SimNode, to: Address) -> None:
         peer = self._connects(it, to)
@@ -298,17 +291,17 @@ class Network:
                 it.core.linked(peer.id)
                 peer.core.linked(it.id)
 
-        self._later(4 * self._delay(), opened)
+        self._later(4 * self.ways.delay_s(it.id, peer.id), opened)
 
     def _break_link(self, gone: SimNode, other: SimNode) -> None:
         """`other` hears of the end, unless the way between them is cut: then nothing ever comes."""
         other.links.discard(gone.id)
 
         def hear() -> None:
-            if other.running and not other.paused and self._passes(gone.id, other.id):
+            if other.running and not other.paused and self.ways.passes(gone.id, other.id):
                 self._carry_out(other, other.core.lost(gone.id, self.now, proven=True))
 
-        self._later(self.rng.uniform(0.001, 0.006) + self._delay(), hear)
+        self._later(self.rng.uniform(0.001, 0.006) + self.ways.delay_s(gone.id, other.id), hear)
 
     def _send(self, it: SimNode, to: Address, datagram: bytes) -> None:
         self.largest_bytes = max(self.largest_bytes, len(datagram))
@@ -320,7 +313,7 @@ class Network:
 
         def arrive() -> None:
             target = self._at.get(to)
-            if target is None or not self._passes(it.id, target):
+            if target is None or not self.ways.passes(it.id, target):
                 return
             peer = self.nodes[target]
             if not peer.running:
@@ -331,7 +324,9 @@ class Network:
                 return
             self._when_read(peer, lambda arrived_at: self._receive(peer, it.address, datagram, arrived_at))
 
-        self._later(self._delay(), arrive)
+        receiver = self._at.get(to, it.id)
+        self.ways.carried(it.id, receiver, len(datagram) + SEAL_BYTES)
+        self._later(self.ways.delay_s(it.id, receiver), arrive)
 
     def _when_read(self, it: SimNode, take: Callable[[float], None]) -> None:
         """Input has arrived at `it`: taken at once, or as late as a starved process reads."""
@@ -372,7 +367,7 @@ class Network:
 
         def arrive() -> None:
             target = self._at.get(to)
-            if target is None or not self._passes(it.id, target) or not self._passes(target, it.id):
+            if target is None or not self.ways.passes(it.id, target) or not self.ways.passes(target, it.id):
                 return
             peer = self.nodes[target]
             if peer.running and not peer.paused:
@@ -388,6 +383,9 @@ class Network:
                 if it.running and not it.paused:
                     self._when_read(it, lambda arrived_at: answered(reply))
 
-            self._later(self._delay(), come_back)
+            self.ways.carried(peer.id, it.id, len(reply))
+            self._later(self.ways.delay_s(peer.id, it.id), come_back)
 
-        self._later(self._delay(), arrive)
+        receiver = self._at.get(to, it.id)
+        self.ways.carried(it.id, receiver, len(tail))
+        self._later(self.ways.delay_s(it.id, receiver), arrive)

@@ -32,12 +32,18 @@ def answered(core: MembershipCore, rtt_s: float, where: bytes | None = None, lag
     return number
 
 
-@pytest.mark.parametrize(("samples", "told"), [(0, 160), (7, 160), (8, 40), (31, 40), (32, 10), (1000, 10)])
-def test_the_better_a_node_knows_its_place_the_fewer_pings_tell_it(samples: int, told: int) -> None:
+@pytest.mark.parametrize(
+    ("samples", "rtts_s", "told"),
+    [(0, [0.06], 160), (7, [0.06], 160), (60, [0.06], 10), (8, [0.002], 10), (60, [0.01, 0.9], 160), (512, [0.01, 0.9], 40)],
+)
+def test_a_node_that_knows_its_place_or_has_only_near_peers_tells_it_on_few_pings(
+    samples: int, rtts_s: list[float], told: int
+) -> None:
     distances = Distances(Random(1))
-    member = node_among(1).swim.members[peer_id(1)]
-    for _ in range(samples):
-        distances.measured(member, 0.06, pack(THERE), lagging=False)
+    core = node_among(2)
+    for number in range(samples):
+        which = number % len(rtts_s)
+        distances.measured(core.swim.members[peer_id(1 + which)], rtts_s[which], pack(Coordinate()), lagging=False)
     assert sum(distances.told_with_ping() is not None for _ in range(160)) == told
 
 

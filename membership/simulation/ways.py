@@ -1,0 +1,49 @@
+"""The ways between simulated nodes: how long each takes, which are cut, and what went from one region to another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from random import Random
+
+from mesh.ids import NodeId
+
+Span = tuple[float, float]
+
+
+class Ways:
+    """`near_s`: of one way within a region, `far_s`: between two, each drawn evenly between its ends."""
+
+    def __init__(self, rng: Random, near_s: Span, far_s: Span | None) -> None:
+        self._rng = rng
+        self._near_s, self._far_s = near_s, far_s or near_s
+        self._region: dict[NodeId, str] = {}
+        self._cut: set[tuple[NodeId, NodeId]] = set()
+        self.bytes_abroad = 0
+
+    def place(self, node: NodeId, region: str) -> None:
+        self._region[node] = region
+
+    def abroad(self, one: NodeId, other: NodeId) -> bool:
+        return self._region.get(one) != self._region.get(other)
+
+    def delay_s(self, one: NodeId, other: NodeId) -> float:
+        return self._rng.uniform(*(self._far_s if self.abroad(one, other) else self._near_s))
+
+    def passes(self, source: NodeId, to: NodeId) -> bool:
+        return (source, to) not in self._cut
+
+    def carried(self, source: NodeId, to: NodeId, size_bytes: int) -> None:
+        if self.abroad(source, to):
+            self.bytes_abroad += size_bytes
+
+    def cut(self, some: Iterable[NodeId], others: Iterable[NodeId], *, one_way: bool) -> None:
+        """Nothing gets from `some` to `others`, nor back unless `one_way`."""
+        others = list(others)
+        for one in some:
+            for other in others:
+                self._cut.add((one, other))
+                if not one_way:
+                    self._cut.add((other, one))
+
+    def heal(self) -> None:
+        self._cut.clear()
