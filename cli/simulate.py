@@ -3,12 +3,50 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cli import options, output
 from mesh.errors import BadRequest
+
+
+def replayed(path: Path, json: bool) -> None:
+    """The events that the node saw, and whether the core answers today as it did then.
+
+    Raises:
+        BadRequest: not readable, or no trace of this version.
+        typer.Exit: with 1 when a replay that should be exact is not.
+    """
+    from membership.replay import replay
+    from membership.trace import BadTrace, read
+
+    try:
+        found = replay(read(path.read_bytes()))
+    except (OSError, BadTrace) as error:
+        raise BadRequest(f"--replay {path}: {error}", "replay") from None
+    if json:
+        output.as_json(asdict(found))
+    else:
+        rows = [
+            (
+                f"{event.at_s - found.began_s:.3f}",
+                event.name or "-",
+                event.before or "-",
+                event.after,
+                event.cause or "-",
+                event.node,
+            )
+            for event in found.events
+        ]
+        output.table(("AT S", "NAME", "BEFORE", "AFTER", "CAUSE", "ID"), rows, empty="nothing happened")
+        kind = "from the node's first input" if found.exact else "from a checkpoint, so only close"
+        output.line(f"{found.inputs} inputs over {found.ended_s - found.began_s:.1f} s, {kind}; {found.agreed} answered as then")
+        if found.differs_at is not None:
+            output.line(f"the first that was answered otherwise: number {found.differs_at}")
+    if found.exact and found.differs_at is not None:
+        raise typer.Exit(1)
 
 
 def simulate(
@@ -18,9 +56,18 @@ def simulate(
     kill: Annotated[int, typer.Option("--kill", min=0, help="How many are killed, one after the other.")] = 3,
     silent: Annotated[bool, typer.Option("--silent", help="Their hosts vanish too: nothing says that they are dead.")] = False,
     starved: Annotated[int, typer.Option("--starved", min=0, help="How many read all input 0.5 to 2.5 s late.")] = 0,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            "--replay", metavar="FILE", help="Instead: lead a core through the trace of a real node (`mesh up --trace-mb`)."
+        ),
+    ] = None,
     json: options.JsonOption = False,
 ) -> None:
     """Simulate a mesh and its deaths: how soon each survivor knows, and whether anyone was wronged."""
+    if replay is not None:
+        replayed(replay, json)
+        return
     from membership.simulation.scenario import Scenario
     from membership.simulation.scenario import simulate as run
 

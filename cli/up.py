@@ -41,6 +41,16 @@ KeyFileOption = Annotated[Path | None, typer.Option("--key-file", metavar="F", h
 ApiKeyFileOption = Annotated[Path | None, typer.Option("--api-key-file", metavar="F", help="API keys, from `mesh key api`.")]
 DrainOption = Annotated[float, typer.Option("--drain-s", min=0.0, help="How long open streams may go on after SIGTERM.")]
 LogFormatOption = Annotated[str, typer.Option("--log-format", help="text or json; logs go to stderr.")]
+TraceOption = Annotated[
+    int,
+    typer.Option(
+        "--trace-mb",
+        min=0,
+        max=4096,
+        metavar="MB",
+        help="Keep what membership hears; SIGUSR1 writes it to DATA_DIR/membership.trace, for `mesh simulate --replay`.",
+    ),
+]
 LeashOption = Annotated[int | None, typer.Option("--leash", hidden=True)]
 
 
@@ -91,6 +101,7 @@ def up(
     api_key_file: ApiKeyFileOption = None,
     drain_s: DrainOption = 30.0,
     log_format: LogFormatOption = "text",
+    trace_mb: TraceOption = 0,
     leash: LeashOption = None,
 ) -> None:
     """Run a node in the foreground; SIGTERM or Ctrl-C drains it and leaves the mesh."""
@@ -116,6 +127,7 @@ def join(
     api_key_file: ApiKeyFileOption = None,
     drain_s: DrainOption = 30.0,
     log_format: LogFormatOption = "text",
+    trace_mb: TraceOption = 0,
     leash: LeashOption = None,
 ) -> None:
     """Run a node that joins a mesh: `mesh up --join HOST:PORT`."""

@@ -67,6 +67,10 @@ class MembershipCore:
     def tried(self, number: int, refused: bool | None, now: float) -> list[Effect]:
         return self._settled(self.swim.tried(number, refused, now))
 
+    def remember_seed(self, address: Address) -> None:
+        """Keeps trying this address for as long as no live member has it."""
+        self.swim.remember_seed(address)
+
     def leave(self, now: float) -> list[Effect]:
         return self.swim.leave(now)
 

@@ -1,8 +1,9 @@
 """Whom to probe and tell when the mesh spans regions: mostly neighbours, and each other region by a few of us.
 
 A probe across an ocean costs more and says less, so three of four go to the own region. Towards each other region a few
-nodes of every region stand watch, and the others look there now and then to know how far it is; that keeps an eye on a region that is lost as a whole, where nobody is left to tell. As soon
-as anybody there is suspected, all look there at every second probe. News goes to neighbours first, but always abroad as well.
+nodes of every region stand watch, and the others look there now and then to know how far it is; that keeps an eye on a region
+that is lost as a whole, where nobody is left to tell. As soon as anybody there is suspected, all look there at every second
+probe. News goes to neighbours first, but always abroad as well.
 A mesh whose nodes name no region, or one, is probed and told as if there were none.
 Source: the budget is our own; round-robin over a shuffled list is SWIM's (section 4.3).
 """
@@ -79,7 +80,7 @@ class Patrol:
 
 
 def watched(members: Members) -> set[str]:
-    """The regions that this node watches for its own: of the sorted ids here, `WATCHERS` from a place set by the region's name."""
+    """The regions that this node watches for its own: of the ids here, `WATCHERS` from a place set by the region's name."""
     here = len(members.near) + 1
     place = bisect_left(members.near, members.me)
     return {region for region in members.abroad if (place - crc32(region.encode())) % here < WATCHERS}

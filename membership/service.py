@@ -33,6 +33,8 @@ from membership.effects import (
     Watch,
 )
 from membership.events import JoinFailed, MemberEvent, MembershipStatistics
+from membership.recording import RecordedCore
+from membership.trace import Trace
 from mesh import gossip, sync
 from mesh.calls import Call, Handlers, Header, Reply
 from mesh.errors import BadRequest, DeadlineExceeded, LocalError, PeerLost, PeerRefused, Refused, RemoteError
@@ -76,11 +78,12 @@ class Membership:
         load: Callable[[], Load] = Load,
         knock: Callable[[Address], Awaitable[bool | None]] = is_refused,
         keep_links: Callable[[tuple[Address, ...]], None] = lambda addresses: None,
+        trace_bytes: int = 0,
     ) -> None:
         """`socket`: bound, UDP; stays the caller's to close, after `run` ended. `address`: what peers reach this node by,
         by datagram and by call. `epoch`: higher than that of any former run on the same data directory. `signer`: with the key
         that `me` is made from. `knock`: does the host at this address refuse connections? `keep_links`: is asked to hold links
-        to these, and tells `linked` and `lost` of them.
+        to these, and tells `linked` and `lost` of them. `trace_bytes`: keeps so much of what comes in, for `dump_trace`.
 
         Raises:
             ValueError: a name, host or region that fits no claim.
@@ -90,7 +93,9 @@ class Membership:
         self._knock, self._keep_links = knock, keep_links
         self._address = address
         claim = gossip.Alive(me, epoch, 0, name, address[0], address[1], region)
-        self._core = MembershipCore(claim, signer, config or MembershipConfig(), rng or Random(), trio.current_time())
+        self._trace = Trace(trace_bytes) if trace_bytes else None
+        made = claim, signer, config or MembershipConfig(), rng or Random(), trio.current_time()
+        self._core = MembershipCore(*made) if self._trace is None else RecordedCore(*made, self._trace)
         self._peers: dict[NodeId, Peer] = {}
         self.view = View(me)
         self.handlers: Handlers = MappingProxyType({sync.SYNC_KIND: self._answer_sync})
@@ -131,7 +136,7 @@ class Membership:
         refusals: list[bool] = []
 
         async def try_seed(seed: Address) -> None:
-            self._core.swim.remember_seed(seed)
+            self._core.remember_seed(seed)
             try:
                 await self._exchange(seed)
             except _CALL_FAILED as error:
@@ -149,7 +154,7 @@ class Membership:
         """Peers were once here: they are tried now and, while nobody is there, again and again. Fails for nobody's absence."""
         for address in addresses:
             if address != self._address:
-                self._core.swim.remember_seed(address)
+                self._core.remember_seed(address)
         for address in addresses[:RECALLED_AT_ONCE]:
             if address != self._address:
                 self._start_call(self._exchange, address)
@@ -184,8 +189,8 @@ class Membership:
         peers = [peer for peer in self.view.live() if peer.id != self.me]
         # Those who hold a link with us must know before it ends, or they would take its end for a death.
         told = [peer.address for peer in peers if peer.id in self._core.swim.linked][:FAREWELL_PUSHES_MAX]
-        told += [peer.address for peer in self._core.rng.sample(peers, min(FAREWELL_PUSHES, len(peers)))]
         self._carry_out(self._core.leave(now))
+        told += [peer.address for peer in self._core.rng.sample(peers, min(FAREWELL_PUSHES, len(peers)))]
         tail = sync.encode(self._core.farewell(now))
 
         async def tell(address: Address) -> None:
@@ -198,6 +203,10 @@ class Membership:
             async with trio.open_nursery() as nursery:
                 for address in dict.fromkeys(told):
                     nursery.start_soon(tell, address)
+
+    def dump_trace(self) -> bytes | None:
+        """What came in of late, as a file for `mesh simulate --replay`; None: it was not asked for at the start."""
+        return self._trace.dump() if self._trace is not None else None
 
     async def changed(self, since_version: int) -> View:
         """The first view after `since_version`: at once if there is one already."""

@@ -41,6 +41,7 @@ class NodeConfig:
     upload_bytes_s: int | None = None  # weights for peers; None: bounded while this node computes, else all but unbounded
     request_timeout_s: float = 600.0  # a request's own deadline where the client set none
     log_format: str = "text"
+    trace_mb: int = 0  # of what membership hears, kept in memory for a replay of an incident; 0: nothing
 
     def __post_init__(self) -> None:
         """Raises BadRequest with what was expected, what came and what to do."""
@@ -55,6 +56,8 @@ class NodeConfig:
             raise BadRequest(f"--dtype: expected auto, float32 or bfloat16, got {self.dtype!r}", "dtype")
         if self.quantize not in ("none", "int8", "int4"):
             raise BadRequest(f"--quantize: expected none, int8 or int4, got {self.quantize!r}", "quantize")
+        if not 0 <= self.trace_mb <= 4096:
+            raise BadRequest(f"--trace-mb: expected 0 to 4096, got {self.trace_mb}", "trace_mb")
         if self.memory_bytes is not None and self.memory_bytes < 16 << 20:
             raise BadRequest(f"--memory: expected at least 16MiB, got {self.memory_bytes} bytes", "memory")
         if self.upload_bytes_s is not None and self.upload_bytes_s < 1 << 10:

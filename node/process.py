@@ -34,6 +34,7 @@ from node.http.app import make_app
 from node.http.auth import ApiKeys
 from node.http.server import Server, serve
 from node.identity import Identity
+from node.incidents import TraceFile
 from node.known_peers import KnownPeers
 from node.losses import Losses
 from node.models import Holdings
@@ -100,11 +101,11 @@ class Node:
             call=self._links.call,
             load=self._load,
             keep_links=self._links.keep,
+            trace_bytes=config.trace_mb << 20,
         )
         self._membership.on_renewed = identity.renew
         self._known_peers = KnownPeers(identity.directory, time.time)
-        facts = Facts(version=version("gossip-mesh"), pid=os.getpid())
-        self._facts = OwnFacts(facts, self._membership.publish)
+        self._facts = OwnFacts(Facts(version=version("gossip-mesh"), pid=os.getpid()), self._membership.publish)
         rng = Random()
         self._planning = Planning(self._view, trio.current_time, rng)
         embedder = MiniLM()
@@ -155,6 +156,9 @@ class Node:
             lambda: self._engine.load_report().running > 0,
             self._config.upload_bytes_s,
         )
+
+    def _trace_file(self) -> TraceFile:
+        return TraceFile(self._identity.directory, self._membership.dump_trace)
 
     def _view(self) -> View:
         return self._membership.view
@@ -231,6 +235,7 @@ class Node:
         await nursery.start(self._documents.run)
         await nursery.start(self._entry.run)
         nursery.start_soon(self._sweep)
+        nursery.start_soon(self._trace_file().run)
         nursery.start_soon(self._pulse.run)
         self._server = await nursery.start(serve, self._app, [self._http_listener])
         announce(f"mesh node {self.name} up: {self._facts.now.http} gossip {format_address(self._sockets.address)}")
@@ -267,6 +272,7 @@ class Node:
     async def _leave(self, node_scope: trio.CancelScope) -> None:
         if self._membership_runs:
             await self._membership.leave()
+            await self._trace_file().write()
         node_scope.cancel()
 
 

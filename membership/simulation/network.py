@@ -23,6 +23,7 @@ from mesh import gossip_wire, sync
 from mesh.gossip import MAX_MESSAGE_BYTES, Alive
 from mesh.ids import Address, NodeId
 from mesh.seal import KeySeal
+from mesh.signing import Signer
 from mesh.view import Facts, PeerState
 
 SOCKET_BUFFER_DATAGRAMS = 150  # about what Linux keeps of small datagrams in its default 212 KiB
@@ -42,10 +43,12 @@ class Network:
         loss: float = 0.0,
         delay_s: Span = (0.0005, 0.002),
         far_s: Span | None = None,
+        core: Callable[[Alive, Signer, MembershipConfig, Random, float], MembershipCore] = MembershipCore,
     ) -> None:
-        """`delay_s`: of one way; `far_s`: between two regions, if that takes longer."""
+        """`delay_s`: of one way; `far_s`: between two regions, if that takes longer; `core`: makes each node's."""
         self.rng = Random(seed)
         self.config = config or MembershipConfig()
+        self._core = core
         self.loss = loss
         self.ways = Ways(self.rng, delay_s, far_s)
         self.now = 0.0
@@ -76,7 +79,7 @@ class Network:
         address = address or (f"10.0.{number // 250}.{number % 250 + 1}", 7946 + epoch)
         claim = Alive(node, epoch, 0, name or f"node-{number}", address[0], address[1], region)
         self.ways.place(node, region)
-        core = MembershipCore(claim, StandInSigner(node), self.config, Random(self.rng.random()), self.now)
+        core = self._core(claim, StandInSigner(node), self.config, Random(self.rng.random()), self.now)
         old = self.nodes.get(node)
         if old is not None:
             for other in sorted(old.links):
@@ -86,7 +89,7 @@ class Network:
         self.nodes[node] = SimNode(node, address, core, epoch, self.now)
         self._at[address] = node
         for seed in seeds:
-            core.swim.remember_seed(self.nodes[seed].address)
+            core.remember_seed(self.nodes[seed].address)
             self._exchange(self.nodes[node], self.nodes[seed].address)
         self._arm(self.nodes[node])
         return node

@@ -49,7 +49,14 @@ class Mesh:
         self.garbled = False
 
     async def start(
-        self, number: int, *, seal: Seal | None = None, epoch: int = 1, config: MembershipConfig | None = None, name: str = ""
+        self,
+        number: int,
+        *,
+        seal: Seal | None = None,
+        epoch: int = 1,
+        config: MembershipConfig | None = None,
+        name: str = "",
+        trace_bytes: int = 0,
     ) -> Running:
         me = NodeId(f"{number:016x}")
         socket = trio.socket.socket(trio.socket.AF_INET, trio.socket.SOCK_DGRAM)
@@ -77,6 +84,7 @@ class Mesh:
             config=config,
             rng=Random(number),
             load=lambda: Load(running=number),
+            trace_bytes=trace_bytes,
         )
         scope = trio.CancelScope()
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from random import Random
 
 import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
+from membership.config import MembershipConfig
+from membership.core import MembershipCore
+from membership.recording import RecordedCore
 from membership.simulation.scenario import Scenario, simulate
+from membership.trace import Trace
+from mesh.gossip import Alive
+from mesh.signing import IdentityKey
 
 
 @pytest.mark.parametrize("silent", [False, True])
@@ -36,3 +44,37 @@ def test_the_command_prints_a_table_or_json_and_says_by_its_exit_code_whether_al
     told = json.loads(runner.invoke(app, ["simulate", "--nodes", "8", "--kill", "1", "--json"]).output)
     assert told["deaths"][0]["heard"] == 7 and told["false_deaths"] == 0
     assert runner.invoke(app, ["simulate", "--nodes", "3", "--kill", "3"]).exit_code == 1
+
+
+def trace_of_a_node_whose_peer_falls_silent() -> bytes:
+    """With the signatures of real nodes."""
+    keys = [IdentityKey(bytes([number]) * 32) for number in (1, 2)]
+    claims = [Alive(key.node, 1, 0, f"node-{number}", "127.0.0.1", 7000 + number) for number, key in enumerate(keys)]
+    kept = Trace(2**20)
+    core = RecordedCore(claims[0], keys[0], MembershipConfig(), Random(1), 100.0, kept)
+    peer = MembershipCore(claims[1], keys[1], MembershipConfig(), Random(2), 100.0)
+    core.learn(("127.0.0.1", 7001), peer.answer(core.me, core.ask(), 100.0)[0], 100.0)
+    while core.deadline < 110:
+        core.tick(core.deadline)
+    return kept.dump()
+
+
+def test_a_trace_of_a_real_node_is_replayed_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, path = CliRunner(), tmp_path / "membership.trace"
+    path.write_bytes(trace_of_a_node_whose_peer_falls_silent())
+    shown = runner.invoke(app, ["simulate", "--replay", str(path)])
+    assert shown.exit_code == 0, shown.output
+    assert "node-1" in shown.output and "suspect" in shown.output and "timeout" in shown.output
+    told = json.loads(runner.invoke(app, ["simulate", "--replay", str(path), "--json"]).output)
+    assert told["exact"] and told["inputs"] == told["agreed"]
+    assert [event["after"] for event in told["events"]] == ["alive", "suspect", "dead"]
+    monkeypatch.setattr("membership.hearing.minimum_s", lambda *given: 1.0)
+    otherwise = runner.invoke(app, ["simulate", "--replay", str(path)])
+    assert otherwise.exit_code == 1 and "answered otherwise" in otherwise.output
+
+
+def test_what_is_no_trace_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("hello")
+    for name in ("other", "missing"):
+        refused = CliRunner().invoke(app, ["simulate", "--replay", str(tmp_path / name)])
+        assert refused.exit_code != 0 and refused.exception is not None

@@ -1,0 +1,52 @@
+"""What membership heard of late, written beside the node's data when it is asked for by SIGUSR1, and when the node ends.
+
+`mesh simulate --replay FILE` leads the same core through it again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+import trio
+
+FILE_NAME = "membership.trace"
+
+log = structlog.get_logger()
+
+
+class TraceFile:
+    """`dump`: the trace as of now; None: none is kept."""
+
+    def __init__(self, directory: Path, dump: Callable[[], bytes | None]) -> None:
+        self._path = directory / FILE_NAME
+        self._dump = dump
+
+    async def run(self) -> None:
+        """Writes at each SIGUSR1, until cancelled."""
+        with trio.open_signal_receiver(signal.SIGUSR1) as signals:
+            async for _ in signals:
+                await self.write()
+
+    async def write(self) -> None:
+        """Whole or not at all; a disk that takes nothing is logged and costs the node nothing else."""
+        if (raw := self._dump()) is None:
+            return
+        try:
+            await trio.to_thread.run_sync(_replace, self._path, raw)
+        except OSError as error:
+            log.warning("membership.trace_not_written", path=str(self._path), why=str(error))
+        else:
+            log.info("membership.trace_written", path=str(self._path), size_bytes=len(raw))
+
+
+def _replace(path: Path, raw: bytes) -> None:
+    """*Blocking*. Readable by its owner only: it tells names and addresses."""
+    fresh = path.with_suffix(".new")
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(raw)
+    fresh.replace(path)
