@@ -1,7 +1,8 @@
 """One member of a mesh and nothing else: links and membership in a process of its own, for measuring.
 
-Reads one address to join per line on stdin; prints a JSON line for its address and for each change of a member, with the
-machine's monotonic clock, which all processes share.
+`python -m bench.member [HOST]` reads one address to join per line on stdin, or `block SECONDS`, which blocks its event loop for so
+long; prints a JSON line for its address and for each change of a member, with the machine's monotonic clock, which all
+processes share.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def say(**fields: object) -> None:
 
 async def run() -> None:
     """Until stdin ends."""
-    sockets = await open_peer_sockets(("127.0.0.1", 0))
+    sockets = await open_peer_sockets((sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1", 0))
     identity = IdentityKey(secrets.token_bytes(32))
     me = identity.node
     config = LinkConfig(me, sockets.address, "mesh", server_context(MESH_KEY, me), client_context(MESH_KEY, me))
@@ -60,6 +61,9 @@ async def run() -> None:
         await nursery.start(membership.run)
         say(me=me, address=format_address(sockets.address))
         while line := await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True):
+            if line.startswith("block "):
+                time.sleep(float(line.split()[1]))  # noqa: ASYNC251 - a loop that stands still is what is asked for
+                continue
             try:
                 await membership.join([parse_address(line.strip())])
             except JoinFailed as error:

@@ -16,13 +16,13 @@ START_WITHIN_S = 60.0
 
 
 class Members:
-    """Started and joined; `kill` measures."""
+    """Started and joined; `kill` measures. `commands`: one for each, where they differ."""
 
-    def __init__(self, command: list[str], count: int) -> None:
+    def __init__(self, command: list[str], count: int, commands: list[list[str]] | None = None) -> None:
         self.told: list[list[dict[str, Any]]] = [[] for _ in range(count)]
         self._processes = [
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            for _ in range(count)
+            for command in commands or [command] * count
         ]
         self._readers = [threading.Thread(target=self._read, args=(number,), daemon=True) for number in range(count)]
         for reader in self._readers:
@@ -30,11 +30,34 @@ class Members:
         self._until(lambda: all(any("me" in line for line in told) for told in self.told), "all have started")
         self.names = [next(line["me"] for line in told if "me" in line) for told in self.told]
         seed = next(line["address"] for line in self.told[0] if "me" in line)
-        for process in self._processes[1:]:
-            assert process.stdin is not None
-            process.stdin.write(seed + "\n")
-            process.stdin.flush()
+        for number in range(1, count):
+            self.say(number, seed)
         self._until(lambda: all(len(self._alive(number)) >= count - 1 for number in range(count)), "all have joined")
+
+    def say(self, number: int, line: str) -> None:
+        """To its stdin."""
+        stdin = self._processes[number].stdin
+        assert stdin is not None
+        stdin.write(line + "\n")
+        stdin.flush()
+
+    def signal(self, number: int, with_signal: signal.Signals) -> None:
+        os.kill(self._processes[number].pid, with_signal)
+
+    def state(self, by: int, number: int) -> str | None:
+        """What `by` told last of the other's state."""
+        states = [line["state"] for line in list(self.told[by]) if line.get("node") == self.names[number]]
+        return states[-1] if states else None
+
+    def wait_state(self, by: list[int], number: int, state: str, within_s: float) -> None:
+        """Until each of `by` has told it. Raises TimeoutError."""
+        self._until(lambda: all(self.state(one, number) == state for one in by), f"{by} tell of {number}: {state}", within_s)
+
+    def deaths(self) -> set[tuple[int, int]]:
+        """(by whom, of whom) of all that were ever told."""
+        number_of = {name: number for number, name in enumerate(self.names)}
+        said = [(by, line) for by, told in enumerate(self.told) for line in list(told) if line.get("state") == "dead"]
+        return {(by, number_of[line["node"]]) for by, line in said}
 
     def _read(self, number: int) -> None:
         stdout = self._processes[number].stdout
