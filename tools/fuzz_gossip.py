@@ -1,0 +1,277 @@
+"""Feeds mutated datagrams to the gossip decoder, and what still decodes to a membership core.
+
+`python -m tools.fuzz_gossip corpus` writes the corpus anew: real messages of a simulated mesh, and nasty ones made by hand.
+`python -m tools.fuzz_gossip run --seconds 600 [--seed N]` mutates it for so long; an input that breaks a rule is written
+to the corpus as `found-*.bin`, and the exit code is 1. A short run of the same is in the tests.
+The rules: the decoder gives a message or BadDatagram, nothing else; what it refuses changes nothing; a core survives whatever
+it gives, uses its deadline up, and its answers fit their datagrams.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import msgspec
+
+from membership.config import MembershipConfig
+from membership.core import MembershipCore
+from membership.effects import Send
+from membership.simulation.network import Network
+from membership.simulation.signer import StandInSigner
+from mesh import gossip
+from mesh.gossip import MAX_MESSAGE_BYTES, Alive, BadDatagram, Claim, Left, Message
+from mesh.ids import NodeId
+from mesh.statements import alive_statement, left_statement
+
+CORPUS = Path(__file__).parent.parent / "tests" / "membership" / "corpus"
+_ODD_BYTES = bytes(
+    [0x00, 0x01, 0x7F, 0x80, 0x90, 0xA0, 0xC0, 0xC1, 0xC4, 0xC6, 0xC7, 0xCA, 0xCB, 0xCF, 0xD3, 0xD9, 0xDB, 0xDC, 0xDD, 0xDF, 0xFF]
+)
+_ODD_RUNS = (b"\xdd\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\xdb\x7f\xff\xff\xff", b"\xcb\x7f\xf8" + bytes(6), b"\x91" * 64)
+_VALUES_SHARE = 0.4
+_FRESH_AFTER = 200  # messages taken by one core: then a new one, so that none is poisoned for good
+
+
+class Subject:
+    """A core that takes what decodes; `take` raises whatever rule an input breaks."""
+
+    def __init__(self) -> None:
+        self.messages = self.refused = 0
+        self._now = 0.0
+        self._core = _core()
+
+    def take(self, raw: bytes) -> None:
+        """Raises AssertionError, or what the decoder or the core should not have raised."""
+        try:
+            message = gossip.decode(raw)
+        except BadDatagram:
+            self.refused += 1
+            return
+        self.messages += 1
+        if self.messages % _FRESH_AFTER == 0:
+            self._core, self._now = _core(), 0.0
+        self._now += 0.01
+        effects = self._core.receive(("10.9.9.9", 7000), message, self._now)
+        effects += self._core.tick(self._now)
+        assert self._core.deadline > self._now, "a tick that leaves its deadline where it was is called for ever"
+        for effect in effects:
+            if isinstance(effect, Send):
+                sent = gossip.encode(effect.message)
+                assert len(sent) <= MAX_MESSAGE_BYTES, f"an answer of {len(sent)} bytes"
+                assert isinstance(gossip.decode(sent), Message), "what we send, we can read"
+
+
+def _core() -> MembershipCore:
+    me = Alive(NodeId("0" * 16), 1, 0, "subject", "10.0.0.1", 7000)
+    return MembershipCore(me, StandInSigner(me.node), MembershipConfig(members_max=64), Random(1), 0.0)
+
+
+def mutated(seeds: list[bytes], rng: Random) -> bytes:
+    """One of `seeds`, changed in one to four ways: its bytes, or the values in it."""
+    chosen = rng.choice(seeds)
+    if rng.random() < _VALUES_SHARE and (other := _with_other_values(chosen, rng)) is not None:
+        return other
+    raw = bytearray(chosen)
+    for _ in range(rng.randint(1, 4)):
+        rng.choice(_MUTATIONS)(raw, seeds, rng)
+    return bytes(raw)
+
+
+def _with_other_values(raw: bytes, rng: Random) -> bytes | None:
+    """The message with a few of its values replaced and its claims signed by whom they name; None: that is no message."""
+    try:
+        parts = msgspec.to_builtins(gossip.decode(raw))
+        for _ in range(rng.randint(1, 4)):
+            _replace_a_value(parts, rng)
+        message = msgspec.convert(parts, Message)
+        return gossip.encode(_signed(message))
+    except (msgspec.MsgspecError, ValueError, TypeError, OverflowError):
+        return None
+
+
+def _replace_a_value(parts: list[Any], rng: Random) -> None:
+    within = parts
+    while (nested := [part for part in within if isinstance(part, list) and part]) and rng.random() < 0.8:
+        within = rng.choice(nested)
+    at = rng.randrange(len(within))
+    match within[at]:
+        case bool():
+            within[at] = not within[at]
+        case int():
+            within[at] = rng.choice((0, 1, within[at] + 1, max(0, within[at] - 1), 2**31, 2**32, 2**48, 2**48 - 1))
+        case float():
+            within[at] = rng.choice((0.0, -1.0, 1e300, float("nan"), float("inf")))
+        case str() as text:
+            within[at] = rng.choice(("", "0" * 16, "f" * 16, text[::-1], "\0", "é" * 8, "refused", "a", "s", "d", "l"))
+        case list() as some:
+            within[at] = some + some if rng.random() < 0.7 else []
+        case _:
+            within[at] = rng.choice((None, b"", b"\xff" * 22, bytes(22)))
+
+
+def _signed(message: Message) -> Message:
+    """A peer may have any key but those of others: what it says in a name, it says with the key that goes with it."""
+    claims: list[Claim] = []
+    for claim in message.claims:
+        if isinstance(claim, Alive | Left):
+            signer = StandInSigner(claim.node)
+            statement = alive_statement(claim) if isinstance(claim, Alive) else left_statement(claim)
+            claim = msgspec.structs.replace(claim, signature=signer.sign(statement))
+            if isinstance(claim, Alive):
+                claim = msgspec.structs.replace(claim, key=signer.public_key)
+        claims.append(claim)
+    return msgspec.structs.replace(message, claims=tuple(claims))
+
+
+def _flip(raw: bytearray, seeds: list[bytes], rng: Random) -> None:
+    if raw:
+        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+
+
+def _replace(raw: bytearray, seeds: list[bytes], rng: Random) -> None:
+    if raw:
+        raw[rng.randrange(len(raw))] = rng.choice(_ODD_BYTES)
+
+
+def _insert(raw: bytearray, seeds: list[bytes], rng: Random) -> None:
+    at = rng.randint(0, len(raw))
+    raw[at:at] = rng.choice(_ODD_RUNS) if rng.random() < 0.3 else bytes([rng.randrange(256)])
+
+
+def _delete(raw: bytearray, seeds: list[bytes], rng: Random) -> None:
+    at = rng.randint(0, len(raw))
+    del raw[at : at + rng.randint(1, 8)]
+
+
+def _repeat(raw: bytearray, seeds: list[bytes], rng: Random) -> None:
+    at = rng.randint(0, len(raw))
+    raw[at:at] = raw[at : at + rng.randint(1, 40)]
+
+
+def _splice(raw: bytearray, seeds: list[bytes], rng: Random) -> None:
+    other = rng.choice(seeds)
+    raw[rng.randint(0, len(raw)) :] = other[rng.randint(0, len(other)) :]
+
+
+_MUTATIONS: tuple[Callable[[bytearray, list[bytes], Random], None], ...] = (_flip, _replace, _insert, _delete, _repeat, _splice)
+
+
+def seeds() -> list[bytes]:
+    """The corpus, in an order that depends on nothing."""
+    return [path.read_bytes() for path in sorted(CORPUS.glob("*.bin"))]
+
+
+def real_messages() -> dict[str, bytes]:
+    """The longest of each kind that a stormy mesh of our own sends, in its order of kinds."""
+    longest: dict[str, bytes] = {}
+    network = Network(7, loss=0.1)
+    send = network._send
+
+    def watch(it: object, to: object, datagram: bytes) -> None:
+        kind = type(gossip.decode(datagram)).__name__.lower()
+        if len(datagram) > len(longest.get(kind, b"")):
+            longest[kind] = datagram
+        send(it, to, datagram)  # type: ignore[arg-type]
+
+    network._send = watch  # type: ignore[method-assign]
+    ids = network.grow(10)
+    network.crash(ids[3])
+    network.run(2)
+    network.kill(ids[4])
+    network.run(6)
+    network.leave(ids[5])
+    network.run(2)
+    return {f"real-{kind}": raw for kind, raw in sorted(longest.items())}
+
+
+def nasty_messages() -> dict[str, bytes]:
+    """Made by hand: what an attacker, a broken disk or another version would send."""
+    pack = msgspec.msgpack.encode
+    node, load = "a" * 16, [0, 0, 0, 0, 0, 0.0, 0.0]
+    sender = [node, 1, 0, 0, load, 0, 0]
+
+    def said(*claims: object) -> bytes:
+        return pack(["say", sender, list(claims)])
+
+    return {
+        "nasty-empty": b"",
+        "nasty-nil": b"\xc0",
+        "nasty-never-used": b"\xc1",
+        "nasty-array-of-4-billion": b"\xdd\xff\xff\xff\xff",
+        "nasty-deep": b"\x91" * 1300,
+        "nasty-deep-map": b"\x81\xa1a" * 400,
+        "nasty-extension": pack(msgspec.msgpack.Ext(1, b"x" * 20)),
+        "nasty-unknown-kind": pack(["shout", sender, []]),
+        "nasty-kind-is-a-number": pack([1, sender, []]),
+        "nasty-map-not-array": pack({"type": "say", "sender": sender}),
+        "nasty-nan-load": pack(["say", [node, 1, 0, 0, [0, 0, 0, 0, 0, float("nan"), float("inf")], 0, 0], []]),
+        "nasty-negative-load": pack(["say", [node, 1, 0, 0, [-1, 0, 0, 0, 0, 0.0, 0.0], 0, 0], []]),
+        "nasty-epoch-at-its-bound": said(["a", node, 2**48, 2**48, "n", "h", 1, ""]),
+        "nasty-about-the-reader": said(["d", "0" * 16, 1, 2**48, node], ["s", "0" * 16, 1, 5, node], ["l", "0" * 16, 9, 9]),
+        "nasty-own-word-for-the-reader": said(["a", "0" * 16, 7, 7, "me", "10.0.0.1", 1, ""]),
+        "nasty-surrogates": said(["a", node, 1, 1, "n", "h", 1, ""]).replace(b"\xa1n", b"\xa3\xed\xa0\x80"),
+        "nasty-host-of-nul": said(["a", node, 1, 1, "\0", "\0", 0, "\0"]),
+        "nasty-too-many-claims": said(*[["l", node, 1, 1]] * 50),
+        "nasty-fingerprint-of-2-to-64": pack(["say", [node, 1, 0, 2**64 - 1, load, 2**31, 2**31], []]),
+        "nasty-ping-for-another": pack(["ping", sender, 2**32, "b" * 16, [], b"\xff" * 22]),
+        "nasty-where-too-long": pack(["ack", sender, 1, [], b"x" * 40]),
+        "nasty-where-is-text": pack(["ack", sender, 1, [], "x" * 22]),
+        "nasty-one-byte-too-long": b"\xdc" * (MAX_MESSAGE_BYTES + 1),
+        "nasty-trailing": said() + b"\x00",
+    }
+
+
+def write_corpus() -> int:
+    CORPUS.mkdir(parents=True, exist_ok=True)
+    for path in CORPUS.glob("*.bin"):
+        if not path.name.startswith("found-"):
+            path.unlink()
+    made = real_messages() | nasty_messages()
+    for name, raw in made.items():
+        (CORPUS / f"{name}.bin").write_bytes(raw)
+    return len(made)
+
+
+def fuzz(seed: int, until: Callable[[int], bool], subject: Subject) -> bytes | None:
+    """The first input that breaks a rule, from `seed` on; None when `until`, told how many were tried, says enough."""
+    rng, corpus, tried = Random(seed), seeds(), 0
+    while not until(tried):
+        raw = mutated(corpus, rng)
+        tried += 1
+        try:
+            subject.take(raw)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            print(f"input {tried} of seed {seed} breaks a rule: {error!r}", file=sys.stderr)
+            return raw
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["corpus", "run"])
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args()
+    if given.what == "corpus":
+        print(json.dumps({"written": write_corpus()}))
+        return
+    ends_at, subject = time.monotonic() + given.seconds, Subject()
+    found = fuzz(given.seed, lambda tried: time.monotonic() > ends_at, subject)
+    print(json.dumps({"seed": given.seed, "messages": subject.messages, "refused": subject.refused, "found": found is not None}))
+    if found is not None:
+        (CORPUS / f"found-{hashlib.blake2b(found, digest_size=6).hexdigest()}.bin").write_bytes(found)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
