@@ -1,7 +1,7 @@
 """One member of a mesh and nothing else: links and membership in a process of its own, for measuring.
 
-`python -m bench.member [HOST]` reads one address to join per line on stdin, or `block SECONDS`, which blocks its event loop for so
-long; prints a JSON line for its address and for each change of a member, with the machine's monotonic clock, which all
+`python -m bench.member [HOST]` reads one address to join per line on stdin, or `block SECONDS`, which blocks its event loop for
+so long; prints a JSON line for its address and for each change of a member, with the machine's monotonic clock, which all
 processes share.
 """
 

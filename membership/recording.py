@@ -123,7 +123,7 @@ class RecordedCore(MembershipCore):
     def _checkpoint(self, now: float) -> None:
         """What a newcomer would be told, and the rest that a successor of this core needs."""
         me = self.swim.myself
-        own = DigestEntry(self.me, me.epoch, me.incarnation, PeerState.ALIVE, *self.facts.version(self.me))
+        own = DigestEntry(self.me, me.epoch, me.incarnation, PeerState.ALIVE, *self.facts.known(self.me))
         known, _ = super().answer(self.me, Sync(digest=(own,)), now)
         links = tuple(node for node, count in sorted(self.swim.linked.items()) for _ in range(count))
         self._kept.begin_segment()
