@@ -1,9 +1,9 @@
 """Whom to probe and tell when the mesh spans regions: mostly neighbours, and each other region by a few of us.
 
 A probe across an ocean costs more and says less, so three of four go to the own region. Towards each other region a few
-nodes of every region stand watch, and the others look there now and then to know how far it is; that keeps an eye on a region
-that is lost as a whole, where nobody is left to tell. As soon as anybody there is suspected, all look there at every second
-probe. News goes to neighbours first, but always abroad as well.
+nodes of every region stand watch, and the others look there now and then to know how far it is, newcomers at once; that keeps
+an eye on a region that is lost as a whole, where nobody is left to tell. As soon as anybody there is suspected, all look there
+at every second probe. News goes to neighbours first, but always abroad as well.
 A mesh whose nodes name no region, or one, is probed and told as if there were none.
 Source: the budget is our own; round-robin over a shuffled list is SWIM's (section 4.3).
 """
@@ -57,6 +57,7 @@ class Patrol:
     def __init__(self, rng: Random) -> None:
         self._near, self._abroad, self._doubted = Round(rng), Round(rng), Round(rng)
         self._turn = 0
+        self._looked: set[str] = set()  # regions where a first probe went
 
     def joined(self, member: Member, members: Members) -> None:
         (self._near if member.region == members.region else self._abroad).joined(member.node)
@@ -71,6 +72,9 @@ class Patrol:
             return self._doubted.following(members.in_regions(doubted))
         if not members.near:
             return self._abroad.following(members.peers)
+        if self._turn < MEASURE_EVERY and self._turn % 2 == 0 and (unseen := sorted(set(members.abroad) - self._looked)):
+            self._looked.add(unseen[0])  # a newcomer first sees how far each region is
+            return self._abroad.following(members.in_regions({unseen[0]}))
         mine = watched(members)
         if mine and self._turn % ABROAD_EVERY == 0:
             return self._abroad.following(members.in_regions(mine))

@@ -26,10 +26,12 @@ from membership.core import MembershipCore
 from membership.effects import Send
 from membership.simulation.network import Network
 from membership.simulation.signer import StandInSigner
-from mesh import gossip
+from mesh import gossip_wire
 from mesh.gossip import MAX_MESSAGE_BYTES, Alive, BadDatagram, Claim, Left, Message
 from mesh.ids import NodeId
+from mesh.load_wire import pack_load
 from mesh.statements import alive_statement, left_statement
+from mesh.view import Load
 
 CORPUS = Path(__file__).parent.parent / "tests" / "membership" / "corpus"
 _ODD_BYTES = bytes(
@@ -51,7 +53,7 @@ class Subject:
     def take(self, raw: bytes) -> None:
         """Raises AssertionError, or what the decoder or the core should not have raised."""
         try:
-            message = gossip.decode(raw)
+            message = gossip_wire.decode(raw)
         except BadDatagram:
             self.refused += 1
             return
@@ -64,9 +66,9 @@ class Subject:
         assert self._core.deadline > self._now, "a tick that leaves its deadline where it was is called for ever"
         for effect in effects:
             if isinstance(effect, Send):
-                sent = gossip.encode(effect.message)
+                sent = gossip_wire.encode(effect.message)
                 assert len(sent) <= MAX_MESSAGE_BYTES, f"an answer of {len(sent)} bytes"
-                assert isinstance(gossip.decode(sent), Message), "what we send, we can read"
+                assert isinstance(gossip_wire.decode(sent), Message), "what we send, we can read"
 
 
 def _core() -> MembershipCore:
@@ -88,11 +90,11 @@ def mutated(seeds: list[bytes], rng: Random) -> bytes:
 def _with_other_values(raw: bytes, rng: Random) -> bytes | None:
     """The message with a few of its values replaced and its claims signed by whom they name; None: that is no message."""
     try:
-        parts = msgspec.to_builtins(gossip.decode(raw))
+        parts = msgspec.to_builtins(gossip_wire.decode(raw))
         for _ in range(rng.randint(1, 4)):
             _replace_a_value(parts, rng)
         message = msgspec.convert(parts, Message)
-        return gossip.encode(_signed(message))
+        return gossip_wire.encode(_signed(message))
     except (msgspec.MsgspecError, ValueError, TypeError, OverflowError):
         return None
 
@@ -176,7 +178,7 @@ def real_messages() -> dict[str, bytes]:
     send = network._send
 
     def watch(it: object, to: object, datagram: bytes) -> None:
-        kind = type(gossip.decode(datagram)).__name__.lower()
+        kind = type(gossip_wire.decode(datagram)).__name__.lower()
         if len(datagram) > len(longest.get(kind, b"")):
             longest[kind] = datagram
         send(it, to, datagram)  # type: ignore[arg-type]
@@ -195,35 +197,46 @@ def real_messages() -> dict[str, bytes]:
 def nasty_messages() -> dict[str, bytes]:
     """Made by hand: what an attacker, a broken disk or another version would send."""
     pack = msgspec.msgpack.encode
-    node, load = "a" * 16, [0, 0, 0, 0, 0, 0.0, 0.0]
-    sender = [node, 1, 0, 0, load, 0, 0]
+    node, reader = b"\xaa" * 8, bytes(8)
+    load = pack_load(Load(), 0)
+
+    def head(kind: int, counters: bytes = b"\1\0", load: bytes = load) -> bytes:
+        return bytes((kind,)) + node + bytes(8) + load + bytes(2) + counters
 
     def said(*claims: object) -> bytes:
-        return pack(["say", sender, list(claims)])
+        return head(5) + pack([list(claims)])
 
     return {
         "nasty-empty": b"",
-        "nasty-nil": b"\xc0",
-        "nasty-never-used": b"\xc1",
-        "nasty-array-of-4-billion": b"\xdd\xff\xff\xff\xff",
-        "nasty-deep": b"\x91" * 1300,
-        "nasty-deep-map": b"\x81\xa1a" * 400,
-        "nasty-extension": pack(msgspec.msgpack.Ext(1, b"x" * 20)),
-        "nasty-unknown-kind": pack(["shout", sender, []]),
-        "nasty-kind-is-a-number": pack([1, sender, []]),
-        "nasty-map-not-array": pack({"type": "say", "sender": sender}),
-        "nasty-nan-load": pack(["say", [node, 1, 0, 0, [0, 0, 0, 0, 0, float("nan"), float("inf")], 0, 0], []]),
-        "nasty-negative-load": pack(["say", [node, 1, 0, 0, [-1, 0, 0, 0, 0, 0.0, 0.0], 0, 0], []]),
+        "nasty-head-cut-off": head(5)[:-1],
+        "nasty-array-of-4-billion": head(5) + b"\xdd\xff\xff\xff\xff",
+        "nasty-never-used": head(5) + b"\xc1",
+        "nasty-deep": head(5) + b"\x91" * 1200,
+        "nasty-deep-map": head(5) + b"\x81\xa1a" * 400,
+        "nasty-map-not-array": head(5) + pack({"claims": []}),
+        "nasty-no-claims": head(5) + pack([]),
+        "nasty-extension": said(msgspec.msgpack.Ext(1, b"x" * 20)),
+        "nasty-kind-0": head(0),
+        "nasty-kind-255": head(255),
+        "nasty-load-of-255": head(5, load=b"\xff" * len(load)),
+        "nasty-counter-without-an-end": head(5, counters=b"\xff" * 20),
+        "nasty-counter-longer-than-it-needs": head(5, counters=b"\x80\x00\0"),
         "nasty-epoch-at-its-bound": said(["a", node, 2**48, 2**48, "n", "h", 1, ""]),
-        "nasty-about-the-reader": said(["d", "0" * 16, 1, 2**48, node], ["s", "0" * 16, 1, 5, node], ["l", "0" * 16, 9, 9]),
-        "nasty-own-word-for-the-reader": said(["a", "0" * 16, 7, 7, "me", "10.0.0.1", 1, ""]),
+        "nasty-sender-at-its-bound": head(5, counters=2 * (b"\xff" * 6 + b"\x3f")),
+        "nasty-about-the-reader": said(["d", reader, 1, 2**48, node], ["s", reader, 1, 5, node], ["l", reader, 9, 9]),
+        "nasty-own-word-for-the-reader": said(["a", reader, 7, 7, "me", "10.0.0.1", 1, ""]),
         "nasty-surrogates": said(["a", node, 1, 1, "n", "h", 1, ""]).replace(b"\xa1n", b"\xa3\xed\xa0\x80"),
         "nasty-host-of-nul": said(["a", node, 1, 1, "\0", "\0", 0, "\0"]),
+        "nasty-id-of-7": said(["l", node[:7], 1, 1]),
+        "nasty-id-is-text": said(["l", "a" * 16, 1, 1]),
+        "nasty-by-nobody": said(["s", node, 1, 1]),
+        "nasty-tag-is-a-list": said([[], node, 1, 1]),
         "nasty-too-many-claims": said(*[["l", node, 1, 1]] * 50),
-        "nasty-fingerprint-of-2-to-64": pack(["say", [node, 1, 0, 2**64 - 1, load, 2**31, 2**31], []]),
-        "nasty-ping-for-another": pack(["ping", sender, 2**32, "b" * 16, [], b"\xff" * 22]),
-        "nasty-where-too-long": pack(["ack", sender, 1, [], b"x" * 40]),
-        "nasty-where-is-text": pack(["ack", sender, 1, [], "x" * 22]),
+        "nasty-ping-without-target": head(1) + bytes(4),
+        "nasty-ping-for-another": head(1) + b"\xff" * 4 + b"\xbb" * 8 + pack([[], b"\xff" * 22]),
+        "nasty-where-too-long": head(2) + bytes(4) + pack([[], b"x" * 40]),
+        "nasty-where-is-text": head(2) + bytes(4) + pack([[], "x" * 22]),
+        "nasty-refused-is-7": head(7) + bytes(4) + b"\7",
         "nasty-one-byte-too-long": b"\xdc" * (MAX_MESSAGE_BYTES + 1),
         "nasty-trailing": said() + b"\x00",
     }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mesh.gossip import Ack, BadDatagram, Gossip, Knock, Knocked, Nack, Ping, PingReq, decode
+from mesh.gossip import Ack, BadDatagram, Gossip, Knock, Knocked, Nack, Ping, PingReq
+from mesh.gossip_wire import decode
 from tools import fuzz_gossip
 from tools.fuzz_gossip import CORPUS, Subject, fuzz, nasty_messages, seeds
 
@@ -44,5 +45,5 @@ def test_the_target_finds_a_decoder_that_lets_a_wrong_error_out(monkeypatch: pyt
         except BadDatagram as error:
             raise UnicodeDecodeError("utf-8", raw, 0, 1, str(error)) from None
 
-    monkeypatch.setattr(fuzz_gossip.gossip, "decode", leaky)
+    monkeypatch.setattr(fuzz_gossip.gossip_wire, "decode", leaky)
     assert fuzz(1, lambda tried: tried >= 200, Subject()) is not None

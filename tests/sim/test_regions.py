@@ -95,7 +95,7 @@ def test_estimates_tell_the_shores_apart_before_anything_was_measured() -> None:
                 (near if member.region == swim.myself.region else far).append(estimate_s)
     assert percentile(sorted(near), 0.9) < 0.04 and percentile(sorted(far), 0.1) > 0.1
     newcomer = network.add(ids[:1], region="europe")
-    network.run(4)
+    network.run(4)  # five probes: two go abroad
     swim = network.nodes[newcomer].core.swim
     guessed = [m for m in swim.members if m.node != newcomer and m.rtt_s is None]
     told = {m.node: s for m in guessed if (s := swim.distances.estimate_s(m)) is not None}
