@@ -63,6 +63,11 @@ class Hosts:
     def plug(self, host: int) -> None:
         _ip("-n", self._hub, "link", "set", f"port{host}", "up")
 
+    def left_over(self) -> list[str]:
+        """Namespaces of ours that still stand."""
+        listed = subprocess.run(["ip", "netns"], capture_output=True, check=True, text=True).stdout
+        return [line.split()[0] for line in listed.splitlines() if line.startswith(self._tag)]
+
     def _name(self, host: int) -> str:
         return f"{self._tag}h{host}"
 
