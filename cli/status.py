@@ -25,10 +25,16 @@ def status(
     output.table(*node_rows(seen), empty="no nodes")
     output.line()
     models = [
-        (model["id"], model["layers"], "yes" if model["complete"] else "no: layers are missing", model["min_replicas"])
+        (
+            model["id"],
+            model["layers"],
+            "yes" if model["complete"] else "no: layers are missing",
+            model["min_replicas"],
+            model.get("numerics", "unknown"),
+        )
         for model in seen["models"]
     ]
-    output.table(("MODEL", "LAYERS", "COMPLETE", "REPLICAS"), models, empty="no models")
+    output.table(("MODEL", "LAYERS", "COMPLETE", "REPLICAS", "ANSWERS"), models, empty="no models")
     stores = [
         (store["name"], store["documents"], store["shards"], store["replicas"], "yes" if store["in_sync"] else "no")
         for store in seen["stores"]

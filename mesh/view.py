@@ -63,6 +63,14 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     step_ms: float = 0.0  # measured average of one decode step over the node's own layers; 0: not yet known
 
 
+APPROXIMATE = "approximate-"
+
+
+def is_exact(numerics: str) -> bool:
+    """Whether equal `ModelCard.numerics` promise equal tokens; those that are empty, or say they do not, do not."""
+    return bool(numerics) and not numerics.startswith(APPROXIMATE)
+
+
 class ModelCard(msgspec.Struct, frozen=True):
     """What every node that knows a model says of it; two cards with one id must agree in `weights`."""
 

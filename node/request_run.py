@@ -19,6 +19,7 @@ from mesh.calls import Call, Post
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, PeerLost, Refused
 from mesh.ids import Address, NodeId
 from mesh.prefix import PAGE_TOKENS, further_names, prefix_salt
+from mesh.view import is_exact
 from node.choice_text import ChoiceText
 from node.engine.api import OpenSequence, Prefix, SequenceKey, SequenceLost
 from node.generation import Generation, Phase
@@ -345,8 +346,3 @@ class RequestRun:
     def _is_exact(self) -> bool:
         """All paths of all attempts computed with one set of exact kernels."""
         return len(self._numerics) == 1 and all(map(is_exact, self._numerics))
-
-
-def is_exact(numerics: str) -> bool:
-    """Whether a path's fingerprint promises equal tokens; one that is empty, or approximate, does not."""
-    return bool(numerics) and not numerics.startswith("approximate")

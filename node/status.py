@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from mesh.ids import ModelId, format_address
-from mesh.view import Load, Peer, Span, View
+from mesh.view import Load, Peer, Span, View, is_exact
 from rag.types import StoreInfo
 
 
@@ -35,6 +35,7 @@ def status(
                 "max_model_len": card.max_model_len,
                 "complete": complete.get(card.id, False),
                 "min_replicas": min(view.replicas(card.id, card.layers), default=0),
+                "numerics": numerics(view, card.id),
             }
             for card in sorted(view.models().values(), key=lambda card: card.id)
         ],
@@ -49,6 +50,20 @@ def status(
             for store in stores
         ],
     }
+
+
+def numerics(view: View, model: ModelId) -> str:
+    """What answers of the model promise by who serves it now: exact, approximate, mixed, or unknown where nobody does.
+
+    Mixed: there are several kinds of node, each exact by itself. An answer is exact while one kind computes all of it.
+    """
+    servers = [peer for peer in view.live() if any(span.model == model for span in peer.facts.spans)]
+    told = {card.numerics for peer in servers for card in peer.facts.models if card.id == model}
+    if not told:
+        return "unknown"
+    if not all(map(is_exact, told)):
+        return "approximate"
+    return "exact" if len(told) == 1 else "mixed"
 
 
 def _node(peer: Peer, view: View, now: float) -> dict[str, Any]:

@@ -216,6 +216,11 @@ def set_batch(batch: PackedBatch | None) -> None:
     _thread.batch = batch
 
 
+def running_rows() -> int:
+    """Rows of this thread's batch that belong to a sequence; the last of them is followed by padding alone."""
+    return max(segment.row + segment.count for segment in _thread.batch.segments)
+
+
 def padded(tokens: int, quantum: int) -> int:
     return -(-tokens // quantum) * quantum
 

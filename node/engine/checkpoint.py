@@ -22,7 +22,9 @@ from node.weights.store import MARK
 HEADER_MAX_BYTES = 100 << 20  # the safetensors format's own limit
 SAMPLES = 16  # pieces of each weight file that go into the digest
 SAMPLE_BYTES = 4096
-KNOWN_GOOD = "llama, qwen2, qwen3, mistral, gemma, gemma2, gemma3_text, phi3, gpt2, gpt_neox, opt, olmo2, granite or cohere"
+KNOWN_GOOD = (
+    "llama, qwen2, qwen3, mistral, mixtral, gemma, gemma2, gemma3_text, phi3, gpt2, gpt_neox, opt, olmo2, granite or cohere"
+)
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 STATEFUL_FIELDS = ("linear_num_value_heads", "mamba_d_state", "ssm_cfg", "state_size", "conv_L_cache", "time_step_rank")
 # families whose causal class looks ahead unless their config says `is_decoder`
@@ -126,6 +128,8 @@ def _refuse_what_cannot_be_exact(directory: Path, config: PretrainedConfig) -> N
         raise _refusal(f"{name} is quantised ahead of time; give the float16, bfloat16 or float32 checkpoint of the same model")
     if _rope_type(config) == "dynamic":
         raise _refusal(f"{name} uses dynamic NTK rotary scaling, which makes a token depend on its batch; try {KNOWN_GOOD}")
+    if getattr(config, "alibi", False):
+        raise _refusal(f"{name} is {kind} with ALiBi, positions that are biases of attention scores; try {KNOWN_GOOD}")
     missing = [field for field in ("num_hidden_layers", "hidden_size", "vocab_size") if not getattr(config, field, None)]
     if missing:
         raise _refusal(f"the config of {name} ({kind}) has no {', '.join(missing)}; a {KNOWN_GOOD} checkpoint would work")

@@ -22,6 +22,8 @@ from node.engine.native.product import NativeProduct, int8_of
 BUCKETS = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 FP16_LARGEST = 65504.0
 TRIAL_ROWS = 16
+VECTOR_ELEMENTS = 64  # two AVX-512 vectors of bf16: what one turn of an elementwise kernel takes; its remainder rounds apart
+NARROW = 16  # fewer outputs come out with a gap behind each row
 
 Rows = Callable[[torch.Tensor], torch.Tensor]
 """`[rows, inputs] -> [rows, outputs]`."""
@@ -158,6 +160,16 @@ class PackedLinear(nn.Module):
         return self.product(F.pad(rows, (0, 0, 0, short)) if short else rows)[:count]
 
 
+class NarrowLinear(PackedLinear):
+    """A product with few outputs, e.g. the one that weighs a shared expert.
+
+    Whole vectors of such rows would take many rows. With a gap behind each row instead, an elementwise kernel takes row by row.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pad(super().forward(x), (0, 1))[..., :-1]
+
+
 def bucket_for(rows: int, buckets: tuple[int, ...]) -> int:
     """The least bucket that holds `rows`; beyond the largest one, a multiple of it."""
     for bucket in buckets:
@@ -258,10 +270,10 @@ def pack_siblings(parent: nn.Module, names: tuple[str, ...], kernel: Kernel) -> 
 
 
 def linear_modules(root: nn.Module) -> Iterable[tuple[nn.Module, str, nn.Module]]:
-    """Every linear layer below `root` as (parent, name, layer)."""
+    """Every linear layer below `root` as (parent, name, layer); not those that go on to choose experts."""
     for parent in list(root.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, (nn.Linear, Conv1D)):
+            if isinstance(child, (nn.Linear, Conv1D)) and not hasattr(child, "top_k"):
                 yield parent, name, child
 
 
@@ -280,4 +292,5 @@ def pack(layer: nn.Module, kernel: Kernel) -> PackedLinear:
     weight = weight_of(layer)
     bias = None if layer.bias is None else layer.bias.data
     outputs, inputs = weight.shape
-    return PackedLinear(kernel.pack(weight, bias), inputs, outputs, BUCKETS)
+    form = NarrowLinear if outputs < NARROW else PackedLinear
+    return form(kernel.pack(weight, bias), inputs, outputs, BUCKETS)

@@ -9,17 +9,10 @@ import torch
 
 from mesh.errors import BadRequest
 from mesh.ids import ModelId
-from mesh.view import ModelCard
+from mesh.view import APPROXIMATE, ModelCard
 from node.engine import machine, selfcheck
 from node.engine.checkpoint import Checkpoint
 from node.engine.stage import Stage
-
-APPROXIMATE = "approximate-"
-
-
-def is_exact(numerics: str) -> bool:
-    """Whether equal `ModelCard.numerics` promise equal tokens; a stage that failed the check for it says so in its own."""
-    return bool(numerics) and not numerics.startswith(APPROXIMATE)
 
 
 @dataclass(frozen=True)
@@ -59,11 +52,11 @@ def load_stage(checkpoint: Checkpoint, start: int, end: int, wanted: str, thread
         if not selfcheck.computes_like_the_plain_model(stage, plain):
             reasons.append(f"{kernel.name}: differs from the plain model")
             continue
-        if selfcheck.is_exact(stage):
+        if not stage.loose and selfcheck.is_exact(stage):
             return Loaded(stage, machine.fingerprint(checkpoint.weights, kernel, threads))
         inexact = inexact or stage
-        if checkpoint.mixture:
-            break  # the experts are what differs, whatever the kernel of the other layers
+        if stage.loose:
+            break  # whatever the kernel
     if inexact is not None:
         return Loaded(inexact, APPROXIMATE + secrets.token_hex(8))
     raise BadRequest(
@@ -81,7 +74,9 @@ def kv_token_bytes(checkpoint: Checkpoint, layers: int, dtype: torch.dtype) -> i
     """Bytes of keys and values of one token in `layers` layers."""
     config = checkpoint.config
     heads = int(getattr(config, "num_attention_heads", None) or 1)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads)
+    if config.model_type == "falcon" and config.multi_query and not config.new_decoder_architecture:
+        kv_heads = 1
     dim = int(getattr(config, "head_dim", None) or checkpoint.hidden_size // heads)
     if getattr(config, "kv_lora_rank", None):  # latent attention: keys and values of all heads are kept, unequal in size
         dim = max(int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim), int(config.v_head_dim))

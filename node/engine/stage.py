@@ -21,12 +21,16 @@ import transformers
 from torch import nn
 
 from mesh.errors import BadRequest
+from node.engine import falcon  # noqa: F401 — its import registers its attention
 from node.engine.attention import NAME, PackedBatch, Segment, set_batch
 from node.engine.checkpoint import KNOWN_GOOD, Checkpoint
+from node.engine.experts import expert_widths, pack_experts, place_routers
 from node.engine.kvcache import KVStore, SequenceKV
 from node.engine.lean import FORMS, Lean, lean_form
 from node.engine.linear import (
     BUCKETS,
+    NARROW,
+    VECTOR_ELEMENTS,
     Kernel,
     PackedLinear,
     agreeing_buckets,
@@ -40,8 +44,6 @@ from node.engine.native.layers import NativeLayers, fits, native_layers
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
-
-VECTOR_ELEMENTS = 64  # two AVX-512 vectors of bf16: what one turn of an elementwise kernel takes; its remainder rounds apart
 
 OUTER_ROWS = 64  # the head is given one row a sequence, so larger buckets need no trial on its many columns
 
@@ -137,6 +139,7 @@ class Stage:
         self._base = getattr(self.model, self.model.base_model_prefix)
         self._slots = find_layers(self._base, self.layers)
         self.lean: Lean | NativeLayers | None = None
+        self.loose = False  # there are weights that are not packed, whose products promise nothing
         self._store = KVStore()
         self._running: PackedBatch | None = None
         for number in range(start, end):
@@ -241,7 +244,7 @@ class Stage:
         inputs |= {"input_ids": torch.tensor([list(ids)])} if ids is not None else {"inputs_embeds": taken}
         batch = PackedBatch([], self.start, self.end, taken)
         self._running = batch
-        self.model.set_attn_implementation("eager")
+        self._attend_by("eager")
         try:
             if self.end == self.layers:
                 return self.model(**inputs).logits[0].float()
@@ -250,7 +253,11 @@ class Stage:
             return batch.captured[0]
         finally:
             self._running = None
-            self.model.set_attn_implementation(NAME)
+            self._attend_by(NAME)
+
+    def _attend_by(self, name: str) -> None:
+        self.model.set_attn_implementation(name)
+        self.model.config._attn_implementation = name  # a module with a table of its own looks here
 
     def pack(self) -> None:
         """Replaces every linear layer by its packed form and settles the row buckets that all of them agree on.
@@ -261,10 +268,12 @@ class Stage:
         if self.kernel.compiled and self._pack_compiled():
             return
         even = self._even_buckets()
-        inner = [pack_siblings(parent, names, self.kernel) for parent, names in siblings(self._slots)]
+        inner = pack_experts(self._slots, self.kernel)
+        inner += [pack_siblings(parent, names, self.kernel) for parent, names in siblings(self._slots)]
         for parent, name, layer in linear_modules(self._slots):
             inner.append(pack(layer, self.kernel))
             setattr(parent, name, inner[-1])
+        place_routers(self._slots, self.threads)
         buckets = self._agreed(inner, even)
         outer = []
         for parent, name, layer in linear_modules(self.model):  # the head, and what some models put around the layers
@@ -278,6 +287,7 @@ class Stage:
         for packed in outer:
             packed.buckets = agreed
         self._drop_embedding()
+        self.loose = any(tensor.dim() > 2 for tensor in self._slots.parameters())
         self.lean = lean_form(self.model, self._base, self._slots, self.start, self.end)
 
     def _pack_compiled(self) -> bool:
@@ -313,7 +323,8 @@ class Stage:
         for number in range(self.start, self.end):
             for _, _, layer in linear_modules(self._slots[number]):
                 weight = layer.weight
-                widths |= set(weight.shape)
+                widths |= {width for width in weight.shape if width >= NARROW}
+            widths |= expert_widths(self._slots[number])
         chunk = VECTOR_ELEMENTS * self.threads
         even = tuple(count for count in BUCKETS if all(count * width % chunk == 0 for width in widths))
         return even or BUCKETS

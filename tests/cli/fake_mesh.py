@@ -88,6 +88,7 @@ class FakeMesh:
         ]
         me = {**nodes[0], "pid": 1, "gossip": "127.0.0.1:7946", "version": "0.1.0", "kernels": {"m 0:6": "mesh-fp32 on avx2"}}
         model = {"id": "tiny", "layers": 6, "max_model_len": 4096, "complete": True, "min_replicas": len(nodes)}
+        model["numerics"] = "approximate"
         stores = [
             {"name": name, "documents": len(held), "shards": 4, "replicas": 3, "in_sync": True}
             for name, held in self.stores.items()

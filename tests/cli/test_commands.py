@@ -38,7 +38,16 @@ def test_status_shows_nodes_models_and_stores(mesh: FakeMesh) -> None:
     mesh.stores["handbook"] = ["file-1"]
     result = mesh_command("status", "--node", mesh.url(0))
     assert result.exit_code == 0
-    for part in ("n0", "n1", mesh.url(1), "tiny 0:6", "handbook", "alive", "m 0:6 is computed by mesh-fp32 on avx2"):
+    for part in (
+        "n0",
+        "n1",
+        mesh.url(1),
+        "tiny 0:6",
+        "handbook",
+        "alive",
+        "m 0:6 is computed by mesh-fp32 on avx2",
+        "approximate",
+    ):
         assert part in result.stdout
 
 

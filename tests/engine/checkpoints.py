@@ -21,6 +21,19 @@ COMMON: dict[str, Any] = {
     "initializer_range": 0.3,  # large, so that attention matters to the logits
 }
 WINDOWED = {"head_dim": 16, "sliding_window": 32}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+LATENT = {
+    **EXPERTS,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
@@ -39,18 +52,24 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("cohere", {}),
     "smollm3": ("smollm3", {"pad_token_id": 0}),
     "glm4": ("glm4", {"head_dim": 16, "pad_token_id": 0}),
-    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen3_moe": (
-        "qwen3_moe",
-        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
-    ),
-    "gpt_oss": ("gpt_oss", {**WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "falcon": ("falcon", {}),
+    "falcon_new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("qwen2_moe", {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 96}),
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "head_dim": 16, "num_experts": 4}),
+    "gpt_oss": ("gpt_oss", {**WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "phimoe": ("phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "minimax_m2": ("minimax_m2", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek_v2": ("deepseek_v2", {**LATENT, "n_group": None, "topk_group": None}),
+    "deepseek_v3": ("deepseek_v3", {**LATENT, "n_group": 2, "topk_group": 1}),
+    "jetmoe": ("jetmoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 16}),
     "qwen3_next": ("qwen3_next", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}),
     "mamba": ("mamba", {}),
     "bert": ("bert", {}),
 }
-DENSE = tuple(name for name in SHAPES if name not in {"mixtral", "qwen3_moe", "gpt_oss", "falcon", "qwen3_next", "mamba", "bert"})
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "phimoe", "minimax_m2", "deepseek_v2", "deepseek_v3")
+NOT_SERVED = ("qwen3_next", "mamba", "bert")
+EXACT = tuple(name for name in SHAPES if name not in (*NOT_SERVED, "jetmoe"))
 
 
 def make_checkpoint(root: Path, name: str, shard: str | None = None, **changes: Any) -> Path:

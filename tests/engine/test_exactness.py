@@ -14,7 +14,7 @@ from node.engine.checkpoint import read_checkpoint
 from node.engine.linear import KERNELS
 from node.engine.native.library import native
 from node.engine.stage import Stage
-from tests.engine.checkpoints import DENSE
+from tests.engine.checkpoints import EXACT
 
 Part = tuple[Stage, int, int]
 ANSWER = 6
@@ -143,7 +143,7 @@ def test_tokens_and_logits_are_bit_equal_however_a_sequence_is_computed(
 
 
 @pytest.mark.parametrize("kernel", ["onednn-fp32", "onednn-bf16"])
-@pytest.mark.parametrize("name", [name for name in DENSE if name not in {"llama", "qwen2", "qwen3", "mistral", "gpt2"}])
+@pytest.mark.parametrize("name", [name for name in EXACT if name not in {"llama", "qwen2", "qwen3", "mistral", "gpt2"}])
 def test_other_architectures_are_bit_equal_in_chunks_in_batches_and_split(
     name: str, kernel: str, checkpoint_of: Callable[[str], Path]
 ) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from mesh.view import is_exact
 from node.engine import machine
 from node.engine.attention import Segment
 from node.engine.checkpoint import read_checkpoint
 from node.engine.linear import KERNELS, linear_modules
-from node.engine.loading import is_exact, load_stage
+from node.engine.loading import load_stage
 from node.engine.native import build
 from node.engine.native.build import CannotBuild, built
 from node.engine.native.layers import NativeLayers

@@ -10,28 +10,30 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.falcon import modeling_falcon
 
 from mesh.errors import BadRequest
+from mesh.view import is_exact
 from node.engine import selfcheck
-from node.engine.attention import Segment
+from node.engine.attention import NAME, Segment
 from node.engine.checkpoint import read_checkpoint
 from node.engine.kvcache import SequenceKV
 from node.engine.linear import KERNELS
-from node.engine.loading import is_exact, load_stage
+from node.engine.loading import load_stage
 from node.engine.stage import Stage
-from tests.engine.checkpoints import COMMON, DENSE, make_checkpoint
+from tests.engine.checkpoints import COMMON, EXACT, make_checkpoint
 
 
 def stage_of(directory: Path, start: int, end: int) -> Stage:
     return Stage(read_checkpoint(directory), start, end, KERNELS["onednn-fp32"], threads=1)
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", EXACT)
 def test_ragged_rows_match_the_plain_model(name: str, checkpoint_of: Callable[[str], Path]) -> None:
     directory = checkpoint_of(name)
     stage = stage_of(directory, 0, 4)
     stage.pack()
-    attention = "eager" if name == "gemma2" else "sdpa"
+    attention = "eager" if name in ("gemma2", "gpt_oss") else "sdpa"
     plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation=attention).eval()
     prompts = [torch.randint(3, 500, (count,), generator=torch.Generator().manual_seed(count)).tolist() for count in (5, 41, 67)]
     caches = [stage.sequence() for _ in prompts]
@@ -92,11 +94,18 @@ def test_the_self_check_notices_attention_that_forgets(
     assert not selfcheck.is_exact(stage)
 
 
-def test_mixtures_of_experts_are_served_but_promise_no_equal_tokens(checkpoint_of: Callable[[str], Path]) -> None:
+def test_experts_in_the_common_form_are_exact_at_load(checkpoint_of: Callable[[str], Path]) -> None:
     checkpoint = read_checkpoint(checkpoint_of("mixtral"))
     assert checkpoint.mixture
     numerics = {load_stage(checkpoint, 0, 4, "float32", threads=1).numerics for _ in range(2)}
-    assert len(numerics) == 2 and not any(map(is_exact, numerics))
+    assert len(numerics) == 1 and is_exact(numerics.pop())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_of_another_form_are_served_but_promise_no_equal_tokens(dtype: str, checkpoint_of: Callable[[str], Path]) -> None:
+    checkpoint = read_checkpoint(checkpoint_of("jetmoe"))
+    numerics = {load_stage(checkpoint, 0, 4, dtype, threads=1).numerics for _ in range(2)}
+    assert len(numerics) == 2 and not any(map(is_exact, numerics)), "not even two loads on one machine"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +124,10 @@ def test_models_that_cannot_be_exact_are_refused_by_name_and_reason(
     assert refusal.value.param == "model"
 
 
-def test_an_attention_of_the_old_kind_is_refused_at_load(checkpoint_of: Callable[[str], Path]) -> None:
+def test_an_attention_of_the_old_kind_is_refused_at_load(
+    checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(modeling_falcon.FALCON_ATTENTION_CLASSES, NAME)
     with pytest.raises(BadRequest, match=r"falcon.*does not go through AttentionInterface.*llama"):
         load_stage(read_checkpoint(checkpoint_of("falcon")), 0, 4, "auto", threads=1)
 
@@ -145,6 +157,7 @@ def test_directories_that_are_no_servable_checkpoints_are_refused(checkpoint_of:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        ({"alibi": True}, "llama with ALiBi"),
         ({"model_type": "t5"}, "encoder-decoder"),
         ({"model_type": "no_such_model"}, "cannot be read"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "not a causal language model"),

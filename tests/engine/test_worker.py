@@ -16,10 +16,9 @@ import torch
 
 from mesh.errors import BadRequest, LocalError, Refused
 from mesh.ids import ModelId, StreamId
-from mesh.view import Span
+from mesh.view import Span, is_exact
 from node.engine import worker
 from node.engine.api import EngineConfig, EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
-from node.engine.loading import is_exact
 from node.engine.worker import TorchEngine
 from node.requests import SamplingParams
 

@@ -3,9 +3,10 @@
 import threading
 
 import numpy as np
+import pytest
 
 from mesh.ids import ModelId, NodeId
-from mesh.view import Peer, Span, View
+from mesh.view import APPROXIMATE, Facts, ModelCard, Peer, Span, View
 from node.models import Models
 from node.status import status
 from node.surface import Surface
@@ -47,3 +48,26 @@ def test_status_tells_which_kernel_computes_each_span():
     me = Peer(NodeId("a" * 16), "n", ("127.0.0.1", 1))
     told = status(View(me.id, {me.id: me}), [], {}, 0.0, {Span(ModelId("m"), 0, 6): "mesh-bf16 on amx"})
     assert told["self"]["kernels"] == {"m 0:6": "mesh-bf16 on amx"}
+
+
+def serving(number: int, numerics: str, spans: int = 1) -> Peer:
+    """A node that knows model m with this fingerprint, and serves it if `spans`."""
+    card = ModelCard(ModelId("m"), 6, 4096, "w", numerics)
+    facts = Facts(spans=(Span(card.id, 0, 6),) * spans, models=(card,))
+    return Peer(NodeId(f"{number:016x}"), f"n{number}", ("127.0.0.1", number + 1), facts=facts)
+
+
+@pytest.mark.parametrize(
+    ("peers", "promise"),
+    [
+        ([serving(0, "aa"), serving(1, "aa")], "exact"),
+        ([serving(0, "aa"), serving(1, "bb")], "mixed"),
+        ([serving(0, "aa"), serving(1, APPROXIMATE + "1")], "approximate"),
+        ([serving(0, ""), serving(1, "", spans=0)], "approximate"),
+        ([serving(0, "aa", spans=0)], "unknown"),
+        ([serving(0, "aa"), serving(1, "", spans=0)], "exact"),
+    ],
+)
+def test_status_says_what_the_answers_of_each_model_promise(peers, promise):
+    view = View(peers[0].id, {peer.id: peer for peer in peers})
+    assert status(view, [], {}, 0.0, {})["models"][0]["numerics"] == promise
