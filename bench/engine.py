@@ -33,9 +33,10 @@ from bench.engine_shapes import PROMPT_TOKENS, SHAPES, make_checkpoint, weights_
 from bench.engine_sides import ForwardLoop, GenerateBatch, Ours, Side, Step, best_dtypes, plain_model
 from bench.llama_side import LlamaCpp
 from bench.machine import machine
+from mesh.view import is_exact
 from node.engine.checkpoint import Checkpoint, read_checkpoint
 from node.engine.linear import KERNELS
-from node.engine.loading import Loaded, is_exact, load_stage
+from node.engine.loading import Loaded, load_stage
 from node.engine.machine import named
 from node.engine.stage import Stage
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mesh.errors import BadRequest, LocalError
 from mesh.ids import ModelId, StreamId
 from mesh.prefix import PAGE_TOKENS
-from mesh.view import Load, ModelCard, Span
+from mesh.view import Load, ModelCard, Span, is_exact
 from node.engine import machine
 from node.engine.api import Deliver, EngineConfig, EngineOutput, HiddenOut, OpenSequence, SequenceKey
 from node.engine.attention import Segment
@@ -31,7 +31,7 @@ from node.engine.blocks import BLOCK_TOKENS, BlockPool
 from node.engine.checkpoint import read_checkpoint
 from node.engine.constraints import Constraints
 from node.engine.kvcache import Page, SequenceKV
-from node.engine.loading import Loaded, card, is_exact, kv_token_bytes, load_stage
+from node.engine.loading import Loaded, card, kv_token_bytes, load_stage
 from node.engine.rows import Drawn, HeldSpan, PageStore, Piece, SchedulerStatistics, StepPlan
 from node.engine.scheduler import Scheduler
 
