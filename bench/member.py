@@ -68,7 +68,7 @@ async def run() -> None:
                 await membership.join([parse_address(line.strip())])
             except JoinFailed as error:
                 say(failed=str(error))
-        say(bytes_sent=membership.statistics().bytes_sent)
+        say(bytes_sent=membership.statistics().bytes_sent_total)
         nursery.cancel_scope.cancel()
 
 

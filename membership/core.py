@@ -12,6 +12,7 @@ from membership.effects import Effect, FactsChanged, MemberForgotten, Push, Rene
 from membership.facts import DELTAS_BYTES, FactsBook
 from membership.fingerprint import Fingerprint
 from membership.members import SEVERITY, Member
+from membership.outlook import Outlook
 from membership.owner_map import Outcome
 from membership.regions import some_to_tell
 from membership.swim import Swim
@@ -40,32 +41,34 @@ class MembershipCore:
         self.rng = rng
         self.swim = Swim(me, signer, config, rng, now, fingerprint)
         self.facts = FactsBook(me.node, me.epoch, fingerprint)
+        self.outlook = Outlook(self.swim.members, now)
 
     @property
     def deadline(self) -> float:
-        return self.swim.deadline
+        return self.swim.deadline if self.swim.left else min(self.swim.deadline, self.outlook.deadline)
 
     @property
     def fingerprint(self) -> int:
         return self.swim.members.fingerprint.value
 
     def receive(self, source: Address, message: Message, now: float, arrived_at: float | None = None) -> list[Effect]:
-        return self._settled(self.swim.receive(source, message, now, arrived_at))
+        return self._settled(self.swim.receive(source, message, now, arrived_at), now)
 
     def tick(self, now: float) -> list[Effect]:
-        return self._settled(self.swim.tick(now))
+        effects = self._settled(self.swim.tick(now), now)
+        return effects if self.swim.left else effects + self.outlook.tick(now)
 
     def lost(self, node: NodeId, now: float, *, proven: bool = False) -> list[Effect]:
-        return self._settled(self.swim.lost(node, now, proven=proven))
+        return self._settled(self.swim.lost(node, now, proven=proven), now)
 
     def linked(self, node: NodeId) -> None:
         self.swim.link_made(node)
 
     def stream_answered(self, seq: int, by: NodeId, now: float) -> list[Effect]:
-        return self._settled(self.swim.stream_answered(seq, by, now))
+        return self._settled(self.swim.stream_answered(seq, by, now), now)
 
     def tried(self, number: int, refused: bool | None, now: float) -> list[Effect]:
-        return self._settled(self.swim.tried(number, refused, now))
+        return self._settled(self.swim.tried(number, refused, now), now)
 
     def remember_seed(self, address: Address) -> None:
         """Keeps trying this address for as long as no live member has it."""
@@ -125,7 +128,7 @@ class MembershipCore:
             return Synced(self.me), effects
         mine = {entry.node: entry for entry in sync.digest}
         self._hear_verdict_on_me(asker, mine.get(self.me), now)
-        effects += self._settled(self.swim.spread(now))
+        effects += self._settled(self.swim.spread(now), now)
         wanted: list[Want] = []
         members: list[MemberRecord] = []
         behind: dict[NodeId, Known] = {}
@@ -179,7 +182,7 @@ class MembershipCore:
             self.swim.want_exchange(self.swim.members[teller].address, now)
         effects: list[Effect] = [FactsChanged(owner) for owner in news]
         passed_on = news if pushed or len(news) <= _PASS_ON_MAX else {owner: news[owner] for owner in news if owner == teller}
-        effects = self._settled(self.swim.spread(now)) + effects
+        effects = self._settled(self.swim.spread(now), now) + effects
         # A teller who was ahead of us about ourselves hears the outcome too; else it knows what it told.
         current = tuple(delta for owner, delta in passed_on.items() if delta is not None and self.swim.members[owner].live)
         return effects + self._pushes(current, now, () if self.me in passed_on else (teller,))
@@ -220,16 +223,17 @@ class MembershipCore:
     def _entry(self, member: Member) -> DigestEntry:
         return DigestEntry(member.node, member.epoch, member.incarnation, member.state, *self.facts.known(member.node))
 
-    def _settled(self, effects: list[Effect]) -> list[Effect]:
-        """Lets the facts book follow what happened to the members."""
+    def _settled(self, effects: list[Effect], now: float) -> list[Effect]:
+        """Lets the facts book and the outlook follow what happened to the members."""
+        outlook = self.outlook.follow(effects, now)
         for effect in list(effects):
             match effect:
                 case MemberForgotten(node=node):
                     self.facts.forget(node)
                 case Renewed(epoch=epoch):
                     if (news := self.facts.renew(epoch)) is not None:
-                        effects = [*effects, FactsChanged(self.me), *self._pushes((news,), 0.0, ())]
-        return effects
+                        effects = [*effects, FactsChanged(self.me), *self._pushes((news,), now, ())]
+        return effects + outlook
 
 
 def _facts_of(entry: DigestEntry) -> tuple[int, int]:

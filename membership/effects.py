@@ -94,6 +94,21 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """All that went within one short while, sorted: what ran on any of these is lost, or moved away by those who left."""
+
+    lost: tuple[NodeId, ...]
+    left: tuple[NodeId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Froze:
+    """Much of the last stable view is missing: nothing is to be moved; or, not `frozen`, it may be again."""
+
+    frozen: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Renewed:
     """Somebody knew a later run of this node than this one; it now counts as run `epoch`. Worth keeping on disk."""
 
@@ -101,5 +116,5 @@ class Renewed:
 
 
 Request = Send | Exchange | Push | PingStream | TryConnect | Watch
-Notice = MemberChanged | MemberForgotten | FactsChanged | Measured | Renewed
+Notice = MemberChanged | MemberForgotten | FactsChanged | Measured | Cut | Froze | Renewed
 Effect = Request | Notice

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from membership.effects import Cut
 from membership.swim import SwimStatistics
 from mesh.errors import MeshError
 from mesh.ids import Address, NodeId, format_address
 from mesh.view import PeerState
+
+__all__ = ["Cut", "JoinFailed", "MemberEvent", "MembershipStatistics"]
 
 
 class JoinFailed(MeshError):
@@ -46,14 +49,17 @@ class MembershipStatistics:
 
     members: Mapping[str, int]
     view_version: int
-    datagrams_sent: int
-    datagrams_received: int
-    bytes_sent: int
-    bytes_received: int
-    datagrams_dropped: Mapping[str, int]  # by reason
-    exchanges: int
-    pushes: int
-    calls_failed: int
-    calls_skipped: int
-    facts_rejected: int
+    datagrams_sent_total: int
+    datagrams_received_total: int
+    bytes_sent_total: int
+    bytes_received_total: int
+    datagrams_dropped_total: Mapping[str, int]  # by reason
+    exchanges_total: int
+    pushes_total: int
+    calls_failed_total: int
+    calls_skipped_total: int
+    facts_rejected_total: int
+    cuts_total: int
+    freezes_total: int
+    frozen: bool
     swim: SwimStatistics

@@ -19,9 +19,11 @@ from membership.config import MembershipConfig
 from membership.core import MembershipCore
 from membership.datagrams import Datagrams
 from membership.effects import (
+    Cut,
     Effect,
     Exchange,
     FactsChanged,
+    Froze,
     Measured,
     MemberChanged,
     MemberForgotten,
@@ -101,6 +103,7 @@ class Membership:
         self.handlers: Handlers = MappingProxyType({sync.SYNC_KIND: self._answer_sync})
         self.on_renewed: Callable[[int], None] = lambda epoch: None  # a higher epoch to keep on disk
         self._subscribers: list[Callable[[MemberEvent], None]] = []
+        self.on_cut: Callable[[Cut], None] = lambda cut: None  # must not block or raise
         self._view_changed = trio.Event()
         self._deadline_moved = trio.Event()
         self._armed_for = -math.inf  # when `_keep_time` wakes by itself; it need only hear of earlier deadlines
@@ -214,6 +217,11 @@ class Membership:
             await self._view_changed.wait()
         return self.view
 
+    async def settled(self) -> None:
+        """Returns when no losses are under way: those that belong together have all been seen, and `on_cut` was told of them."""
+        while not self._core.outlook.settled:
+            await self._view_changed.wait()
+
     def subscribe(self, callback: Callable[[MemberEvent], None]) -> Callable[[], None]:
         """Calls `callback` with each change of a member, after the view shows it; it must not block or raise.
 
@@ -237,6 +245,9 @@ class Membership:
             self._counts["calls_failed"],
             self._counts["calls_skipped"],
             self._core.facts.rejected,
+            self._core.outlook.cuts,
+            self._counts["freezes"],
+            self.view.frozen,
             self._core.swim.statistics(trio.current_time()),
         )
 
@@ -269,6 +280,7 @@ class Membership:
     def _carry_out(self, effects: list[Effect]) -> None:
         changed: list[NodeId] = []
         events: list[MemberEvent] = []
+        cuts: list[Cut] = []
         for effect in effects:
             match effect:
                 case Send(to=to, message=message):
@@ -295,11 +307,17 @@ class Membership:
                         events.append(MemberEvent(node, before, after, restarted, stalled))
                 case Renewed(epoch=epoch):
                     self.on_renewed(epoch)
-        if changed:
+                case Cut():
+                    cuts.append(effect)
+                case Froze():
+                    self._counts["freezes"] += effect.frozen
+        if changed or cuts or self.view.frozen is not self._core.outlook.frozen:
             self._refresh(changed)
         for event in events:
             for callback in list(self._subscribers):
                 callback(event)
+        for cut in cuts:
+            self.on_cut(cut)
         if self._core.deadline < self._armed_for:
             self._deadline_moved.set()
 
@@ -312,7 +330,7 @@ class Membership:
             else:
                 peers.pop(node, None)
         self._peers = peers
-        self.view = View(self.me, MappingProxyType(peers), self.view.version + 1)
+        self.view = View(self.me, MappingProxyType(peers), self.view.version + 1, self._core.outlook.frozen)
         self._view_changed.set()
         self._view_changed = trio.Event()
 

@@ -55,17 +55,17 @@ _FAREWELLS = 32  # peers told directly when this node leaves; they tell the othe
 class SwimStatistics:
     """Counts since the start; `rumours` and `suspects` are as of now."""
 
-    probes: int
-    probes_failed: int
-    refutations: int
-    conflicts: int
-    sleeps: int
-    unknown_claims: int
-    refused_newcomers: int
-    forged_claims: int
+    probes_total: int
+    probes_failed_total: int
+    refutations_total: int
+    conflicts_total: int
+    sleeps_total: int
+    unknown_claims_total: int
+    refused_newcomers_total: int
+    forged_claims_total: int
     rumours: int
     suspects: int
-    refused_deaths: int
+    refused_deaths_total: int
     health_score: int  # 0: well, 8: what this node sees of others is not to be trusted
     lag_s: float
 

@@ -139,6 +139,7 @@ class View:
     me: NodeId
     peers: Mapping[NodeId, Peer] = field(default_factory=lambda: MappingProxyType({}))
     version: int = 0
+    frozen: bool = False  # much of the last stable view has fallen silent at once: nothing is to be moved
 
     def live(self) -> Iterator[Peer]:
         """Peers that are alive or merely suspect, this node included."""

@@ -117,6 +117,7 @@ class Placing:
         while True:
             version = (await self._membership.changed(version)).version
             await trio.sleep(SETTLE_S)
+            await self._membership.settled()
             for model in self._models:
                 move = next_move(self._membership.view, model.card.id)
                 if move is not None and move.node == self._membership.me:

@@ -18,7 +18,7 @@ from random import Random
 import structlog
 import trio
 
-from membership.events import JoinFailed, MemberEvent
+from membership.events import Cut, JoinFailed, MemberEvent
 from membership.service import Membership
 from mesh.ids import Address, NodeId, format_address
 from mesh.keys import derive
@@ -28,6 +28,7 @@ from mesh.seal import KeySeal, PlainSeal, Seal
 from mesh.tls import client_context, server_context
 from mesh.view import Facts, Load, View
 from node.config import NodeConfig
+from node.coverage import CoverageWatch
 from node.engine.api import Engine
 from node.entry import Entry
 from node.http.app import make_app
@@ -54,6 +55,7 @@ from rag.service import Documents
 
 SWEEP_EVERY_S = 10.0
 MAX_HOST_LABEL = 27  # of a name of at most 32 bytes, which every claim of membership carries
+NAMED_MAX = 16  # nodes of a cut in one line of the log
 DRAIN_POLL_S = 0.05
 ENGINE_STOP_S = 5.0  # for the step under way; a step that hangs is left behind
 
@@ -114,7 +116,7 @@ class Node:
         self._entry = self._make_entry(Prompts(models, self._documents), rng, mesh_key)
         self._stages = Stages(sockets.address, engine, self._links.post, self._entry)
         self._losses = Losses(self._view, self._entry, self._stages, self._planning, self._membership.lost)
-        self._pulse = Pulse(self._facts, self._load, engine.overdue_s)
+        self._coverage, self._pulse = CoverageWatch(self._membership.changed), Pulse(self._facts, self._load, engine.overdue_s)
         self._readiness = Readiness(self._view, models, self._entry)
         self._library = self._make_library()
         self._placing = Placing(config.layers, engine, holdings, self._facts, self._membership, self._library)
@@ -129,6 +131,7 @@ class Node:
             self._links.add(part.handlers)
         self._links.add(receivers=self._stages.receivers)
         self._membership.subscribe(self._on_member)
+        self._membership.on_cut = self._on_cut
 
     def _make_entry(self, prompts: Prompts, rng: Random, mesh_key: bytes | None) -> Entry:
         prefix_secret = derive(mesh_key, "prefix") if mesh_key else b""
@@ -184,6 +187,7 @@ class Node:
             "stages": self._stages.statistics(),
             "links": self._links.statistics(),
             "membership": self._membership.statistics(),
+            "coverage": self._coverage.statistics(),
             "documents": self._documents.statistics(),
             "weights_sent": self._library.source.statistics(),
             "weights_fetched": self._library.fetching.statistics(),
@@ -203,6 +207,11 @@ class Node:
             restarted=event.restarted,
         )
         self._losses.member_changed(event)
+
+    def _on_cut(self, cut: Cut) -> None:
+        log.info(
+            "cut", lost=len(cut.lost), left=len(cut.left), nodes=[*cut.lost, *cut.left][:NAMED_MAX], frozen=self._view().frozen
+        )
 
     # --- life
 
@@ -237,6 +246,7 @@ class Node:
         nursery.start_soon(self._sweep)
         nursery.start_soon(self._trace_file().run)
         nursery.start_soon(self._pulse.run)
+        nursery.start_soon(self._coverage.run)
         self._server = await nursery.start(serve, self._app, [self._http_listener])
         announce(f"mesh node {self.name} up: {self._facts.now.http} gossip {format_address(self._sockets.address)}")
         nursery.start_soon(self._placing.run)

@@ -10,6 +10,7 @@ import msgspec
 from mesh.ids import ModelId, format_address
 from mesh.view import Load, Peer, Span, View, is_exact
 from rag.types import StoreInfo
+from routing.coverage import coverage
 
 
 def status(
@@ -17,6 +18,7 @@ def status(
 ) -> dict[str, Any]:
     """`complete`: per model, whether a path through all its layers exists right now; `kernels`: of the spans loaded here."""
     me = view.peers[view.me]
+    covered = coverage(view)
     return {
         "self": {
             "id": me.id,
@@ -26,6 +28,7 @@ def status(
             "gossip": format_address(me.address),
             "version": me.facts.version,
             "kernels": {f"{span.model} {span.start}:{span.end}": name for span, name in sorted(kernels.items())},
+            "frozen": view.frozen,
         },
         "nodes": [_node(peer, view, now) for peer in sorted(view.peers.values(), key=lambda peer: (peer.name, peer.id))],
         "models": [
@@ -36,6 +39,9 @@ def status(
                 "complete": complete.get(card.id, False),
                 "min_replicas": min(view.replicas(card.id, card.layers), default=0),
                 "numerics": numerics(view, card.id),
+                "coverage": [
+                    {"start": run.start, "end": run.end, "live": run.live, "ready": run.ready} for run in covered[card.id].runs
+                ],
             }
             for card in sorted(view.models().values(), key=lambda card: card.id)
         ],

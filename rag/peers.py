@@ -43,6 +43,7 @@ class Peers:
         self._call = call
         self._now = now
         self._dead_since: dict[NodeId, float] = {}
+        self._roster: list[NodeId] = []  # of the last view that was not frozen
         self._told: dict[NodeId, tuple[object, Summary]] = {}  # by peer: what it gossiped, decoded
         self._full: dict[NodeId, Summary] = {}  # by peer: asked for, as its gossip was too large
         self.doubted: set[tuple[NodeId, str, int]] = set()  # copies that missed a write of ours
@@ -59,13 +60,17 @@ class Peers:
         return [node for node in self.live() if node != self.me]
 
     def roster(self) -> list[NodeId]:
+        """Who may own shards. While the view is frozen, who did before: no document is copied for one that is only cut off."""
         view, now_s = self._view(), self._now()
         for peer in view.peers.values():
             if peer.state is PeerState.DEAD:
                 self._dead_since.setdefault(peer.id, now_s)
             else:
                 self._dead_since.pop(peer.id, None)
-        return sorted({self.me, *place.roster(view, self._dead_since, now_s)})
+        if not view.frozen or not self._roster:
+            self._roster = sorted({self.me, *place.roster(view, self._dead_since, now_s)})
+        left = {peer.id for peer in view.peers.values() if peer.state is PeerState.LEFT}
+        return [node for node in self._roster if node not in left]
 
     def owners(self, store: str, shard: int) -> list[NodeId]:
         return place.owners(store, shard, self.roster())

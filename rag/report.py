@@ -22,18 +22,18 @@ class DocumentStatistics:
     documents: int  # held here, as are chunks; uploaded files not counted
     chunks: int
     files: int
-    searches: int
-    partial_searches: int
-    writes: int
-    writes_refused: int
-    rejected_operations: int
-    repair_rounds: int
-    repair_pulled: int
-    repair_pushed: int
-    repair_failed: int
-    dropped_shards: int
-    peer_calls_failed: int
-    malformed_gossip: int
+    searches_total: int
+    partial_searches_total: int
+    writes_total: int
+    writes_refused_total: int
+    rejected_operations_total: int
+    repair_rounds_total: int
+    repair_pulled_total: int
+    repair_pushed_total: int
+    repair_failed_total: int
+    dropped_shards_total: int
+    peer_calls_failed_total: int
+    malformed_gossip_total: int
     damaged_files: int
 
 

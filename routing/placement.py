@@ -3,8 +3,8 @@
 Both are pure functions of the view, so that every node computes the same and none has to decide for all. Aims, in this
 order: some complete path; the least number of copies of any layer, up to those wanted; few pieces; few bytes moved.
 One node moves at a time, chosen by rendezvous; it loads before it drops wherever it has the room, and otherwise drops
-only layers that another node serves. While more than half of the nodes are missing, nothing moves: it is likelier that
-this node is cut off than that the others all died, and a mesh that shuffles weights cannot answer.
+only layers that another node serves. While the view is frozen (much of the last stable one has fallen
+silent at once) nothing moves: this node may be the one that is cut off, and a mesh that shuffles weights cannot answer.
 
 Nodes tell what they are about to load (`Facts.intends`) before they load it. Two that start at the same moment read
 each other's intent; the one with the lower id keeps its choice, the other chooses again.
@@ -13,7 +13,7 @@ each other's intent; the one with the lower id keeps its choice, the other choos
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -66,19 +66,17 @@ def next_move(
     model: ModelId,
     capacities: Mapping[NodeId, int] | None = None,
     *,
-    roster: Collection[NodeId] | None = None,
     replicas_wanted: int = 2,
 ) -> Move | None:
     """The one move that the mesh should make now, or None. The same on all nodes with the same view.
 
     capacities: layers of `model` that each node could hold, at least what it holds; None: what each gossips
-        (`Facts.capacity`). A node without one never moves: its layers are pinned. roster: the nodes of the last stable
-        view; None: all that are known and have not left.
-    None while somebody intends to load (one move at a time), while too many are missing, and when no single move
-    would bring the mesh nearer to its aims.
+        (`Facts.capacity`). A node without one never moves: its layers are pinned.
+    None while somebody intends to load (one move at a time), while the view is frozen, and when no single move would bring
+    the mesh nearer to its aims.
     """
     card = view.models().get(model)
-    if card is None or _frozen(view, roster):
+    if card is None or view.frozen:
         return None
     peers = _counted(view, card)
     if any(_spans(peer.facts.intends, card) for peer in peers):
@@ -167,12 +165,6 @@ def _counted(view: View, card: ModelCard) -> list[Peer]:
 
 def _gossiped(peers: Iterable[Peer], model: ModelId) -> dict[NodeId, int]:
     return {peer.id: peer.facts.capacity[model] for peer in peers if model in peer.facts.capacity}
-
-
-def _frozen(view: View, roster: Collection[NodeId] | None) -> bool:
-    nodes = set(roster) if roster is not None else {peer.id for peer in view.peers.values() if peer.state is not PeerState.LEFT}
-    alive = sum(1 for node in nodes if (peer := view.peers.get(node)) is not None and peer.state is PeerState.ALIVE)
-    return 2 * (len(nodes) - alive) > len(nodes)
 
 
 def _epoch(model: ModelId, held: Mapping[NodeId, tuple[Window, ...]]) -> str:

@@ -14,7 +14,7 @@ from random import Random
 
 from membership.config import MembershipConfig
 from membership.core import MembershipCore
-from membership.effects import Effect, Exchange, FactsChanged, MemberChanged, PingStream, Push, Send, TryConnect, Watch
+from membership.effects import Cut, Effect, Exchange, FactsChanged, MemberChanged, PingStream, Push, Send, TryConnect, Watch
 from membership.members import Member
 from membership.simulation.nodes import Seen, SimNode
 from membership.simulation.signer import StandInSigner
@@ -55,6 +55,7 @@ class Network:
         self.nodes: dict[NodeId, SimNode] = {}
         self.seen: list[Seen] = []
         self.facts_seen: list[tuple[float, NodeId, NodeId]] = []
+        self.cuts: list[tuple[float, NodeId, Cut]] = []
         self.largest_bytes = 0
         self._at: dict[Address, NodeId] = {}
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -252,6 +253,8 @@ class Network:
                 case Watch(addresses=addresses):
                     for address in addresses:
                         self._open_link(it, address)
+                case Cut():
+                    self.cuts.append((self.now, it.id, effect))
                 case FactsChanged(node=node):
                     self.facts_seen.append((self.now, it.id, node))
                 case _:

@@ -84,7 +84,7 @@ def test_words_in_anothers_name_are_counted_and_end_the_datagram() -> None:
     core = node_among(3)
     forged = msgspec.structs.replace(alive(1, incarnation=1), name="evil")
     core.receive(address_of(2), gossip(2, forged, alive(7)), 1.0)
-    assert core.swim.statistics(1.0).forged_claims == 1
+    assert core.swim.statistics(1.0).forged_claims_total == 1
     assert state(core, 7) is None, "no honest node passes forged words on, so none of the rest is looked at"
 
 
@@ -154,7 +154,7 @@ def test_a_node_whose_disk_went_back_in_time_hears_its_own_later_words_and_goes_
     assert only(Exchange, effects) == [Exchange(address_of(8))]
     exchange(restored, peer, 1.1)
     assert restored.swim.myself.epoch == 8
-    assert restored.swim.statistics(1.0).forged_claims == 0
+    assert restored.swim.statistics(1.0).forged_claims_total == 0
 
 
 @pytest.mark.parametrize("forge", [False, True])

@@ -13,7 +13,7 @@ import trio
 import trio.testing
 
 from membership.config import MembershipConfig
-from membership.events import JoinFailed, MemberEvent
+from membership.events import Cut, JoinFailed, MemberEvent
 from membership.service import Membership
 from membership.simulation.signer import StandInSigner
 from mesh.calls import Header, Reply
@@ -169,6 +169,34 @@ async def test_a_killed_node_is_down_at_all_others_and_subscribers_hear_it_after
         assert len(heard) == 2
 
 
+async def test_nodes_lost_together_are_one_cut_and_while_most_are_missing_the_view_is_frozen(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    async with a_mesh() as mesh:
+        members = await mesh.grow(6)
+        watched = members[0].membership
+        await trio.sleep(5)
+        cuts: list[tuple[Cut, set[PeerState]]] = []
+        watched.on_cut = lambda cut: cuts.append((cut, {watched.view.peers[node].state for node in cut.lost}))
+        lost = [running.membership.me for running in members[2:]]
+        version = watched.view.version
+        for running in members[2:]:
+            running.kill(mesh)
+        while not watched.view.frozen:
+            version = (await watched.changed(version)).version
+        assert cuts == [], "doubt is enough to hold still"
+        with trio.fail_after(15):
+            while states(members[0]).count("dead") < 4:
+                version = (await watched.changed(version)).version
+            await watched.settled()
+        assert cuts == [(Cut(tuple(sorted(lost))), {PeerState.DEAD})]
+        with trio.fail_after(70):
+            while watched.view.frozen:
+                version = (await watched.changed(version)).version
+        statistics = watched.statistics()
+        assert (statistics.cuts_total, statistics.freezes_total, statistics.frozen) == (1, 1, False)
+
+
 async def test_a_view_once_taken_keeps_its_members_while_loads_stay_fresh_in_it(autojump_clock: trio.abc.Clock) -> None:
     async with a_mesh() as mesh:
         members = await mesh.grow(2)
@@ -269,7 +297,7 @@ async def test_strangers_garbage_and_other_keys_are_dropped_and_counted(autojump
             for datagram in [*foreign, other.seal(b"x"), key.seal(b"not a message"), twice, twice]:
                 await stranger.sendto(datagram, node.address)
         await trio.sleep(1)
-        dropped = dict(node.membership.statistics().datagrams_dropped)
+        dropped = dict(node.membership.statistics().datagrams_dropped_total)
         assert dropped == {"foreign": 2, "too long": 2, "wrong key": 1, "malformed": 2, "replayed or too old": 1}
         assert len(node.membership.view.peers) == 1
 
@@ -284,7 +312,7 @@ async def test_nothing_is_looked_up_for_a_claimed_host_and_none_ends_the_node(ho
             await stranger.sendto(PlainSeal().seal(encode(Gossip(Sender(liar, 1, 0, 1), (claim,)))), node.address)
         await until_state(node, liar, PeerState.DEAD)
         statistics = node.membership.statistics()
-        assert statistics.datagrams_sent == 0 < statistics.datagrams_dropped["unsent"]
+        assert statistics.datagrams_sent_total == 0 < statistics.datagrams_dropped_total["unsent"]
 
 
 async def test_nodes_with_one_key_form_a_mesh_and_nothing_of_it_is_plain_on_the_wire(autojump_clock: trio.abc.Clock) -> None:
@@ -294,7 +322,7 @@ async def test_nodes_with_one_key_form_a_mesh_and_nothing_of_it_is_plain_on_the_
         await second.membership.join([first.address])
         await trio.sleep(5)
         assert states(first) == states(second) == ["alive", "alive"]
-        assert not dict(first.membership.statistics().datagrams_dropped)
+        assert not dict(first.membership.statistics().datagrams_dropped_total)
 
 
 async def test_a_malformed_sync_is_the_callers_fault_and_a_malformed_answer_the_peers(
@@ -320,8 +348,8 @@ async def test_a_starved_loop_reads_what_is_ready_before_its_timers_accuse_anybo
             mock_clock.jump(step_s)
             await trio.testing.wait_all_tasks_blocked()
         assert [event for event in heard if event.after is not PeerState.ALIVE] == []
-        assert one.membership.statistics().swim.sleeps >= 5
-        assert one.membership.statistics().swim.probes > 10
+        assert one.membership.statistics().swim.sleeps_total >= 5
+        assert one.membership.statistics().swim.probes_total > 10
 
 
 async def test_an_ack_that_is_ready_when_the_timer_fires_is_in_time(mock_clock: trio.testing.MockClock) -> None:
@@ -337,7 +365,7 @@ async def test_an_ack_that_is_ready_when_the_timer_fires_is_in_time(mock_clock: 
             by = Sender(me, 1, 0, 0)
             peer.sendto(seal.seal(encode(Gossip(by, (signed(Alive(me, 1, 0, "peer", host, port)),)))), node.address)
             await trio.testing.wait_all_tasks_blocked()
-            while node.membership.statistics().swim.probes == 0:
+            while node.membership.statistics().swim.probes_total == 0:
                 mock_clock.jump(0.05)
                 await trio.testing.wait_all_tasks_blocked()
             for _ in range(8):  # each probe is over when the next begins
@@ -353,7 +381,7 @@ async def test_an_ack_that_is_ready_when_the_timer_fires_is_in_time(mock_clock: 
                 mock_clock.jump(0.3)
                 await trio.testing.wait_all_tasks_blocked()
                 assert node.membership.view.peers[me].state is PeerState.ALIVE
-        assert node.membership.statistics().swim.probes_failed == 0
+        assert node.membership.statistics().swim.probes_failed_total == 0
 
 
 async def test_statistics_count_what_happened(autojump_clock: trio.abc.Clock) -> None:
@@ -362,8 +390,12 @@ async def test_statistics_count_what_happened(autojump_clock: trio.abc.Clock) ->
         await trio.sleep(5)
         stats = members[0].membership.statistics()
         assert dict(stats.members) == {"alive": 3, "suspect": 0, "dead": 0, "left": 0}
-        assert stats.datagrams_sent > 10 and stats.datagrams_received > 10 and stats.bytes_sent > stats.datagrams_sent * 50
-        assert stats.swim.probes >= 6 and stats.swim.probes_failed == 0
+        assert (
+            stats.datagrams_sent_total > 10
+            and stats.datagrams_received_total > 10
+            and stats.bytes_sent_total > stats.datagrams_sent_total * 50
+        )
+        assert stats.swim.probes_total >= 6 and stats.swim.probes_failed_total == 0
         assert stats.view_version == members[0].membership.view.version
 
 

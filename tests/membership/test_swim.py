@@ -151,7 +151,7 @@ def test_a_later_run_of_this_node_makes_it_count_as_a_still_later_one() -> None:
     assert FactsChanged(ME) in effects
     me = core.peer(ME)
     assert me is not None and (me.epoch, me.facts.http) == (8, "x")
-    assert core.swim.statistics(0.0).conflicts == 1
+    assert core.swim.statistics(0.0).conflicts_total == 1
 
 
 def test_a_claim_about_us_that_nothing_could_refute_is_ignored() -> None:
@@ -258,8 +258,8 @@ def test_a_tick_that_comes_far_too_late_accuses_nobody() -> None:
     core.receive(address_of(1), gossip(1, Suspect(peer_id(3), 1, 0, peer_id(1))), 0.5)
     core.tick(100.0)
     assert all(state(core, n) is not PeerState.DEAD for n in range(1, 5))
-    assert core.swim.statistics(0.0).sleeps == 1
-    assert core.swim.statistics(0.0).probes_failed == 0
+    assert core.swim.statistics(0.0).sleeps_total == 1
+    assert core.swim.statistics(0.0).probes_failed_total == 0
 
 
 def test_what_is_heard_on_waking_gets_no_extra_time() -> None:
@@ -305,7 +305,7 @@ def test_a_tombstone_is_dropped_in_the_end_with_all_that_was_known() -> None:
 def test_a_full_table_lets_newcomers_in_for_tombstones_only() -> None:
     core = node_among(3, config=MembershipConfig(members_max=4))
     core.receive(address_of(1), gossip(1, alive(8)), 1.0)
-    assert state(core, 8) is None and core.swim.statistics(0.0).refused_newcomers == 1
+    assert state(core, 8) is None and core.swim.statistics(0.0).refused_newcomers_total == 1
     core.receive(address_of(2), gossip(2, left(peer_id(2), 1, 0)), 1.1)
     core.receive(address_of(1), gossip(1, alive(8)), 1.2)
     assert state(core, 8) is PeerState.ALIVE and state(core, 2) is None

@@ -212,7 +212,7 @@ async def test_copies_move_to_new_owners_and_are_dropped_by_old_ones_only_then(t
             owners = {int(node, 16) for node in mesh[0]._peers.owners(store, shard)}
             holders = {number for number, shards in enumerate(held) if shard in shards}
             assert holders in (owners, set())
-        assert sum(documents.statistics().dropped_shards for documents in mesh) > 0
+        assert sum(documents.statistics().dropped_shards_total for documents in mesh) > 0
         for documents in mesh:
             assert {file.id for file in await documents.store_files("pages")} == set(ids.values())
 
@@ -221,10 +221,10 @@ async def test_re_adding_what_is_unchanged_embeds_and_writes_nothing(tmp_path: P
     async with small_mesh(tmp_path, 3) as mesh:
         ids = await ingest(mesh, 0, "pages", TOPICS[:2])
         embedded = [site.embedder.passages_embedded for site in mesh.sites]
-        writes = [documents.statistics().writes for documents in mesh]
+        writes = [documents.statistics().writes_total for documents in mesh]
         assert await ingest(mesh, 1, "pages", TOPICS[:2]) == ids
         assert [site.embedder.passages_embedded for site in mesh.sites] == embedded
-        assert [documents.statistics().writes for documents in mesh] == writes
+        assert [documents.statistics().writes_total for documents in mesh] == writes
 
 
 async def test_replicas_never_embed(tmp_path: Path, jumping_clock: MockClock) -> None:

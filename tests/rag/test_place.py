@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.ids import NodeId
+from mesh.calls import Header, Reply
+from mesh.ids import Address, NodeId
 from mesh.view import Peer, PeerState, View
 from rag import place
+from rag.local import LocalStores
+from rag.peers import Peers
 from rag.replica import SHARDS
 
 NODES = [NodeId(f"{number:016x}") for number in range(12)]
@@ -20,6 +26,25 @@ def test_a_flap_within_the_grace_moves_no_shard() -> None:
     flapping = view_of({**dict.fromkeys(NODES[:5], PeerState.ALIVE), NODES[2]: PeerState.DEAD, NODES[3]: PeerState.SUSPECT})
     assert place.roster(flapping, {NODES[2]: 100.0}, 699.0) == place.roster(alive, {}, 0.0)
     assert NODES[2] not in place.roster(flapping, {NODES[2]: 100.0}, 701.0)
+
+
+def test_while_the_view_is_frozen_owners_stay_and_newcomers_wait_but_leavers_go(tmp_path: Path) -> None:
+    views = [view_of(dict.fromkeys(NODES[:5], PeerState.ALIVE))]
+    peers = Peers(NODES[0], LocalStores(NODES[0], tmp_path, "e", 4, lambda: 0.0), lambda: views[-1], no_call, lambda: now_s)
+    now_s = 0.0
+    assert peers.roster() == NODES[:5]
+    lost = dict.fromkeys(NODES[1:4], PeerState.DEAD)
+    cut_off = view_of({NODES[0]: PeerState.ALIVE, **lost, NODES[4]: PeerState.LEFT, NODES[5]: PeerState.ALIVE})
+    views.append(dataclasses.replace(cut_off, frozen=True))
+    assert peers.roster() == NODES[:4]
+    now_s = 10 * place.DEAD_GRACE_S
+    assert peers.roster() == NODES[:4], "however long it takes"
+    views.append(cut_off)
+    assert peers.roster() == [NODES[0], NODES[5]]
+
+
+async def no_call(to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> Reply:
+    raise AssertionError("nobody is called")
 
 
 def test_a_node_that_left_owns_nothing_at_once() -> None:

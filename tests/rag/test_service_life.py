@@ -99,7 +99,7 @@ async def test_gossip_that_makes_no_sense_is_counted_and_ignored(tmp_path: Path,
         mesh.sites[1].publish({"stores": 7, "digests": "x"})
         mesh.sites[1].publish = lambda record: None
         await trio.sleep(2)
-        assert mesh[0].statistics().malformed_gossip > 0
+        assert mesh[0].statistics().malformed_gossip_total > 0
         file = await mesh[0].put_file("a.md", b"text")
         assert (await mesh[1].file(file.id))[1] == b"text"
 

@@ -1,0 +1,183 @@
+"""Many losses seen as one, and when this node had better not act on what it sees."""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from membership.effects import Cut, Effect, Froze, MemberChanged
+from membership.outlook import PATIENCE_S, RESIGNED_S, SETTLE_S, SETTLED_S
+from mesh.gossip import REFUSED, Dead, Suspect
+from mesh.view import PeerState
+from tests.membership.pieces import ME, address_of, alive, gossip, left, node_among, only, peer_id, run_to
+
+ALIVE, SUSPECT, DEAD = PeerState.ALIVE, PeerState.SUSPECT, PeerState.DEAD
+
+
+class Stage:
+    """An outlook over a table of members that a test changes by hand."""
+
+    def __init__(self, peers: int) -> None:
+        self.core = node_among(peers)
+        self.told: list[Effect] = self.wait(100.0)  # from here on all of them are the last stable view
+        self.told = []
+
+    def wait(self, until: float) -> list[Effect]:
+        told: list[Effect] = []
+        outlook = self.core.outlook
+        while outlook.deadline <= until:
+            now = outlook.deadline
+            told += outlook.tick(now)
+            assert outlook.deadline > now, "it used its deadline up"
+        return told
+
+    def set(self, number: int, state: PeerState, now: float, *, restarted: bool = False) -> list[Effect]:
+        member = self.core.swim.members[peer_id(number)]
+        before, member.state = member.state, state
+        self.core.swim.members.put(member)
+        return self.core.outlook.follow([MemberChanged(member.node, before, state, restarted)], now)
+
+
+def test_a_rack_lost_within_a_while_is_one_cut() -> None:
+    stage = Stage(10)
+    for step, number in enumerate((3, 1, 7)):
+        stage.set(number, DEAD, 100 + 0.1 * step)
+        assert not stage.core.outlook.settled
+    assert stage.wait(100.3) == []
+    assert stage.wait(101) == [Cut((peer_id(1), peer_id(3), peer_id(7)))]
+    assert stage.core.outlook.settled and stage.core.outlook.cuts == 1
+
+
+def test_a_cut_waits_for_open_suspicions_but_not_for_ever() -> None:
+    stage = Stage(10)
+    stage.set(1, SUSPECT, 100)
+    stage.set(2, SUSPECT, 100)
+    stage.set(1, DEAD, 101)
+    assert stage.wait(103) == []
+    stage.set(2, DEAD, 103)
+    assert stage.wait(103 + SETTLE_S) == [Cut((peer_id(1), peer_id(2)))]
+    stage.set(3, SUSPECT, 110)
+    stage.set(4, DEAD, 110)
+    assert stage.wait(110 + PATIENCE_S) == [Cut((peer_id(4),))]
+
+
+def test_who_comes_back_meanwhile_is_in_no_cut_and_who_said_goodbye_did_not_get_lost() -> None:
+    stage = Stage(10)
+    stage.set(1, DEAD, 100)
+    stage.set(1, ALIVE, 100.1)
+    assert stage.wait(101) == [] and stage.core.outlook.settled
+    stage.set(2, DEAD, 102)
+    stage.set(3, PeerState.LEFT, 102)
+    stage.set(4, ALIVE, 102, restarted=True)
+    assert stage.wait(103) == [Cut((peer_id(2), peer_id(4)), (peer_id(3),))]
+
+
+def test_the_view_freezes_while_more_than_a_third_of_it_is_silent_and_thaws_when_enough_are_back() -> None:
+    stage = Stage(8)  # nine with this node
+    for number in (1, 2, 3):
+        assert stage.set(number, SUSPECT, 100) == [], "a third is not more than a third"
+    assert stage.set(4, DEAD, 100) == [Froze(True)]
+    assert stage.set(5, DEAD, 100) == [], "told once"
+    assert stage.set(1, ALIVE, 101) == []
+    assert stage.set(2, ALIVE, 101) == [Froze(False)]
+
+
+def test_one_silent_node_freezes_no_mesh_however_small() -> None:
+    stage = Stage(1)
+    assert stage.set(1, SUSPECT, 100) == stage.set(1, DEAD, 103) == []
+    stage = Stage(2)
+    assert stage.set(1, DEAD, 100) == [] and stage.set(2, DEAD, 100) == [Froze(True)]
+
+
+def test_those_whose_hosts_say_that_they_are_dead_are_not_missing() -> None:
+    stage = Stage(8)
+    for number in range(1, 8):
+        stage.core.swim.members[peer_id(number)].cause = REFUSED
+        assert stage.set(number, DEAD, 100) == []
+    assert stage.core.outlook.stable_count == 2
+    assert only(Cut, stage.wait(101)) == [Cut(tuple(peer_id(number) for number in range(1, 8)))]
+
+
+def test_losses_one_after_another_do_not_freeze_and_those_at_once_thaw_when_nothing_more_happens_for_long() -> None:
+    stage = Stage(9)
+    for step, number in enumerate(range(1, 8)):
+        assert only(Froze, stage.set(number, DEAD, 100 + 3 * step)) == []
+        stage.wait(100 + 3 * step + SETTLED_S)
+    stage = Stage(9)
+    for number in range(1, 8):
+        stage.set(number, DEAD, 100)
+    assert stage.core.outlook.frozen
+    assert only(Froze, stage.wait(100 + RESIGNED_S - 0.1)) == []
+    assert only(Froze, stage.wait(100 + RESIGNED_S)) == [Froze(False)]
+    assert stage.core.outlook.deadline == math.inf
+
+
+def test_those_who_leave_are_no_reason_to_freeze_nor_are_those_who_never_belonged() -> None:
+    stage = Stage(9)
+    for number in range(1, 8):
+        assert only(Froze, stage.set(number, PeerState.LEFT, 100)) == []
+    core = node_among(3)
+    for number in range(4, 20):  # newcomers who die before the view ever settles
+        core.receive(address_of(number), gossip(number, alive(number)), 0.1)
+        core.receive(address_of(1), gossip(1, Dead(peer_id(number), 1, 0, peer_id(1), REFUSED)), 0.2)
+    assert core.outlook.stable_count < 20 and not core.outlook.frozen
+
+
+def test_the_core_follows_its_members_by_itself() -> None:
+    core = node_among(3)
+    run_to(core, 4.0, answers=True)
+    told = core.receive(address_of(1), gossip(1, Dead(peer_id(2), 1, 0, peer_id(1), REFUSED), left(peer_id(3), 1, 0)), 5.0)
+    assert only(Cut, told) == []
+    assert only(Cut, run_to(core, 6.0, answers=True)) == [Cut((peer_id(2),), (peer_id(3),))]
+    core.leave(7.0)
+    assert core.deadline == math.inf
+
+
+def test_a_core_sees_itself_cut_off() -> None:
+    core = node_among(4)
+    run_to(core, 4.0, answers=True)
+    told = []
+    for number in (1, 2, 3):
+        accusation = Suspect(peer_id(number), 1, 0, peer_id(4))
+        told += core.receive(address_of(4), gossip(4, accusation), 5.0)
+    assert only(Froze, told) == [Froze(True)] and core.outlook.frozen
+    assert ME not in core.outlook._doubted
+
+
+states = st.sampled_from([ALIVE, SUSPECT, DEAD, PeerState.LEFT])
+moves = st.lists(st.tuples(st.integers(1, 6), states, st.sampled_from([0.0, 0.1, 1.0, 3.0, 70.0])), max_size=30)
+
+
+@settings(deadline=None)
+@given(moves)
+def test_counted_by_steps_it_is_as_counted_anew(steps: list[tuple[int, PeerState, float]]) -> None:
+    """Beside it runs the definition: the last stable view as a set of names."""
+    stage = Stage(6)
+    members, outlook, now = stage.core.swim.members, stage.core.outlook, 200.0
+    roster = {member.node for member in members}
+    told: list[str] = []
+    fallen: set[str] = set()
+    for number, state, wait_s in steps:
+        node, before = peer_id(number), members[peer_id(number)].state
+        if state is not before:
+            stage.set(number, state, now)
+            if before in (ALIVE, SUSPECT) and state in (DEAD, PeerState.LEFT):
+                fallen.add(node)
+            elif state is ALIVE and before not in (ALIVE, SUSPECT):
+                fallen.discard(node)
+        roster -= {member.node for member in members if member.state is PeerState.LEFT}
+        now += wait_s
+        for cut in only(Cut, stage.wait(now)):
+            told += [*cut.lost, *cut.left]
+            assert set(cut.lost) | set(cut.left) <= fallen
+            fallen -= {*cut.lost, *cut.left}
+        if not (outlook._doubted or outlook._lost or outlook._fresh) and not members.suspects:
+            roster = {member.node for member in members if member.live}
+        missing = {node for node in roster if members[node].state in (SUSPECT, DEAD)}  # type: ignore[index]
+        assert outlook.stable_count == len(roster)
+        assert outlook.frozen == (len(missing) > 1 and len(missing) * 3 > len(roster))
+    stage.wait(now + 100)
+    if not members.suspects:
+        assert not outlook.frozen and outlook.settled

@@ -1,0 +1,33 @@
+"""What counts up is a Prometheus counter by its name, and what was dropped says why."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import MappingProxyType
+
+from membership.events import MembershipStatistics
+from membership.swim import SwimStatistics
+from node.http.metrics import render
+from rag.report import DocumentStatistics
+
+GAUGES = {  # as of now: these go up and down
+    "members", "view_version", "frozen", "swim", "rumours", "suspects", "health_score", "lag_s",
+    "stores", "documents", "chunks", "files", "damaged_files",
+}  # fmt: skip
+
+
+def test_every_figure_of_membership_and_documents_is_a_counter_or_known_to_be_none() -> None:
+    for kind in (MembershipStatistics, SwimStatistics, DocumentStatistics):
+        names = {field.name for field in dataclasses.fields(kind)}
+        assert {name for name in names if not name.endswith("_total")} <= GAUGES, kind
+
+
+def test_drops_are_one_counter_with_the_reason_as_its_label() -> None:
+    swim = SwimStatistics(*([0] * len(dataclasses.fields(SwimStatistics))))
+    values = {field.name: 0 for field in dataclasses.fields(MembershipStatistics)} | {"swim": swim, "members": {}}
+    values["datagrams_dropped_total"] = MappingProxyType({"wrong key": 3, "too long": 1})
+    text = render({"membership": MembershipStatistics(**values)}).decode()
+    assert "# TYPE mesh_membership_datagrams_dropped_total counter" in text
+    assert 'mesh_membership_datagrams_dropped_total{key="wrong key"} 3.0' in text
+    assert "# TYPE mesh_membership_swim_probes_failed_total counter" in text
+    assert "# TYPE mesh_membership_view_version gauge" in text

@@ -1,0 +1,88 @@
+"""Coverage: which layers how many hold, and when that is worth a word."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh.ids import ModelId, NodeId
+from mesh.view import Facts, ModelCard, Peer, PeerState, Readiness, Span, View
+from routing.coverage import Coverage, CoverageChanged, Run, changes, coverage
+
+MODEL = ModelId("m")
+LAYERS = 6
+
+
+def peer(name: str, *spans: tuple[int, int], state: PeerState = PeerState.ALIVE, readiness: Readiness = Readiness.WARM) -> Peer:
+    facts = Facts(
+        spans=tuple(Span(MODEL, start, end) for start, end in spans),
+        models=(ModelCard(MODEL, LAYERS, 64, "w", "n"),),
+        draining=readiness is Readiness.DRAINING,
+        readiness=readiness,
+    )
+    return Peer(NodeId(name), name, ("h", 1), state=state, facts=facts)
+
+
+def view(*peers: Peer) -> View:
+    return View(NodeId("me"), {each.id: each for each in peers})
+
+
+def of(*peers: Peer) -> Coverage:
+    return coverage(view(*peers))[MODEL]
+
+
+def test_layers_held_by_equally_many_are_one_run_and_no_layer_is_left_out() -> None:
+    assert of(peer("a", (0, 4)), peer("b", (2, 4))).runs == (Run(0, 2, 1, 1), Run(2, 4, 2, 2), Run(4, 6, 0, 0))
+    assert of(peer("a")).runs == (Run(0, 6, 0, 0),)
+    assert of(peer("a", (0, 3), (3, 6))).runs == (Run(0, 6, 1, 1),), "spans that touch are one run"
+    assert of(peer("a", (0, 4), (2, 6))).runs == (Run(0, 6, 1, 1),), "what two spans share is held once"
+
+
+def test_who_is_suspect_stalled_or_overloaded_holds_a_copy_that_is_not_ready() -> None:
+    healthy = peer("a", (0, 6))
+    for other in (
+        peer("b", (0, 6), state=PeerState.SUSPECT),
+        peer("b", (0, 6), readiness=Readiness.STALLED),
+        peer("b", (0, 6), readiness=Readiness.OVERLOADED),
+    ):
+        assert of(healthy, other).runs == (Run(0, 6, 2, 1),)
+
+
+def test_who_is_dead_gone_or_going_holds_nothing() -> None:
+    for other in (
+        peer("b", (0, 6), state=PeerState.DEAD),
+        peer("b", (0, 6), state=PeerState.LEFT),
+        peer("b", (0, 6), readiness=Readiness.DRAINING),
+    ):
+        assert of(peer("a", (0, 6)), other).runs == (Run(0, 6, 1, 1),)
+
+
+def test_a_word_is_said_when_a_layer_comes_to_its_last_ready_copy_loses_it_or_gets_it_back() -> None:
+    both = coverage(view(peer("a", (0, 6)), peer("b", (0, 6))))
+    last = coverage(view(peer("a", (0, 6)), peer("b", (2, 6))))
+    none = coverage(view(peer("b", (2, 6))))
+    assert changes(both, last) == [CoverageChanged(MODEL, 2, 1, ((0, 2),))]
+    assert changes(last, none) == [CoverageChanged(MODEL, 1, 0, ((0, 2),))]
+    assert changes(none, both) == [CoverageChanged(MODEL, 0, 2, ((0, 6),))]
+    assert changes(last, {}) == [CoverageChanged(MODEL, 1, 0, ())]
+    assert changes(none, none) == changes({}, none) == []
+
+
+def test_copies_more_or_less_above_enough_are_no_news() -> None:
+    three = coverage(view(*(peer(name, (0, 6)) for name in "abc")))
+    two = coverage(view(*(peer(name, (0, 6)) for name in "ab")))
+    assert changes(three, two) == []
+
+
+windows = st.tuples(st.integers(0, LAYERS - 1), st.integers(1, LAYERS)).map(lambda w: (w[0], max(w[0] + 1, w[1])))
+peers = st.lists(st.tuples(st.lists(windows, max_size=3), st.sampled_from(PeerState)), max_size=5)
+
+
+@given(peers)
+def test_runs_count_what_counting_layer_by_layer_does(told: list[tuple[list[tuple[int, int]], PeerState]]) -> None:
+    shown = view(peer("z"), *(peer(f"p{number}", *spans, state=state) for number, (spans, state) in enumerate(told)))
+    runs = coverage(shown)[MODEL].runs
+    by_layer = [(run.live, run.ready) for run in runs for _ in range(run.start, run.end)]
+    assert [live for live, _ in by_layer] == shown.replicas(MODEL, LAYERS)
+    alive = View(shown.me, {each.id: each for each in shown.peers.values() if each.state is PeerState.ALIVE})
+    assert [ready for _, ready in by_layer] == alive.replicas(MODEL, LAYERS)
