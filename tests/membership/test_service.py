@@ -106,6 +106,13 @@ class Mesh:
         return members
 
 
+@pytest.fixture(autouse=True)
+def arrivals_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel stamps arrivals in real time. While the clock jumps, what a busy machine takes to read them would be seconds
+    of lag that the nodes admit, and wait for one another longer."""
+    monkeypatch.setattr("membership.datagrams.waited_s", lambda ancillary, now_ns: 0.0)
+
+
 @asynccontextmanager
 async def a_mesh() -> AsyncIterator[Mesh]:
     async with trio.open_nursery() as nursery:
