@@ -1,7 +1,8 @@
 """Many losses seen as one: the cut that a rack or a partition makes, and whether this node may act on what it sees.
 
 A **cut** is what was lost within one short while: told once, when nothing more has been lost for `SETTLE_S` and no suspicion
-is open that may belong to it, and within `PATIENCE_S` in any case. Who came back meanwhile is not in it.
+is open that may belong to it, and within `PATIENCE_S` in any case. While the view is frozen both are longer: whoever finds most
+others silent doubts itself and probes slowly, and nothing is moved meanwhile. Who came back meanwhile is not in it.
 The **last stable view** is who was there when nothing had changed for `SETTLED_S` and nobody was suspect. While more than a third
 of it has fallen silent, the view is *frozen*: this node may be the one that is cut off, and a mesh that shuffles weights and
 documents cannot answer. It thaws when enough of them are back, or when what is left has not changed for `RESIGNED_S`: then they
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from mesh.ids import NodeId
 
 SETTLE_S = 0.2
-PATIENCE_S = 8.0  # silence takes so long to become certain of all, where much is lost
+PATIENCE_S = 12.0  # silence takes up to 9 s to become certain of all where a third is lost
+FROZEN_SETTLE_S = 8.0  # the slowest prober's period is 7.2 s
 SETTLED_S = 2.0
 RESIGNED_S = 60.0
 FREEZE_SHARE = 1 / 3  # of the last stable view; more than that missing at once: known before silence is certain of any
@@ -53,8 +55,8 @@ class Outlook:
         """When `tick` next has something to say, if nothing changes; infinite at rest."""
         cut_at = math.inf
         if self._cut:
-            last_at = self._cut_since + PATIENCE_S
-            cut_at = last_at if self._members.suspects else min(last_at, self._cut_grew_at + SETTLE_S)
+            last_at = self._cut_since + self._patience_s
+            cut_at = last_at if self._members.suspects else min(last_at, self._cut_grew_at + self._settle_s)
         at_rest = self._members.suspects or not (self._doubted or self._lost or self._fresh)
         stable_at = math.inf if at_rest else self._changed_at + (RESIGNED_S if self.frozen else SETTLED_S)
         return min(cut_at, stable_at)
@@ -68,6 +70,14 @@ class Outlook:
     def stable_count(self) -> int:
         """Members of the last stable view."""
         return self._members.live_count - len(self._fresh) + len(self._lost)
+
+    @property
+    def _patience_s(self) -> float:
+        return RESIGNED_S if self.frozen else PATIENCE_S
+
+    @property
+    def _settle_s(self) -> float:
+        return FROZEN_SETTLE_S if self.frozen else SETTLE_S
 
     def follow(self, notices: Iterable[Effect], now: float) -> list[Effect]:
         """Takes in what happened to members; what that amounts to at once."""
@@ -84,7 +94,7 @@ class Outlook:
     def tick(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
         suspects = bool(self._members.suspects)
-        if self._cut and (now >= self._cut_since + PATIENCE_S or (not suspects and now >= self._cut_grew_at + SETTLE_S)):
+        if self._cut and (now >= self._cut_since + self._patience_s or (not suspects and now >= self._cut_grew_at + self._settle_s)):
             gone = sorted(self._cut)
             effects.append(Cut(tuple(n for n in gone if not self._cut[n]), tuple(n for n in gone if self._cut[n])))
             self._cut = {}

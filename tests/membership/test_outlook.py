@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from membership.effects import Cut, Effect, Froze, MemberChanged
-from membership.outlook import PATIENCE_S, RESIGNED_S, SETTLE_S, SETTLED_S
+from membership.outlook import FROZEN_SETTLE_S, PATIENCE_S, RESIGNED_S, SETTLE_S, SETTLED_S
 from mesh.gossip import REFUSED, Dead, Suspect
 from mesh.view import PeerState
 from tests.membership.pieces import ME, address_of, alive, gossip, left, node_among, only, peer_id, run_to
@@ -51,7 +51,7 @@ def test_a_rack_lost_within_a_while_is_one_cut() -> None:
 
 
 def test_a_cut_waits_for_open_suspicions_but_not_for_ever() -> None:
-    stage = Stage(10)
+    stage = Stage(20)
     stage.set(1, SUSPECT, 100)
     stage.set(2, SUSPECT, 100)
     stage.set(1, DEAD, 101)
@@ -61,6 +61,18 @@ def test_a_cut_waits_for_open_suspicions_but_not_for_ever() -> None:
     stage.set(3, SUSPECT, 110)
     stage.set(4, DEAD, 110)
     assert stage.wait(110 + PATIENCE_S) == [Cut((peer_id(4),))]
+
+
+def test_a_cut_in_a_frozen_view_waits_for_the_slow_probes_of_one_that_doubts_itself() -> None:
+    stage = Stage(6)
+    for number in (1, 2, 3):
+        stage.set(number, SUSPECT, 100)
+    assert stage.core.outlook.frozen
+    for number, at in ((1, 102), (2, 103), (3, 104)):
+        stage.set(number, DEAD, at)
+    assert stage.wait(104 + PATIENCE_S / 2) == []
+    stage.set(4, DEAD, 104 + PATIENCE_S / 2)
+    assert stage.wait(104 + PATIENCE_S / 2 + FROZEN_SETTLE_S) == [Cut(tuple(peer_id(n) for n in (1, 2, 3, 4)))]
 
 
 def test_who_comes_back_meanwhile_is_in_no_cut_and_who_said_goodbye_did_not_get_lost() -> None:
