@@ -53,13 +53,9 @@ class Outlook:
     @property
     def deadline(self) -> float:
         """When `tick` next has something to say, if nothing changes; infinite at rest."""
-        cut_at = math.inf
-        if self._cut:
-            last_at = self._cut_since + self._patience_s
-            cut_at = last_at if self._members.suspects else min(last_at, self._cut_grew_at + self._settle_s)
         at_rest = self._members.suspects or not (self._doubted or self._lost or self._fresh)
         stable_at = math.inf if at_rest else self._changed_at + (RESIGNED_S if self.frozen else SETTLED_S)
-        return min(cut_at, stable_at)
+        return min(self._cut_at, stable_at)
 
     @property
     def settled(self) -> bool:
@@ -72,12 +68,13 @@ class Outlook:
         return self._members.live_count - len(self._fresh) + len(self._lost)
 
     @property
-    def _patience_s(self) -> float:
-        return RESIGNED_S if self.frozen else PATIENCE_S
-
-    @property
-    def _settle_s(self) -> float:
-        return FROZEN_SETTLE_S if self.frozen else SETTLE_S
+    def _cut_at(self) -> float:
+        """When the losses so far are told, if nothing changes."""
+        if not self._cut:
+            return math.inf
+        last_at = self._cut_since + (RESIGNED_S if self.frozen else PATIENCE_S)
+        settled_at = self._cut_grew_at + (FROZEN_SETTLE_S if self.frozen else SETTLE_S)
+        return last_at if self._members.suspects else min(last_at, settled_at)
 
     def follow(self, notices: Iterable[Effect], now: float) -> list[Effect]:
         """Takes in what happened to members; what that amounts to at once."""
@@ -94,7 +91,7 @@ class Outlook:
     def tick(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
         suspects = bool(self._members.suspects)
-        if self._cut and (now >= self._cut_since + self._patience_s or (not suspects and now >= self._cut_grew_at + self._settle_s)):
+        if now >= self._cut_at:
             gone = sorted(self._cut)
             effects.append(Cut(tuple(n for n in gone if not self._cut[n]), tuple(n for n in gone if self._cut[n])))
             self._cut = {}
