@@ -21,7 +21,7 @@ from mesh.link import LinkConfig
 from mesh.links import Links
 from mesh.seal import KeySeal
 from mesh.signing import IdentityKey
-from mesh.tls import client_context, server_context
+from mesh.tls import PeerTls
 from node.sockets import open_peer_sockets
 
 MESH_KEY = bytes(range(32))
@@ -36,7 +36,7 @@ async def run() -> None:
     sockets = await open_peer_sockets((sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1", 0))
     identity = IdentityKey(secrets.token_bytes(32))
     me = identity.node
-    config = LinkConfig(me, sockets.address, "mesh", server_context(MESH_KEY, me), client_context(MESH_KEY, me))
+    config = LinkConfig(me, sockets.address, "mesh", PeerTls([MESH_KEY], identity))
     links = Links(
         config,
         on_lost=lambda node, address, reason: membership.lost(node, proven=True) if node is not None else None,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cli import output
+from cli import options, output
 from mesh.errors import BadRequest
 
 app = typer.Typer(help="Keys: the secret that nodes share, and API keys for clients.", no_args_is_help=True)
@@ -31,6 +31,26 @@ def new(
     except OSError as error:
         raise BadRequest(f"cannot write {file}: {error.strerror}", "file") from None
     output.note(f"wrote {file}; copy it to every node and start them with: mesh up --key-file {file}")
+
+
+@app.command()
+def rotate(
+    node: options.NodeOption = [],  # noqa: B006
+    api_key: options.ApiKeyOption = None,
+    json: options.JsonOption = False,
+) -> None:
+    """Give a running mesh a new secret: no node restarts, nothing is refused. Run it again if it was cut off."""
+    with options.client(node, api_key) as client:
+        done = client.rotate_key()
+        names = {peer["id"]: peer["name"] for peer in client.status()["nodes"]}
+    if json:
+        output.as_json(done)
+        return
+    begun = ", which was begun earlier" if done["finished_earlier"] else ""
+    output.line(f"the mesh is under key {done['key']}{begun}: {', '.join(names.get(id, id) for id in done['nodes'])}")
+    for id in done["not_saved"]:
+        output.note(f"{names.get(id, id)} could not write its key file: copy a peer's there before it restarts")
+    output.note("nodes that were down need the key file as it is now: copy it from a node that was there")
 
 
 @app.command()

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import ask, chat, demo, docs, key, models, nodes, output, simulate, status, up, why
+from cli import ask, chat, demo, docs, doctor, key, models, nodes, output, simulate, status, up, why
 from cli.load import command as load
 from mesh.errors import MeshError
 
@@ -46,5 +46,6 @@ app.add_typer(docs.app, name="docs")
 app.command("why")(why.why)
 app.add_typer(key.app, name="key")
 app.command("load")(load.load)
+app.command("doctor")(doctor.doctor)
 app.command("simulate")(simulate.simulate)
 app.command("demo")(demo.demo)

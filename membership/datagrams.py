@@ -8,12 +8,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
+import structlog
 import trio
 
 from mesh import gossip, gossip_wire
 from mesh.arrival import ANCILLARY_BYTES, stamp_arrivals, waited_s
 from mesh.ids import Address, is_ip
+from mesh.refusals import WINDOW_S, Refusals
 from mesh.seal import Seal, SealBroken
+
+log = structlog.get_logger()
 
 DRAIN_MAX = 512  # datagrams read in one go before timers and other tasks get a turn
 
@@ -27,6 +31,7 @@ class Datagrams:
         self._socket: stdlib_socket.socket | None = None
         self.sent = self.received = self.bytes_sent = self.bytes_received = 0
         self.dropped: Counter[str] = Counter()
+        self.refusals = Refusals()
 
     def open(self) -> None:
         """Takes a second descriptor of the bound socket."""
@@ -75,18 +80,25 @@ class Datagrams:
                 continue
             self.received += 1
             self.bytes_received += len(datagram)
-            message = self._opened(datagram)
+            message = self._opened(datagram, source[0])
             if message is not None:
                 yield (source[0], source[1]), message, waited_s(ancillary, time.time_ns())
 
-    def _opened(self, datagram: bytes) -> gossip.Message | None:
+    def _opened(self, datagram: bytes, host: str) -> gossip.Message | None:
+        reason = "malformed"
         if len(datagram) > gossip.MAX_DATAGRAM_BYTES:
-            self.dropped["too long"] += 1
+            self._refuse(host, "too long")
             return None
         try:
             return gossip_wire.decode(self._seal.open(datagram))
         except SealBroken as error:
-            self.dropped[error.fault.value] += 1
+            reason = error.fault.value
         except gossip.BadDatagram:
-            self.dropped["malformed"] += 1
+            pass
+        self._refuse(host, reason)
         return None
+
+    def _refuse(self, host: str, reason: str) -> None:
+        self.dropped[reason] += 1
+        if self.refusals.note(host, reason, trio.current_time()):
+            log.warning("datagram.refused", host=host, reason=reason, next_in_s=WINDOW_S)

@@ -151,6 +151,14 @@ class Client:
         """What is known of a request, by stream id or x-request-id."""
         return self.run(api.why(self._caller, request_id))
 
+    def doctor(self) -> Reply:
+        """What is wrong with the mesh as the asked node sees it: `healthy`, and `findings`."""
+        return self.run(api.doctor(self._caller))
+
+    def rotate_key(self) -> Reply:
+        """Gives the mesh a new key, or ends a rotation that was begun: `key` (its name), `nodes`, `not_saved`."""
+        return self.run(api.rotate_key(self._caller))
+
     def live_node(self) -> str:
         """The URL of a node that answers now."""
         return self.run(api.live_node(self._caller))
@@ -294,6 +302,12 @@ class AsyncClient:
 
     async def why(self, request_id: str) -> Reply:
         return await self.run(api.why(self._caller, request_id))
+
+    async def doctor(self) -> Reply:
+        return await self.run(api.doctor(self._caller))
+
+    async def rotate_key(self) -> Reply:
+        return await self.run(api.rotate_key(self._caller))
 
     async def live_node(self) -> str:
         return await self.run(api.live_node(self._caller))

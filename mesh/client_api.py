@@ -18,6 +18,8 @@ Reply = dict[str, Any]
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 SEARCH_S = 60.0
+DOCTOR_S = 20.0  # it waits for a token and for peers
+ROTATE_S = 120.0  # it waits for every live node
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,14 @@ def models(caller: Caller) -> Flow[list[Reply]]:
 
 def why(caller: Caller, request_id: str) -> Flow[Reply]:
     return (yield from ask_json(caller, "GET", f"/mesh/requests/{quote(request_id, safe='')}"))
+
+
+def doctor(caller: Caller) -> Flow[Reply]:
+    return (yield from ask_json(caller, "GET", "/mesh/doctor", silence_s=DOCTOR_S))
+
+
+def rotate_key(caller: Caller) -> Flow[Reply]:
+    return (yield from ask_json(caller, "POST", "/mesh/key/rotate", silence_s=ROTATE_S))
 
 
 def live_node(caller: Caller) -> Flow[str]:

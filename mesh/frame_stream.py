@@ -12,6 +12,8 @@ RECEIVE_BYTES = 256 << 10
 COALESCE_BYTES = 256 << 10  # one send for many small frames
 MAX_HELLO_BYTES = 4 << 10  # what a stranger may make us keep before its greeting was read
 
+CLOSED = "closed by the peer"
+
 
 class FrameSource:
     """Frames of one stream, one by one. How it ended is kept, not raised: an end is what every link comes to.
@@ -43,7 +45,7 @@ class FrameSource:
                 self.end_reason, self.broke_the_protocol = f"not a mesh node: {error}", True
                 return None
             if not data:
-                self.end_reason = "closed by the peer"
+                self.end_reason = CLOSED
                 return None
         return self._ready.pop()
 
@@ -58,6 +60,8 @@ async def send(connection: trio.abc.Stream, data: bytes) -> bool:
 
 
 def _broken_reason(error: BaseException) -> str:
+    if isinstance(error.__cause__, ssl.SSLEOFError):
+        return CLOSED
     if isinstance(error.__cause__, ssl.SSLError):
         return "TLS handshake failed: the peer has another mesh key, or is no mesh node"
     return "connection broken"

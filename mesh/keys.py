@@ -1,7 +1,7 @@
 """The mesh secret: one file to copy, from which every other key is derived.
 
-32 random bytes as base64 on one line, readable by its owner alone. Subkeys come by HKDF-SHA256 (RFC 5869), one
-label a use, so that no two uses ever share a key.
+32 random bytes as base64 on one line, readable by its owner alone; while keys are rotated, several lines (`mesh.keyring`).
+Subkeys come by HKDF-SHA256 (RFC 5869), one label a use, so that no two uses ever share a key.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def save_key(path: Path, key: bytes) -> None:
         file.write(encode_key(key) + "\n")
 
 
-def load_key(path: Path) -> bytes:
-    """The 32 bytes in a key file.
+def read_key_file(path: Path) -> str:
+    """The text of a key file.
 
     Raises:
-        BadKeyFile: it cannot be read, others may read it, or it does not hold 32 bytes of base64. Never names the content.
+        BadKeyFile: it cannot be read, or others may read it.
     """
     try:
         with path.open("rb") as file:
@@ -60,9 +60,18 @@ def load_key(path: Path) -> bytes:
         raise BadKeyFile(f"cannot read the mesh key {path}: {error.strerror}; make one with: mesh key new") from None
     if mode & 0o077:
         raise BadKeyFile(f"the mesh key {path} may be read by others (mode {mode:04o}); run: chmod 600 {path}")
+    return text.decode("ascii", errors="replace")
+
+
+def decode_key(text: str, path: Path) -> bytes:
+    """The 32 bytes that `encode_key` wrote.
+
+    Raises:
+        BadKeyFile: naming `path`, never the content.
+    """
     try:
-        key = base64.b64decode(text.strip(), validate=True)
-    except binascii.Error:
+        key = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
         raise BadKeyFile(f"the mesh key {path} is not base64; make one with: mesh key new") from None
     if len(key) != KEY_BYTES:
         raise BadKeyFile(f"the mesh key {path} holds {len(key)} bytes, expected {KEY_BYTES}; make one with: mesh key new")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from mesh.errors import PeerLost, PeerRefused
 from mesh.frame_stream import COALESCE_BYTES, FrameSource, send
 from mesh.frames import Frame, encode
 from mesh.ids import Address, NodeId, format_address
-from mesh.tls import why_impostor
+from mesh.tls import PeerTls, why_impostor
 from mesh.view import Load
 
 PROTOCOL_VERSION = 2
@@ -44,8 +43,7 @@ class LinkConfig:
     me: NodeId
     address: Address
     cluster: str = "mesh"
-    server_tls: ssl.SSLContext | None = None
-    client_tls: ssl.SSLContext | None = None
+    tls: PeerTls | None = None
 
 
 class Link:
@@ -73,7 +71,7 @@ class Link:
         self._calls: dict[int, PendingCall] = {}
         self._last_number = 0
         self._failed: str | None = None
-        self._refused = False
+        self.refused = False
 
     async def call(self, kind: str, header: Header, tail: bytes) -> Reply:
         self._last_number += 1
@@ -104,7 +102,7 @@ class Link:
         self._outbox_bytes += len(frame.tail)
 
     def _lost(self, reason: str) -> PeerLost:
-        return (PeerRefused if self._refused else PeerLost)(format_address(self.to), reason)
+        return (PeerRefused if self.refused else PeerLost)(format_address(self.to), reason)
 
     def fail(self, reason: str) -> None:
         """Everything that waits on this link, and whoever still holds it, gets PeerLost."""
@@ -121,15 +119,15 @@ class Link:
         except (OSError, ValueError, OverflowError, trio.TooSlowError) as error:  # a peer's word may be no address at all
             return "connection refused: no node listens there" if _is_refusal(error) else f"cannot connect: {error or 'timeout'}"
         connection: trio.abc.Stream = stream
-        if self._config.client_tls is not None:
-            connection = trio.SSLStream(stream, self._config.client_tls, server_hostname="mesh")
+        if (tls := self._config.tls) is not None:
+            connection = trio.SSLStream(stream, tls.client, server_hostname=tls.server_name)
         frames = FrameSource(connection)
         try:
             refusal: str | None = "no answer to the handshake: not a mesh node, or a wedged one"
             with trio.move_on_after(HANDSHAKE_TIMEOUT_S):
                 refusal = await self._greet(connection, frames)
             if refusal is not None:
-                self._refused = True
+                self.refused = True
                 return refusal
             self._counters.links_opened_total += 1
             async with trio.open_nursery() as link_nursery:
@@ -148,16 +146,16 @@ class Link:
         config = self._config
         hello: Header = {"version": PROTOCOL_VERSION, "cluster": config.cluster, "node": config.me}
         if not await send(connection, encode(Frame("hello", hello))):
-            return _why_greeting_ended(frames, tls=config.client_tls is not None)
+            return _why_greeting_ended(frames, tls=config.tls is not None)
         answer = await frames.next()
         if answer is None:
-            return _why_greeting_ended(frames, tls=config.client_tls is not None)
+            return _why_greeting_ended(frames, tls=config.tls is not None)
         if answer.header.get("refused"):
             return f"refused: {str(answer.header['refused'])[:300]}"
         node = answer.header.get("node")
         if answer.kind != "hello" or not isinstance(node, str):
             return "not a mesh node: its answer to the handshake is not ours"
-        if config.client_tls is not None and (impostor := why_impostor(connection, node)):
+        if config.tls is not None and (impostor := why_impostor(connection, node)):
             return impostor
         frames.greeted()
         self.peer = NodeId(node)

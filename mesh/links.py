@@ -18,14 +18,17 @@ import trio
 from mesh.call_errors import error_to_header
 from mesh.calls import Handlers, Header, Receivers, Reply
 from mesh.errors import BadRequest, DeadlineExceeded, LocalError, MeshError
-from mesh.frame_stream import COALESCE_BYTES, FrameSource, send
+from mesh.frame_stream import CLOSED, COALESCE_BYTES, FrameSource, send
 from mesh.frames import Frame, encode
 from mesh.ids import Address, NodeId, format_address
 from mesh.link import HANDSHAKE_TIMEOUT_S, PROTOCOL_VERSION, Link, LinkConfig, LinkStatistics
+from mesh.refusals import WINDOW_S, Refusals
 from mesh.tls import why_impostor
 from mesh.view import Load
 
 CALLS_AT_ONCE = 512  # handlers running for one inbound link; beyond it we stop reading, and TCP tells the peer
+
+OTHER_KEY = "it has another mesh key, or one that was rotated away"
 
 log = structlog.get_logger()
 
@@ -58,6 +61,7 @@ class Links:
         self.counters = LinkStatistics()
         self._nursery: trio.Nursery | None = None
         self._links: dict[Address, Link] = {}
+        self.refusals = Refusals()
 
     def statistics(self) -> LinkStatistics:
         return replace(self.counters)
@@ -115,16 +119,19 @@ class Links:
             del self._links[link.to]
         link.fail(reason)
         self.counters.links_lost_total += 1
+        if link.refused:
+            self._note_refusal(link.to[0], reason)
         if link.used or link.peer is not None:
             self.on_lost(link.peer, link.to, reason)
 
     async def _serve_peer(self, stream: trio.SocketStream) -> None:
         """One inbound link: handshake, then answer until it ends."""
         connection: trio.abc.Stream = stream
-        if self.config.server_tls is not None:
-            connection = trio.SSLStream(stream, self.config.server_tls, server_side=True)
+        if self.config.tls is not None:
+            connection = trio.SSLStream(stream, self.config.tls.server, server_side=True)
         frames = FrameSource(connection)
         peer: NodeId | None = None
+        host = _host_of(stream)
         try:
             with trio.move_on_after(HANDSHAKE_TIMEOUT_S):
                 peer = await self._greet_caller(connection, frames)
@@ -139,13 +146,17 @@ class Links:
                 await trio.aclose_forcefully(connection)
         if peer is not None:
             self.on_lost(peer, None, frames.end_reason)
+        elif self.config.tls is not None and self.config.tls.asked_for_another_key(connection):
+            self._note_refusal(host, OTHER_KEY)
+        elif frames.end_reason != CLOSED:  # who knocks and goes, to see whether we listen, did nothing wrong
+            self._note_refusal(host, frames.end_reason or "the handshake was not finished in time")
 
     async def _greet_caller(self, connection: trio.abc.Stream, frames: FrameSource) -> NodeId | None:
         hello = await frames.next()
         if hello is None:
             return None
         refusal = self._why_refuse(hello)
-        if refusal is None and self.config.server_tls is not None:
+        if refusal is None and self.config.tls is not None:
             refusal = why_impostor(connection, hello.header["node"])
         answer: Header = {"node": self.config.me, "refused": refusal}
         if not await send(connection, encode(Frame("hello", answer, is_reply=True))):
@@ -153,8 +164,12 @@ class Links:
         if refusal is None:
             frames.greeted()
             return NodeId(hello.header["node"])
-        log.warning("link.refused", reason=refusal)
+        frames.end_reason = refusal
         return None
+
+    def _note_refusal(self, host: str, reason: str) -> None:
+        if self.refusals.note(host, reason[:200], trio.current_time()):
+            log.warning("link.refused", host=host, reason=reason, next_in_s=WINDOW_S)
 
     def _why_refuse(self, hello: Frame) -> str | None:
         header = hello.header
@@ -234,6 +249,13 @@ class Links:
             if not await send(connection, b"".join(batch)):
                 link_scope.cancel()
                 return
+
+
+def _host_of(stream: trio.SocketStream) -> str:
+    try:
+        return str(stream.socket.getpeername()[0])
+    except OSError:  # it is gone already
+        return "unknown"
 
 
 def _drain(channel: trio.MemoryReceiveChannel[bytes], first: bytes) -> list[bytes]:

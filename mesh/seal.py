@@ -73,17 +73,21 @@ class KeySeal:
     overhead_bytes = _HEAD.size + _KEY_ID_BYTES + _TIME_BYTES + _NONCE_BYTES + _TAG_BYTES
 
     def __init__(self, keys: Sequence[bytes], cluster: str = "mesh", clock: Callable[[], float] = time.time) -> None:
-        if not keys:
-            raise ValueError("a seal needs a key; without one use PlainSeal, on loopback only")
-        self._ciphers: dict[bytes, list[AESGCM]] = {}  # so short an id may be that of two keys
-        for key in dict.fromkeys(keys):
-            self._ciphers.setdefault(_key_id(key), []).append(AESGCM(derive(key, "gossip seal")))
-        self._first = _key_id(keys[0])
+        self.install(keys)
         self._head = _HEAD.pack(_MARK | _VERSION << 1 | _SEALED, _cluster_id(cluster))
         self._cluster = cluster.encode()
         self._clock = clock
         self._seen: set[bytes] = set()
         self._seen_order: deque[bytes] = deque()
+
+    def install(self, keys: Sequence[bytes]) -> None:
+        """Another ring from here on. What was opened before stays opened once."""
+        if not keys:
+            raise ValueError("a seal needs a key; without one use PlainSeal, on loopback only")
+        ciphers: dict[bytes, list[AESGCM]] = {}  # so short an id may be that of two keys
+        for key in dict.fromkeys(keys):
+            ciphers.setdefault(_key_id(key), []).append(AESGCM(derive(key, "gossip seal")))
+        self._ciphers, self._first = ciphers, _key_id(keys[0])
 
     def seal(self, body: bytes) -> bytes:
         at = int(self._clock() // _TIME_UNIT_S)

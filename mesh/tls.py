@@ -1,28 +1,33 @@
 """Mutual TLS for peer links, from the mesh key alone: nothing to install, nothing to copy but the key.
 
 The key gives a certificate authority, byte for byte the same on every node (Ed25519 signatures are deterministic). Each
-node mints a short-lived certificate that names its node id; whoever shows one signed by the authority holds the key.
-Host names are not checked, for a node is its id and an address is an attribute: ask `peer_node` who answered.
+node mints a short-lived certificate for the key it is (`mesh.signing`): the authority's signature shows that it holds the mesh
+key, the handshake that it is that node. Host names are not checked, for an address is an attribute: ask `peer_node` who answered.
+
+While keys are rotated a node trusts the authorities of all keys on its ring. It shows the certificate of its sealing key; but a
+caller says, as the server's name, which authority it knows, and is shown a certificate of that one if this node has it.
 """
 
 from __future__ import annotations
 
 import datetime
-import re
 import ssl
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from mesh.errors import RemoteError
 from mesh.ids import NodeId
 from mesh.keys import derive
+from mesh.signing import KEY_BYTES, IdentityKey, node_of
 
 CERTIFICATE_DAYS = 30
 _BACKDATED = datetime.timedelta(days=1)  # for peers whose clock is behind
@@ -31,7 +36,6 @@ _CA_NAME = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "gossip-mesh autho
 _CA_FROM = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 _CA_UNTIL = datetime.datetime(2120, 1, 1, tzinfo=datetime.UTC)
 _CA_SERIAL = 1
-_NODE_ID = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,33 +81,62 @@ def authority(mesh_key: bytes) -> Authority:
     return Authority(key, certificate)
 
 
-def server_context(mesh_key: bytes, node: NodeId) -> ssl.SSLContext:
-    """For accepted links: TLS 1.3, and the caller must show a certificate of this mesh."""
-    return _context(ssl.PROTOCOL_TLS_SERVER, authority(mesh_key), node)
+class PeerTls:
+    """The contexts of one node, for accepted links and for those it opens: TLS 1.3, and both sides show who they are.
 
+    `install` makes them anew. Links that are open keep what they began with.
+    """
 
-def client_context(mesh_key: bytes, node: NodeId) -> ssl.SSLContext:
-    """For links this node opens: TLS 1.3, and whoever answers must show a certificate of this mesh."""
-    return _context(ssl.PROTOCOL_TLS_CLIENT, authority(mesh_key), node)
+    server: ssl.SSLContext
+    client: ssl.SSLContext
+    server_name: str  # what this node asks for when it calls
 
+    def __init__(self, mesh_keys: Sequence[bytes], identity: IdentityKey) -> None:
+        self._identity = identity
+        self.install(mesh_keys)
 
-def renew(context: ssl.SSLContext, mesh_key: bytes, node: NodeId) -> None:
-    """Gives a context in use a fresh certificate; call it well within every `CERTIFICATE_DAYS`."""
-    _load_certificate(context, authority(mesh_key), node)
+    def install(self, mesh_keys: Sequence[bytes]) -> None:
+        """The first shows who we are, all are trusted. Also gives fresh certificates: do it well within `CERTIFICATE_DAYS`."""
+        self._keys = tuple(mesh_keys)
+        trusted = [authority(key) for key in self._keys]
+        servers = [_context(ssl.PROTOCOL_TLS_SERVER, signer, trusted, self._identity) for signer in trusted]
+        by_name = dict(zip(map(_server_name, self._keys), servers, strict=True))
+
+        self._for_strangers = _context(ssl.PROTOCOL_TLS_SERVER, trusted[0], trusted, self._identity)
+
+        def show_one_it_knows(stream: ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> None:
+            stream.context = by_name.get(name, self._for_strangers) if name is not None else first
+
+        servers[0].sni_callback = show_one_it_knows
+        self.server, self.server_name = servers[0], _server_name(self._keys[0])
+        self.client = _context(ssl.PROTOCOL_TLS_CLIENT, trusted[0], trusted, self._identity)
+
+    def asked_for_another_key(self, stream: Any) -> bool:
+        """Whether the caller at the other end of an accepted link named an authority that is not of this ring.
+
+        Its own end of the handshake fails without a word, so that is all that there is to tell it from one that only knocked.
+        """
+        return stream.context is self._for_strangers
+
+    def renew(self) -> None:
+        self.install(self._keys)
 
 
 def peer_node(stream: Any) -> NodeId:
-    """Who is at the other end of a handshaken `ssl.SSLObject`, `ssl.SSLSocket` or `trio.SSLStream`.
+    """Who is at the other end of a handshaken `ssl.SSLObject`, `ssl.SSLSocket` or `trio.SSLStream`: its key says it.
 
     Raises:
-        RemoteError: the certificate names no node id.
+        RemoteError: it showed no certificate of a node.
     """
-    certificate = stream.getpeercert() or {}
-    for part in certificate.get("subject", ()):
-        for attribute, text in part:
-            if attribute == "commonName" and _NODE_ID.fullmatch(text):
-                return NodeId(text)
-    raise RemoteError("unknown", "its certificate names no node; expected 16 hex digits as common name")
+    der = stream.getpeercert(binary_form=True)
+    try:
+        public = x509.load_der_x509_certificate(der).public_key() if der else None
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        public = None
+    raw = public.public_bytes_raw() if isinstance(public, Ed25519PublicKey) else b""
+    if len(raw) != KEY_BYTES:
+        raise RemoteError("unknown", "its certificate is of no node; expected one for an Ed25519 key")
+    return node_of(raw)
 
 
 def why_impostor(stream: Any, claimed: str) -> str | None:
@@ -115,15 +148,9 @@ def why_impostor(stream: Any, claimed: str) -> str | None:
     return None if certified == claimed else f"the certificate is of node {certified}"
 
 
-def mint(signer: Authority, node: NodeId) -> tuple[bytes, bytes]:
-    """A new key and certificate of one node, both PEM: (certificate, private key).
-
-    Raises:
-        ValueError: `node` is not a node id.
-    """
-    if not _NODE_ID.fullmatch(node):
-        raise ValueError(f"expected a node id of 16 hex digits, got {node!r}")
-    key = Ed25519PrivateKey.generate()
+def mint(signer: Authority, identity: IdentityKey) -> tuple[bytes, bytes]:
+    """A new certificate of one node and its key, both PEM: (certificate, private key)."""
+    key, node = identity.private, identity.node
     now = datetime.datetime.now(datetime.UTC)
     authority_key = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.key.public_key())
     certificate = (
@@ -145,24 +172,25 @@ def mint(signer: Authority, node: NodeId) -> tuple[bytes, bytes]:
     return certificate.public_bytes(Encoding.PEM), private
 
 
-def _context(protocol: int, signer: Authority, node: NodeId) -> ssl.SSLContext:
+def _server_name(mesh_key: bytes) -> str:
+    return f"{derive(mesh_key, 'authority name', 8).hex()}.mesh"
+
+
+def _context(protocol: int, signer: Authority, trusted: Sequence[Authority], identity: IdentityKey) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags |= ssl.VERIFY_X509_STRICT
-    context.load_verify_locations(cadata=signer.der)
+    for one in trusted:
+        context.load_verify_locations(cadata=one.der)
     if protocol == ssl.PROTOCOL_TLS_SERVER:
         context.num_tickets = 0  # every link shows its certificate anew
-    _load_certificate(context, signer, node)
-    return context
-
-
-def _load_certificate(context: ssl.SSLContext, signer: Authority, node: NodeId) -> None:
-    certificate, private = mint(signer, node)
+    certificate, private = mint(signer, identity)
     # ssl reads from files only: one in a directory of our own, gone before this returns.
     with tempfile.TemporaryDirectory(prefix="mesh-tls-") as directory:
         path = Path(directory) / "node.pem"
         path.touch(mode=0o600)
         path.write_bytes(private + certificate)
         context.load_cert_chain(path)
+    return context

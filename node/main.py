@@ -16,7 +16,8 @@ import trio
 
 from mesh.errors import BadRequest, MeshError
 from mesh.ids import ModelId
-from mesh.keys import BadKeyFile, load_key
+from mesh.keyring import Keyring, load_keyring
+from mesh.keys import BadKeyFile
 from node.capacity import layers_that_fit, memory_budget_bytes
 from node.config import NodeConfig, cache_home, data_home
 from node.engine.api import Engine, EngineConfig
@@ -90,7 +91,7 @@ async def _make(config: NodeConfig) -> Node:
     identity = _take_identity(config)
     configure(config.log_format, config.name or identity.id[:8])
     log.info("node.starting", id=identity.id, data_dir=str(identity.directory))
-    mesh_key = _load_mesh_key(config)
+    keyring = _load_keyring(config)
     api_keys = _load_api_keys(config)
     sockets = await open_peer_sockets(config.bind, config.join)
     http_listener = await open_listener(config.http, "--http")
@@ -103,7 +104,7 @@ async def _make(config: NodeConfig) -> Node:
         http_listener,
         engine,
         holdings,
-        mesh_key,
+        keyring,
         api_keys,
     )
 
@@ -143,12 +144,12 @@ def _prepare(config: NodeConfig, budget_bytes: int) -> tuple[Engine, Holdings]:
     return engine, Holdings(models, capacity, tuple(wanted), share_bytes)
 
 
-def _load_mesh_key(config: NodeConfig) -> bytes | None:
+def _load_keyring(config: NodeConfig) -> Keyring | None:
     if config.key_file is None:
         log.warning("node.no_mesh_key", why="loopback only: without a mesh key anyone who reaches this node could join it")
         return None
     try:
-        return load_key(config.key_file)
+        return load_keyring(config.key_file)
     except BadKeyFile as error:
         raise BadRequest(str(error), "key_file") from None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import socket
-import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from importlib.metadata import version
@@ -20,22 +19,26 @@ import trio
 
 from membership.events import Cut, JoinFailed, MemberEvent
 from membership.service import Membership
-from mesh.ids import Address, NodeId, format_address
+from mesh.ids import Address, format_address
+from mesh.keyring import Keyring
 from mesh.keys import derive
 from mesh.link import LinkConfig
 from mesh.links import Links
-from mesh.seal import KeySeal, PlainSeal, Seal
-from mesh.tls import client_context, server_context
+from mesh.refusals import Refusal
+from mesh.seal import KeySeal, PlainSeal
+from mesh.tls import PeerTls
 from mesh.view import Facts, Load, View
 from node.config import NodeConfig
 from node.coverage import CoverageWatch
 from node.engine.api import Engine
 from node.entry import Entry
+from node.examination import Examination
 from node.http.app import make_app
 from node.http.auth import ApiKeys
 from node.http.server import Server, serve
 from node.identity import Identity
 from node.incidents import TraceFile
+from node.keys import MeshKeys
 from node.known_peers import KnownPeers
 from node.losses import Losses
 from node.models import Holdings
@@ -73,7 +76,7 @@ class Node:
         http_listener: trio.SocketListener,
         engine: Engine,
         holdings: Holdings,
-        mesh_key: bytes | None,
+        keyring: Keyring | None,
         api_keys: ApiKeys | None,
     ) -> None:
         self._config = config
@@ -83,9 +86,10 @@ class Node:
         self._http_address: Address = http_listener.socket.getsockname()[:2]
         self._engine = engine
         self.name = config.name or f"{socket.gethostname().split('.')[0][:MAX_HOST_LABEL]}-{identity.id[:4]}"
-        tls = _contexts(mesh_key, identity.id)
+        tls = PeerTls(keyring.secrets, identity.key) if keyring else None
+        seal = KeySeal(keyring.secrets, config.cluster) if keyring else PlainSeal(config.cluster)
         self._links = Links(
-            LinkConfig(identity.id, sockets.address, config.cluster, *tls),
+            LinkConfig(identity.id, sockets.address, config.cluster, tls),
             load=self._load,
             on_load=lambda node, load: self._membership.note_load(node, load),
             on_lost=lambda node, address, reason: self._losses.link_lost(node, address, reason),
@@ -99,13 +103,17 @@ class Node:
             signer=identity.key,
             socket=sockets.datagrams,
             address=sockets.address,
-            seal=_seal(mesh_key, config.cluster),
+            seal=seal,
             call=self._links.call,
             load=self._load,
             keep_links=self._links.keep,
             trace_bytes=config.trace_mb << 20,
         )
         self._membership.on_renewed = identity.renew
+        self._keys: MeshKeys | None = None
+        if keyring and tls and isinstance(seal, KeySeal) and config.key_file:
+            self._keys = MeshKeys(keyring, config.key_file, seal, tls, self._view, self._links.call)
+            self._links.add(self._keys.handlers)
         self._known_peers = KnownPeers(identity.directory, time.time)
         self._facts = OwnFacts(Facts(version=version("gossip-mesh"), pid=os.getpid()), self._membership.publish)
         rng = Random()
@@ -113,30 +121,31 @@ class Node:
         embedder = MiniLM()
         self._documents = self._make_documents(embedder)
         models = holdings.models
-        self._entry = self._make_entry(Prompts(models, self._documents), rng, mesh_key)
+        self._entry = self._make_entry(Prompts(models, self._documents), rng)
         self._stages = Stages(sockets.address, engine, self._links.post, self._entry)
         self._losses = Losses(self._view, self._entry, self._stages, self._planning, self._membership.lost)
         self._coverage, self._pulse = CoverageWatch(self._membership.changed), Pulse(self._facts, self._load, engine.overdue_s)
         self._readiness = Readiness(self._view, models, self._entry)
         self._library = self._make_library()
         self._placing = Placing(config.layers, engine, holdings, self._facts, self._membership, self._library)
-        self._surface = Surface(self._view, models, self._entry, self._readiness, self._documents, embedder, self.statistics)
+        self._examination = self._make_examination()
+        asked = self.statistics, self._examination.examine, self._keys
+        self._surface = Surface(self._view, models, self._entry, self._readiness, self._documents, embedder, *asked)
         self._app = make_app(self._surface, auth=api_keys, bound=self._http_address)
         self._server: Server | None = None
         self._membership_runs = False
         self._wire()
 
     def _wire(self) -> None:
-        for part in (self._membership, self._documents, self._stages, self._library):
+        for part in (self._membership, self._documents, self._stages, self._library, self._examination):
             self._links.add(part.handlers)
         self._links.add(receivers=self._stages.receivers)
         self._membership.subscribe(self._on_member)
         self._membership.on_cut = self._on_cut
 
-    def _make_entry(self, prompts: Prompts, rng: Random, mesh_key: bytes | None) -> Entry:
-        prefix_secret = derive(mesh_key, "prefix") if mesh_key else b""
+    def _make_entry(self, prompts: Prompts, rng: Random) -> Entry:
         voice = self._links.call, self._links.post, self._membership.lost
-        entry_node = EntryNode(self._identity.id, self._sockets.address, *voice, prefix_secret)
+        entry_node = EntryNode(self._identity.id, self._sockets.address, *voice, self._prefix_secret)
         return Entry(entry_node, prompts, self._planning, self._config.request_timeout_s, rng)
 
     def _make_documents(self, embedder: MiniLM) -> Documents:
@@ -148,6 +157,19 @@ class Node:
             self._links.call,
             self._facts.documents,
             time.time,
+        )
+
+    def _make_examination(self) -> Examination:
+        return Examination(
+            self._view,
+            self._links.call,
+            time.time,
+            self._identity.directory,
+            refusals=self._refused,
+            stores=self._documents.stores,
+            missing_layers=self._readiness.missing_layers,
+            ready=self._readiness.why_not,
+            keys=self._keys,
         )
 
     def _make_library(self) -> Library:
@@ -162,6 +184,9 @@ class Node:
 
     def _trace_file(self) -> TraceFile:
         return TraceFile(self._identity.directory, self._membership.dump_trace)
+
+    def _prefix_secret(self) -> bytes:
+        return derive(self._keys.ring.keys[0].secret, "prefix") if self._keys else b""
 
     def _view(self) -> View:
         return self._membership.view
@@ -195,6 +220,10 @@ class Node:
             "http": self._app.statistics(),
             **({"server": self._server.statistics()} if self._server else {}),
         }
+
+    def _refused(self) -> list[Refusal]:
+        now = trio.current_time()
+        return [*self._membership.refusals.recent(now), *self._links.refusals.recent(now)]
 
     def _on_member(self, event: MemberEvent) -> None:
         peer = self._view().peers.get(event.node)
@@ -243,6 +272,8 @@ class Node:
         await self._join()
         await nursery.start(self._documents.run)
         await nursery.start(self._entry.run)
+        if self._keys is not None:
+            nursery.start_soon(self._keys.run, self._membership.dropped)
         nursery.start_soon(self._sweep)
         nursery.start_soon(self._trace_file().run)
         nursery.start_soon(self._pulse.run)
@@ -284,11 +315,3 @@ class Node:
             await self._membership.leave()
             await self._trace_file().write()
         node_scope.cancel()
-
-
-def _contexts(mesh_key: bytes | None, node: NodeId) -> tuple[ssl.SSLContext | None, ssl.SSLContext | None]:
-    return (server_context(mesh_key, node), client_context(mesh_key, node)) if mesh_key else (None, None)
-
-
-def _seal(mesh_key: bytes | None, cluster: str) -> Seal:
-    return KeySeal([mesh_key], cluster) if mesh_key else PlainSeal(cluster)

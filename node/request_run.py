@@ -61,7 +61,7 @@ class EntryNode:
     call: Call
     post: Post
     doubt: Callable[[NodeId], None] = lambda node: None  # has membership look at a peer now
-    prefix_secret: bytes = b""  # keys the names of prompt beginnings; the same on all nodes of the mesh
+    prefix_secret: Callable[[], bytes] = bytes  # keys the names of prompt beginnings; the same on all nodes of the mesh
 
 
 @dataclass(slots=True)
@@ -106,7 +106,7 @@ class RequestRun:
         self._woken = trio.Event()
         self._opening: dict[int, trio.CancelScope] = {}
         self._numerics: set[str] = set()
-        self._salt = prefix_salt(node.prefix_secret, request.tenant, prompt.model.card.weights)
+        self._salt = prefix_salt(node.prefix_secret(), request.tenant, prompt.model.card.weights)
         self._planned: dict[int, PlannedPath] = {}
         self._names: dict[int, list[bytes]] = {choice: [] for choice in self._cores}
         self._cached_tokens = 0

@@ -19,6 +19,12 @@ class NodeServices(Protocol):
     def status(self) -> dict[str, Any]:
         """The body of `GET /mesh/status`."""
 
+    async def examine(self) -> dict[str, Any]:
+        """The body of `GET /mesh/doctor`."""
+
+    async def rotate_key(self) -> dict[str, Any]:
+        """Gives the mesh a new key. Raises Refused, or BadRequest where there is none, or a live node does not take part."""
+
     def models(self) -> list[ModelCard]:
         """Chat models that the mesh serves whole right now, and the embedder (`kind` "embed"), by id."""
 

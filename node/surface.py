@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -12,6 +12,7 @@ from mesh.errors import BadRequest
 from mesh.ids import ModelId, NodeId, StreamId
 from mesh.view import ModelCard, View
 from node.entry import Entry
+from node.keys import MeshKeys
 from node.models import Models
 from node.readiness import Readiness
 from node.requests import GenerateEvent, GenerateRequest
@@ -36,6 +37,8 @@ class Surface:
         documents: Documents,
         embedder: Embedder,
         statistics: Callable[[], Mapping[str, object]],
+        examine: Callable[[], Awaitable[dict[str, Any]]],
+        keys: MeshKeys | None,
     ) -> None:
         self._view = view
         self._models = models
@@ -44,6 +47,8 @@ class Surface:
         self._documents = documents
         self._embedder = embedder
         self.statistics = statistics
+        self._examine = examine
+        self._keys = keys
         self._embedding = trio.CapacityLimiter(1)
         self.create_store = documents.create_store
         self.stores = documents.stores
@@ -68,6 +73,14 @@ class Surface:
         complete = {model: model not in missing for model in view.models()}
         kernels = getattr(self.statistics().get("engine"), "kernels", {})  # another engine may tell of none
         return status(view, self._documents.stores(), complete, trio.current_time(), kernels)
+
+    async def examine(self) -> dict[str, Any]:
+        return await self._examine()
+
+    async def rotate_key(self) -> dict[str, Any]:
+        if self._keys is None:
+            raise BadRequest("this mesh has no key; make one with mesh key new, and start all nodes with --key-file")
+        return await self._keys.rotate()
 
     def models(self) -> list[ModelCard]:
         missing = self._readiness.missing_layers()

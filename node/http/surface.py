@@ -63,6 +63,14 @@ async def status(site: Site, request: Request) -> App:
     return Json(site.node.status())
 
 
+async def doctor(site: Site, request: Request) -> App:
+    return Json(await site.node.examine())
+
+
+async def rotate_key(site: Site, request: Request) -> App:
+    return Json(await site.node.rotate_key())
+
+
 async def explain(site: Site, request: Request) -> App:
     id = request.path_params["id"]
     told = site.node.explain(id)
@@ -95,5 +103,7 @@ ROUTES = (
     Route("GET", "/v1/models", list_models, "List models"),
     Route("GET", "/v1/models/{id:path}", get_model, "Tell about a model"),
     Route("GET", "/mesh/status", status, "The mesh as this node sees it"),
+    Route("GET", "/mesh/doctor", doctor, "What is wrong with the mesh, and what to do"),
+    Route("POST", "/mesh/key/rotate", rotate_key, "Give the mesh a new key"),
     Route("GET", "/mesh/requests/{id}", explain, "Why a request went where it went"),
 )

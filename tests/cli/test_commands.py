@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cli.main import app
-from mesh.keys import load_key
+from mesh.keyring import load_keyring
 from node.http.auth import ApiKeys
 from tests.cli.fake_mesh import FakeMesh, error, fake_mesh, texts
 
@@ -208,12 +208,12 @@ def test_why_shows_the_path_and_each_candidate(mesh: FakeMesh) -> None:
 def test_a_mesh_key_is_written_once_for_its_owner_alone(tmp_path: Path) -> None:
     file = tmp_path / "mesh.key"
     assert mesh_command("key", "new", str(file)).exit_code == 0
-    assert len(load_key(file)) == 32
+    assert len(load_keyring(file).keys[0].secret) == 32
     fails(mesh_command("key", "new", str(file)), "never overwritten")
     printed = tmp_path / "printed.key"
     printed.write_text(mesh_command("key", "new").stdout)
     printed.chmod(0o600)
-    assert load_key(printed) != load_key(file)
+    assert load_keyring(printed) != load_keyring(file)
 
 
 def test_an_api_key_is_printed_and_its_hash_is_what_nodes_keep(tmp_path: Path) -> None:

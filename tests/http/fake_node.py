@@ -76,6 +76,12 @@ class FakeNode:
             raise self.failure
         return {"self": {"id": ME, "name": "fake"}, "nodes": [], "models": [], "stores": []}
 
+    async def examine(self) -> dict[str, Any]:
+        return {"node": ME, "name": "fake", "healthy": True, "findings": []}
+
+    async def rotate_key(self) -> dict[str, Any]:
+        return {"key": "0a1b2c3d", "finished_earlier": False, "nodes": [ME], "not_saved": []}
+
     def models(self) -> list[ModelCard]:
         return [ModelCard(CHAT, 4, 128, "w", "n"), ModelCard(EMBED, 0, 64, "w2", "n2", kind="embed")]
 

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from mesh.keys import BadKeyFile, derive, encode_key, load_key, new_key, save_key
+from mesh.keyring import load_keyring
+from mesh.keys import BadKeyFile, derive, encode_key, new_key, save_key
+
+
+def load_key(path: Path) -> bytes:
+    (key,) = load_keyring(path).secrets
+    return key
 
 
 def test_a_saved_key_is_read_back_and_is_its_owners_alone(tmp_path: Path) -> None:

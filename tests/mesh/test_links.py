@@ -14,7 +14,8 @@ from mesh.ids import NodeId
 from mesh.keys import new_key
 from mesh.link import PROTOCOL_VERSION
 from mesh.links import CALLS_AT_ONCE, LinkConfig, Links
-from mesh.tls import client_context, server_context
+from mesh.signing import IdentityKey
+from mesh.tls import PeerTls
 from mesh.view import Load
 
 
@@ -363,16 +364,41 @@ async def test_a_host_that_is_no_host_is_a_lost_peer(host):
             await a.call((host, 1), "echo", {})
 
 
-async def test_with_a_mesh_key_a_node_must_answer_under_the_name_in_its_certificate():
-    key = new_key()
-    real, claimed = NodeId("0" * 16), NodeId("1" * 16)
+@pytest.mark.parametrize(
+    ("caller_keys", "told"),
+    [([b"o" * 32], "it has another mesh key, or one that was rotated away"), (None, "TLS handshake failed")],
+)
+async def test_who_is_turned_away_is_told_with_the_reason_and_who_only_knocks_is_not(caller_keys, told):
+    callee, caller = IdentityKey(b"r" * 32), IdentityKey(b"c" * 32)
     async with trio.open_nursery() as nursery:
         [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
         address = listener.socket.getsockname()[:2]
-        liar = Links(LinkConfig(claimed, address, "mesh", server_context(key, real), client_context(key, real)))
-        honest = Links(LinkConfig(NodeId("2" * 16), ("", 0), "mesh", None, client_context(key, NodeId("2" * 16))))
+        keyed = Links(LinkConfig(callee.node, address, "mesh", PeerTls([b"k" * 32], callee)))
+        other = Links(LinkConfig(caller.node, ("", 0), "mesh", PeerTls(caller_keys, caller) if caller_keys else None))
+        await nursery.start(keyed.run, listener)
+        await nursery.start(other.run, (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0])
+        await (await trio.open_tcp_stream(*address)).aclose()
+        with pytest.raises(PeerLost), trio.fail_after(5):
+            await other.call(address, "echo", {})
+        with trio.fail_after(5):
+            while not (refused := keyed.refusals.recent(trio.current_time())):
+                await trio.sleep(0.01)
+        assert [(refusal.host, refusal.count) for refusal in refused] == [("127.0.0.1", 1)]
+        assert refused[0].reason.startswith(told)
+        assert other.refusals.recent(trio.current_time()) != []
+        nursery.cancel_scope.cancel()
+
+
+async def test_with_a_mesh_key_a_node_must_answer_under_the_name_in_its_certificate():
+    key = new_key()
+    real, claimed, caller = IdentityKey(b"r" * 32), NodeId("1" * 16), IdentityKey(b"c" * 32)
+    async with trio.open_nursery() as nursery:
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        address = listener.socket.getsockname()[:2]
+        liar = Links(LinkConfig(claimed, address, "mesh", PeerTls([key], real)))
+        honest = Links(LinkConfig(caller.node, ("", 0), "mesh", PeerTls([key], caller)))
         await nursery.start(liar.run, listener)
         await nursery.start(honest.run, (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0])
-        with pytest.raises(PeerLost, match="certificate is of node 0000000000000000"), trio.fail_after(5):
+        with pytest.raises(PeerLost, match=f"certificate is of node {real.node}"), trio.fail_after(5):
             await honest.call(address, "echo", {})
         nursery.cancel_scope.cancel()

@@ -1,0 +1,48 @@
+"""Who was turned away of late, and why: what `mesh doctor` tells, and what is logged once a minute for each peer.
+
+Bounded: whoever makes up addresses fills a table of fixed size with them, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+WINDOW_S = 60.0
+SOURCES_MAX = 256
+COUNTED_MAX = 60  # for one source and reason within the window; more is told as so many
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    host: str
+    reason: str
+    count: int  # in the last minute; `COUNTED_MAX` stands for that many or more
+
+
+class Refusals:
+    def __init__(self) -> None:
+        self._times: dict[tuple[str, str], deque[float]] = {}
+        self._logged_at: dict[tuple[str, str], float] = {}
+
+    def note(self, host: str, reason: str, now: float) -> bool:
+        """Counts one; True when it is worth a line in the log: the first of its source and reason for a minute."""
+        source = host, reason
+        times = self._times.pop(source, None) or deque(maxlen=COUNTED_MAX)
+        if len(self._times) >= SOURCES_MAX:
+            oldest = next(iter(self._times))
+            del self._times[oldest]
+            self._logged_at.pop(oldest, None)
+        self._times[source] = times  # at the end: the longest silent is dropped first
+        times.append(now)
+        if now - self._logged_at.get(source, -WINDOW_S) < WINDOW_S:
+            return False
+        self._logged_at[source] = now
+        return True
+
+    def recent(self, now: float) -> list[Refusal]:
+        """Of the last minute, the most frequent first."""
+        counts = (
+            Refusal(host, reason, sum(now - at <= WINDOW_S for at in times)) for (host, reason), times in self._times.items()
+        )
+        return sorted((refusal for refusal in counts if refusal.count), key=lambda r: (-r.count, r.host, r.reason))
