@@ -15,7 +15,7 @@ from mesh import gossip, gossip_wire
 from mesh.arrival import ANCILLARY_BYTES, stamp_arrivals, waited_s
 from mesh.ids import Address, is_ip
 from mesh.refusals import WINDOW_S, Refusals
-from mesh.seal import Seal, SealBroken
+from mesh.seal import Seal, SealBroken, SealFault
 
 log = structlog.get_logger()
 
@@ -43,6 +43,10 @@ class Datagrams:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+
+    def refused(self, fault: SealFault) -> int:
+        """How many were not opened for this reason, since the start."""
+        return self.dropped[fault.value]
 
     async def wait_readable(self) -> None:
         assert self._socket is not None, "open comes first"

@@ -42,7 +42,7 @@ from mesh.calls import Call, Handlers, Header, Reply
 from mesh.errors import BadRequest, DeadlineExceeded, LocalError, PeerLost, PeerRefused, Refused, RemoteError
 from mesh.ids import Address, NodeId, format_address
 from mesh.knock import is_refused
-from mesh.seal import Seal, SealFault
+from mesh.seal import Seal
 from mesh.signing import Signer
 from mesh.view import Facts, Load, Peer, PeerState, View
 
@@ -109,7 +109,7 @@ class Membership:
         self._armed_for = -math.inf  # when `_keep_time` wakes by itself; it need only hear of earlier deadlines
         self._nursery: trio.Nursery | None = None
         self._datagrams = Datagrams(socket, seal)
-        self.refusals = self._datagrams.refusals
+        self.refusals, self.refused = self._datagrams.refusals, self._datagrams.refused
         self._calls = 0
         self._counts: Counter[str] = Counter()
         self._refresh([me])
@@ -251,10 +251,6 @@ class Membership:
             self.view.frozen,
             self._core.swim.statistics(trio.current_time()),
         )
-
-    def dropped(self, fault: SealFault) -> int:
-        """How many datagrams were refused for this, since the start."""
-        return self._datagrams.dropped[fault.value]
 
     async def _receive(self) -> None:
         while True:

@@ -273,7 +273,7 @@ class Node:
         await nursery.start(self._documents.run)
         await nursery.start(self._entry.run)
         if self._keys is not None:
-            nursery.start_soon(self._keys.run, self._membership.dropped)
+            nursery.start_soon(self._keys.run, self._membership.refused)
         nursery.start_soon(self._sweep)
         nursery.start_soon(self._trace_file().run)
         nursery.start_soon(self._pulse.run)
