@@ -34,6 +34,7 @@ class Losses:
         self._stages = stages
         self._planning = planning
         self._doubt = doubt
+        self._stalled: frozenset[NodeId] = frozenset()  # as of the last view
 
     def link_lost(self, node: NodeId | None, address: Address | None, reason: str) -> None:
         """See `mesh.links.OnLost`: `address` is None where the peer had dialled."""
@@ -49,6 +50,16 @@ class Losses:
             self._entry.peer_news(PeerGone(node, reason))
             self._doubt(node, proven=proven)
 
+    def view_changed(self, view: View) -> None:
+        """A node whose engine hangs says so itself, this one too: what waits for it goes on elsewhere if it can."""
+        stalled = frozenset(peer.id for peer in view.live() if peer.stalled)
+        for node in sorted(stalled - self._stalled):
+            self._entry.peer_news(PeerSuspect(node))
+        for node in sorted(self._stalled - stalled):
+            if view.is_live(node) and view.peers[node].state is PeerState.ALIVE:
+                self._entry.peer_news(PeerBack(node))
+        self._stalled = stalled
+
     def member_changed(self, event: MemberEvent) -> None:
         """Nothing that ran on a member that is down will be heard of again."""
         if event.node == self._view().me:
@@ -62,5 +73,5 @@ class Losses:
             self._entry.peer_news(PeerGone(event.node, "stalled"))
         elif event.after is PeerState.SUSPECT:
             self._entry.peer_news(PeerSuspect(event.node))
-        elif event.after is PeerState.ALIVE:
+        elif event.after is PeerState.ALIVE and event.node not in self._stalled:
             self._entry.peer_news(PeerBack(event.node))

@@ -278,6 +278,7 @@ class Node:
         nursery.start_soon(self._trace_file().run)
         nursery.start_soon(self._pulse.run)
         nursery.start_soon(self._coverage.run)
+        nursery.start_soon(self._watch_stalls)
         self._server = await nursery.start(serve, self._app, [self._http_listener])
         announce(f"mesh node {self.name} up: {self._facts.now.http} gossip {format_address(self._sockets.address)}")
         nursery.start_soon(self._placing.run)
@@ -290,6 +291,13 @@ class Node:
             if error.refused:
                 raise
             log.warning("node.alone", why=f"{error}; it goes on alone and keeps trying")
+
+    async def _watch_stalls(self) -> None:
+        version = -1
+        while True:
+            view = await self._membership.changed(version)
+            version = view.version
+            self._losses.view_changed(view)
 
     async def _sweep(self) -> None:
         while True:

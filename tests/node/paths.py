@@ -21,7 +21,7 @@ from mesh.errors import Refused
 from mesh.ids import Address, ModelId, NodeId, StreamId
 from mesh.link import Link, LinkConfig
 from mesh.links import Links
-from mesh.view import Facts, Load, ModelCard, Peer, PeerState, Span, View
+from mesh.view import Facts, Load, ModelCard, Peer, PeerState, Readiness, Span, View
 from node.engine.api import EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
 from node.entry import Entry
 from node.losses import Losses
@@ -160,6 +160,7 @@ class SmallNode:
     spans: tuple[tuple[int, int], ...]
     scope: trio.CancelScope
     state: PeerState = PeerState.DEAD  # until it runs
+    readiness: Readiness = Readiness.WARM
 
     def kill(self) -> None:
         """As the kernel does it: all its connections end, nothing is said."""
@@ -185,7 +186,7 @@ class SmallMesh:
                 name,
                 node.links.config.address,
                 state=node.state,
-                facts=Facts(spans=tuple(Span(MODEL, *span) for span in node.spans), models=(CARD,)),
+                facts=Facts(spans=tuple(Span(MODEL, *span) for span in node.spans), models=(CARD,), readiness=node.readiness),
                 load=Load(kv_blocks_total=100),
             )
             for name, node in self.nodes.items()

@@ -7,7 +7,7 @@ import trio
 
 from membership.events import MemberEvent
 from mesh.ids import NodeId, StreamId
-from mesh.view import PeerState
+from mesh.view import PeerState, Readiness
 from node.engine.api import TokenOut
 from node.generation import Patience
 from node.requests import ChoiceDone, TextDelta
@@ -129,6 +129,63 @@ async def test_a_close_that_is_lost_with_its_link_leaves_nothing_behind(mock_clo
             nursery.cancel_scope.cancel()
         assert only.engine.sequences
         entry.links.cut(only.links.config.address)
+        await nothing_stays(mesh)
+
+
+def says(mesh, name, readiness):
+    mesh.nodes[name].readiness = readiness
+    mesh.nodes["entry"].losses.view_changed(mesh.view())
+
+
+@pytest.mark.parametrize("silent_s", [0.0, 5.0])
+async def test_an_answer_leaves_a_node_whose_engine_hangs_as_soon_as_it_says_so(silent_s, mock_clock):
+    mock_clock.autojump_threshold = 0.02
+    async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh, trio.open_nursery() as nursery:
+        hung = []
+        for name in "ab":
+            mesh.nodes[name].engine.faults[20] = lambda key, name=name: hung.append(name)
+        said = {}
+
+        async def ask():
+            said.update(await tokens_of(mesh, "s1"))
+
+        async with trio.open_nursery() as clients:
+            clients.start_soon(ask)
+            while not hung:
+                await trio.sleep(0.01)
+            for name in "ab":
+                mesh.nodes[name].engine.faults.clear()
+            await trio.sleep(silent_s)
+            told = trio.current_time()
+            says(mesh, hung[0], Readiness.STALLED)
+        assert said == {0: EXPECTED}
+        assert trio.current_time() - told < Patience().stall_s + 0.5
+        other = mesh.nodes["b" if hung == ["a"] else "a"]
+        assert [sequence.known for sequence in other.engine.opened] == [20], "the other node goes on where the hung one stopped"
+        await nothing_stays(mesh)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_node_that_was_stalled_is_given_work_again_once_its_steps_run(mock_clock):
+    mock_clock.autojump_threshold = 0.02
+    async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh:
+        for number, (hung, other) in enumerate(["ab", "ba", "ab"]):
+            says(mesh, hung, Readiness.STALLED)
+            says(mesh, other, Readiness.WARM)
+            for node in mesh.nodes.values():
+                node.engine.opened.clear()
+            assert await tokens_of(mesh, f"s{number}") == {0: EXPECTED}
+            assert not mesh.nodes[hung].engine.opened, "new work passes a stalled node over"
+            assert mesh.nodes[other].engine.opened
+
+
+async def test_where_nobody_else_can_do_it_a_stalled_node_is_asked_again(mock_clock):
+    mock_clock.autojump_threshold = 0.02
+    async with small_mesh(entry=(), only=((0, 6),)) as mesh:
+        only = mesh.nodes["only"].engine
+        only.faults[20] = lambda key: trio.lowlevel.current_trio_token().run_sync_soon(says, mesh, "only", Readiness.STALLED)
+        assert await tokens_of(mesh, "s1") == {0: EXPECTED}
+        assert [sequence.known for sequence in only.opened] == [10, 20]
         await nothing_stays(mesh)
 
 
