@@ -56,6 +56,18 @@ def simulate(
     kill: Annotated[int, typer.Option("--kill", min=0, help="How many are killed, one after the other.")] = 3,
     silent: Annotated[bool, typer.Option("--silent", help="Their hosts vanish too: nothing says that they are dead.")] = False,
     starved: Annotated[int, typer.Option("--starved", min=0, help="How many read all input 0.5 to 2.5 s late.")] = 0,
+    delay: Annotated[
+        float, typer.Option("--delay", metavar="MS", min=0.01, max=1000, help="Of one way, on average: 0.4 to 1.6 of it.")
+    ] = 1.25,
+    one_way: Annotated[
+        int, typer.Option("--one-way", min=0, help="How many ways between two nodes carry nothing in one direction.")
+    ] = 0,
+    churn: Annotated[
+        float, typer.Option("--churn", min=0, max=600, help="How many a minute crash, or leave, and come back meanwhile.")
+    ] = 0.0,
+    partition: Annotated[
+        float, typer.Option("--partition", metavar="S", min=0, max=3600, help="For so long the mesh is cut in two, at the end.")
+    ] = 0.0,
     replay: Annotated[
         Path | None,
         typer.Option(
@@ -73,7 +85,20 @@ def simulate(
 
     if kill + starved >= nodes:
         raise BadRequest(f"expected fewer killed and starved nodes than {nodes}, got {kill + starved}", "kill")
-    outcome = run(Scenario(nodes, seed, loss, kill, silent, starved))
+    outcome = run(
+        Scenario(
+            nodes,
+            seed,
+            loss,
+            kill,
+            silent,
+            starved,
+            delay_ms=delay,
+            one_way=one_way,
+            churn_a_minute=churn,
+            partition_s=partition,
+        )
+    )
     if json:
         output.as_json(asdict(outcome))
     else:
@@ -86,6 +111,11 @@ def simulate(
             for death in outcome.deaths
         ]
         output.table(("KILLED", "FIRST S", "P50 S", "P99 S", "LAST S", "HEARD BY"), rows, empty="nobody was killed")
+        if churn:
+            output.line(f"{outcome.goings} nodes went and came back meanwhile")
+        if partition:
+            healed = "never" if outcome.heal_s is None else f"{outcome.heal_s:.2f} s"
+            output.line(f"one mesh again after a partition of {partition:g} s: {healed}")
         output.line(f"false deaths: {outcome.false_deaths}; idle: {outcome.idle_bytes_node_s:.0f} bytes/s sent a node")
         output.line(f"trace {outcome.trace}; {outcome.virtual_s:.0f} virtual seconds in {outcome.wall_s:.1f} s")
     if not outcome.well:

@@ -40,3 +40,5 @@ class Seen:
     after: PeerState
     restarted: bool
     cause: str
+    incarnation: int = 0  # of `node`, as `by` knew it then
+    runs: bool = False  # the run of `node` that `by` means did run then

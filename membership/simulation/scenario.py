@@ -5,19 +5,27 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from random import Random
 
-from membership.simulation.checkers import deaths_of, detection_s, fallen_s, percentile
+from membership.simulation.checkers import converged, detection_s, fallen_s, percentile
+from membership.simulation.disturbances import Churn, Partition, cut_some_ways
 from membership.simulation.network import Network
+from mesh.ids import NodeId
 from mesh.view import PeerState
 
 SETTLE_S = 3.0
 WATCH_S = 15.0  # after each death
+HEAL_MAX_S = 60.0
 JOINED_MAX = 200  # larger meshes start with everyone known: joining is measured apart
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """`silent`: the hosts of the killed vanish too, so that nobody can say that they are dead."""
+    """`silent`: the hosts of the killed vanish too, so nobody can say that they are dead. `delay_ms`: of one way, on average.
+
+    `one_way`: so many ways between two nodes carry nothing in one direction. `churn_a_minute`: so many nodes go and come back
+    while deaths are watched. `partition_s`: for so long, after all deaths, the mesh is cut in two halves.
+    """
 
     nodes: int
     seed: int = 1
@@ -26,6 +34,14 @@ class Scenario:
     silent: bool = False
     starved: int = 0
     watch_s: float = WATCH_S
+    delay_ms: float = 1.25
+    one_way: int = 0
+    churn_a_minute: float = 0.0
+    partition_s: float = 0.0
+
+    @property
+    def delay_span_s(self) -> tuple[float, float]:
+        return 0.0004 * self.delay_ms, 0.0016 * self.delay_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,23 +60,28 @@ class Death:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
+    """`heal_s`: from the end of the partition until all saw one mesh; None where there was none, or they never did."""
+
     deaths: tuple[Death, ...]
-    false_deaths: int  # unique (member, incarnation) of nodes that lived
+    false_deaths: int  # unique (member, incarnation) of nodes that lived, and could be heard
     idle_bytes_node_s: float
     virtual_s: float
     wall_s: float
     trace: str
+    heal_s: float | None = None
+    whole: bool = True  # all saw one mesh after the partition
+    goings: int = 0
 
     @property
     def well(self) -> bool:
-        """Nobody was wronged and every survivor heard of every death."""
-        return not self.false_deaths and all(death.heard == death.observers for death in self.deaths)
+        """Nobody was wronged, every survivor heard of every death, and the mesh is one."""
+        return self.whole and not self.false_deaths and all(death.heard == death.observers for death in self.deaths)
 
 
 def simulate(scenario: Scenario) -> Outcome:
     """Runs it: the same scenario gives the same outcome, but for `wall_s`."""
     began_s = time.perf_counter()
-    network = Network(scenario.seed, loss=scenario.loss)
+    network = Network(scenario.seed, loss=scenario.loss, delay_s=scenario.delay_span_s)
     ids = network.grow(scenario.nodes) if scenario.nodes <= JOINED_MAX else network.found(scenario.nodes)
     network.run(SETTLE_S)
     sent, from_s = sum(it.bytes_sent for it in network.nodes.values()), network.now
@@ -70,17 +91,52 @@ def simulate(scenario: Scenario) -> Outcome:
     for node in chosen[scenario.kill :]:
         network.starve(node)
     network.run(SETTLE_S if scenario.starved else 0.0)
-    deaths = []
-    for node in chosen[: scenario.kill]:
-        killed_at = network.now
-        (network.kill if scenario.silent else network.crash)(node)
-        network.run(scenario.watch_s)
-        took = detection_s(network, node, killed_at)
-        passed_over_s = max(fallen_s(network, node, killed_at), default=math.nan)
-        first_s, p50_s, p99_s, last_s = (percentile(took, share) for share in (0.0, 0.5, 0.99, 1.0))
-        up = set(network.up)
-        unheard = sum(network.state(by, node) is not PeerState.DEAD for by in up)
-        deaths.append(Death(node, first_s, p50_s, p99_s, last_s, passed_over_s, len(up) - unheard, len(up)))
-    wronged = {(node, network.nodes[by].core.swim.members[node].incarnation) for _, by, node in deaths_of(network, network.up)}
+    rng = Random(scenario.seed)
+    cut_some_ways(network, sorted(set(ids) - set(chosen)), scenario.one_way, rng)
+    churn = Churn(network, sorted(set(ids) - set(chosen)), scenario.churn_a_minute, rng)
+    deaths = [_death(network, node, scenario, churn) for node in chosen[: scenario.kill]]
+    if not deaths and (scenario.churn_a_minute or scenario.one_way or scenario.starved):
+        churn.run(scenario.watch_s)
+    partition, heal_s = None, None
+    if scenario.partition_s:
+        partition = Partition(network)
+        network.run(scenario.partition_s)
+        network.heal()
+        heal_s = _heal_s(network)
+    wronged = _wronged(network, partition)
     wall_s = time.perf_counter() - began_s
-    return Outcome(tuple(deaths), len(wronged), idle, network.now, wall_s, network.trace())
+    whole = partition is None or heal_s is not None
+    return Outcome(tuple(deaths), len(wronged), idle, network.now, wall_s, network.trace(), heal_s, whole, churn.goings)
+
+
+def _death(network: Network, node: NodeId, scenario: Scenario, churn: Churn) -> Death:
+    """Kills it, and watches."""
+    killed_at = network.now
+    (network.kill if scenario.silent else network.crash)(node)
+    churn.run(scenario.watch_s)
+    took = detection_s(network, node, killed_at)
+    passed_over_s = max(fallen_s(network, node, killed_at), default=math.nan)
+    first_s, p50_s, p99_s, last_s = (percentile(took, share) for share in (0.0, 0.5, 0.99, 1.0))
+    up = network.up
+    heard = sum(network.state(by, node) is PeerState.DEAD for by in up)
+    return Death(node, first_s, p50_s, p99_s, last_s, passed_over_s, heard, len(up))
+
+
+def _heal_s(network: Network) -> float | None:
+    """Seconds until all see one mesh again; None when they do not within `HEAL_MAX_S`."""
+    try:
+        return network.run_until(lambda: converged(network), within_s=HEAL_MAX_S)
+    except AssertionError:
+        return None
+
+
+def _wronged(network: Network, partition: Partition | None) -> set[tuple[NodeId, int]]:
+    """Who was called dead while it ran, by one who could hear of it; each incarnation once."""
+    return {
+        (seen.node, seen.incarnation)
+        for seen in network.seen
+        if seen.after is PeerState.DEAD
+        and seen.before is not PeerState.DEAD
+        and seen.runs
+        and not (partition is not None and partition.excuses(seen.at, seen.by, seen.node))
+    }

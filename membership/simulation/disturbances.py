@@ -1,0 +1,78 @@
+"""What goes on in a simulated mesh besides the deaths that are timed: nodes that come and go, ways that are cut."""
+
+from __future__ import annotations
+
+from random import Random
+
+from membership.simulation.network import Network
+from mesh.ids import NodeId
+
+AWAY_S = 2.0  # between a node's going and its coming back
+CALM_S = 5.0  # at the end of each stretch nobody goes, so that what is asked of the mesh then has an answer
+
+
+class Churn:
+    """`a_minute` of `nodes` go, in turn by a crash and with a goodbye, and come back as another run of the same node."""
+
+    def __init__(self, network: Network, nodes: list[NodeId], a_minute: float, rng: Random) -> None:
+        self._network, self._nodes, self._rng = network, nodes, rng
+        self._every_s = 60.0 / a_minute if a_minute and nodes else float("inf")
+        self._next_at = network.now + self._every_s
+        self._away: list[tuple[float, NodeId]] = []  # and when it comes back
+        self.goings = 0
+
+    def run(self, duration_s: float) -> None:
+        """Lets time pass, with its comings and goings."""
+        network = self._network
+        end = network.now + duration_s
+        while True:
+            back_at = self._away[0][0] if self._away else float("inf")
+            goes_at = self._next_at if self._next_at <= end - CALM_S else float("inf")
+            if min(back_at, goes_at) > end:
+                break
+            network.run(max(0.0, min(back_at, goes_at) - network.now))
+            if back_at <= goes_at:
+                self._come_back(self._away.pop(0)[1])
+            else:
+                self._next_at += self._every_s
+                self._go()
+        network.run(end - network.now)
+        self._next_at = max(self._next_at, end)
+
+    def _go(self) -> None:
+        network = self._network
+        here = [node for node in self._nodes if network.nodes[node].running]
+        if not here:
+            return
+        node = self._rng.choice(here)
+        (network.leave if self.goings % 2 else network.crash)(node)
+        self.goings += 1
+        self._away.append((network.now + AWAY_S, node))
+
+    def _come_back(self, node: NodeId) -> None:
+        it = self._network.nodes[node]
+        epoch = max(it.epoch, it.core.swim.myself.epoch) + 1
+        seeds = self._rng.sample(self._network.up, min(2, len(self._network.up)))
+        self._network.add(seeds, number=int(node, 16), epoch=epoch)
+
+
+def cut_some_ways(network: Network, nodes: list[NodeId], count: int, rng: Random) -> None:
+    """`count` ways from one node to another carry nothing any more; the ways back do."""
+    ways = len(nodes) * (len(nodes) - 1)
+    for way in rng.sample(range(ways), min(count, ways)):
+        one, other = divmod(way, len(nodes) - 1)
+        network.cut([nodes[one]], [nodes[other + (other >= one)]], one_way=True)
+
+
+class Partition:
+    """The mesh falls into two halves; what one half says of the other meanwhile is nobody's fault."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        nodes = network.up
+        self._half = set(nodes[: len(nodes) // 2])
+        self._from_s = network.now
+        network.cut(self._half, [node for node in nodes if node not in self._half])
+
+    def excuses(self, at: float, by: NodeId, node: NodeId) -> bool:
+        return at >= self._from_s and (by in self._half) != (node in self._half)
