@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import options, output
 from mesh.errors import BadRequest
+
+if TYPE_CHECKING:
+    from membership.simulation.scenario import Outcome, Scenario
 
 
 def replayed(path: Path, json: bool) -> None:
@@ -49,6 +52,26 @@ def replayed(path: Path, json: bool) -> None:
         raise typer.Exit(1)
 
 
+def told(scenario: Scenario, outcome: Outcome) -> None:
+    """The deaths as a table, and what became of the rest."""
+    rows = [
+        (
+            death.node,
+            *(round(s, 3) for s in (death.first_s, death.p50_s, death.p99_s, death.last_s)),
+            f"{death.heard}/{death.observers}",
+        )
+        for death in outcome.deaths
+    ]
+    output.table(("KILLED", "FIRST S", "P50 S", "P99 S", "LAST S", "HEARD BY"), rows, empty="nobody was killed")
+    if scenario.churn_a_minute:
+        output.line(f"{outcome.goings} nodes went and came back meanwhile")
+    if scenario.partition_s:
+        healed = "never" if outcome.heal_s is None else f"{outcome.heal_s:.2f} s"
+        output.line(f"one mesh again after a partition of {scenario.partition_s:g} s: {healed}")
+    output.line(f"false deaths: {outcome.false_deaths}; idle: {outcome.idle_bytes_node_s:.0f} bytes/s sent a node")
+    output.line(f"trace {outcome.trace}; {outcome.virtual_s:.0f} virtual seconds in {outcome.wall_s:.1f} s")
+
+
 def simulate(
     nodes: Annotated[int, typer.Option("--nodes", min=2, max=2000, help="How many nodes.")] = 100,
     seed: Annotated[int, typer.Option("--seed", help="Of everything random: one seed, one run.")] = 1,
@@ -85,38 +108,13 @@ def simulate(
 
     if kill + starved >= nodes:
         raise BadRequest(f"expected fewer killed and starved nodes than {nodes}, got {kill + starved}", "kill")
-    outcome = run(
-        Scenario(
-            nodes,
-            seed,
-            loss,
-            kill,
-            silent,
-            starved,
-            delay_ms=delay,
-            one_way=one_way,
-            churn_a_minute=churn,
-            partition_s=partition,
-        )
+    scenario = Scenario(
+        nodes, seed, loss, kill, silent, starved, delay_ms=delay, one_way=one_way, churn_a_minute=churn, partition_s=partition
     )
+    outcome = run(scenario)
     if json:
         output.as_json(asdict(outcome))
     else:
-        rows = [
-            (
-                death.node,
-                *(round(s, 3) for s in (death.first_s, death.p50_s, death.p99_s, death.last_s)),
-                f"{death.heard}/{death.observers}",
-            )
-            for death in outcome.deaths
-        ]
-        output.table(("KILLED", "FIRST S", "P50 S", "P99 S", "LAST S", "HEARD BY"), rows, empty="nobody was killed")
-        if churn:
-            output.line(f"{outcome.goings} nodes went and came back meanwhile")
-        if partition:
-            healed = "never" if outcome.heal_s is None else f"{outcome.heal_s:.2f} s"
-            output.line(f"one mesh again after a partition of {partition:g} s: {healed}")
-        output.line(f"false deaths: {outcome.false_deaths}; idle: {outcome.idle_bytes_node_s:.0f} bytes/s sent a node")
-        output.line(f"trace {outcome.trace}; {outcome.virtual_s:.0f} virtual seconds in {outcome.wall_s:.1f} s")
+        told(scenario, outcome)
     if not outcome.well:
         raise typer.Exit(1)

@@ -243,7 +243,7 @@ class Network:
                 case Push(to=to, sync=news):
                     self._call(it, to, news, lambda _: None)
                 case MemberChanged(node=node, before=before, after=after, restarted=restarted):
-                    self.seen.append(self._seen(it, node, before, after, restarted))
+                    self.seen.append(Seen.of(self.now, it, self.nodes.get(node), node, before, after, restarted))
                     self._trace.update(f"{self.now!r} {it.id} {node} {before} {after}\n".encode())
                 case PingStream(seq=seq, to=to):
                     self._ping_stream(it, seq, to)
@@ -259,14 +259,6 @@ class Network:
                 case _:
                     pass
         self._arm(it)
-
-    def _seen(self, it: SimNode, node: NodeId, before: PeerState | None, after: PeerState, restarted: bool) -> Seen:
-        member = it.core.swim.members.get(node)
-        if member is None:
-            return Seen(self.now, it.id, node, before, after, restarted, "")
-        meant = self.nodes.get(node)
-        runs = meant is not None and meant.running and meant.core.swim.myself.epoch == member.epoch
-        return Seen(self.now, it.id, node, before, after, restarted, member.cause, member.incarnation, runs)
 
     def _connects(self, it: SimNode, to: Address) -> SimNode | None:
         """Who has a socket at `to`, if the way is open; a paused process still has its kernel."""

@@ -42,3 +42,21 @@ class Seen:
     cause: str
     incarnation: int = 0  # of `node`, as `by` knew it then
     runs: bool = False  # the run of `node` that `by` means did run then
+
+    @classmethod
+    def of(
+        cls,
+        at: float,
+        by: SimNode,
+        meant: SimNode | None,
+        node: NodeId,
+        before: PeerState | None,
+        after: PeerState,
+        restarted: bool,
+    ) -> Seen:
+        """`meant`: the node as it really is."""
+        member = by.core.swim.members.get(node)
+        if member is None:
+            return cls(at, by.id, node, before, after, restarted, "")
+        runs = meant is not None and meant.running and meant.core.swim.myself.epoch == member.epoch
+        return cls(at, by.id, node, before, after, restarted, member.cause, member.incarnation, runs)
