@@ -5,6 +5,8 @@ from __future__ import annotations
 from cli import options, output
 from cli.nodes import node_rows
 
+GIB = 1 << 30
+
 
 def status(
     node: options.NodeOption = [],  # noqa: B006
@@ -21,6 +23,11 @@ def status(
     output.line(f"asked {me['name']} ({me['id']}) version {me.get('version') or '?'} at {me['http']}, gossip {me['gossip']}")
     for span, kernel in me.get("kernels", {}).items():
         output.line(f"{span} is computed by {kernel}")
+    for span, load in me.get("loading", {}).items():
+        output.line(
+            f"{span} is loading for {load['seconds']:.0f} s: {load['phase']}, {load['layers_done']} of {load['layers']} layers, "
+            f"{load['bytes_done'] / GIB:.2f} of {load['bytes'] / GIB:.2f} GiB"
+        )
     output.line()
     output.table(*node_rows(seen), empty="no nodes")
     output.line()

@@ -8,15 +8,19 @@ from typing import Any
 import msgspec
 
 from mesh.ids import ModelId, format_address
-from mesh.view import Load, Peer, Span, View, is_exact
+from mesh.view import Load, Peer, View, is_exact
 from rag.types import StoreInfo
 from routing.coverage import coverage
 
 
 def status(
-    view: View, stores: Sequence[StoreInfo], complete: Mapping[ModelId, bool], now: float, kernels: Mapping[Span, str]
+    view: View, stores: Sequence[StoreInfo], complete: Mapping[ModelId, bool], now: float, engine: object
 ) -> dict[str, Any]:
-    """`complete`: per model, whether a path through all its layers exists right now; `kernels`: of the spans loaded here."""
+    """`complete`: per model, whether a path through all its layers exists right now; `engine`: the engine's statistics.
+
+    Of those, the kernels of the spans loaded here and how far those are that load; another engine may tell of neither.
+    """
+    kernels, loading = getattr(engine, "kernels", {}), getattr(engine, "loading", {})
     me = view.peers[view.me]
     covered = coverage(view)
     return {
@@ -28,6 +32,7 @@ def status(
             "gossip": format_address(me.address),
             "version": me.facts.version,
             "kernels": {f"{span.model} {span.start}:{span.end}": name for span, name in sorted(kernels.items())},
+            "loading": {f"{span.model} {span.start}:{span.end}": _progress(each) for span, each in sorted(loading.items())},
             "frozen": view.frozen,
         },
         "nodes": [_node(peer, view, now) for peer in sorted(view.peers.values(), key=lambda peer: (peer.name, peer.id))],
@@ -70,6 +75,18 @@ def numerics(view: View, model: ModelId) -> str:
     if not all(map(is_exact, told)):
         return "approximate"
     return "exact" if len(told) == 1 else "mixed"
+
+
+def _progress(progress: Any) -> dict[str, Any]:
+    """Of a span that loads (`node.engine.progress`)."""
+    return {
+        "phase": progress.phase.value,
+        "layers_done": progress.layers_done,
+        "layers": progress.layers,
+        "bytes_done": progress.bytes_done,
+        "bytes": progress.bytes,
+        "seconds": round(progress.seconds, 1),
+    }
 
 
 def _node(peer: Peer, view: View, now: float) -> dict[str, Any]:

@@ -71,8 +71,7 @@ class Surface:
         missing = self._readiness.missing_layers()
         view = self._view()
         complete = {model: model not in missing for model in view.models()}
-        kernels = getattr(self.statistics().get("engine"), "kernels", {})  # another engine may tell of none
-        return status(view, self._documents.stores(), complete, trio.current_time(), kernels)
+        return status(view, self._documents.stores(), complete, trio.current_time(), self.statistics().get("engine"))
 
     async def examine(self) -> dict[str, Any]:
         return await self._examine()

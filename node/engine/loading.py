@@ -12,6 +12,7 @@ from mesh.ids import ModelId
 from mesh.view import APPROXIMATE, ModelCard
 from node.engine import machine, selfcheck
 from node.engine.checkpoint import Checkpoint
+from node.engine.progress import LoadWatch
 from node.engine.stage import Stage
 
 
@@ -23,7 +24,15 @@ class Loaded:
     numerics: str
 
 
-def load_stage(checkpoint: Checkpoint, start: int, end: int, wanted: str, threads: int, quantize: str = "none") -> Loaded:
+def load_stage(
+    checkpoint: Checkpoint,
+    start: int,
+    end: int,
+    wanted: str,
+    threads: int,
+    quantize: str = "none",
+    watch: LoadWatch | None = None,
+) -> Loaded:
     """Loads layers `[start, end)` with the best kernel that is right and exact here, else with the first that is right.
 
     `wanted`: auto, a dtype or a kernel; `quantize`: none, int8 or int4.
@@ -42,13 +51,15 @@ def load_stage(checkpoint: Checkpoint, start: int, end: int, wanted: str, thread
     inexact: Stage | None = None
     reasons = []
     for kernel in kernels:
-        stage = Stage(checkpoint, start, end, kernel, threads)
+        watch = watch or LoadWatch(end - start)
+        stage = Stage(checkpoint, start, end, kernel, threads, watch)
         plain = selfcheck.plain_output(stage)
         try:
             stage.pack()
         except (ValueError, RuntimeError) as error:  # no such kernel on this CPU, or not for these weights
             reasons.append(f"{kernel.name}: {error}")
             continue
+        watch.checks()
         if not selfcheck.computes_like_the_plain_model(stage, plain):
             reasons.append(f"{kernel.name}: differs from the plain model")
             continue

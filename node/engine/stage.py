@@ -41,6 +41,7 @@ from node.engine.linear import (
     siblings,
 )
 from node.engine.native.layers import NativeLayers, fits, native_layers
+from node.engine.progress import LoadWatch
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -71,8 +72,8 @@ def find_layers(model: nn.Module, count: int) -> nn.ModuleList:
     raise ValueError(f"no list of {count} layers in {type(model).__name__}")
 
 
-def load_model(checkpoint: Checkpoint, start: int, end: int, dtype: torch.dtype) -> Any:
-    """The pruned model with the span's weights, on this CPU, ready for our attention.
+def load_model(checkpoint: Checkpoint, start: int, end: int, dtype: torch.dtype, watch: LoadWatch) -> Any:
+    """The pruned model with the span's weights, on this CPU, ready for our attention. `watch` sees them come.
 
     Raises:
         BadRequest: tensors are missing, or the architecture cannot be taken apart.
@@ -90,21 +91,23 @@ def load_model(checkpoint: Checkpoint, start: int, end: int, dtype: torch.dtype)
             self.set_input_embeddings(AbsentEmbedding())
         if end < layers:
             self.set_output_embeddings(nn.Identity())
+        watch.begins({name: tensor.numel() * dtype.itemsize for name, tensor in self.named_parameters()})
 
     body: dict[str, Any] = {"__init__": prune, "__module__": cls.__module__, "_keys_to_ignore_on_load_unexpected": [".*"]}
     if end < layers:
         body["_tied_weights_keys"] = {}
     pruned: Any = type(cls.__name__, (cls,), body)
     try:
-        model, info = pruned.from_pretrained(
-            checkpoint.directory,
-            config=copy.deepcopy(checkpoint.config),
-            dtype=dtype,
-            attn_implementation=NAME,
-            output_loading_info=True,
-            local_files_only=True,
-            use_safetensors=True,
-        )
+        with watch:
+            model, info = pruned.from_pretrained(
+                checkpoint.directory,
+                config=copy.deepcopy(checkpoint.config),
+                dtype=dtype,
+                attn_implementation=NAME,
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=True,
+            )
     except (ValueError, KeyError, AttributeError, TypeError, NotImplementedError, OSError) as error:
         old_table = isinstance(error, KeyError) and error.args == (NAME,)
         said = "its attention does not go through AttentionInterface" if old_table else f"{type(error).__name__}: {error}"[:200]
@@ -127,14 +130,17 @@ def _cannot(checkpoint: Checkpoint, reason: str) -> BadRequest:
 class Stage:
     """The loaded span. `forward` may be called by one thread at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, start: int, end: int, kernel: Kernel, threads: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, start: int, end: int, kernel: Kernel, threads: int, watch: LoadWatch | None = None
+    ) -> None:
         """Raises BadRequest, as `load_model`."""
         self.checkpoint = checkpoint
         self.start, self.end, self.layers = start, end, checkpoint.layers
         self.kernel = kernel
         self.threads = threads
         self.buckets: tuple[int, ...] = BUCKETS
-        self.model = load_model(checkpoint, start, end, kernel.dtype)
+        self._watch = watch or LoadWatch(end - start)
+        self.model = load_model(checkpoint, start, end, kernel.dtype, self._watch)
         self.parameters = sum(tensor.numel() for tensor in self.model.parameters())
         self._base = getattr(self.model, self.model.base_model_prefix)
         self._slots = find_layers(self._base, self.layers)
@@ -265,14 +271,19 @@ class Stage:
         Raises:
             ValueError: this kernel cannot hold the weights, or no two row counts agree.
         """
+        self._watch.packs()
         if self.kernel.compiled and self._pack_compiled():
             return
         even = self._even_buckets()
-        inner = pack_experts(self._slots, self.kernel)
-        inner += [pack_siblings(parent, names, self.kernel) for parent, names in siblings(self._slots)]
-        for parent, name, layer in linear_modules(self._slots):
-            inner.append(pack(layer, self.kernel))
-            setattr(parent, name, inner[-1])
+        inner: list[PackedLinear] = []
+        for number in range(self.start, self.end):
+            slot = self._slots[number]
+            inner += pack_experts(slot, self.kernel)
+            inner += [pack_siblings(parent, names, self.kernel) for parent, names in siblings(slot)]
+            for parent, name, layer in linear_modules(slot):
+                inner.append(pack(layer, self.kernel))
+                setattr(parent, name, inner[-1])
+            self._watch.packed()
         place_routers(self._slots, self.threads)
         buckets = self._agreed(inner, even)
         outer = []
@@ -295,7 +306,7 @@ class Stage:
         span = self.model, self._base, self._slots, self.start, self.end
         if self.checkpoint.config.model_type not in FORMS or not fits(*span):
             return False
-        self.lean = native_layers(*span, self.kernel.quantize, self.kernel.dtype)
+        self.lean = native_layers(*span, self.kernel.quantize, self.kernel.dtype, self._watch.packed)
         self._drop_embedding()
         self.buckets = (1,)
         return True

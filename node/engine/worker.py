@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -32,6 +33,7 @@ from node.engine.checkpoint import read_checkpoint
 from node.engine.constraints import Constraints
 from node.engine.kvcache import Page, SequenceKV
 from node.engine.loading import Loaded, card, kv_token_bytes, load_stage
+from node.engine.progress import LoadProgress, LoadWatch
 from node.engine.rows import Drawn, HeldSpan, PageStore, Piece, SchedulerStatistics, StepPlan
 from node.engine.scheduler import Scheduler
 
@@ -56,6 +58,7 @@ class EngineStatistics:
     prefill_tokens: int
     decode_tokens: int
     step_failures: int
+    loading: dict[Span, LoadProgress]
 
 
 class TorchEngine:
@@ -77,6 +80,7 @@ class TorchEngine:
         self._stopping = False
         self._undelivered: list[EngineOutput] = []
         self._loading = threading.Lock()
+        self._watches: dict[Span, LoadWatch] = {}
         self._prefill_tok_s = self._step_ms = 0.0
         self._step_began_s: float | None = None  # of the step under way, by perf_counter
         self._longest_step_s = FIRST_STEP_S
@@ -114,7 +118,12 @@ class TorchEngine:
                 return self._cards[span]
             torch.set_num_threads(self._config.threads)
             checkpoint = read_checkpoint(directory)
-            loaded = load_stage(checkpoint, start, end, self._config.dtype, self._config.threads, self._config.quantize)
+            config = self._config
+            watch = self._watches[span] = LoadWatch(end - start, partial(_tell, span))
+            try:
+                loaded = load_stage(checkpoint, start, end, config.dtype, config.threads, config.quantize, watch)
+            finally:
+                del self._watches[span]
             block_bytes = BLOCK_TOKENS * kv_token_bytes(checkpoint, end - start, loaded.stage.kernel.dtype)
             pool = BlockPool(max(1, self._kv_bytes // block_bytes))
             with self._lock:
@@ -138,7 +147,8 @@ class TorchEngine:
                     ),
                 )
             kernel = machine.named(loaded.stage.kernel)
-            log.info("span loaded", model=model, start=start, end=end, kernel=kernel, numerics=loaded.numerics)
+            took = {"read": _gib(watch.now.bytes), "seconds": round(watch.now.seconds, 1)}
+            log.info("span loaded", model=model, start=start, end=end, kernel=kernel, numerics=loaded.numerics, **took)
             return self._cards[span]
 
     def unload(self, span: Span) -> None:
@@ -211,6 +221,7 @@ class TorchEngine:
                 prefill_tokens=self._prefill_tokens,
                 decode_tokens=self._decode_tokens,
                 step_failures=self._step_failures,
+                loading={span: watch.now for span, watch in list(self._watches.items())},
             )
 
     # ---- the engine thread
@@ -341,6 +352,23 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether Python, torch on a GPU, or torch's CPU allocator (which says so in words alone) had no memory to give."""
     words = ("not enough memory", "out of memory", "can't allocate memory")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error).lower() for word in words)
+
+
+def _tell(span: Span, progress: LoadProgress) -> None:
+    log.info(
+        "span loading",
+        model=span.model,
+        start=span.start,
+        end=span.end,
+        phase=progress.phase.value,
+        layers=f"{progress.layers_done}/{progress.layers}",
+        read=f"{_gib(progress.bytes_done)} of {_gib(progress.bytes)}",
+        seconds=round(progress.seconds, 1),
+    )
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / (1 << 30):.2f} GiB"
 
 
 def _activations(piece: Piece, position: int, count: int, data: bytes) -> torch.Tensor:

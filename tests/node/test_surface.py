@@ -1,12 +1,14 @@
 """What the node answers to HTTP without making its other clients wait."""
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mesh.ids import ModelId, NodeId
 from mesh.view import APPROXIMATE, Facts, ModelCard, Peer, Span, View
+from node.engine.progress import LoadProgress, Phase
 from node.models import Models
 from node.status import status
 from node.surface import Surface
@@ -37,17 +39,26 @@ async def no_call(*args, **kwargs):
 async def test_embedding_and_counting_leave_the_loop_to_others(tmp_path):
     view, embedder = View(NodeId("a" * 16)), CountingEmbedder()
     documents = Documents(view.me, tmp_path, embedder, lambda: view, no_call, lambda told: None, lambda: 0.0)
-    surface = Surface(lambda: view, Models(), None, None, documents, embedder, dict)
+    surface = Surface(lambda: view, Models(), None, None, documents, embedder, dict, None, None)
 
     assert len(await surface.embed(["one", "two"])) == 2
     assert await surface.count_embed_tokens(["one", "three"]) == 8
     assert threading.current_thread() not in embedder.threads
 
 
-def test_status_tells_which_kernel_computes_each_span():
+def test_status_tells_which_kernel_computes_each_span_and_how_far_one_that_loads_has_come():
     me = Peer(NodeId("a" * 16), "n", ("127.0.0.1", 1))
-    told = status(View(me.id, {me.id: me}), [], {}, 0.0, {Span(ModelId("m"), 0, 6): "mesh-bf16 on amx"})
-    assert told["self"]["kernels"] == {"m 0:6": "mesh-bf16 on amx"}
+    view = View(me.id, {me.id: me})
+    engine = SimpleNamespace(
+        kernels={Span(ModelId("m"), 0, 6): "mesh-bf16 on amx"},
+        loading={Span(ModelId("m"), 6, 8): LoadProgress(Phase.PACKING, 1, 2, 300, 400, 2.04)},
+    )
+    told = status(view, [], {}, 0.0, engine)["self"]
+    assert told["kernels"] == {"m 0:6": "mesh-bf16 on amx"}
+    assert told["loading"] == {
+        "m 6:8": {"phase": "packing", "layers_done": 1, "layers": 2, "bytes_done": 300, "bytes": 400, "seconds": 2.0}
+    }
+    assert status(view, [], {}, 0.0, None)["self"]["loading"] == {}, "another engine may tell of nothing"
 
 
 def serving(number: int, numerics: str, spans: int = 1) -> Peer:
@@ -70,4 +81,4 @@ def serving(number: int, numerics: str, spans: int = 1) -> Peer:
 )
 def test_status_says_what_the_answers_of_each_model_promise(peers, promise):
     view = View(peers[0].id, {peer.id: peer for peer in peers})
-    assert status(view, [], {}, 0.0, {})["models"][0]["numerics"] == promise
+    assert status(view, [], {}, 0.0, None)["models"][0]["numerics"] == promise

@@ -8,6 +8,7 @@ float32, so these layers round less than the model's own, and the self-check hol
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,10 +112,20 @@ def fits(model: Any, base: Any, slots: nn.ModuleList, start: int, end: int) -> b
 
 
 def native_layers(
-    model: Any, base: Any, slots: nn.ModuleList, start: int, end: int, quantize: str, dtype: torch.dtype
+    model: Any,
+    base: Any,
+    slots: nn.ModuleList,
+    start: int,
+    end: int,
+    quantize: str,
+    dtype: torch.dtype,
+    packed: Callable[[], None],
 ) -> NativeLayers:
-    """Packs the layers `[start, end)` of a model that `fits`, freeing each layer's own weights as it goes."""
-    layers = {number: _layer(slots[number], model.config, quantize) for number in range(start, end)}
+    """Packs the layers `[start, end)` of a model that `fits`, freeing each layer's own weights and saying `packed`."""
+    layers = {}
+    for number in range(start, end):
+        layers[number] = _layer(slots[number], model.config, quantize)
+        packed()
     head = None
     if end == len(slots):
         own = model.get_output_embeddings()

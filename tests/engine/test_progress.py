@@ -1,0 +1,132 @@
+"""How far a span has come while it loads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+from transformers import AutoModelForCausalLM
+
+from mesh.ids import ModelId
+from mesh.view import Span
+from node.engine import worker
+from node.engine.api import EngineConfig
+from node.engine.checkpoint import read_checkpoint
+from node.engine.loading import load_stage
+from node.engine.native.library import native
+from node.engine.progress import TELL_EVERY_S, LoadProgress, LoadWatch, Phase
+from node.engine.worker import TorchEngine
+
+KERNELS = ["onednn-fp32", *(["mesh-fp32"] if native() else [])]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 5.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_layers_and_bytes_count_up_and_are_told_at_each_phase_and_every_two_seconds() -> None:
+    told: list[LoadProgress] = []
+    clock = Clock()
+    watch = LoadWatch(2, told.append, clock)
+    watch.begins({"embed": 10, "h.7.a": 1, "h.7.b": 2, "h.8.a": 4})
+    assert told == [LoadProgress(Phase.READING, 0, 2, 0, 17, 0.0)]
+    watch.read("embed")
+    watch.read("h.7.b")
+    assert len(told) == 1
+    clock.now += TELL_EVERY_S
+    watch.read("h.7.a")
+    assert told[1:] == [LoadProgress(Phase.READING, 1, 2, 13, 17, TELL_EVERY_S)]
+    watch.read("somebody's")
+    assert watch.now == told[1], "a tensor that nobody waits for counts for nothing"
+    clock.now += 1.0
+    assert watch.now.seconds == TELL_EVERY_S + 1.0, "the seconds go on while nothing comes"
+    watch.read("h.8.a")
+    watch.packs()
+    watch.packed()
+    watch.packed()
+    watch.checks()
+    assert [(each.phase, each.layers_done, each.bytes_done) for each in told[2:]] == [
+        (Phase.PACKING, 0, 17),
+        (Phase.CHECKING, 2, 17),
+    ]
+
+
+def test_a_load_that_begins_anew_with_another_kernel_counts_anew() -> None:
+    watch = LoadWatch(1)
+    for size_bytes in (8, 4):
+        watch.begins({"h.0.a": size_bytes})
+        watch.read("h.0.a")
+        assert (watch.now.layers_done, watch.now.bytes_done, watch.now.bytes) == (1, size_bytes, size_bytes)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "mixtral", "gpt2"])
+def test_a_load_is_seen_tensor_by_tensor_and_layer_by_layer(
+    name: str, kernel: str, checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[LoadProgress] = []
+    monkeypatch.setattr("node.engine.progress.TELL_EVERY_S", 0.0)
+    watch = LoadWatch(2, told.append)
+    loaded = load_stage(read_checkpoint(checkpoint_of(name)), 1, 3, kernel, threads=1, watch=watch)
+
+    phases = [each.phase for each in told]
+    assert list(dict.fromkeys(phases)) == [Phase.READING, Phase.PACKING, Phase.CHECKING]
+    assert phases == sorted(phases, key=list(Phase).index)
+    assert {each.bytes for each in told} == {4 * loaded.stage.parameters}
+    reading = [each for each in told if each.phase is Phase.READING]
+    assert [each.layers_done for each in reading] == sorted(each.layers_done for each in reading)
+    assert (reading[-1].layers_done, reading[-1].bytes_done) == (2, 4 * loaded.stage.parameters)
+    assert len({each.bytes_done for each in reading}) > 8, "tensor by tensor"
+    packing = [each.layers_done for each in told if each.phase is Phase.PACKING]
+    assert packing == [0, 1, 2]
+
+
+def test_what_others_read_in_this_process_is_no_load_of_ours(checkpoint_of: Callable[[str], Path]) -> None:
+    watch = LoadWatch(4)
+    with watch:
+        AutoModelForCausalLM.from_pretrained(checkpoint_of("llama"))
+    assert watch.now.bytes_done == 0, "nothing of it was expected"
+    watch.begins({"model.layers.0.mlp.up_proj.weight": 1})
+    AutoModelForCausalLM.from_pretrained(checkpoint_of("llama"))
+    assert watch.now.bytes_done == 0
+
+
+def test_the_engine_tells_in_its_statistics_and_in_the_log(
+    checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = TorchEngine(EngineConfig(dtype="float32"))
+    span, seen = Span(ModelId("m"), 0, 4), []
+
+    def watched(*given: object) -> object:
+        loaded = load_stage(*given)  # type: ignore[arg-type]
+        seen.append(engine.statistics().loading)
+        return loaded
+
+    monkeypatch.setattr(worker, "load_stage", watched)
+    with capture_logs() as logs:
+        engine.load(checkpoint_of("llama"), span.model, span.start, span.end)
+    assert [list(each) for each in seen] == [[span]]
+    assert seen[0][span].phase is Phase.CHECKING and seen[0][span].layers == 4
+    assert engine.statistics().loading == {}
+    said = [(log["phase"], log["layers"]) for log in logs if log["event"] == "span loading"]
+    assert said[0] == ("reading", "0/4") and said[-1] == ("checking", "4/4")
+    ended = next(log for log in logs if log["event"] == "span loaded")
+    assert ended["seconds"] > 0 and re.fullmatch(r"\d+\.\d\d GiB", ended["read"])
+
+
+def test_a_load_that_fails_is_told_of_no_longer(checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: object) -> None:
+        raise RuntimeError("no memory")
+
+    engine = TorchEngine(EngineConfig(dtype="float32"))
+    monkeypatch.setattr(worker, "load_stage", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        engine.load(checkpoint_of("llama"), ModelId("m"), 0, 4)
+    assert engine.statistics().loading == {}
