@@ -35,7 +35,7 @@ class Readiness(StrEnum):
 
     WARM = "warm"
     LOADING = "loading"  # serves nothing yet
-    OVERLOADED = "overloaded"  # its KV blocks are full and requests wait
+    OVERLOADED = "overloaded"  # its KV blocks are full and requests wait; gets nothing new while others are not
     STALLED = "stalled"  # its engine makes no progress; gets nothing new unless nothing else is left
     DRAINING = "draining"  # is going to leave
 
@@ -130,6 +130,11 @@ class Peer:
     def stalled(self) -> bool:
         """Its engine makes no progress, says its own process."""
         return self.facts.readiness is Readiness.STALLED
+
+    @property
+    def overloaded(self) -> bool:
+        """It says that what it was given already waits for room."""
+        return self.facts.readiness is Readiness.OVERLOADED
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from mesh.ids import ModelId, format_address
-from mesh.view import Load, Peer, View, is_exact
+from mesh.view import Peer, View, is_exact
 from rag.types import StoreInfo
 from routing.coverage import coverage
 
@@ -100,9 +100,9 @@ def _node(peer: Peer, view: View, now: float) -> dict[str, Any]:
         "region": peer.region,
         "cause": peer.cause,
         "draining": is_live and peer.facts.draining,
-        "readiness": peer.facts.readiness.value,
+        "readiness": peer.facts.readiness.value if is_live else peer.state.value,
         "spans": [{"model": span.model, "start": span.start, "end": span.end} for span in sorted(peer.facts.spans)],
-        "load": msgspec.structs.asdict(peer.load if is_live else Load()),  # who is gone carries nothing
+        "load": msgspec.structs.asdict(peer.load) if is_live else {},  # not zeros: the dead are not idle
         "rtt_ms": None if peer.rtt_s is None else round(peer.rtt_s * 1000, 3),
         "rtt_estimate_ms": None if peer.rtt_estimate_s is None else round(peer.rtt_estimate_s * 1000, 3),
         "age_s": 0.0 if is_me else round(max(0.0, now - peer.load_at), 3),

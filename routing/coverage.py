@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mesh.ids import ModelId
-from mesh.view import ModelCard, Readiness, View
+from mesh.view import ModelCard, View
 from routing.holders import Holder, holders
 
 
@@ -115,4 +115,4 @@ def _merged(holder: Holder) -> list[tuple[int, int]]:
 
 
 def _is_ready(holder: Holder) -> bool:
-    return holder.peer.usable and holder.peer.facts.readiness is not Readiness.OVERLOADED
+    return holder.peer.usable and not holder.peer.overloaded

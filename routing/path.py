@@ -1,9 +1,10 @@
 """The path of a request: ordered stages, each a peer and some of its layers, that cover the whole model.
 
 Rules, in this order. Draining and excluded peers never. Suspect or stalled peers and those with an open breaker only if there is
-no path without them. One numerics fingerprint over the whole path, the wanted one if an earlier attempt fixed it: only
-then does another attempt give the same tokens (a wanted fingerprint is kept even at the price of a suspect peer). A
-single peer that holds the whole model before any split path: no hop is cheaper than none. Then cost (`routing.legs`).
+no path without them; overloaded ones only if there is none without those either. One numerics fingerprint over the whole path,
+the wanted one if an earlier attempt fixed it: only then does another attempt give the same tokens (a wanted fingerprint
+is kept even at the price of a suspect peer). A single peer that holds the whole model before any split path: no hop is
+cheaper than none. Then cost (`routing.legs`).
 """
 
 from __future__ import annotations
@@ -117,16 +118,25 @@ def plan(
 def _tiers(found: list[Holder], last_resort: frozenset[NodeId], numerics: str) -> Iterator[list[list[Holder]]]:
     """Sets of holders to try one after another; each is a list of groups that are alternatives to each other."""
     healthy = [holder for holder in found if holder.node not in last_resort]
+    free = [holder for holder in healthy if not holder.peer.overloaded]
+    willing = [free, healthy] if len(free) < len(healthy) else [free]
+    all_who_are_left = [found] if len(healthy) < len(found) else []
     if numerics:
-        for base in (healthy, found):
+        for base in (*willing, *all_who_are_left):
             yield [[holder for holder in base if holder.numerics == numerics]]
-    for base in (healthy, found):
-        by_numerics: dict[str, list[Holder]] = {}
-        for holder in base:
-            by_numerics.setdefault(holder.numerics, []).append(holder)
-        yield list(by_numerics.values())
-        if len(by_numerics) > 1:
-            yield [base]
+    for tier in (willing, all_who_are_left):  # to wait is better than to mix numerics, and that than to ask the silent
+        alike = [_by_numerics(base) for base in tier]
+        yield from alike
+        for groups in alike:
+            if len(groups) > 1:
+                yield [[holder for group in groups for holder in group]]
+
+
+def _by_numerics(holders: list[Holder]) -> list[list[Holder]]:
+    groups: dict[str, list[Holder]] = {}
+    for holder in holders:
+        groups.setdefault(holder.numerics, []).append(holder)
+    return list(groups.values())
 
 
 class _Planner:

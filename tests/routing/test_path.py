@@ -102,6 +102,39 @@ def test_a_stalled_engine_gets_nothing_new_while_its_process_still_answers() -> 
     assert not stalled.usable
 
 
+def test_an_overloaded_peer_gets_nothing_new_while_others_can_take_it() -> None:
+    full = peer("a", (0, 6), readiness=Readiness.OVERLOADED)
+    for policy in policy_names():
+        for seed in range(10):
+            assert planned(full, peer("b", (0, 3)), peer("c", (3, 6)), seed=seed, policy=policy).nodes == ("b", "c")
+            half = planned(full, peer("b", (0, 3)), peer("c", (3, 6), readiness=Readiness.OVERLOADED), seed=seed, policy=policy)
+            assert half.nodes == ("a",), "where all must wait, the whole replica is as good as ever"
+    for worse in (Readiness.STALLED, Readiness.WARM):
+        doubtful = peer("b", (0, 6), readiness=worse, state=PeerState.SUSPECT)
+        assert planned(full, doubtful).nodes == ("a",), "it waits, but it lives"
+    assert full.usable and planned(full).nodes == ("a",)
+
+
+def test_an_overload_is_no_reason_to_mix_numerics_nor_to_replay_on_others() -> None:
+    full = peer("a", (0, 6), numerics="x", readiness=Readiness.OVERLOADED)
+    for seed in range(10):
+        assert planned(full, peer("b", (0, 3), numerics="y"), peer("c", (3, 6), numerics="z"), seed=seed).numerics == "x"
+        assert planned(full, peer("b", (0, 6), numerics="y"), numerics="x", seed=seed).nodes == ("a",)
+        assert planned(full, peer("b", (0, 6), numerics="x"), numerics="x", seed=seed).nodes == ("b",)
+
+
+def test_a_dead_node_never_looks_idle() -> None:
+    """It does nothing, so every policy that asks who does least would like it best."""
+    busy = Load(running=30, waiting=9, kv_blocks_used=90, kv_blocks_total=100, step_ms=40.0)
+    for policy in policy_names():
+        for gone in (PeerState.DEAD, PeerState.LEFT):
+            for seed in range(10):
+                path = planned(peer("a", (0, 6), state=gone), peer("b", (0, 6), load=busy), seed=seed, policy=policy)
+                assert path.nodes == ("b",), f"{policy} sent work to the {gone}"
+        with pytest.raises(NoPath):
+            planned(peer("a", (0, 6), state=PeerState.DEAD), policy=policy)
+
+
 def test_one_fingerprint_over_the_path_before_nearness() -> None:
     far = [peer("a", (0, 3), numerics="x"), peer("b", (3, 6), numerics="x", rtt_s=0.5)]
     near = peer("c", (3, 6), numerics="y", rtt_s=0.001)

@@ -1,0 +1,111 @@
+"""What a node says of its engine, and how soon no other node gives it new work: the cores of a mesh on a virtual clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from types import MappingProxyType
+
+import pytest
+
+from membership.simulation.network import Network
+from mesh.ids import ModelId, NodeId
+from mesh.view import Facts, Load, ModelCard, PeerState, Readiness, Span, View
+from node.own_facts import OwnFacts
+from node.pulse import LOOK_EVERY_S, Pulse
+from node.status import status
+from routing.path import plan
+from routing.policies import policy_named
+
+MODEL, LAYERS = ModelId("tiny"), 4
+CARD = ModelCard(MODEL, LAYERS, 4096, "weights", "numerics")
+TRIES = 8  # for each of eight nodes
+OVERDUE_AFTER_S = 1.0  # as the engine judges a step whose like never took long
+FULL = Load(running=60, waiting=3, kv_blocks_used=96, kv_blocks_total=100)
+
+
+def view_of(network: Network, by: NodeId) -> View:
+    core = network.nodes[by].core
+    peers = {member.node: core.peer(member.node) for member in core.swim.members}
+    return View(by, MappingProxyType({node: peer for node, peer in peers.items() if peer is not None}))
+
+
+def chosen(network: Network, by: NodeId) -> set[NodeId]:
+    """Whom this node would give a request now, over some tries."""
+    view = view_of(network, by)
+    paths = (plan(view, MODEL, LAYERS, policy_named("mesh"), Random(f"{by} {n}"), network.now) for n in range(TRIES))
+    return {node for path in paths for node in path.nodes}
+
+
+class Serving:
+    """Nodes of a mesh that each hold the whole model; the first one's engine and load are as the test says."""
+
+    def __init__(self, seed: int) -> None:
+        self.network = Network(seed, loss=0.01)
+        self.ids = self.network.grow(8)
+        self.load = Load(kv_blocks_total=100)
+        self.step_began_at: float | None = None
+        facts = Facts(spans=(Span(MODEL, 0, LAYERS),), models=(CARD,))
+        for node in self.ids:
+            self.network.publish(node, facts)
+        own = OwnFacts(facts, lambda told: self.network.publish(self.ids[0], told))
+        self.pulse = Pulse(own, lambda: self.load, self._overdue_s)
+        self.network.run(1.0)
+
+    def _overdue_s(self) -> float:
+        return 0.0 if self.step_began_at is None else max(0.0, self.network.now - self.step_began_at - OVERDUE_AFTER_S)
+
+    def run_until(self, condition: Callable[[], bool], within_s: float) -> None:
+        """Lets time pass, the first node looking at its engine as often as it does."""
+        end = self.network.now + within_s
+        while not condition():
+            assert self.network.now < end, f"not within {within_s} s"
+            self.network.run(LOOK_EVERY_S)
+            self.pulse.look(self.network.now)
+
+    def passed_over(self) -> bool:
+        """Nobody, itself included, would give the first node new work."""
+        return all(self.ids[0] not in chosen(self.network, by) for by in self.network.up)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_hung_engine_that_still_answers_pings_loses_new_work_within_two_seconds(seed: int) -> None:
+    mesh = Serving(seed)
+    assert not mesh.passed_over()
+    mesh.step_began_at = mesh.network.now
+    mesh.run_until(mesh.passed_over, within_s=2.0)
+    states = {mesh.network.state(by, mesh.ids[0]) for by in mesh.ids}
+    assert states == {PeerState.ALIVE}, f"seed {seed}: it answers every ping"
+    mesh.step_began_at = None
+    mesh.run_until(lambda: not mesh.passed_over(), within_s=1.0)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_an_overloaded_node_is_passed_over_by_all_in_a_second_and_gets_work_again_when_it_has_room(seed: int) -> None:
+    mesh = Serving(seed)
+    mesh.load = FULL
+    assert not mesh.passed_over()
+
+    def told() -> set[Readiness]:
+        return {view_of(mesh.network, by).peers[mesh.ids[0]].facts.readiness for by in mesh.ids}
+
+    mesh.run_until(lambda: told() == {Readiness.OVERLOADED}, within_s=1.0)
+    assert mesh.passed_over(), f"seed {seed}"
+    mesh.load = Load(kv_blocks_total=100)
+    mesh.run_until(lambda: told() == {Readiness.WARM}, within_s=4.0)
+    assert not mesh.passed_over()
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_dead_node_never_looks_idle_nor_ready_to_anybody(silent: bool) -> None:
+    mesh = Serving(1)
+    for node in mesh.ids[1:]:
+        mesh.network.nodes[node].core.set_load(FULL, mesh.network.now)
+    (mesh.network.kill if silent else mesh.network.crash)(mesh.ids[0])
+    mesh.network.run_until(mesh.passed_over, within_s=3.0)  # long before it is certain of a silent one
+    mesh.network.run(15.0)
+    assert mesh.passed_over()
+    for by in mesh.network.up:
+        told = status(view_of(mesh.network, by), [], {}, mesh.network.now, {})
+        (dead,) = [node for node in told["nodes"] if node["id"] == mesh.ids[0]]
+        assert (dead["state"], dead["readiness"], dead["load"]) == ("dead", "dead", {})
