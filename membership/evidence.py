@@ -77,17 +77,25 @@ class Evidence(Hearing):
             effects += self._verify_hearsay(now)
         changed = [effect for effect in effects if isinstance(effect, MemberChanged)]
         for change in changed:
-            if change.after is PeerState.SUSPECT and change.before is not PeerState.SUSPECT and self._watches(change.node):
-                effects += self._look(self.members[change.node], now)
+            if change.after is PeerState.SUSPECT and change.before is not PeerState.SUSPECT:
+                member = self.members.get(change.node)
+                effects += self._look(member, now) if member is not None and self._watches(member, now) else []
         return effects + self.watch() if changed else effects
 
     def look_again(self, now: float) -> list[Effect]:
         """At stalled suspects: one that has stopped listening is no longer given the benefit of the doubt."""
-        stalled = [m for m in self.suspected() if m.suspicion and m.suspicion.stalled and self._watches(m.node)]
+        self._drop_old(now)
+        stalled = [m for m in self.suspected() if m.suspicion and m.suspicion.stalled and self._watches(m, now)]
         return [effect for member in stalled for effect in self._look(member, now)]
 
-    def _watches(self, node: NodeId) -> bool:
-        return node in self.linked and node not in self.cases
+    def _watches(self, member: Member, now: float) -> bool:
+        return member.node in self.linked and self._open_case(member, now) is None
+
+    def _open_case(self, member: Member, now: float) -> Case | None:
+        """On what the member is now: one of a former run, or too old to prove anything, is none."""
+        case = self.cases.get(member.node)
+        fits = case is not None and now - case.opened_at < CASE_S and (case.epoch, case.incarnation) == member.standing[:2]
+        return case if fits else None
 
     def _look(self, member: Member, now: float) -> list[Effect]:
         """One of those who watch a new suspect: does its process exist at all?"""
@@ -114,8 +122,7 @@ class Evidence(Hearing):
 
     def open_case(self, member: Member, now: float, *, hearsay: bool = False) -> list[Effect]:
         """A link ended, or somebody tells of a death: see whether the node's host refuses us."""
-        case = self.cases.get(member.node)
-        if case is not None and now - case.opened_at < CASE_S and (case.epoch, case.incarnation) == member.standing[:2]:
+        if (case := self._open_case(member, now)) is not None:
             case.hearsay |= hearsay
             self._judge(case, now)
             return []
@@ -132,12 +139,8 @@ class Evidence(Hearing):
     def _verify_hearsay(self, now: float) -> list[Effect]:
         """Looks at the deaths just heard of whose victims still have a link with this node."""
         nodes, self.doubted = self.doubted, []
-        return [
-            effect
-            for node in nodes
-            if self.members[node].live
-            for effect in self.open_case(self.members[node], now, hearsay=True)
-        ]
+        still_there = [member for node in nodes if (member := self.members.get(node)) is not None and member.live]
+        return [effect for member in still_there for effect in self.open_case(member, now, hearsay=True)]
 
     def on_tried(self, number: int, refused: bool | None, now: float) -> list[Effect]:
         """The connection of a `TryConnect` was refused (True), came about (False), or got no answer (None)."""
@@ -198,10 +201,14 @@ class Evidence(Hearing):
     def _errand(self, node: NodeId, asker: Address | None, asker_seq: int, now: float) -> int | None:
         """A number for a connection to be tried; None when too many are."""
         if len(self._errands) >= ERRANDS_MAX:
-            self._errands = {n: errand for n, errand in self._errands.items() if now - errand.started_at < CASE_S}
-            self.cases = {n: case for n, case in self.cases.items() if now - case.opened_at < CASE_S}
+            self._drop_old(now)
             if len(self._errands) >= ERRANDS_MAX:
                 return None
         self._errand_number = (self._errand_number + 1) % 2**32
         self._errands[self._errand_number] = Errand(node, asker, asker_seq, now)
         return self._errand_number
+
+    def _drop_old(self, now: float) -> None:
+        """Cases and errands that prove nothing any more."""
+        self._errands = {n: errand for n, errand in self._errands.items() if now - errand.started_at < CASE_S}
+        self.cases = {n: case for n, case in self.cases.items() if now - case.opened_at < CASE_S}

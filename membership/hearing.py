@@ -134,6 +134,13 @@ class Hearing:
                 effects.append(Send(peer.address, Gossip(bare.sender, claims)))
         return effects
 
+    def forget(self, member: Member) -> None:
+        """All that is known of one that is gone."""
+        self.members.forget(member.node)
+        self.distances.forget(member)
+        self.rumours.forget(member.node)
+        self._changes.append(MemberForgotten(member.node))
+
     def note_change(self, change: MemberChanged) -> None:
         self._changes.append(change)
 
@@ -299,8 +306,7 @@ class Hearing:
             if tombstone is None or state not in (PeerState.ALIVE, PeerState.SUSPECT):
                 self.refused_newcomers += 1
                 return
-            self.members.forget(tombstone)
-            self._changes.append(MemberForgotten(tombstone))
+            self.forget(self.members[tombstone])
         since = now - claim.age_s if isinstance(claim, MemberRecord) else now
         if now - since > self.config.forget_s and state in (PeerState.DEAD, PeerState.LEFT):
             return  # a ghost: we may have forgotten it already
@@ -385,10 +391,7 @@ class Hearing:
         if suspicion.listens and not suspicion.stalled:
             return []  # the verdict of one who did not know
         suspicion.stalled = suspicion.listens = False
-        suspicion.cap_s = suspicion.min_s / 2
-        if now >= suspicion.deadline:
-            self._become(member, claim, now, by=claim.by)
-            self._tell(claim)
+        suspicion.cap_s = suspicion.min_s / 2  # when it is over, a tick says so, which alone knows whether we slept meanwhile
         return []
 
     def _tell(self, claim: Claim) -> None:

@@ -10,6 +10,7 @@ from membership import trace
 from membership.config import MembershipConfig
 from membership.core import MembershipCore
 from membership.effects import Effect, MemberChanged
+from membership.recording import told_to_a_newcomer
 from membership.trace import BadTrace, Record, answer_hash
 from mesh.errors import MeshError
 from mesh.ids import Address, NodeId
@@ -142,7 +143,8 @@ def _play(core: MembershipCore, given: trace.Input) -> tuple[object, list[Effect
             core.remember_seed(address)
         case trace.Leaving(now=now):
             answer = effects = core.leave(now)
-        case trace.Checkpoint(seed=seed):
+        case trace.Checkpoint(now=now, seed=seed):
+            told_to_a_newcomer(core, now)
             core.rng.seed(seed)
         case trace.Started():
             raise BadTrace("expected one start, at the beginning")

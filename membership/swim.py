@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from membership.config import MembershipConfig
-from membership.effects import Effect, Exchange, Measured, MemberChanged, MemberForgotten, PingStream, Send
+from membership.effects import Effect, Exchange, Measured, MemberChanged, PingStream, Send
 from membership.evidence import Evidence
 from membership.fingerprint import Fingerprint
 from membership.health import LAG_MAX_S, missed_nacks
@@ -368,10 +368,7 @@ class Swim(Evidence):
         gone = [self.members[node] for node in sorted(self.members.gone)]
         for member in gone:
             if member.node != self.me and now - member.since > self.config.forget_s:
-                self.members.forget(member.node)
-                self.distances.forget(member)
-                self.rumours.forget(member.node)
-                effects.append(MemberForgotten(member.node))
+                self.forget(member)
         dead = [member.node for member in gone if member.state is PeerState.DEAD and member.node in self.members]
         seeds = self._absent_seeds()
         if not (choices := len(dead) + len(seeds)):

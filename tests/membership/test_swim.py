@@ -162,13 +162,18 @@ def test_a_claim_about_us_that_nothing_could_refute_is_ignored() -> None:
 
 def test_hearsay_of_a_death_waits_for_the_accused_unless_it_was_long_suspected() -> None:
     core = node_among(4)
+    run_to(core, 1.0, answers=True)
     death = Dead(peer_id(3), 1, 0, peer_id(1))
     core.receive(address_of(1), gossip(1, death), 1.0)
     assert state(core, 3) is PeerState.SUSPECT
     core.receive(address_of(2), gossip(2, alive(3, incarnation=1)), 1.5)
     assert state(core, 3) is PeerState.ALIVE
+    run_to(core, 2.0, answers=True)
     core.receive(address_of(1), gossip(1, Suspect(peer_id(3), 1, 1, peer_id(2))), 2.0)
+    run_to(core, 2.0 + 1.1)
+    assert state(core, 3) is PeerState.SUSPECT
     core.receive(address_of(1), gossip(1, Dead(peer_id(3), 1, 1, peer_id(1))), 2.0 + 1.1)
+    core.tick(core.deadline)
     assert state(core, 3) is PeerState.DEAD
 
 

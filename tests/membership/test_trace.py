@@ -16,12 +16,13 @@ from membership.core import MembershipCore
 from membership.recording import RecordedCore
 from membership.replay import Replay, replay
 from membership.simulation.network import Network
-from membership.simulation.signer import StandInVerifier
+from membership.simulation.signer import StandInSigner, StandInVerifier
 from membership.trace import MAGIC, BadTrace, Trace, read
 from mesh.gossip import Alive
 from mesh.ids import NodeId
 from mesh.signing import Signer
 from mesh.view import Facts, PeerState
+from tests.membership.pieces import ME, alive, core_of, exchange
 from tests.membership.test_service import a_mesh, until_state
 
 RING_BYTES = 64 * 2**20
@@ -93,6 +94,23 @@ def test_segments_do_not_break_an_exact_replay() -> None:
     found = replayed(kept)
     assert found.exact and found.inputs == found.agreed
     assert sum(isinstance(record.input, trace.Checkpoint) for record in read(kept.dump())) >= 1
+
+
+def test_a_checkpoint_changes_no_answer_of_the_replay_when_not_everything_fits_into_one() -> None:
+    """Whose facts are told first next time depends on what was told before, to the checkpoint too."""
+    kept = Trace(4 * 3_000_000)
+    core = RecordedCore(alive(0), StandInSigner(ME), MembershipConfig(), Random(1), 0.0, kept)
+    for number in range(1, 5):
+        other = core_of(alive(number), MembershipConfig(), Random(number))
+        other.publish(Facts(documents={"digest": "x" * 900_000}), 0.0)
+        exchange(core, other, 1.0)
+    newcomer = core_of(alive(9), MembershipConfig(), Random(9))
+    for step in range(3):
+        synced, _ = core.answer(newcomer.me, newcomer.ask(), 2.0 + step)
+        assert synced.more
+    assert sum(isinstance(record.input, trace.Checkpoint) for record in read(kept.dump())) == 1
+    found = replayed(kept)
+    assert found.exact and found.inputs == found.agreed, found.differs_at
 
 
 async def test_a_real_node_on_loopback_is_replayed_to_the_last_effect(autojump_clock: trio.abc.Clock) -> None:
