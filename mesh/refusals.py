@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 WINDOW_S = 60.0
 SOURCES_MAX = 256
+FOREIGN_WORD = "it spoke of sequences in whose path it has no such part"
 COUNTED_MAX = 60  # for one source and reason within the window; more is told as so many
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    host: str
+    host: str  # or, where a link proved which it was, the node
     reason: str
     count: int  # in the last minute; `COUNTED_MAX` stands for that many or more
 

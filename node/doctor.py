@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mesh.ids import ModelId, NodeId
-from mesh.refusals import COUNTED_MAX, Refusal
+from mesh.refusals import COUNTED_MAX, FOREIGN_WORD, Refusal
 from mesh.seal import REPLAY_WINDOW_S, SealFault
 from mesh.view import Peer, PeerState, Readiness, View
 from rag.types import StoreInfo
@@ -94,6 +94,10 @@ def _refused(look: Look) -> Iterator[Finding]:
             yield Finding(PROBLEM, "keys", f"{often} datagrams in the last minute from {who} {what}", do.format(who=who))
         elif refusal.reason == "too long":
             yield Finding(NOTE, "links", f"{often} datagrams in the last minute from {who} were longer than any of a mesh", "")
+        elif refusal.reason == FOREIGN_WORD:
+            what = f"{often} times in the last minute {_name(look.view, NodeId(refusal.host))} was not believed: {refusal.reason}"
+            do = "one or two may be late; more are of a node gone wrong or taken over: stop it, then run mesh key rotate"
+            yield Finding(PROBLEM, "nodes", what, do)
         else:
             do = f"see that {who} has this mesh's key file, cluster label and release"
             yield Finding(PROBLEM, "links", f"{often} links in the last minute with {who} failed: {refusal.reason}", do)

@@ -10,9 +10,9 @@ from random import Random
 import trio
 
 from mesh.errors import BadRequest
-from mesh.ids import Address
+from mesh.ids import Address, NodeId
 from node.engine.api import SequenceLost, TokenOut
-from node.generation_events import PeerNews, TokenDrawn
+from node.generation_events import PeerNews
 from node.planning import Planning
 from node.prompts import Prompts
 from node.recent import RecentRequests
@@ -109,19 +109,15 @@ class Entry:
 
     # --- what peers tell (node.stages.TokenSink)
 
-    def token(self, token: TokenOut) -> None:
+    def token(self, token: TokenOut, sender: NodeId) -> bool:
         run = self._runs.get(token.key.stream)
         if run is None:
             self._counters.late_tokens_total += 1
-            return
-        key = token.key
-        run.note_cached(key, token.cached)
-        run.tell(key.choice, TokenDrawn(key.attempt, token.position, token.token, token.finish, token.logprob, token.top))
+        return run is None or run.token_drawn(token, sender)
 
-    def lost(self, lost: SequenceLost, address: Address | None) -> None:
+    def lost(self, lost: SequenceLost, address: Address | None, sender: NodeId) -> bool:
         run = self._runs.get(lost.key.stream)
-        if run is not None:
-            run.stage_lost(lost, address)
+        return run is None or run.stage_lost(lost, address, sender)
 
     def peer_news(self, news: PeerNews) -> None:
         """A link to the node broke, or membership changed its mind about it."""

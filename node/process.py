@@ -223,7 +223,7 @@ class Node:
 
     def _refused(self) -> list[Refusal]:
         now = trio.current_time()
-        return [*self._membership.refusals.recent(now), *self._links.refusals.recent(now)]
+        return [each for part in (self._membership, self._links, self._stages) for each in part.refusals.recent(now)]
 
     def _on_member(self, event: MemberEvent) -> None:
         peer = self._view().peers.get(event.node)

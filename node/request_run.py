@@ -21,7 +21,7 @@ from mesh.ids import Address, NodeId
 from mesh.prefix import PAGE_TOKENS, further_names, prefix_salt
 from mesh.view import is_exact
 from node.choice_text import ChoiceText
-from node.engine.api import OpenSequence, Prefix, SequenceKey, SequenceLost
+from node.engine.api import OpenSequence, Prefix, SequenceKey, SequenceLost, TokenOut
 from node.generation import Generation, Phase
 from node.generation_events import (
     Cancelled,
@@ -39,6 +39,7 @@ from node.generation_events import (
     StageLost,
     Stages,
     StopFound,
+    TokenDrawn,
     Unplannable,
 )
 from node.planning import PlannedPath, Planning, PlanRequest
@@ -136,18 +137,34 @@ class RequestRun:
         for choice in self._cores:
             self.tell(choice, event)
 
-    def stage_lost(self, lost: SequenceLost, address: Address | None) -> None:
-        """A stage at `address` is to blame; None: it is not known which."""
-        choice = lost.key.choice
-        path = self.record.last_paths.get(choice, ())
+    def _path_of(self, key: SequenceKey) -> Stages:
+        """Empty for an attempt that is not, or no longer, the one that runs: what is said of it changes nothing."""
+        core = self._cores.get(key.choice)
+        return core.path if core is not None and core.attempt == key.attempt else ()
+
+    def token_drawn(self, token: TokenOut, sender: NodeId) -> bool:
+        """False: tokens of this path are not for `sender` to draw."""
+        key = token.key
+        if not (path := self._path_of(key)):
+            return True
+        if path[-1].node != sender:
+            return False
+        if key.choice == 0 and key.attempt == 1:  # of several choices and attempts the first one counts
+            self._cached_tokens = min(token.cached, len(self._prompt.tokens))
+        self.tell(key.choice, TokenDrawn(key.attempt, token.position, token.token, token.finish, token.logprob, token.top))
+        return True
+
+    def stage_lost(self, lost: SequenceLost, address: Address | None, sender: NodeId) -> bool:
+        """A stage at `address` is to blame; None: it is not known which. False: `sender` is no stage of this path."""
+        choice, path = lost.key.choice, self._path_of(lost.key)
+        if not path:
+            return True
+        if sender not in {stage.node for stage in path}:
+            return False
         node = next((stage.node for stage in path if stage.address == address), None)
         fault = None if lost.retryable else BadRequest(lost.reason)
         self.tell(choice, StageLost(lost.key.attempt, node, lost.reason, lost.retryable, fault))
-
-    def note_cached(self, key: SequenceKey, tokens: int) -> None:
-        """So many of the known tokens did not have to be computed. Of several choices and attempts the first one counts."""
-        if key.choice == 0 and key.attempt == 1:
-            self._cached_tokens = min(tokens, len(self._prompt.tokens))
+        return True
 
     async def drive(self) -> None:
         """Until every choice has ended."""
@@ -251,8 +268,15 @@ class RequestRun:
             remaining_ms=max(0, int((self._cores[choice].deadline_at - trio.current_time()) * 1e3)),
             last_choice=self._planned[choice].last_choice,
         )
-        next_address = None if is_last else effect.path[index + 1].address
-        return OpenStage(sequence, self._node.id, self._node.address, effect.path[0].address, next_address)
+        return OpenStage(
+            sequence,
+            entry=self._node.id,
+            previous=None if is_first else effect.path[index - 1].node,
+            last=effect.path[-1].node,
+            entry_address=self._node.address,
+            first_address=effect.path[0].address,
+            next_address=None if is_last else effect.path[index + 1].address,
+        )
 
     def _names_of(self, choice: int) -> list[bytes]:
         """Of all whole pages of the tokens known so far."""

@@ -4,6 +4,9 @@ Activations go straight to the next stage; a token goes to the entry node and ba
 stage, which decodes on without waiting for the entry. What the engine gives in one step for one
 peer shares a frame. No decision is made here: which path, which token, when to try again is the
 generation's (`node.generation`), at the entry.
+
+A link proves which node is at its other end, and of a sequence each node is believed in its own part alone: activations come
+from the stage before, tokens from the last stage, opens and closes from the entry. Holding the mesh key is not enough.
 """
 
 from __future__ import annotations
@@ -20,13 +23,15 @@ from msgspec import Meta
 from msgspec.structs import replace as changed
 
 from mesh.calls import Call, Header, Post, Reply
-from mesh.errors import BadRequest, MeshError, PeerLost, RemoteError
+from mesh.errors import BadRequest, MeshError, PeerLost, Refused, RemoteError
 from mesh.ids import Address, NodeId, StreamId, format_address
 from mesh.prefix import NAME_BYTES
+from mesh.refusals import FOREIGN_WORD, WINDOW_S, Refusals
 from node.engine.api import Engine, EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
 
 IDLE_S = 120.0  # a sequence that nothing came for: its close was lost with a link; longer than any wait for a step
 GRAMMARS_AT_ONCE = 2  # compiled side by side; each is a thread that takes up to a second, beside the engine's own
+TAKEN_RETRY_S = 1.0  # a client that asks two nodes under one id: the first may be done by then
 CLOSED_REMEMBERED = 8192  # an open that was overtaken by its close must find it here; seconds of requests
 
 log = structlog.get_logger()
@@ -62,17 +67,19 @@ class OpenStage(msgspec.Struct, frozen=True):
 
     sequence: OpenSequence
     entry: NodeId
+    previous: NodeId | None  # whose activations are computed here; None: this is the first stage
+    last: NodeId  # whose tokens the first stage goes on with
     entry_address: Address
     first_address: Address
     next_address: Address | None  # None: this is the last stage
 
 
 class TokenSink(Protocol):
-    """What the entry node hears of its own generations."""
+    """What the entry node hears of its own generations; False: of one that runs, and it was not for the sender to say."""
 
-    def token(self, token: TokenOut) -> None: ...
+    def token(self, token: TokenOut, sender: NodeId) -> bool: ...
 
-    def lost(self, lost: SequenceLost, address: Address | None) -> None:
+    def lost(self, lost: SequenceLost, address: Address | None, sender: NodeId) -> bool:
         """`address`: of the stage to blame; None: not known."""
 
 
@@ -86,6 +93,7 @@ class StagesStatistics:
     token_frames_total: int = 0
     rejected_rows_total: int = 0
     lost_to_peers_total: int = 0
+    foreign_words_total: int = 0  # of what runs here, from nodes whose word on it is not taken
 
 
 class Stages:
@@ -105,7 +113,8 @@ class Stages:
         self._sink = sink
         self._routes: dict[SequenceKey, OpenStage] = {}
         self._heard_at: dict[SequenceKey, float] = {}
-        self._closed: OrderedDict[SequenceKey, None] = OrderedDict()
+        self._closed: OrderedDict[tuple[SequenceKey, NodeId], None] = OrderedDict()  # with its entry: others close theirs
+        self.refusals = Refusals()  # of foreign words, by the node that said them
         self._compiling = trio.CapacityLimiter(GRAMMARS_AT_ONCE)
         self._counters = StagesStatistics()
 
@@ -186,10 +195,14 @@ class Stages:
     async def _on_open(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
         stage = _decode_open(sender, tail)
         key = stage.sequence.key
+        if stage.entry != sender:
+            raise BadRequest(f"a sequence is opened by its entry, {stage.entry}; this came from {sender}")
         if stage.sequence.sampling.grammar is not None:
             await trio.to_thread.run_sync(self._engine.prepare, stage.sequence, limiter=self._compiling)
-        if key in self._closed:  # perhaps while its grammar was compiled
+        if (key, sender) in self._closed:  # perhaps while its grammar was compiled
             raise RemoteError(sender, "closed before it was opened")
+        if key in self._routes and self._routes[key].entry != sender:
+            raise Refused(f"stream {key.stream} is computed here for another entry", TAKEN_RETRY_S)
         pages = 0
         if key not in self._routes:  # a repeat changes nothing; that it offers no page costs no more than computing them
             self._routes[key] = stage
@@ -212,7 +225,10 @@ class Stages:
             key = SequenceKey(stream, choice, attempt)
             data = tail[offset : offset + size_bytes]
             offset += size_bytes
-            if key in self._routes:
+            route = self._routes.get(key)
+            if route is not None and route.previous != sender:
+                self._disbelieve(sender, "stage.hidden")
+            elif route is not None:
                 self._engine.push(HiddenOut(key, position, count, data, names, draft, rewinds))
             else:
                 self._counters.rejected_rows_total += 1
@@ -222,28 +238,45 @@ class Stages:
         for stream, choice, attempt, position, token, finish, logprob, top, cached in rows:
             key = SequenceKey(stream, choice, attempt)
             route = self._routes.get(key)
+            if route is not None and route.last != sender:
+                self._disbelieve(sender, "stage.tokens")
+                continue
             if route is not None and route.sequence.start == 0 and route.next_address is not None and finish is None:
                 self._engine.token(key, position, token)
-            self._sink.token(TokenOut(key, position, token, finish, logprob, top, cached))
+            if not self._sink.token(TokenOut(key, position, token, finish, logprob, top, cached), sender):
+                self._disbelieve(sender, "stage.tokens")
 
     def _on_lost(self, sender: NodeId, header: Header, tail: bytes) -> None:
         lost = msgspec.convert(header, LostStage)
-        self._sink.lost(SequenceLost(SequenceKey(*lost.key), lost.reason[:500], lost.retryable), lost.address)
+        if not self._sink.lost(SequenceLost(SequenceKey(*lost.key), lost.reason[:500], lost.retryable), lost.address, sender):
+            self._disbelieve(sender, "stage.lost")
 
     def _on_close(self, sender: NodeId, header: Header, tail: bytes) -> None:
-        for key in msgspec.convert(header["keys"], list[Key]):
-            self.close(SequenceKey(*key))
+        for row in msgspec.convert(header["keys"], list[Key]):
+            key = SequenceKey(*row)
+            route = self._routes.get(key)
+            self._note_closed(key, sender)
+            if route is not None and route.entry != sender:
+                self._disbelieve(sender, "stage.close")
+            else:
+                self._forget(key)
+                self._engine.close(key)
+
+    def _disbelieve(self, sender: NodeId, kind: str) -> None:
+        self._counters.foreign_words_total += 1
+        if self.refusals.note(sender, FOREIGN_WORD, trio.current_time()):
+            log.warning("stage.foreign_word", kind=kind, peer=sender, next_in_s=WINDOW_S)
 
     # --- what ends a sequence
 
-    def close(self, key: SequenceKey) -> None:
-        self._forget(key)
-        self._engine.close(key)
-
     def _forget(self, key: SequenceKey) -> None:
-        self._routes.pop(key, None)
+        route = self._routes.pop(key, None)
         self._heard_at.pop(key, None)
-        self._closed[key] = None
+        if route is not None:
+            self._note_closed(key, route.entry)
+
+    def _note_closed(self, key: SequenceKey, entry: NodeId) -> None:
+        self._closed[key, entry] = None
         while len(self._closed) > CLOSED_REMEMBERED:
             self._closed.popitem(last=False)
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 import pytest
 
 from mesh.ids import ModelId, NodeId
-from mesh.refusals import Refusal
+from mesh.refusals import FOREIGN_WORD, Refusal
 from mesh.seal import SealFault
 from mesh.view import Facts, ModelCard, Peer, PeerState, Readiness, Span, View
 from node.doctor import NOTE, PROBLEM, Finding, Look, diagnosis
@@ -65,6 +65,12 @@ def test_a_refused_link_is_told_with_its_own_reason() -> None:
     reason = "cluster label 'other', here 'mesh': these are two meshes"
     finding = only(replace(WELL, refusals=[Refusal("10.0.0.9", reason, 1)]))
     assert reason in finding.what and finding.about == "links"
+
+
+def test_a_node_that_speaks_of_what_is_none_of_its_business_is_named() -> None:
+    finding = only(replace(WELL, refusals=[Refusal(peer(1).id, FOREIGN_WORD, 3)]))
+    assert finding.severity == PROBLEM and finding.what.startswith("3 times in the last minute node-1 was not believed")
+    assert "mesh key rotate" in finding.do
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Requests over paths of several nodes, with whatever can go wrong on the way."""
 
+import msgspec
 import pytest
 import trio
 
-from mesh.errors import BadRequest, NoPath
+from mesh.errors import BadRequest, NoPath, RemoteError
 from node.engine.api import TokenOut
 from node.requests import ChoiceDone, Finished, Started, TextDelta
+from node.stages import OpenStage
 from tests.node.paths import a_request, small_mesh, token_at
 
 SPLIT = {"entry": (), "a": ((0, 4),), "b": ((2, 6),), "c": ((0, 2), (4, 6))}
@@ -188,19 +190,16 @@ async def test_a_client_that_leaves_frees_all_stages():
 
 async def test_a_close_that_overtakes_its_open_keeps_it_closed():
     async with small_mesh(**SPLIT) as mesh:
-        stages = mesh.nodes["a"].stages
+        stages, entry = mesh.nodes["a"].stages, mesh.nodes["entry"].id
         events = await run(mesh)
         opened = [sequence for node in mesh.nodes.values() for sequence in node.engine.opened]
         assert tokens(events) == EXPECTED and opened
 
-        stages.close(opened[0].key)
-        with pytest.raises(Exception, match="closed before it was opened"):
-            import msgspec
-
-            from node.stages import OpenStage
-
-            late = OpenStage(opened[0], mesh.nodes["entry"].id, ("h", 1), ("h", 1), None)
-            await stages.handlers["stage.open"](mesh.nodes["entry"].id, {}, msgspec.msgpack.encode(late))
+        never_seen = msgspec.structs.replace(opened[0], attempt=7)
+        stages.receivers["stage.close"](entry, {"keys": [list(never_seen.key)]}, b"")
+        late = OpenStage(never_seen, entry, None, entry, ("h", 1), ("h", 1), None)
+        with pytest.raises(RemoteError, match="closed before it was opened"):
+            await stages.handlers["stage.open"](entry, {}, msgspec.msgpack.encode(late))
 
 
 @pytest.mark.parametrize(
