@@ -149,6 +149,16 @@ async def test_a_stranger_cannot_close_a_sequence_ahead_of_its_open() -> None:
         assert tokens(events) == EXPECTED and events[-1].attempts == 1
 
 
+@pytest.mark.parametrize("spans", [{"entry": (0, 6)}, {"entry": (0, 3), "b": (3, 6)}, {"entry": (3, 6), "a": (0, 3)}])
+async def test_an_entry_that_computes_a_part_itself_is_believed_in_it(spans: dict[str, tuple[int, int]]) -> None:
+    async with small_mesh(**{name: (span,) for name, span in spans.items()}) as mesh:
+        events = await run(mesh)
+        await at_rest(mesh)
+        assert tokens(events) == EXPECTED and events[-1].attempts == 1
+        assert {use.node for use in events[-1].path} == set(spans)
+        assert not any(node.stages.statistics().foreign_words_total for node in mesh.nodes.values())
+
+
 async def test_a_path_that_is_believed_counts_no_foreign_word_and_who_is_not_is_named_once_a_minute() -> None:
     async with held_stream() as held:
         assert [held.foreign_words(name) for name in held.mesh.nodes] == [0, 0, 0, 0]
