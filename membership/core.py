@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from membership.allowance import Allowance
 from membership.config import MembershipConfig
 from membership.effects import Effect, FactsChanged, MemberForgotten, Push, Renewed
 from membership.facts import DELTAS_BYTES, FactsBook
@@ -42,6 +43,7 @@ class MembershipCore:
         self.swim = Swim(me, signer, config, rng, now, fingerprint)
         self.facts = FactsBook(me.node, me.epoch, fingerprint)
         self.outlook = Outlook(self.swim.members, now)
+        self.allowance = Allowance(self.swim.members)
 
     @property
     def deadline(self) -> float:
@@ -52,6 +54,8 @@ class MembershipCore:
         return self.swim.members.fingerprint.value
 
     def receive(self, source: Address, message: Message, now: float, arrived_at: float | None = None) -> list[Effect]:
+        if not self.allowance.credit(source, message, now):
+            return []
         return self._settled(self.swim.receive(source, message, now, arrived_at), now)
 
     def tick(self, now: float) -> list[Effect]:
@@ -224,7 +228,7 @@ class MembershipCore:
         return DigestEntry(member.node, member.epoch, member.incarnation, member.state, *self.facts.known(member.node))
 
     def _settled(self, effects: list[Effect], now: float) -> list[Effect]:
-        """Lets the facts book and the outlook follow what happened to the members."""
+        """Lets the facts book and the outlook follow what happened to the members, and holds back what is not covered."""
         outlook = self.outlook.follow(effects, now)
         for effect in list(effects):
             match effect:
@@ -233,7 +237,7 @@ class MembershipCore:
                 case Renewed(epoch=epoch):
                     if (news := self.facts.renew(epoch)) is not None:
                         effects = [*effects, FactsChanged(self.me), *self._pushes((news,), now, ())]
-        return effects + outlook
+        return self.allowance.covered(effects) + outlook
 
 
 def _facts_of(entry: DigestEntry) -> tuple[int, int]:

@@ -240,7 +240,7 @@ class Membership:
             self._datagrams.received,
             self._datagrams.bytes_sent,
             self._datagrams.bytes_received,
-            MappingProxyType(dict(self._datagrams.dropped)),
+            MappingProxyType(self._datagrams.dropped + self._core.allowance.dropped),
             self._counts["exchanges"],
             self._counts["pushes"],
             self._counts["calls_failed"],
