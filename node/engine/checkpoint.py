@@ -25,7 +25,7 @@ SAMPLE_BYTES = 4096
 KNOWN_GOOD = (
     "llama, qwen2, qwen3, mistral, mixtral, gemma, gemma2, gemma3_text, phi3, gpt2, gpt_neox, opt, olmo2, granite or cohere"
 )
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 STATEFUL_FIELDS = ("linear_num_value_heads", "mamba_d_state", "ssm_cfg", "state_size", "conv_L_cache", "time_step_rank")
 # families whose causal class looks ahead unless their config says `is_decoder`
 ENCODERS = {"bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "electra", "data2vec-text", "roformer", "ernie"}
@@ -115,6 +115,8 @@ def _model_class(directory: Path, config: PretrainedConfig) -> type:
 
 def _refuse_what_cannot_be_exact(directory: Path, config: PretrainedConfig) -> None:
     kind, name = config.model_type, directory.name
+    if getattr(config, "attention_chunk_size", None) or "chunked_attention" in (getattr(config, "layer_types", None) or []):
+        raise _refusal(f"{name} is {kind}, whose attention is cut into chunks, which we do not compute; try {KNOWN_GOOD}")
     stateful = sorted({str(layer) for layer in getattr(config, "layer_types", None) or []} - ATTENTION_LAYERS)
     stateful += [field for field in STATEFUL_FIELDS if getattr(config, field, None) is not None]
     if stateful:
@@ -133,6 +135,15 @@ def _refuse_what_cannot_be_exact(directory: Path, config: PretrainedConfig) -> N
     missing = [field for field in ("num_hidden_layers", "hidden_size", "vocab_size") if not getattr(config, field, None)]
     if missing:
         raise _refusal(f"the config of {name} ({kind}) has no {', '.join(missing)}; a {KNOWN_GOOD} checkpoint would work")
+
+
+def sliding_window(config: PretrainedConfig, start: int, end: int) -> int | None:
+    """The window, in positions, that some of the layers `[start, end)` must look through; None where none must."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if not window or (kinds is None and not getattr(config, "use_sliding_window", True)):
+        return None
+    return int(window) if kinds is None or "sliding_attention" in kinds[start:end] else None
 
 
 def _rope(config: PretrainedConfig) -> dict[str, Any]:

@@ -63,6 +63,9 @@ def load_stage(
         if not selfcheck.computes_like_the_plain_model(stage, plain):
             reasons.append(f"{kernel.name}: differs from the plain model")
             continue
+        if not selfcheck.looks_through_its_window(stage):
+            reasons.append("its sliding window does not reach the attention")
+            break
         if not stage.loose and selfcheck.is_exact(stage):
             return Loaded(stage, machine.fingerprint(checkpoint.weights, kernel, threads))
         inexact = inexact or stage

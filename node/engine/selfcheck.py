@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from node.engine.attention import Segment
+from node.engine.checkpoint import sliding_window
 from node.engine.stage import Stage
 
 PROBE_TOKENS = 41  # neither a multiple of 8 nor of any bucket
@@ -79,6 +80,15 @@ def computes_like_the_plain_model(stage: Stage, plain: torch.Tensor) -> bool:
     kernel = stage.kernel
     rounded = ROUNDED_TOLERANCE.get(kernel.name, ROUNDED_TOLERANCE.get(kernel.quantize))
     return difference(stage, plain) <= (TOLERANCE[kernel.dtype] if rounded is None else rounded)
+
+
+def looks_through_its_window(stage: Stage) -> bool:
+    """Whether attention was told of the window that the config speaks of: the probe is shorter than most and cannot show it.
+
+    Some models know their window in their own mask alone, which we do not read. After another check, which runs the stage.
+    """
+    window = sliding_window(stage.checkpoint.config, stage.start, stage.end)
+    return window is None or window >= stage.checkpoint.max_model_len or window in stage.windows
 
 
 def is_exact(stage: Stage) -> bool:

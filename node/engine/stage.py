@@ -145,6 +145,7 @@ class Stage:
         self._base = getattr(self.model, self.model.base_model_prefix)
         self._slots = find_layers(self._base, self.layers)
         self.lean: Lean | NativeLayers | None = None
+        self.windows: set[int] = set()  # that attention was asked to look through so far; 0: everything
         self.loose = False  # there are weights that are not packed, whose products promise nothing
         self._store = KVStore()
         self._running: PackedBatch | None = None
@@ -206,6 +207,7 @@ class Stage:
             entering = self.lean.embed(tokens) if tokens is not None else taken
             assert entering is not None
             out = self.lean.run(batch, entering, where)
+            self.windows |= batch.readings.keys()
             if wanted is not None:
                 out = self.lean.logits(out if bucket == len(wanted) and rows == len(logits_at) else out[wanted])
         return out[:rows] if wanted is None else out[: len(logits_at)]
@@ -235,6 +237,7 @@ class Stage:
             assert batch.captured is not None
             return batch.captured[0]
         finally:
+            self.windows |= batch.readings.keys()
             self._running = None
             set_batch(None)
 

@@ -6,16 +6,17 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.models.falcon import modeling_falcon
 
 from mesh.errors import BadRequest
 from mesh.view import is_exact
 from node.engine import selfcheck
-from node.engine.attention import NAME, Segment
+from node.engine.attention import NAME, Segment, mesh_attention
 from node.engine.checkpoint import read_checkpoint
 from node.engine.kvcache import SequenceKV
 from node.engine.linear import KERNELS
@@ -132,6 +133,23 @@ def test_an_attention_of_the_old_kind_is_refused_at_load(
         load_stage(read_checkpoint(checkpoint_of("falcon")), 0, 4, "auto", threads=1)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "mistral", "gpt_oss"])
+def test_a_window_that_does_not_reach_the_attention_is_refused_though_the_probe_is_shorter(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = read_checkpoint(make_checkpoint(tmp_path, name, sliding_window=64))
+    assert selfcheck.PROBE_TOKENS < 64
+    assert is_exact(load_stage(checkpoint, 0, 4, "onednn-fp32", threads=1).numerics)
+
+    def forgetful(*given: Any, sliding_window: int | None = None, **more: Any) -> Any:
+        return mesh_attention(*given, **more)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, NAME, forgetful)
+    monkeypatch.setattr("node.engine.stage.lean_form", lambda *span: None)
+    with pytest.raises(BadRequest, match=f"{name}.*its sliding window does not reach the attention"):
+        load_stage(checkpoint, 0, 4, "onednn-fp32", threads=1)
+
+
 def test_directories_that_are_no_servable_checkpoints_are_refused(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="no such model directory"):
         read_checkpoint(tmp_path / "nowhere")
@@ -158,6 +176,7 @@ def test_directories_that_are_no_servable_checkpoints_are_refused(checkpoint_of:
     ("change", "reason"),
     [
         ({"alibi": True}, "llama with ALiBi"),
+        ({"attention_chunk_size": 8192}, "cut into chunks"),
         ({"model_type": "t5"}, "encoder-decoder"),
         ({"model_type": "no_such_model"}, "cannot be read"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "not a causal language model"),
