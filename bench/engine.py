@@ -45,7 +45,7 @@ ROUNDS = 12
 LEAST_ROUNDS = 3
 STEPS = 5  # a turn, of which the first does not count
 CONTINUOUS_ROUNDS = 2  # of generate_batch, which reads its prompts anew in each
-TRIAL_STEPS = 4
+TRIAL_STEPS = 3
 ROOM_TOKENS = PROMPT_TOKENS + (ROUNDS + 2) * STEPS
 KINDS = ("f16", "bf16")
 
@@ -150,6 +150,7 @@ def measure(directory: Path, threads: int, budget_s: float) -> dict[str, Any]:
     began_s = time.perf_counter()
     loaded = load_stage(checkpoint, 0, checkpoint.layers, "auto", threads)
     load_s = time.perf_counter() - began_s
+    say(dtypes={batch: str(dtype) for batch, dtype in dtypes.items()})
     say(kernel=named(loaded.stage.kernel), load_s=round(load_s, 2), llamacpp=no_llama or "present")
     models = {dtype: plain_model(directory, dtype) for dtype in set(dtypes.values())}
     llama = {} if no_llama else {kind: LlamaCpp(llama_side.convert(directory, kind), threads) for kind in KINDS}
@@ -196,7 +197,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     shape = "100M" if options.quick else "Llama-3.2-1B"
-    budget_s = options.budget or (12.0 if options.quick else 45.0)
+    budget_s = options.budget or (10.0 if options.quick else 30.0)
     here = machine()
     say(cpu=here["cpu"], isa=here["isa"], load_average=here["load_average"], threads=options.threads, shape=shape)
     with tempfile.TemporaryDirectory() as folder:

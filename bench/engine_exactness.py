@@ -1,7 +1,8 @@
 """What exactness costs: our decoding steps against the same engine freed from the rules that keep a row's bits.
 
-Freed, queries are not padded to eight rows and meet only the keys that exist, not all of their stretch; and the products
-may be those of any kernel, whichever is faster: where oneDNN's reordered weights beat our own exact ones, that is a cost.
+Freed, queries are not padded to eight rows and meet only the keys that exist, not all of their stretch, in any kernel's
+layers, the faster counts. The compiled layers know no such rules; where oneDNN's products and torch's attention, freed,
+beat them, that is what exactness costs, and where they do not, it is negative.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Decoding:
 
 def overhead(exact: Stage, others: dict[str, Stage], context: int, rounds: int, budget_s: float) -> dict[str, Any]:
     """The share by which exactness lengthens a step, in wall time and in CPU time; negative: it costs nothing."""
-    sides = {name: Decoding(stage, context) for name, stage in {"exact": exact, "freed": exact, **others}.items()}
+    own = {} if exact.kernel.compiled and others else {"freed": exact}
+    sides = {name: Decoding(stage, context) for name, stage in {"exact": exact, **own, **others}.items()}
     taken: dict[str, list[Step]] = {name: [] for name in sides}
     ends_at = time.monotonic() + budget_s
     for number in range(rounds + 1):

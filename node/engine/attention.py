@@ -129,12 +129,18 @@ class PackedBatch:
     shared: list[Writing] = field(default_factory=list)
     apart: list[Segment] = field(default_factory=list)
     readings: dict[int, Reading] = field(default_factory=dict)
+    sorted_out: bool = False
 
     def __post_init__(self) -> None:
+        for segment in self.segments:
+            segment.kv.expect(segment.position + segment.count)
+
+    def _sort_out(self) -> None:
+        """Which rows are stored together, which each for itself; the compiled layers never ask."""
+        self.sorted_out = True
         by_slab: dict[int, list[Segment]] = {}
         for segment in self.segments:
             end = segment.position + segment.count
-            segment.kv.expect(end)
             if segment.count == 1 and segment.kv.in_slab and end <= BLOCK_TOKENS and segment.kv.place is not None:
                 by_slab.setdefault(id(segment.kv.place.slab), []).append(segment)
             else:
@@ -152,6 +158,8 @@ class PackedBatch:
 
     def write(self, kv: torch.Tensor) -> None:
         """Stores this layer's `[rows, 2, kv_heads, dim]`."""
+        if not self.sorted_out:
+            self._sort_out()
         for writing in self.shared:
             writing.slab.put(self.layer, (writing.slots, writing.positions), kv[writing.rows])
         for segment in self.apart:

@@ -36,6 +36,7 @@ class Slab:
         self.layers: dict[int, torch.Tensor] = {}
         self._targets: dict[int, torch.Tensor] = {}
         self._views: dict[tuple[int, int, int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._starts: dict[range, torch.Tensor] = {}
 
     def layer(self, number: int, like: torch.Tensor) -> torch.Tensor:
         """`[2, slots, kv_heads, 512, dim]`, made on first use for such as `like` `[rows, 2, kv_heads, dim]`."""
@@ -45,6 +46,14 @@ class Slab:
             held = _mapped_zeros(shape, like.dtype)
             self.layers[number] = held
         return held
+
+    def starts(self, layers: range, like: torch.Tensor) -> torch.Tensor:
+        """Addresses of slot 0's keys and values, `[2, layers]` int64."""
+        found = self._starts.get(layers)
+        if found is None:
+            held = [self.layer(number, like) for number in layers]
+            found = self._starts[layers] = torch.tensor([[side[at].data_ptr() for side in held] for at in (0, 1)])
+        return found
 
     def put(self, number: int, at: tuple[torch.Tensor, torch.Tensor], kv: torch.Tensor) -> None:
         """Stores `kv` `[rows, 2, kv_heads, dim]` of layer `number` at slots and positions `at`, one of each a row."""
@@ -159,6 +168,18 @@ class SequenceKV:
             held = [layer[:, slot : slot + 1] for layer in self.place.slab.layers.values()]
         for layer in held:
             layer[:, :, :, position:end].zero_()
+
+    def addresses(self, layers: range, end: int, like: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Where keys and values lie, `[2, layers]` int64, and how many positions a KV head has room for: `end` at least.
+
+        `like`: a tensor `[…, 2, kv_heads, dim]` such as are written. Good until the sequence is next expected to grow.
+        """
+        if self.place is not None and self.in_slab and end <= BLOCK_TOKENS:
+            slot_bytes = like.shape[2] * BLOCK_TOKENS * like.shape[3] * like.itemsize
+            return self.place.slab.starts(layers, like) + self.place.slot * slot_bytes, BLOCK_TOKENS
+        end = max(self._room(number, end, like).shape[3] for number in layers)  # a layer more may have been used before
+        held = [self._room(number, end, like) for number in layers]
+        return torch.tensor([[side[at].data_ptr() for side in held] for at in (0, 1)]), end
 
     @torch.inference_mode()
     def page(self, position: int, count: int, layers: Iterable[int]) -> Page:

@@ -13,7 +13,7 @@ import torch
 from node.engine.linear import KERNELS, Kernel
 from node.engine.native.library import Isa, native
 
-RULES_VERSION = 3  # of the exactness rules: rows in buckets, query rows by 8, KV by 128, rounding of the sampler, compiled layers
+RULES_VERSION = 4  # of the exactness rules: rows in buckets, query rows by 8, KV by 128, rounding of the sampler, compiled layers
 DECISIVE = 1.5  # a timing overrules the rule of thumb only by this factor: two nodes of one kind must choose alike
 WORTH_TIMING_BYTES = 8 << 20  # smaller layers live in caches, where timings say little and matter less
 

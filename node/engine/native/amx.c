@@ -70,6 +70,36 @@ void amx_panel(const uint16_t *panel, const uint16_t *x, int64_t steps, int rows
     _tile_release();
 }
 
+void amx_panels(const uint16_t *panels, int64_t count, const uint16_t *x, int64_t steps, int rows, float *out, int64_t stride) {
+    const int upper = rows < 16 ? rows : 16, lower = rows - upper;
+    const int64_t x_bytes = steps * STEP * 2, out_bytes = stride * 4;
+    const uint16_t *below = x + 16 * steps * STEP;
+    configure(upper, lower);
+    for (int64_t panel = 0; panel < count; panel++, out += PANEL) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t step = 0; step < steps; step++, panels += 1024) {
+            _tile_loadd(6, panels, 64);
+            _tile_loadd(7, panels + 512, 64);
+            _tile_loadd(4, x + step * STEP, x_bytes);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (!lower) continue;
+            _tile_loadd(5, below + step * STEP, x_bytes);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, out, out_bytes);
+        _tile_stored(1, out + 16, out_bytes);
+        if (!lower) continue;
+        _tile_stored(2, out + 16 * stride, out_bytes);
+        _tile_stored(3, out + 16 * stride + 16, out_bytes);
+    }
+    _tile_release();
+}
+
 void amx_panel_scaled(const uint16_t *panel, const float *scales, const uint16_t *x, int64_t steps, int rows, float *out) {
     float sums[16 * PANEL] __attribute__((aligned(64)));
     const int64_t stride = steps * STEP * 2;

@@ -47,13 +47,9 @@ EXPORT void mesh_product(const product_t *p, const void *x, int64_t count, int b
     rows->product(p, x, count, bf16, add, out, out_bf16, threads);
 }
 
-EXPORT void mesh_before(const layer_t *l, const void *x, const int64_t *positions, const float *turns, int64_t count, int bf16,
-                 void *qkv, int threads) {
-    rows->before(l, x, positions, turns, count, bf16, qkv, threads);
-}
-
-EXPORT void mesh_after(const layer_t *l, const void *answer, void *x, int64_t count, int bf16, int threads) {
-    rows->after(l, answer, x, count, bf16, threads);
+EXPORT void mesh_layers(const layer_t *const *layers, int64_t count, void *x, const int64_t *positions, const float *turns, int64_t rows_in,
+                 int bf16, const spans_t *spans, int threads) {
+    rows->layers(layers, count, x, positions, turns, rows_in, bf16, spans, threads);
 }
 
 EXPORT void mesh_logits(const product_t *p, const float *norm, float eps, const void *x, int64_t count, int bf16, float *out, int threads) {

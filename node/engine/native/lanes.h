@@ -65,6 +65,12 @@ static inline void v_store_pairs(uint16_t *p, V even, V odd) { /* numbers that b
     _mm512_storeu_si512(p, _mm512_or_si512(high, _mm512_srli_epi32(_mm512_castps_si512(even), 16)));
 }
 
+static inline void v_join_bf16(uint16_t *p, const uint16_t *even, const uint16_t *odd) { /* 16 pairs, one of each */
+    VI low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)even));
+    VI high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)odd));
+    _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
 #else
 
 typedef struct {
@@ -140,6 +146,16 @@ static inline void half_nibbles(const uint8_t *p, __m256 *even, __m256 *odd) {
 static inline void v_load_nibbles(const uint8_t *p, V *even, V *odd) {
     half_nibbles(p, &even->a, &odd->a);
     half_nibbles(p + 8, &even->b, &odd->b);
+}
+
+static inline void half_join_bf16(uint16_t *p, const uint16_t *even, const uint16_t *odd) {
+    __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)even));
+    __m256i high = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)odd));
+    _mm256_storeu_si256((void *)p, _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+}
+static inline void v_join_bf16(uint16_t *p, const uint16_t *even, const uint16_t *odd) {
+    half_join_bf16(p, even, odd);
+    half_join_bf16(p + 16, even + 8, odd + 8);
 }
 
 static inline __m256i half_join(__m256 even, __m256 odd) {

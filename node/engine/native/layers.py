@@ -1,8 +1,10 @@
-"""The layers of Llama-shaped models with everything but attention compiled: two calls a layer beside it.
+"""The layers of Llama-shaped models, compiled: one call for all layers of a step.
 
-Norms, products, rotary positions, activation and residual sums keep to one order of operations for each row, whatever
-stands beside it: rows need no padding here. What lies between the rounding of a layer's input and that of its sums stays
-float32, so these layers round less than the model's own, and the self-check holds them against it.
+Attention reads and writes the sequences' keys and values where they lie (node.engine.kvcache). Norms, products, rotary
+positions, attention, activation and residual sums keep to one order of operations for each row, whatever stands beside
+it: rows need no padding here. What lies between the rounding of a layer's input and that of its sums stays float32 but
+for queries, keys, values and weights of attention, so these layers round less than the model's own; the self-check
+holds them against it.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from node.engine.attention import PackedBatch, attend
-from node.engine.native.library import LayerParts, Library, native
+from node.engine.attention import PackedBatch
+from node.engine.native.library import LayerParts, Library, SpanParts, native
 from node.engine.native.product import NativeProduct
 
 HALF_PANEL = 16
@@ -29,8 +31,27 @@ class NativeLayer:
 
     parts: LayerParts
     kept: tuple[Any, ...]
-    scale: float
-    window: int
+
+
+class _Spans:
+    """Where the keys and values of a step's sequences lie, in all of its layers."""
+
+    def __init__(self, batch: PackedBatch, like: torch.Tensor) -> None:
+        """`like`: `[…, 2, kv_heads, dim]`, of the rows' dtype."""
+        layers = range(batch.start, batch.end)
+        segments = batch.segments
+        places = [segment.kv.addresses(layers, segment.position + segment.count, like) for segment in segments]
+        self._told = torch.tensor(
+            [
+                [segment.row for segment in segments],
+                [segment.count for segment in segments],
+                [segment.position for segment in segments],
+                [capacity * like.shape[3] for _, capacity in places],
+            ]
+        )
+        self._addresses = torch.stack([addresses for addresses, _ in places], 2)  # [2, layers, spans]
+        told = (self._told[number].data_ptr() for number in range(4))
+        self.parts = SpanParts(len(segments), *told, *(side.data_ptr() for side in self._addresses))
 
 
 class NativeLayers:
@@ -43,7 +64,9 @@ class NativeLayers:
         self._base = base
         self._head = head
         self._layers = layers
-        self._pointers = {number: ctypes.byref(layer.parts) for number, layer in layers.items()}
+        self._first = min(layers)
+        ordered = [ctypes.addressof(layers[number].parts) for number in sorted(layers)]
+        self._addresses = (ctypes.c_void_p * len(ordered))(*ordered)
         self._norm = base.norm.weight.detach().float().contiguous()
         self._eps = float(base.norm.variance_epsilon)
         self._dtype = dtype
@@ -63,20 +86,22 @@ class NativeLayers:
 
     def run(self, batch: PackedBatch, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The batch's layers over `x` `[rows, hidden]`."""
-        rows, bf16, threads = x.shape[0], self._dtype is torch.bfloat16, torch.get_num_threads()
         while len(self._turns) <= int(positions.max()):
             self._turns = self._turn_table(2 * len(self._turns))
         x = x.clone(memory_format=torch.contiguous_format)
         shape = self._layers[batch.start].parts
-        qkv = x.new_empty(rows, shape.heads + 2 * shape.kv_heads, shape.dim)
-        queries, keys_and_values = qkv[:, : shape.heads], qkv[:, shape.heads :]
-        at_x, at_qkv, at_positions, at_turns = (each.data_ptr() for each in (x, qkv, positions, self._turns))
-        for number in range(batch.start, batch.end):
-            batch.layer = number
-            layer, parts = self._layers[number], self._pointers[number]
-            self._library.before(parts, at_x, at_positions, at_turns, rows, bf16, at_qkv, threads)
-            answer = attend(batch, queries, keys_and_values, layer.scale, layer.window)
-            self._library.after(parts, answer.data_ptr(), at_x, rows, bf16, threads)
+        spans = _Spans(batch, x.new_empty(0, 2, shape.kv_heads, shape.dim))
+        self._library.layers(
+            ctypes.byref(self._addresses, (batch.start - self._first) * ctypes.sizeof(ctypes.c_void_p)),
+            batch.end - batch.start,
+            x.data_ptr(),
+            positions.data_ptr(),
+            self._turns.data_ptr(),
+            x.shape[0],
+            self._dtype is torch.bfloat16,
+            ctypes.byref(spans.parts),
+            torch.get_num_threads(),
+        )
         return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -183,11 +208,12 @@ def _layer(layer: Any, config: Any, quantize: str) -> NativeLayer:
         *(product.parts for product in (qkv, out, gate_up, down)),
         eps,
         head_eps,
+        float(attention.scaling),
         layer.input_layernorm.weight.shape[0],
         heads,
         kv_heads,
         dim,
         middle,
+        getattr(config if config.model_type == "mistral" else attention, "sliding_window", None) or 0,
     )
-    window = getattr(config if config.model_type == "mistral" else attention, "sliding_window", None)
-    return NativeLayer(parts, (norms, qkv, out, gate_up, down), float(attention.scaling), window or 0)
+    return NativeLayer(parts, (norms, qkv, out, gate_up, down))

@@ -62,11 +62,27 @@ class LayerParts(ctypes.Structure):
         ("down", ProductParts),
         ("eps", c_float),
         ("head_eps", c_float),
+        ("scale", c_float),
         ("hidden", c_int64),
         ("heads", c_int64),
         ("kv_heads", c_int64),
         ("dim", c_int64),
         ("middle", c_int64),
+        ("window", c_int64),
+    )
+
+
+class SpanParts(ctypes.Structure):
+    """`spans_t`."""
+
+    _fields_ = (
+        ("spans", c_int64),
+        ("row", c_void_p),
+        ("count", c_void_p),
+        ("position", c_void_p),
+        ("stride", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
     )
 
 
@@ -82,13 +98,12 @@ class Library:
         self.pack.argtypes = (c_int, c_void_p, c_int64, c_int64, c_void_p, c_int)
         self.product = loaded.mesh_product
         self.product.argtypes = (POINTER(ProductParts), c_void_p, c_int64, c_int, c_void_p, c_void_p, c_int, c_int)
-        self.before = loaded.mesh_before
-        self.before.argtypes = (POINTER(LayerParts), c_void_p, c_void_p, c_void_p, c_int64, c_int, c_void_p, c_int)
-        self.after = loaded.mesh_after
-        self.after.argtypes = (POINTER(LayerParts), c_void_p, c_void_p, c_int64, c_int, c_int)
+        self.layers = loaded.mesh_layers
+        spans = POINTER(SpanParts)
+        self.layers.argtypes = (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int, spans, c_int)
         self.logits = loaded.mesh_logits
         self.logits.argtypes = (POINTER(ProductParts), c_void_p, c_float, c_void_p, c_int64, c_int, c_void_p, c_int)
-        for function in (self.pack, self.product, self.before, self.after, self.logits):
+        for function in (self.pack, self.product, self.layers, self.logits):
             function.restype = None
         self.isa = Isa(self.use(Isa.AMX))
 

@@ -26,9 +26,17 @@ typedef struct {
     const float *query_norm, *key_norm; /* [dim] or null */
     const float *before_mlp;
     product_t qkv, out, gate_up, down; /* gate_up: each panel holds 16 gates, then their 16 ups */
-    float eps, head_eps;
-    int64_t hidden, heads, kv_heads, dim, middle;
+    float eps, head_eps, scale;
+    int64_t hidden, heads, kv_heads, dim, middle, window; /* window: 0, or how many keys a query may see */
 } layer_t;
+
+/* The sequences of a step. Keys and values lie [kv_heads][stride / dim][dim], as the rows' own type. */
+typedef struct {
+    int64_t spans;
+    const int64_t *row, *count, *position; /* rows [row, row + count) stand at positions position, position + 1, … */
+    const int64_t *stride;                 /* elements from one head to the next */
+    const int64_t *keys, *values;          /* addresses [layers][spans] */
+} spans_t;
 
 /* How panels are worked off: all three give the same bits. */
 enum isa { NONE, AVX2, AVX512, AMX };
@@ -38,9 +46,8 @@ void pool_run(item_fn run, const void *work, int64_t items, int threads);
 
 typedef struct {
     void (*product)(const product_t *, const void *x, int64_t rows, int bf16, const void *add, void *out, int out_bf16, int threads);
-    void (*before)(const layer_t *, const void *x, const int64_t *positions, const float *turns, int64_t rows, int bf16,
-                   void *qkv, int threads);
-    void (*after)(const layer_t *, const void *answer, void *x, int64_t rows, int bf16, int threads);
+    void (*layers)(const layer_t *const *, int64_t count, void *x, const int64_t *positions, const float *turns, int64_t rows,
+                   int bf16, const spans_t *, int threads);
     void (*logits)(const product_t *, const float *norm, float eps, const void *x, int64_t rows, int bf16, float *out, int threads);
 } rows_t;
 
@@ -51,5 +58,8 @@ extern int use_amx;
  * sums are multiplied before they join the total. */
 void amx_panel(const uint16_t *panel, const uint16_t *x, int64_t steps, int rows, int first, float *out);
 void amx_panel_scaled(const uint16_t *panel, const float *scales, const uint16_t *x, int64_t steps, int rows, float *out);
+
+/* `count` panels one behind the other, each into 32 columns of out [rows][stride]. */
+void amx_panels(const uint16_t *panels, int64_t count, const uint16_t *x, int64_t steps, int rows, float *out, int64_t stride);
 
 #endif

@@ -20,6 +20,7 @@
 #define AHEAD 1024
 #define FEW_ROWS 2 /* up to here turning int8 and int4 into tiles costs more than it spares */
 #define UNROLL _Pragma("GCC unroll 4")
+#define UNROLL16 _Pragma("GCC unroll 16")
 
 static inline int64_t round_up(int64_t number, int64_t unit) { return (number + unit - 1) / unit * unit; }
 static inline int64_t steps_of(const product_t *p) { return (p->k + STEP - 1) / STEP; }
@@ -438,4 +439,6 @@ static void after_attention(const layer_t *l, const void *answer, void *x, int64
     }
 }
 
-const rows_t ROWS = {product, before_attention, after_attention, logits};
+#include "attend.h"
+
+const rows_t ROWS = {product, layers, logits};
