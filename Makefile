@@ -35,6 +35,7 @@ format: $(STAMP)
 
 sim: $(STAMP)
 	$(BIN)/mesh simulate --seed 1 --nodes 100 --kill 5
+	$(BIN)/python -m tools.sim_storms --seeds 10000
 
 e2e: $(STAMP)
 	$(BIN)/python -m pytest -q tests/e2e

@@ -25,6 +25,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "lag_tolerance_s": (0.01, 10),
     "exchange_gap_s": (0.01, 60),
     "exchange_pace_s": (0.0, 10),
+    "exchange_patience_s": (0.0, 0.01),
     "watched_peers": (0, 16),
     "stall_patience_s": (0, 3600),
 }
@@ -59,6 +60,7 @@ class MembershipConfig:
     lag_tolerance_s: float = 0.1  # a tick later than this means that we slept: our own timers prove nothing
     exchange_gap_s: float = 0.5  # between two exchanges with one peer
     exchange_pace_s: float = 0.02  # between any two exchanges of this node
+    exchange_patience_s: float = 0.0001  # for each member: what rumours will settle by then is not worth a whole digest
     stall_patience_s: float = 30.0  # a suspect that still listens is dead only after so long: its process exists
     watched_peers: int = 4  # ring successors to which links are kept; both ends watch, so a node is watched by twice as many
 

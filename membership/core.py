@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from membership.allowance import Allowance
 from membership.config import MembershipConfig
-from membership.effects import Effect, FactsChanged, MemberForgotten, Push, Renewed
+from membership.effects import Effect, FactsChanged, MemberChanged, MemberForgotten, Push, Renewed
 from membership.facts import DELTAS_BYTES, FactsBook
 from membership.fingerprint import Fingerprint
 from membership.members import SEVERITY, Member
@@ -137,7 +137,7 @@ class MembershipCore:
         members: list[MemberRecord] = []
         behind: dict[NodeId, Known] = {}
         for node in sorted({*mine, *(member.node for member in self.swim.members)}):
-            theirs, member = mine.get(node), self.swim.members.get(node)
+            theirs, member = mine.get(node), self.swim.members.peek(node)
             ours = self._entry(member) if member is not None else None
             if theirs is not None and (ours is None or _is_ahead(theirs, ours)):
                 wanted.append(Want(node, *self.facts.known(node)))
@@ -222,15 +222,18 @@ class MembershipCore:
         sync = Sync(members=members, deltas=tuple(kept))
         owners = (kept[0].owner,) if len(kept) == 1 else ()
         peers = some_to_tell(self.swim.members, self.config.push_peers, self.rng, (*without, *owners))
-        return [Push(peer.address, sync) for peer in peers]
+        return [Push(self.swim.members.address_of(peer), sync) for peer in peers]
 
     def _entry(self, member: Member) -> DigestEntry:
         return DigestEntry(member.node, member.epoch, member.incarnation, member.state, *self.facts.known(member.node))
 
     def _settled(self, effects: list[Effect], now: float) -> list[Effect]:
         """Lets the facts book and the outlook follow what happened to the members, and holds back what is not covered."""
-        outlook = self.outlook.follow(effects, now)
-        for effect in list(effects):
+        notices = [effect for effect in effects if isinstance(effect, MemberChanged | MemberForgotten | Renewed)]
+        if not notices:
+            return self.allowance.covered(effects)
+        outlook = self.outlook.follow(notices, now)
+        for effect in notices:
             match effect:
                 case MemberForgotten(node=node):
                     self.facts.forget(node)

@@ -16,15 +16,18 @@ from mesh.gossip import Claim
 from mesh.gossip_wire import claim_bytes
 from mesh.ids import NodeId
 
+_FLOOR_MAX = 20
+
 
 def transmit_limit(multiplier: int, live: int) -> int:
     """How often one claim is sent: `multiplier` * ceil(log10(n + 1)), but at least 2 * ceil(log2(n)) + 4.
 
-    The floor is for small meshes, where the formula alone has been seen to miss members.
+    The floor is for small meshes, where the formula alone has been seen to miss members; it ends at 20 copies a teller, which
+    together miss a given member with a chance of e^-20.
     Source: memberlist's `retransmitLimit`; the floor from our own simulations.
     """
     scaled = multiplier * math.ceil(math.log10(live + 1))
-    floor = 2 * math.ceil(math.log2(max(2, live))) + 4
+    floor = min(_FLOOR_MAX, 2 * math.ceil(math.log2(max(2, live))) + 4)
     return max(scaled, floor)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from mesh.gossip import Message
 from mesh.ids import Address, NodeId
@@ -10,54 +10,47 @@ from mesh.sync import Sync
 from mesh.view import Load, PeerState
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(msgspec.Struct, frozen=True):
     """One datagram; may be lost."""
 
     to: Address
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
-class Exchange:
+class Exchange(msgspec.Struct, frozen=True):
     """Compare notes with whoever answers at `to`: a `membership.sync` call with a digest."""
 
     to: Address
 
 
-@dataclass(frozen=True, slots=True)
-class Push:
+class Push(msgspec.Struct, frozen=True):
     """Tell news that no datagram holds: a `membership.sync` call without a digest."""
 
     to: Address
     sync: Sync
 
 
-@dataclass(frozen=True, slots=True)
-class TryConnect:
+class TryConnect(msgspec.Struct, frozen=True):
     """Find out whether anybody listens at `to`, and tell the core with `tried(number, refused)`; None: no answer."""
 
     number: int
     to: Address
 
 
-@dataclass(frozen=True, slots=True)
-class PingStream:
+class PingStream(msgspec.Struct, frozen=True):
     """Ping over a link, where datagrams got no answer: an empty `membership.sync` call. Tell `stream_answered(seq, node)`."""
 
     seq: int
     to: Address
 
 
-@dataclass(frozen=True, slots=True)
-class Watch:
+class Watch(msgspec.Struct, frozen=True):
     """Keep links open to exactly these, so that the end of one of them is noticed at once. Others may stay open."""
 
     addresses: tuple[Address, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class MemberChanged:
+class MemberChanged(msgspec.Struct, frozen=True):
     """A member is not as it was: state, standing, name, address or region. `before` is None for a newcomer.
 
     `stalled`: silent for as long as a death takes, but its process exists.
@@ -71,20 +64,17 @@ class MemberChanged:
     stalled: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class MemberForgotten:
+class MemberForgotten(msgspec.Struct, frozen=True):
     """A tombstone was dropped: nothing is known of the node any more."""
 
     node: NodeId
 
 
-@dataclass(frozen=True, slots=True)
-class FactsChanged:
+class FactsChanged(msgspec.Struct, frozen=True):
     node: NodeId
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
+class Measured(msgspec.Struct, frozen=True):
     """A datagram came straight from `node`: its load as of `load_at`, and the round trip if this one timed it."""
 
     node: NodeId
@@ -93,23 +83,20 @@ class Measured:
     rtt_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+class Cut(msgspec.Struct, frozen=True):
     """All that went within one short while, sorted: what ran on any of these is lost, or moved away by those who left."""
 
     lost: tuple[NodeId, ...]
     left: tuple[NodeId, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Froze:
+class Froze(msgspec.Struct, frozen=True):
     """Much of the last stable view is missing: nothing is to be moved; or, not `frozen`, it may be again."""
 
     frozen: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Renewed:
+class Renewed(msgspec.Struct, frozen=True):
     """Somebody knew a later run of this node than this one; it now counts as run `epoch`. Worth keeping on disk."""
 
     epoch: int

@@ -10,7 +10,6 @@ Hearsay of such a death is believed at once, except by those who hold a link to 
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -75,6 +74,8 @@ class Evidence(Hearing):
         effects = super().spread(now, without)
         if self.doubted:
             effects += self._verify_hearsay(now)
+        if not effects:
+            return effects
         changed = [effect for effect in effects if isinstance(effect, MemberChanged)]
         for change in changed:
             if change.after is PeerState.SUSPECT and change.before is not PeerState.SUSPECT:
@@ -102,15 +103,13 @@ class Evidence(Hearing):
         number = self._errand(member.node, None, 0, now)
         return [TryConnect(number, member.address)] if number is not None else []
 
-    def ring_successors(self, count: int) -> list[Member]:
+    def ring_successors(self, count: int) -> list[NodeId]:
         """The live members that follow this node in the order of ids, which are random: neighbours share no rack."""
-        peers = self.members.peers
-        start = bisect_right(peers, self.me)
-        return [self.members[peers[(start + step) % len(peers)]] for step in range(min(count, len(peers)))]
+        return self.members.roster.after(self.me, count)
 
     def watch(self, *, again: bool = False) -> list[Effect]:
         """Asks the shell to keep links to the ring successors; `again`: also to those it was asked for before."""
-        watched = tuple((m.node, m.address) for m in self.ring_successors(self.config.watched_peers))
+        watched = tuple((node, self.members.address_of(node)) for node in self.ring_successors(self.config.watched_peers))
         if watched == self.watched and not (again and any(node not in self.linked for node, _ in watched)):
             return []
         self.watched = watched
@@ -149,7 +148,7 @@ class Evidence(Hearing):
             return []
         if errand.asker is not None:
             return [Send(errand.asker, self.filled(Knocked(self.sender(now), errand.asker_seq, refused is True), ()))]
-        self._seen(errand.node, refused)
+        self._seen(errand.node, refused, now)
         case = self.cases.get(errand.node)
         if case is None or case.number != number:
             return []
@@ -158,19 +157,24 @@ class Evidence(Hearing):
             return []
         case.refused_here = True
         relays = [] if case.hearsay else self.members.some_peers(RELAYS_ASKED, self.rng, without=(errand.node,))
-        case.relays = {relay.node for relay in relays}
+        case.relays = set(relays)
         self._judge(case, now)
-        return [Send(relay.address, self.filled(Knock(self.sender(now), number, errand.node), ())) for relay in relays]
+        knock = Knock(self.sender(now), number, errand.node)
+        return [Send(self.members.address_of(relay), self.filled(knock, ())) for relay in relays]
 
-    def _seen(self, node: NodeId, refused: bool | None) -> None:
+    def _seen(self, node: NodeId, refused: bool | None, now: float) -> None:
         """What a connection of our own says of a suspect's process."""
         member = self.members.get(node)
         if member is None or member.suspicion is None:
             return
         if refused is False:
             self._note_listening(member, Suspect(node, member.epoch, member.incarnation, node, listens=True))
-        elif member.suspicion.stalled:
+            return
+        if member.suspicion.stalled:
             member.suspicion.stalled = member.suspicion.listens = False
+        if refused is None and node in self.linked and self.health.factor == 1 and not self.health.lag_s(now):
+            # Not even its kernel answers one who is well and holds a link to it: an accuser who does not go by datagrams.
+            self.declare(Suspect(node, member.epoch, member.incarnation, self.me), now)
 
     def on_knock(self, asker: Address, message: Knock, now: float) -> list[Effect]:
         """Tries to connect on somebody's behalf: to members only, at the address known here."""

@@ -7,16 +7,29 @@ incarnations too: a refutation that got lost is repaired by the same exchange as
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from functools import lru_cache
 
 from mesh.ids import NodeId
 
+Standing = tuple[int, int]
+"""(epoch, incarnation)."""
+
 
 class Fingerprint:
-    def __init__(self) -> None:
-        self.value = 0
-        self._standing: dict[NodeId, tuple[int, int]] = {}  # of the live: epoch, incarnation
+    def __init__(self, standings: Mapping[NodeId, Standing] | None = None) -> None:
+        """`standings`: of those who live."""
+        self._common: Mapping[NodeId, Standing] = {}
+        self._standing: dict[NodeId, Standing | None] = {}  # beyond the common ones; None: not alive
         self._facts: dict[NodeId, tuple[int, int]] = {}  # of all known: epoch, version
+        self.value = 0
+        for node, standing in (standings or {}).items():
+            self.live(node, *standing)
+
+    def found(self, standings: Mapping[NodeId, Standing], value: int) -> None:
+        """These live, and as long as nothing else is heard of one, its entry is shared. `value`: their fingerprint."""
+        self._standing.clear()
+        self._common, self.value = standings, value
 
     def live(self, node: NodeId, epoch: int, incarnation: int) -> None:
         self._swap(node, (epoch, incarnation), self._facts.get(node))
@@ -25,15 +38,20 @@ class Fingerprint:
         self._swap(node, None, self._facts.get(node))
 
     def facts(self, node: NodeId, epoch: int, version: int) -> None:
-        self._swap(node, self._standing.get(node), (epoch, version))
+        self._swap(node, self._of(node), (epoch, version))
 
     def forget(self, node: NodeId) -> None:
         self._swap(node, None, None)
 
-    def _swap(self, node: NodeId, standing: tuple[int, int] | None, facts: tuple[int, int] | None) -> None:
-        self.value ^= _hash_of(node, self._standing.pop(node, None), self._facts.pop(node, None))
+    def _of(self, node: NodeId) -> Standing | None:
+        return self._standing[node] if node in self._standing else self._common.get(node)
+
+    def _swap(self, node: NodeId, standing: Standing | None, facts: tuple[int, int] | None) -> None:
+        self.value ^= _hash_of(node, self._of(node), self._facts.pop(node, None))
         self.value ^= _hash_of(node, standing, facts)
-        if standing is not None:
+        if standing == self._common.get(node):
+            self._standing.pop(node, None)
+        else:
             self._standing[node] = standing
         if facts is not None:
             self._facts[node] = facts

@@ -35,11 +35,13 @@ class LocalHealth:
 
     def lagged(self, lag_s: float, now: float) -> None:
         """A timer fired, or a datagram was read, so much later than it could have been."""
-        if lag_s >= self.lag_s(now):
+        if lag_s > 0 and lag_s >= self.lag_s(now):
             self._lag_s, self._lag_at = min(lag_s, LAG_MAX_S), now
 
     def lag_s(self, now: float) -> float:
         """The worst of late, fading; 0 when there is none to speak of."""
+        if not self._lag_s:
+            return 0.0
         lag_s = self._lag_s * 0.5 ** ((now - self._lag_at) / _LAG_HALVES_S)
         return lag_s if lag_s >= _LAG_NOTED_S else 0.0
 

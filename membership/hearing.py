@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from membership.config import MembershipConfig
 from membership.dissemination import Rumours, transmit_limit
 from membership.distances import Distances
 from membership.effects import Effect, Exchange, MemberChanged, MemberForgotten, Renewed, Send
+from membership.exchanges import Exchanges
 from membership.fingerprint import Fingerprint
 from membership.health import LAG_MAX_S, LocalHealth
 from membership.members import Member, Members, description_of, standing_of, state_of
@@ -26,18 +29,12 @@ from mesh.gossip import (
     REFUSED,
     TIMEOUT,
     ZERO_LOAD,
-    Ack,
     Alive,
     Claim,
     Dead,
     Gossip,
-    Knock,
-    Knocked,
     Left,
     Message,
-    Nack,
-    Ping,
-    PingReq,
     Sender,
     Suspect,
 )
@@ -51,7 +48,6 @@ if TYPE_CHECKING:
     from random import Random
 
 COUNTER_MAX = 2**48 - 1  # one less than the wire's bound, so that a refutation of anything accepted still fits
-_EXCHANGES_REMEMBERED = 1024
 WAY_FACTOR = 3.0  # a probe waits for so many of the round trips that are to be expected
 _FRESH_S = 5.0  # a refused death is believed at once up to this age: later its victim may well be back
 
@@ -80,8 +76,7 @@ class Hearing:
         self.refutations = self.conflicts = self.unknown_claims = self.refused_newcomers = 0
         self._news: dict[NodeId, Claim] = {}
         self._changes: list[Effect] = []
-        self._exchanged_at: dict[Address, float] = {}
-        self._last_exchange_at = -1e9
+        self._exchanges = Exchanges(config, now)
         self.next_gossip_at = now
         self._last_renewal_at = -1e9
 
@@ -96,42 +91,32 @@ class Hearing:
         return Sender(self.me, me.epoch, me.incarnation, fingerprint, self.load, age_ms, lag_ms)
 
     def suspected(self) -> list[Member]:
-        return [self.members[node] for node in sorted(self.members.suspects)]
+        return [self.members[node] for node in sorted(self.members.suspects)] if self.members.suspects else []
 
     def on_newcomer(self, node: NodeId) -> None:
         """A member came to life; probing gives it a place in its round."""
 
     def filled(self, bare: Message, first: Sequence[Claim]) -> Message:
         """`bare` with `first` and as many rumours as fit the datagram."""
+        if not first and not self.rumours:
+            return bare
         limit = transmit_limit(self.config.transmit_multiplier, self.members.live_count)
         claims = self.rumours.take(claim_budget_bytes(bare), limit, first)
-        match bare:
-            case Ping(sender=sender, seq=seq, target=target, where=where):
-                return Ping(sender, seq, target, claims, where)
-            case PingReq(sender=sender, seq=seq, target=target):
-                return PingReq(sender, seq, target, claims)
-            case Ack(sender=sender, seq=seq, where=where):
-                return Ack(sender, seq, claims, where)
-            case Nack(sender=sender, seq=seq):
-                return Nack(sender, seq, claims)
-            case Gossip(sender=sender):
-                return Gossip(sender, claims)
-            case Knock(sender=sender, seq=seq, target=target):
-                return Knock(sender, seq, target, claims)
-            case Knocked(sender=sender, seq=seq, refused=refused):
-                return Knocked(sender, seq, refused, claims)
+        return msgspec.structs.replace(bare, claims=claims)
 
     def spread(self, now: float, without: tuple[NodeId, ...] = ()) -> list[Effect]:
         """Ends every call from outside: changes, and this call's news to a few peers at once."""
         effects = self.take_changes()
-        news, self._news = self._news, {}
-        if news:
+        if effects:
+            self._exchanges.note(self.members.fingerprint.value, now)
+        if self._news:
+            news, self._news = self._news, {}
             if self.next_gossip_at <= now:  # there was nothing to tell until now
                 self.next_gossip_at = now + self.config.gossip_period_s
             bare = Gossip(self.sender(now))
             claims = Rumours().take(claim_budget_bytes(bare), 1, list(news.values()))
             for peer in some_to_tell(self.members, self.config.eager_peers, self.rng, without):
-                effects.append(Send(peer.address, Gossip(bare.sender, claims)))
+                effects.append(Send(self.members.address_of(peer), Gossip(bare.sender, claims)))
         return effects
 
     def forget(self, member: Member) -> None:
@@ -150,15 +135,17 @@ class Hearing:
 
     def want_exchange(self, address: Address, now: float) -> bool:
         """Asks for an exchange, unless this peer, or this node, had one a moment ago."""
-        if now - self._last_exchange_at < self.config.exchange_pace_s:
+        if not self._exchanges.take(address, now):
             return False
-        if now - self._exchanged_at.get(address, -1e9) < self.config.exchange_gap_s:
-            return False
-        if len(self._exchanged_at) >= _EXCHANGES_REMEMBERED:
-            self._exchanged_at.clear()
-        self._exchanged_at[address] = self._last_exchange_at = now
         self._changes.append(Exchange(address))
         return True
+
+    def compare(self, fingerprint: int, address: Address, now: float) -> None:
+        """A peer's fingerprint, and where it can be asked. A difference is settled by an exchange, unless by rumours soon."""
+        mine = self.members.fingerprint.value
+        self._exchanges.note(mine, now)
+        if fingerprint != mine and self._exchanges.settled(self.members.live_count, now):
+            self.want_exchange(address, now)
 
     def declare(self, claim: Claim, now: float) -> None:
         """A verdict of this node itself."""

@@ -9,14 +9,15 @@ claims agree whatever the order, the number of copies, or the way they came.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from membership.coordinates import Coordinate, pack
 from membership.fingerprint import Fingerprint
+from membership.roster import Roster, some_of
 from membership.suspicion import Suspicion
-from mesh.gossip import LISTENS, TIMEOUT, Alive, Claim, Dead, Left, Suspect
+from mesh.gossip import LISTENS, TIMEOUT, ZERO_LOAD, Alive, Claim, Dead, Left, Suspect
 from mesh.ids import Address, NodeId
 from mesh.sync import MemberRecord
 from mesh.view import Load, PeerState
@@ -64,7 +65,7 @@ class Member:
     since: float  # when it came into this state, local monotonic seconds
     heard_at: float = -math.inf  # last datagram or answer of its own
     suspicion: Suspicion | None = None
-    load: Load = field(default_factory=Load)
+    load: Load = ZERO_LOAD
     load_at: float = 0.0
     rtt_s: float | None = None  # last measured
     point: Coordinate | None = None  # where it is, as it said last
@@ -72,6 +73,7 @@ class Member:
     lag_s: float = 0.0  # as it admits
     key: bytes = b""  # the first heard, for good
     signature: bytes = b""  # its own: under its goodbye once it has left, else under its description
+    listed_in: str | None = None  # the region on whose list of the living it is
 
     @property
     def standing(self) -> Standing:
@@ -133,41 +135,94 @@ class Member:
         )
 
 
+_NOBODY = Roster()
+
+
+class Common:
+    """What many simulated nodes know alike from the start: shared by all, and copied by whoever learns more of one of them."""
+
+    def __init__(self, members: Iterable[Member]) -> None:
+        """`members`: alive, and never touched again."""
+        self.members = {member.node: member for member in members}
+        by_region: dict[str, list[NodeId]] = {}
+        for member in self.members.values():
+            member.listed_in = member.region
+            by_region.setdefault(member.region, []).append(member.node)
+        self.regions = {region: Roster(nodes) for region, nodes in by_region.items()}
+        self.roster = Roster(self.members) if len(self.regions) > 1 else next(iter(self.regions.values()))
+        self.standings = {member.node: (member.epoch, member.incarnation) for member in self.members.values()}
+        self.share = Fingerprint(self.standings).value
+
+
 class Members:
     """All members by id, this node included, with what probing needs of them at hand."""
 
     def __init__(self, myself: Member, fingerprint: Fingerprint) -> None:
         self.me = myself.node
         self.fingerprint = fingerprint
-        self._by_id: dict[NodeId, Member] = {}
-        self._peers: list[NodeId] | None = None
+        self._own: dict[NodeId, Member] = {}
+        self._common: dict[NodeId, Member] = {}  # of those never looked at; a node of flesh and blood has none
+        self._forgotten: set[NodeId] = set()  # of the common ones
+        self.region = myself.region
+        self.roster = self.near = _NOBODY  # the live, and those in this node's own region; this node included
+        self.abroad: dict[str, Roster] = {}  # those of other regions, by region; none is empty
         self.suspects: set[NodeId] = set()
         self.gone: set[NodeId] = set()  # dead, or left
-        self.region = myself.region
-        self.abroad: dict[str, set[NodeId]] = {}  # live members of other regions, by region
-        self._near: list[NodeId] | None = None
         self.put(myself)
 
+    def found(self, common: Common) -> None:
+        """Knows these too, from the start; this node is one of them."""
+        self._common, self.roster = common.members, common.roster
+        self.abroad = dict(common.regions)
+        self.near = self.abroad.pop(self.region)
+        self.fingerprint.found(common.standings, common.share)
+
     def __len__(self) -> int:
-        return len(self._by_id)
+        if not self._common:
+            return len(self._own)
+        return len(self._common) - len(self._forgotten) + sum(node not in self._common for node in self._own)
 
     def __iter__(self) -> Iterator[Member]:
-        return iter(self._by_id.values())
+        """To be read only: those never looked at are shared."""
+        yield from self._own.values()
+        for node, member in self._common.items():
+            if node not in self._own and node not in self._forgotten:
+                yield member
 
     def __contains__(self, node: NodeId) -> bool:
-        return node in self._by_id
+        return node in self._own or (node in self._common and node not in self._forgotten)
 
     def get(self, node: NodeId) -> Member | None:
-        return self._by_id.get(node)
+        member = self._own.get(node)
+        if member is None and node in self._common and node not in self._forgotten:
+            member = self._own[node] = _fresh(self._common[node])
+        return member
 
     def __getitem__(self, node: NodeId) -> Member:
-        return self._by_id[node]
+        member = self.get(node)
+        if member is None:
+            raise KeyError(node)
+        return member
+
+    def peek(self, node: NodeId) -> Member | None:
+        """To be read only: it may be shared."""
+        member = self._own.get(node)
+        return member if member is not None or node in self._forgotten else self._common.get(node)
+
+    def address_of(self, node: NodeId) -> Address:
+        """Of a member; it is not looked at any closer."""
+        member = self.peek(node)
+        if member is None:
+            raise KeyError(node)
+        return member.address
 
     def put(self, member: Member) -> None:
         """Records a newcomer, or that a known member's state, standing or region changed."""
-        self._by_id[member.node] = member
-        self._peers = self._near = None
-        self._locate(member.node, member.region if member.live else self.region)
+        if (before := self.peek(member.node)) is not None:
+            member.listed_in = before.listed_in
+        self._own[member.node] = member
+        self._forgotten.discard(member.node)
+        self._list(member, member.region if member.live else None)
         if member.state is PeerState.SUSPECT:
             self.suspects.add(member.node)
         else:
@@ -180,54 +235,61 @@ class Members:
             self.fingerprint.gone(member.node)
 
     def forget(self, node: NodeId) -> None:
-        del self._by_id[node]
-        self._peers = self._near = None
-        self._locate(node, self.region)
+        if (member := self.get(node)) is not None:
+            self._list(member, None)
+        self._own.pop(node, None)
+        if node in self._common:
+            self._forgotten.add(node)
         self.suspects.discard(node)
         self.gone.discard(node)
         self.fingerprint.forget(node)
 
     @property
-    def peers(self) -> list[NodeId]:
-        """Live members other than this node, in an order that depends on nothing but who they are."""
-        if self._peers is None:
-            self._peers = sorted(m.node for m in self._by_id.values() if m.live and m.node != self.me)
-        return self._peers
-
-    @property
     def live_count(self) -> int:
         """This node included."""
-        return len(self.peers) + 1
+        return len(self.roster)
 
-    @property
-    def near(self) -> list[NodeId]:
-        """Those of `peers` that are in this node's own region, in the same order."""
-        if not self.abroad:
-            return self.peers
-        if self._near is None:
-            self._near = [node for node in self.peers if self._by_id[node].region == self.region]
-        return self._near
-
-    def in_regions(self, regions: set[str]) -> list[NodeId]:
-        """Live members of these other regions, sorted."""
-        return sorted(node for region in regions for node in self.abroad.get(region, ()))
-
-    def _locate(self, node: NodeId, region: str) -> None:
-        for other in [name for name, nodes in self.abroad.items() if node in nodes and name != region]:
-            self.abroad[other].discard(node)
-            if not self.abroad[other]:
-                del self.abroad[other]
-        if region != self.region:
-            self.abroad.setdefault(region, set()).add(node)
+    def in_regions(self, regions: Iterable[str]) -> list[Roster]:
+        """The lists of these other regions, in the order of their names."""
+        return [self.abroad[region] for region in sorted(regions) if region in self.abroad]
 
     def some_peers(
-        self, count: int, rng: Random, without: tuple[NodeId, ...] = (), among: list[NodeId] | None = None
-    ) -> list[Member]:
-        """Up to `count` different live peers, or of the peers `among`, uniformly at random, none of `without`."""
-        among = self.peers if among is None else among
-        drawn = rng.sample(among, min(len(among), count + len(without)))
-        return [self._by_id[node] for node in drawn if node not in without][:count]
+        self, count: int, rng: Random, without: tuple[NodeId, ...] = (), among: Sequence[Roster] | None = None
+    ) -> list[NodeId]:
+        """Up to `count` different live peers, or of those `among`, uniformly at random, none of `without`, nor this node."""
+        return some_of((self.roster,) if among is None else among, count, rng, (self.me, *without))
+
+    def _list(self, member: Member, region: str | None) -> None:
+        """Puts the member on the list of this region, and on no other. None: it does not live."""
+        node, before = member.node, member.listed_in
+        if before == region:
+            return
+        member.listed_in = region
+        if before is not None:
+            self._relist(before, self._regional(before).lacking(node))
+        if region is not None:
+            self._relist(region, self._regional(region).having(node))
+        self.roster = self.roster.lacking(node) if region is None else self.roster.having(node)
+
+    def _regional(self, region: str) -> Roster:
+        return self.near if region == self.region else self.abroad.get(region) or _NOBODY
+
+    def _relist(self, region: str, roster: Roster) -> None:
+        if region == self.region:
+            self.near = roster
+        elif len(roster):
+            self.abroad[region] = roster
+        else:
+            del self.abroad[region]
 
     def oldest_tombstone(self) -> NodeId | None:
-        gone = [self._by_id[node] for node in self.gone if node != self.me]
+        gone = [self[node] for node in self.gone if node != self.me]
         return min(gone, key=lambda m: (m.since, m.node)).node if gone else None
+
+
+def _fresh(member: Member) -> Member:
+    """One of its own of a shared record, which nothing was ever measured of."""
+    standing = member.epoch, member.incarnation, member.state
+    own = Member(member.node, member.description, *standing, member.since, key=member.key, signature=member.signature)
+    own.listed_in = member.listed_in
+    return own

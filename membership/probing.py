@@ -43,14 +43,16 @@ class Probes:
     def __init__(self, rng: Random) -> None:
         self._seq = rng.randrange(_SEQUENCE_MAX)  # a restarted node is not taken for its former self
         self._relays: dict[int, Relay] = {}
-        self._nacks_due: dict[int, float] = {}  # of relays, by number: when the asker is told that nothing came yet
+        self.nacks_due: dict[int, float] = {}  # of relays, by number: when the asker is told that nothing came yet
         self.under_way: dict[int, Probe] = {}
 
     @property
     def deadline(self) -> float:
         """When some probe next needs attention, in local monotonic seconds."""
-        probes = min((min(p.indirect_at, p.ends_at) for p in self.under_way.values()), default=math.inf)
-        return min(probes, min(self._nacks_due.values(), default=math.inf))
+        at = math.inf
+        for probe in self.under_way.values():
+            at = min(at, probe.indirect_at, probe.ends_at)
+        return min(at, *self.nacks_due.values()) if self.nacks_due else at
 
     def next_seq(self) -> int:
         self._seq = (self._seq + 1) % _SEQUENCE_MAX
@@ -84,11 +86,11 @@ class Probes:
         if probe is not None and by in probe.relays:
             probe.nacks.add(by)
 
-    def nacks_due(self, now: float) -> list[Relay]:
+    def take_nacks_due(self, now: float) -> list[Relay]:
         """Relays whose target has kept silent; each once."""
-        due = [seq for seq, at in self._nacks_due.items() if at <= now]
+        due = [seq for seq, at in self.nacks_due.items() if at <= now]
         for seq in due:
-            del self._nacks_due[seq]
+            del self.nacks_due[seq]
         return [self._relays[seq] for seq in due if seq in self._relays]
 
     def relay(self, target: NodeId, asker: Address, asker_seq: int, now: float, nack_at: float, expires_at: float) -> int | None:
@@ -99,7 +101,7 @@ class Probes:
                 return None
         seq = self.next_seq()
         self._relays[seq] = Relay(target, asker, asker_seq, expires_at)
-        self._nacks_due[seq] = nack_at
+        self.nacks_due[seq] = nack_at
         return seq
 
     def relayed(self, seq: int, by: NodeId, now: float) -> Relay | None:
@@ -108,5 +110,5 @@ class Probes:
         if relay is None or relay.target != by:
             return None
         del self._relays[seq]
-        self._nacks_due.pop(seq, None)
+        self.nacks_due.pop(seq, None)
         return relay if relay.expires_at > now else None

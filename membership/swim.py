@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 _SEEDS_MAX = 64
 _NACK_SHARE = 0.8  # of the probe timeout, after which a relay says that it heard us at least (Lifeguard, section IV-A)
 _RELAYED_FACTOR = 1.25  # a relayed answer waits so much longer than what is to be expected
+_REDIALLERS = 16  # nodes that try the gone each period, and one more for each of the gone
 _FAREWELLS = 32  # peers told directly when this node leaves; they tell the others
 
 
@@ -90,9 +91,16 @@ class Swim(Evidence):
         """When `tick` next has something to do, in local monotonic seconds; infinite after `leave`."""
         if self.left:
             return math.inf
-        suspects = (m.suspicion.deadline for m in self.suspected() if m.suspicion)
-        gossip_at = self.next_gossip_at if self.rumours else math.inf
-        return min(self._next_probe_at, self._next_redial_at, self._probes.deadline, gossip_at, *suspects)
+        at = self._next_probe_at  # asked after every datagram: what is not there costs nothing
+        if self._probes.under_way or self._probes.nacks_due:
+            at = min(at, self._probes.deadline)
+        if self.members.gone or self._seeds:  # else links are looked after when the next probe is due anyway
+            at = min(at, self._next_redial_at)
+        if self.rumours:
+            at = min(at, self.next_gossip_at)
+        if self.members.suspects:
+            at = min(at, *(m.suspicion.deadline for m in self.suspected() if m.suspicion))
+        return at
 
     def remember_seed(self, address: Address) -> None:
         """Keeps trying this address for as long as no live member has it."""
@@ -111,8 +119,13 @@ class Swim(Evidence):
             return []
         arrived_at = now if arrived_at is None else min(now, arrived_at)
         self.health.lagged(now - arrived_at, now)
-        corrections = self._greet(source, sender, now, arrived_at)
-        corrections += self.hear_all(source, message.claims, now)
+        peer = self.members.get(sender.node)
+        corrections = self._greet(peer, source, sender, now, arrived_at)
+        if message.claims:
+            corrections += self.hear_all(source, message.claims, now)
+            peer = self.members.get(sender.node)
+        if peer is not None and peer.live:
+            self.compare(sender.fingerprint, peer.address, now)  # after what came along: it may be the difference
         effects: list[Effect] = []
         rtt_s = None  # of the ack, if it times one
         match message:
@@ -122,8 +135,8 @@ class Swim(Evidence):
                 claims = corrections if wanted else [self.myself.alive_claim(), *corrections]
                 answer = self.distances.told_with_ack(where)
                 bare = Ack(self.sender(now), seq, where=answer) if wanted else Gossip(self.sender(now))
-                if sender.node in self.members:
-                    self.distances.heard(self.members[sender.node], where)
+                if peer is not None:
+                    self.distances.heard(peer, where)
                 effects.append(self._send(source, bare, claims))
                 corrections = []
             case Ack(seq=seq):
@@ -140,7 +153,7 @@ class Swim(Evidence):
                 pass
         if corrections:
             effects.append(self._send(source, Gossip(self.sender(now)), corrections))
-        if (peer := self.members.get(sender.node)) is not None and peer.live:
+        if peer is not None and peer.live:
             if rtt_s is not None and isinstance(message, Ack):
                 lagging = max(self.health.lag_s(now), peer.lag_s) > 0
                 self.distances.measured(peer, rtt_s, message.where, lagging=lagging)
@@ -152,7 +165,7 @@ class Swim(Evidence):
         if self.left:
             return []
         # Not measured by suspicions: a confirmation may move the end of one into the past.
-        due_at = min(self._next_probe_at, self._next_redial_at, self._probes.deadline)
+        due_at = min(self._next_probe_at, self._probes.deadline)
         if (late_s := now - due_at) > self.config.lag_tolerance_s:
             self._forgive(late_s, now)
             self.health.lagged(late_s, now)
@@ -163,7 +176,7 @@ class Swim(Evidence):
                 self._probe_failed(probe, now)
             elif now >= probe.indirect_at:
                 effects += self._ask_others(probe, now)
-        for relay in self._probes.nacks_due(now):
+        for relay in self._probes.take_nacks_due(now):
             effects.append(self._send(relay.asker, Nack(self.sender(now), relay.asker_seq), ()))
         for member in self.suspected():
             if member.suspicion is None or now >= member.suspicion.deadline:
@@ -175,7 +188,7 @@ class Swim(Evidence):
         if now >= self.next_gossip_at and self.rumours:
             self.next_gossip_at = now + self.config.gossip_period_s
             for peer in some_to_tell(self.members, self.config.gossip_peers, self.rng):
-                effects.append(self._send(peer.address, Gossip(self.sender(now)), ()))
+                effects.append(self._send(self.members.address_of(peer), Gossip(self.sender(now)), ()))
         if now >= self._next_redial_at:
             self._next_redial_at = now + self.config.redial_period_s * (0.75 + 0.5 * self.rng.random())
             effects += self._redial(now)
@@ -228,7 +241,7 @@ class Swim(Evidence):
         sender = self.sender(now)
         peers = self.members.some_peers(_FAREWELLS, self.rng)
         self.left = True
-        return [*self.take_changes(), *(Send(peer.address, Gossip(sender, (farewell,))) for peer in peers)]
+        return [*self.take_changes(), *(Send(self.members.address_of(peer), Gossip(sender, (farewell,))) for peer in peers)]
 
     def statistics(self, now: float) -> SwimStatistics:
         return SwimStatistics(
@@ -250,9 +263,8 @@ class Swim(Evidence):
     def on_newcomer(self, node: NodeId) -> None:
         self._patrol.joined(self.members[node], self.members)
 
-    def _greet(self, source: Address, sender: Sender, now: float, arrived_at: float) -> list[Claim]:
+    def _greet(self, member: Member | None, source: Address, sender: Sender, now: float, arrived_at: float) -> list[Claim]:
         """Takes note of who speaks; what it should be told about itself, if it does not know how it is seen."""
-        member = self.members.get(sender.node)
         if member is None or (sender.epoch, sender.incarnation) > (member.epoch, member.incarnation):
             self.want_exchange(source, now)
             return []
@@ -260,8 +272,6 @@ class Swim(Evidence):
             member.heard_at = max(member.heard_at, arrived_at)
             member.lag_s = sender.lag_ms / 1000
         if member.live:
-            if sender.fingerprint != self.members.fingerprint.value:
-                self.want_exchange(member.address, now)
             # The buddy: a suspect that speaks to us hears of it from us, first of all.
             return [member.claim(self.me)] if member.state is PeerState.SUSPECT else []
         return [member.claim(self.me)]
@@ -289,16 +299,16 @@ class Swim(Evidence):
     def _ask_others(self, probe: Probe, now: float) -> list[Effect]:
         probe.indirect_at = math.inf
         relays = some_relays(self.members, self.config.indirect_peers, self.rng, probe.target)
-        probe.relays |= {relay.node for relay in relays}
+        probe.relays.update(relays)
         probe.ends_at = max(probe.ends_at, now + self._relay_s(relays, probe.target))
         asked: list[Effect] = [
-            self._send(relay.address, PingReq(self.sender(now), probe.seq, probe.target), ()) for relay in relays
+            self._send(self.members.address_of(relay), PingReq(self.sender(now), probe.seq, probe.target), ()) for relay in relays
         ]
         return [*asked, PingStream(probe.seq, self.members[probe.target].address)] if probe.target in self.members else asked
 
-    def _relay_s(self, relays: list[Member], target: NodeId) -> float:
+    def _relay_s(self, relays: list[NodeId], target: NodeId) -> float:
         """How long an answer through relays, or their nack, may take: their way to the target is no longer than by here."""
-        way_s = max((self.distances.expected_s(relay) for relay in relays), default=0.0)
+        way_s = max((self.distances.expected_s(self.members[relay]) for relay in relays), default=0.0)
         there_s = self.distances.expected_s(self.members[target]) if target in self.members else 0.0
         nack_s = way_s + _NACK_SHARE * self.config.probe_timeout_s
         return min(LAG_MAX_S, _RELAYED_FACTOR * max(2 * way_s + there_s, nack_s))
@@ -370,6 +380,9 @@ class Swim(Evidence):
             if member.node != self.me and now - member.since > self.config.forget_s:
                 self.forget(member)
         dead = [member.node for member in gone if member.state is PeerState.DEAD and member.node in self.members]
+        # In a large mesh some of us are enough: one dead host would hear from ten thousand. A seed may be known to us alone.
+        if self.rng.random() * self.members.live_count > len(dead) + _REDIALLERS:
+            dead = []
         seeds = self._absent_seeds()
         if not (choices := len(dead) + len(seeds)):
             return effects

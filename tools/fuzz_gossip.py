@@ -25,10 +25,11 @@ from membership.config import MembershipConfig
 from membership.core import MembershipCore
 from membership.effects import Send
 from membership.simulation.network import Network
+from membership.simulation.nodes import SimNode
 from membership.simulation.signer import StandInSigner
 from mesh import gossip_wire
 from mesh.gossip import MAX_MESSAGE_BYTES, Alive, BadDatagram, Claim, Left, Message
-from mesh.ids import NodeId
+from mesh.ids import Address, NodeId
 from mesh.load_wire import pack_load
 from mesh.statements import alive_statement, left_statement
 from mesh.view import Load
@@ -177,11 +178,11 @@ def real_messages() -> dict[str, bytes]:
     network = Network(7, loss=0.1)
     send = network._send
 
-    def watch(it: object, to: object, datagram: bytes) -> None:
-        kind = type(gossip_wire.decode(datagram)).__name__.lower()
+    def watch(it: SimNode, to: Address, message: Message) -> None:
+        kind, datagram = type(message).__name__.lower(), gossip_wire.encode(message)
         if len(datagram) > len(longest.get(kind, b"")):
             longest[kind] = datagram
-        send(it, to, datagram)  # type: ignore[arg-type]
+        send(it, to, message)
 
     network._send = watch  # type: ignore[method-assign]
     ids = network.grow(10)

@@ -1,6 +1,6 @@
 """A mesh of real membership cores on a virtual clock and a network of our own making: one seed, one trace.
 
-Time moves from event to event on a heap. Datagrams may be lost, late or cut off (also one way); calls travel
+Time moves from event to event. Datagrams may be lost, late or cut off (also one way); calls travel
 with the same delays, and fail where the network is cut or nobody lives. A paused node is one under SIGSTOP:
 its datagrams wait in a bounded socket buffer and are read, all of them, before its timers fire.
 """
@@ -8,19 +8,33 @@ its datagrams wait in a bounded socket buffer and are read, all of them, before 
 from __future__ import annotations
 
 import hashlib
-import heapq
+import math
 from collections.abc import Callable, Iterable
+from copy import copy
 from random import Random
 
 from membership.config import MembershipConfig
 from membership.core import MembershipCore
-from membership.effects import Cut, Effect, Exchange, FactsChanged, MemberChanged, PingStream, Push, Send, TryConnect, Watch
-from membership.members import Member
-from membership.simulation.nodes import Seen, SimNode
+from membership.effects import (
+    Cut,
+    Effect,
+    Exchange,
+    FactsChanged,
+    Measured,
+    MemberChanged,
+    PingStream,
+    Push,
+    Send,
+    TryConnect,
+    Watch,
+)
+from membership.members import Common
+from membership.simulation.nodes import Carried, Seen, SimNode
 from membership.simulation.signer import StandInSigner
+from membership.simulation.timeline import Timeline
 from membership.simulation.ways import Span, Ways
 from mesh import gossip_wire, sync
-from mesh.gossip import MAX_MESSAGE_BYTES, Alive
+from mesh.gossip import MAX_MESSAGE_BYTES, Alive, Message
 from mesh.ids import Address, NodeId
 from mesh.seal import KeySeal
 from mesh.signing import Signer
@@ -32,7 +46,7 @@ CONNECT_TIMEOUT_S = 1.0
 ROUNDS_MAX = 8  # as in the service
 
 
-class Network:
+class Network(Timeline):
     """All nodes, the wires between them, and what has been seen."""
 
     def __init__(
@@ -44,22 +58,26 @@ class Network:
         delay_s: Span = (0.0005, 0.002),
         far_s: Span | None = None,
         core: Callable[[Alive, Signer, MembershipConfig, Random, float], MembershipCore] = MembershipCore,
+        encoded: bool = True,
     ) -> None:
-        """`delay_s`: of one way; `far_s`: between two regions, if that takes longer; `core`: makes each node's."""
+        """`delay_s`: of one way; `far_s`: between two regions, if that takes longer; `core`: makes each node's.
+
+        `encoded`: datagrams travel as bytes. Else as the structs that the bytes stand for, with the size they would have:
+        half the work, and the same events, which a test holds against one another.
+        """
+        super().__init__()
         self.rng = Random(seed)
         self.config = config or MembershipConfig()
         self._core = core
         self.loss = loss
         self.ways = Ways(self.rng, delay_s, far_s)
-        self.now = 0.0
         self.nodes: dict[NodeId, SimNode] = {}
         self.seen: list[Seen] = []
         self.facts_seen: list[tuple[float, NodeId, NodeId]] = []
         self.cuts: list[tuple[float, NodeId, Cut]] = []
         self.largest_bytes = 0
         self._at: dict[Address, NodeId] = {}
-        self._heap: list[tuple[float, int, Callable[[], None]]] = []
-        self._scheduled = 0
+        self._encoded = encoded
         self._trace = hashlib.blake2b(digest_size=16)
 
     # what a test does to the mesh
@@ -105,14 +123,10 @@ class Network:
     def found(self, count: int) -> list[NodeId]:
         """A mesh of `count` nodes that know one another from the start, and their links: for sizes where joining takes long."""
         ids = [self.add() for _ in range(count)]
-        claims = [self.nodes[node].core.swim.myself for node in ids]
+        common = Common(copy(self.nodes[node].core.swim.myself) for node in ids)
         for node in ids:
             it = self.nodes[node]
-            for other in claims:
-                if other.node != node:
-                    known = Member(other.node, other.description, other.epoch, other.incarnation, PeerState.ALIVE, self.now)
-                    known.key, known.signature = other.key, other.signature
-                    it.core.swim.members.put(known)
+            it.core.swim.members.found(common)
             self._carry_out(it, it.core.swim.watch())
         self.run(0.1)
         return ids
@@ -147,9 +161,9 @@ class Network:
         it = self.nodes[node]
         it.paused = False
         waiting, it.buffer = it.buffer, []
-        for source, datagram in waiting:
-            self._receive(it, source, datagram)
-        it.armed_for = float("inf")
+        for source, carried in waiting:
+            self._receive(it, source, carried, None)
+        it.armed_for = math.inf
         self._arm(it)
 
     def cut(self, some: Iterable[NodeId], others: Iterable[NodeId], *, one_way: bool = False) -> None:
@@ -170,32 +184,11 @@ class Network:
     def leave(self, node: NodeId) -> None:
         """Says goodbye over datagrams and to three peers by call, then stops."""
         it = self.nodes[node]
-        peers = it.core.swim.members.some_peers(3, self.rng)
-        peers += [it.core.swim.members[node] for node in sorted(it.core.swim.linked)]
+        peers = it.core.swim.members.some_peers(3, self.rng) + sorted(it.core.swim.linked)
         self._carry_out(it, it.core.leave(self.now))
         for peer in peers:
-            self._call(it, peer.address, it.core.farewell(self.now), lambda _: None)
+            self._call(it, it.core.swim.members.address_of(peer), it.core.farewell(self.now), lambda _: None)
         self.crash(node)
-
-    def run(self, duration_s: float) -> None:
-        """Lets `duration_s` of virtual time pass."""
-        end = self.now + duration_s
-        while self._heap and self._heap[0][0] <= end:
-            self.now, _, happen = heapq.heappop(self._heap)
-            happen()
-        self.now = end
-
-    def run_until(self, condition: Callable[[], bool], within_s: float, *, step_s: float = 0.05) -> float:
-        """Lets time pass until `condition` holds; how long that took, in virtual seconds.
-
-        Raises:
-            AssertionError: it did not hold within `within_s`.
-        """
-        start = self.now
-        while not condition():
-            assert self.now - start < within_s, f"not within {within_s} s"
-            self.run(step_s)
-        return self.now - start
 
     # what a test asks of it
 
@@ -204,7 +197,7 @@ class Network:
         return [it.id for it in self.nodes.values() if it.running]
 
     def state(self, by: NodeId, node: NodeId) -> PeerState | None:
-        member = self.nodes[by].core.swim.members.get(node)
+        member = self.nodes[by].core.swim.members.peek(node)
         return member.state if member is not None else None
 
     def trace(self) -> str:
@@ -213,31 +206,28 @@ class Network:
 
     # the wires
 
-    def _later(self, delay_s: float, happen: Callable[[], None]) -> None:
-        self._scheduled += 1  # breaks ties: what was sent first arrives first
-        heapq.heappush(self._heap, (self.now + delay_s, self._scheduled, happen))
-
     def _arm(self, it: SimNode) -> None:
         deadline = it.core.deadline
-        if deadline >= it.armed_for or deadline == float("inf"):
+        if deadline < it.armed_for:
+            it.armed_for = deadline
+            self._later(max(0.0, deadline - self.now), self._wake, it, deadline)
+
+    def _wake(self, it: SimNode, armed_for: float) -> None:
+        if not it.running or it.paused or it.armed_for != armed_for or self.nodes[it.id] is not it:
             return
-        it.armed_for = deadline
-
-        def wake() -> None:
-            if self.nodes.get(it.id) is not it or not it.running or it.paused or it.armed_for != deadline:
-                return
-            it.armed_for = float("inf")
-            if self.now >= it.core.deadline:
-                self._carry_out(it, it.core.tick(self.now))
+        it.armed_for = math.inf
+        if self.now >= it.core.deadline:
+            self._carry_out(it, it.core.tick(self.now))
+        else:
             self._arm(it)
-
-        self._later(max(0.0, deadline - self.now), wake)
 
     def _carry_out(self, it: SimNode, effects: list[Effect]) -> None:
         for effect in effects:
             match effect:
                 case Send(to=to, message=message):
-                    self._send(it, to, gossip_wire.encode(message))
+                    self._send(it, to, message)
+                case Measured():
+                    pass
                 case Exchange(to=to):
                     self._exchange(it, to)
                 case Push(to=to, sync=news):
@@ -308,47 +298,48 @@ class Network:
 
         self._later(self.rng.uniform(0.001, 0.006) + self.ways.delay_s(gone.id, other.id), hear)
 
-    def _send(self, it: SimNode, to: Address, datagram: bytes) -> None:
-        self.largest_bytes = max(self.largest_bytes, len(datagram))
-        assert len(datagram) <= MAX_MESSAGE_BYTES, f"a datagram of {len(datagram)} bytes"
-        it.bytes_sent += len(datagram) + SEAL_BYTES
+    def _send(self, it: SimNode, to: Address, message: Message) -> None:
+        carried = gossip_wire.encode(message) if self._encoded else message
+        size_bytes = len(carried) if isinstance(carried, bytes) else gossip_wire.encoded_bytes(carried)
+        self.largest_bytes = max(self.largest_bytes, size_bytes)
+        assert size_bytes <= MAX_MESSAGE_BYTES, f"a datagram of {size_bytes} bytes"
+        it.bytes_sent += size_bytes + SEAL_BYTES
         it.datagrams_sent += 1
-        if self.rng.random() < self.loss:
+        if self.rng.random() >= self.loss:
+            receiver = self._at.get(to, it.id)
+            self.ways.carried(it.id, receiver, size_bytes + SEAL_BYTES)
+            self._later(self.ways.delay_s(it.id, receiver), self._arrive, it, to, carried)
+
+    def _arrive(self, it: SimNode, to: Address, carried: Carried) -> None:
+        target = self._at.get(to)
+        if target is None or not self.ways.passes(it.id, target):
             return
-
-        def arrive() -> None:
-            target = self._at.get(to)
-            if target is None or not self.ways.passes(it.id, target):
-                return
-            peer = self.nodes[target]
-            if not peer.running:
-                return
-            if peer.paused:
-                if len(peer.buffer) < SOCKET_BUFFER_DATAGRAMS:
-                    peer.buffer.append((it.address, datagram))
-                return
-            self._when_read(peer, lambda arrived_at: self._receive(peer, it.address, datagram, arrived_at))
-
-        receiver = self._at.get(to, it.id)
-        self.ways.carried(it.id, receiver, len(datagram) + SEAL_BYTES)
-        self._later(self.ways.delay_s(it.id, receiver), arrive)
+        peer = self.nodes[target]
+        if not peer.running:
+            return
+        if peer.paused:
+            if len(peer.buffer) < SOCKET_BUFFER_DATAGRAMS:
+                peer.buffer.append((it.address, carried))
+        elif peer.starved_s is None:
+            self._receive(peer, it.address, carried, self.now)
+        else:
+            self._when_read(peer, lambda arrived_at: self._receive(peer, it.address, carried, arrived_at))
 
     def _when_read(self, it: SimNode, take: Callable[[float], None]) -> None:
         """Input has arrived at `it`: taken at once, or as late as a starved process reads."""
         if it.starved_s is None:
             take(self.now)
             return
-        arrived_at = self.now
         it.read_until = max(it.read_until, self.now + self.rng.uniform(*it.starved_s))
+        self._later(it.read_until - self.now, self._read, it, take, self.now)
 
-        def read() -> None:
-            if it.running and not it.paused:
-                take(arrived_at)
+    def _read(self, it: SimNode, take: Callable[[float], None], arrived_at: float) -> None:
+        if it.running and not it.paused:
+            take(arrived_at)
 
-        self._later(it.read_until - self.now, read)
-
-    def _receive(self, it: SimNode, source: Address, datagram: bytes, arrived_at: float | None = None) -> None:
-        self._carry_out(it, it.core.receive(source, gossip_wire.decode(datagram), self.now, arrived_at))
+    def _receive(self, it: SimNode, source: Address, carried: Carried, arrived_at: float | None) -> None:
+        message = gossip_wire.decode(carried) if isinstance(carried, bytes) else carried
+        self._carry_out(it, it.core.receive(source, message, self.now, arrived_at))
 
     def _exchange(self, it: SimNode, to: Address) -> None:
         rounds = iter(range(ROUNDS_MAX))

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from membership.core import MembershipCore
+from mesh.gossip import Message
 from mesh.ids import Address, NodeId
 from mesh.view import PeerState
+
+Carried = bytes | Message
+"""A datagram under way."""
 
 
 @dataclass(slots=True)
@@ -18,7 +22,7 @@ class SimNode:
     started_at: float
     running: bool = True
     paused: bool = False
-    buffer: list[tuple[Address, bytes]] = field(default_factory=list)
+    buffer: list[tuple[Address, Carried]] = field(default_factory=list)
     armed_for: float = float("inf")
     bytes_sent: int = 0
     datagrams_sent: int = 0

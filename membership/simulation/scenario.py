@@ -81,7 +81,8 @@ class Outcome:
 def simulate(scenario: Scenario) -> Outcome:
     """Runs it: the same scenario gives the same outcome, but for `wall_s`."""
     began_s = time.perf_counter()
-    network = Network(scenario.seed, loss=scenario.loss, delay_s=scenario.delay_span_s)
+    encoded = scenario.nodes <= JOINED_MAX
+    network = Network(scenario.seed, loss=scenario.loss, delay_s=scenario.delay_span_s, encoded=encoded)
     ids = network.grow(scenario.nodes) if scenario.nodes <= JOINED_MAX else network.found(scenario.nodes)
     network.run(SETTLE_S)
     sent, from_s = sum(it.bytes_sent for it in network.nodes.values()), network.now

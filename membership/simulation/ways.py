@@ -27,10 +27,11 @@ class Ways:
         return self._region.get(one) != self._region.get(other)
 
     def delay_s(self, one: NodeId, other: NodeId) -> float:
-        return self._rng.uniform(*(self._far_s if self.abroad(one, other) else self._near_s))
+        shortest_s, longest_s = self._far_s if self.abroad(one, other) else self._near_s
+        return shortest_s + (longest_s - shortest_s) * self._rng.random()
 
     def passes(self, source: NodeId, to: NodeId) -> bool:
-        return (source, to) not in self._cut
+        return not self._cut or (source, to) not in self._cut
 
     def carried(self, source: NodeId, to: NodeId, size_bytes: int) -> None:
         if self.abroad(source, to):

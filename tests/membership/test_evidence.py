@@ -178,3 +178,29 @@ def test_a_suspicion_of_silence_says_timeout_in_the_end() -> None:
     while state(core, 2) is PeerState.SUSPECT:
         core.tick(core.deadline)
     assert core.swim.members[peer_id(2)].cause == "timeout"
+
+
+def a_suspect_that_is_looked_at(linked: bool = True):
+    core = node_among(6)
+    if linked:
+        core.linked(peer_id(2))
+    effects = core.receive(address_of(1), gossip(1, Suspect(peer_id(2), 1, 0, peer_id(1))), 1.0)
+    return core, only(TryConnect, effects)
+
+
+def test_a_host_that_answers_no_connection_either_has_one_more_accuser() -> None:
+    core, [attempt] = a_suspect_that_is_looked_at()
+    before_s = core.swim.members[peer_id(2)].suspicion.deadline
+    core.tried(attempt.number, None, 1.5)
+    suspicion = core.swim.members[peer_id(2)].suspicion
+    assert state(core, 2) is PeerState.SUSPECT and suspicion.deadline < before_s
+    assert not suspicion.confirm([ME]), "this node has been counted"
+
+
+def test_one_that_has_no_link_with_a_suspect_or_is_not_well_itself_accuses_nobody_for_a_silent_host() -> None:
+    assert a_suspect_that_is_looked_at(linked=False)[1] == []
+    core, [attempt] = a_suspect_that_is_looked_at()
+    before_s = core.swim.members[peer_id(2)].suspicion.deadline
+    core.swim.health.note(+1)
+    core.tried(attempt.number, None, 1.5)
+    assert core.swim.members[peer_id(2)].suspicion.deadline == before_s

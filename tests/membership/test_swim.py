@@ -44,7 +44,7 @@ def test_a_ping_for_the_former_tenant_of_the_address_is_told_who_lives_here_now(
 
 def test_every_peer_is_probed_once_a_round() -> None:
     core = node_among(5)
-    effects = run_to(core, 5 * CONFIG.probe_period_s, answers=True)
+    effects = run_to(core, 10 * CONFIG.probe_period_s, answers=True)
     assert {ping.target for _, ping in messages(effects, Ping)} == {peer_id(n) for n in range(1, 6)}
     assert all(state(core, n) is PeerState.ALIVE for n in range(1, 6))
 
@@ -298,6 +298,20 @@ def test_dead_addresses_and_absent_seeds_are_dialled_now_and_then() -> None:
     assert dialled == {address_of(1), address_of(2)}, "both are dead by now"
     assert Exchange(("10.1.1.1", 1)) in effects
     assert len(messages(effects, Ping)) <= 54 / (0.75 * CONFIG.redial_period_s) + 1
+
+
+def test_in_a_large_mesh_some_dial_the_dead_for_all_but_each_its_own_absent_seed() -> None:
+    core = node_among(400)
+    core.receive(address_of(2), gossip(2, Suspect(peer_id(1), 1, 0, peer_id(2))), 0.0)
+    core.receive(address_of(2), gossip(2, Dead(peer_id(1), 1, 0, peer_id(2))), 9.0)
+    assert state(core, 1) is PeerState.DEAD
+    core.remember_seed(("10.8.8.8", 9))
+    periods = 500
+    effects = run_to(core, 9.0 + periods * CONFIG.redial_period_s, answers=True)
+    dead = [ping for to, ping in messages(effects, Ping) if to == address_of(1)]
+    seed = [exchange for exchange in only(Exchange, effects) if exchange.to == ("10.8.8.8", 9)]
+    assert 2 <= len(dead) <= 40, "of 400 nodes 17 in each period, so this one about 21 times in 500, half of them a seed"
+    assert len(seed) > 0.9 * periods - len(dead)
 
 
 def test_a_tombstone_is_dropped_in_the_end_with_all_that_was_known() -> None:

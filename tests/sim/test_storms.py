@@ -1,0 +1,40 @@
+"""Small meshes through storms drawn from seeds. `make sim` runs ten thousand of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from membership import hearing, members
+from membership.simulation.storm import Storm
+from mesh.gossip import Claim
+from mesh.view import PeerState
+
+BLOCKS, SEEDS_A_BLOCK = 4, 25
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_after_any_storm_all_see_one_mesh_and_nobody_was_wronged(block: int) -> None:
+    for seed in range(block * SEEDS_A_BLOCK, (block + 1) * SEEDS_A_BLOCK):
+        storm = Storm(seed)
+        assert storm.faults() == [], f"seed {seed}: {storm.blows}"
+
+
+def test_a_seed_is_one_storm() -> None:
+    one, again, other = Storm(3), Storm(3), Storm(4)
+    assert one.faults() == again.faults() == other.faults() == []
+    assert (one.blows, one.network.trace()) == (again.blows, again.network.trace())
+    assert one.network.trace() != other.network.trace()
+
+
+def test_storms_catch_a_node_that_never_refutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def deaf(self: hearing.Hearing, claim: Claim, words: object, now: float) -> list[Claim]:
+        return []
+
+    monkeypatch.setattr(hearing.Hearing, "_hear_of_myself", deaf)
+    assert any(Storm(seed).faults() for seed in range(20))
+
+
+def test_storms_catch_a_goodbye_that_a_verdict_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(members.SEVERITY, PeerState.LEFT, 2)
+    monkeypatch.setitem(members.SEVERITY, PeerState.DEAD, 3)
+    assert any(Storm(seed).faults() for seed in range(60))
