@@ -29,18 +29,20 @@ class TraceFile:
         """Writes at each SIGUSR1, until cancelled."""
         with trio.open_signal_receiver(signal.SIGUSR1) as signals:
             async for _ in signals:
-                await self.write()
+                if not await self.write():
+                    log.warning("membership.trace_not_kept", why="this node was started without --trace-mb")
 
-    async def write(self) -> None:
-        """Whole or not at all; a disk that takes nothing is logged and costs the node nothing else."""
+    async def write(self) -> bool:
+        """Whole or not at all; a disk that takes nothing is logged and costs the node nothing else. False: there is no trace."""
         if (raw := self._dump()) is None:
-            return
+            return False
         try:
             await trio.to_thread.run_sync(_replace, self._path, raw)
         except OSError as error:
             log.warning("membership.trace_not_written", path=str(self._path), why=str(error))
         else:
             log.info("membership.trace_written", path=str(self._path), size_bytes=len(raw))
+        return True
 
 
 def _replace(path: Path, raw: bytes) -> None:

@@ -46,6 +46,7 @@ class KnownPeers:
     def note(self, view: View) -> bool:
         """Takes in who is there now, and writes what changed; True when something did."""
         now, before = self._clock(), dict(self._peers)
+        self._peers = _not_ahead(self._peers, now)
         for peer in view.peers.values():
             if peer.id == view.me:
                 continue
@@ -73,6 +74,7 @@ class KnownPeers:
             log.warning("peers.unreadable", path=self._path.name, error=str(error))
             return {}
         now = self._clock()
+        known = _not_ahead(known, now)
         return {node: seen for node, seen in known.items() if now - seen.at <= FORGET_S and 0 < seen.port <= 65535}
 
     def _write(self) -> None:
@@ -83,3 +85,8 @@ class KnownPeers:
             os.replace(aside, self._path)
         except OSError as error:
             log.warning("peers.unwritten", path=self._path.name, error=str(error))
+
+
+def _not_ahead(peers: dict[NodeId, _Seen], now: float) -> dict[NodeId, _Seen]:
+    """Nobody was seen later than now: what says so was written by a clock that ran ahead, and would be kept for years."""
+    return {node: seen if seen.at <= now else _Seen(seen.host, seen.port, now) for node, seen in peers.items()}

@@ -62,3 +62,26 @@ def test_the_file_is_bounded_and_a_damaged_one_is_an_empty_one(tmp_path: Path) -
     for damage in (b"", b"{", b"[]", b'{"x": 1}', b'{"x": ["h", 99999999, 1e9]}'):
         (tmp_path / FILE).write_bytes(damage)
         assert KnownPeers(tmp_path, clock).addresses() == []
+
+
+def test_a_clock_that_once_ran_ahead_keeps_nobody_for_ever(tmp_path: Path) -> None:
+    clock = Clock()
+    clock.now += 10 * 365 * 86400
+    KnownPeers(tmp_path, clock).note(view((1, PeerState.ALIVE), (2, PeerState.ALIVE)))
+    clock.now = Clock.now
+    known = KnownPeers(tmp_path, clock)
+    for _ in range(8):
+        clock.now += FORGET_S / 6
+        known.note(view((1, PeerState.DEAD), (2, PeerState.ALIVE)))
+    assert known.addresses() == KnownPeers(tmp_path, clock).addresses() == [("10.0.0.1", 7002)]
+
+
+def test_a_clock_that_is_set_back_while_the_node_runs_keeps_nobody_for_ever_either(tmp_path: Path) -> None:
+    clock = Clock()
+    known = KnownPeers(tmp_path, clock)
+    known.note(view((1, PeerState.ALIVE)))
+    clock.now -= 10 * 365 * 86400
+    known.note(view((1, PeerState.DEAD)))
+    clock.now += FORGET_S + 1
+    known.note(view((1, PeerState.DEAD)))
+    assert known.addresses() == []
