@@ -304,6 +304,7 @@ def test_in_a_large_mesh_some_dial_the_dead_for_all_but_each_its_own_absent_seed
     core = node_among(400)
     core.receive(address_of(2), gossip(2, Suspect(peer_id(1), 1, 0, peer_id(2))), 0.0)
     core.receive(address_of(2), gossip(2, Dead(peer_id(1), 1, 0, peer_id(2))), 9.0)
+    run_to(core, 9.0, answers=True)  # the verdict is carried out by the clock, which knows of sleeps
     assert state(core, 1) is PeerState.DEAD
     core.remember_seed(("10.8.8.8", 9))
     periods = 500
