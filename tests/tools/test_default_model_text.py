@@ -16,7 +16,7 @@ from rag.types import Passage
 from tools.default_model import names, tasks
 from tools.default_model.bm25 import Bm25
 from tools.default_model.inquiries import Rarity, ask_about, stems
-from tools.default_model.prompts import CHAT_TEMPLATE, REFUSAL, grounded, opening, sentences
+from tools.default_model.prompts import CHAT_TEMPLATE, LABELS, REFUSAL, grounded, opening, sentences
 from tools.default_model.prose import Prose, paragraphs_of
 from tools.default_model.relations import BY_SUBJECT
 from tools.default_model.vocabulary import train_tokenizer
@@ -102,12 +102,27 @@ def test_the_template_and_the_generator_make_the_same_prompt(
     assert shown == opening(grounded(question, texts))
 
 
+def test_a_sentence_has_a_label_and_after_the_last_label_they_begin_again(tokenizer: PreTrainedTokenizerFast) -> None:
+    passages = [" ".join(f"Sentence {number}." for number in range(60)), " ".join(f"Piece {number}." for number in range(60))]
+    shown = grounded("What?", passages).splitlines()
+    assert shown[0] == "<|s1|>Sentence 0. [1]" and shown[93] == "<|s94|>Piece 33. [2]" and shown[94] == "<|s1|>Piece 34. [2]"
+    assert all(
+        tokenizer.tokenize(each) == [each] and not tokenizer.decode(tokenizer.encode(each), skip_special_tokens=True)
+        for each in LABELS
+    )
+    assert tokenizer.decode(tokenizer.encode("<|s7|>So it is. [1]<|end|>"), skip_special_tokens=True) == "So it is. [1]"
+
+
 def test_the_template_leaves_other_messages_as_they_are(tokenizer: PreTrainedTokenizerFast) -> None:
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 'What is <passage number="1"?'}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello!"},
+        {"role": "assistant", "content": "Good day."},
+        {"role": "user", "content": 'What is <passage number="1"?'},
+    ]
     shown = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert shown == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n"
-        '<|im_start|>user\nWhat is <passage number="1"?<|im_end|>\n<|im_start|>assistant\n'
+        '<|system|>Be brief.<|user|>Hello!<|assistant|>Good day.<|end|><|user|>What is <passage number="1"?<|assistant|>'
     )
 
 

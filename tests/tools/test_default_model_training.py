@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tools.default_model import checkpoints, evaluate, export, train, training
+from tools.default_model import checkpoints, drills, evaluate, export, train, training
 from tools.default_model.checkpoints import Run
-from tools.default_model.curriculum import STAGES, rate_at, stage_at
+from tools.default_model.curriculum import LESSON_STEPS, NOTICE_STEPS, STAGES, rate_at, stage_at
+from tools.default_model.drills import Parts
 from tools.default_model.examples import Maker
-from tools.default_model.model import Model, Pointer, block_mask
+from tools.default_model.model import Model, block_mask
 from tools.default_model.optimisers import Optimisers
-from tools.default_model.prompts import MARKS, REFUSAL
+from tools.default_model.prompts import ASSISTANT, END, LABELS, MARKS, REFUSAL, USER
 from tools.default_model.prose import Prose, Source
 from tools.default_model.shape import SHAPES
 from tools.default_model.training import Plan
@@ -25,6 +28,7 @@ from tools.default_model.vocabulary import load_tokenizer
 
 TINY = SHAPES["tiny"]
 STEPS = 6
+LONG = next(number for number, stage in enumerate(STAGES) if stage.row_tokens == 512)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +96,7 @@ def test_a_session_ends_before_the_run_does(prepared: Path, tmp_path: Path) -> N
 def test_rows_are_packed_and_a_batch_is_a_function_of_its_number(prepared: Path) -> None:
     maker, other = Maker.load(prepared, 3), Maker.load(prepared, 3)
     other.batch(0, 0, 2048)
-    batch, again = maker.batch(5, 3, 4096), other.batch(5, 3, 4096)
+    batch, again = maker.batch(5, LONG, 4096), other.batch(5, LONG, 4096)
     assert batch.ids.shape == (8, 512) and np.array_equal(batch.ids, again.ids)
     assert (batch.segments > 0).mean() > 0.75
     assert not batch.weights[batch.segments == 0].any(), "padding teaches nothing"
@@ -103,37 +107,45 @@ def test_rows_are_packed_and_a_batch_is_a_function_of_its_number(prepared: Path)
         assert starts[row][numbers > 0].sum() == numbers.max()
 
 
-def test_the_pointer_is_told_the_mark_behind_the_sentence_that_answers(prepared: Path) -> None:
+def test_an_answer_begins_with_the_label_of_its_sentence_and_the_label_weighs_most(prepared: Path) -> None:
     maker = Maker.load(prepared, 3)
     tokenizer = load_tokenizer(prepared / "tokenizer.json")
-    answered = refused = 0
+    answered = refused = broken_off = 0
     for number in range(4):
-        batch = maker.batch(number, 3, 4096)
-        flat, row_of = batch.ids.reshape(-1), batch.ids.shape[1]
-        assert len(batch.marks) == len(batch.pointed) > 0
-        for places, which in zip(batch.marks, batch.pointed, strict=True):
-            marked = places[places >= 0]
-            assert all(tokenizer.decode([flat[place]]) in MARKS for place in marked)
-            assert len({batch.segments.reshape(-1)[place] for place in marked}) == 1
-            after = tokenizer.decode(flat[marked[-1] : (marked[-1] // row_of + 1) * row_of].tolist(), skip_special_tokens=False)
-            answer = after.partition("assistant\n")[2].partition("<|im_end|>")[0]
-            if which == batch.marks.shape[1]:
-                refused += answer == REFUSAL
-                continue
-            begins = marked[which - 1] + 1 if which else marked[which] // row_of * row_of
-            assert tokenizer.decode(flat[begins : marked[which] + 1].tolist()).endswith(answer)
-            answered += 1
-    assert answered > 10 and refused > 0
+        batch = maker.batch(number, LONG, 4096)
+        for row in range(len(batch.ids)):
+            for segment in range(1, batch.segments[row].max() + 1):
+                mine = batch.segments[row] == segment
+                turns = tokenizer.decode(batch.ids[row][mine].tolist(), skip_special_tokens=False).split(ASSISTANT)
+                told = dict(line.split("|>", 1) for line in turns[0].removeprefix(USER).splitlines() if line.endswith(MARKS))
+                for turn in turns[1:]:
+                    name, _, text = turn.partition("|>")
+                    if not (told and name.startswith("<|s")):
+                        continue
+                    answer = text.partition(USER)[0]
+                    broken_off += not answer
+                    refused += answer == f"{REFUSAL}{END}"
+                    answered += answer == f"{told.get(name)}{END}"
+                    assert answer in ("", f"{REFUSAL}{END}", f"{told.get(name)}{END}")
+                heavy = batch.ids[row][np.flatnonzero(mine & (batch.weights[row] > 1.0)) + 1]
+                assert all(tokenizer.id_to_token(token) in LABELS for token in heavy)
+    assert answered > 10 and refused > 0 and broken_off > 10
 
 
-def test_pointing_picks_the_highest_mark_and_never_padding() -> None:
-    pointer = Pointer(TINY)
-    with torch.no_grad():
-        pointer.direction.fill_(1.0)
-    hidden = torch.randn(9, TINY.width, generator=torch.Generator().manual_seed(2))
-    scores = pointer(hidden, torch.tensor([[2, 5, -1], [8, -1, -1]]))
-    assert scores.shape == (2, 4) and torch.isinf(scores[0, 2]) and torch.isinf(scores[1, 1:3]).all()
-    assert scores[0, 3] == 0.0 and torch.isfinite(scores[:, 0]).all()
+@pytest.mark.parametrize("drill", [drills.recall, drills.quiz])
+def test_a_drill_asks_for_the_label_of_the_one_run_that_has_the_words(drill: Callable[..., Parts]) -> None:
+    pool = ["stone", "river", "cloud", "field", "tower", "bridge", "garden"]
+    asked = 0
+    for seed in range(40):
+        (told, learned), *questions = drill(Random(seed), pool, 400)
+        assert not learned
+        runs = dict(line.split("|>", 1) for line in told.splitlines())
+        for (question, _), (chosen, is_learned) in zip(questions[::2], questions[1::2], strict=True):
+            words = question.replace(USER, "").replace(ASSISTANT, "").replace("?", "").split()
+            assert is_learned and words
+            assert [name for name, run in runs.items() if set(words) <= set(run.split())] == [chosen.removesuffix("|>")]
+            asked += 1
+    assert asked > 200
 
 
 def test_a_token_sees_its_own_example_and_nothing_later() -> None:
@@ -142,8 +154,8 @@ def test_a_token_sees_its_own_example_and_nothing_later() -> None:
     packed = torch.cat([first, second])[None]
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
     segments = torch.tensor([[1] * 5 + [2] * 7])
-    hidden = model(packed, positions, block_mask(segments, torch.float32))[0][0]
-    alone = model(second[None], torch.arange(7)[None], None)[0][0]
+    hidden = model(packed, positions, block_mask(segments, torch.float32))[0]
+    alone = model(second[None], torch.arange(7)[None], None)[0]
     assert torch.allclose(hidden[5:], alone, atol=1e-5)
 
 
@@ -154,9 +166,9 @@ def test_an_exported_model_computes_what_was_trained(prepared: Path, tmp_path: P
     ids = torch.randint(0, TINY.vocabulary, (2, 40), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(40).expand(2, 40)
     with torch.inference_mode():
-        ours = model.logits(model(ids, positions, None)[0])
+        ours = model.logits(model(ids, positions, None))
         assert torch.allclose(loaded(ids).logits, ours, atol=1e-4)
-    assert sum(each.numel() for each in export.weights(model).values()) == TINY.parameters == loaded.num_parameters()
+    assert sum(each.numel() for each in model.parameters()) == TINY.parameters == loaded.num_parameters()
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == 2
     again = Model(TINY, 4)
     export.load_into(again, tmp_path / "out")
@@ -177,10 +189,25 @@ def test_a_model_too_large_for_the_package_is_refused(prepared: Path, tmp_path: 
 
 
 def test_stages_follow_one_another_and_the_rate_rises_holds_and_falls() -> None:
-    assert [stage_at(progress) for progress in (0.0, 0.1, 0.2, 0.5, 0.8, 1.0)] == [0, 1, 2, 3, 4, 5]
-    assert [stage.until for stage in STAGES] == sorted(stage.until for stage in STAGES)
+    bounds = [stage.until for stage in STAGES]
+    assert bounds == sorted(bounds) and bounds[-1] == 1.0
+    assert [stage_at(bound - 0.01, 10, []) for bound in bounds] == list(range(len(STAGES)))
     assert all(abs(sum(stage.mix.values()) - 1.0) < 1e-9 for stage in STAGES)
-    assert 0.0 < rate_at(0.0) < rate_at(0.005) < rate_at(0.01) == rate_at(0.7) == 1.0 > rate_at(0.9) > rate_at(1.0) == 0.0
+    assert 0.0 < rate_at(0.0) < rate_at(0.005) < rate_at(0.01) == rate_at(0.5) == 1.0 > rate_at(0.9) > rate_at(1.0) == 0.0
+
+
+def test_a_mastered_stage_ends_early_and_the_end_is_known_before_its_batches_are_made(prepared: Path, tmp_path: Path) -> None:
+    assert [stage_at(0.0, step, [40, 90]) for step in (0, 39, 40, 89, 90)] == [0, 0, 1, 1, 2]
+    assert stage_at(STAGES[2].until, 50, [40]) == 3, "the run's share ends a stage too"
+    run = Run(TINY, 7, 1024)
+    for step in range(1, 2 * LESSON_STEPS + 1):
+        run.steps = step
+        right = 10.0 if step > LESSON_STEPS else 5.0
+        training.end_stage_if_mastered(run, 0, right, 10.0)
+    assert run.ends == [2 * LESSON_STEPS + NOTICE_STEPS] and run.lesson == [0.0, 0.0]
+    run.steps += LESSON_STEPS
+    training.end_stage_if_mastered(run, 0, 10.0, 10.0)
+    assert len(run.ends) == 1, "batches of the ended stage still in flight end nothing"
 
 
 def test_one_command_trains_exports_and_measures(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

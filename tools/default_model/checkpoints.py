@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,6 +30,8 @@ class Run:
     answer_tokens: int = 0  # of those, the learned ones
     seconds: float = 0.0  # of training; making data beforehand and evaluation are not in it
     device: str = ""
+    ends: list[int] = field(default_factory=list)  # the steps at which mastered stages ended
+    lesson: list[float] = field(default_factory=lambda: [0.0, 0.0])  # choices right and all since it was last asked
 
 
 def save(work: Path, run: Run, model: Model, optimisers: Optimisers) -> None:

@@ -1,37 +1,48 @@
 """What is learned when. Pure.
 
-Short rows and drills first: copying appears as an abrupt gain that comes the sooner, the shorter the way to what is copied. Then
-ever longer contexts, and ever more real prose. Progress runs from 0 to 1, over steps or over a time budget.
+Short rows and drills first: copying and choosing appear as abrupt gains, and each next step only when the one before it is there.
+So a stage ends when its skill is mastered, or at its share of the run at the latest. Progress runs from 0 to 1, over
+steps or over a time budget.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 WARM_UP = 0.01  # shares of the whole run
-COOL_DOWN = 0.3
+COOL_DOWN = 0.5
+LESSON_STEPS = 25  # after so many it is asked whether the stage is mastered
+MASTERED = 0.85  # share of tokens of the stage's skill that are right
+NOTICE_STEPS = 32  # a stage is ended so many steps ahead: its last batches are made already
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    until: float  # of the whole run
+    until: float  # of the whole run, at the latest
     row_tokens: int
     mix: dict[str, float]  # kind of example -> share of examples
+    brief: float = 0.65  # share of conversations whose answers break off behind their labels
+    skill: str = "choosing"  # or copying: what ends the stage
 
 
 STAGES = (
-    Stage(0.06, 128, {"echo": 0.40, "lookup": 0.40, "world": 0.18, "talk": 0.02}),
-    Stage(0.15, 256, {"echo": 0.10, "lookup": 0.35, "world": 0.45, "prose": 0.08, "talk": 0.02}),
-    Stage(0.40, 256, {"echo": 0.03, "lookup": 0.17, "world": 0.45, "prose": 0.33, "talk": 0.02}),
-    Stage(0.75, 512, {"echo": 0.01, "lookup": 0.10, "world": 0.42, "prose": 0.45, "talk": 0.02}),
-    Stage(0.92, 1024, {"echo": 0.01, "lookup": 0.06, "world": 0.41, "prose": 0.50, "talk": 0.02}),
-    Stage(1.00, 2048, {"echo": 0.01, "lookup": 0.06, "world": 0.41, "prose": 0.50, "talk": 0.02}),
+    Stage(0.12, 128, {"echo": 0.45, "lookup": 0.35, "world": 0.20}, brief=0.0, skill="copying"),
+    Stage(0.16, 128, {"recall": 0.80, "echo": 0.10, "lookup": 0.10}),
+    Stage(0.20, 128, {"recall": 0.10, "quiz": 0.70, "lookup": 0.10, "echo": 0.10}),
+    Stage(0.34, 128, {"quiz": 0.10, "lookup": 0.25, "world": 0.48, "prose": 0.15, "talk": 0.02}),
+    Stage(0.60, 256, {"quiz": 0.05, "lookup": 0.08, "world": 0.55, "prose": 0.30, "talk": 0.02}),
+    Stage(0.84, 512, {"quiz": 0.03, "lookup": 0.05, "world": 0.55, "prose": 0.35, "talk": 0.02}),
+    Stage(0.95, 1024, {"quiz": 0.02, "lookup": 0.04, "world": 0.47, "prose": 0.45, "talk": 0.02}),
+    Stage(1.00, 2048, {"quiz": 0.02, "lookup": 0.04, "world": 0.46, "prose": 0.46, "talk": 0.02}),
 )
+LAST_BY_MASTERY = 4  # the long rows after it are dear, and wait for their share of the run
 
 
-def stage_at(progress: float) -> int:
-    """The number of the stage that `progress` falls into."""
-    return next((number for number, stage in enumerate(STAGES) if progress < stage.until), len(STAGES) - 1)
+def stage_at(progress: float, step: int, ends: Sequence[int]) -> int:
+    """The number of the stage of batch `step`. `ends` are the steps at which mastered stages ended."""
+    latest = next((number for number, stage in enumerate(STAGES) if progress < stage.until), len(STAGES) - 1)
+    return max(latest, sum(end <= step for end in ends))
 
 
 def rate_at(progress: float) -> float:

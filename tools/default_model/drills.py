@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from random import Random
 
 from tools.default_model import names
-from tools.default_model.prompts import REFUSAL
+from tools.default_model.prompts import ASSISTANT, MOST_LABELS, REFUSAL, label, opening
 from tools.default_model.worlds import Asked, World
+
+Parts = list[tuple[str, bool]]  # text, and whether it is to be learned
 
 
 def words_of(chance: Random, pool: Sequence[str], count: int) -> list[str]:
@@ -26,6 +28,46 @@ def echo(chance: Random, pool: Sequence[str], count: int) -> tuple[str, str]:
     """A run of words, and the same run again: the plainest reason to copy."""
     run = " ".join(words_of(chance, pool, count))
     return run, run
+
+
+def recall(chance: Random, pool: Sequence[str], characters: int) -> Parts:
+    """Labelled runs of words, then one word after another of them, each with the label of its run behind it: nothing but
+    choosing, many times a row. Sometimes there is already something between word and label, as in a conversation."""
+    offset = chance.randrange(MOST_LABELS)
+    runs = _runs(chance, pool, max(2, characters // 45))
+    parts: Parts = [(_told(runs, offset), False)]
+    for _ in range(max(2, characters // 22)):
+        place, words = _some(chance, runs, 1)
+        if words:
+            parts += [(f" {words[0]}{chance.choice(('', '', '?', ASSISTANT))}", False), (label(place, offset), True)]
+    return parts
+
+
+def quiz(chance: Random, pool: Sequence[str], characters: int) -> Parts:
+    """The same with a few words of a run, asked as questions are."""
+    offset = chance.randrange(MOST_LABELS)
+    runs = _runs(chance, pool, max(2, characters // 60))
+    parts: Parts = [(_told(runs, offset), False)]
+    for _ in range(max(2, characters // 40)):
+        place, words = _some(chance, runs, chance.choice((1, 2, 3)))
+        if words:
+            parts += [(opening(f" {' '.join(words)}{chance.choice(('', '?'))}"), False), (label(place, offset), True)]
+    return parts
+
+
+def _runs(chance: Random, pool: Sequence[str], count: int) -> list[list[str]]:
+    return [words_of(chance, pool, chance.randint(1, 5)) for _ in range(count)]
+
+
+def _told(runs: Sequence[Sequence[str]], offset: int) -> str:
+    return "".join(f"{label(place, offset)} {' '.join(words)}\n" for place, words in enumerate(runs))
+
+
+def _some(chance: Random, runs: Sequence[Sequence[str]], most: int) -> tuple[int, list[str]]:
+    """A run's place and up to `most` of its words that no other run has; none where there are none."""
+    place = chance.randrange(len(runs))
+    own = [word for word in runs[place] if sum(word in words for words in runs) == 1]
+    return place, chance.sample(own, min(most, len(own)))
 
 
 def lookup(chance: Random, pool: Sequence[str], pieces: int, questions: int) -> World:

@@ -1,8 +1,8 @@
 """From worlds, prose, drills and talk to token rows. Pure: an example depends on the seed, its number and its stage alone.
 
 A conversation opens with passages and a question and goes on with more questions about the same passages: one reading, several
-lessons. Loss falls on answers, most on their first tokens (there the sentence is chosen, the rest is copying), and lightly on
-a sample of all other text, so that the model knows English.
+lessons. Loss falls on answers, most on their labels (there the sentence is chosen, the rest is copying), and lightly on a
+sample of all other text, so that the model knows English.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from tokenizers import Tokenizer
 from tools.default_model import drills, talk
 from tools.default_model.curriculum import STAGES
 from tools.default_model.inquiries import Rarity, ask_about, stems, unanswerable
-from tools.default_model.prompts import MARKS, grounded, opening, sentences
+from tools.default_model.prompts import LABELS, MOST_LABELS, closed, grounded, label, opening, quotable, sentences
 from tools.default_model.prose import Prose
 from tools.default_model.vocabulary import load_tokenizer
 from tools.default_model.worlds import Asked, World, make_world
 
 CHARS_PER_TOKEN = 3.1  # a little under what is measured on passages, so that most examples fit
-CHOICE_TOKENS, CHOICE_WEIGHT = 3, 3.0
+CHOICE_WEIGHT = 8.0  # of an answer's first token
 TEXT_SHARE, TEXT_WEIGHT = 0.1, 0.3
 SPARE = 1.1  # how much more is made than fits, so that rows fill up
 
@@ -37,19 +37,15 @@ class Batch:
     positions: np.ndarray  # [rows, tokens] int16, from 0 in each example
     segments: np.ndarray  # [rows, tokens] int16
     weights: np.ndarray  # [rows, tokens] float32: of predicting the token after this one
-    marks: np.ndarray  # [questions, most] int64, the places of a question's marks in the flattened ids; padded with -1
-    pointed: np.ndarray  # [questions] int64: which mark is behind the answer; `most` for none
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     ids: np.ndarray  # [n] int32
     weights: np.ndarray  # [n] float32, of predicting the token at this place
-    marks: np.ndarray  # [m] int64, places of the marks behind the passages' sentences
-    pointed: int | None  # the number of the mark behind the answer, -1 for none; None: not to be learned
 
 
-FOLLOW_UPS = (0, 1, 2, 3)  # more questions about the same passages: one reading, several lessons
+FOLLOW_UPS = (0, 2, 4, 6)  # more questions about the same passages: one reading, several lessons
 
 Parts = list[tuple[str, bool]]  # text, and whether it is to be learned
 
@@ -66,7 +62,7 @@ class Maker:
         for paragraph in prose.paragraphs[:20_000]:
             pool.update(dict.fromkeys(word for word in paragraph.lower().split() if word.isalpha() and len(word) > 2))
         self._pool = list(pool)
-        self._mark_ids = [number for mark in MARKS if tokenizer and (number := tokenizer.token_to_id(mark)) is not None]
+        self._labels = {tokenizer.token_to_id(each) for each in LABELS} if tokenizer else set()
 
     @classmethod
     def load(cls, work: Path, seed: int) -> Maker:
@@ -90,21 +86,25 @@ class Maker:
                 yield text
 
     def _draw(self, chance: Random, stage: int) -> Parts:
-        mix = STAGES[stage].mix
+        mix, brief = STAGES[stage].mix, STAGES[stage].brief
         kind = chance.choices(list(mix), list(mix.values()))[0]
         longest = STAGES[stage].row_tokens * CHARS_PER_TOKEN
         characters = int(longest * chance.choice((0.25, 0.45, 0.7, 0.9)) * chance.uniform(0.8, 1.0))
         match kind:
             case "echo":
                 first, again = drills.echo(chance, self._pool, min(120, characters // 14))
-                return [(f"{first}\n", False), (f"{again}<|im_end|>", True)]
+                return [(f"{first}\n", False), (closed(again), True)]
+            case "recall":
+                return drills.recall(chance, self._pool, characters)
+            case "quiz":
+                return drills.quiz(chance, self._pool, characters)
             case "lookup":
                 pieces = min(24, max(2, characters // 75))
-                return self._conversation(drills.lookup(chance, self._pool, pieces, chance.randint(1, 4)), chance)
+                return self._conversation(drills.lookup(chance, self._pool, pieces, chance.randint(2, 7)), chance, brief)
             case "world":
-                return self._conversation(self._world(chance, characters), chance)
+                return self._conversation(self._world(chance, characters), chance, brief)
             case "prose":
-                return self._conversation(self._inquiry(chance, characters), chance)
+                return self._conversation(self._inquiry(chance, characters), chance, brief)
         said = talk.turns(chance, " ".join(drills.words_of(chance, self._pool, chance.randint(1, 3))))
         return _turns([(question, answer) for question, answer in said])
 
@@ -116,7 +116,7 @@ class Maker:
                 if len(filler) <= 200 and filler.endswith("."):
                     fillers.append(filler)
                     characters -= len(filler)
-        return make_world(chance, max(2, characters // 52), chance.randint(2, 4) + characters // 700, fillers)
+        return make_world(chance, max(2, characters // 60), chance.randint(3, 7), fillers)
 
     def _inquiry(self, chance: Random, characters: int) -> World:
         """Passages of real prose, next to one another in their source or from anywhere, and questions made from them."""
@@ -133,20 +133,28 @@ class Maker:
                 text += chance.choice((" ", "\n\n")) + self._paragraphs[at % len(self._paragraphs)]
             at += 1
             passages.append(_cut(text, share))
-        asked = ask_about(passages, self._rarity, chance, chance.randint(2, 4) + characters // 700)
+        asked = ask_about(passages, self._rarity, chance, chance.randint(3, 7))
         if chance.random() < 0.25:
             foreign = unanswerable(passages, chance.choice(self._paragraphs), self._rarity, chance)
             asked += [foreign] if foreign and stems(foreign.question) else []
         chance.shuffle(asked)
         return World(tuple(passages), tuple(asked))
 
-    def _conversation(self, world: World, chance: Random) -> Parts:
+    def _conversation(self, world: World, chance: Random, brief_share: float) -> Parts:
+        """Questions about the same passages: one reading, several lessons. In some all answers break off behind their labels:
+        choosing is what takes long to learn, so most of such a row teaches it."""
         if not world.asked:
             return []
-        first, *others = world.asked
-        turns = [(grounded(first.question, world.passages), first.answer)]
-        more = others[: chance.choice(FOLLOW_UPS)]
-        return _turns(turns + [(each.question, each.answer) for each in more])
+        offset = chance.choice((0, chance.randrange(MOST_LABELS)))
+        lines = quotable(world.passages)
+        labels = {line: label(place, offset) for place, line in reversed(list(enumerate(lines)))}
+        asked = world.asked if (brief := chance.random() < brief_share) else world.asked[: 1 + chance.choice(FOLLOW_UPS)]
+        parts: Parts = []
+        for each in asked:
+            content = each.question if parts else grounded(each.question, world.passages, offset)
+            chosen = labels.get(each.answer, LABELS[0])
+            parts += [(opening(content), False), (chosen if brief else closed(f"{chosen}{each.answer}"), True)]
+        return parts
 
     def _encoded(self, drawn: Sequence[Parts], chance: Random) -> list[Example]:
         assert self._tokenizer is not None
@@ -160,23 +168,12 @@ class Maker:
                 piece = next(encodings).ids
                 ids += piece
                 if learned:
-                    weights += [CHOICE_WEIGHT if place < CHOICE_TOKENS else 1.0 for place in range(len(piece))]
+                    weights += [CHOICE_WEIGHT if token in self._labels else 1.0 for token in piece]
                 else:
                     weights += [TEXT_WEIGHT if chance.random() < TEXT_SHARE else 0.0 for _ in piece]
             if ids:
-                examples.append(Example(np.array(ids, np.int32), np.array(weights, np.float32), *self._pointed(parts, ids)))
+                examples.append(Example(np.array(ids, np.int32), np.array(weights, np.float32)))
         return examples
-
-    def _pointed(self, parts: Parts, ids: Sequence[int]) -> tuple[np.ndarray, int | None]:
-        """The marks of the first turn's prompt, and which of them is behind the answer."""
-        lines = [line for line in parts[0][0].splitlines() if line.endswith(MARKS)]
-        if len(parts) < 2 or not lines:
-            return np.zeros(0, np.int64), None
-        marks = np.flatnonzero(np.isin(ids, self._mark_ids))[: len(lines)]
-        if parts[0][0].count("[") != len(lines):  # a passage has brackets of its own: which mark is whose is not certain
-            return np.zeros(0, np.int64), None
-        answer = parts[1][0].removesuffix("<|im_end|>")
-        return marks, lines.index(answer) if answer in lines else -1
 
 
 def asked_text(asked: Asked, passages: Sequence[str]) -> str:
@@ -187,8 +184,8 @@ def asked_text(asked: Asked, passages: Sequence[str]) -> str:
 def _turns(said: Sequence[tuple[str, str]]) -> Parts:
     parts: Parts = []
     for content, answer in said:
-        parts += [(opening(content), False), (f"{answer}<|im_end|>", True), ("\n", False)]
-    return parts[:-1]
+        parts += [(opening(content), False), (closed(answer), True)]
+    return parts
 
 
 def _cut(text: str, characters: int) -> str:
@@ -207,7 +204,6 @@ def _packed(examples: Sequence[Example], rows: int, length: int) -> Batch:
     weights = np.zeros((rows, length), np.float32)
     used = [0] * rows
     numbers = [0] * rows
-    pointing: list[tuple[np.ndarray, int]] = []
     for example in sorted(examples, key=lambda each: -len(each.ids)):
         size = len(example.ids)
         row = max((each for each in range(rows) if used[each] + size <= length), key=used.__getitem__, default=None)
@@ -219,12 +215,5 @@ def _packed(examples: Sequence[Example], rows: int, length: int) -> Batch:
         positions[row, start : start + size] = np.arange(size)
         segments[row, start : start + size] = numbers[row]
         weights[row, start : start + size - 1] = example.weights[1:]
-        if example.pointed is not None:
-            pointing.append((example.marks + row * length + start, example.pointed))
         used[row] += size
-    most = max((len(places) for places, _ in pointing), default=0)
-    marks = np.full((len(pointing), most), -1, np.int64)
-    for number, (places, _) in enumerate(pointing):
-        marks[number, : len(places)] = places
-    pointed = np.array([most if which < 0 else which for _, which in pointing], np.int64)
-    return Batch(ids, positions, segments, weights, marks, pointed)
+    return Batch(ids, positions, segments, weights)

@@ -40,7 +40,7 @@ def export(directory: Path, run: Run, model: Model, work: Path, stored: torch.dt
         ValueError: more than `MAX_BYTES` in all.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {_hf_name(name): each.detach().to("cpu", stored).contiguous() for name, each in weights(model).items()}
+    tensors = {_hf_name(name): each.detach().to("cpu", stored).contiguous() for name, each in model.state_dict().items()}
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     _write_json(directory / "config.json", _config(run, stored))
     _write_json(
@@ -105,12 +105,7 @@ def load_into(model: Model, directory: Path) -> None:
     from safetensors.torch import load_file
 
     stored = load_file(directory / "model.safetensors")
-    model.load_state_dict({name: stored[_hf_name(name)].float() for name in weights(model)}, strict=False)
-
-
-def weights(model: Model) -> dict[str, torch.Tensor]:
-    """What is shipped: all but the pointer, which only training asks."""
-    return {name: each for name, each in model.state_dict().items() if not name.startswith("pointer.")}
+    model.load_state_dict({name: stored[_hf_name(name)].float() for name in model.state_dict()})
 
 
 def _figure_rows(figures: dict[str, Any] | None) -> str:

@@ -40,29 +40,6 @@ class Layer(nn.Module):
         return x + functional.linear(functional.silu(gate) * up, self.down.to(x.dtype))
 
 
-class Pointer(nn.Module):
-    """Which mark stands behind the sentence that answers? Asked in training alone, so that marks learn to collect the fit.
-
-    An answer says once which sentence is right; this says it of every sentence. It reads the hidden states two layers before
-    the end: the layers above must still look back at the mark and copy.
-    """
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.layers_below = max(1, shape.layers - 2)
-        self.direction = nn.Parameter(torch.zeros(shape.width))
-        self.none = nn.Parameter(torch.zeros(1))  # the score of "no sentence answers"
-
-    def forward(self, hidden: Tensor, marks: Tensor) -> Tensor:
-        """`hidden` [n, width], `marks` [questions, most] places in it, -1 for padding -> scores [questions, most + 1] float32.
-
-        The last column stands for no sentence.
-        """
-        normed = functional.rms_norm(hidden[marks.clamp(min=0)].float(), (hidden.shape[-1],))
-        scores = (normed @ self.direction).masked_fill(marks < 0, float("-inf"))
-        return torch.cat([scores, self.none.expand(len(marks), 1)], dim=1)
-
-
 class Model(nn.Module):
     def __init__(self, shape: Shape, seed: int) -> None:
         super().__init__()
@@ -70,7 +47,6 @@ class Model(nn.Module):
         self.embedding = nn.Parameter(torch.empty(shape.vocabulary, shape.width))
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
         self.norm = nn.Parameter(torch.ones(shape.width))
-        self.pointer = Pointer(shape)
         self._initialise(torch.Generator().manual_seed(seed))
 
     def _initialise(self, chance: torch.Generator) -> None:
@@ -81,21 +57,13 @@ class Model(nn.Module):
                 std = 0.02 / (2 * self.shape.layers) ** 0.5 if writes else 0.02
                 nn.init.normal_(parameter, std=std, generator=chance)
 
-    def forward(
-        self, ids: Tensor, positions: Tensor, mask: Tensor | None, compute: torch.dtype = torch.float32
-    ) -> tuple[Tensor, Tensor]:
-        """`ids`, `positions` [rows, tokens] int -> hidden states after the last norm, and those that the pointer reads.
-
-        Both [rows, tokens, width].
-        """
+    def forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, compute: torch.dtype = torch.float32) -> Tensor:
+        """`ids`, `positions` [rows, tokens] int -> hidden states after the last norm [rows, tokens, width]."""
         x = functional.embedding(ids, self.embedding).to(compute)
         cos, sin = rotary_tables(self.shape, positions, compute)
-        below = x
-        for number, layer in enumerate(self.layers, start=1):
+        for layer in self.layers:
             x = layer(x, cos, sin, mask)
-            if number == self.pointer.layers_below:
-                below = x
-        return functional.rms_norm(x, (self.shape.width,), self.norm.to(x.dtype), self.shape.norm_eps), below
+        return functional.rms_norm(x, (self.shape.width,), self.norm.to(x.dtype), self.shape.norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`hidden` [n, width] -> [n, vocabulary] in its type."""

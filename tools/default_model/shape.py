@@ -20,7 +20,7 @@ class Shape:
     inner: int  # columns of the SwiGLU
     vocabulary: int = VOCABULARY
     context: int = 2048  # tokens; the longest training row has as many
-    rope_theta: float = 10_000.0
+    rope_theta: float = 1_000_000.0  # most dimensions turn so slowly that a word finds its like at any distance
     norm_eps: float = 1e-5
 
     @property

@@ -9,20 +9,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from tools.default_model import checkpoints
 from tools.default_model.checkpoints import Run
-from tools.default_model.curriculum import stage_at
+from tools.default_model.curriculum import LAST_BY_MASTERY, LESSON_STEPS, MASTERED, NOTICE_STEPS, STAGES, stage_at
 from tools.default_model.examples import Batch
 from tools.default_model.feeding import batches
 from tools.default_model.model import Model, block_mask
 from tools.default_model.optimisers import Optimisers
 
-POINTING_WEIGHT = 0.5  # of the pointer's loss beside the tokens'
-REPORTED = 7  # sums that `_loss` returns
+PLACES_MULTIPLE = 256
+REPORTED = 5  # sums that `_loss` returns
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,11 @@ def train(plan: Plan, run: Run, model: Model, optimisers: Optimisers, clock: Cal
         return run.seconds / plan.seconds
 
     tally = _Tally(torch.zeros(REPORTED, device=device))
-    feed = batches(plan.work, run.seed, run.steps, run.step_tokens, lambda number: stage_at(progress(number)), plan.workers)
+
+    def stage_of(step: int) -> int:
+        return stage_at(progress(step), step, run.ends)
+
+    feed = batches(plan.work, run.seed, run.steps, run.step_tokens, stage_of, plan.workers)
     for stage, batch in feed:
         loss, sums = _loss(model, forward, batch, device, compute)
         loss.backward()
@@ -83,6 +88,7 @@ def train(plan: Plan, run: Run, model: Model, optimisers: Optimisers, clock: Cal
         run.answer_tokens += int((batch.weights >= 1.0).sum())
         run.seconds = before_s + clock() - began_s
         tally.sums += sums
+        end_stage_if_mastered(run, stage, *_of_skill(stage, sums))
         tally.tokens += batch.ids.size
         tally.steps += 1
         over = progress(run.steps) >= 1.0 or run.steps == plan.stop_after_steps
@@ -98,6 +104,26 @@ def train(plan: Plan, run: Run, model: Model, optimisers: Optimisers, clock: Cal
     return run
 
 
+def _of_skill(stage: int, sums: Tensor) -> tuple[float, float]:
+    choices_right, choices, copies_right, copies, _ = sums.tolist()
+    return (choices_right, choices) if STAGES[stage].skill == "choosing" else (copies_right, copies)
+
+
+def end_stage_if_mastered(run: Run, stage: int, right: float, asked: float) -> None:
+    """Notes the end of a stage some steps ahead, so that it is the same however far ahead batches are made.
+
+    `right` of `asked` tokens of the stage's skill were right in the step that ended now, a step of `stage`.
+    """
+    if stage != len(run.ends) or stage > LAST_BY_MASTERY:
+        return  # the end of this stage is noted already, or it ends by the run's share alone
+    right, asked = run.lesson[0] + right, run.lesson[1] + asked
+    if run.steps % LESSON_STEPS == 0:
+        if right >= MASTERED * asked > 0:
+            run.ends.append(run.steps + NOTICE_STEPS)
+        right = asked = 0.0
+    run.lesson = [right, asked]
+
+
 def compute_type(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it fast: 12 times float32 with AMX; without AMX it is slower than float32."""
     if device.type == "cuda":
@@ -108,38 +134,41 @@ def compute_type(device: torch.device) -> torch.dtype:
 def _loss(
     model: Model, forward: Callable[..., Tensor], batch: Batch, device: torch.device, compute: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The weighted mean loss with the pointer's, and what the report counts: choosing tokens right and all, copying tokens
-    right and all, the loss without the pointer's, questions pointed right and all.
+    """The weighted mean loss, and what the report counts: choosing tokens right and all, copying tokens right and all, the loss.
 
     Logits are made only where something is to be learned: they would be the largest product of all.
     """
     ids = torch.from_numpy(batch.ids).to(device, torch.long, non_blocking=True)
     positions = torch.from_numpy(batch.positions).to(device, torch.long, non_blocking=True)
     mask = block_mask(torch.from_numpy(batch.segments).to(device, non_blocking=True), compute)
-    places = torch.from_numpy(batch.weights.reshape(-1).nonzero()[0]).to(device, non_blocking=True)
-    weights = torch.from_numpy(batch.weights[batch.weights > 0]).to(device, non_blocking=True)
-    hidden, below = forward(ids, positions, mask, compute)
+    learned = _learned_places(batch.weights.reshape(-1))
+    places = torch.from_numpy(learned).to(device, non_blocking=True)
+    weights = torch.from_numpy(batch.weights.reshape(-1)[learned]).to(device, non_blocking=True)
+    hidden = forward(ids, positions, mask, compute)
     logits = model.logits(hidden.flatten(0, 1)[places]).float()
     targets = ids.reshape(-1)[places + 1]
     losses = functional.cross_entropy(logits, targets, reduction="none")
     loss = (losses * weights).sum() / weights.sum()
-    pointed = torch.from_numpy(batch.pointed).to(device, non_blocking=True)
-    scores = model.pointer(below.flatten(0, 1), torch.from_numpy(batch.marks).to(device, non_blocking=True))
-    pointing = functional.cross_entropy(scores, pointed, reduction="sum") / max(1, len(pointed))
     with torch.no_grad():
         right = logits.argmax(-1) == targets
         choice, copy = weights > 1.0, weights == 1.0
-        counts = [(right & choice).sum(), choice.sum(), (right & copy).sum(), copy.sum(), loss]
-        if len(pointed):
-            counts += [(scores.argmax(-1) == pointed).sum(), torch.tensor(len(pointed), device=device)]
-        else:
-            counts += [torch.zeros((), device=device)] * 2
-    return loss + POINTING_WEIGHT * pointing, torch.stack([each.float() for each in counts])
+        counts = [(right & choice).sum(), choice.sum(), (right & copy).sum(), copy.sum(), loss.detach()]
+    return loss, torch.stack([each.float() for each in counts])
+
+
+def _learned_places(weights: np.ndarray) -> np.ndarray:
+    """Where something is to be learned, filled up with other places to a multiple of `PLACES_MULTIPLE`.
+
+    Kernels are made for a shape and kept: a new number of places every step makes them without end, and the run slower and slower.
+    """
+    places = weights.nonzero()[0]
+    spare = -len(places) % PLACES_MULTIPLE
+    return np.concatenate([places, (weights[:-1] == 0).nonzero()[0][:spare]])
 
 
 def _report(plan: Plan, run: Run, stage: int, tally: _Tally, norm: float) -> None:
     """One line to the log and to standard error: how often the choosing and how often the copying tokens are right."""
-    choices_right, choices, copies_right, copies, loss, points_right, points = tally.sums.tolist()
+    choices_right, choices, copies_right, copies, loss = tally.sums.tolist()
     line = {
         "step": run.steps,
         "stage": stage,
@@ -149,7 +178,6 @@ def _report(plan: Plan, run: Run, stage: int, tally: _Tally, norm: float) -> Non
         "loss": round(loss / tally.steps, 4),
         "choice_right": round(choices_right / max(1.0, choices), 4),
         "copy_right": round(copies_right / max(1.0, copies), 4),
-        "point_right": round(points_right / max(1.0, points), 4),
         "norm": round(norm, 3),
     }
     with (plan.work / "log.jsonl").open("a", encoding="utf-8") as log:

@@ -1,7 +1,7 @@
 """The tokenizer: byte-level BPE, trained on the same text that the model meets, so that a word is few tokens.
 
 Digits stand alone (a number is copied digit by digit, and none is rare); the citation marks ` [1]` to ` [20]` are one token
-each, so that quoting a passage's number is copying one token.
+each, so that quoting a passage's number is copying one token; sentences' labels are special tokens.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def tokenizer_config(context: int) -> str:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|endoftext|>",
-        "eos_token": "<|im_end|>",
+        "eos_token": "<|end|>",
         "pad_token": "<|endoftext|>",
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
