@@ -159,7 +159,7 @@ def _loss(
 def _learned_places(weights: np.ndarray) -> np.ndarray:
     """Where something is to be learned, filled up with other places to a multiple of `PLACES_MULTIPLE`.
 
-    Kernels are made for a shape and kept: a new number of places every step makes them without end, and the run slower and slower.
+    Kernels are made for a shape and kept: a new number of places every step makes them without end, and the run ever slower.
     """
     places = weights.nonzero()[0]
     spare = -len(places) % PLACES_MULTIPLE
