@@ -91,6 +91,7 @@ class Lean:
         self._head = head
         self._layers = layers
         self._norm = _norm(base.norm)
+        self.windows = frozenset(layer.window for layer in layers.values())
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """`[rows] -> [rows, hidden]`."""

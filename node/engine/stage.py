@@ -207,7 +207,7 @@ class Stage:
             entering = self.lean.embed(tokens) if tokens is not None else taken
             assert entering is not None
             out = self.lean.run(batch, entering, where)
-            self.windows |= batch.readings.keys()
+            self.windows |= self.lean.windows
             if wanted is not None:
                 out = self.lean.logits(out if bucket == len(wanted) and rows == len(logits_at) else out[wanted])
         return out[:rows] if wanted is None else out[: len(logits_at)]

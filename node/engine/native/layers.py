@@ -65,6 +65,7 @@ class NativeLayers:
         self._head = head
         self._layers = layers
         self._first = min(layers)
+        self.windows = frozenset(layer.parts.window for layer in layers.values())
         ordered = [ctypes.addressof(layers[number].parts) for number in sorted(layers)]
         self._addresses = (ctypes.c_void_p * len(ordered))(*ordered)
         self._norm = base.norm.weight.detach().float().contiguous()
