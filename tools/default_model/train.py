@@ -43,9 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.threads:
         torch.set_num_threads(given.threads)
     torch.set_float32_matmul_precision("high")
-    torch.set_flush_denormal(
-        True
-    )  # a rare token's momentum dies away to denormal numbers, which cost a CPU a hundred cycles each
     prepare(work, given.seed, shape.vocabulary)
     if given.prepare_only:
         return 0
