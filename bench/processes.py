@@ -63,7 +63,8 @@ class Members:
         stdout = self._processes[number].stdout
         assert stdout is not None
         for line in stdout:
-            self.told[number].append(json.loads(line))
+            if line.startswith("{"):  # a member's log comes the same way
+                self.told[number].append(json.loads(line))
 
     def _alive(self, number: int) -> set[str]:
         return {line["node"] for line in self.told[number] if line.get("state") == "alive"} - {self.names[number]}
