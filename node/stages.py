@@ -218,6 +218,7 @@ class Stages:
 
     def _on_hidden(self, sender: NodeId, header: Header, tail: bytes) -> None:
         offset = 0
+        arrived: list[HiddenOut] = []
         rows = msgspec.convert(header["rows"], list[HiddenRow])
         for stream, choice, attempt, position, count, size_bytes, names, draft, rewinds in rows:
             if size_bytes > len(tail) - offset:
@@ -229,22 +230,32 @@ class Stages:
             if route is not None and route.previous != sender:
                 self._disbelieve(sender, "stage.hidden")
             elif route is not None:
-                self._engine.push(HiddenOut(key, position, count, data, names, draft, rewinds))
+                arrived.append(HiddenOut(key, position, count, data, names, draft, rewinds))
             else:
                 self._counters.rejected_rows_total += 1
+        self._engine.push(*arrived)
 
     def _on_tokens(self, sender: NodeId, header: Header, tail: bytes) -> None:
         rows = msgspec.convert(header["tokens"], list[TokenRow])
-        for stream, choice, attempt, position, token, finish, logprob, top, cached in rows:
-            key = SequenceKey(stream, choice, attempt)
-            route = self._routes.get(key)
-            if route is not None and route.last != sender:
+        drawn = [TokenOut(SequenceKey(*row[:3]), *row[3:]) for row in rows]
+        believed = [each for each in drawn if self._may_draw(sender, each.key)]
+        self._engine.token(*(each for each in believed if each.finish is None and self._decodes_on(each.key)))
+        for each in believed:
+            if not self._sink.token(each, sender):
                 self._disbelieve(sender, "stage.tokens")
-                continue
-            if route is not None and route.sequence.start == 0 and route.next_address is not None and finish is None:
-                self._engine.token(key, position, token)
-            if not self._sink.token(TokenOut(key, position, token, finish, logprob, top, cached), sender):
-                self._disbelieve(sender, "stage.tokens")
+
+    def _may_draw(self, sender: NodeId, key: SequenceKey) -> bool:
+        """Whether the sender is the last stage of the path, as far as that is known here."""
+        route = self._routes.get(key)
+        foreign = route is not None and route.last != sender
+        if foreign:
+            self._disbelieve(sender, "stage.tokens")
+        return not foreign
+
+    def _decodes_on(self, key: SequenceKey) -> bool:
+        """Whether the first stage of a path is here, and the last one elsewhere."""
+        route = self._routes.get(key)
+        return route is not None and route.sequence.start == 0 and route.next_address is not None
 
     def _on_lost(self, sender: NodeId, header: Header, tail: bytes) -> None:
         lost = msgspec.convert(header, LostStage)

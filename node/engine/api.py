@@ -175,11 +175,11 @@ class Engine(Protocol):
             LocalError: no loaded span holds `[start, end)`.
         """
 
-    def push(self, hidden: HiddenOut) -> None:
-        """Activations from the stage before, for a sequence that is open here."""
+    def push(self, *hidden: HiddenOut) -> None:
+        """Activations from the stage before, for sequences that are open here. What comes together is computed together."""
 
-    def token(self, key: SequenceKey, position: int, token: int) -> None:
-        """The token drawn by the last stage, back at the first: it decodes on from there."""
+    def token(self, *drawn: TokenOut) -> None:
+        """Tokens drawn by the last stage, back at the first: it decodes on from there, with all of them together."""
 
     def close(self, key: SequenceKey) -> None:
         """Frees the sequence within a step. Unknown keys are fine."""

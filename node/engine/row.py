@@ -61,6 +61,7 @@ class Row:
     computed: int = 0
     admitted: int = 0  # number of the step before which it came
     served: int = 0  # number of the step that computed it last
+    planned_s: float = 0.0  # when that was planned
     deadline_at: float = math.inf
     pushed: list[Pushed] = field(default_factory=list)
     pushed_end: int = 0

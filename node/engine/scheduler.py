@@ -13,6 +13,8 @@ again before anything new is taken up. A step that fails is tried again sequence
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 from mesh.errors import LocalError, Refused
@@ -20,11 +22,10 @@ from mesh.ids import StreamId
 from mesh.view import Load, Span
 from node.engine.admission import check
 from node.engine.api import HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
+from node.engine.choosing import Choosing
 from node.engine.rooms import Rooms
 from node.engine.row import Lane, Row
 from node.engine.rows import Drawn, HeldSpan, PageStore, Piece, SchedulerStatistics, StepPlan
-from node.engine.sharing import share
-from node.engine.speculation import LONGEST_GUESS, StepCosts
 
 
 class Scheduler:
@@ -36,16 +37,14 @@ class Scheduler:
     def __init__(self, step_tokens: int, max_sequences: int, speculates: bool = True) -> None:
         if step_tokens < 1 or max_sequences < 1:
             raise LocalError(f"expected a positive token budget and sequence limit, got {step_tokens} and {max_sequences}")
-        self.step_tokens = step_tokens
         self.max_sequences = max_sequences
-        self.costs = StepCosts()
-        self._speculates = speculates
+        self.choosing = Choosing(step_tokens, speculates)
         self._rooms = Rooms()
         self._rows: dict[SequenceKey, Row] = {}
         self._turns: dict[Lane, int] = {}  # number of the step that served the lane last
         self._freed: list[SequenceKey] = []
         self._steps = self._opened = self._finished = self._evicted = self._failed = self._dropped = 0
-        self._prompt_tokens = self._cached_tokens = self._guessed_tokens = self._true_guesses = 0
+        self._prompt_tokens = self._cached_tokens = self._true_guesses = 0
         self._preempted = self._overdue = self._isolated = 0
 
     # ---- spans
@@ -60,6 +59,7 @@ class Scheduler:
         for row in rows:
             self._forget(row)
         self._rooms.drop(span)
+        self.choosing.forget(span)
         return [SequenceLost(row.key, f"layers {span.start}:{span.end} of {span.model} were unloaded") for row in rows]
 
     def fit_pages(self) -> None:
@@ -117,7 +117,7 @@ class Scheduler:
             row.cached = hidden.position
         row.take(hidden)
 
-    def token(self, key: SequenceKey, position: int, token: int) -> None:
+    def token(self, key: SequenceKey, position: int, token: int, now: float = 0.0) -> None:
         """The token at `position`, for a first stage that is not also the last; all else is counted and dropped."""
         row = self._rows.get(key)
         if row is None or not row.first or row.last or position != row.known or row.known + 1 >= row.limit:
@@ -127,6 +127,7 @@ class Scheduler:
             self._dropped += 1
             return
         self._true_guesses += row.confirm(token)
+        self.choosing.came_back(row, now)
 
     def close(self, key: SequenceKey) -> None:
         row = self._rows.get(key)
@@ -144,24 +145,36 @@ class Scheduler:
 
     # ---- steps
 
-    def has_work(self) -> bool:
-        rows = self._rows.values()
-        return bool(self._freed) or any(row.ready > 0 or (row.waiting and self._rooms.may_give(row)) for row in rows)
+    def has_work(self, now: float = 0.0) -> bool:
+        return self.work_at_s(now) <= now
+
+    def work_at_s(self, now: float) -> float:
+        """When there is something to plan, if nothing happens until then; infinite: not before something does."""
+        if self._freed or any(row.waiting and self._rooms.may_give(row) for row in self._rows.values()):
+            return now
+        return min((self.choosing.begins_s(rows, now) for rows in self._ready_lanes().values()), default=math.inf)
+
+    def _ready_lanes(self) -> dict[Lane, list[Row]]:
+        """All rows of the lanes in which some could be computed."""
+        rows = defaultdict[Lane, list[Row]](list)
+        for row in self._rows.values():
+            rows[row.lane].append(row)
+        return {lane: there for lane, there in rows.items() if any(row.ready > 0 for row in there)}
 
     def plan(self, now: float = 0.0) -> StepPlan:
         """The next step. Its blocks stay held until `commit`, whatever is closed meanwhile."""
         lost = self._drop_overdue(now)
         self._readmit()
-        lane = self._next_lane()
+        lane = self._next_lane(now)
         pieces: list[Piece] = []
         if lane is not None:
             self._steps += 1
-            for row, count in self._chosen(lane):
+            for row, count in self._chosen(lane, now):
                 if row.key in self._rows and self._grow(row, row.computed + count + 1, lost):
                     pieces.append(self._piece(row, count))
             pieces = [piece for piece in pieces if self._rows.get(piece.row.key) is piece.row and not piece.row.waiting]
             for piece in pieces:
-                piece.row.served = self._steps
+                piece.row.served, piece.row.planned_s = self._steps, now
                 self._rooms.hold(piece)
         freed, self._freed = tuple(self._freed), []
         dropped = self._rooms.dropped_pages()
@@ -182,39 +195,22 @@ class Scheduler:
                 return
             row.waiting = False
 
-    def _next_lane(self) -> Lane | None:
+    def _next_lane(self, now: float) -> Lane | None:
         """The lane with work that was served longest ago; a new one counts as never served."""
-        ready: dict[Lane, int] = {}
-        for row in self._rows.values():
-            if row.ready > 0:
-                ready[row.lane] = min(row.age, ready.get(row.lane, row.age))
+        ready = {lane: rows for lane, rows in self._ready_lanes().items() if self.choosing.begins_s(rows, now) <= now}
         if not ready:
             return None
-        lane = min(ready, key=lambda lane: (self._turns.get(lane, -1), ready[lane]))
+        lane = min(ready, key=lambda lane: (self._turns.get(lane, -1), min(row.age for row in ready[lane] if row.ready > 0)))
         in_use = {row.lane for row in self._rows.values()}
         self._turns = {kept: step for kept, step in self._turns.items() if kept in in_use} | {lane: self._steps + 1}
         return lane
 
-    def _chosen(self, lane: Lane) -> list[tuple[Row, int]]:
+    def _chosen(self, lane: Lane, now: float) -> list[tuple[Row, int]]:
         """The rows of the next step with their counts of positions, guesses among them."""
-        ready = [row for row in self._rows.values() if row.lane == lane and row.ready > 0]
-        suspects = [row for row in ready if row.alone]
-        chosen = list(share(suspects[:1] or ready, self.step_tokens, self._steps))
-        if lane.start > 0 or not self._speculates or not self._rooms.spans[lane.span].exact:
+        chosen = self.choosing.rows(lane, (row for row in self._rows.values() if row.lane == lane), self._steps, now)
+        if lane.start > 0 or not self._rooms.spans[lane.span].exact:
             return chosen
-        rows, tokens = sum(count for _, count in chosen), float(len(chosen))
-        with_guesses = []
-        for row, count in chosen:
-            if row.decodes and not row.alone:
-                guess = row.guess(min(LONGEST_GUESS, self.step_tokens - rows, self._rooms.spare(row)))
-                likely = row.pace.rate * len(guess)
-                if guess and self.costs.pays(rows, tokens, len(guess), likely):
-                    row.draft, row.guessed = list(guess), len(guess)
-                    self._guessed_tokens += len(guess)
-                    count += len(guess)
-                    rows, tokens = rows + len(guess), tokens + likely
-            with_guesses.append((row, count))
-        return with_guesses
+        return self.choosing.with_guesses(chosen, self._rooms.spare)
 
     def _grow(self, row: Row, tokens: int, lost: list[SequenceLost]) -> bool:
         """Gives `row` room for `tokens`; while there is none the least of its span goes. False: that was `row` itself."""
@@ -384,7 +380,7 @@ class Scheduler:
             pages=self._rooms.pages,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
-            guessed_tokens=self._guessed_tokens,
+            guessed_tokens=self.choosing.guessed_tokens,
             true_guesses=self._true_guesses,
             preempted=self._preempted,
             overdue=self._overdue,

@@ -15,8 +15,8 @@ PREFILL_SHARE = 4  # one part in so many of a step's budget is kept for prefill
 AGEING_STEPS = 16
 
 
-def share(ready: Iterable[Row], step_tokens: int, step: int = 0) -> Iterator[tuple[Row, int]]:
-    """Splits the budget: (row, tokens) pairs. `step`: the number of the step that is planned."""
+def share(ready: Iterable[Row], step_tokens: int, step: int = 0, most_decodes: int | None = None) -> Iterator[tuple[Row, int]]:
+    """Splits the budget: (row, tokens) pairs. `step`: the number of the step that is planned; `most_decodes`: rows that may."""
     rows = list(ready)
 
     def waits(row: Row) -> tuple[int, int, int]:
@@ -31,7 +31,7 @@ def share(ready: Iterable[Row], step_tokens: int, step: int = 0) -> Iterator[tup
     kept = -(-left // PREFILL_SHARE) if prefills else 0
     if prefills and left == 1 and decodes and waits(decodes[0]) < waits(prefills[0]):
         kept = 0  # a budget of one token: take turns
-    for row in decodes:
+    for row in decodes[:most_decodes]:
         count = min(row.ready, left - kept)
         if count < 1:
             break

@@ -7,6 +7,7 @@ shared with the engine thread once they are whole.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,8 @@ from mesh.ids import ModelId, StreamId
 from mesh.prefix import PAGE_TOKENS
 from mesh.view import Load, ModelCard, Span, is_exact
 from node.engine import machine
-from node.engine.api import Deliver, EngineConfig, EngineOutput, HiddenOut, OpenSequence, SequenceKey
+from node.engine.activations import activations, hidden_outputs
+from node.engine.api import Deliver, EngineConfig, EngineOutput, HiddenOut, OpenSequence, SequenceKey, TokenOut
 from node.engine.attention import Segment
 from node.engine.blocks import BLOCK_TOKENS, BlockPool
 from node.engine.checkpoint import read_checkpoint
@@ -177,14 +179,17 @@ class TorchEngine:
             self._lock.notify_all()
             return pages
 
-    def push(self, hidden: HiddenOut) -> None:
+    def push(self, *hidden: HiddenOut) -> None:
         with self._lock:
-            self._scheduler.push(hidden)
+            for each in hidden:
+                self._scheduler.push(each)
             self._lock.notify_all()
 
-    def token(self, key: SequenceKey, position: int, token: int) -> None:
+    def token(self, *drawn: TokenOut) -> None:
         with self._lock:
-            self._scheduler.token(key, position, token)
+            now_s = time.monotonic()
+            for each in drawn:
+                self._scheduler.token(each.key, each.position, each.token, now_s)
             self._lock.notify_all()
 
     def close(self, key: SequenceKey) -> None:
@@ -196,6 +201,16 @@ class TorchEngine:
         with self._lock:
             self._scheduler.close_streams(keep)
             self._lock.notify_all()
+
+    @property
+    def speculates(self) -> bool:
+        """Whether tokens are guessed where that pays; may be changed at any time."""
+        return self._scheduler.choosing.speculates
+
+    @speculates.setter
+    def speculates(self, wanted: bool) -> None:
+        with self._lock:
+            self._scheduler.choosing.speculates = wanted
 
     # ---- figures
 
@@ -230,7 +245,11 @@ class TorchEngine:
         torch.set_num_threads(self._config.threads)
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: self._stopping or self._undelivered or self._scheduler.has_work())
+                while not (self._stopping or self._undelivered):
+                    wait_s = self._scheduler.work_at_s(now_s := time.monotonic()) - now_s
+                    if wait_s <= 0.0:
+                        break
+                    self._lock.wait(None if wait_s == math.inf else wait_s)
                 if self._stopping:
                     return
                 plan = self._scheduler.plan(time.monotonic())
@@ -254,7 +273,7 @@ class TorchEngine:
             out = self._compute(plan, loaded, kept)
             last = plan.pieces[0].row.last
             drawn = self._draw(plan, out) if last else {}
-            hidden = [] if last else _hidden_outputs(plan, out)
+            hidden: list[EngineOutput] = [] if last else [*hidden_outputs(plan, out)]
         except Exception as error:  # supervised: a background job; the step's sequences are lost, the thread lives
             log.exception("step failed", model=plan.lane.span.model if plan.lane else "", sequences=len(plan.pieces))
             self._step_began_s = None
@@ -299,7 +318,7 @@ class TorchEngine:
             segments.append(Segment(len(positions), piece.count, piece.position, kv))
             positions += range(piece.position, piece.position + piece.count)
             ids += piece.tokens
-            received += [_activations(piece, part.position, part.count, part.data) for part in piece.pushed]
+            received += [activations(piece, part) for part in piece.pushed]
             if piece.draws:
                 logits_at += range(len(positions) - 1 - len(piece.draft), len(positions))
         first = plan.lane.start == 0
@@ -336,7 +355,7 @@ class TorchEngine:
     def _measure(self, plan: StepPlan, took_s: float) -> None:
         known_s = 0.0 if self._longest_step_s == FIRST_STEP_S else self._longest_step_s * LONGEST_FADES
         self._longest_step_s = max(took_s, known_s)
-        self._scheduler.costs.measured(sum(piece.count for piece in plan.pieces), took_s * 1e3)
+        self._scheduler.choosing.costs.measured(sum(piece.count for piece in plan.pieces), took_s * 1e3)
         rows = sum(max(1, piece.count - len(piece.draft)) for piece in plan.pieces)
         decodes = sum(piece.count - len(piece.draft) <= 1 for piece in plan.pieces)
         self._decode_tokens += decodes
@@ -369,24 +388,3 @@ def _tell(span: Span, progress: LoadProgress) -> None:
 
 def _gib(size_bytes: int) -> str:
     return f"{size_bytes / (1 << 30):.2f} GiB"
-
-
-def _activations(piece: Piece, position: int, count: int, data: bytes) -> torch.Tensor:
-    """The part of a push that belongs to the piece, `[rows, hidden]`; its element size tells float32 from bfloat16."""
-    hidden_size = piece.row.hidden_size
-    dtype = torch.float32 if len(data) == 4 * count * hidden_size else torch.bfloat16
-    rows = torch.frombuffer(bytearray(data), dtype=dtype).view(count, hidden_size)
-    first = max(piece.position - position, 0)
-    return rows[first : min(piece.position + piece.count - position, count)]
-
-
-def _hidden_outputs(plan: StepPlan, hidden: torch.Tensor) -> list[EngineOutput]:
-    outputs: list[EngineOutput] = []
-    row = 0
-    for piece in plan.pieces:
-        rows = hidden[row : row + piece.count].contiguous()
-        raw = rows.view(torch.int16) if rows.dtype is torch.bfloat16 else rows
-        data = raw.numpy().tobytes()
-        outputs.append(HiddenOut(piece.row.key, piece.position, piece.count, data, piece.names, piece.draft, piece.rewinds))
-        row += piece.count
-    return outputs

@@ -47,7 +47,7 @@ class SplitPath:
             self.counts.append(out.count)
             self.stages[number + 1][0].engine.push(out)
         elif isinstance(out, TokenOut) and len(self.stages) > 1:
-            self.stages[0][0].engine.token(out.key, out.position, out.token)
+            self.stages[0][0].engine.token(out)
 
     def answer(self, name: str, tokens: tuple[int, ...], **given: Any) -> list[TokenOut]:
         """Opens the last stages first, as a path is opened, and waits for the end."""

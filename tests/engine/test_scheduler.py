@@ -16,6 +16,8 @@ from mesh.prefix import further_names
 from mesh.view import Span
 from node.engine.api import HiddenOut, OpenSequence, Prefix, SequenceKey, SequenceLost, TokenOut
 from node.engine.blocks import BLOCK_TOKENS, BlockPool
+from node.engine.pipelining import Groups
+from node.engine.row import Lane
 from node.engine.rows import Drawn, HeldSpan, Piece, StepPlan
 from node.engine.scheduler import Scheduler
 from node.engine.sharing import AGEING_STEPS
@@ -215,6 +217,7 @@ def test_a_sequence_evicted_while_its_own_step_is_planned_is_not_computed() -> N
     run(scheduler)
     scheduler.token(key("old"), BLOCK_TOKENS - 1, 9)  # needs a second block, but the other one is served first
     scheduler.token(key("young"), 5, 9)
+    scheduler.choosing._groups[Lane(EARLY, 0, 3)] = Groups(stages=1)  # both in one step
     plan, outputs = run(scheduler)
     assert [out.key.stream for out in outputs] == ["young"]
     assert list(shares(plan)) == ["old"]
@@ -394,7 +397,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.next_position: dict[SequenceKey, int] = {}
         self.plan: StepPlan | None = None
         self.count = 0
-        self.now = 0
+        self.now = 0.0
 
     @rule(
         prompt=st.sampled_from([1, 3, 30, BLOCK_TOKENS - 1, BLOCK_TOKENS + 5]),
@@ -463,7 +466,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.now += 1
             self.plan = self.scheduler.plan(self.now)
             self.over |= {lost.key for lost in self.plan.lost}
-            assert sum(piece.count for piece in self.plan.pieces) <= self.scheduler.step_tokens
+            assert sum(piece.count for piece in self.plan.pieces) <= self.scheduler.choosing.step_tokens
             assert len({piece.row.lane for piece in self.plan.pieces}) <= 1
             for piece in self.plan.pieces:
                 assert piece.row.key not in self.over
@@ -511,8 +514,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         self.end_step(True)
-        while self.scheduler.has_work():  # progress: every step computes something, or only frees
-            self.now += 1
+        while (work_at_s := self.scheduler.work_at_s(self.now)) < float("inf"):
+            self.now = max(self.now + 1, work_at_s)  # progress: every step computes something, or only frees
             plan = self.scheduler.plan(self.now)
             assert plan.pieces or plan.freed or plan.lost
             before = sum(piece.row.computed for piece in plan.pieces)

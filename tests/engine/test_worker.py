@@ -104,7 +104,7 @@ def connect(first: Running, last: Running) -> None:
 
     def back(out: EngineOutput) -> None:
         if isinstance(out, TokenOut):
-            first.engine.token(out.key, out.position, out.token)
+            first.engine.token(out)
 
     first.forward, last.forward = onward, back
 
@@ -228,7 +228,7 @@ def test_calls_return_while_a_step_computes(checkpoint_of: Callable[[str], Path]
         one.engine.open(opening("a"))
         assert computing.wait(WAIT_S)
         one.engine.open(opening("b"))  # each of these would hang for ever if the step held the lock
-        one.engine.token(opening("b").key, 3, 3)
+        one.engine.token(TokenOut(opening("b").key, 3, 3))
         one.engine.push(HiddenOut(opening("b").key, 0, 1, b""))
         one.engine.close(opening("a").key)
         assert one.engine.load_report().running == 1

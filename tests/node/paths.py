@@ -85,15 +85,17 @@ class CountingEngine:
             self._compute(sequence, 0, sequence.known)
         return self.pages
 
-    def push(self, hidden: HiddenOut) -> None:
-        if hidden.key in self.sequences:
-            position, count = hidden.position, hidden.count
-            assert hidden.data == bytes([position % 256]) * count, "activations of other positions"
-            self._compute(self.sequences[hidden.key], position, count)
+    def push(self, *hidden: HiddenOut) -> None:
+        for each in hidden:
+            if each.key in self.sequences:
+                position, count = each.position, each.count
+                assert each.data == bytes([position % 256]) * count, "activations of other positions"
+                self._compute(self.sequences[each.key], position, count)
 
-    def token(self, key: SequenceKey, position: int, token: int) -> None:
-        if key in self.sequences:
-            self._compute(self.sequences[key], position, 1)
+    def token(self, *drawn: TokenOut) -> None:
+        for each in drawn:
+            if each.key in self.sequences:
+                self._compute(self.sequences[each.key], each.position, 1)
 
     def _compute(self, sequence: OpenSequence, position: int, count: int) -> None:
         drawn = position + count
@@ -105,9 +107,10 @@ class CountingEngine:
             self.deliver(HiddenOut(sequence.key, position, count, bytes([position % 256]) * count))
             return
         last = drawn == sequence.prompt_tokens + sequence.sampling.max_tokens - 1
-        self.deliver(TokenOut(sequence.key, drawn, token_at(drawn), "length" if last else None, cached=max(0, self.pages)))
+        out = TokenOut(sequence.key, drawn, token_at(drawn), "length" if last else None, cached=max(0, self.pages))
+        self.deliver(out)
         if sequence.start == 0 and not last:
-            trio.lowlevel.current_trio_token().run_sync_soon(self.token, sequence.key, drawn, token_at(drawn))
+            trio.lowlevel.current_trio_token().run_sync_soon(self.token, out)
 
     def lose(self, key: SequenceKey, reason: str = "evicted", retryable: bool = True) -> None:
         del self.sequences[key]
