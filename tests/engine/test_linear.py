@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -109,7 +109,6 @@ def test_weights_beyond_float16_refuse_the_float16_kernel() -> None:
         pack(layer, KERNELS["fbgemm-fp16"])
 
 
-@settings(deadline=None)
 @given(st.sampled_from(["auto", "float32", "bfloat16"]), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_nothing_is_rounded_that_was_not_asked_for(wanted: str, stored: torch.dtype) -> None:
     names = [kernel.name for kernel in machine.candidates(wanted, stored)]

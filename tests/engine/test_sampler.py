@@ -138,7 +138,7 @@ def test_logprobs_are_the_models_own_likeliest_first() -> None:
     assert [value for _, value in drawn.top] == pytest.approx(sorted(exact, reverse=True)[:4])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(-(2**63), 2**64 - 1),
     position=st.integers(5, 10**6),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import trio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.errors import BadRequest
@@ -44,7 +44,7 @@ def mangled_requests(draw: st.DrawFn) -> bytes:
     return bytes(raw)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(st.lists(st.one_of(st.binary(max_size=400), mangled_requests()), min_size=1, max_size=4))
 def test_any_bytes_are_answered_or_ended_and_the_server_stays_up(inputs: list[bytes]) -> None:
     async def main() -> None:
@@ -81,7 +81,7 @@ FIELDS = (
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=5), st.booleans())
 def test_any_json_is_a_valid_request_or_a_refusal_that_names_a_field(fields: dict[str, object], chat: bool) -> None:
     fields.setdefault("messages" if chat else "prompt", [{"role": "user", "content": "x"}] if chat else "x")
@@ -105,7 +105,7 @@ def check_ranges(request: GenerateRequest) -> None:
     assert sum(given is not None for given in (request.messages, request.prompt, request.prompt_ids)) == 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=300))
 def test_any_body_is_a_request_or_a_refusal(raw: bytes) -> None:
     try:
@@ -114,7 +114,7 @@ def test_any_body_is_a_request_or_a_refusal(raw: bytes) -> None:
         assert refused.status == 400
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(
         st.sampled_from([b"--b", b"--", b"\r\n", b"\r\n\r\n", b'content-disposition: form-data; name="a"', b"x", b"\x00\xff"]),

@@ -59,7 +59,7 @@ def answers(core: MembershipCore, effects: list[Effect], now: float) -> list[Eff
     return more
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(steps, max_size=25))
 def test_never_more_bytes_go_to_an_unproven_address_than_came_from_it(taken: list[tuple[Address, Message] | float | str]) -> None:
     core, now = full_of_news(), 1.0

@@ -139,7 +139,7 @@ inputs: st.SearchStrategy[Message | float | NodeId] = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(inputs, max_size=30))
 def test_after_any_input_a_tick_uses_its_deadline_up_and_bounds_hold(steps: list[Message | float | NodeId]) -> None:
     core = node_among(3)

@@ -62,7 +62,7 @@ def as_record(claim: Claim) -> MemberRecord:
     return MemberRecord(*counted, states[type(claim)], *place, key=claim.node.encode(), signature=signature)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(forged_words | accusations, max_size=10), st.lists(st.booleans(), min_size=10, max_size=10))
 def test_whatever_a_key_holder_says_a_node_stays_where_and_what_it_said_itself(lies: list[Claim], by_call: list[bool]) -> None:
     core = node_among(3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from membership.effects import Cut, Effect, Froze, MemberChanged
@@ -162,7 +162,6 @@ states = st.sampled_from([ALIVE, SUSPECT, DEAD, PeerState.LEFT])
 moves = st.lists(st.tuples(st.integers(1, 6), states, st.sampled_from([0.0, 0.1, 1.0, 3.0, 70.0])), max_size=30)
 
 
-@settings(deadline=None)
 @given(moves)
 def test_counted_by_steps_it_is_as_counted_anew(steps: list[tuple[int, PeerState, float]]) -> None:
     """Beside it runs the definition: the last stable view as a set of names."""

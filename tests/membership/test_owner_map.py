@@ -163,7 +163,6 @@ def test_a_push_repeats_a_little_of_what_came_before_it() -> None:
 states = st.dictionaries(st.sampled_from("abcdef"), st.binary(max_size=3), max_size=6)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(states, st.integers(0, 2), st.integers(0, 2), st.integers(60, 200)), max_size=25))
 def test_copies_that_tell_one_another_in_any_order_hold_a_prefix_and_agree_in_the_end(
     steps: list[tuple[dict[str, bytes], int, int, int]],
@@ -224,7 +223,7 @@ facts = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(facts, min_size=1, max_size=3))
 def test_facts_become_keys_and_come_back_the_same_through_any_changes(told: list[Facts]) -> None:
     owner, shown = OwnerMap(OWNER, 1), ShownFacts()

@@ -311,7 +311,7 @@ events = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.one_of(events, st.floats(0, 40)), max_size=60))
 def test_whatever_happens_tokens_are_emitted_once_in_order_and_every_opened_path_is_closed(steps):
     generation, now = Generation(prompt_tokens=10, deadline_at=500.0, rng=Random(0)), 0.0

@@ -127,7 +127,7 @@ what_happens = ["look", "step", "step", "deliver", "deliver", "twice", "lose", "
 moves = st.lists(st.tuples(st.sampled_from(what_happens), st.integers(0, 11)), max_size=60)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(moves)
 def test_whatever_the_order_of_calls_nobody_sends_what_another_cannot_read_and_asking_again_ends_it(
     taken: list[tuple[str, int]],

@@ -123,7 +123,7 @@ PIECES = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(style=st.sampled_from(list(STYLES.values())), pieces=st.lists(PIECES, max_size=14), cut=st.integers(0, 60))
 def test_what_goes_out_depends_on_the_text_so_far_alone(style: ToolStyle, pieces: list[str], cut: int) -> None:
     text = "".join(pieces)

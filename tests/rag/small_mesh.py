@@ -5,7 +5,7 @@ Headers and tails cross as bytes, errors as the links carry them, so nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -138,10 +138,18 @@ class SmallMesh:
 
     async def agree(self, store: str, within_s: float = 10.0) -> None:
         """Waits until every live node holds the same (meshes of three: all own all)."""
+
+        def same() -> bool:
+            return all(digests == self.digests(store)[0] for digests in self.digests(store))
+
+        await self.until(same, "every node holds the same", within_s)
+
+    async def until(self, condition: Callable[[], object], what: str, within_s: float = 10.0) -> None:
+        """Looks every 0.1 s. A jumping clock does not wait for the threads that write files: ask for the outcome."""
         with trio.move_on_after(within_s) as scope:
-            while any(digests != self.digests(store)[0] for digests in self.digests(store)):
+            while not condition():
                 await trio.sleep(0.1)
-        assert not scope.cancelled_caught, f"still different after {within_s} s: {self.digests(store)}"
+        assert not scope.cancelled_caught, f"not within {within_s:g} s: {what}"
 
 
 @asynccontextmanager

@@ -230,7 +230,7 @@ LIVE = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(mesh=LIVE)
 def test_moves_come_to_rest_each_for_the_better_and_none_takes_the_last_copy_of_a_served_layer(
     mesh: list[tuple[list[tuple[int, int]], int]],
@@ -258,7 +258,7 @@ def test_moves_come_to_rest_each_for_the_better_and_none_takes_the_last_copy_of_
         raise AssertionError("moves without end")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(capacities=st.lists(st.integers(LAYERS, 9), min_size=3, max_size=6), dead=st.integers(0, 5))
 def test_after_a_death_whole_nodes_with_room_restore_two_copies(capacities: list[int], dead: int) -> None:
     peers = [peer(f"n{index}", (0, 3) if index % 2 else (3, 6), capacity=capacity) for index, capacity in enumerate(capacities)]

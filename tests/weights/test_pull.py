@@ -165,7 +165,7 @@ def test_a_source_that_left_is_asked_for_nothing_more():
 FATES = st.sampled_from(["kept", "kept", "kept", "failed", "busy", "silent", "lied", "lacks", "restart", "leaves"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 40), st.lists(FATES, max_size=120), st.randoms(use_true_random=False))
 def test_whatever_happens_on_the_way_every_piece_arrives_once_an_honest_source_is_there(count, fates, rng):
     """Random orders of answers, losses, lies and restarts; then one honest source, and all must come."""

@@ -70,7 +70,7 @@ def test_a_wrong_piece_is_not_written(tmp_path, whole):
     assert (tmp_path / "model" / "config.json").read_bytes() == right
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_after_any_restart_and_any_damage_to_a_part_only_the_right_bytes_count(tmp_path, whole, data):
     shutil.rmtree(tmp_path / "model", ignore_errors=True)
