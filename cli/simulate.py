@@ -12,7 +12,10 @@ from cli import options, output
 from mesh.errors import BadRequest
 
 if TYPE_CHECKING:
-    from membership.simulation.scenario import Outcome, Scenario
+    from membership.simulation.scenario import Death, Outcome, Scenario
+
+
+_LARGE = 2000  # nodes: whoever waits for so many is told how far it is
 
 
 def replayed(path: Path, json: bool) -> None:
@@ -72,8 +75,13 @@ def told(scenario: Scenario, outcome: Outcome) -> None:
     output.line(f"trace {outcome.trace}; {outcome.virtual_s:.0f} virtual seconds in {outcome.wall_s:.1f} s")
 
 
+def noted(death: Death) -> None:
+    """One line on stderr, for a mesh so large that the table takes minutes."""
+    output.note(f"{death.node} was killed; {death.heard} of {death.observers} know, the last after {death.last_s:.2f} s")
+
+
 def simulate(
-    nodes: Annotated[int, typer.Option("--nodes", min=2, max=2000, help="How many nodes.")] = 100,
+    nodes: Annotated[int, typer.Option("--nodes", min=2, max=10_000, help="How many nodes; ten thousand take minutes.")] = 100,
     seed: Annotated[int, typer.Option("--seed", help="Of everything random: one seed, one run.")] = 1,
     loss: Annotated[float, typer.Option("--loss", min=0.0, max=0.9, help="The share of datagrams that get lost.")] = 0.0,
     kill: Annotated[int, typer.Option("--kill", min=0, help="How many are killed, one after the other.")] = 3,
@@ -111,7 +119,7 @@ def simulate(
     scenario = Scenario(
         nodes, seed, loss, kill, silent, starved, delay_ms=delay, one_way=one_way, churn_a_minute=churn, partition_s=partition
     )
-    outcome = run(scenario)
+    outcome = run(scenario, noted) if nodes >= _LARGE else run(scenario)
     if json:
         output.as_json(asdict(outcome))
     else:

@@ -45,7 +45,8 @@ class Allowance:
         """False: too many unproven addresses have spoken of late; this one is not to be listened to."""
         member = self._members.get(message.sender.node)
         if member is not None and member.address == source:
-            self._accounts.pop(source, None)
+            if self._accounts:
+                self._accounts.pop(source, None)
             return True
         account = self._accounts.get(source)
         if account is None:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 import struct
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from mesh.ids import NodeId
 
@@ -40,8 +41,7 @@ _PACKED = struct.Struct(f">{DIMENSIONS + 3}e")  # half precision: 0.05 % of each
 COORDINATE_BYTES = _PACKED.size
 
 
-@dataclass(frozen=True, slots=True)
-class Coordinate:
+class Coordinate(msgspec.Struct, frozen=True, gc=False):
     """A point, and how far it can be trusted. `error`: of its estimates, relative, 0 to 1.5."""
 
     vector_s: tuple[float, ...] = (0.0,) * DIMENSIONS
@@ -63,7 +63,7 @@ class Coordinate:
 def pack(point: Coordinate) -> bytes:
     """`COORDINATE_BYTES` bytes: milliseconds in half precision."""
     return _PACKED.pack(
-        *(each_s * 1000 for each_s in point.vector_s), point.height_s * 1000, point.error, point.adjustment_s * 1000
+        *[each_s * 1000 for each_s in point.vector_s], point.height_s * 1000, point.error, point.adjustment_s * 1000
     )
 
 
@@ -72,7 +72,7 @@ def unpack(raw: bytes) -> Coordinate | None:
     if len(raw) != COORDINATE_BYTES:
         return None
     *vector_ms, height_ms, error, adjustment_ms = _PACKED.unpack(raw)
-    point = Coordinate(tuple(each_ms / 1000 for each_ms in vector_ms), height_ms / 1000, error, adjustment_ms / 1000)
+    point = Coordinate(tuple([each_ms / 1000 for each_ms in vector_ms]), height_ms / 1000, error, adjustment_ms / 1000)
     return point if is_sane(point) else None
 
 
@@ -80,7 +80,7 @@ def is_sane(point: Coordinate) -> bool:
     """Every number is one that honest measuring could have led to."""
     return (
         len(point.vector_s) == DIMENSIONS
-        and all(-RTT_MAX_S <= each_s <= RTT_MAX_S for each_s in point.vector_s)  # false for NaN
+        and all([-RTT_MAX_S <= each_s <= RTT_MAX_S for each_s in point.vector_s])  # false for NaN
         and 0 <= point.height_s <= RTT_MAX_S
         and 0 <= point.error <= ERROR_MAX
         and -RTT_MAX_S <= point.adjustment_s <= RTT_MAX_S
@@ -97,7 +97,7 @@ class Position:
         self.samples = 0
         self._miss = 0.0  # of the predictions of late, relative to what was measured, or to what is notable
         self.refused = 0  # absurd round trips, and peers' points that could not be
-        self._latest_s: dict[NodeId, deque[float]] = {}
+        self._latest_s: dict[NodeId, tuple[float, ...]] = {}  # a deque of three would take ten times the space
         self._off_s: deque[float] = deque([0.0] * ADJUSTMENT_SAMPLES, ADJUSTMENT_SAMPLES)
 
     @property
@@ -133,8 +133,7 @@ class Position:
 
     def _filtered_s(self, node: NodeId, rtt_s: float) -> float:
         """The median of the last three to this node: one answer that waited somewhere says nothing of the way."""
-        latest = self._latest_s.setdefault(node, deque(maxlen=FILTER_SAMPLES))
-        latest.append(rtt_s)
+        latest = self._latest_s[node] = (*self._latest_s.get(node, ()), rtt_s)[-FILTER_SAMPLES:]
         return sorted(latest)[len(latest) // 2]
 
     def _pulled(self, theirs: Coordinate, rtt_s: float) -> Coordinate:
@@ -157,7 +156,7 @@ class Position:
         apart_s = math.dist(point.vector_s, away_from.vector_s)
         if apart_s > _SAME_PLACE_S:
             share = force_s / apart_s
-            vector_s = tuple(mine + (mine - theirs) * share for mine, theirs in zip(point.vector_s, away_from.vector_s))
+            vector_s = tuple([mine + (mine - theirs) * share for mine, theirs in zip(point.vector_s, away_from.vector_s)])
             rise_s = min(STEP_MAX_S, max(-STEP_MAX_S, (point.height_s + away_from.height_s) * share))
             height_s = max(HEIGHT_MIN_S, point.height_s + rise_s)
             return Coordinate(vector_s, height_s, point.error, point.adjustment_s)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _RECORD_BYTES = 280  # upper bound of one member record on the wire
 _MEMBERS_MAX = (MAX_SYNC_BYTES - DELTAS_BYTES - 400_000) // _RECORD_BYTES  # leaves room for deltas and the list of what is wanted
+# What the facts book and the outlook follow. Asked of every effect, so by its very type: `isinstance` costs ten times as much.
+_FOLLOWED = frozenset((MemberChanged, MemberForgotten, Renewed))
 _PASS_ON_MAX = 8  # records of one exchange passed on at once: more means that we, not the others, were behind
 
 
@@ -229,7 +231,7 @@ class MembershipCore:
 
     def _settled(self, effects: list[Effect], now: float) -> list[Effect]:
         """Lets the facts book and the outlook follow what happened to the members, and holds back what is not covered."""
-        notices = [effect for effect in effects if isinstance(effect, MemberChanged | MemberForgotten | Renewed)]
+        notices = [effect for effect in effects if type(effect) in _FOLLOWED]
         if not notices:
             return self.allowance.covered(effects)
         outlook = self.outlook.follow(notices, now)

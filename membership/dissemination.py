@@ -43,19 +43,19 @@ class Rumours:
     """The claims a node still passes on."""
 
     def __init__(self) -> None:
-        self._by_node: dict[NodeId, Rumour] = {}
+        self.by_node: dict[NodeId, Rumour] = {}
         self._arrivals = 0
 
     def __len__(self) -> int:
-        return len(self._by_node)
+        return len(self.by_node)
 
     def put(self, claim: Claim) -> None:
         """Starts to tell `claim`, in place of whatever was told about its node before."""
         self._arrivals += 1
-        self._by_node[claim.node] = Rumour(claim, len(claim_bytes(claim)), 0, self._arrivals)
+        self.by_node[claim.node] = Rumour(claim, len(claim_bytes(claim)), 0, self._arrivals)
 
     def forget(self, node: NodeId) -> None:
-        self._by_node.pop(node, None)
+        self.by_node.pop(node, None)
 
     def take(self, budget_bytes: int, limit: int, first: Iterable[Claim] = ()) -> tuple[Claim, ...]:
         """Claims for one message: `first`, which are not counted, then the least told, within `budget_bytes`.
@@ -70,12 +70,12 @@ class Rumours:
                 taken.append(claim)
                 about.add(claim.node)
                 budget_bytes -= size_bytes
-        for rumour in sorted(self._by_node.values(), key=lambda rumour: (rumour.sent, -rumour.number)):
+        for rumour in sorted(self.by_node.values(), key=lambda rumour: (rumour.sent, -rumour.number)):
             if rumour.size_bytes > budget_bytes or rumour.claim.node in about:
                 continue
             taken.append(rumour.claim)
             budget_bytes -= rumour.size_bytes
             rumour.sent += 1
             if rumour.sent >= limit:
-                del self._by_node[rumour.claim.node]
+                del self.by_node[rumour.claim.node]
         return tuple(taken)

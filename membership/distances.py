@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from membership.coordinates import Position, pack
+from membership.coordinates import Coordinate, Position, pack
 from membership.members import Member
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Distances:
     def __init__(self, rng: Random) -> None:
         self.position = Position(rng)
         self._pings = 0
+        self._packed: tuple[Coordinate | None, bytes] = None, b""
         self._region_s: dict[str, float] = {}
 
     def told_with_ping(self) -> bytes | None:
@@ -37,11 +38,17 @@ class Distances:
         self._pings += 1
         samples, settled = self.position.samples, self.position.settled
         every = 1 if samples < FIRST_SAMPLES else SETTLED_EVERY if settled else 1 if samples < LOST_SAMPLES else LOST_EVERY
-        return None if self._pings % every else pack(self.position.point)
+        return None if self._pings % every else self._here()
 
     def told_with_ack(self, asked: bytes | None) -> bytes | None:
         """Whoever says where it is wants to hear where we are."""
-        return None if asked is None else pack(self.position.point)
+        return None if asked is None else self._here()
+
+    def _here(self) -> bytes:
+        point, packed = self._packed
+        if point is not self.position.point:  # it stays where it is for several pings and acks
+            point, packed = self._packed = self.position.point, pack(self.position.point)
+        return packed
 
     def heard(self, member: Member, where: bytes | None) -> None:
         """The member said, or somebody said of it, where it is."""

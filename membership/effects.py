@@ -10,7 +10,7 @@ from mesh.sync import Sync
 from mesh.view import Load, PeerState
 
 
-class Send(msgspec.Struct, frozen=True):
+class Send(msgspec.Struct, frozen=True, gc=False):
     """One datagram; may be lost."""
 
     to: Address
@@ -74,7 +74,7 @@ class FactsChanged(msgspec.Struct, frozen=True):
     node: NodeId
 
 
-class Measured(msgspec.Struct, frozen=True):
+class Measured(msgspec.Struct, frozen=True, gc=False):
     """A datagram came straight from `node`: its load as of `load_at`, and the round trip if this one timed it."""
 
     node: NodeId

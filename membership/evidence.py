@@ -71,6 +71,8 @@ class Evidence(Hearing):
         self.refused_deaths = 0
 
     def spread(self, now: float, without: tuple[NodeId, ...] = ()) -> list[Effect]:
+        if not (self._changes or self._news or self.doubted):
+            return []  # as after nearly every datagram
         effects = super().spread(now, without)
         if self.doubted:
             effects += self._verify_hearsay(now)

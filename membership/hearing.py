@@ -98,7 +98,7 @@ class Hearing:
 
     def filled(self, bare: Message, first: Sequence[Claim]) -> Message:
         """`bare` with `first` and as many rumours as fit the datagram."""
-        if not first and not self.rumours:
+        if not first and not self.rumours.by_node:
             return bare
         limit = transmit_limit(self.config.transmit_multiplier, self.members.live_count)
         claims = self.rumours.take(claim_budget_bytes(bare), limit, first)

@@ -53,8 +53,12 @@ class Outlook:
     @property
     def deadline(self) -> float:
         """When `tick` next has something to say, if nothing changes; infinite at rest."""
-        at_rest = self._members.suspects or not (self._doubted or self._lost or self._fresh)
-        stable_at = math.inf if at_rest else self._changed_at + (RESIGNED_S if self.frozen else SETTLED_S)
+        changed = self._doubted or self._lost or self._fresh
+        if not changed and not self._cut:
+            return math.inf  # asked after every datagram
+        stable_at = (
+            math.inf if self._members.suspects or not changed else self._changed_at + (RESIGNED_S if self.frozen else SETTLED_S)
+        )
         return min(self._cut_at, stable_at)
 
     @property

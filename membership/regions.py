@@ -130,6 +130,8 @@ class Patrol:
             return None
         self._neighbours_turn = not self._neighbours_turn
         if self._neighbours_turn:
+            if not members.suspects:
+                return members.near.after(members.me, 1)[0]
             neighbours = members.near.after(members.me, NEIGHBOURS)
             return next((node for node in neighbours if node not in members.suspects), neighbours[0])
         return self._near.following((members.near,), members.me)

@@ -96,7 +96,7 @@ class Swim(Evidence):
             at = min(at, self._probes.deadline)
         if self.members.gone or self._seeds:  # else links are looked after when the next probe is due anyway
             at = min(at, self._next_redial_at)
-        if self.rumours:
+        if self.rumours.by_node:
             at = min(at, self.next_gossip_at)
         if self.members.suspects:
             at = min(at, *(m.suspicion.deadline for m in self.suspected() if m.suspicion))
@@ -118,7 +118,8 @@ class Swim(Evidence):
         if self.left or sender.node == self.me:
             return []
         arrived_at = now if arrived_at is None else min(now, arrived_at)
-        self.health.lagged(now - arrived_at, now)
+        if arrived_at < now:
+            self.health.lagged(now - arrived_at, now)
         peer = self.members.get(sender.node)
         corrections = self._greet(peer, source, sender, now, arrived_at)
         if message.claims:
@@ -176,7 +177,7 @@ class Swim(Evidence):
                 self._probe_failed(probe, now)
             elif now >= probe.indirect_at:
                 effects += self._ask_others(probe, now)
-        for relay in self._probes.take_nacks_due(now):
+        for relay in self._probes.take_nacks_due(now) if self._probes.nacks_due else ():
             effects.append(self._send(relay.asker, Nack(self.sender(now), relay.asker_seq), ()))
         for member in self.suspected():
             if member.suspicion is None or now >= member.suspicion.deadline:
@@ -185,7 +186,7 @@ class Swim(Evidence):
             self._next_probe_at = now + self.config.probe_period_s * self.health.factor
             if (target := self._patrol.next_target(self.members)) is not None:
                 effects += self._probe(self.members[target], now)
-        if now >= self.next_gossip_at and self.rumours:
+        if now >= self.next_gossip_at and self.rumours.by_node:
             self.next_gossip_at = now + self.config.gossip_period_s
             for peer in some_to_tell(self.members, self.config.gossip_peers, self.rng):
                 effects.append(self._send(self.members.address_of(peer), Gossip(self.sender(now)), ()))

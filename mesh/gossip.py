@@ -119,7 +119,7 @@ class Left(msgspec.Struct, frozen=True, array_like=True, tag="l"):
 Claim = Alive | Suspect | Dead | Left
 
 
-class Sender(msgspec.Struct, frozen=True, array_like=True):
+class Sender(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Who speaks, and soft state of its own that is newer than any record."""
 
     node: Id

@@ -42,6 +42,7 @@ from mesh.load_wire import LOAD_BYTES, pack_load, unpack_load
 _KINDS: Final[tuple[type[Message], ...]] = (Ping, Ack, PingReq, Nack, Gossip, Knock, Knocked)
 _KIND_OF = {kind: number for number, kind in enumerate(_KINDS, 1)}
 _WITH_TARGET = (Ping, PingReq, Knock)
+_WITH_WHERE = (Ping, Ack)
 _FRONT = struct.Struct("!B8sQ")
 _LAG = struct.Struct("!H")
 _NUMBER = struct.Struct("!I")
@@ -51,6 +52,9 @@ _U16 = 2**16 - 1
 _COUNTER_BYTES = 7  # of a varint of 48 bits
 _BIN_HEAD_BYTES = 2
 _LIST_BYTES = 4  # what surrounds the claims, at most
+_FIXED_BYTES = {
+    kind: _COUNTERS_AT + (kind is not Gossip) * _NUMBER.size + (kind in _WITH_TARGET) * 8 + (kind is Knocked) for kind in _KINDS
+}
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(list[Any])
 _CLAIMS_REMEMBERED = 8192  # the same claim goes out a dozen times, and its size is asked for as often
@@ -83,22 +87,16 @@ def encode(message: Message) -> bytes:
 
 def encoded_bytes(message: Message) -> int:
     """How long `encode(message)` is, without making it."""
-    sender = message.sender
-    size_bytes = _COUNTERS_AT + _counter_bytes(sender.epoch) + _counter_bytes(sender.incarnation)
-    if not isinstance(message, Gossip):
-        size_bytes += _NUMBER.size
-    if isinstance(message, _WITH_TARGET):
-        size_bytes += 8
-    elif isinstance(message, Knocked):
-        size_bytes += 1
+    sender, claims = message.sender, message.claims
+    size_bytes = _FIXED_BYTES[type(message)] + _counter_bytes(sender.epoch) + _counter_bytes(sender.incarnation)
     where = _where(message)
-    if message.claims or where is not None:
-        size_bytes += 1 + len(_list_head(len(message.claims))) + sum(len(claim_bytes(claim)) for claim in message.claims)
+    if claims or where is not None:
+        size_bytes += 1 + len(_list_head(len(claims))) + sum([len(claim_bytes(claim)) for claim in claims])
     return size_bytes if where is None else size_bytes + _BIN_HEAD_BYTES + len(where)
 
 
 def _where(message: Message) -> bytes | None:
-    return message.where if isinstance(message, Ping | Ack) else None
+    return message.where if isinstance(message, _WITH_WHERE) else None
 
 
 @lru_cache(_CLAIMS_REMEMBERED)

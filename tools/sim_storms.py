@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 from membership.simulation.storm import Storm
 
@@ -31,7 +32,7 @@ def main() -> int:
     began_s = time.perf_counter()
     failed = 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ProcessPoolExecutor(max_workers=cores) as pool:
+    with ProcessPoolExecutor(cores, get_context("spawn")) as pool:
         seeds = range(asked.first, asked.first + asked.seeds)
         for seed, faults, blows in pool.map(outcome, seeds, chunksize=min(_SEEDS_AT_ONCE, max(1, asked.seeds // 4))):
             if faults:

@@ -207,48 +207,53 @@ class Network(Timeline):
     # the wires
 
     def _arm(self, it: SimNode) -> None:
-        deadline = it.core.deadline
+        it.due_at = deadline = it.core.deadline
         if deadline < it.armed_for:
-            it.armed_for = deadline
-            self._later(max(0.0, deadline - self.now), self._wake, it, deadline)
+            self._wake_later(it)
+
+    def _wake_later(self, it: SimNode) -> None:
+        it.armed_for = deadline = it.due_at
+        self._later(max(0.0, deadline - self.now), self._wake, it, deadline)
 
     def _wake(self, it: SimNode, armed_for: float) -> None:
         if not it.running or it.paused or it.armed_for != armed_for or self.nodes[it.id] is not it:
             return
         it.armed_for = math.inf
-        if self.now >= it.core.deadline:
+        if self.now >= it.due_at:
             self._carry_out(it, it.core.tick(self.now))
         else:
-            self._arm(it)
+            self._wake_later(it)
 
     def _carry_out(self, it: SimNode, effects: list[Effect]) -> None:
         for effect in effects:
-            match effect:
-                case Send(to=to, message=message):
-                    self._send(it, to, message)
-                case Measured():
-                    pass
-                case Exchange(to=to):
-                    self._exchange(it, to)
-                case Push(to=to, sync=news):
-                    self._call(it, to, news, lambda _: None)
-                case MemberChanged(node=node, before=before, after=after, restarted=restarted):
-                    self.seen.append(Seen.of(self.now, it, self.nodes.get(node), node, before, after, restarted))
-                    self._trace.update(f"{self.now!r} {it.id} {node} {before} {after}\n".encode())
-                case PingStream(seq=seq, to=to):
-                    self._ping_stream(it, seq, to)
-                case TryConnect(number=number, to=to):
-                    self._try_connect(it, number, to)
-                case Watch(addresses=addresses):
-                    for address in addresses:
-                        self._open_link(it, address)
-                case Cut():
-                    self.cuts.append((self.now, it.id, effect))
-                case FactsChanged(node=node):
-                    self.facts_seen.append((self.now, it.id, node))
-                case _:
-                    pass
+            if type(effect) is Send:  # these two are nearly all
+                self._send(it, effect.to, effect.message)
+            elif type(effect) is not Measured:
+                self._carry_out_rare(it, effect)
         self._arm(it)
+
+    def _carry_out_rare(self, it: SimNode, effect: Effect) -> None:
+        match effect:
+            case Exchange(to=to):
+                self._exchange(it, to)
+            case Push(to=to, sync=news):
+                self._call(it, to, news, lambda _: None)
+            case MemberChanged(node=node, before=before, after=after, restarted=restarted):
+                self.seen.append(Seen.of(self.now, it, self.nodes.get(node), node, before, after, restarted))
+                self._trace.update(f"{self.now!r} {it.id} {node} {before} {after}\n".encode())
+            case PingStream(seq=seq, to=to):
+                self._ping_stream(it, seq, to)
+            case TryConnect(number=number, to=to):
+                self._try_connect(it, number, to)
+            case Watch(addresses=addresses):
+                for address in addresses:
+                    self._open_link(it, address)
+            case Cut():
+                self.cuts.append((self.now, it.id, effect))
+            case FactsChanged(node=node):
+                self.facts_seen.append((self.now, it.id, node))
+            case _:
+                pass
 
     def _connects(self, it: SimNode, to: Address) -> SimNode | None:
         """Who has a socket at `to`, if the way is open; a paused process still has its kernel."""
@@ -299,10 +304,15 @@ class Network(Timeline):
         self._later(self.rng.uniform(0.001, 0.006) + self.ways.delay_s(gone.id, other.id), hear)
 
     def _send(self, it: SimNode, to: Address, message: Message) -> None:
-        carried = gossip_wire.encode(message) if self._encoded else message
-        size_bytes = len(carried) if isinstance(carried, bytes) else gossip_wire.encoded_bytes(carried)
-        self.largest_bytes = max(self.largest_bytes, size_bytes)
-        assert size_bytes <= MAX_MESSAGE_BYTES, f"a datagram of {size_bytes} bytes"
+        carried: Carried
+        if self._encoded:
+            carried = gossip_wire.encode(message)
+            size_bytes = len(carried)
+        else:
+            carried, size_bytes = message, gossip_wire.encoded_bytes(message)
+        if size_bytes > self.largest_bytes:
+            assert size_bytes <= MAX_MESSAGE_BYTES, f"a datagram of {size_bytes} bytes"
+            self.largest_bytes = size_bytes
         it.bytes_sent += size_bytes + SEAL_BYTES
         it.datagrams_sent += 1
         if self.rng.random() >= self.loss:

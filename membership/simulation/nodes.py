@@ -23,6 +23,7 @@ class SimNode:
     running: bool = True
     paused: bool = False
     buffer: list[tuple[Address, Carried]] = field(default_factory=list)
+    due_at: float = float("inf")  # its core's deadline, as of the last time anything was asked of it
     armed_for: float = float("inf")
     bytes_sent: int = 0
     datagrams_sent: int = 0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
 from membership.simulation.checkers import converged, detection_s, fallen_s, percentile
+from membership.simulation.collector import seldom_collecting
 from membership.simulation.disturbances import Churn, Partition, cut_some_ways
 from membership.simulation.network import Network
 from mesh.ids import NodeId
@@ -78,8 +80,13 @@ class Outcome:
         return self.whole and not self.false_deaths and all(death.heard == death.observers for death in self.deaths)
 
 
-def simulate(scenario: Scenario) -> Outcome:
-    """Runs it: the same scenario gives the same outcome, but for `wall_s`."""
+def simulate(scenario: Scenario, died: Callable[[Death], None] = lambda _: None) -> Outcome:
+    """Runs it: the same scenario gives the same outcome, but for `wall_s`. `died` is told of each death once it was watched."""
+    with seldom_collecting():
+        return _lived(scenario, died)
+
+
+def _lived(scenario: Scenario, died: Callable[[Death], None]) -> Outcome:
     began_s = time.perf_counter()
     encoded = scenario.nodes <= JOINED_MAX
     network = Network(scenario.seed, loss=scenario.loss, delay_s=scenario.delay_span_s, encoded=encoded)
@@ -95,7 +102,10 @@ def simulate(scenario: Scenario) -> Outcome:
     rng = Random(scenario.seed)
     cut_some_ways(network, sorted(set(ids) - set(chosen)), scenario.one_way, rng)
     churn = Churn(network, sorted(set(ids) - set(chosen)), scenario.churn_a_minute, rng)
-    deaths = [_death(network, node, scenario, churn) for node in chosen[: scenario.kill]]
+    deaths: list[Death] = []
+    for node in chosen[: scenario.kill]:
+        deaths.append(_death(network, node, scenario, churn))
+        died(deaths[-1])
     if not deaths and (scenario.churn_a_minute or scenario.one_way or scenario.starved):
         churn.run(scenario.watch_s)
     partition, heal_s = None, None

@@ -17,14 +17,16 @@ class Ways:
         self._rng = rng
         self._near_s, self._far_s = near_s, far_s or near_s
         self._region: dict[NodeId, str] = {}
+        self._regions: set[str] = set()
         self._cut: set[tuple[NodeId, NodeId]] = set()
         self.bytes_abroad = 0
 
     def place(self, node: NodeId, region: str) -> None:
         self._region[node] = region
+        self._regions.add(region)
 
     def abroad(self, one: NodeId, other: NodeId) -> bool:
-        return self._region.get(one) != self._region.get(other)
+        return len(self._regions) > 1 and self._region.get(one) != self._region.get(other)
 
     def delay_s(self, one: NodeId, other: NodeId) -> float:
         shortest_s, longest_s = self._far_s if self.abroad(one, other) else self._near_s

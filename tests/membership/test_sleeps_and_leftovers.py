@@ -85,7 +85,7 @@ def test_nothing_is_kept_of_a_tombstone_that_made_room() -> None:
     core.receive(address_of(2), gossip(2, alive(9)), 1.0)
     assert state(core, 1) is None and state(core, 9) is PeerState.ALIVE
     assert peer_id(1) not in core.swim.distances.position._latest_s
-    assert peer_id(1) not in core.swim.rumours._by_node
+    assert peer_id(1) not in core.swim.rumours.by_node
 
 
 def test_a_case_that_is_over_keeps_nobody_from_looking_at_the_next_run() -> None:

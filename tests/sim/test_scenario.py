@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from random import Random
@@ -44,6 +45,29 @@ def test_the_command_prints_a_table_or_json_and_says_by_its_exit_code_whether_al
     told = json.loads(runner.invoke(app, ["simulate", "--nodes", "8", "--kill", "1", "--json"]).output)
     assert told["deaths"][0]["heard"] == 7 and told["false_deaths"] == 0
     assert runner.invoke(app, ["simulate", "--nodes", "3", "--kill", "3"]).exit_code == 1
+
+
+def test_ten_thousand_nodes_may_be_asked_for_and_no_more() -> None:
+    runner = CliRunner()
+    asked = runner.invoke(app, ["simulate", "--nodes", "10000", "--kill", "10000"])
+    assert asked.exit_code == 1 and "fewer killed and starved nodes than 10000" in asked.stderr
+    refused = runner.invoke(app, ["simulate", "--nodes", "10001"])
+    assert refused.exit_code == 2 and "10000" in refused.output
+
+
+def test_whoever_waits_for_a_large_mesh_hears_of_each_death_as_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cli.simulate._LARGE", 9)
+    runner = CliRunner()
+    large, small = (runner.invoke(app, ["simulate", "--nodes", nodes, "--kill", "2", "--json"]) for nodes in ("9", "8"))
+    assert large.stderr.count("8 of 8 know") == 1 and large.stderr.count("7 of 7 know") == 1 and small.stderr == ""
+    assert [death["heard"] for death in json.loads(large.stdout)["deaths"]] == [8, 7]
+
+
+def test_a_simulation_leaves_the_collector_of_cycles_as_it_found_it() -> None:
+    before = gc.get_threshold()
+    during: list[tuple[int, int, int]] = []
+    simulate(Scenario(4, kill=1, watch_s=1.0), died=lambda death: during.append(gc.get_threshold()))
+    assert gc.get_threshold() == before and during[0][0] > before[0]
 
 
 def trace_of_a_node_whose_peer_falls_silent() -> bytes:
