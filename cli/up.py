@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli import leash, options, output
+from cli import options, output
 
 ModelsOption = Annotated[
     list[str],
@@ -28,6 +28,9 @@ RegionOption = Annotated[str, typer.Option("--region", help="Where the node is; 
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
 QuantizeOption = Annotated[str, typer.Option("--quantize", help="none, int8 or int4: how weights are held.")]
+TensorParallelOption = Annotated[
+    int, typer.Option("--tensor-parallel", metavar="N", help="Worker processes that compute each span together; 1: none.")
+]
 MemoryOption = Annotated[
     str | None,
     typer.Option("--memory", metavar="SIZE", help="For weights and KV cache, such as 8GiB; else half of what is free."),
@@ -94,6 +97,7 @@ def up(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = "none",
+    tensor_parallel: TensorParallelOption = 1,
     memory: MemoryOption = None,
     upload: UploadOption = None,
     data_dir: DataDirOption = None,
@@ -120,6 +124,7 @@ def join(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = "none",
+    tensor_parallel: TensorParallelOption = 1,
     memory: MemoryOption = None,
     upload: UploadOption = None,
     data_dir: DataDirOption = None,
@@ -141,6 +146,7 @@ def start(given: dict[str, Any]) -> None:
     Raises:
         BadRequest: an option has another form than expected.
     """
+    from node import leash
     from node.config import NodeConfig
 
     leash_fd, memory, upload, models = (given.pop(name) for name in ("leash", "memory", "upload", "model"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from mesh.errors import BadRequest
 from mesh.gossip import check_description
 from mesh.ids import Address, is_ip
+from node.engine.parallel.cutting import MOST_RANKS
 
 LAYERS_FORM = "expected auto, none, A:B or A:B,C:D with 0 <= A < B"
 
@@ -31,6 +32,7 @@ class NodeConfig:
     device: str = "auto"
     dtype: str = "auto"
     quantize: str = "none"  # int8 and int4 round the weights: less memory, faster decoding, other tokens
+    tensor_parallel: int = 1  # worker processes that compute a span together; 1: the node itself does
     memory_bytes: int | None = None  # for weights and KV together; None: half of what is free at the start
     data_dir: Path | None = None  # identity and documents; None: one of its own under the user's data directory
     key_file: Path | None = None
@@ -58,6 +60,9 @@ class NodeConfig:
             raise BadRequest(f"--quantize: expected none, int8 or int4, got {self.quantize!r}", "quantize")
         if not 0 <= self.trace_mb <= 4096:
             raise BadRequest(f"--trace-mb: expected 0 to 4096, got {self.trace_mb}", "trace_mb")
+        if not 1 <= self.tensor_parallel <= MOST_RANKS:
+            said = f"--tensor-parallel: expected 1 to {MOST_RANKS} workers, got {self.tensor_parallel}"
+            raise BadRequest(said, "tensor_parallel")
         if self.memory_bytes is not None and self.memory_bytes < 16 << 20:
             raise BadRequest(f"--memory: expected at least 16MiB, got {self.memory_bytes} bytes", "memory")
         if self.upload_bytes_s is not None and self.upload_bytes_s < 1 << 10:

@@ -129,6 +129,7 @@ def _prepare(config: NodeConfig, budget_bytes: int) -> tuple[Engine, Holdings]:
             device=config.device,
             dtype=config.dtype,
             quantize=config.quantize,
+            tensor_parallel=config.tensor_parallel,
             threads=config.threads,
             kv_memory_bytes=int(KV_SHARE * budget_bytes),
         )

@@ -9,6 +9,7 @@ before each load, the tensors of the span.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 
 import msgspec
@@ -16,16 +17,21 @@ import structlog
 import trio
 
 from membership.service import Membership
-from mesh.errors import BadRequest
+from mesh.errors import BadRequest, MeshError
 from mesh.ids import ModelId
 from mesh.view import ModelCard, Span
 from node.config import pinned_spans
-from node.engine.api import Engine
+from node.engine.api import Engine, SpanLost
+from node.engine.parallel.crew import WorkersLost
 from node.models import Holdings, ServedModel
 from node.own_facts import OwnFacts
 from node.weights.library import Library, capacity_layers
 from routing.placement import choose_spans, next_move
 
+MENDED_AT_ONCE = 64  # spans that were lost and wait to be loaded again; a node holds a handful
+MEND_AFTER_S = 1.0  # whatever took the workers may be about to take the next ones
+LOSSES_WITHIN_S = 600.0
+MOST_LOSSES = 3  # within that time, of all spans together: beyond it the machine is at fault, and the node ends
 SETTLE_S = 0.3  # after joining, and after each change: cuts come in bursts, and one answer to all of them is enough
 
 log = structlog.get_logger()
@@ -54,12 +60,16 @@ class Placing:
         self._library = library
         self._wanted = tuple(holdings.wanted)
         self._share_bytes = holdings.share_bytes
+        self._lost_in, self._lost_out = trio.open_memory_channel[SpanLost](MENDED_AT_ONCE)
+        self._losses_at: deque[float] = deque(maxlen=MOST_LOSSES + 1)
+        self._changing = trio.Lock()  # a move and a mend do not mix
 
     async def run(self) -> None:
-        """Loads what is to be served, offers the files to peers; with `auto`, goes on until cancelled.
+        """Loads what is to be served, offers the files to peers, and goes on until cancelled: mending, with `auto` also moving.
 
         Raises:
             BadRequest: the model cannot be served exactly.
+            MeshError: the workers of spans ended again and again.
         """
         for model in self._models:
             self._know(model)
@@ -70,8 +80,30 @@ class Placing:
                 nursery.start_soon(self._offer, model)
             for name in self._wanted:
                 nursery.start_soon(self._adopt, name)
+            nursery.start_soon(self._mend)
             if self._pinned is None:
                 nursery.start_soon(self._follow)
+
+    def lost(self, lost: SpanLost) -> None:
+        """A span's workers have ended: it is not served any more, and is loaded again soon."""
+        card = self._models.get(lost.span.model).card
+        self._facts.serve(card, tuple(held for held in self._held(card) if held != lost.span))
+        self._lost_in.send_nowait(lost)
+
+    async def _mend(self) -> None:
+        async for lost in self._lost_out:
+            now = trio.current_time()
+            self._losses_at.append(now)
+            if len(self._losses_at) > MOST_LOSSES and now - self._losses_at[0] < LOSSES_WITHIN_S:
+                raise MeshError(f"workers ended {len(self._losses_at)} times in {now - self._losses_at[0]:.0f} s: {lost.reason}")
+            log.warning("span.lost", model=lost.span.model, start=lost.span.start, end=lost.span.end, why=lost.reason)
+            self._intend(self._models.get(lost.span.model), self._intended(lost.span.model) | {lost.span})
+            await trio.sleep(MEND_AFTER_S)
+            async with self._changing:
+                try:
+                    await self._take(self._models.get(lost.span.model), [lost.span])
+                except WorkersLost as error:  # while they loaded: another loss, and counted so
+                    self._lost_in.send_nowait(SpanLost(lost.span, str(error)))
 
     def _know(self, model: ServedModel) -> None:
         # A pinned node tells no capacity: the mesh must not count on it for a move that it will not make.
@@ -122,10 +154,14 @@ class Placing:
                 move = next_move(self._membership.view, model.card.id)
                 if move is not None and move.node == self._membership.me:
                     log.info("placement.move", model=model.card.id, take=_ranges(move.take), drop=_ranges(move.drop_after))
-                    self._intend(model, move.take)
-                    await self._drop(model, move.drop_first)
-                    await self._take(model, move.take)
-                    await self._drop(model, move.drop_after)
+                    async with self._changing:
+                        self._intend(model, move.take)
+                        await self._drop(model, move.drop_first)
+                        await self._take(model, move.take)
+                        await self._drop(model, move.drop_after)
+
+    def _intended(self, model: ModelId) -> set[Span]:
+        return {span for span in self._facts.now.intends if span.model == model}
 
     def _intend(self, model: ServedModel, spans: Iterable[Span]) -> None:
         others = tuple(span for span in self._facts.now.intends if span.model != model.card.id)

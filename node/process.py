@@ -122,7 +122,9 @@ class Node:
         self._documents = self._make_documents(embedder)
         models = holdings.models
         self._entry = self._make_entry(Prompts(models, self._documents), rng)
-        self._stages = Stages(sockets.address, engine, self._links.post, self._entry)
+        self._stages = Stages(
+            sockets.address, engine, self._links.post, self._entry, span_lost=lambda lost: self._placing.lost(lost)
+        )
         self._losses = Losses(self._view, self._entry, self._stages, self._planning, self._membership.lost)
         self._coverage, self._pulse = CoverageWatch(self._membership.changed), Pulse(self._facts, self._load, engine.overdue_s)
         self._readiness = Readiness(self._view, models, self._entry)

@@ -27,7 +27,7 @@ from mesh.errors import BadRequest, MeshError, PeerLost, Refused, RemoteError
 from mesh.ids import Address, NodeId, StreamId, format_address
 from mesh.prefix import NAME_BYTES
 from mesh.refusals import FOREIGN_WORD, WINDOW_S, Refusals
-from node.engine.api import Engine, EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
+from node.engine.api import Engine, EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, SpanLost, TokenOut
 
 IDLE_S = 120.0  # a sequence that nothing came for: its close was lost with a link; longer than any wait for a step
 GRAMMARS_AT_ONCE = 2  # compiled side by side; each is a thread that takes up to a second, beside the engine's own
@@ -99,8 +99,11 @@ class StagesStatistics:
 class Stages:
     """Serves this node's spans to every entry, its own included."""
 
-    def __init__(self, address: Address, engine: Engine, post: Post, sink: TokenSink) -> None:
+    def __init__(
+        self, address: Address, engine: Engine, post: Post, sink: TokenSink, span_lost: Callable[[SpanLost], None] | None = None
+    ) -> None:
         self._address = address
+        self._span_lost = span_lost
         self.handlers = {"stage.open": self._on_open}
         self.receivers = {
             "stage.hidden": self._on_hidden,
@@ -139,6 +142,10 @@ class Stages:
         hidden: defaultdict[Address, list[HiddenOut]] = defaultdict(list)
         tokens: defaultdict[Address, list[TokenOut]] = defaultdict(list)
         for output in outputs:
+            if isinstance(output, SpanLost):
+                if self._span_lost is not None:
+                    self._span_lost(output)
+                continue
             route = self._routes.get(output.key)
             if route is None:
                 continue  # closed while the step ran

@@ -113,7 +113,15 @@ class SequenceLost:
     retryable: bool = True
 
 
-EngineOutput = HiddenOut | TokenOut | SequenceLost
+@dataclass(frozen=True, slots=True)
+class SpanLost:
+    """The workers that computed a span have ended: it is unloaded, and may be loaded again. Its sequences are lost as well."""
+
+    span: Span
+    reason: str
+
+
+EngineOutput = HiddenOut | TokenOut | SequenceLost | SpanLost
 
 Deliver = Callable[[list[EngineOutput]], None]
 """Called in the ENGINE thread with the outputs of one step; the node's shell passes them on to trio."""
@@ -125,6 +133,7 @@ class EngineConfig:
     dtype: str = "auto"  # auto | float32 | bfloat16 | a linear kernel's name, e.g. fbgemm-fp16
     quantize: str = "none"  # none | int8 | int4: how weights are held
     threads: int = 1  # torch threads; several nodes on one machine: 1 each
+    tensor_parallel: int = 1  # worker processes that compute a span together, `threads` each; 1: this process computes it
     kv_memory_bytes: int | None = None  # for all KV caches; None: a share of free memory
     step_tokens: int = 512  # token budget of one step: prefill chunks and decodes together
     max_sequences: int = 64  # per stage; one more is refused as BUSY

@@ -140,7 +140,7 @@ class PackedLinear(nn.Module):
 
         That spares each of a layer's two residual additions a pass of its own, 10 to 20 microseconds a step.
         """
-        plus = self.product.plus if isinstance(self.product, (OneDnnProduct, NativeProduct)) else self._added
+        plus: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = getattr(self.product, "plus", self._added)
         largest = self.buckets[-1]
         count = rows.shape[0]
         if count <= largest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,9 @@ from mesh.ids import ModelId
 from mesh.view import APPROXIMATE, ModelCard
 from node.engine import machine, selfcheck
 from node.engine.checkpoint import Checkpoint
+from node.engine.linear import Kernel
+from node.engine.parallel import oracle
+from node.engine.parallel.stage import ParallelStage
 from node.engine.progress import LoadWatch
 from node.engine.stage import Stage
 
@@ -20,7 +24,7 @@ from node.engine.stage import Stage
 class Loaded:
     """A stage and what it may claim."""
 
-    stage: Stage
+    stage: Stage | ParallelStage
     numerics: str
 
 
@@ -32,13 +36,15 @@ def load_stage(
     threads: int,
     quantize: str = "none",
     watch: LoadWatch | None = None,
+    ranks: int = 1,
 ) -> Loaded:
     """Loads layers `[start, end)` with the best kernel that is right and exact here, else with the first that is right.
 
-    `wanted`: auto, a dtype or a kernel; `quantize`: none, int8 or int4.
+    `wanted`: auto, a dtype or a kernel; `quantize`: none, int8 or int4; `ranks`: worker processes that compute it together.
 
     Raises:
-        BadRequest: layers out of range, or no kernel computes what the plain model does.
+        BadRequest: layers out of range, no kernel computes what the plain model does, or the model has not so many parts.
+        WorkersLost: a worker has ended.
     """
     if not 0 <= start < end <= checkpoint.layers:
         raise BadRequest(f"expected layers within 0:{checkpoint.layers}, got {start}:{end}", param="layers")
@@ -48,31 +54,37 @@ def load_stage(
         kernels = machine.ranked(wanted, checkpoint.stored_dtype, checkpoint.hidden_size, widest, quantize)
     except ValueError as error:
         raise BadRequest(str(error), param="dtype") from error
-    inexact: Stage | None = None
+    inexact: Stage | ParallelStage | None = None
     reasons = []
-    for kernel in kernels:
-        watch = watch or LoadWatch(end - start)
-        stage = Stage(checkpoint, start, end, kernel, threads, watch)
-        plain = selfcheck.plain_output(stage)
-        try:
-            stage.pack()
-        except (ValueError, RuntimeError) as error:  # no such kernel on this CPU, or not for these weights
-            reasons.append(f"{kernel.name}: {error}")
-            continue
-        watch.checks()
-        if not selfcheck.computes_like_the_plain_model(stage, plain):
-            reasons.append(f"{kernel.name}: differs from the plain model")
-            continue
-        if not selfcheck.looks_through_its_window(stage):
-            reasons.append("its sliding window does not reach the attention")
-            break
-        if not stage.loose and selfcheck.is_exact(stage):
-            return Loaded(stage, machine.fingerprint(checkpoint.weights, kernel, threads))
-        inexact = inexact or stage
-        if stage.loose:
-            break  # whatever the kernel
-    if inexact is not None:
-        return Loaded(inexact, APPROXIMATE + secrets.token_hex(8))
+    with ExitStack() as second_best:  # ends what is not returned, whatever happens: its workers would stay
+        for kernel in kernels:
+            watch = watch or LoadWatch(end - start)
+            stage, plain = _stage(checkpoint, start, end, kernel, threads, watch, ranks)
+            with ExitStack() as this:
+                this.callback(stage.close)
+                try:
+                    stage.pack()
+                except (ValueError, RuntimeError) as error:  # no such kernel on this CPU, or not for these weights
+                    reasons.append(f"{kernel.name}: {error}")
+                    continue
+                watch.checks()
+                if not selfcheck.computes_like_the_plain_model(stage, plain):
+                    reasons.append(f"{kernel.name}: differs from the plain model")
+                    continue
+                if not selfcheck.looks_through_its_window(stage):
+                    reasons.append("its sliding window does not reach the attention")
+                    break
+                if not stage.loose and selfcheck.is_exact(stage):
+                    this.pop_all()
+                    return Loaded(stage, machine.fingerprint(checkpoint.weights, kernel, threads, ranks))
+                if inexact is None:
+                    inexact = stage
+                    second_best.push(this.pop_all())
+                if stage.loose:
+                    break  # whatever the kernel
+        if inexact is not None:
+            second_best.pop_all()
+            return Loaded(inexact, APPROXIMATE + secrets.token_hex(8))
     raise BadRequest(
         f"{checkpoint.directory.name} ({config.model_type}) failed the self-check on layers {start}:{end}: {'; '.join(reasons)}",
         param="model",
@@ -80,12 +92,23 @@ def load_stage(
     )
 
 
+def _stage(
+    checkpoint: Checkpoint, start: int, end: int, kernel: Kernel, threads: int, watch: LoadWatch, ranks: int
+) -> tuple[Stage | ParallelStage, torch.Tensor]:
+    """A stage, not yet packed, and what it must compute for the self-check."""
+    if ranks > 1:
+        stage = ParallelStage(checkpoint, start, end, kernel, threads, ranks)  # first, for it may refuse
+        return stage, oracle.plain_output(checkpoint, start, end, kernel, threads)
+    whole = Stage(checkpoint, start, end, kernel, threads, watch)
+    return whole, selfcheck.plain_output(whole)
+
+
 def card(checkpoint: Checkpoint, model: ModelId, numerics: str = "") -> ModelCard:
     return ModelCard(model, checkpoint.layers, checkpoint.max_model_len, checkpoint.weights, numerics)
 
 
-def kv_token_bytes(checkpoint: Checkpoint, layers: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of one token in `layers` layers."""
+def kv_token_bytes(checkpoint: Checkpoint, layers: int, dtype: torch.dtype, copies: int = 1) -> int:
+    """Bytes of keys and values of one token in `layers` layers; `copies`: of each head, where ranks share one."""
     config = checkpoint.config
     heads = int(getattr(config, "num_attention_heads", None) or 1)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads)
@@ -94,4 +117,4 @@ def kv_token_bytes(checkpoint: Checkpoint, layers: int, dtype: torch.dtype) -> i
     dim = int(getattr(config, "head_dim", None) or checkpoint.hidden_size // heads)
     if getattr(config, "kv_lora_rank", None):  # latent attention: keys and values of all heads are kept, unequal in size
         dim = max(int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim), int(config.v_head_dim))
-    return 2 * layers * kv_heads * dim * dtype.itemsize
+    return 2 * layers * kv_heads * dim * dtype.itemsize * copies

@@ -39,10 +39,14 @@ def cpu() -> str:
     return " ".join([platform.machine(), *(said[name] for name in wanted if name in said)])
 
 
-def fingerprint(weights: str, kernel: Kernel, threads: int) -> str:
-    """Equal fingerprints promise equal tokens: all that is known to change a bit, in 16 hex digits."""
+def fingerprint(weights: str, kernel: Kernel, threads: int, ranks: int = 1) -> str:
+    """Equal fingerprints promise equal tokens: all that is known to change a bit, in 16 hex digits.
+
+    Behind them `-tp` and the number of ranks, where several compute a span together: sums over two parts round otherwise.
+    """
     parts = (torch.__version__, isa(), cpu(), str(kernel.dtype), kernel.name, kernel.quantize, RULES_VERSION, weights, threads)
-    return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).hexdigest()
+    return digest if ranks == 1 else f"{digest}-tp{ranks}"
 
 
 def named(kernel: Kernel) -> str:

@@ -15,11 +15,16 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import structlog
 from transformers.utils import logging as transformers_logging
+
+from mesh.view import Span
 
 TELL_EVERY_S = 2.0
 READING_BAR = "Loading weights"  # what transformers calls the bar over the tensors
 _LAYER = re.compile(r"\.(\d+)\.")
+
+log = structlog.get_logger()
 
 
 class Phase(Enum):
@@ -131,3 +136,20 @@ def _bar(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
 
 transformers_logging.set_tqdm_hook(_bar)
+
+
+def log_progress(span: Span, progress: LoadProgress) -> None:
+    log.info(
+        "span loading",
+        model=span.model,
+        start=span.start,
+        end=span.end,
+        phase=progress.phase.value,
+        layers=f"{progress.layers_done}/{progress.layers}",
+        read=f"{gib(progress.bytes_done)} of {gib(progress.bytes)}",
+        seconds=round(progress.seconds, 1),
+    )
+
+
+def gib(size_bytes: int) -> str:
+    return f"{size_bytes / (1 << 30):.2f} GiB"

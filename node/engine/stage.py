@@ -41,6 +41,8 @@ from node.engine.linear import (
     siblings,
 )
 from node.engine.native.layers import NativeLayers, fits, native_layers
+from node.engine.parallel.shard import Shard
+from node.engine.parallel.summing import Summing
 from node.engine.progress import LoadWatch
 
 transformers.utils.logging.disable_progress_bar()
@@ -72,8 +74,10 @@ def find_layers(model: nn.Module, count: int) -> nn.ModuleList:
     raise ValueError(f"no list of {count} layers in {type(model).__name__}")
 
 
-def load_model(checkpoint: Checkpoint, start: int, end: int, dtype: torch.dtype, watch: LoadWatch) -> Any:
-    """The pruned model with the span's weights, on this CPU, ready for our attention. `watch` sees them come.
+def load_model(
+    checkpoint: Checkpoint, start: int, end: int, dtype: torch.dtype, watch: LoadWatch, shard: Shard | None = None
+) -> Any:
+    """The pruned model with the span's weights, or a shard of them, on this CPU, ready for our attention. `watch` sees them come.
 
     Raises:
         BadRequest: tensors are missing, or the architecture cannot be taken apart.
@@ -91,6 +95,8 @@ def load_model(checkpoint: Checkpoint, start: int, end: int, dtype: torch.dtype,
             self.set_input_embeddings(AbsentEmbedding())
         if end < layers:
             self.set_output_embeddings(nn.Identity())
+        if shard is not None:
+            shard.narrow(self)
         watch.begins({name: tensor.numel() * dtype.itemsize for name, tensor in self.named_parameters()})
 
     body: dict[str, Any] = {"__init__": prune, "__module__": cls.__module__, "_keys_to_ignore_on_load_unexpected": [".*"]}
@@ -100,7 +106,8 @@ def load_model(checkpoint: Checkpoint, start: int, end: int, dtype: torch.dtype,
     try:
         with watch:
             model, info = pruned.from_pretrained(
-                checkpoint.directory,
+                checkpoint.directory if shard is None else None,
+                state_dict=None if shard is None else shard.tensors(checkpoint.directory),
                 config=copy.deepcopy(checkpoint.config),
                 dtype=dtype,
                 attn_implementation=NAME,
@@ -108,7 +115,7 @@ def load_model(checkpoint: Checkpoint, start: int, end: int, dtype: torch.dtype,
                 local_files_only=True,
                 use_safetensors=True,
             )
-    except (ValueError, KeyError, AttributeError, TypeError, NotImplementedError, OSError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, NotImplementedError, RuntimeError, OSError) as error:
         old_table = isinstance(error, KeyError) and error.args == (NAME,)
         said = "its attention does not go through AttentionInterface" if old_table else f"{type(error).__name__}: {error}"[:200]
         raise _cannot(checkpoint, said) from error
@@ -131,19 +138,28 @@ class Stage:
     """The loaded span. `forward` may be called by one thread at a time."""
 
     def __init__(
-        self, checkpoint: Checkpoint, start: int, end: int, kernel: Kernel, threads: int, watch: LoadWatch | None = None
+        self,
+        checkpoint: Checkpoint,
+        start: int,
+        end: int,
+        kernel: Kernel,
+        threads: int,
+        watch: LoadWatch | None = None,
+        shard: Shard | None = None,
     ) -> None:
-        """Raises BadRequest, as `load_model`."""
+        """Raises BadRequest, as `load_model`. `shard`: of the span, which several ranks compute together."""
         self.checkpoint = checkpoint
         self.start, self.end, self.layers = start, end, checkpoint.layers
         self.kernel = kernel
         self.threads = threads
         self.buckets: tuple[int, ...] = BUCKETS
         self._watch = watch or LoadWatch(end - start)
-        self.model = load_model(checkpoint, start, end, kernel.dtype, self._watch)
+        self.shard = shard
+        self.model = load_model(checkpoint, start, end, kernel.dtype, self._watch, shard)
         self.parameters = sum(tensor.numel() for tensor in self.model.parameters())
         self._base = getattr(self.model, self.model.base_model_prefix)
         self._slots = find_layers(self._base, self.layers)
+        self._inner: list[PackedLinear] = []
         self.lean: Lean | NativeLayers | None = None
         self.windows: set[int] = set()  # that attention was asked to look through so far; 0: everything
         self.loose = False  # there are weights that are not packed, whose products promise nothing
@@ -275,7 +291,7 @@ class Stage:
             ValueError: this kernel cannot hold the weights, or no two row counts agree.
         """
         self._watch.packs()
-        if self.kernel.compiled and self._pack_compiled():
+        if self.kernel.compiled and self.shard is None and self._pack_compiled():
             return
         even = self._even_buckets()
         inner: list[PackedLinear] = []
@@ -295,14 +311,27 @@ class Stage:
             setattr(parent, name, outer[-1])
         small = tuple(count for count in buckets if count <= OUTER_ROWS) or buckets
         agreed = self._agreed(outer, small)
-        self.buckets = tuple(count for count in buckets if count in agreed or count not in small)
-        for packed in inner:
-            packed.buckets = self.buckets
+        self._inner = inner
+        self._settle(tuple(count for count in buckets if count in agreed or count not in small))
         for packed in outer:
             packed.buckets = agreed
         self._drop_embedding()
         self.loose = any(tensor.dim() > 2 for tensor in self._slots.parameters())
         self.lean = lean_form(self.model, self._base, self._slots, self.start, self.end)
+
+    def _settle(self, buckets: tuple[int, ...]) -> None:
+        self.buckets = buckets
+        for packed in self._inner:
+            packed.buckets = buckets
+
+    def join(self, summing: Summing, buckets: tuple[int, ...]) -> None:
+        """Makes a packed shard one with those of the other ranks, which found the same `buckets` good."""
+        assert self.shard is not None
+        self._settle(buckets)
+        self.shard.join(self.model, summing)
+
+    def close(self) -> None:
+        """Nothing to end: the weights go with the object."""
 
     def _pack_compiled(self) -> bool:
         """Packs the span for the compiled layers, which take any number of rows; False where the model has another form."""

@@ -28,14 +28,26 @@ from mesh.prefix import PAGE_TOKENS
 from mesh.view import Load, ModelCard, Span, is_exact
 from node.engine import machine
 from node.engine.activations import activations, hidden_outputs
-from node.engine.api import Deliver, EngineConfig, EngineOutput, HiddenOut, OpenSequence, SequenceKey, TokenOut
+from node.engine.api import (
+    Deliver,
+    EngineConfig,
+    EngineOutput,
+    HiddenOut,
+    OpenSequence,
+    SequenceKey,
+    SequenceLost,
+    SpanLost,
+    TokenOut,
+)
 from node.engine.attention import Segment
 from node.engine.blocks import BLOCK_TOKENS, BlockPool
 from node.engine.checkpoint import read_checkpoint
 from node.engine.constraints import Constraints
+from node.engine.faults import is_out_of_memory
 from node.engine.kvcache import Page, SequenceKV
 from node.engine.loading import Loaded, card, kv_token_bytes, load_stage
-from node.engine.progress import LoadProgress, LoadWatch
+from node.engine.parallel.stage import ParallelStage
+from node.engine.progress import LoadProgress, LoadWatch, gib, log_progress
 from node.engine.rows import Drawn, HeldSpan, PageStore, Piece, SchedulerStatistics, StepPlan
 from node.engine.scheduler import Scheduler
 
@@ -107,6 +119,8 @@ class TorchEngine:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        for loaded in list(self._loaded.values()):
+            loaded.stage.close()
 
     # ---- models
 
@@ -121,12 +135,14 @@ class TorchEngine:
             torch.set_num_threads(self._config.threads)
             checkpoint = read_checkpoint(directory)
             config = self._config
-            watch = self._watches[span] = LoadWatch(end - start, partial(_tell, span))
+            watch = self._watches[span] = LoadWatch(end - start, partial(log_progress, span))
+            wanted = config.dtype, config.threads, config.quantize
             try:
-                loaded = load_stage(checkpoint, start, end, config.dtype, config.threads, config.quantize, watch)
+                loaded = load_stage(checkpoint, start, end, *wanted, watch, config.tensor_parallel)
             finally:
                 del self._watches[span]
-            block_bytes = BLOCK_TOKENS * kv_token_bytes(checkpoint, end - start, loaded.stage.kernel.dtype)
+            copies = loaded.stage.cutting.kv_copies if isinstance(loaded.stage, ParallelStage) else 1
+            block_bytes = BLOCK_TOKENS * kv_token_bytes(checkpoint, end - start, loaded.stage.kernel.dtype, copies)
             pool = BlockPool(max(1, self._kv_bytes // block_bytes))
             with self._lock:
                 self._pools[span] = (pool, block_bytes)
@@ -148,19 +164,34 @@ class TorchEngine:
                         exact=is_exact(loaded.numerics),
                     ),
                 )
+            if isinstance(loaded.stage, ParallelStage):
+                loaded.stage.on_end(lambda reason: self._span_ended(span, loaded, reason))
             kernel = machine.named(loaded.stage.kernel)
-            took = {"read": _gib(watch.now.bytes), "seconds": round(watch.now.seconds, 1)}
+            took = {"read": gib(watch.now.bytes), "seconds": round(watch.now.seconds, 1)}
             log.info("span loaded", model=model, start=start, end=end, kernel=kernel, numerics=loaded.numerics, **took)
-            return self._cards[span]
+            return card(checkpoint, model, loaded.numerics)
 
     def unload(self, span: Span) -> None:
         with self._lock:
-            lost = self._scheduler.drop_span(span)
-            for held in (self._loaded, self._cards, self._pools, self._kept):
-                held.pop(span, None)
-            self._share_memory()
-            self._undelivered.extend(lost)
+            loaded = self._loaded.get(span)
+            self._undelivered.extend(self._forget_span(span))
             self._lock.notify_all()
+        if loaded is not None:
+            loaded.stage.close()
+
+    def _forget_span(self, span: Span) -> list[SequenceLost]:
+        lost = self._scheduler.drop_span(span)
+        for held in (self._loaded, self._cards, self._pools, self._kept):
+            held.pop(span, None)
+        self._share_memory()
+        return lost
+
+    def _span_ended(self, span: Span, loaded: Loaded, reason: str) -> None:
+        """Its workers are gone. Told before its sequences are, so that nobody sends them here again."""
+        with self._lock:
+            if self._loaded.get(span) is loaded:
+                self._undelivered += [SpanLost(span, reason), *self._forget_span(span)]
+                self._lock.notify_all()
 
     def _share_memory(self) -> None:
         """Every span gets the same share of the KV memory; a shrunken pool gives no block out until it fits again."""
@@ -365,26 +396,3 @@ class TorchEngine:
         elif rows > 2 * decodes:
             rate = (rows - decodes) / took_s
             self._prefill_tok_s += (rate - self._prefill_tok_s) * (AVERAGING if self._prefill_tok_s else 1.0)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether Python, torch on a GPU, or torch's CPU allocator (which says so in words alone) had no memory to give."""
-    words = ("not enough memory", "out of memory", "can't allocate memory")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error).lower() for word in words)
-
-
-def _tell(span: Span, progress: LoadProgress) -> None:
-    log.info(
-        "span loading",
-        model=span.model,
-        start=span.start,
-        end=span.end,
-        phase=progress.phase.value,
-        layers=f"{progress.layers_done}/{progress.layers}",
-        read=f"{_gib(progress.bytes_done)} of {_gib(progress.bytes)}",
-        seconds=round(progress.seconds, 1),
-    )
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / (1 << 30):.2f} GiB"

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 # Takes the options of `mesh up`, announces itself, and waits; what its name says goes wrong.
 STAND_IN = """
 import signal, sys, time
-from cli import leash
+from node import leash
 words = sys.argv
 option = lambda name: words[words.index(name) + 1]
 leash.hold(int(option("--leash")))

@@ -47,7 +47,18 @@ def test_options_become_the_configuration(started: list[NodeConfig], tmp_path: P
     more = ["--layers", "0:2,4:6", "--memory", "2GiB", "--data-dir", str(tmp_path), "--key-file", str(tmp_path / "key")]
     assert (
         mesh_command(
-            *words.split(), *more, "--drain-s", "5", "--log-format", "json", "--dtype", "float32", "--quantize", "int8"
+            *words.split(),
+            *more,
+            "--drain-s",
+            "5",
+            "--log-format",
+            "json",
+            "--dtype",
+            "float32",
+            "--quantize",
+            "int8",
+            "--tensor-parallel",
+            "2",
         ).exit_code
         == 0
     )
@@ -67,6 +78,7 @@ def test_options_become_the_configuration(started: list[NodeConfig], tmp_path: P
             log_format="json",
             dtype="float32",
             quantize="int8",
+            tensor_parallel=2,
         )
     ]
 

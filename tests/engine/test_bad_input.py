@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from mesh.errors import BadRequest
 from mesh.view import Span
 from node.engine.api import HiddenOut, SequenceKey, SequenceLost, TokenOut
-from node.engine.worker import is_out_of_memory
+from node.engine.faults import is_out_of_memory
 from tests.engine.test_prefix_cache import ask, bits, numbers
 from tests.engine.test_worker import MODEL, Running, opening, running
 

@@ -31,6 +31,12 @@ def test_weights_are_quantised_to_known_widths_only():
         NodeConfig(quantize="int2")
 
 
+@pytest.mark.parametrize("workers", [0, -1, 65])
+def test_a_senseless_number_of_workers_is_refused(workers):
+    with pytest.raises(BadRequest, match="--tensor-parallel: expected 1 to 64 workers"):
+        NodeConfig(tensor_parallel=workers)
+
+
 def test_listening_beyond_loopback_needs_keys(tmp_path):
     for bad in ({"bind": ("0.0.0.0", 1)}, {"http": ("10.0.0.1", 1)}, {"bind": ("::", 1)}, {"bind": ("127.example.org", 1)}):
         with pytest.raises(BadRequest, match="key"):

@@ -54,17 +54,21 @@ class NativeProduct:
         """`[rows, inputs] -> [rows, outputs]`, in the rows' dtype."""
         return self._into(rows, None)
 
+    def wide(self, rows: torch.Tensor) -> torch.Tensor:
+        """The product in float32, not rounded to the rows' dtype."""
+        return self._into(rows, None, wide=True)
+
     def plus(self, rows: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """`other + product`, rounded once."""
         return self._into(rows, other.contiguous())
 
-    def _into(self, rows: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+    def _into(self, rows: torch.Tensor, other: torch.Tensor | None, wide: bool = False) -> torch.Tensor:
         rows = rows.contiguous()
-        out = rows.new_empty(rows.shape[0], self.outputs)
+        out = rows.new_empty(rows.shape[0], self.outputs, dtype=torch.float32 if wide else None)
         bf16 = rows.dtype is torch.bfloat16
         added = None if other is None else other.data_ptr()
         self._library.product(
-            self._at, rows.data_ptr(), rows.shape[0], bf16, added, out.data_ptr(), bf16, torch.get_num_threads()
+            self._at, rows.data_ptr(), rows.shape[0], bf16, added, out.data_ptr(), bf16 and not wide, torch.get_num_threads()
         )
         return out
 

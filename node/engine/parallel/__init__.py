@@ -1,0 +1,1 @@
+"""One span computed by several worker processes of a node: tensor parallelism."""

@@ -1,0 +1,34 @@
+"""`python -m node.engine.parallel SOCKET LEASH`: a worker process, given two file descriptors by its node.
+
+Signals that a terminal or a supervisor sends to all processes of a node at once are left to the node: it drains, and needs
+its workers for that. The leash is held before anything that takes time: the node may end while this process starts.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+
+from node import leash
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    leash.hold(int(sys.argv[2]))
+    from node.engine.parallel.messages import Channel
+    from node.engine.parallel.rank import serve  # imports torch
+
+    with socket.socket(fileno=int(sys.argv[1])) as end:
+        end.set_inheritable(False)
+        try:
+            serve(Channel(end))
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            pass  # the node is gone, or wants this rank no more
+    os._exit(0)  # with torch an orderly end takes seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""One rank of a span, in a worker process of its own: it does what its node says, step by step.
+
+Whatever goes wrong in a step ends the process, for the ranks are out of step then; the node sees it end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from mesh.errors import BadRequest
+from node.engine.attention import Segment
+from node.engine.checkpoint import read_checkpoint
+from node.engine.kvcache import Page, SequenceKV
+from node.engine.linear import KERNELS
+from node.engine.parallel.messages import Begin, Change, Channel, Done, Join, Joined, Keep, Loaded, Restore, Step
+from node.engine.parallel.shard import Shard, cutting_of
+from node.engine.parallel.summing import join_group
+from node.engine.stage import Stage
+
+
+class Rank:
+    """A loaded shard, and what is kept in it."""
+
+    def __init__(self, stage: Stage, first: bool) -> None:
+        self._stage = stage
+        self._first = first
+        self._sequences: dict[int, SequenceKV] = {}
+        self._pages: dict[int, Page] = {}
+
+    def step(self, step: Step) -> Done:
+        self._change(step.changes)
+        segments = [Segment(each.row, each.count, each.position, self._sequence(each.sequence)) for each in step.segments]
+        out = self._stage.forward(
+            step.start,
+            step.end,
+            segments,
+            step.positions,
+            ids=step.ids,
+            hidden=None if step.hidden is None else self._activations(step.hidden),
+            logits_at=step.logits_at,
+        )
+        logits = bool(step.logits_at) and step.end == self._stage.layers
+        windows = tuple(self._stage.windows) if self._first else ()
+        return Done(step.number, tensor_bytes(out) if logits or self._first else b"", windows)
+
+    def _activations(self, data: bytes) -> torch.Tensor:
+        width = self._stage.checkpoint.hidden_size
+        return torch.frombuffer(bytearray(data), dtype=self._stage.kernel.dtype).view(-1, width)
+
+    def _sequence(self, number: int) -> SequenceKV:
+        return self._sequences.get(number) or self._sequences.setdefault(number, self._stage.sequence())
+
+    def _change(self, changes: Iterable[Change]) -> None:
+        for change in changes:
+            if isinstance(change, Keep):
+                layers = range(change.start, change.end)
+                self._pages[change.page] = self._sequence(change.sequence).page(change.position, change.count, layers)
+            elif isinstance(change, Restore):
+                self._sequence(change.sequence).restore([self._pages[page] for page in change.pages])
+            elif change.page:
+                self._pages.pop(change.number, None)
+            else:
+                self._sequences.pop(change.number, None)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """The little-endian bytes of a tensor of any dtype."""
+    return bytes(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+
+
+def serve(channel: Channel) -> None:
+    """Loads, joins, then steps, until the node ends it."""
+    begin = channel.receive(Begin)
+    torch.set_num_threads(begin.threads)
+    try:
+        checkpoint = read_checkpoint(Path(begin.directory))
+        shard = Shard(cutting_of(checkpoint, begin.ranks), begin.rank)
+        stage = Stage(checkpoint, begin.start, begin.end, KERNELS[begin.kernel], begin.threads, shard=shard)
+        stage.pack()
+    except (ValueError, RuntimeError, BadRequest) as error:
+        channel.send(Loaded(refused=str(error), unservable=isinstance(error, BadRequest)))
+        return
+    channel.send(Loaded(stage.parameters, stage.buckets))
+    join = channel.receive(Join)
+    summing = join_group(Path(begin.meeting), begin.rank, begin.ranks, torch.device(begin.device), begin.timeout_s)
+    stage.join(summing, join.buckets)
+    channel.send(Joined())
+    rank = Rank(stage, begin.rank == 0)
+    while True:
+        channel.send(rank.step(channel.receive(Step)))

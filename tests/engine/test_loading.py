@@ -1,0 +1,87 @@
+"""Which stages live on when a load tries kernel after kernel: what is not returned is ended, for it may own processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mesh.errors import BadRequest
+from mesh.view import is_exact
+from node.engine import loading, selfcheck
+from node.engine.checkpoint import read_checkpoint
+from node.engine.linear import KERNELS
+from node.engine.parallel.crew import WorkersLost
+
+NAMES = ("onednn-fp32", "aten-fp32")
+
+
+@dataclass
+class Tried:
+    """Stands for a stage; `fate`: how far it comes."""
+
+    kernel: Any
+    fate: str
+    closed: int = 0
+
+    @property
+    def loose(self) -> bool:
+        return self.fate == "loose"
+
+    def pack(self) -> None:
+        if self.fate == "unpackable":
+            raise ValueError("no such instruction")
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.parametrize(
+    ("fates", "kept", "exact"),
+    [
+        (("exact", "exact"), 0, True),
+        (("differs", "exact"), 1, True),
+        (("unpackable", "exact"), 1, True),
+        (("inexact", "exact"), 1, True),
+        (("inexact", "inexact"), 0, False),
+        (("inexact", "differs"), 0, False),
+        (("loose", "exact"), 0, False),
+        (("differs", "differs"), None, BadRequest),
+        (("blind", "exact"), None, BadRequest),
+        (("dies", "exact"), None, WorkersLost),
+        (("inexact", "dies"), None, WorkersLost),
+    ],
+)
+def test_whatever_stage_is_not_returned_is_closed_once(
+    fates: tuple[str, str], kept: int | None, exact: Any, checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Any] = []
+
+    def stage(checkpoint: Any, start: int, end: int, kernel: Any, *more: Any) -> tuple[Any, None]:
+        tried.append(Tried(kernel, fates[len(tried)]))
+        return tried[-1], None
+
+    def compared(one: Any, plain: None) -> bool:
+        if one.fate == "dies":
+            raise WorkersLost("rank 1 was killed by signal 9")
+        return bool(one.fate != "differs")
+
+    monkeypatch.setattr(loading, "_stage", stage)
+    monkeypatch.setattr(loading.machine, "ranked", lambda *given: [KERNELS[name] for name in NAMES])
+    monkeypatch.setattr(selfcheck, "computes_like_the_plain_model", compared)
+    monkeypatch.setattr(selfcheck, "looks_through_its_window", lambda one: one.fate != "blind")
+    monkeypatch.setattr(selfcheck, "is_exact", lambda one: one.fate == "exact")
+    checkpoint = read_checkpoint(checkpoint_of("llama"))
+    if kept is None:
+        with pytest.raises(exact):
+            loading.load_stage(checkpoint, 0, 4, "auto", 1)
+    else:
+        loaded = loading.load_stage(checkpoint, 0, 4, "auto", 1)
+        assert loaded.stage is tried[kept] and is_exact(loaded.numerics) is exact
+    unpackable = [one for one in tried if one.fate == "unpackable"]
+    assert [one.closed for one in tried if one not in unpackable] == [
+        int(number != kept) for number, one in enumerate(tried) if one not in unpackable
+    ]

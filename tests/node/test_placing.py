@@ -1,0 +1,130 @@
+"""What becomes of a span whose workers ended: untold at once, loaded again, and given up when it happens again and again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from mesh.errors import MeshError
+from mesh.ids import ModelId
+from mesh.view import Facts, ModelCard, Span
+from node.engine.api import SpanLost
+from node.engine.parallel.crew import WorkersLost
+from node.models import Holdings, Models, ServedModel
+from node.own_facts import OwnFacts
+from node.placing import MEND_AFTER_S, MOST_LOSSES, Placing
+from node.stages import Stages
+
+CARD = ModelCard(ModelId("toy"), 4, 64, "w", "n-tp2")
+WHOLE = Span(CARD.id, 0, 4)
+
+
+class LoadingEngine:
+    def __init__(self) -> None:
+        self.loads: list[Span] = []
+        self.fails = 0  # of the loads to come, how many find their workers killed
+
+    def load(self, directory: Path, model: ModelId, start: int, end: int) -> ModelCard:
+        self.loads.append(Span(model, start, end))
+        if self.fails:
+            self.fails -= 1
+            raise WorkersLost("rank 0 was killed by signal 9")
+        return CARD
+
+
+class FilesAreHere:
+    async def bring(self, model: ServedModel, span: Span) -> None: ...
+
+    async def offer(self, model: ServedModel) -> str:
+        return ""
+
+
+class Placed:
+    """A node pinned to the whole model, which it serves once `placing.run` has begun."""
+
+    def __init__(self) -> None:
+        models = Models()
+        text: Any = None
+        models.add(ServedModel(CARD, Path("toy"), text))
+        self.engine: Any = LoadingEngine()
+        self.published: list[Facts] = []
+        self.facts = OwnFacts(Facts(version="0", pid=1), self.published.append)
+        library: Any = FilesAreHere()
+        membership: Any = None
+        holdings = Holdings(models, {CARD.id: 4}, (), 1 << 30)
+        self.placing = Placing("0:4", self.engine, holdings, self.facts, membership, library)
+
+    async def serving(self) -> None:
+        while self.facts.now.spans != (WHOLE,):
+            await trio.sleep(0.01)
+
+
+async def test_a_span_whose_workers_ended_is_not_told_any_more_and_loaded_again(autojump_clock: MockClock) -> None:
+    placed = Placed()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(placed.placing.run)
+        await placed.serving()
+        placed.placing.lost(SpanLost(WHOLE, "rank 1 was killed by signal 9"))
+        assert placed.facts.now.spans == (), "at once: nothing comes here any more"
+        lost_at = trio.current_time()
+        await placed.serving()
+        assert trio.current_time() - lost_at >= MEND_AFTER_S
+        assert placed.engine.loads == [WHOLE, WHOLE]
+        assert any(facts.intends == (WHOLE,) and not facts.spans for facts in placed.published), "others need not take it over"
+        nursery.cancel_scope.cancel()
+
+
+async def test_workers_that_end_while_they_load_again_are_another_loss(autojump_clock: MockClock) -> None:
+    placed = Placed()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(placed.placing.run)
+        await placed.serving()
+        placed.engine.fails = MOST_LOSSES - 1
+        placed.placing.lost(SpanLost(WHOLE, "rank 1 was killed by signal 9"))
+        await placed.serving()
+        assert placed.engine.loads == [WHOLE] * (MOST_LOSSES + 1)
+        nursery.cancel_scope.cancel()
+    placed = Placed()
+    with pytest.RaisesGroup(pytest.RaisesExc(MeshError, match="workers ended 4 times"), flatten_subgroups=True):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(placed.placing.run)
+            await placed.serving()
+            placed.engine.fails = 10**6
+            placed.placing.lost(SpanLost(WHOLE, "rank 1 was killed by signal 9"))
+            await trio.sleep_forever()
+
+
+def test_what_the_engine_says_of_a_lost_span_reaches_the_placing() -> None:
+    told: list[SpanLost] = []
+    anything: Any = None
+    Stages(("127.0.0.1", 1), anything, anything, anything, told.append).carry([SpanLost(WHOLE, "gone")])
+    assert told == [SpanLost(WHOLE, "gone")]
+
+
+async def test_workers_that_end_again_and_again_end_the_node(autojump_clock: MockClock) -> None:
+    placed = Placed()
+    again = pytest.RaisesExc(MeshError, match="workers ended 4 times in .* signal 9")
+    with pytest.RaisesGroup(again, flatten_subgroups=True):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(placed.placing.run)
+            for _ in range(MOST_LOSSES + 1):
+                await placed.serving()
+                placed.placing.lost(SpanLost(WHOLE, "rank 1 was killed by signal 9"))
+            await trio.sleep_forever()
+    assert placed.engine.loads == [WHOLE] * (MOST_LOSSES + 1)
+
+
+async def test_losses_that_lie_far_apart_are_mended_for_ever(autojump_clock: MockClock) -> None:
+    placed = Placed()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(placed.placing.run)
+        for _ in range(3 * MOST_LOSSES):
+            await placed.serving()
+            placed.placing.lost(SpanLost(WHOLE, "rank 0 ended with exit code 1"))
+            await trio.sleep(300)
+        await placed.serving()
+        nursery.cancel_scope.cancel()
