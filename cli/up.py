@@ -35,6 +35,14 @@ MemoryOption = Annotated[
     str | None,
     typer.Option("--memory", metavar="SIZE", help="For weights and KV cache, such as 8GiB; else half of what is free."),
 ]
+SpillMemoryOption = Annotated[
+    str | None,
+    typer.Option("--spill-memory", metavar="SIZE", help="Host memory for prompt beginnings that the KV cache has no room for."),
+]
+SpillDiskOption = Annotated[
+    str | None,
+    typer.Option("--spill-disk", metavar="SIZE", help="Disk for those, in the data directory; deleted when the node ends."),
+]
 UploadOption = Annotated[
     str | None,
     typer.Option("--upload", metavar="SIZE", help="Bytes a second of weights for peers; else 64MiB while it computes."),
@@ -99,6 +107,8 @@ def up(
     quantize: QuantizeOption = "none",
     tensor_parallel: TensorParallelOption = 1,
     memory: MemoryOption = None,
+    spill_memory: SpillMemoryOption = None,
+    spill_disk: SpillDiskOption = None,
     upload: UploadOption = None,
     data_dir: DataDirOption = None,
     key_file: KeyFileOption = None,
@@ -126,6 +136,8 @@ def join(
     quantize: QuantizeOption = "none",
     tensor_parallel: TensorParallelOption = 1,
     memory: MemoryOption = None,
+    spill_memory: SpillMemoryOption = None,
+    spill_disk: SpillDiskOption = None,
     upload: UploadOption = None,
     data_dir: DataDirOption = None,
     key_file: KeyFileOption = None,
@@ -149,15 +161,19 @@ def start(given: dict[str, Any]) -> None:
     from node import leash
     from node.config import NodeConfig
 
-    leash_fd, memory, upload, models = (given.pop(name) for name in ("leash", "memory", "upload", "model"))
+    leash_fd, models = given.pop("leash"), given.pop("model")
+    sizes = {name: given.pop(name) for name in ("memory", "spill_memory", "spill_disk", "upload")}
+    read = {name: options.size_bytes(text, "--" + name.replace("_", "-")) for name, text in sizes.items() if text is not None}
     config = NodeConfig(
         **{
             **given,
             "join": tuple(options.address(text, "--join") for text in given["join"]),
             "bind": options.address(given["bind"], "--bind"),
             "http": options.address(given["http"], "--http"),
-            "memory_bytes": options.size_bytes(memory, "--memory") if memory is not None else None,
-            "upload_bytes_s": options.size_bytes(upload, "--upload") if upload is not None else None,
+            "memory_bytes": read.get("memory"),
+            "spill_memory_bytes": read.get("spill_memory", 0),
+            "spill_disk_bytes": read.get("spill_disk", 0),
+            "upload_bytes_s": read.get("upload"),
             "models": tuple(models),
             "key_file": options.existing_file(given["key_file"], "--key-file"),
             "api_key_file": options.existing_file(given["api_key_file"], "--api-key-file"),

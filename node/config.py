@@ -34,6 +34,8 @@ class NodeConfig:
     quantize: str = "none"  # int8 and int4 round the weights: less memory, faster decoding, other tokens
     tensor_parallel: int = 1  # worker processes that compute a span together; 1: the node itself does
     memory_bytes: int | None = None  # for weights and KV together; None: half of what is free at the start
+    spill_memory_bytes: int = 0  # beside `memory_bytes`, for pages that the KV cache has no room for; 0: they are dropped
+    spill_disk_bytes: int = 0  # for those the memory has no room for, in files under the data directory
     data_dir: Path | None = None  # identity and documents; None: one of its own under the user's data directory
     key_file: Path | None = None
     api_key_file: Path | None = None

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 from urllib.parse import quote
 
@@ -96,7 +97,7 @@ async def _make(config: NodeConfig) -> Node:
     sockets = await open_peer_sockets(config.bind, config.join)
     http_listener = await open_listener(config.http, "--http")
     budget_bytes = memory_budget_bytes(config.memory_bytes)
-    engine, holdings = await trio.to_thread.run_sync(_prepare, config, budget_bytes, abandon_on_cancel=True)
+    engine, holdings = await trio.to_thread.run_sync(_prepare, config, identity.directory, budget_bytes, abandon_on_cancel=True)
     return Node(
         config,
         identity,
@@ -118,7 +119,7 @@ def _take_identity(config: NodeConfig) -> Identity:
     return take_free_identity(data_home())
 
 
-def _prepare(config: NodeConfig, budget_bytes: int) -> tuple[Engine, Holdings]:
+def _prepare(config: NodeConfig, directory: Path, budget_bytes: int) -> tuple[Engine, Holdings]:
     """Reads the models' configs and tokenizers, before any weights (*blocking*, seconds: torch is imported here)."""
     references, wanted = split_references(config.models, joins=bool(config.join))
     from node.engine.default_model import MODEL_ID, ensure_default_model
@@ -132,6 +133,9 @@ def _prepare(config: NodeConfig, budget_bytes: int) -> tuple[Engine, Holdings]:
             tensor_parallel=config.tensor_parallel,
             threads=config.threads,
             kv_memory_bytes=int(KV_SHARE * budget_bytes),
+            spill_memory_bytes=config.spill_memory_bytes,
+            spill_disk_bytes=config.spill_disk_bytes,
+            spill_folder=directory / "kv-spill",
         )
     )
     models, capacity = Models(), {}

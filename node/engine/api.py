@@ -135,6 +135,9 @@ class EngineConfig:
     threads: int = 1  # torch threads; several nodes on one machine: 1 each
     tensor_parallel: int = 1  # worker processes that compute a span together, `threads` each; 1: this process computes it
     kv_memory_bytes: int | None = None  # for all KV caches; None: a share of free memory
+    spill_memory_bytes: int = 0  # for pages that the KV memory has no room for: so many in host memory
+    spill_disk_bytes: int = 0  # and so many in files
+    spill_folder: Path | None = None  # of those files, and of nothing else; without it there are none
     step_tokens: int = 512  # token budget of one step: prefill chunks and decodes together
     max_sequences: int = 64  # per stage; one more is refused as BUSY
     speculates: bool = True  # guesses the next tokens from the text where that pays (`speculation`)

@@ -2,7 +2,9 @@
 
 A page holds the keys and values of `PAGE_TOKENS` whole tokens in the layers `[start, end)`, under the name of the tokens
 up to its end (`mesh.prefix`). Whatever memory no sequence needs keeps pages; a sequence that wants a block takes it from
-the page that was wanted longest ago. What is about to be read is pinned until it was.
+the page that was wanted longest ago. What is about to be read is pinned until it was. A page that has to go is *spilled*
+where there is room for that (`spill`): it is found as before and holds no block; of those the one spilled or wanted longest
+ago is the first to go for good.
 
 A page is copied into a sequence, not shared with it: attention on a CPU wants a sequence's keys in one piece, and copying
 a token costs a thousandth of computing it. So pages never change, and nobody who writes can meet one who reads.
@@ -39,27 +41,37 @@ class _Page:
 
 
 class PageIndex:
-    """The pages of one span, and the blocks they take from its pool: one for every `PAGES_PER_BLOCK`, or part of it."""
+    """The pages of one span, and the blocks they take from its pool: one for every `PAGES_PER_BLOCK`, or part of it.
 
-    def __init__(self, pool: BlockPool, first_number: int = 0) -> None:
+    `spill_room`: how many pages may be spilled.
+    """
+
+    def __init__(self, pool: BlockPool, first_number: int = 0, spill_room: int = 0) -> None:
         self._pool = pool
         self._pages: OrderedDict[PageName, _Page] = OrderedDict()  # what was wanted longest ago comes first
+        self._away: OrderedDict[PageName, _Page] = OrderedDict()  # spilled; the first to go comes first
+        self._spill_room = spill_room
+        self._spilling: list[int] = []
         self._names: dict[int, PageName] = {}
         self._blocks: list[int] = []
         self._dropped: list[int] = []
         self._next_number = first_number
 
     def __len__(self) -> int:
-        return len(self._pages)
+        return len(self._pages) + len(self._away)
+
+    @property
+    def spilled(self) -> int:
+        return len(self._away)
 
     @property
     def blocks(self) -> int:
-        """Blocks that hold pages; those without readers are as good as free."""
+        """Blocks that hold pages which are not spilled; those without readers are as good as free."""
         return len(self._blocks)
 
     @property
     def readers(self) -> int:
-        return sum(page.readers for page in self._pages.values())
+        return sum(page.readers for page in [*self._pages.values(), *self._away.values()])
 
     def find(self, names: Sequence[PageName]) -> list[int]:
         """The numbers of the longest run of kept pages that begins with the first name.
@@ -68,27 +80,30 @@ class PageIndex:
         """
         found = []
         for name in names:
-            if name not in self._pages:
+            if name not in self:
                 break
-            found.append(self._pages[name].number)
+            found.append(self._page(name).number)
         for name in reversed(names[: len(found)]):
-            self._pages.move_to_end(name)
+            (self._pages if name in self._pages else self._away).move_to_end(name)
         return found
 
     def pin(self, numbers: Iterable[int]) -> None:
         for number in numbers:
-            self._pages[self._names[number]].readers += 1
+            self._page(self._names[number]).readers += 1
 
     def unpin(self, numbers: Iterable[int]) -> None:
         for number in numbers:
-            self._pages[self._names[number]].readers -= 1
+            self._page(self._names[number]).readers -= 1
+
+    def _page(self, name: PageName) -> _Page:
+        return self._pages.get(name) or self._away[name]
 
     def add(self, name: PageName) -> int | None:
         """The number of a new page, whose content the caller must store before any plan that was made later runs.
 
         None: it is kept already, or there is no room.
         """
-        if name in self._pages:
+        if name in self:
             return None
         if len(self._pages) == len(self._blocks) * PAGES_PER_BLOCK:
             block = self._pool.take(1)
@@ -103,13 +118,13 @@ class PageIndex:
         return number
 
     def __contains__(self, name: PageName) -> bool:
-        return name in self._pages
+        return name in self._pages or name in self._away
 
     def drop(self, number: int) -> None:
-        """A page whose content could not be stored; unknown numbers are fine."""
+        """A page without readers whose content could not be stored, or is lost; unknown numbers are fine."""
         name = self._names.pop(number, None)
         if name is not None:
-            del self._pages[name]
+            self._away.pop(name, None) or self._pages.pop(name)
             self._dropped.append(number)
             self._give_back()
 
@@ -120,8 +135,11 @@ class PageIndex:
             return None
         return self._pool.take(count)
 
-    def fit(self) -> None:
-        """Gives blocks back while the pool, which was made smaller, is over its size."""
+    def fit(self, spill_room: int | None = None) -> None:
+        """Gives blocks back while the pool, which was made smaller, is over its size; `spill_room`: None: as before."""
+        self._spill_room = self._spill_room if spill_room is None else spill_room
+        while len(self._away) > self._spill_room and self._drop_spilled():
+            pass
         while self._pool.used > self._pool.total and self._drop_oldest():
             self._give_back()
 
@@ -129,6 +147,11 @@ class PageIndex:
         """Pages gone since the last call: their content can go."""
         gone, self._dropped = tuple(self._dropped), []
         return gone
+
+    def spilling(self) -> tuple[int, ...]:
+        """Pages spilled since the last call: their content must be before any plan that was made later runs."""
+        going, self._spilling = tuple(self._spilling), []
+        return going
 
     def _free_blocks(self, count: int) -> bool:
         unread = sum(page.readers == 0 for page in self._pages.values())
@@ -144,7 +167,20 @@ class PageIndex:
     def _drop_oldest(self) -> bool:
         for name, page in self._pages.items():
             if page.readers == 0:
-                del self._pages[name], self._names[page.number]
+                del self._pages[name]
+                if len(self._away) < self._spill_room or (self._spill_room and self._drop_spilled()):
+                    self._away[name] = page
+                    self._spilling.append(page.number)
+                else:
+                    del self._names[page.number]
+                    self._dropped.append(page.number)
+                return True
+        return False
+
+    def _drop_spilled(self) -> bool:
+        for name, page in self._away.items():
+            if page.readers == 0:
+                del self._away[name], self._names[page.number]
                 self._dropped.append(page.number)
                 return True
         return False

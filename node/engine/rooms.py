@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from mesh.errors import LocalError
 from mesh.prefix import PAGE_TOKENS
 from mesh.view import Span
@@ -30,10 +32,10 @@ class Rooms:
         self.spans.pop(span, None)
         self._pages.pop(span, None)
 
-    def fit(self) -> None:
-        """The pools have other sizes now."""
-        for pages in self._pages.values():
-            pages.fit()
+    def fit(self, spill_rooms: Mapping[Span, int]) -> None:
+        """The pools have other sizes now, and so many pages of each span may be spilled."""
+        for span, pages in self._pages.items():
+            pages.fit(spill_rooms.get(span, 0))
 
     def span_for(self, sequence: OpenSequence) -> Span:
         """The span with most room that holds the layers asked for. Raises LocalError: there is none."""
@@ -62,6 +64,10 @@ class Rooms:
     @property
     def pages(self) -> int:
         return sum(map(len, self._pages.values()))
+
+    @property
+    def spilled_pages(self) -> int:
+        return sum(pages.spilled for pages in self._pages.values())
 
     # ---- a row's memory
 
@@ -133,23 +139,29 @@ class Rooms:
         pages.unpin(row.restoring)
         row.restoring = []
         row.learn_names()
+        before = row.pages_kept
         while row.pages_kept < min(len(row.names), row.settled // PAGE_TOKENS):
             name = row.page_name(row.pages_kept)
             number = pages.add(name)
             if number is not None:
                 self._stores.append(PageStore(row.key, row.lane, row.pages_kept * PAGE_TOKENS, number))
             elif name not in pages:
-                return
+                break
             row.pages_kept += 1
+        if row.pages_kept > before:
+            pages.find([row.page_name(page) for page in range(row.pages_kept)])  # its beginning is the last to go
 
     def pages_to_store(self) -> list[PageStore]:
         """What is to be copied before the next plan."""
         stores, self._stores = self._stores, []
         return stores
 
-    def drop_page(self, store: PageStore) -> None:
-        if store.lane.span in self._pages:
-            self._pages[store.lane.span].drop(store.number)
+    def drop_page(self, span: Span, number: int) -> None:
+        if span in self._pages:
+            self._pages[span].drop(number)
+
+    def spilling_pages(self) -> tuple[tuple[Span, int], ...]:
+        return tuple((span, number) for span, pages in self._pages.items() for number in pages.spilling())
 
     def dropped_pages(self) -> tuple[tuple[Span, int], ...]:
         return tuple((span, number) for span, pages in self._pages.items() for number in pages.dropped())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from mesh.view import Span
@@ -47,6 +48,7 @@ class StepPlan:
     lost: tuple[SequenceLost, ...]
     freed: tuple[SequenceKey, ...]  # sequences gone since the last plan: their tensors can go
     dropped: tuple[tuple[Span, int], ...] = ()  # pages gone since the last plan
+    spilling: tuple[tuple[Span, int], ...] = ()  # pages to be spilled once those are gone, before the step
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class SchedulerStatistics:
     failed: int
     dropped: int  # pushes, tokens and opens that came twice, too early or too late
     pages: int = 0
+    spilled_pages: int = 0  # those of them that are spilled
     prompt_tokens: int = 0  # of all sequences that a first stage took up
     cached_tokens: int = 0  # those of them that pages held
     guessed_tokens: int = 0  # by first stages
@@ -92,3 +95,29 @@ class HeldSpan:
     max_model_len: int
     end_ids: frozenset[int]  # the model's own end-of-sequence tokens
     exact: bool = True  # its kernels give the same bits however rows are cut: what guessing rests on
+
+
+def piece_of(row: Row, count: int, stop_ids: frozenset[int]) -> Piece:
+    """The next `count` positions of a row. `stop_ids`: what ends it, should the piece draw."""
+    position, end = row.computed, row.computed + count
+    draws = row.last and end >= row.known
+    sampling = row.opened.sampling
+    looks_back = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
+    looks_back = looks_back or sampling.grammar is not None
+    row.learn_names()
+    row.void_from = math.inf
+    return Piece(
+        row,
+        position,
+        count,
+        tokens=tuple([*row.tokens, *row.draft][position:end]) if row.first else (),
+        pushed=() if row.first else tuple(part for part in row.pushed if part.position < end),
+        restore=tuple(row.restoring),
+        names=() if row.last else tuple(row.names[row.names_sent :]),
+        draft=tuple(row.draft[max(0, position - row.known) : max(0, end - row.known)]),
+        rewinds=row.rewinds,
+        draws=draws,
+        draws_from=row.known,
+        history=tuple(row.tokens) if draws and looks_back else (),
+        stop_ids=stop_ids if draws else frozenset(),
+    )

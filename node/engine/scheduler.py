@@ -25,7 +25,7 @@ from node.engine.api import HiddenOut, OpenSequence, SequenceKey, SequenceLost, 
 from node.engine.choosing import Choosing
 from node.engine.rooms import Rooms
 from node.engine.row import Lane, Row
-from node.engine.rows import Drawn, HeldSpan, PageStore, Piece, SchedulerStatistics, StepPlan
+from node.engine.rows import Drawn, HeldSpan, PageStore, Piece, SchedulerStatistics, StepPlan, piece_of
 
 
 class Scheduler:
@@ -62,9 +62,9 @@ class Scheduler:
         self.choosing.forget(span)
         return [SequenceLost(row.key, f"layers {span.start}:{span.end} of {span.model} were unloaded") for row in rows]
 
-    def fit_pages(self) -> None:
-        """The pools have other sizes now."""
-        self._rooms.fit()
+    def fit_pages(self, spill_rooms: Mapping[Span, int]) -> None:
+        """The pools have other sizes now, and so many pages of each span may be spilled."""
+        self._rooms.fit(spill_rooms)
 
     # ---- sequences
 
@@ -171,14 +171,14 @@ class Scheduler:
             self._steps += 1
             for row, count in self._chosen(lane, now):
                 if row.key in self._rows and self._grow(row, row.computed + count + 1, lost):
-                    pieces.append(self._piece(row, count))
+                    pieces.append(piece_of(row, count, self._stop_ids(row)))
             pieces = [piece for piece in pieces if self._rows.get(piece.row.key) is piece.row and not piece.row.waiting]
             for piece in pieces:
                 piece.row.served, piece.row.planned_s = self._steps, now
                 self._rooms.hold(piece)
         freed, self._freed = tuple(self._freed), []
-        dropped = self._rooms.dropped_pages()
-        return StepPlan(self._steps, lane if pieces else None, tuple(pieces), tuple(lost), freed, dropped)
+        gone = self._rooms.dropped_pages(), self._rooms.spilling_pages()
+        return StepPlan(self._steps, lane if pieces else None, tuple(pieces), tuple(lost), freed, *gone)
 
     def _drop_overdue(self, now: float) -> list[SequenceLost]:
         """Nobody waits for them any more, so they cost no step."""
@@ -236,30 +236,6 @@ class Scheduler:
         self._freed.append(row.key)
         row.waiting, row.computed, row.draft, row.guessed = True, 0, [], 0
 
-    def _piece(self, row: Row, count: int) -> Piece:
-        position, end = row.computed, row.computed + count
-        draws = row.last and end >= row.known
-        sampling = row.opened.sampling
-        looks_back = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
-        looks_back = looks_back or sampling.grammar is not None
-        row.learn_names()
-        row.void_from = float("inf")
-        return Piece(
-            row,
-            position,
-            count,
-            tokens=tuple([*row.tokens, *row.draft][position:end]) if row.first else (),
-            pushed=() if row.first else tuple(part for part in row.pushed if part.position < end),
-            restore=tuple(row.restoring),
-            names=() if row.last else tuple(row.names[row.names_sent :]),
-            draft=tuple(row.draft[max(0, position - row.known) : max(0, end - row.known)]),
-            rewinds=row.rewinds,
-            draws=draws,
-            draws_from=row.known,
-            history=tuple(row.tokens) if draws and looks_back else (),
-            stop_ids=self._stop_ids(row) if draws else frozenset(),
-        )
-
     def commit(self, plan: StepPlan, drawn: Mapping[SequenceKey, Sequence[Drawn]]) -> list[TokenOut | SequenceLost]:
         """Takes the step's results up; nothing comes of sequences that were closed in mid-step."""
         outputs: list[TokenOut | SequenceLost] = []
@@ -281,14 +257,26 @@ class Scheduler:
         """What the last commit wants kept; to be copied before the next plan."""
         return self._rooms.pages_to_store()
 
-    def not_stored(self, store: PageStore) -> list[SequenceLost]:
-        """There was no memory for a copy; who already counted on the page may go elsewhere."""
-        rows = [row for row in self._rows.values() if row.lane == store.lane]
-        waiting = [row for row in rows if store.number in (*row.offered, *row.restoring)]
-        for row in waiting:
+    def pages_lost(self, span: Span, numbers: Sequence[int], plan: StepPlan | None = None) -> list[SequenceLost]:
+        """What pages hold could not be kept, or not be read by the step `plan`. Who counted on it computes it again.
+
+        Only a sequence whose path goes over other stages is lost here, for they count on it too; it may go anywhere.
+        """
+        if plan is not None:
+            self._again(plan)
+        rows = [row for row in self._rows.values() if row.lane.span == span]
+        rows = [row for row in rows if not set(numbers).isdisjoint([*row.offered, *row.restoring])]
+        alone = [row for row in rows if row.first and row.last]
+        for row in alone:
+            self._cached_tokens -= row.cached
+            row.cached = 0
+            self._preempt(row)
+        spread = [row for row in rows if row not in alone]
+        for row in spread:
             self._forget(row)
-        self._rooms.drop_page(store)
-        return [SequenceLost(row.key, "a page it counted on was not kept, for lack of memory") for row in waiting]
+        for number in numbers:
+            self._rooms.drop_page(span, number)
+        return [SequenceLost(row.key, "a page it counted on was not kept") for row in spread]
 
     def _take_drawn(self, piece: Piece, drawn: Sequence[Drawn]) -> list[TokenOut | SequenceLost]:
         """One token, and one for each guess before it that was right."""
@@ -378,6 +366,7 @@ class Scheduler:
             failed=self._failed,
             dropped=self._dropped,
             pages=self._rooms.pages,
+            spilled_pages=self._rooms.spilled_pages,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             guessed_tokens=self.choosing.guessed_tokens,

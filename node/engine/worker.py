@@ -10,17 +10,15 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import psutil
 import structlog
 import torch
-from numpy.typing import NDArray
 
 from mesh.errors import BadRequest, LocalError
 from mesh.ids import ModelId, StreamId
@@ -43,20 +41,20 @@ from node.engine.attention import Segment
 from node.engine.blocks import BLOCK_TOKENS, BlockPool
 from node.engine.checkpoint import read_checkpoint
 from node.engine.constraints import Constraints
+from node.engine.drawing import draw
 from node.engine.faults import is_out_of_memory
-from node.engine.kvcache import Page, SequenceKV
+from node.engine.kept_pages import KeptPages, PageLost
+from node.engine.kvcache import SequenceKV
 from node.engine.loading import Loaded, card, kv_token_bytes, load_stage
+from node.engine.pages import PAGES_PER_BLOCK
 from node.engine.parallel.stage import ParallelStage
 from node.engine.progress import LoadProgress, LoadWatch, gib, log_progress
-from node.engine.rows import Drawn, HeldSpan, PageStore, Piece, SchedulerStatistics, StepPlan
+from node.engine.rows import HeldSpan, PageStore, SchedulerStatistics, StepPlan
 from node.engine.scheduler import Scheduler
+from node.engine.spill import Spill, SpillStatistics
+from node.engine.timing import StepTiming
 
 KV_SHARE = 0.25  # of free memory, where nothing is configured: several nodes may share a machine
-STALL_AFTER_S = 1.0  # a step that takes longer, and STALL_FACTOR times the longest of late, hangs
-STALL_FACTOR = 4.0
-FIRST_STEP_S = 2.5  # taken for the longest until there was one: a first step may page weights in
-LONGEST_FADES = 0.98  # a step, so that one outlier does not excuse stalls for ever
-AVERAGING = 0.2  # weight of the newest step in the running averages
 
 log = structlog.get_logger()
 
@@ -73,6 +71,7 @@ class EngineStatistics:
     decode_tokens: int
     step_failures: int
     loading: dict[Span, LoadProgress]
+    spill: SpillStatistics
 
 
 class TorchEngine:
@@ -89,16 +88,16 @@ class TorchEngine:
         self._pools: dict[Span, tuple[BlockPool, int]] = {}  # with the bytes of one block
         self._kv: dict[SequenceKey, SequenceKV] = {}
         self._constraints = Constraints()
-        self._kept: dict[Span, dict[int, Page]] = {}  # by page number
+        self._spill = Spill(config.spill_memory_bytes, config.spill_disk_bytes, config.spill_folder)
+        self._kept: dict[Span, KeptPages] = {}
+        self._retired: list[KeptPages] = []  # of spans that were unloaded
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._undelivered: list[EngineOutput] = []
         self._loading = threading.Lock()
         self._watches: dict[Span, LoadWatch] = {}
-        self._prefill_tok_s = self._step_ms = 0.0
-        self._step_began_s: float | None = None  # of the step under way, by perf_counter
-        self._longest_step_s = FIRST_STEP_S
-        self._prefill_tokens = self._decode_tokens = self._step_failures = 0
+        self._timing = StepTiming()
+        self._step_failures = 0
         self._kv_bytes = config.kv_memory_bytes or int(psutil.virtual_memory().available * KV_SHARE)
         torch.set_num_threads(config.threads)
 
@@ -119,6 +118,7 @@ class TorchEngine:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self._spill.close()
         for loaded in list(self._loaded.values()):
             loaded.stage.close()
 
@@ -146,9 +146,8 @@ class TorchEngine:
             pool = BlockPool(max(1, self._kv_bytes // block_bytes))
             with self._lock:
                 self._pools[span] = (pool, block_bytes)
-                self._share_memory()
                 self._loaded[span] = loaded
-                self._kept[span] = {}
+                self._kept[span] = KeptPages(span, self._spill)
                 self._cards[span] = card(checkpoint, model, loaded.numerics)
                 if end == checkpoint.layers:
                     self._constraints.serve(model, checkpoint.directory, checkpoint.vocab_size, checkpoint.end_ids)
@@ -164,6 +163,7 @@ class TorchEngine:
                         exact=is_exact(loaded.numerics),
                     ),
                 )
+                self._share_memory()
             if isinstance(loaded.stage, ParallelStage):
                 loaded.stage.on_end(lambda reason: self._span_ended(span, loaded, reason))
             kernel = machine.named(loaded.stage.kernel)
@@ -181,8 +181,10 @@ class TorchEngine:
 
     def _forget_span(self, span: Span) -> list[SequenceLost]:
         lost = self._scheduler.drop_span(span)
-        for held in (self._loaded, self._cards, self._pools, self._kept):
+        for held in (self._loaded, self._cards, self._pools):
             held.pop(span, None)
+        if span in self._kept:
+            self._retired.append(self._kept.pop(span))
         self._share_memory()
         return lost
 
@@ -195,9 +197,12 @@ class TorchEngine:
 
     def _share_memory(self) -> None:
         """Every span gets the same share of the KV memory; a shrunken pool gives no block out until it fits again."""
-        for pool, block_bytes in self._pools.values():
+        rooms = {}
+        for span, (pool, block_bytes) in self._pools.items():
             pool.resize(max(1, self._kv_bytes // len(self._pools) // block_bytes))
-        self._scheduler.fit_pages()
+            if not isinstance(self._loaded[span].stage, ParallelStage):  # whose pages lie with its ranks
+                rooms[span] = self._spill.room_for(block_bytes // PAGES_PER_BLOCK) // len(self._pools)
+        self._scheduler.fit_pages(rooms)
 
     # ---- sequences
 
@@ -247,13 +252,11 @@ class TorchEngine:
 
     def load_report(self) -> Load:
         with self._lock:
-            return msgspec.structs.replace(self._scheduler.load(), prefill_tok_s=self._prefill_tok_s, step_ms=self._step_ms)
+            timing = self._timing
+            return msgspec.structs.replace(self._scheduler.load(), prefill_tok_s=timing.prefill_tok_s, step_ms=timing.step_ms)
 
     def overdue_s(self) -> float:
-        began_s = self._step_began_s
-        if began_s is None:
-            return 0.0
-        return max(0.0, time.perf_counter() - began_s - max(STALL_AFTER_S, STALL_FACTOR * self._longest_step_s))
+        return self._timing.overdue_s()
 
     def statistics(self) -> EngineStatistics:
         with self._lock:
@@ -264,10 +267,11 @@ class TorchEngine:
                 kernels={span: machine.named(loaded.stage.kernel) for span, loaded in self._loaded.items()},
                 numerics={span: loaded.numerics for span, loaded in self._loaded.items()},
                 parameters={span: loaded.stage.parameters for span, loaded in self._loaded.items()},
-                prefill_tokens=self._prefill_tokens,
-                decode_tokens=self._decode_tokens,
+                prefill_tokens=self._timing.prefill_tokens,
+                decode_tokens=self._timing.decode_tokens,
                 step_failures=self._step_failures,
                 loading={span: watch.now for span, watch in list(self._watches.items())},
+                spill=self._spill.statistics(),
             )
 
     # ---- the engine thread
@@ -276,7 +280,7 @@ class TorchEngine:
         torch.set_num_threads(self._config.threads)
         while True:
             with self._lock:
-                while not (self._stopping or self._undelivered):
+                while not (self._stopping or self._undelivered or self._retired):
                     wait_s = self._scheduler.work_at_s(now_s := time.monotonic()) - now_s
                     if wait_s <= 0.0:
                         break
@@ -287,54 +291,67 @@ class TorchEngine:
                 outputs: list[EngineOutput] = [*self._undelivered, *plan.lost]
                 self._undelivered.clear()
                 loaded = self._loaded[plan.lane.span] if plan.lane is not None else None
-                kept = self._kept[plan.lane.span] if plan.lane is not None else {}
-                for span, number in plan.dropped:
-                    self._kept[span].pop(number, None)
+                kept = dict(self._kept)
+                retired, self._retired = self._retired, []
             for key in plan.freed:
                 self._kv.pop(key, None)
                 self._constraints.forget(key)
-            if loaded is not None:
-                outputs += self._step(plan, loaded, kept)
+            for gone in retired:
+                gone.close()
+            self._move_pages(plan, kept)
+            if plan.lane is not None and loaded is not None:
+                outputs += self._step(plan, loaded, kept[plan.lane.span])
             if outputs:
                 deliver(outputs)
 
-    def _step(self, plan: StepPlan, loaded: Loaded, kept: dict[int, Page]) -> list[EngineOutput]:
-        began_s = self._step_began_s = time.perf_counter()
+    def _move_pages(self, plan: StepPlan, kept: dict[Span, KeptPages]) -> None:
+        for span, number in plan.dropped:
+            kept[span].drop(number)
+        for span, number in plan.spilling:
+            if not kept[span].spill(number):
+                with self._lock:
+                    self._undelivered += self._scheduler.pages_lost(span, [number])
+
+    def _step(self, plan: StepPlan, loaded: Loaded, kept: KeptPages) -> list[EngineOutput]:
+        self._timing.begin()
         try:
             out = self._compute(plan, loaded, kept)
             last = plan.pieces[0].row.last
-            drawn = self._draw(plan, out) if last else {}
+            drawn = draw(plan, out, self._constraints) if last else {}
             hidden: list[EngineOutput] = [] if last else [*hidden_outputs(plan, out)]
+        except PageLost as error:
+            log.warning("pages lost", pages=len(error.numbers), why="they are not as they were written; computed again")
+            self._timing.give_up()
+            with self._lock:
+                return list(self._scheduler.pages_lost(plan.pieces[0].row.lane.span, error.numbers, plan))
         except Exception as error:  # supervised: a background job; the step's sequences are lost, the thread lives
             log.exception("step failed", model=plan.lane.span.model if plan.lane else "", sequences=len(plan.pieces))
-            self._step_began_s = None
+            self._timing.give_up()
             with self._lock:
                 self._step_failures += 1
                 if is_out_of_memory(error):
                     return list(self._scheduler.out_of_memory(plan))
                 return list(self._scheduler.fail(plan, f"the step failed: {type(error).__name__}"))
-        self._step_began_s = None
         with self._lock:
-            self._measure(plan, time.perf_counter() - began_s)
+            self._scheduler.choosing.costs.measured(sum(piece.count for piece in plan.pieces), self._timing.end(plan) * 1e3)
             outputs = [*hidden, *self._scheduler.commit(plan, drawn)]
             stores = self._scheduler.pages_to_store()
         self._store(stores, kept)
         return outputs
 
-    def _store(self, stores: list[PageStore], kept: dict[int, Page]) -> None:
+    def _store(self, stores: list[PageStore], kept: KeptPages) -> None:
         """Copies pages out of sequences. Without memory for it there is one page less, which costs nobody a token."""
         for store in stores:
             try:
-                kept[store.number] = self._kv[store.key].page(
-                    store.position, PAGE_TOKENS, range(store.lane.start, store.lane.end)
-                )
+                layers = range(store.lane.start, store.lane.end)
+                kept.store(store.number, self._kv[store.key].page(store.position, PAGE_TOKENS, layers))
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
                 with self._lock:
-                    self._undelivered += self._scheduler.not_stored(store)
+                    self._undelivered += self._scheduler.pages_lost(store.lane.span, [store.number])
 
-    def _compute(self, plan: StepPlan, loaded: Loaded, kept: dict[int, Page]) -> torch.Tensor:
+    def _compute(self, plan: StepPlan, loaded: Loaded, kept: KeptPages) -> torch.Tensor:
         """One forward: activations `[rows, hidden]`, or logits `[pieces that draw, vocab]` behind the last layer."""
         assert plan.lane is not None
         segments: list[Segment] = []
@@ -345,7 +362,7 @@ class TorchEngine:
         for piece in plan.pieces:
             kv = self._kv.get(piece.row.key) or self._kv.setdefault(piece.row.key, loaded.stage.sequence())
             if piece.restore:
-                kv.restore([kept[number] for number in piece.restore])
+                kv.restore(kept.get(piece.restore))
             segments.append(Segment(len(positions), piece.count, piece.position, kv))
             positions += range(piece.position, piece.position + piece.count)
             ids += piece.tokens
@@ -362,37 +379,3 @@ class TorchEngine:
             hidden=None if first else torch.cat([rows.to(loaded.stage.kernel.dtype) for rows in received]),
             logits_at=logits_at,
         )
-
-    def _draw(self, plan: StepPlan, logits: torch.Tensor) -> dict[SequenceKey, list[Drawn]]:
-        """For each piece that draws its next token, and behind each guess that this proves right one more."""
-        drawing = [piece for piece in plan.pieces if piece.draws]
-        rows = iter(logits.numpy() if drawing else ())  # without any, what came out are activations, in bfloat16 at times
-        return {piece.row.key: self._draw_piece(piece, rows) for piece in drawing}
-
-    def _draw_piece(self, piece: Piece, rows: Iterator[NDArray[np.float32]]) -> list[Drawn]:
-        logits = [next(rows) for _ in range(len(piece.draft) + 1)]
-        history = list(piece.history)
-        drawn: list[Drawn] = []
-        for number, guess in enumerate([*piece.draft, None]):
-            at = piece.draws_from + number
-            one = self._constraints.draw(logits[number], piece.row.opened, at, history, piece.stop_ids)
-            drawn.append(one)
-            if one.token is None or one.token != guess or one.ends:
-                break
-            if piece.history:
-                history.append(one.token)
-        return drawn
-
-    def _measure(self, plan: StepPlan, took_s: float) -> None:
-        known_s = 0.0 if self._longest_step_s == FIRST_STEP_S else self._longest_step_s * LONGEST_FADES
-        self._longest_step_s = max(took_s, known_s)
-        self._scheduler.choosing.costs.measured(sum(piece.count for piece in plan.pieces), took_s * 1e3)
-        rows = sum(max(1, piece.count - len(piece.draft)) for piece in plan.pieces)
-        decodes = sum(piece.count - len(piece.draft) <= 1 for piece in plan.pieces)
-        self._decode_tokens += decodes
-        self._prefill_tokens += rows - decodes
-        if decodes == rows:
-            self._step_ms += (took_s * 1e3 - self._step_ms) * (AVERAGING if self._step_ms else 1.0)
-        elif rows > 2 * decodes:
-            rate = (rows - decodes) / took_s
-            self._prefill_tok_s += (rate - self._prefill_tok_s) * (AVERAGING if self._prefill_tok_s else 1.0)

@@ -44,7 +44,8 @@ def test_without_options_a_node_gets_the_defaults(started: list[NodeConfig]) -> 
 def test_options_become_the_configuration(started: list[NodeConfig], tmp_path: Path) -> None:
     (tmp_path / "key").touch()
     words = "up --name n --region r --bind 127.0.0.1:0 --http :0 --join 10.0.0.1:7946 --join [::1]:2 --model /m --model x=/n"
-    more = ["--layers", "0:2,4:6", "--memory", "2GiB", "--data-dir", str(tmp_path), "--key-file", str(tmp_path / "key")]
+    spill = ["--spill-memory", "1GiB", "--spill-disk", "50GB"]
+    more = [*spill, "--layers", "0:2,4:6", "--memory", "2GiB", "--data-dir", str(tmp_path), "--key-file", str(tmp_path / "key")]
     assert (
         mesh_command(
             *words.split(),
@@ -72,6 +73,8 @@ def test_options_become_the_configuration(started: list[NodeConfig], tmp_path: P
             models=("/m", "x=/n"),
             layers="0:2,4:6",
             memory_bytes=2 << 30,
+            spill_memory_bytes=1 << 30,
+            spill_disk_bytes=50 * 10**9,
             data_dir=tmp_path,
             key_file=tmp_path / "key",
             drain_s=5.0,

@@ -74,21 +74,54 @@ def test_a_pool_that_shrinks_is_given_blocks_back() -> None:
     assert pool.used == 1 and len(index) == PAGES_PER_BLOCK
 
 
-ACTS = st.lists(st.tuples(st.sampled_from(["add", "find", "pin", "unpin", "take", "give", "drop", "resize"]), st.integers(0, 60)))
+def test_a_page_that_must_go_is_spilled_and_found_as_before() -> None:
+    pool, index = filled(1, *range(PAGES_PER_BLOCK))
+    index.fit(spill_room=2)
+    index.find(named(5))
+    assert index.add(named(100)[0]) == PAGES_PER_BLOCK and index.spilling() == (0,) and index.dropped() == ()
+    assert index.find(named(0)) == [0] and index.add(named(0)[0]) is None, "it is kept"
+    assert index.take(1) is not None and pool.free == 0, "what is spilled holds no block"
+    assert index.spilled == 2 == len(index) and set(index.dropped()) == {*range(PAGES_PER_BLOCK + 1)} - {5, PAGES_PER_BLOCK}
+
+
+def test_a_spilled_page_goes_for_good_when_it_was_spilled_or_wanted_longest_ago_and_nobody_reads_it() -> None:
+    _, index = filled(1, *range(PAGES_PER_BLOCK))
+    index.fit(spill_room=3)
+    for new in range(3):
+        index.add(named(100 + new)[0])
+    index.pin(index.find(named(1)))
+    index.find(named(0))
+    index.add(named(103)[0])
+    assert index.dropped() == (2,) and index.find(named(0)) == [0]
+    index.fit(spill_room=0)
+    assert index.spilled == 1 and index.find(named(1)) == [1], "pinned"
+    index.unpin([1])
+    index.fit()
+    assert index.spilled == 0 and not index.find(named(1))
+
+
+ACTS = st.lists(
+    st.tuples(st.sampled_from(["add", "find", "pin", "unpin", "take", "give", "drop", "resize", "spill"]), st.integers(0, 60))
+)
 
 
 @settings(max_examples=200)
-@given(ACTS, st.integers(1, 4))
-def test_blocks_are_those_of_pages_and_sequences_whatever_happens(acts: list[tuple[str, int]], total: int) -> None:
+@given(ACTS, st.integers(1, 4), st.sampled_from([0, 1, 7, 30]))
+def test_blocks_are_those_of_pages_and_sequences_whatever_happens(
+    acts: list[tuple[str, int]], total: int, spill_room: int
+) -> None:
     pool = BlockPool(total)
-    index = PageIndex(pool)
+    index = PageIndex(pool, spill_room=spill_room)
     held: list[int] = []
+    here: set[int] = set()  # whose content is at hand, as a worker would see it
+    away: set[int] = set()
     pinned: list[int] = []
     for act, number in acts:
         match act:
             case "add":
                 for prefix in range(number):
-                    index.add(named(prefix)[0])
+                    added = index.add(named(prefix)[0])
+                    here |= {added} - {None}
             case "find":
                 index.find(named(*range(number)))
             case "pin":
@@ -106,12 +139,19 @@ def test_blocks_are_those_of_pages_and_sequences_whatever_happens(acts: list[tup
             case "resize":
                 pool.resize(1 + number % 4)
                 index.fit()
+            case "spill":
+                spill_room = number % 10
+                index.fit(spill_room)
+        gone, going = set(index.dropped()), set(index.spilling())
+        assert going <= here and not gone & set(pinned), "what somebody reads is not dropped"
+        here, away = here - gone - going, (away | going) - gone
+        assert index.spilled == len(away) and len(index) == len(here | away) and not here & away
+        assert len(away) <= max(spill_room, len(set(pinned) & away))
+        resident = len(here)
         assert pool.used == len(held) + index.blocks
-        assert (index.blocks - 1) * PAGES_PER_BLOCK < len(index) <= index.blocks * PAGES_PER_BLOCK or len(
-            index
-        ) == index.blocks == 0
+        assert (index.blocks - 1) * PAGES_PER_BLOCK < resident <= index.blocks * PAGES_PER_BLOCK or resident == index.blocks == 0
         assert index.readers == len(pinned)
     index.unpin(pinned)
     pool.release(held)
     pool.resize(total)
-    assert index.take(total) is not None and len(index) == 0, "whatever is only kept can be had back"
+    assert index.take(total) is not None and len(index) == index.spilled, "whatever is only kept can be had back"

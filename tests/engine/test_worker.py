@@ -17,7 +17,7 @@ import torch
 from mesh.errors import BadRequest, LocalError, Refused
 from mesh.ids import ModelId, StreamId
 from mesh.view import Span, is_exact
-from node.engine import worker
+from node.engine import timing
 from node.engine.api import EngineConfig, EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
 from node.engine.worker import TorchEngine
 from node.requests import SamplingParams
@@ -254,8 +254,8 @@ def test_a_step_that_hangs_is_overdue_and_one_that_ends_is_not(
             return forward(*args, **kwargs)
 
         monkeypatch.setattr(stage, "forward", hang)
-        monkeypatch.setattr(worker, "STALL_AFTER_S", 0.0)
-        one.engine._longest_step_s = 0.001
+        monkeypatch.setattr(timing, "STALL_AFTER_S", 0.0)
+        one.engine._timing._longest_s = 0.001
         one.engine.open(opening("b"))
         assert computing.wait(WAIT_S)
         wait_until(lambda: one.engine.overdue_s() > 0)
