@@ -1,177 +1,163 @@
 """How soon a mesh knows of its dead, what that costs, and whom it wrongs. In virtual time, and beside kinship on loopback.
 
-`python -m bench.membership [--quick]` prints one JSON line. False deaths are unique (member, incarnation) pairs; with
-none in n runs their rate is below 3/n with 95 % confidence. Quick leaves out 10,000 nodes and takes few seeds.
+`python -m bench.membership [--quick] [--only PARTS] [--seconds S] [--out FILE]`; the last line is one JSON object. False deaths
+are unique (member, incarnation) pairs, with the rate that 95 % of repetitions would show more of. Quick leaves out 10,000 nodes
+and takes few seeds: each part says its `runs`.
+With `--out` whatever was measured stays in the file, also when the run is cut short, and the next one on the same commit goes on
+from there: the simulations are the same on any machine, only their CPU seconds are not.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from bench import processes
 from bench.machine import machine
-from membership.simulation.checkers import converged, percentile
-from membership.simulation.network import Network
-from membership.simulation.scenario import Outcome, Scenario, simulate
+from bench.membership_figures import Came, figures
+from bench.membership_runs import PARTS, asked
 
 PEERS = Path("build/bench-peers/bin/python")
-LOSS = 0.01
 REAL_PROCESSES = 12
-# Nodes: runs when quick, runs otherwise.
-CRASHED = {8: (10, 100), 100: (3, 30), 1000: (1, 5), 10_000: (0, 2)}
-SILENT = {8: (10, 100), 100: (2, 30), 1000: (0, 3), 10_000: (0, 1)}
-WATCH_S = {False: 3.0, True: 20.0}  # after a crash, and after a host that fell silent
-# Starved hosts and loss: runs when quick, runs otherwise.
-STARVED = {(50, 5, 0.05): (2, 200), (50, 1, 0.05): (0, 50), (50, 5, 0.01): (0, 50), (200, 20, 0.05): (0, 10)}
-CUT_S = {5.0: (1, 10), 60.0: (1, 10), 600.0: (0, 2), 3600.0: (0, 1)}
-JOINS = (3, 30)
-SIMULATED_S = 60.0
-
-
-def seconds(values: list[float], share: float) -> float:
-    return round(percentile(sorted(values), share), 4)
-
-
-def told(outcomes: list[Outcome]) -> dict[str, Any]:
-    deaths = [death for outcome in outcomes for death in outcome.deaths]
-    wronged = sum(outcome.false_deaths for outcome in outcomes)
-    return {
-        "first_p50_s": seconds([death.first_s for death in deaths], 0.5),
-        "every_node_p50_s": seconds([death.last_s for death in deaths], 0.5),
-        "every_node_p99_s": seconds([death.last_s for death in deaths], 0.99),
-        "passed_over_p50_s": seconds([death.passed_over_s for death in deaths], 0.5),
-        "false_deaths": wronged,
-        "false_deaths_a_run_95_bound": round(3 / len(outcomes), 4) if not wronged else None,
-        "unheard": sum(death.observers - death.heard for death in deaths),
-        "runs": len(outcomes),
-    }
-
-
-def heal_s(seed: int, cut_s: float, nodes: int = 50) -> float:
-    """Seconds of virtual time from the end of a half-and-half partition to one view."""
-    network = Network(seed, loss=LOSS)
-    ids = network.grow(nodes)
-    network.cut(ids[: nodes // 2], ids[nodes // 2 :])
-    network.run(cut_s)
-    network.heal()
-    return network.run_until(lambda: converged(network), within_s=120)
-
-
-def join_s(seed: int, nodes: int = 100) -> float:
-    """Seconds of virtual time until nodes that join at once through one seed have one view."""
-    network = Network(seed, loss=LOSS)
-    first = network.add()
-    for _ in range(nodes - 1):
-        network.add([first])
-    return network.run_until(lambda: converged(network), within_s=120, step_s=0.02)
-
-
-def large_wall_s(nodes: int = 10_000) -> float:
-    """Wall seconds for `SIMULATED_S` of the life of a mesh, in one process: made, one node killed, everybody told."""
-    began_s = time.perf_counter()
-    network = Network(1, loss=LOSS, encoded=False)
-    ids = network.found(nodes)
-    network.run(SIMULATED_S / 2 - network.now)
-    network.crash(ids[nodes // 2])
-    network.run(SIMULATED_S - network.now)
-    return time.perf_counter() - began_s
+REAL_KILLS = 3
+ALONE = ("real", "sim_10000_wall_s")  # measured while nothing else runs
 
 
 def real() -> dict[str, Any]:
     """12 processes each, ours and kinship's, in one run on one machine."""
-    ours = processes.measure([sys.executable, "-m", "bench.member"], REAL_PROCESSES, 3, settle_s=3.0)
-    figures: dict[str, Any] = {"ours": ours, "ours_every_node_p50_s": ours["every_node_p50_s"]}
+    ours = processes.measure([sys.executable, "-m", "bench.member"], REAL_PROCESSES, REAL_KILLS, settle_s=3.0)
+    came: dict[str, Any] = {"ours": ours, "ours_every_node_p50_s": ours["every_node_p50_s"]}
     if not PEERS.exists():
-        return figures | {"kinship": None, "skipped": "kinship is not installed; run: make bench-peers"}
+        return came | {"kinship": None, "skipped": "kinship is not installed; run: make bench-peers"}
     theirs = processes.measure([str(PEERS), "bench/kinship_member.py"], REAL_PROCESSES, 1, settle_s=3.0)
     ratio = ours["every_node_p50_s"] / theirs["every_node_p50_s"]
-    return figures | {
+    return came | {
         "kinship": theirs,
         "kinship_every_node_p50_s": theirs["every_node_p50_s"],
         "ratio": round(ratio, 4),
     }
 
 
-def simulated(pool: ProcessPoolExecutor, column: int) -> dict[str, Any]:
-    """All that is measured in virtual time. `column`: of the numbers of runs, 0 when quick."""
+class Record:
+    """What has been measured, in memory and, if asked for, in a file that is whole at any time."""
 
-    def kills(silent: bool) -> dict[int, list[Future[Outcome]]]:
-        sizes = sorted((SILENT if silent else CRASHED).items(), reverse=True)  # the longest first, so that no core waits for it
-        watch_s = WATCH_S[silent]
+    def __init__(self, quick: bool, path: Path | None) -> None:
+        self._quick, self._path = quick, path
+        self.runs = asked(quick)
+        self.machine = machine()
+        self.alone: dict[str, Any] = {}
+        self.came: dict[str, Came] = {}
+        self._kept_at = -1e9
+        if path is not None and path.exists():
+            before = json.loads(path.read_text())
+            if before["machine"]["commit"] == self.machine["commit"] and before["quick"] == quick:
+                self.alone, self.came = {part: before[part] for part in ALONE if part in before}, before["came"]
+                print(f"goes on with {len(self.came)} runs of {path}", file=sys.stderr)
+
+    def figures(self) -> dict[str, Any]:
         return {
-            nodes: [
-                pool.submit(simulate, Scenario(nodes, seed, LOSS, 1, silent, watch_s=watch_s)) for seed in range(runs[column])
-            ]
-            for nodes, runs in sizes
-            if runs[column]
+            "bench": "membership",
+            "command": "python -m bench.membership" + (" --quick" if self._quick else ""),
+            "quick": self._quick,
+            "machine": self.machine,
+            **self.alone,
+            **figures(self.runs, self.came),
+            "simulated_cpu_s": round(sum(each["cpu_s"] for each in self.came.values()), 1),
+            "simulations": {"made": len(self.came), "of": len(self.runs)},
         }
 
-    asked = {silent: kills(silent) for silent in (True, False)}
-    idle = {nodes: pool.submit(simulate, Scenario(nodes, 1, kill=0)) for nodes in (1000, 200, 50)}
-    hungry = {
-        cell: [
-            pool.submit(simulate, Scenario(cell[0], seed, cell[2], 1, True, cell[1], watch_s=30.0))
-            for seed in range(runs[column])
-        ]
-        for cell, runs in STARVED.items()
-        if runs[column]
-    }
-    heals = {cut_s: [pool.submit(heal_s, seed, cut_s) for seed in range(runs[column])] for cut_s, runs in CUT_S.items()}
-    joins = [pool.submit(join_s, seed) for seed in range(JOINS[column])]
-    joined_s = sorted(future.result() for future in joins)
-    return {
-        **{
-            name: {str(nodes): told([f.result() for f in asked[silent][nodes]]) for nodes in sorted(asked[silent])}
-            for name, silent in (("kill_host_up", False), ("silent", True))
-        },
-        "starved": {
-            f"nodes={nodes} starved={starved / nodes:.0%} loss={loss:.0%}": told([f.result() for f in futures])
-            for (nodes, starved, loss), futures in hungry.items()
-        },
-        "partition_heal_s": {
-            f"{cut_s:g}": {"max": round(max(f.result() for f in futures), 3), "runs": len(futures)}
-            for cut_s, futures in heals.items()
-            if futures
-        },
-        "join_100_s": {
-            "p50": seconds(joined_s, 0.5),
-            "max": round(joined_s[-1], 3),
-            "within_1_s": sum(took_s < 1 for took_s in joined_s),
-            "runs": len(joined_s),
-        },
-        "bytes_per_node_s": {str(nodes): round(idle[nodes].result().idle_bytes_node_s) for nodes in sorted(idle)},
-    }
+    def add(self, name: str, came: Came) -> None:
+        self.came[name] = came
+        if time.monotonic() - self._kept_at > 1.0:
+            self.keep()
+
+    def keep(self) -> None:
+        if self._path is not None:
+            aside = self._path.with_name(self._path.name + ".new")
+            aside.write_text(json.dumps(self.figures() | {"came": self.came}))
+            aside.replace(self._path)
+            self._kept_at = time.monotonic()
+
+
+def run_all(names: Iterable[str], cores: int, ends_at: float, done: Callable[[str, Came], None]) -> None:
+    """Runs these in as many processes, and begins none after `ends_at`. `done` is called for one at a time."""
+    waiting, taking = iter(names), threading.Lock()
+
+    def following() -> str | None:
+        with taking:
+            return next(waiting, None) if time.monotonic() < ends_at else None
+
+    def lead() -> None:
+        command = [sys.executable, "-m", "bench.membership_runs"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin is not None and process.stdout is not None
+            while (name := following()) is not None:
+                process.stdin.write(name + "\n")
+                process.stdin.flush()
+                if not (line := process.stdout.readline()):
+                    raise RuntimeError(f"the process that ran {name!r} ended")
+                with taking:
+                    done(name, json.loads(line))
+
+    with ThreadPoolExecutor(cores) as pool:
+        for led in [pool.submit(lead) for _ in range(cores)]:
+            led.result()
+
+
+def measure(record: Record, parts: set[str], ends_at: float, cores: int) -> Mapping[str, float]:
+    """Adds to the record what is missing of these parts; wall seconds of each kind of work."""
+    took_s: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[], None]) -> None:
+        began_s = time.monotonic()
+        work()
+        took_s[name] = round(time.monotonic() - began_s, 1)
+
+    def loopback() -> None:
+        record.alone["real"] = real()
+
+    def large() -> None:
+        def done(_: str, came: Came) -> None:
+            record.alone["sim_10000_wall_s"] = round(came["s"], 1)
+            record.alone["sim_10000_cpu_s"] = came["cpu_s"]
+
+        run_all(["sim_10000_wall_s"], 1, ends_at, done)
+
+    for name, work in (("real", loopback), ("sim_10000_wall_s", large)):
+        if name in parts and name not in record.alone:
+            timed(name, work)
+            record.keep()
+    missing = [run.name for run in record.runs if run.part in parts and run.name not in record.came]
+    timed("simulated", lambda: run_all(missing, cores, ends_at, record.add))
+    record.keep()
+    return took_s
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few seeds: about a minute on two cores")
-    quick = parser.parse_args().quick
-    began_s = time.perf_counter()
-    loopback = real()  # before the simulations, which take all cores
-    with ProcessPoolExecutor(max_workers=1) as alone:
-        large_s = None if quick else round(alone.submit(large_wall_s).result(), 1)
-    with ProcessPoolExecutor(max_workers=2) as pool:
-        figures = simulated(pool, 0 if quick else 1)
-    print(
-        json.dumps(
-            {
-                "bench": "membership",
-                "command": "python -m bench.membership" + (" --quick" if quick else ""),
-                "machine": machine(),
-                "took_s": round(time.perf_counter() - began_s, 1),
-                "real": loopback,
-                **figures,
-                "sim_10000_wall_s": large_s,
-            }
-        )
-    )
+    parser.add_argument("--quick", action="store_true", help="few seeds: less than a minute on two cores")
+    parser.add_argument("--only", metavar="PARTS", help=f"of {', '.join((*ALONE, *PARTS))}: those that begin with one of these")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so long")
+    parser.add_argument("--out", type=Path, help="keep what was measured here, and go on with what is there")
+    given = parser.parse_args()
+    began_s = time.monotonic()
+    known = [part for part in (*ALONE, *PARTS) if not (given.quick and part == "sim_10000_wall_s")]
+    begun = tuple(given.only.split(",")) if given.only else ("",)
+    if strange := [word for word in begun if not any(part.startswith(word) for part in known)]:
+        parser.error(f"--only {','.join(strange)}: expected the beginning of one of {', '.join(known)}")
+    record = Record(given.quick, given.out)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    took_s = measure(record, {part for part in known if part.startswith(begun)}, began_s + given.seconds, cores)
+    print(json.dumps(record.figures() | {"took_s": round(time.monotonic() - began_s, 1), "parts_took_s": took_s}))
 
 
 if __name__ == "__main__":
