@@ -74,6 +74,7 @@ class Member:
     key: bytes = b""  # the first heard, for good
     signature: bytes = b""  # its own: under its goodbye once it has left, else under its description
     listed_in: str | None = None  # the region on whose list of the living it is
+    put_right: tuple[float, list[Claim]] | None = None  # when it was last told unasked that it is behind, and what
 
     @property
     def standing(self) -> Standing:
@@ -114,6 +115,13 @@ class Member:
                 return Dead(self.node, self.epoch, self.incarnation, me, self.cause or TIMEOUT)
             case PeerState.LEFT:
                 return Left(self.node, self.epoch, self.incarnation, self.signature)
+
+    def is_to_hear(self, corrections: list[Claim], now: float, gap_s: float) -> bool:
+        """Not when it was told the very same a moment ago: two who put one another right in vain would fill the wire."""
+        if self.put_right is not None and self.put_right[1] == corrections and now - self.put_right[0] < gap_s:
+            return False
+        self.put_right = now, corrections
+        return True
 
     def record(self, now: float) -> MemberRecord:
         _, _, name, host, port, region = self.description

@@ -152,7 +152,9 @@ class Swim(Evidence):
                 self.on_knocked(message, now)
             case Gossip():
                 pass
-        if corrections:
+        if corrections and (
+            peer is None or peer.is_to_hear(corrections, now, self.config.exchange_gap_s)
+        ):  # strangers: as bytes allow
             effects.append(self._send(source, Gossip(self.sender(now)), corrections))
         if peer is not None and peer.live:
             if rtt_s is not None and isinstance(message, Ack):
@@ -272,10 +274,12 @@ class Swim(Evidence):
         if (sender.epoch, sender.incarnation) == (member.epoch, member.incarnation):
             member.heard_at = max(member.heard_at, arrived_at)
             member.lag_s = sender.lag_ms / 1000
-        if member.live:
-            # The buddy: a suspect that speaks to us hears of it from us, first of all.
-            return [member.claim(self.me)] if member.state is PeerState.SUSPECT else []
-        return [member.claim(self.me)]
+        if member.state is PeerState.ALIVE:
+            return []
+        # The buddy: a suspect that speaks to us hears of it from us, first of all. One that has lost count of its runs is
+        # shown its own later words: it believes nobody else's, and only knowing them it can speak louder.
+        behind = (sender.epoch, sender.incarnation) < member.description[:2]
+        return [member.alive_claim() if behind else member.claim(self.me)]
 
     def _measure(self, peer: Member, sender: Sender, now: float, rtt_s: float | None) -> Measured:
         load_at = now - sender.load_age_ms / 1000

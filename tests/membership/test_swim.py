@@ -205,7 +205,7 @@ def test_a_dead_member_that_speaks_is_told_so() -> None:
     core = node_among(4)
     core.receive(address_of(1), gossip(1, Dead(peer_id(3), 1, 0, peer_id(1))), 0.0)
     run_to(core, 2.0, answers=True)
-    told = [m for to, m in messages(core.receive(address_of(3), gossip(3), 2.1), Gossip) if to == address_of(3)]
+    told = [m for to, m in messages(core.receive(address_of(3), gossip(3), 2.6), Gossip) if to == address_of(3)]
     assert told[0].claims[0] == Dead(peer_id(3), 1, 0, ME)
 
 

@@ -1,0 +1,93 @@
+"""What is answered to one who is behind, and that answers end."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from membership.core import MembershipCore
+from membership.effects import Effect, Send
+from membership.hearing import Hearing
+from mesh.gossip import Ack, Gossip, Message, Ping
+from mesh.ids import Address
+from mesh.view import PeerState
+from tests.membership.pieces import (
+    CONFIG,
+    address_of,
+    alive,
+    core_of,
+    gossip,
+    messages,
+    node_among,
+    peer_id,
+    run_to,
+    sender,
+    state,
+)
+
+WAY_S = 0.001
+
+
+def datagrams_between(one: MembershipCore, other: MembershipCore, now: float, until: float) -> int:
+    """How many these two send one another in that time, where no call gets through; what is due is done when it is due."""
+    cores = {core.swim.myself.address: core for core in (one, other)}
+    under_way: list[tuple[float, Address, Address, Message]] = []
+    sent = 0
+
+    def carry_out(source: Address, effects: list[Effect], now: float) -> None:
+        under_way.extend((now + WAY_S, source, effect.to, effect.message) for effect in effects if isinstance(effect, Send))
+
+    while now < until:
+        at, address = min((core.deadline, address) for address, core in cores.items())
+        if under_way and under_way[0][0] <= at:
+            now, source, to, message = under_way.pop(0)
+            sent += 1
+            carry_out(to, cores[to].receive(source, message, now), now)
+        else:
+            now = max(now, at)
+            carry_out(address, cores[address].tick(now), now)
+    return sent
+
+
+def test_one_that_lost_its_epoch_where_no_call_gets_through_is_not_told_so_as_fast_as_the_wire_allows() -> None:
+    """It knows no words of its later run, and calls would bring them; each word of its earlier one earns the same answer."""
+    lost, other = core_of(alive(1), CONFIG, Random(1)), core_of(alive(2), CONFIG, Random(2))
+    lost.receive(address_of(2), gossip(2, alive(2)), 0.0)
+    other.receive(address_of(1), gossip(1, alive(1, epoch=3)), 0.0)
+    run_to(other, 30.0)
+    assert state(other, 1) is PeerState.DEAD
+    assert datagrams_between(lost, other, 30.0, 40.0) < 10 * 12
+
+
+def test_two_who_are_deaf_to_accusations_do_not_shout_at_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As peers of another version may be: each takes the other for dead, hears so, and changes nothing."""
+    monkeypatch.setattr(Hearing, "_hear_of_myself", lambda *_: [])
+    one, other = core_of(alive(1), CONFIG, Random(1)), core_of(alive(2), CONFIG, Random(2))
+    one.receive(address_of(2), gossip(2, alive(2)), 0.0)
+    other.receive(address_of(1), gossip(1, alive(1)), 0.0)
+    for core in (one, other):
+        run_to(core, 30.0)
+    assert (state(one, 2), state(other, 1)) == (PeerState.DEAD, PeerState.DEAD)
+    assert datagrams_between(one, other, 30.0, 40.0) < 10 * 12
+
+
+def test_one_that_lost_count_of_its_runs_is_shown_its_own_later_words_by_whoever_takes_it_for_dead() -> None:
+    lost, other = core_of(alive(1), CONFIG, Random(1)), core_of(alive(2), CONFIG, Random(2))
+    other.receive(address_of(1), gossip(1, alive(1, epoch=3)), 0.0)
+    run_to(other, 30.0)
+    [(_, answer)] = messages(other.receive(address_of(1), Ping(sender(1), 1, peer_id(2)), 30.0), Ack)
+    assert answer.claims[0] == alive(1, epoch=3)
+    lost.receive(address_of(2), answer, 30.0)
+    assert (lost.swim.myself.epoch, lost.swim.myself.incarnation) == (4, 0)
+
+
+def test_the_same_correction_goes_to_one_peer_once_a_while_and_another_at_once() -> None:
+    core = node_among(3)
+    core.receive(address_of(1), gossip(1, alive(2, incarnation=4), alive(3, incarnation=4)), 0.0)
+
+    def told(by: int, about: int, now: float) -> int:
+        effects = core.receive(address_of(by), gossip(by, alive(about)), now)
+        return sum(alive(about, incarnation=4) in message.claims for to, message in messages(effects, Gossip))
+
+    assert [told(1, 2, 1.0), told(1, 2, 1.1), told(3, 2, 1.2), told(1, 3, 1.3), told(1, 3, 1.9)] == [1, 0, 1, 1, 1]

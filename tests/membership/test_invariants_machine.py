@@ -1,0 +1,121 @@
+"""M1 to M10, the invariants of membership, against adversaries that hypothesis draws; and each of them shown to be able to fail.
+
+What the numbers mean: `tests.membership.hostile_mesh`, `tests.membership.hostile_node`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import Phase, settings
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
+
+from membership import allowance, dissemination, evidence, exchanges, fingerprint, hearing, members, suspicion, swim
+from membership.effects import Effect
+from membership.members import Member
+from mesh import gossip_wire
+from mesh.gossip import REFUSED, Alive, Claim, Dead, Left, Suspect
+from mesh.ids import NodeId
+from mesh.view import PeerState
+from tests.membership.hostile_mesh import HostileMesh
+from tests.membership.hostile_node import HostileNode
+
+Mutation = Callable[[pytest.MonkeyPatch], None]
+MESH = settings(max_examples=20, stateful_step_count=50, deadline=None)
+NODE = settings(max_examples=20, stateful_step_count=40, deadline=None)
+
+
+def test_a_mesh_keeps_m1_to_m7_and_m9_whatever_the_order_of_what_is_said() -> None:
+    run_state_machine_as_test(HostileMesh, settings=MESH)
+
+
+def test_a_node_keeps_m8_to_m10_whatever_it_is_told() -> None:
+    run_state_machine_as_test(HostileNode, settings=NODE)
+
+
+def as_it_is_said(claim: Claim, *_: object) -> Claim:
+    return claim
+
+
+def deaf(self: hearing.Hearing, *_: object) -> list[Claim]:
+    return []
+
+
+def convicts_at_once(self: evidence.Evidence, member: Member, now: float, *, hearsay: bool = False) -> list[Effect]:
+    self.declare(Dead(member.node, member.epoch, member.incarnation, self.me, REFUSED), now)
+    return []
+
+
+def believes(self: hearing.Hearing, member: Member, claim: Dead, now: float) -> list[Claim]:
+    self._become(member, claim, now, by=claim.by)
+    return []
+
+
+def believes_the_past(self: hearing.Hearing, claim: Claim, now: float, words: Alive | Left | None = None) -> list[Claim]:
+    member = self.members.get(claim.node)
+    if member is None or claim.node == self.me or not isinstance(claim, Suspect) or claim.incarnation >= member.incarnation:
+        return _hear(self, claim, now, words)
+    self._become(member, claim, now, by=claim.by)
+    return []
+
+
+def keeps_to_the_first(self: fingerprint.Fingerprint, node: NodeId, epoch: int, incarnation: int) -> None:
+    if self._of(node) is None:
+        _live(self, node, epoch, incarnation)
+
+
+def leaks(raw: bytes) -> object:
+    raise KeyError(raw)
+
+
+def swapped(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(members.SEVERITY, PeerState.LEFT, 2)
+    patch.setitem(members.SEVERITY, PeerState.DEAD, 3)
+
+
+def silenced(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(dissemination.Rumours, "put", lambda *_: None)
+    patch.setattr(exchanges.Exchanges, "take", lambda *_: False)
+
+
+def planted(target: object, name: str, value: object) -> Mutation:
+    return lambda patch: patch.setattr(target, name, value)
+
+
+_live = fingerprint.Fingerprint.live
+_hear = hearing.Hearing.hear
+FAULTS: list[tuple[str, str, type[RuleBasedStateMachine], Mutation]] = [
+    ("M1", "accusations go as high as anybody says", HostileMesh, planted(hearing, "within_words", as_it_is_said)),
+    ("M1", "signatures are not looked at", HostileMesh, planted(hearing.Words, "hold", lambda *_: True)),
+    ("M2", "a stale suspicion is believed", HostileMesh, planted(hearing.Hearing, "hear", believes_the_past)),
+    ("M3", "nobody refutes", HostileMesh, planted(hearing.Hearing, "_hear_of_myself", deaf)),
+    ("M4: ended", "a failed probe accuses nobody", HostileMesh, planted(swim.Swim, "_probe_failed", lambda *_: None)),
+    ("M4: .* ended,", "suspicions never end", HostileMesh, planted(suspicion.Suspicion, "deadline", property(lambda self: 1e9))),
+    ("M[35]", "nothing is told or compared afterwards", HostileMesh, silenced),
+    (
+        "M5",
+        "a fingerprint keeps to the first standing",
+        HostileMesh,
+        planted(fingerprint.Fingerprint, "live", keeps_to_the_first),
+    ),
+    ("M6", "a verdict overrides a goodbye", HostileMesh, swapped),
+    ("M7", "hearsay kills", HostileMesh, planted(hearing.Hearing, "_hear_of_death", believes)),
+    ("M7: no host", "an end of a link is proof enough", HostileMesh, planted(evidence.Evidence, "open_case", convicts_at_once)),
+    ("M8: a datagram", "claims beyond the frame", HostileNode, planted(hearing, "claim_budget_bytes", lambda bare: 1600)),
+    ("M8: .* members", "the table has no bound", HostileNode, planted(members.Members, "__len__", lambda self: 2)),
+    ("M9: .* quiet", "rumours are told for ever", HostileMesh, planted(hearing, "transmit_limit", lambda *_: 10**9)),
+    ("M9: .* stranger", "answers are not counted", HostileNode, planted(allowance.Allowance, "covered", lambda self, sent: sent)),
+    ("M10: .* neither", "the decoder raises what it likes", HostileNode, planted(gossip_wire, "_decoded", leaks)),
+    ("M10: no message", "loads are not looked at", HostileNode, planted(gossip_wire, "load_is_sane", lambda load: True)),
+]
+
+
+@pytest.mark.parametrize(("broken", "name", "machine", "plant"), FAULTS, ids=[name for _, name, _, _ in FAULTS])
+def test_a_planted_fault_breaks_its_invariant(
+    broken: str, name: str, machine: type[RuleBasedStateMachine], plant: Mutation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    once = settings(MESH, phases=(Phase.generate,), database=None, derandomize=True, report_multiple_bugs=False)
+    with pytest.raises(AssertionError, match=broken):
+        run_state_machine_as_test(machine, settings=settings(once, max_examples=300))
