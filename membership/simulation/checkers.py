@@ -65,6 +65,19 @@ def nobody_raises_anothers_incarnation(network: Network) -> bool:
     return True
 
 
+def overridden_goodbyes(network: Network) -> list[tuple[NodeId, NodeId]]:
+    """(by, node): one run of `by` had it that `node` left, and later that the same run of it, or an earlier one, was dead."""
+    left: dict[tuple[NodeId, int, NodeId], int] = {}  # the epoch of the latest goodbye that was seen
+    found = []
+    for seen in network.seen:
+        key = (seen.by, seen.by_epoch, seen.node)
+        if seen.after is PeerState.LEFT:
+            left[key] = seen.epoch
+        elif seen.after is PeerState.DEAD and seen.epoch <= left.get(key, -1):
+            found.append((seen.by, seen.node))
+    return found
+
+
 def queues_are_bounded(network: Network) -> bool:
     """No node has more rumours to tell than there are members."""
     return all(len(it.core.swim.rumours) <= len(it.core.swim.members) for it in network.nodes.values())

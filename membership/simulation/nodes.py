@@ -47,6 +47,8 @@ class Seen:
     cause: str
     incarnation: int = 0  # of `node`, as `by` knew it then
     runs: bool = False  # the run of `node` that `by` means did run then
+    epoch: int = 0  # of `node`, as `by` knew it then
+    by_epoch: int = 0  # which run of `by` it was
 
     @classmethod
     def of(
@@ -64,4 +66,4 @@ class Seen:
         if member is None:
             return cls(at, by.id, node, before, after, restarted, "")
         runs = meant is not None and meant.running and meant.core.swim.myself.epoch == member.epoch
-        return cls(at, by.id, node, before, after, restarted, member.cause, member.incarnation, runs)
+        return cls(at, by.id, node, before, after, restarted, member.cause, member.incarnation, runs, member.epoch, by.epoch)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from random import Random
 
-from membership.simulation.checkers import converged, nobody_raises_anothers_incarnation, queues_are_bounded
+from membership.simulation.checkers import (
+    converged,
+    nobody_raises_anothers_incarnation,
+    overridden_goodbyes,
+    queues_are_bounded,
+)
 from membership.simulation.network import Network
-from mesh.ids import NodeId
-from mesh.view import PeerState
 
 BLOWS = (2, 8)
 LOSS_MAX = 0.1
@@ -24,7 +27,6 @@ class Storm:
         self._draw = Random(seed)
         self.network = Network(seed, loss=self._draw.choice(LOSSES), encoded=False)
         self.ids = self.network.grow(self._draw.randint(3, 8), settle_s=1.0)
-        self._said_goodbye: set[NodeId] = set()
         self.blows: list[str] = []
 
     def faults(self) -> list[str]:
@@ -42,7 +44,7 @@ class Storm:
             self.network.run_until(lambda: converged(self.network), within_s=CLEARS_WITHIN_S, step_s=0.2)
         except AssertionError:
             found.append(f"no one view {CLEARS_WITHIN_S:g} s after the storm")
-        return found + [f"{node} left and is dead to somebody" for node in self._said_goodbye if self._is_dead_to_somebody(node)]
+        return found + [f"{node} left, {by} saw it, and took it for dead" for by, node in overridden_goodbyes(self.network)]
 
     def _blow(self) -> None:
         draw, network = self._draw, self.network
@@ -56,7 +58,6 @@ class Storm:
         self.blows.append(f"{network.now:.2f} {blow} {int(node, 16)}")
         match blow:
             case "start":
-                self._said_goodbye.discard(node)
                 epoch = max(it.epoch, it.core.swim.myself.epoch) + 1
                 network.add([self.ids[0]], number=int(node, 16), epoch=epoch)
             case "kill":
@@ -65,7 +66,6 @@ class Storm:
                 network.crash(node)
             case "leave":
                 network.leave(node)
-                self._said_goodbye.add(node)
             case "stop":
                 network.pause(node)
             case "resume":
@@ -86,8 +86,3 @@ class Storm:
             it.starved_s = None
             if it.running and it.paused:
                 self.network.resume(it.id)
-
-    def _is_dead_to_somebody(self, node: NodeId) -> bool:
-        """After its goodbye was heard: a cut may have kept it from all of one side."""
-        states = [self.network.state(by, node) for by in self.network.up]
-        return PeerState.LEFT in states and PeerState.DEAD in states

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from membership import hearing
+from membership import hearing, members
 from membership.simulation.storm import Storm
 from mesh.gossip import Claim
+from mesh.view import PeerState
 
 BLOCKS, SEEDS_A_BLOCK = 4, 25
 
@@ -31,3 +32,10 @@ def test_storms_catch_a_node_that_never_refutes(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(hearing.Hearing, "_hear_of_myself", deaf)
     assert any(Storm(seed).faults() for seed in range(20))
+
+
+def test_storms_catch_a_goodbye_that_a_verdict_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One side of a cut heard it, the other finds a silent node; when they meet, who knows better is not to be talked over."""
+    monkeypatch.setitem(members.SEVERITY, PeerState.LEFT, 2)
+    monkeypatch.setitem(members.SEVERITY, PeerState.DEAD, 3)
+    assert any("took it for dead" in fault for seed in range(60) for fault in Storm(seed).faults())
