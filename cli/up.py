@@ -31,6 +31,10 @@ QuantizeOption = Annotated[str, typer.Option("--quantize", help="none, int8 or i
 TensorParallelOption = Annotated[
     int, typer.Option("--tensor-parallel", metavar="N", help="Worker processes that compute each span together; 1: none.")
 ]
+GenerationConfigOption = Annotated[
+    str,
+    typer.Option("--generation-config", help="auto: a model's own sampling defaults hold where a request sets none; or none."),
+]
 MemoryOption = Annotated[
     str | None,
     typer.Option("--memory", metavar="SIZE", help="For weights and KV cache, such as 8GiB; else half of what is free."),
@@ -106,6 +110,7 @@ def up(
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = "none",
     tensor_parallel: TensorParallelOption = 1,
+    generation_config: GenerationConfigOption = "auto",
     memory: MemoryOption = None,
     spill_memory: SpillMemoryOption = None,
     spill_disk: SpillDiskOption = None,
@@ -135,6 +140,7 @@ def join(
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = "none",
     tensor_parallel: TensorParallelOption = 1,
+    generation_config: GenerationConfigOption = "auto",
     memory: MemoryOption = None,
     spill_memory: SpillMemoryOption = None,
     spill_disk: SpillDiskOption = None,

@@ -33,6 +33,7 @@ class NodeConfig:
     dtype: str = "auto"
     quantize: str = "none"  # int8 and int4 round the weights: less memory, faster decoding, other tokens
     tensor_parallel: int = 1  # worker processes that compute a span together; 1: the node itself does
+    generation_config: str = "auto"  # a model's own sampling defaults hold where a request sets none; none: they never do
     memory_bytes: int | None = None  # for weights and KV together; None: half of what is free at the start
     spill_memory_bytes: int = 0  # beside `memory_bytes`, for pages that the KV cache has no room for; 0: they are dropped
     spill_disk_bytes: int = 0  # for those the memory has no room for, in files under the data directory
@@ -60,6 +61,8 @@ class NodeConfig:
             raise BadRequest(f"--dtype: expected auto, float32 or bfloat16, got {self.dtype!r}", "dtype")
         if self.quantize not in ("none", "int8", "int4"):
             raise BadRequest(f"--quantize: expected none, int8 or int4, got {self.quantize!r}", "quantize")
+        if self.generation_config not in ("auto", "none"):
+            raise BadRequest(f"--generation-config: expected auto or none, got {self.generation_config!r}", "generation_config")
         if not 0 <= self.trace_mb <= 4096:
             raise BadRequest(f"--trace-mb: expected 0 to 4096, got {self.trace_mb}", "trace_mb")
         if not 1 <= self.tensor_parallel <= MOST_RANKS:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mesh.errors import BadRequest
+from node.sampling_defaults import sampling_defaults
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class ModelText:
     tokenizer: Any  # transformers' PreTrainedTokenizerFast
     end_tokens: tuple[int, ...]  # end-of-sequence ids, from the generation config and the tokenizer
     vocab_size: int
+    sampling_defaults: Mapping[str, float | int] = field(default_factory=dict)  # what the generation config sets
 
     @classmethod
     def load(cls, directory: Path) -> ModelText:
@@ -38,7 +40,8 @@ class ModelText:
         if (directory / "generation_config.json").is_file():
             configured = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
             ends += configured if isinstance(configured, list) else [configured]
-        return cls(tokenizer, tuple(sorted({end for end in ends if end is not None})), len(tokenizer))
+        ids = tuple(sorted({end for end in ends if end is not None}))
+        return cls(tokenizer, ids, len(tokenizer), sampling_defaults(directory))
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text))

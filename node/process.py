@@ -121,7 +121,7 @@ class Node:
         embedder = MiniLM()
         self._documents = self._make_documents(embedder)
         models = holdings.models
-        self._entry = self._make_entry(Prompts(models, self._documents), rng)
+        self._entry = self._make_entry(Prompts(models, self._documents, models_defaults=config.generation_config == "auto"), rng)
         self._stages = Stages(
             sockets.address, engine, self._links.post, self._entry, span_lost=lambda lost: self._placing.lost(lost)
         )

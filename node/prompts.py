@@ -15,6 +15,7 @@ from mesh.errors import BadRequest
 from node.grammar import GrammarCheck
 from node.models import Models, ServedModel
 from node.requests import Citation, GenerateRequest, Grammar, RetrievalReport, SamplingParams
+from node.sampling_defaults import settled
 from node.text import Decode
 from node.tool_styles import conversation, grammar_for, knows_tools, style_of
 from rag.context import build, citations
@@ -69,8 +70,10 @@ class Prompt:
 
 
 class Prompts:
-    def __init__(self, models: Models, documents: Documents) -> None:
+    def __init__(self, models: Models, documents: Documents, *, models_defaults: bool = True) -> None:
+        """`models_defaults`: what a request leaves unset is taken from the model's generation config."""
         self._models = models
+        self._models_defaults = models_defaults
         self._documents = documents
         self._grammars = GrammarCheck()
         self._compiling = trio.CapacityLimiter(1)  # one at a time: a burst of large grammars must not take every core
@@ -100,8 +103,9 @@ class Prompts:
             await self._check_grammar(grammar)
         seed = request.seed if request.seed is not None else SystemRandom().getrandbits(53)  # 53 bits: exact in JSON
         ends = () if request.sampling.ignore_eos else model.text.end_tokens
+        defaults = model.text.sampling_defaults if self._models_defaults else {}
         sampling = msgspec.structs.replace(
-            request.sampling,
+            settled(request.sampling, request.unset, defaults),
             seed=seed,
             max_tokens=request.max_tokens or room,
             stop_token_ids=tuple(sorted({*request.sampling.stop_token_ids, *ends})),

@@ -83,6 +83,7 @@ class GenerateRequest:
     prompt: str | None = None
     prompt_ids: tuple[int, ...] | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    unset: frozenset[str] = frozenset()  # fields of `sampling` that the client left to the model
     seed: int | None = None  # None: the entry draws one and tells it
     max_tokens: int | None = None  # None: to the end of the context
     n: int = 1

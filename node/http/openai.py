@@ -23,6 +23,7 @@ from node.http.schema import ChatBody, CompletionBody, GenerationBody
 from node.http.structured import parse_grammar
 from node.http.tools import parse_tools
 from node.requests import GenerateRequest, Retrieval, SamplingParams, ToolUse
+from node.sampling_defaults import RANGES
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 32
@@ -206,6 +207,7 @@ def _base_request(
         id=id,
         model=ModelId(body.model) if body.model else None,
         sampling=_sampling(body, logprobs),
+        unset=frozenset(name for name in RANGES if getattr(body, name) is None),
         seed=_in_range("seed", body.seed, -MAX_SEED - 1, MAX_SEED),
         max_tokens=limit,
         n=_in_range("n", body.n, 1, MAX_CHOICES) or 1,

@@ -60,6 +60,8 @@ def test_options_become_the_configuration(started: list[NodeConfig], tmp_path: P
             "int8",
             "--tensor-parallel",
             "2",
+            "--generation-config",
+            "none",
         ).exit_code
         == 0
     )
@@ -82,6 +84,7 @@ def test_options_become_the_configuration(started: list[NodeConfig], tmp_path: P
             dtype="float32",
             quantize="int8",
             tensor_parallel=2,
+            generation_config="none",
         )
     ]
 

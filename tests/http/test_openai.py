@@ -28,9 +28,9 @@ def refusal(parse: Any = parse_chat, **fields: Any) -> BadRequest:
 
 
 def test_the_least_request_leaves_everything_to_the_node() -> None:
-    assert chat() == GenerateRequest(
-        ID, None, messages=({"role": "user", "content": "hi"},), sampling=SamplingParams(), tenant="t", request_id="r"
-    )
+    unset = frozenset({"temperature", "top_p", "top_k", "min_p", "repetition_penalty"})
+    said = ({"role": "user", "content": "hi"},)
+    assert chat() == GenerateRequest(ID, None, messages=said, sampling=SamplingParams(), unset=unset, tenant="t", request_id="r")
 
 
 def test_null_counts_as_absent() -> None:
@@ -46,6 +46,7 @@ def test_every_field_finds_its_place() -> None:
         stop_token_ids=[8], include_stop_str_in_output=True, logprobs=True, top_logprobs=2, user="u", priority=3,
         mesh={"store": "docs", "top_k": 2, "deadline_s": 1.5, "policy": "round_robin"},
     )  # fmt: skip
+    assert not request.unset
     assert request.sampling == SamplingParams(
         temperature=0.5, top_p=0.9, top_k=4, min_p=0.1, presence_penalty=-2, frequency_penalty=2, repetition_penalty=1.5,
         logit_bias={3: 4.0}, min_tokens=2, ignore_eos=True, stop_token_ids=(8,), logprobs=2,

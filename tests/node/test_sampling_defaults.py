@@ -1,0 +1,103 @@
+"""What a request leaves unset is the model's to say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from mesh.errors import BadRequest
+from mesh.ids import ModelId, StreamId
+from mesh.view import ModelCard
+from node.config import NodeConfig
+from node.http.openai import parse_chat
+from node.model_text import ModelText
+from node.models import Models, ServedModel
+from node.prompts import Prompts
+from node.requests import GenerateRequest, SamplingParams
+from node.sampling_defaults import FILE, RANGES, sampling_defaults, settled
+
+SAID = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1}
+
+
+def write(directory: Path, said: object) -> Path:
+    (directory / FILE).write_text(said if isinstance(said, str) else json.dumps(said))
+    return directory
+
+
+def test_a_models_file_sets_the_fields_that_it_names_and_no_others(tmp_path: Path) -> None:
+    assert sampling_defaults(tmp_path) == {}, "most models have no such file"
+    assert sampling_defaults(write(tmp_path, {**SAID, "do_sample": True, "max_new_tokens": 9, "eos_token_id": [1, 2]})) == SAID
+    assert sampling_defaults(write(tmp_path, {"top_k": -1, "temperature": 0, "top_p": None})) == {"top_k": 0, "temperature": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in RANGES for value in ("1", True, [1], -2, 1e10, float("nan"))),
+        ("top_p", 0),
+        ("repetition_penalty", 0),
+        ("top_k", 2.5),
+    ],
+)
+def test_a_value_that_no_request_could_have_is_passed_over_and_told(name: str, value: object, tmp_path: Path) -> None:
+    kept = next(other for other in SAID if other != name)
+    with capture_logs() as logs:
+        assert sampling_defaults(write(tmp_path, {name: value, kept: SAID[kept]})) == {kept: SAID[kept]}
+    assert [(entry["event"], entry["field"]) for entry in logs] == [("generation_config.ignored", name)]
+
+
+@pytest.mark.parametrize("said", ["{", "[1]", '"x"', "\x00", " " * (1 << 21)])
+def test_a_file_that_is_none_is_passed_over_and_told(said: str, tmp_path: Path) -> None:
+    with capture_logs() as logs:
+        assert sampling_defaults(write(tmp_path, said)) == {}
+    assert [entry["event"] for entry in logs] == ["generation_config.ignored"]
+
+
+def test_what_the_client_says_holds_and_only_what_it_leaves_out_is_the_models() -> None:
+    asked = SamplingParams(temperature=0.0, top_k=3, min_tokens=2)
+    assert settled(asked, {"top_p", "min_p", "min_tokens"}, SAID) == SamplingParams(
+        temperature=0.0, top_k=3, min_tokens=2, top_p=0.95, min_p=0.05
+    )
+    assert settled(asked, (), SAID) == asked
+
+
+def parsed(**fields: object) -> GenerateRequest:
+    body = {"messages": [{"role": "user", "content": "hi"}], **fields}
+    return parse_chat(json.dumps(body).encode(), StreamId("s"), tenant="", request_id="").generations[0]
+
+
+def test_a_request_tells_what_it_left_out() -> None:
+    assert parsed().unset == set(RANGES)
+    assert parsed(temperature=1.0, top_k=-1, top_p=None).unset == {"top_p", "min_p", "repetition_penalty"}
+
+
+class Tokenizer:
+    chat_template = "any"
+
+    def apply_chat_template(self, messages: object, **how: object) -> dict[str, list[int]]:
+        return {"input_ids": [1, 2]}
+
+    def encode(self, text: str) -> list[int]:
+        return [3]
+
+
+@pytest.mark.parametrize("own", [True, False])
+async def test_the_models_defaults_reach_the_engine_unless_the_node_was_told_otherwise(own: bool) -> None:
+    models = Models()
+    text = ModelText(Tokenizer(), (0,), 500, SAID)
+    models.add(ServedModel(ModelCard(ModelId("m"), 4, 500, "w", "n"), Path(), text))
+    prompts = Prompts(models, None, models_defaults=own)  # type: ignore[arg-type]
+    sampling = (await prompts.prepare(parsed(temperature=0.9))).sampling
+    found = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, sampling.repetition_penalty)
+    assert found == ((0.9, 0.95, 20, 0.05, 1.1) if own else (0.9, 1.0, 0, 0.0, 1.0))
+    plain = GenerateRequest(StreamId("s"), None, prompt="hi", sampling=SamplingParams(temperature=0.0))
+    assert (await prompts.prepare(plain)).sampling.top_k == 0, "the node's own requests leave nothing out"
+
+
+def test_the_node_knows_two_ways_to_take_it() -> None:
+    assert NodeConfig().generation_config == "auto" and NodeConfig(generation_config="none").generation_config == "none"
+    with pytest.raises(BadRequest, match="expected auto or none"):
+        NodeConfig(generation_config="vllm")
