@@ -167,7 +167,7 @@ class TorchEngine:
             if isinstance(loaded.stage, ParallelStage):
                 loaded.stage.on_end(lambda reason: self._span_ended(span, loaded, reason))
             kernel = machine.named(loaded.stage.kernel)
-            took = {"read": gib(watch.now.bytes), "seconds": round(watch.now.seconds, 1)}
+            took = {"read": gib(watch.now.bytes), "seconds": round(watch.now.seconds, 3)}
             log.info("span loaded", model=model, start=start, end=end, kernel=kernel, numerics=loaded.numerics, **took)
             return card(checkpoint, model, loaded.numerics)
 
@@ -313,7 +313,7 @@ class TorchEngine:
                     self._undelivered += self._scheduler.pages_lost(span, [number])
 
     def _step(self, plan: StepPlan, loaded: Loaded, kept: KeptPages) -> list[EngineOutput]:
-        self._timing.begin()
+        self._timing.begin(plan)
         try:
             out = self._compute(plan, loaded, kept)
             last = plan.pieces[0].row.last

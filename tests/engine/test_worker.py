@@ -255,7 +255,6 @@ def test_a_step_that_hangs_is_overdue_and_one_that_ends_is_not(
 
         monkeypatch.setattr(stage, "forward", hang)
         monkeypatch.setattr(timing, "STALL_AFTER_S", 0.0)
-        one.engine._timing._longest_s = 0.001
         one.engine.open(opening("b"))
         assert computing.wait(WAIT_S)
         wait_until(lambda: one.engine.overdue_s() > 0)
