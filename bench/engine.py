@@ -1,37 +1,37 @@
-"""Decode speed of the built-in engine against transformers and llama.cpp, in one run, taking turns.
+"""What the built-in engine can do: decoding beside transformers and llama.cpp in one run, and what its parts cost and save.
 
-`python -m bench.engine [--quick] [--threads N] [--budget SECONDS] [--out FILE]`; the last line is one JSON object.
+`python -m bench.engine [--quick] [--threads N] [--budget SECONDS] [--only PART,…] [--out FILE]`; the last line is one JSON
+object. What is asked of a figure stands beside it, and `missed` names all that miss it.
 
 The model is Llama-3.2-1B-shaped (`--quick`: 100 million parameters) with random weights stored in bfloat16. Ours is the
 stage as the engine runs it, with the kernel that a node would choose here and the exactness rules on. Opponents: the
 model's own forward with a DynamicCache and SDPA in whichever of float32 and bfloat16 is faster here, transformers'
 `generate_batch` in the same dtype, and llama.cpp on the same weights as FP16 and as BF16, the faster of them; it is
-measured where `make bench-peers` has prepared it, else its figures are null and the report says why. Everyone has the
-same threads, reads the same prompts and takes the largest logit. Nobody's first step of a turn counts: memory is cold.
+measured where `make bench-peers` has prepared it, else its figures are null and the report says why.
+
+Parts: `rows` decodes beside the opponents; `exactness` says what exactness costs; `loading`, `split`, `prefix` and
+`speculation` are the benchmarks of those names. With --out the file has after each part what is known by then, and a later
+run of other parts, of the same commit, shape and threads, adds to it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
-import math
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import engine_exactness, engine_loading, llama_side
-from bench.bandwidth import MemoryReader
-from bench.engine_shapes import PROMPT_TOKENS, SHAPES, make_checkpoint, weights_read_bytes
-from bench.engine_sides import ForwardLoop, GenerateBatch, Ours, Side, Step, best_dtypes, plain_model
-from bench.llama_side import LlamaCpp
+from bench import engine_exactness, engine_loading, engine_prefix, engine_rows, engine_speculation, engine_split
+from bench.engine_goals import judged
+from bench.engine_rows import ROUNDS, say
+from bench.engine_shapes import SHAPES, make_checkpoint
 from bench.machine import machine
 from mesh.view import is_exact
 from node.engine.checkpoint import Checkpoint, read_checkpoint
@@ -40,85 +40,7 @@ from node.engine.loading import Loaded, load_stage
 from node.engine.machine import named
 from node.engine.stage import Stage
 
-BATCHES = (1, 8, 32)
-ROUNDS = 12
-LEAST_ROUNDS = 3
-STEPS = 5  # a turn, of which the first does not count
-CONTINUOUS_ROUNDS = 2  # of generate_batch, which reads its prompts anew in each
-TRIAL_STEPS = 3
-ROOM_TOKENS = PROMPT_TOKENS + (ROUNDS + 2) * STEPS
-KINDS = ("f16", "bf16")
-
-
-@dataclass
-class Opponents:
-    """Who is measured beside us: the dtypes that suit transformers, and llama.cpp's children by the kind of their weights."""
-
-    dtypes: dict[int, torch.dtype]
-    models: dict[torch.dtype, Any]
-    llama: dict[str, LlamaCpp]
-
-
-def say(**what: Any) -> None:
-    print(json.dumps(what), file=sys.stderr, flush=True)
-
-
-def interleaved(
-    sides: dict[str, Side], rare: dict[str, Side], budget_s: float, each_round: Callable[[], Any]
-) -> dict[str, list[Step]]:
-    """Turns of STEPS steps, round by round until ROUNDS or the budget is used up; `rare` sides take part in the first rounds."""
-    taken: dict[str, list[Step]] = {name: [] for name in (*sides, *rare)}
-    ends_at = time.monotonic() + budget_s
-    for number in range(ROUNDS):
-        if number >= LEAST_ROUNDS and time.monotonic() > ends_at:
-            break
-        each_round()
-        for name, side in sides.items():
-            taken[name] += side.turn(STEPS)[1:]
-        if number < CONTINUOUS_ROUNDS:
-            for name, side in rare.items():
-                taken[name] += side.turn(STEPS)
-    return taken
-
-
-def row(stage: Stage, ours: Ours, opponents: Opponents, batch: int, budget_s: float, reader: MemoryReader) -> dict[str, Any]:
-    """One row of the report; each figure comes from the median step. CPU time stays comparable on a busy machine."""
-    model = opponents.models[opponents.dtypes[batch]]
-    plain = ForwardLoop(model, batch)
-    children = {kind: child.begin(batch, stage.checkpoint.vocab_size, ROOM_TOKENS) for kind, child in opponents.llama.items()}
-    sides: dict[str, Side] = {"ours": ours, "hf": plain, **children}
-    read_gb_s: list[float] = []
-    taken = interleaved(
-        sides, {"generate_batch": GenerateBatch(model, batch)}, budget_s, lambda: read_gb_s.append(reader.measure())
-    )
-    wall_s = {name: statistics.median(step.wall_s for step in steps) for name, steps in taken.items()}
-    cpu_s = {name: statistics.median(step.cpu_s for step in steps) for name, steps in taken.items()}
-    llama = min(children, key=lambda kind: wall_s[kind], default="")
-    per_s = {name: batch / median for name, median in wall_s.items()}
-    weight_bytes = 2 if stage.kernel.compiled else stage.kernel.dtype.itemsize
-    achieved = weights_read_bytes(stage.checkpoint.config, weight_bytes) / wall_s["ours"] / 1e9
-    return {
-        "batch": batch,
-        "ours_tok_s": round(per_s["ours"], 1),
-        "hf_tok_s": round(per_s["hf"], 1),
-        "generate_batch_tok_s": round(per_s["generate_batch"], 1),
-        "llamacpp_tok_s": round(per_s[llama], 1) if llama else None,
-        "vs_hf": round(per_s["ours"] / per_s["hf"], 2),
-        "vs_generate_batch": round(per_s["ours"] / per_s["generate_batch"], 2),
-        "vs_llamacpp": round(per_s["ours"] / per_s[llama], 2) if llama else None,
-        "bandwidth_fraction": round(achieved / statistics.median(read_gb_s), 2),
-        "weights_gb_s": round(achieved, 1),
-        "memory_gb_s": round(statistics.median(read_gb_s), 1),
-        "vs_hf_cpu_time": round(cpu_s["hf"] / cpu_s["ours"], 2),
-        "vs_llamacpp_cpu_time": round(cpu_s[llama] / cpu_s["ours"], 2) if llama else None,
-        "hf_dtype": str(opponents.dtypes[batch]).removeprefix("torch."),
-        "llamacpp_weights": llama or None,
-        "llamacpp_first_tokens_equal": sum(map(int.__eq__, children[llama].first, plain.first)) if llama else None,
-        "steps": len(taken["ours"]),
-        "step_ms": {name: round(1e3 * each, 2) for name, each in wall_s.items()},
-        "cpu_ms": {name: round(1e3 * each, 2) for name, each in cpu_s.items() if not math.isnan(each)},
-        "best_ms": {name: round(1e3 * min(step.wall_s for step in steps), 2) for name, steps in taken.items()},
-    }
+SAME = ("shape", "threads", "commit")  # in a report that others' parts may be added to
 
 
 def inexact_stages(checkpoint: Checkpoint, loaded: Loaded, threads: int) -> dict[str, Stage]:
@@ -135,87 +57,137 @@ def inexact_stages(checkpoint: Checkpoint, loaded: Loaded, threads: int) -> dict
     return {name: stage}
 
 
-def same_bits(batches: list[Ours]) -> bool:
-    """Whether row 0's logits are bit-equal in every batch, at every step that several took."""
-    return all(len(set(said)) == 1 for said in zip(*(each.said for each in batches)))
+class Bench:
+    """One model under measurement; each method is a part, and gives its share of the report."""
+
+    def __init__(self, directory: Path, threads: int, budget_s: float, quick: bool) -> None:
+        self._directory = directory
+        self._threads = threads
+        self._budget_s = budget_s
+        self._quick = quick
+
+    @property
+    def parts(self) -> dict[str, Callable[[], dict[str, Any]]]:
+        """In the order of running: what loads its own engines comes when the stage is gone."""
+        return {
+            "loading": self.loading,
+            "rows": self.rows,
+            "exactness": self.exactness,
+            "split": self.split,
+            "prefix": self.prefix,
+            "speculation": self.speculation,
+        }
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[Checkpoint, Loaded, float]:
+        checkpoint = read_checkpoint(self._directory)
+        began_s = time.perf_counter()
+        loaded = load_stage(checkpoint, 0, checkpoint.layers, "auto", self._threads)
+        load_s = time.perf_counter() - began_s
+        say(kernel=named(loaded.stage.kernel), load_s=round(load_s, 2))
+        return checkpoint, loaded, load_s
+
+    def loading(self) -> dict[str, Any]:
+        peak = engine_loading.measured_apart(self._directory)
+        return {"peak_load_ratio": peak["ratio"], "peak_load": peak}
+
+    def rows(self) -> dict[str, Any]:
+        _, loaded, load_s = self._loaded
+        found = engine_rows.measured(self._directory, loaded.stage, self._threads, self._budget_s)
+        return {
+            **found,
+            "exact": found["exact"] and is_exact(loaded.numerics),
+            "kernel": loaded.stage.kernel.name,
+            "kernel_on": named(loaded.stage.kernel),
+            "parameters": loaded.stage.parameters,
+            "load_s": round(load_s, 2),
+        }
+
+    def exactness(self) -> dict[str, Any]:
+        checkpoint, loaded, _ = self._loaded
+        others = inexact_stages(checkpoint, loaded, self._threads)
+        contexts = {"short": engine_exactness.SHORT_TOKENS, "long": engine_exactness.LONG_TOKENS}
+        cost = {
+            name: engine_exactness.overhead(loaded.stage, others, tokens, ROUNDS, self._budget_s)
+            for name, tokens in contexts.items()
+        }
+        return {"invariance_overhead": {name: each["wall"] for name, each in cost.items()}, "invariance": cost}
+
+    def split(self) -> dict[str, Any]:
+        return self._own("split", "split2_ratio", engine_split.measured, rounds=2 if self._quick else 3)
+
+    def prefix(self) -> dict[str, Any]:
+        return self._own("prefix", "prefix_hit_ttft_ratio", engine_prefix.measured, rounds=3)
+
+    def speculation(self) -> dict[str, Any]:
+        return self._own("speculation", "spec_speedup_copy_task", engine_speculation.measured, rounds=2 if self._quick else 3)
+
+    def _own(self, part: str, key: str, measured: Callable[[Path, int, int], dict[str, Any]], rounds: int) -> dict[str, Any]:
+        """A benchmark that loads engines of its own."""
+        self.__dict__.pop("_loaded", None)
+        gc.collect()
+        found = measured(self._directory, self._threads, rounds)
+        return {key: found[key], part: found}
 
 
-def measure(directory: Path, threads: int, budget_s: float) -> dict[str, Any]:
-    """All figures on the checkpoint in `directory`."""
-    checkpoint = read_checkpoint(directory)
-    peak = engine_loading.measured_apart(directory)
-    say(peak_load=peak)
-    no_llama = llama_side.absent()
-    dtypes = best_dtypes(directory, BATCHES, TRIAL_STEPS)
-    began_s = time.perf_counter()
-    loaded = load_stage(checkpoint, 0, checkpoint.layers, "auto", threads)
-    load_s = time.perf_counter() - began_s
-    say(dtypes={batch: str(dtype) for batch, dtype in dtypes.items()})
-    say(kernel=named(loaded.stage.kernel), load_s=round(load_s, 2), llamacpp=no_llama or "present")
-    models = {dtype: plain_model(directory, dtype) for dtype in set(dtypes.values())}
-    llama = {} if no_llama else {kind: LlamaCpp(llama_side.convert(directory, kind), threads) for kind in KINDS}
-    reader = MemoryReader(threads)
-    rows, batches = [], []
-    try:
-        for batch in BATCHES:
-            batches.append(Ours(loaded.stage, batch))
-            rows.append(row(loaded.stage, batches[-1], Opponents(dtypes, models, llama), batch, budget_s, reader))
-            say(**rows[-1])
-        about = {kind: child.about for kind, child in llama.items()}
-    finally:
-        reader.close()
-        for child in llama.values():
-            child.close()
-    exact = same_bits(batches)
-    batches.clear()
-    models.clear()
-    gc.collect()
-    others = inexact_stages(checkpoint, loaded, threads)
-    contexts = {"short": engine_exactness.SHORT_TOKENS, "long": engine_exactness.LONG_TOKENS}
-    cost = {name: engine_exactness.overhead(loaded.stage, others, tokens, ROUNDS, budget_s) for name, tokens in contexts.items()}
-    return {
-        "rows": rows,
-        "invariance_overhead": {name: each["wall"] for name, each in cost.items()},
-        "peak_load_ratio": peak["ratio"],
-        "exact": exact and is_exact(loaded.numerics),
-        "kernel": loaded.stage.kernel.name,
-        "kernel_on": named(loaded.stage.kernel),
-        "parameters": loaded.stage.parameters,
-        "load_s": round(load_s, 2),
-        "invariance": cost,
-        "peak_load": peak,
-        "llamacpp": about.get(rows[0]["llamacpp_weights"]) or {"absent": no_llama},
-    }
+class Report:
+    """What is known so far, kept in a file as it comes."""
+
+    def __init__(self, head: dict[str, Any], out: Path | None) -> None:
+        self._out = out
+        self._known = self._begun(head) | head
+
+    def _begun(self, head: dict[str, Any]) -> dict[str, Any]:
+        if self._out is None or not self._out.is_file():
+            return {}
+        before: dict[str, Any] = json.loads(self._out.read_text())
+        return before if all(before.get(name) == head[name] for name in SAME) else {}
+
+    def add(self, figures: dict[str, Any], part: str, took_s: float) -> dict[str, Any]:
+        """The whole report with this part's figures."""
+        self._known |= figures | {"took_s": {**self._known.get("took_s", {}), part: round(took_s, 1)}}
+        whole = judged(self._known)
+        if self._out is not None:
+            self._out.write_text(json.dumps(whole, indent=2) + "\n")
+        return whole
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="a model of 100 million parameters: some two minutes")
+    parser.add_argument("--quick", action="store_true", help="a model of 100 million parameters")
     parser.add_argument("--threads", type=int, default=1, help="threads, the same for everyone")
     parser.add_argument("--budget", type=float, help="seconds for the turns of each batch, after the first three rounds")
-    parser.add_argument("--out", type=Path, help="also write the JSON object here")
+    parser.add_argument("--only", help="parts, with commas between: loading, rows, exactness, split, prefix, speculation")
+    parser.add_argument("--out", type=Path, help="also write the JSON object here, after each part")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     shape = "100M" if options.quick else "Llama-3.2-1B"
     budget_s = options.budget or (10.0 if options.quick else 30.0)
     here = machine()
     say(cpu=here["cpu"], isa=here["isa"], load_average=here["load_average"], threads=options.threads, shape=shape)
-    with tempfile.TemporaryDirectory() as folder:
-        make_checkpoint(Path(folder), SHAPES[shape])
-        figures = measure(Path(folder), options.threads, budget_s)
     quick = " --quick" if options.quick else ""
-    report = {
+    head = {
         "bench": "engine",
         "command": f"python -m bench.engine{quick} --threads {options.threads}",
         "shape": shape,
         "threads": options.threads,
         "isa": here["isa"],
-        **figures,
+        "commit": here["commit"],
         "machine": here,
     }
-    if options.out is not None:
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report))
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), options.threads, budget_s, options.quick)
+        wanted = options.only.split(",") if options.only else list(bench.parts)
+        if unknown := set(wanted) - set(bench.parts):
+            parser.error(f"--only: expected some of {', '.join(bench.parts)}; got {', '.join(sorted(unknown))}")
+        make_checkpoint(Path(folder), SHAPES[shape])
+        report, whole = Report(head, options.out), head
+        for part in (part for part in bench.parts if part in wanted):
+            began_s = time.perf_counter()
+            figures = bench.parts[part]()
+            whole = report.add(figures, part, time.perf_counter() - began_s)
+            say(part=part, took_s=whole["took_s"][part], **figures)
+    print(json.dumps(whole))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """bench.engine on a tiny model: everyone decodes the same model, and what is missing says so."""
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
 import torch
 
-from bench import engine, engine_exactness, engine_loading, llama_side
+from bench import engine, engine_exactness, engine_loading, engine_rows, engine_split, llama_side
 from bench.engine_exactness import freed
+from bench.engine_goals import judged
 from bench.engine_shapes import make_checkpoint, prompts, weights_read_bytes
 from bench.engine_sides import ForwardLoop, GenerateBatch, Ours, best_dtypes, plain_model
 from bench.llama_child import Tensors, as_float32, turned
@@ -56,9 +59,9 @@ def test_bits_that_a_batch_changes_are_told(tiny: Path):
     stage = load_stage(read_checkpoint(tiny), 0, 3, "float32", 1).stage
     alone, among = Ours(stage, 1), Ours(stage, 3)
     alone.turn(3), among.turn(2)
-    assert engine.same_bits([alone, among])
+    assert engine_rows.same_bits([alone, among])
     among.said[1] = b"another"
-    assert not engine.same_bits([alone, among])
+    assert not engine_rows.same_bits([alone, among])
 
 
 def test_a_step_reads_all_weights_but_embedding_and_norms(tiny: Path):
@@ -102,11 +105,16 @@ def test_resident_memory_is_told_by_the_system_and_a_wrong_field_is_refused():
 
 def test_where_llama_cpp_is_absent_its_figures_are_null_and_the_report_says_why(tiny: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(llama_side, "PYTHON", tiny / "no such python")
-    monkeypatch.setattr(engine, "BATCHES", (1, 2))
-    monkeypatch.setattr(engine, "ROUNDS", 1)
+    monkeypatch.setattr(engine_rows, "BATCHES", (1, 2))
+    for module in (engine, engine_rows):
+        monkeypatch.setattr(module, "ROUNDS", 1)
     monkeypatch.setattr(engine_loading, "measured_apart", lambda directory: {"ratio": 1.25})
     monkeypatch.setattr("bench.bandwidth.MEASURED_BYTES", 1 << 20)
-    report = json.loads(json.dumps(engine.measure(tiny, 1, 0.0)))
+    bench = engine.Bench(tiny, 1, 0.0, quick=True)
+    figures: dict[str, Any] = {}
+    for part in ("loading", "rows", "exactness"):
+        figures |= bench.parts[part]()
+    report = judged(json.loads(json.dumps(figures)))
     assert [each["batch"] for each in report["rows"]] == [1, 2]
     for each in report["rows"]:
         assert each["llamacpp_tok_s"] is None and each["vs_llamacpp"] is None
@@ -114,6 +122,46 @@ def test_where_llama_cpp_is_absent_its_figures_are_null_and_the_report_says_why(
     assert set(report["invariance_overhead"]) == {"short", "long"}
     assert report["exact"] is True and report["peak_load_ratio"] == 1.25
     assert "make bench-peers" in report["llamacpp"]["absent"]
+    missing = ["split2_ratio", "prefix_hit_ttft_ratio", "spec_speedup_copy_task", "vs_llamacpp at batch 1"]
+    assert report["not_measured"] == missing
+
+
+def test_what_is_asked_stands_beside_each_figure_and_what_misses_it_is_named():
+    row = {"batch": 1, "vs_hf": 1.9, "vs_generate_batch": 4.0, "vs_llamacpp": None, "bandwidth_fraction": 0.7}
+    figures = {"peak_load_ratio": 1.3, "split2_ratio": 0.89, "prefix_hit_ttft_ratio": 0.2, "exact": False}
+    cost = {"short": 0.1, "long": 0.05}
+    report = judged({"rows": [row], "invariance_overhead": cost, "split": {"exact": False}, **figures})
+    assert report["rows"][0]["asked"] == {"vs_hf": 2.0, "vs_generate_batch": 4.0, "vs_llamacpp": 1.0, "bandwidth_fraction": 0.65}
+    assert report["asked"]["invariance_overhead"] == {"short": 0.15, "long": 0.03} and report["asked"]["peak_load_ratio"] == 1.3
+    assert report["missed"] == [
+        "vs_hf at batch 1: 1.9, asked 2.0",
+        "invariance_overhead long: 0.05, asked 0.03",
+        "split2_ratio: 0.89, asked 0.9",
+        "prefix_hit_ttft_ratio: 0.2, asked 0.1",
+        "exact: False, asked True",
+        "answers of a part of the bench equal: False, asked True",
+    ]
+    assert report["not_measured"] == ["spec_speedup_copy_task", "vs_llamacpp at batch 1"]
+
+
+def test_a_report_grows_part_by_part_and_only_beside_others_of_its_kind(tmp_path: Path):
+    out = tmp_path / "engine.json"
+    head = {"shape": "100M", "threads": 1, "commit": "abc"}
+    engine.Report(head, out).add({"peak_load_ratio": 1.1}, "loading", 2.0)
+    engine.Report(head, out).add({"split2_ratio": 0.95}, "split", 3.0)
+    report = json.loads(out.read_text())
+    assert (report["peak_load_ratio"], report["split2_ratio"], report["took_s"]) == (1.1, 0.95, {"loading": 2.0, "split": 3.0})
+    engine.Report({**head, "commit": "abd"}, out).add({"split2_ratio": 0.9}, "split", 3.0)
+    assert "peak_load_ratio" not in json.loads(out.read_text())
+
+
+def test_two_stages_say_what_one_does(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine_split, "BATCH", 3)
+    monkeypatch.setattr(engine_split, "ANSWER_TOKENS", 6)
+    before = os.sched_getaffinity(0)
+    found = engine_split.measured(tiny, 1, 1)
+    assert found["exact"] is True and found["split2_ratio"] > 0 and found["split2_ratio_cpu_time"] > 0
+    assert os.sched_getaffinity(0) == before
 
 
 def test_the_faster_dtype_is_found_for_each_batch(tiny: Path):

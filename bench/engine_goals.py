@@ -1,0 +1,65 @@
+"""What is asked of the engine's figures, put beside them, and which of them miss it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+AT_MOST = {"invariance_overhead", "short", "long", "prefix_hit_ttft_ratio", "peak_load_ratio"}  # of others: at least
+OF_ROWS: dict[int, dict[str, float]] = {
+    1: {"vs_hf": 2.0, "vs_generate_batch": 4.0, "vs_llamacpp": 1.0, "bandwidth_fraction": 0.65},
+    8: {"vs_hf": 1.4, "vs_generate_batch": 4.0, "vs_llamacpp": 1.0},
+    32: {"vs_hf": 1.25, "vs_generate_batch": 4.0, "vs_llamacpp": 0.95},
+}
+ASKED: dict[str, Any] = {
+    "invariance_overhead": {"short": 0.15, "long": 0.03},
+    "split2_ratio": 0.9,
+    "prefix_hit_ttft_ratio": 0.1,
+    "spec_speedup_copy_task": 1.8,
+    "peak_load_ratio": 1.3,
+    "exact": True,
+}
+
+
+def judged(report: dict[str, Any]) -> dict[str, Any]:
+    """The report with what is `asked` beside its figures, all that `missed` it, and what was `not_measured`."""
+    rows = [{**row, "asked": OF_ROWS.get(row["batch"], {})} for row in report.get("rows", [])]
+    found = [*_of_rows(rows), *_of_report(report)]
+    return {
+        **report,
+        **({"rows": rows} if rows else {}),
+        "asked": {name: asked for name, asked in ASKED.items() if name in report},
+        "missed": [f"{name}: {figure}, asked {asked}" for name, figure, asked, key in found if _misses(key, figure, asked)],
+        "not_measured": [name for name in ("rows", *ASKED) if name not in report]
+        + [name for name, figure, _, _ in found if figure is None],
+    }
+
+
+Compared = tuple[str, Any, Any, str]
+"""A figure's name in words, the figure, what is asked of it, and its key."""
+
+
+def _of_rows(rows: list[dict[str, Any]]) -> Iterator[Compared]:
+    for row in rows:
+        for key, asked in row["asked"].items():
+            yield f"{key} at batch {row['batch']}", row.get(key), asked, key
+
+
+def _of_report(report: dict[str, Any]) -> Iterator[Compared]:
+    for key, asked in ASKED.items():
+        if key not in report:
+            continue
+        if isinstance(asked, dict):
+            for part, each in asked.items():
+                yield f"{key} {part}", report[key].get(part), each, part
+        else:
+            yield key, report[key], asked, key
+    for part in (report.get("split"), report.get("prefix"), *report.get("speculation", {}).values()):
+        if isinstance(part, dict) and "exact" in part:
+            yield "answers of a part of the bench equal", part["exact"], True, "exact"
+
+
+def _misses(key: str, figure: Any, asked: Any) -> bool:
+    if figure is None:
+        return False
+    return bool(figure > asked) if key in AT_MOST else bool(figure < asked)
