@@ -178,6 +178,17 @@ def _weight_files(directory: Path) -> list[Path]:
     raise _refusal(f"{directory} has no *.safetensors files; download the weights, or convert them with save_pretrained")
 
 
+def files_to_read(directory: Path) -> list[Path]:
+    """The files that hold the model's tensors: those its index names, else the one of the usual name, else all there are."""
+    files = _weight_files(directory)
+    index = directory / "model.safetensors.index.json"
+    try:
+        named = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise _refusal(f"{index} is damaged; download it again") from None
+    return [path for path in files if path.name in named] or files
+
+
 def read_header(path: Path) -> bytes:
     """The JSON header of a safetensors file, its size checked first.
 

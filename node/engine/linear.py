@@ -260,7 +260,7 @@ def pack_siblings(parent: nn.Module, names: tuple[str, ...], kernel: Kernel) -> 
         ValueError: the kernel cannot hold these weights.
     """
     layers = [getattr(parent, name) for name in names]
-    weight = torch.cat([layer.weight.data for layer in layers])
+    weight = torch.cat([weight_of(layer, kernel) for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias.data for layer in layers])
     together = PackedLinear(kernel.pack(weight, bias), weight.shape[1], weight.shape[0], BUCKETS)
     shared = SharedInput(together, [layer.out_features for layer in layers])
@@ -277,9 +277,11 @@ def linear_modules(root: nn.Module) -> Iterable[tuple[nn.Module, str, nn.Module]
                 yield parent, name, child
 
 
-def weight_of(layer: nn.Module) -> torch.Tensor:
-    """The layer's weight as `[outputs, inputs]`; GPT-2 keeps it the other way round."""
-    weight = layer.weight.data
+def weight_of(layer: nn.Module, kernel: Kernel) -> torch.Tensor:
+    """The layer's weight as `[outputs, inputs]`, GPT-2 keeps it the other way round, for the kernel to pack."""
+    weight: torch.Tensor = layer.weight.data
+    if not kernel.compiled:  # which takes it as it is stored
+        weight = weight.to(kernel.dtype)
     return weight.t() if isinstance(layer, Conv1D) else weight
 
 
@@ -289,7 +291,7 @@ def pack(layer: nn.Module, kernel: Kernel) -> PackedLinear:
     Raises:
         ValueError: the kernel cannot hold these weights.
     """
-    weight = weight_of(layer)
+    weight = weight_of(layer, kernel)
     bias = None if layer.bias is None else layer.bias.data
     outputs, inputs = weight.shape
     form = NarrowLinear if outputs < NARROW else PackedLinear

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import secrets
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -54,37 +55,39 @@ def load_stage(
         kernels = machine.ranked(wanted, checkpoint.stored_dtype, checkpoint.hidden_size, widest, quantize)
     except ValueError as error:
         raise BadRequest(str(error), param="dtype") from error
-    inexact: Stage | ParallelStage | None = None
+    inexact: Kernel | None = None
+    stage: Stage | ParallelStage | None
     reasons = []
-    with ExitStack() as second_best:  # ends what is not returned, whatever happens: its workers would stay
+    with ExitStack() as tried:  # ends what is not returned, whatever happens: its workers would stay
         for kernel in kernels:
             watch = watch or LoadWatch(end - start)
-            stage, plain = _stage(checkpoint, start, end, kernel, threads, watch, ranks)
-            with ExitStack() as this:
-                this.callback(stage.close)
-                try:
-                    stage.pack()
-                except (ValueError, RuntimeError) as error:  # no such kernel on this CPU, or not for these weights
-                    reasons.append(f"{kernel.name}: {error}")
-                    continue
-                watch.checks()
-                if not selfcheck.computes_like_the_plain_model(stage, plain):
-                    reasons.append(f"{kernel.name}: differs from the plain model")
-                    continue
-                if not selfcheck.looks_through_its_window(stage):
-                    reasons.append("its sliding window does not reach the attention")
-                    break
-                if not stage.loose and selfcheck.is_exact(stage):
-                    this.pop_all()
-                    return Loaded(stage, machine.fingerprint(checkpoint.weights, kernel, threads, ranks))
-                if inexact is None:
-                    inexact = stage
-                    second_best.push(this.pop_all())
-                if stage.loose:
-                    break  # whatever the kernel
+            stage = None
+            stage = _alone(tried, checkpoint, start, end, kernel, threads, watch, ranks)
+            try:
+                plain = _packed_beside_plain(stage)
+            except (ValueError, RuntimeError) as error:  # no such kernel on this CPU, or not for these weights
+                reasons.append(f"{kernel.name}: {error}")
+                continue
+            watch.checks()
+            if not selfcheck.computes_like_the_plain_model(stage, plain):
+                reasons.append(f"{kernel.name}: differs from the plain model")
+                continue
+            if not selfcheck.looks_through_its_window(stage):
+                reasons.append("its sliding window does not reach the attention")
+                break
+            if not stage.loose and selfcheck.is_exact(stage):
+                tried.pop_all()
+                return Loaded(stage, machine.fingerprint(checkpoint.weights, kernel, threads, ranks))
+            inexact = inexact or kernel
+            if stage.loose:
+                break  # whatever the kernel
         if inexact is not None:
-            second_best.pop_all()
-            return Loaded(inexact, APPROXIMATE + secrets.token_hex(8))
+            if stage is None or stage.kernel is not inexact:
+                stage = None
+                stage = _alone(tried, checkpoint, start, end, inexact, threads, watch, ranks)
+                stage.pack()
+            tried.pop_all()
+            return Loaded(stage, APPROXIMATE + secrets.token_hex(8))
     raise BadRequest(
         f"{checkpoint.directory.name} ({config.model_type}) failed the self-check on layers {start}:{end}: {'; '.join(reasons)}",
         param="model",
@@ -92,15 +95,39 @@ def load_stage(
     )
 
 
+def _alone(
+    tried: ExitStack,
+    checkpoint: Checkpoint,
+    start: int,
+    end: int,
+    kernel: Kernel,
+    threads: int,
+    watch: LoadWatch | None,
+    ranks: int,
+) -> Stage | ParallelStage:
+    """A stage, not yet packed, that `tried` ends; the one before is ended, and its memory, for it refers to itself, is free."""
+    tried.close()
+    gc.collect()
+    stage = _stage(checkpoint, start, end, kernel, threads, watch, ranks)
+    tried.callback(stage.close)
+    return stage
+
+
 def _stage(
-    checkpoint: Checkpoint, start: int, end: int, kernel: Kernel, threads: int, watch: LoadWatch, ranks: int
-) -> tuple[Stage | ParallelStage, torch.Tensor]:
-    """A stage, not yet packed, and what it must compute for the self-check."""
+    checkpoint: Checkpoint, start: int, end: int, kernel: Kernel, threads: int, watch: LoadWatch | None, ranks: int
+) -> Stage | ParallelStage:
     if ranks > 1:
-        stage = ParallelStage(checkpoint, start, end, kernel, threads, ranks)  # first, for it may refuse
-        return stage, oracle.plain_output(checkpoint, start, end, kernel, threads)
-    whole = Stage(checkpoint, start, end, kernel, threads, watch)
-    return whole, selfcheck.plain_output(whole)
+        return ParallelStage(checkpoint, start, end, kernel, threads, ranks)
+    return Stage(checkpoint, start, end, kernel, threads, watch)
+
+
+def _packed_beside_plain(stage: Stage | ParallelStage) -> torch.Tensor:
+    """Packs the stage; what it must compute for the self-check."""
+    if isinstance(stage, Stage):
+        return selfcheck.pack_behind_the_plain_model(stage)
+    plain = oracle.plain_output(stage.checkpoint, stage.start, stage.end, stage.kernel, stage.threads)
+    stage.pack()
+    return plain
 
 
 def card(checkpoint: Checkpoint, model: ModelId, numerics: str = "") -> ModelCard:

@@ -68,6 +68,12 @@ def plain_output(stage: Stage) -> torch.Tensor:
     return stage.plain(probe.ids, probe.hidden).float()
 
 
+def pack_behind_the_plain_model(stage: Stage) -> torch.Tensor:
+    """Packs the stage; the oracle's answer, as `plain_output`."""
+    probe = Probe(stage, seed=1, count=PROBE_TOKENS)
+    return stage.pack_behind(probe.ids, probe.hidden).float()
+
+
 def difference(stage: Stage | ParallelStage, plain: torch.Tensor) -> float:
     """The relative distance to the plain model that three rows in four keep; one in two where a rounding flips experts."""
     probe = Probe(stage, seed=1, count=PROBE_TOKENS)

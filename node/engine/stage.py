@@ -23,32 +23,19 @@ from torch import nn
 from mesh.errors import BadRequest
 from node.engine import falcon  # noqa: F401 — its import registers its attention
 from node.engine.attention import NAME, PackedBatch, Segment, set_batch
-from node.engine.checkpoint import KNOWN_GOOD, Checkpoint
-from node.engine.experts import expert_widths, pack_experts, place_routers
+from node.engine.checkpoint import KNOWN_GOOD, Checkpoint, files_to_read
 from node.engine.kvcache import KVStore, SequenceKV
-from node.engine.lean import FORMS, Lean, lean_form
-from node.engine.linear import (
-    BUCKETS,
-    NARROW,
-    VECTOR_ELEMENTS,
-    Kernel,
-    PackedLinear,
-    agreeing_buckets,
-    bucket_for,
-    linear_modules,
-    pack,
-    pack_siblings,
-    siblings,
-)
-from node.engine.native.layers import NativeLayers, fits, native_layers
+from node.engine.lean import FORMS, Lean
+from node.engine.linear import BUCKETS, Kernel, PackedLinear, bucket_for
+from node.engine.mapped import MappedTensors, widen
+from node.engine.native.layers import NativeLayers
+from node.engine.packing import Packing, Span
 from node.engine.parallel.shard import Shard
 from node.engine.parallel.summing import Summing
 from node.engine.progress import LoadWatch
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
-
-OUTER_ROWS = 64  # the head is given one row a sequence, so larger buckets need no trial on its many columns
 
 
 class AbsentLayer(nn.Module):
@@ -75,9 +62,17 @@ def find_layers(model: nn.Module, count: int) -> nn.ModuleList:
 
 
 def load_model(
-    checkpoint: Checkpoint, start: int, end: int, dtype: torch.dtype, watch: LoadWatch, shard: Shard | None = None
-) -> Any:
+    checkpoint: Checkpoint,
+    start: int,
+    end: int,
+    dtype: torch.dtype,
+    watch: LoadWatch,
+    late: bool = False,
+    shard: Shard | None = None,
+) -> tuple[Any, MappedTensors]:
     """The pruned model with the span's weights, or a shard of them, on this CPU, ready for our attention. `watch` sees them come.
+
+    `late`: linear weights that are stored in fewer bits than `dtype` has are left so until they are used.
 
     Raises:
         BadRequest: tensors are missing, or the architecture cannot be taken apart.
@@ -104,16 +99,16 @@ def load_model(
         body["_tied_weights_keys"] = {}
     pruned: Any = type(cls.__name__, (cls,), body)
     try:
+        mapped = MappedTensors(files_to_read(checkpoint.directory) if shard is None else (), late)
         with watch:
             model, info = pruned.from_pretrained(
-                checkpoint.directory if shard is None else None,
-                state_dict=None if shard is None else shard.tensors(checkpoint.directory),
+                None,
+                state_dict=mapped.tensors if shard is None else shard.tensors(checkpoint.directory),
                 config=copy.deepcopy(checkpoint.config),
                 dtype=dtype,
                 attn_implementation=NAME,
                 output_loading_info=True,
                 local_files_only=True,
-                use_safetensors=True,
             )
     except (ValueError, KeyError, AttributeError, TypeError, NotImplementedError, RuntimeError, OSError) as error:
         old_table = isinstance(error, KeyError) and error.args == (NAME,)
@@ -121,7 +116,9 @@ def load_model(
         raise _cannot(checkpoint, said) from error
     if info["missing_keys"]:
         raise _cannot(checkpoint, f"the checkpoint lacks {', '.join(sorted(info['missing_keys'])[:3])}")
-    return model.eval().requires_grad_(False)
+    mapped.let_go(parameter.data for parameter in model.parameters())  # to map a tensor reads what lies about its ends
+    widen(model, find_layers(getattr(model, model.base_model_prefix), layers), dtype)
+    return model.eval().requires_grad_(False), mapped
 
 
 def _cannot(checkpoint: Checkpoint, reason: str) -> BadRequest:
@@ -155,7 +152,8 @@ class Stage:
         self.buckets: tuple[int, ...] = BUCKETS
         self._watch = watch or LoadWatch(end - start)
         self.shard = shard
-        self.model = load_model(checkpoint, start, end, kernel.dtype, self._watch, shard)
+        late = shard is None and kernel.compiled and checkpoint.config.model_type in FORMS
+        self.model, self._mapped = load_model(checkpoint, start, end, kernel.dtype, self._watch, late, shard)
         self.parameters = sum(tensor.numel() for tensor in self.model.parameters())
         self._base = getattr(self.model, self.model.base_model_prefix)
         self._slots = find_layers(self._base, self.layers)
@@ -165,6 +163,7 @@ class Stage:
         self.loose = False  # there are weights that are not packed, whose products promise nothing
         self._store = KVStore()
         self._running: PackedBatch | None = None
+        self._ran: Callable[[int], None] | None = None
         for number in range(start, end):
             layer = self._slots[number]
             layer.forward = self._slot(number, layer.forward)
@@ -179,6 +178,8 @@ class Stage:
             out = run(taken, *args, **kwargs)
             if number == batch.end - 1:
                 batch.captured = out[0] if isinstance(out, tuple) else out
+            if self._ran is not None:
+                self._ran(number)
             return out
 
         return forward
@@ -258,10 +259,13 @@ class Stage:
             set_batch(None)
 
     @torch.inference_mode()
-    def plain(self, ids: Sequence[int] | None, hidden: torch.Tensor | None) -> torch.Tensor:
+    def plain(
+        self, ids: Sequence[int] | None, hidden: torch.Tensor | None, ran: Callable[[int], None] = lambda number: None
+    ) -> torch.Tensor:
         """The whole span over one sequence with transformers' own attention and masks: the oracle of the self-check.
 
         Returns what `forward` would: activations `[rows, hidden_size]`, or logits `[rows, vocab]`. Only before `pack`.
+        `ran` is told of each layer that is done.
         """
         count = len(ids) if ids is not None else len(hidden)  # type: ignore[arg-type]
         inputs: dict[str, Any] = {"position_ids": torch.arange(count)[None], "use_cache": False}
@@ -269,6 +273,7 @@ class Stage:
         inputs |= {"input_ids": torch.tensor([list(ids)])} if ids is not None else {"inputs_embeds": taken}
         batch = PackedBatch([], self.start, self.end, taken)
         self._running = batch
+        self._ran = ran
         self._attend_by("eager")
         try:
             if self.end == self.layers:
@@ -278,6 +283,7 @@ class Stage:
             return batch.captured[0]
         finally:
             self._running = None
+            self._ran = None
             self._attend_by(NAME)
 
     def _attend_by(self, name: str) -> None:
@@ -290,84 +296,43 @@ class Stage:
         Raises:
             ValueError: this kernel cannot hold the weights, or no two row counts agree.
         """
-        self._watch.packs()
-        if self.kernel.compiled and self.shard is None and self._pack_compiled():
-            return
-        even = self._even_buckets()
-        inner: list[PackedLinear] = []
+        packing = self._packing()
         for number in range(self.start, self.end):
-            slot = self._slots[number]
-            inner += pack_experts(slot, self.kernel)
-            inner += [pack_siblings(parent, names, self.kernel) for parent, names in siblings(slot)]
-            for parent, name, layer in linear_modules(slot):
-                inner.append(pack(layer, self.kernel))
-                setattr(parent, name, inner[-1])
-            self._watch.packed()
-        place_routers(self._slots, self.threads)
-        buckets = self._agreed(inner, even)
-        outer = []
-        for parent, name, layer in linear_modules(self.model):  # the head, and what some models put around the layers
-            outer.append(pack(layer, self.kernel))
-            setattr(parent, name, outer[-1])
-        small = tuple(count for count in buckets if count <= OUTER_ROWS) or buckets
-        agreed = self._agreed(outer, small)
-        self._inner = inner
-        self._settle(tuple(count for count in buckets if count in agreed or count not in small))
-        for packed in outer:
-            packed.buckets = agreed
-        self._drop_embedding()
-        self.loose = any(tensor.dim() > 2 for tensor in self._slots.parameters())
-        self.lean = lean_form(self.model, self._base, self._slots, self.start, self.end)
+            packing.layer(number)
+        self._finish(packing)
 
-    def _settle(self, buckets: tuple[int, ...]) -> None:
-        self.buckets = buckets
-        for packed in self._inner:
-            packed.buckets = buckets
+    def pack_behind(self, ids: Sequence[int] | None, hidden: torch.Tensor | None) -> torch.Tensor:
+        """`plain`, and each layer is packed as soon as it has run: what is computed is held twice for one layer at a time.
+
+        Raises:
+            ValueError: as `pack`.
+        """
+        packing = self._packing()
+        said = self.plain(ids, hidden, packing.layer)
+        self._finish(packing)
+        return said
+
+    def _packing(self) -> Packing:
+        self._watch.packs()
+        span = Span(self.model, self._base, self._slots, self.start, self.end)
+        let_go, told = self._mapped.let_go, self._watch.packed
+        return Packing(span, self.checkpoint, self.kernel, self.threads, let_go, told, whole=self.shard is None)
 
     def join(self, summing: Summing, buckets: tuple[int, ...]) -> None:
         """Makes a packed shard one with those of the other ranks, which found the same `buckets` good."""
         assert self.shard is not None
-        self._settle(buckets)
+        self.buckets = buckets
+        for packed in self._inner:
+            packed.buckets = buckets
         self.shard.join(self.model, summing)
 
     def close(self) -> None:
         """Nothing to end: the weights go with the object."""
 
-    def _pack_compiled(self) -> bool:
-        """Packs the span for the compiled layers, which take any number of rows; False where the model has another form."""
-        span = self.model, self._base, self._slots, self.start, self.end
-        if self.checkpoint.config.model_type not in FORMS or not fits(*span):
-            return False
-        self.lean = native_layers(*span, self.kernel.quantize, self.kernel.dtype, self._watch.packed)
-        self._drop_embedding()
-        self.buckets = (1,)
-        return True
-
-    def _drop_embedding(self) -> None:
-        """A tied head's is packed now, and never looked up behind the first stage."""
+    def _finish(self, packing: Packing) -> None:
+        packed = packing.finish()
+        self.buckets, self.lean, self.loose = packed.buckets, packed.lean, packed.loose
+        self._inner = packed.inner
         if self.start > 0 and not isinstance(self.model.get_input_embeddings(), AbsentEmbedding):
-            self.model.set_input_embeddings(AbsentEmbedding())
-
-    def _agreed(self, layers: list[PackedLinear], buckets: tuple[int, ...]) -> tuple[int, ...]:
-        """The buckets on which one layer of each shape agrees."""
-        tried = set()
-        for packed in layers:
-            if (packed.in_features, packed.out_features) not in tried:
-                tried.add((packed.in_features, packed.out_features))
-                for product in (packed.product, packed.twice):
-                    buckets = agreeing_buckets(product, packed.in_features, self.kernel.dtype, buckets)
-        if not buckets:
-            raise ValueError(f"{self.kernel.name} gives a row other bits for every number of rows beside it")
-        return buckets
-
-    def _even_buckets(self) -> tuple[int, ...]:
-        """Buckets at which every activation is a whole number of vectors, so no element meets a kernel's remainder loop."""
-        widths = {self.checkpoint.hidden_size}
-        for number in range(self.start, self.end):
-            for _, _, layer in linear_modules(self._slots[number]):
-                weight = layer.weight
-                widths |= {width for width in weight.shape if width >= NARROW}
-            widths |= expert_widths(self._slots[number])
-        chunk = VECTOR_ELEMENTS * self.threads
-        even = tuple(count for count in BUCKETS if all(count * width % chunk == 0 for width in widths))
-        return even or BUCKETS
+            self.model.set_input_embeddings(AbsentEmbedding())  # a tied head's is packed now, and never looked up here
+        self._mapped.close()

@@ -145,7 +145,7 @@ def test_a_window_that_does_not_reach_the_attention_is_refused_though_the_probe_
         return mesh_attention(*given, **more)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, forgetful)
-    monkeypatch.setattr("node.engine.stage.lean_form", lambda *span: None)
+    monkeypatch.setattr("node.engine.packing.lean_form", lambda *span: None)
     with pytest.raises(BadRequest, match=f"{name}.*its sliding window does not reach the attention"):
         load_stage(checkpoint, 0, 4, "onednn-fp32", threads=1)
 

@@ -110,6 +110,11 @@ static void values_as_step(const char *values, int64_t dim, int64_t first, int b
 
 /* ---- one item */
 
+/* Asks for a block before it is needed: each is a page or so, and the processor's own prefetching ends with a page. */
+static inline void fetch_block(const char *block, int64_t bytes) {
+    for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch(block + line, _MM_HINT_T0);
+}
+
 /* Makes weights of a query's scores: of keys [first, end) of `count`; all others become zero. Gives their sum. */
 static float weigh(float *scores, int64_t count, int64_t first, int64_t end, float scale, int bf16, uint16_t *rounded) {
     for (int64_t i = 0; i < first; i++) scores[i] = -3.4e38f;
@@ -195,8 +200,10 @@ static void attend_item(const void *work, int64_t number) {
     query_rows(a, item, shared, count, tiles, rows);
     for (int64_t block = 0; block < blocks; block += BLOCKS) {
         const int64_t some = least(BLOCKS, blocks - block);
-        for (int64_t i = 0; i < some; i++)
+        for (int64_t i = 0; i < some; i++) {
+            if (block + i + 1 < blocks) fetch_block(keys + (block + i + 1) * KEYS * dim * size, KEYS * dim * size);
             keys_as_panel(keys + (block + i) * KEYS * dim * size, dim, a->bf16, panel + i * steps * panel_bytes);
+        }
         by_panels(panel, some, rows, steps, count, a->bf16, tiles, tile, scores + block * KEYS, width);
     }
     for (int64_t i = 0; i < count; i++) {
@@ -207,8 +214,10 @@ static void attend_item(const void *work, int64_t number) {
     }
     const char *weights = tiles ? rows : (const char *)scores;
     for (int64_t column = 0; column < dim; column += PANEL) {
-        for (int64_t block = 0; block < blocks; block++)
+        for (int64_t block = 0; block < blocks; block++) {
+            if (!column && block + 1 < blocks) fetch_block(values + (block + 1) * KEYS * dim * size, KEYS * dim * size);
             values_as_step(values + block * KEYS * dim * size, dim, column, a->bf16, panel + block * panel_bytes);
+        }
         for (int64_t top = 0; top < count; top += 32) {
             const int64_t some = least(32, count - top);
             by_panels(panel, 1, weights + top * width * (tiles ? 2 : 4), blocks, some, a->bf16, tiles, tile, out, PANEL);

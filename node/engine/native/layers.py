@@ -18,8 +18,13 @@ import torch
 from torch import nn
 
 from node.engine.attention import PackedBatch
+from node.engine.linear import Kernel
+from node.engine.mapped import LetGo
 from node.engine.native.library import LayerParts, Library, SpanParts, native
 from node.engine.native.product import NativeProduct
+
+Join = Callable[[list[torch.Tensor]], torch.Tensor]
+"""Weights `[outputs, inputs]`, or biases, of layers that are given the same rows, as one."""
 
 HALF_PANEL = 16
 FIRST_POSITIONS = 1024  # of the table of rotary positions, which doubles when a position lies beyond it
@@ -137,27 +142,14 @@ def fits(model: Any, base: Any, slots: nn.ModuleList, start: int, end: int) -> b
     return all(hasattr(norm, "variance_epsilon") for norm in norms)
 
 
-def native_layers(
-    model: Any,
-    base: Any,
-    slots: nn.ModuleList,
-    start: int,
-    end: int,
-    quantize: str,
-    dtype: torch.dtype,
-    packed: Callable[[], None],
-) -> NativeLayers:
-    """Packs the layers `[start, end)` of a model that `fits`, freeing each layer's own weights and saying `packed`."""
-    layers = {}
-    for number in range(start, end):
-        layers[number] = _layer(slots[number], model.config, quantize)
-        packed()
+def native_layers(model: Any, base: Any, layers: dict[int, NativeLayer], kernel: Kernel) -> NativeLayers:
+    """The packed `layers` of a model that `fits`, with its head, whose own weights are freed if nothing else has them."""
     head = None
-    if end == len(slots):
-        own = model.get_output_embeddings()
-        head = NativeProduct(own.weight.data, None if own.bias is None else own.bias.data, quantize)
+    own = model.get_output_embeddings()
+    if isinstance(own, nn.Linear):
+        head = NativeProduct(own.weight.data, None if own.bias is None else own.bias.data, kernel.quantize)
         model.set_output_embeddings(nn.Identity())
-    return NativeLayers(base, head, layers, dtype)
+    return NativeLayers(base, head, layers, kernel.dtype)
 
 
 def _take(parent: Any, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -167,39 +159,44 @@ def _take(parent: Any, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     return layer.weight.data, None if layer.bias is None else layer.bias.data
 
 
-def _joined(parts: list[tuple[torch.Tensor, torch.Tensor | None]]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    weight = torch.cat([weight for weight, _ in parts])
-    if all(bias is None for _, bias in parts):
-        return weight, None
-    return weight, torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts])
+def _packed(parent: Any, names: tuple[str, ...], join: Join, quantize: str, let_go: LetGo) -> NativeProduct:
+    taken = [_take(parent, name) for name in names]
+    weights, biases = [weight for weight, _ in taken], [bias for _, bias in taken]
+    bias = None
+    if any(each is not None for each in biases):
+        bias = join([weight.new_zeros(len(weight)) if own is None else own for weight, own in taken])
+    product = NativeProduct(join(weights), bias, quantize)
+    let_go(weights)
+    return product
 
 
-def _interleaved(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Rows in turns of 16, gates first; both filled up with zeros to whole turns."""
-    sides = []
-    for side in (gate, up):
-        filler = side.new_zeros(-len(side) % HALF_PANEL, *side.shape[1:])
-        sides.append(torch.cat((side, filler)).view(-1, HALF_PANEL, *side.shape[1:]))
-    return torch.stack(sides, 1).flatten(0, 2)
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _gate_up(mlp: Any, quantize: str) -> NativeProduct:
-    (gate, gate_bias), (up, up_bias) = _take(mlp, "gate_proj"), _take(mlp, "up_proj")
-    if gate_bias is None and up_bias is None:
-        return NativeProduct(_interleaved(gate, up), None, quantize)
-    biases = [side.new_zeros(len(side)) if bias is None else bias for side, bias in ((gate, gate_bias), (up, up_bias))]
-    return NativeProduct(_interleaved(gate, up), _interleaved(*biases), quantize)
+def _interleaved(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Rows in turns of 16, the first part's first; all filled up with zeros to whole turns. One copy, which may be large."""
+    count, *row = parts[0].shape
+    turns = -(-count // HALF_PANEL)
+    out = parts[0].new_zeros(turns, len(parts), HALF_PANEL, *row)
+    whole = count // HALF_PANEL
+    for number, part in enumerate(parts):
+        out[:whole, number] = part[: whole * HALF_PANEL].view(whole, HALF_PANEL, *row)
+        if whole < turns:
+            out[whole, number, : count - whole * HALF_PANEL] = part[whole * HALF_PANEL :]
+    return out.flatten(0, 2)
 
 
-def _layer(layer: Any, config: Any, quantize: str) -> NativeLayer:
+def native_layer(layer: Any, config: Any, quantize: str, let_go: LetGo) -> NativeLayer:
+    """Packs one layer; `let_go` is called with each product's own weights once they are."""
     attention, mlp = layer.self_attn, layer.mlp
     dim = attention.head_dim
     heads, kv_heads = attention.q_proj.out_features // dim, attention.k_proj.out_features // dim
     middle = mlp.gate_proj.out_features
-    qkv = NativeProduct(*_joined([_take(attention, name) for name in ("q_proj", "k_proj", "v_proj")]), quantize)
-    out = NativeProduct(*_take(attention, "o_proj"), quantize)
-    gate_up = _gate_up(mlp, quantize)
-    down = NativeProduct(*_take(mlp, "down_proj"), quantize)
+    qkv = _packed(attention, ("q_proj", "k_proj", "v_proj"), _joined, quantize, let_go)
+    out = _packed(attention, ("o_proj",), _joined, quantize, let_go)
+    gate_up = _packed(mlp, ("gate_proj", "up_proj"), _interleaved, quantize, let_go)
+    down = _packed(mlp, ("down_proj",), _joined, quantize, let_go)
     modules = (layer.input_layernorm, getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
     norms = [None if norm is None else norm.weight.detach().float() for norm in (*modules, layer.post_attention_layernorm)]
     eps = float(layer.input_layernorm.variance_epsilon)

@@ -7,6 +7,8 @@ weight. INT8 keeps one scale an output, INT4 one for 32 inputs of an output; bot
 from __future__ import annotations
 
 import ctypes
+import mmap
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,8 @@ from node.engine.native.library import Kind, Library, ProductParts, native
 PANEL = 32  # outputs computed together, as in mesh.h
 STEP = 32  # inputs summed together
 ALIGNMENT = 64
+OWN_MAPPING_BYTES = 1 << 20
+PIECE_ELEMENTS = 1 << 18
 LARGEST_INT8 = 127
 LARGEST_INT4 = 7
 BYTES = {Kind.BF16: 2.0, Kind.FP32: 4.0, Kind.FP16: 2.0, Kind.INT8: 1.0, Kind.INT4: 0.5}
@@ -25,7 +29,7 @@ class NativeProduct:
     """A product with one packed weight."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, quantize: str = "none") -> None:
-        """`weight` `[outputs, inputs]`, bfloat16 or float32.
+        """`weight` `[outputs, inputs]`, bfloat16, float16 or float32.
 
         Raises:
             RuntimeError: there is no compiled kernel here.
@@ -76,17 +80,28 @@ class NativeProduct:
 def _held(weight: torch.Tensor, quantize: str) -> tuple[Kind, torch.Tensor, torch.Tensor | None]:
     """How a weight is held, its elements, and the scales as the kernel reads them."""
     if quantize == "int8":
-        elements, scale = int8_of(weight)
+        elements, scale = _in_pieces(int8_of, weight)
         return Kind.INT8, elements, F.pad(scale, (0, -weight.shape[0] % PANEL))
     if quantize == "int4":
-        elements, scale = int4_of(weight)
+        elements, scale = _in_pieces(int4_of, weight)
         padded = F.pad(scale, (0, 0, 0, -weight.shape[0] % PANEL))  # [panels * 32, steps]
         return Kind.INT4, elements, padded.view(-1, PANEL, padded.shape[1]).transpose(1, 2).contiguous()
-    if weight.dtype is torch.bfloat16 or torch.equal(weight.bfloat16().float(), weight):
+    if weight.dtype is torch.bfloat16:
+        return Kind.BF16, weight, None
+    weight = weight.float()
+    if torch.equal(weight.bfloat16().float(), weight):
         return Kind.BF16, weight.bfloat16(), None
     if torch.equal(weight.half().float(), weight):
         return Kind.FP16, weight.half(), None
-    return Kind.FP32, weight.float(), None
+    return Kind.FP32, weight, None
+
+
+def _in_pieces(
+    quantised: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some outputs at a time, which do not depend on one another: in float32 the whole would take many times its room."""
+    pieces = [quantised(piece) for piece in weight.split(max(1, PIECE_ELEMENTS // weight.shape[1]))]
+    return torch.cat([numbers for numbers, _ in pieces]), torch.cat([scale for _, scale in pieces])
 
 
 def int8_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +121,15 @@ def int4_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _zeros(outputs: int, inputs: int, kind: Kind) -> torch.Tensor:
-    """Room for the packed weight, aligned."""
+    """Room for the packed weight, aligned.
+
+    A large one gets a mapping of its own, in large pages where the system has them: it stays while what is allocated
+    beside it in a load goes, and would leave holes in a heap that they share.
+    """
     size_bytes = int(-(-outputs // PANEL) * PANEL * -(-inputs // STEP) * STEP * BYTES[kind])
+    if size_bytes >= OWN_MAPPING_BYTES:
+        mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(mapping, dtype=torch.uint8)
     room = torch.zeros(size_bytes + ALIGNMENT, dtype=torch.uint8)
     return room[-room.data_ptr() % ALIGNMENT :][:size_bytes]
