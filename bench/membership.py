@@ -113,8 +113,8 @@ def run_all(names: Iterable[str], cores: int, ends_at: float, done: Callable[[st
             led.result()
 
 
-def measure(record: Record, parts: set[str], ends_at: float, cores: int) -> Mapping[str, float]:
-    """Adds to the record what is missing of these parts; wall seconds of each kind of work."""
+def measure(record: Record, names: list[str], ends_at: float, cores: int) -> Mapping[str, float]:
+    """Adds to the record what it lacks of these; wall seconds of each kind of work."""
     took_s: dict[str, float] = {}
 
     def timed(name: str, work: Callable[[], None]) -> None:
@@ -133,10 +133,10 @@ def measure(record: Record, parts: set[str], ends_at: float, cores: int) -> Mapp
         run_all(["sim_10000_wall_s"], 1, ends_at, done)
 
     for name, work in (("real", loopback), ("sim_10000_wall_s", large)):
-        if name in parts and name not in record.alone:
+        if name in names and name not in record.alone:
             timed(name, work)
             record.keep()
-    missing = [run.name for run in record.runs if run.part in parts and run.name not in record.came]
+    missing = [name for name in names if name not in ALONE and name not in record.came]
     timed("simulated", lambda: run_all(missing, cores, ends_at, record.add))
     record.keep()
     return took_s
@@ -145,18 +145,18 @@ def measure(record: Record, parts: set[str], ends_at: float, cores: int) -> Mapp
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few seeds: less than a minute on two cores")
-    parser.add_argument("--only", metavar="PARTS", help=f"of {', '.join((*ALONE, *PARTS))}: those that begin with one of these")
+    parser.add_argument("--only", metavar="PARTS", help=f"what begins with one of these, of {', '.join((*ALONE, *PARTS))}")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so long")
     parser.add_argument("--out", type=Path, help="keep what was measured here, and go on with what is there")
     given = parser.parse_args()
     began_s = time.monotonic()
-    known = [part for part in (*ALONE, *PARTS) if not (given.quick and part == "sim_10000_wall_s")]
-    begun = tuple(given.only.split(",")) if given.only else ("",)
-    if strange := [word for word in begun if not any(part.startswith(word) for part in known)]:
-        parser.error(f"--only {','.join(strange)}: expected the beginning of one of {', '.join(known)}")
     record = Record(given.quick, given.out)
+    known = [*(ALONE[:1] if given.quick else ALONE), *(run.name for run in record.runs)]
+    begun = tuple(given.only.split(",")) if given.only else ("",)
+    if strange := [word for word in begun if not any(name.startswith(word) for name in known)]:
+        parser.error(f"--only {','.join(strange)}: expected how one of these begins: {', '.join((*ALONE, *PARTS))}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    took_s = measure(record, {part for part in known if part.startswith(begun)}, began_s + given.seconds, cores)
+    took_s = measure(record, [name for name in known if name.startswith(begun)], began_s + given.seconds, cores)
     print(json.dumps(record.figures() | {"took_s": round(time.monotonic() - began_s, 1), "parts_took_s": took_s}))
 
 

@@ -18,6 +18,7 @@ from membership.effects import Effect, MemberChanged, Send, TryConnect, Watch
 from membership.fingerprint import Fingerprint
 from membership.hearing import Hearing
 from membership.members import Member
+from membership.roster import Roster
 from mesh.gossip import REFUSED, Alive, Dead, Knock, Knocked, Suspect
 from mesh.ids import Address, NodeId
 from mesh.signing import Signer
@@ -65,6 +66,7 @@ class Evidence(Hearing):
     ) -> None:
         super().__init__(me, signer, config, rng, now, fingerprint)
         self.watched: tuple[tuple[NodeId, Address], ...] = ()
+        self._ring: Roster | None = None  # that `watched` was taken from
         self.cases: dict[NodeId, Case] = {}
         self._errands: dict[int, Errand] = {}
         self._errand_number = 0
@@ -111,6 +113,9 @@ class Evidence(Hearing):
 
     def watch(self, *, again: bool = False) -> list[Effect]:
         """Asks the shell to keep links to the ring successors; `again`: also to those it was asked for before."""
+        if again and self.members.roster is self._ring and all([node in self.linked for node, _ in self.watched]):
+            return []  # a change of any member would have brought us here without `again`
+        self._ring = self.members.roster
         watched = tuple((node, self.members.address_of(node)) for node in self.ring_successors(self.config.watched_peers))
         if watched == self.watched and not (again and any(node not in self.linked for node, _ in watched)):
             return []

@@ -6,7 +6,7 @@ Each probe has a number, so a late answer to an older one changes nothing.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mesh.ids import Address, NodeId
@@ -25,8 +25,8 @@ class Probe:
     sent_at: float
     indirect_at: float  # when others are asked; infinite once they were
     ends_at: float
-    relays: set[NodeId] = field(default_factory=set)
-    nacks: set[NodeId] = field(default_factory=set)
+    relays: frozenset[NodeId] = frozenset()
+    nacks: frozenset[NodeId] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Probes:
         """A relay answers that it heard us, and nothing of the target."""
         probe = self.under_way.get(seq)
         if probe is not None and by in probe.relays:
-            probe.nacks.add(by)
+            probe.nacks |= {by}
 
     def take_nacks_due(self, now: float) -> list[Relay]:
         """Relays whose target has kept silent; each once."""

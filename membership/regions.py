@@ -55,13 +55,15 @@ class Round:
 
     def following(self, rosters: Sequence[Roster], me: NodeId) -> NodeId | None:
         """The next one of these; others are passed over, and so is `me`. None: there are none."""
-        if sum(len(roster) - (me in roster) for roster in rosters) == 0:
+        as_begun = self._length > 0 and self._rosters == tuple(rosters)
+        if not as_begun and sum(len(roster) - (me in roster) for roster in rosters) == 0:
             return None
+        as_begun = as_begun and not self._known_newcomers  # then nobody of the round can have gone meanwhile
         while True:
             node = self._next()
             if node is None:
                 self._begin(rosters)
-            elif node != me and any(node in roster for roster in rosters):
+            elif node != me and (as_begun or any(node in roster for roster in rosters)):
                 return node
 
     def _begin(self, rosters: Sequence[Roster]) -> None:

@@ -304,7 +304,7 @@ class Swim(Evidence):
     def _ask_others(self, probe: Probe, now: float) -> list[Effect]:
         probe.indirect_at = math.inf
         relays = some_relays(self.members, self.config.indirect_peers, self.rng, probe.target)
-        probe.relays.update(relays)
+        probe.relays |= frozenset(relays)
         probe.ends_at = max(probe.ends_at, now + self._relay_s(relays, probe.target))
         asked: list[Effect] = [
             self._send(self.members.address_of(relay), PingReq(self.sender(now), probe.seq, probe.target), ()) for relay in relays

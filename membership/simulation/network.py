@@ -213,7 +213,7 @@ class Network(Timeline):
 
     def _wake_later(self, it: SimNode) -> None:
         it.armed_for = deadline = it.due_at
-        self._later(max(0.0, deadline - self.now), self._wake, it, deadline)
+        self._events.put(self.now + max(0.0, deadline - self.now), self._wake, (it, deadline))
 
     def _wake(self, it: SimNode, armed_for: float) -> None:
         if not it.running or it.paused or it.armed_for != armed_for or self.nodes[it.id] is not it:
@@ -318,7 +318,7 @@ class Network(Timeline):
         if self.rng.random() >= self.loss:
             receiver = self._at.get(to, it.id)
             self.ways.carried(it.id, receiver, size_bytes + SEAL_BYTES)
-            self._later(self.ways.delay_s(it.id, receiver), self._arrive, it, to, carried)
+            self._events.put(self.now + self.ways.delay_s(it.id, receiver), self._arrive, (it, to, carried))
 
     def _arrive(self, it: SimNode, to: Address, carried: Carried) -> None:
         target = self._at.get(to)
