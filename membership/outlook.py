@@ -94,7 +94,7 @@ class Outlook:
 
     def tick(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        if not (self._cut or self._doubted or self._lost or self._fresh or self.frozen):
+        if not (self._cut or self._doubted or self._lost or self._fresh):
             return effects  # as at nearly every tick
         suspects = bool(self._members.suspects)
         if now >= self._cut_at:

@@ -55,6 +55,15 @@ def test_an_ack_says_where_its_sender_is_exactly_when_the_ping_did() -> None:
     assert core.swim.members[peer_id(1)].point is not None, "and the asker's own word is kept"
 
 
+def test_what_is_told_of_its_place_moves_with_the_node() -> None:
+    distances, told = Distances(Random(1)), []
+    for rtt_s in (0.06, 0.09, 0.03):
+        distances.measured(node_among(1).swim.members[peer_id(1)], rtt_s, pack(THERE), lagging=False)
+        told.append(distances.told_with_ack(b""))
+        assert told[-1] == distances.told_with_ping() == pack(distances.position.point)
+    assert len(set(told)) == 3
+
+
 def test_a_measured_round_trip_moves_this_node_and_is_shown_and_never_probed_peers_are_estimated() -> None:
     core = node_among(3)
     number = answered(core, 0.060, pack(THERE))
