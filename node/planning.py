@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from mesh.ids import ModelId, NodeId
+from mesh.ids import Address, ModelId, NodeId
 from mesh.prefix import PAGE_TOKENS
-from mesh.view import View
+from mesh.view import PeerState, View
 from node.engine.api import SequenceKey
 from node.generation_events import StageAt, Stages
 from routing.breaker import Breakers
@@ -104,6 +104,16 @@ class Planning:
     def opened(self, stages: Stages, names: Sequence[bytes]) -> None:
         """The stages took up a sequence with these pages, and will have them for a while."""
         self._prefixes.sent(names, [stage.node for stage in stages])
+
+    def page_source(self, stage: StageAt, model: ModelId, names: Sequence[bytes]) -> Address | None:
+        """Where more of the prompt's beginning may be than at the stage itself: the node that was sent most of it."""
+        cached, view = self._prefixes.cached_tokens(names), self._view()
+        best, most = None, cached.get(stage.node, 0)
+        for peer in sorted(view.live(), key=lambda peer: peer.id):
+            holds = any(span.model == model and span.start <= stage.start and stage.end <= span.end for span in peer.facts.spans)
+            if cached.get(peer.id, 0) > most and holds and not peer.stalled and peer.state is PeerState.ALIVE:
+                best, most = peer.address, cached[peer.id]
+        return best
 
     def finished(self, key: SequenceKey, *, ok: bool, lost: NodeId | None = None) -> None:
         """The attempt ended: well, by the fault of `lost`, or (neither) by nobody's."""

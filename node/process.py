@@ -43,6 +43,7 @@ from node.known_peers import KnownPeers
 from node.losses import Losses
 from node.models import Holdings
 from node.own_facts import OwnFacts
+from node.page_exchange import PageExchange
 from node.placing import Placing
 from node.planning import Planning
 from node.prompts import Prompts
@@ -122,9 +123,8 @@ class Node:
         self._documents = self._make_documents(embedder)
         models = holdings.models
         self._entry = self._make_entry(Prompts(models, self._documents, models_defaults=config.generation_config == "auto"), rng)
-        self._stages = Stages(
-            sockets.address, engine, self._links.post, self._entry, span_lost=lambda lost: self._placing.lost(lost)
-        )
+        self._pages = PageExchange(engine, self._links.call)
+        self._stages = self._make_stages()
         self._losses = Losses(self._view, self._entry, self._stages, self._planning, self._membership.lost)
         self._coverage, self._pulse = CoverageWatch(self._membership.changed), Pulse(self._facts, self._load, engine.overdue_s)
         self._readiness = Readiness(self._view, models, self._entry)
@@ -139,7 +139,7 @@ class Node:
         self._wire()
 
     def _wire(self) -> None:
-        for part in (self._membership, self._documents, self._stages, self._library, self._examination):
+        for part in (self._membership, self._documents, self._stages, self._pages, self._library, self._examination):
             self._links.add(part.handlers)
         self._links.add(receivers=self._stages.receivers)
         self._membership.subscribe(self._on_member)
@@ -149,6 +149,16 @@ class Node:
         voice = self._links.call, self._links.post, self._membership.lost
         entry_node = EntryNode(self._identity.id, self._sockets.address, *voice, self._prefix_secret)
         return Entry(entry_node, prompts, self._planning, self._config.request_timeout_s, rng)
+
+    def _make_stages(self) -> Stages:
+        return Stages(
+            self._sockets.address,
+            self._engine,
+            self._links.post,
+            self._entry,
+            span_lost=lambda lost: self._placing.lost(lost),
+            fetch_pages=self._pages.fetch,
+        )
 
     def _make_documents(self, embedder: MiniLM) -> Documents:
         return Documents(
@@ -212,6 +222,7 @@ class Node:
             "load": self._load(),
             "entry": self._entry.statistics(),
             "stages": self._stages.statistics(),
+            "pages": self._pages.statistics(),
             "links": self._links.statistics(),
             "membership": self._membership.statistics(),
             "coverage": self._coverage.statistics(),

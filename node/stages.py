@@ -12,7 +12,7 @@ from the stage before, tokens from the last stage, opens and closes from the ent
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, Protocol
 
@@ -72,6 +72,10 @@ class OpenStage(msgspec.Struct, frozen=True):
     entry_address: Address
     first_address: Address
     next_address: Address | None  # None: this is the last stage
+    pages_from: Address | None = None  # of a node that was sent more of this sequence's beginning; None: none is known
+
+
+FetchPages = Callable[[OpenSequence, Address], Awaitable[None]]
 
 
 class TokenSink(Protocol):
@@ -100,9 +104,17 @@ class Stages:
     """Serves this node's spans to every entry, its own included."""
 
     def __init__(
-        self, address: Address, engine: Engine, post: Post, sink: TokenSink, span_lost: Callable[[SpanLost], None] | None = None
+        self,
+        address: Address,
+        engine: Engine,
+        post: Post,
+        sink: TokenSink,
+        span_lost: Callable[[SpanLost], None] | None = None,
+        fetch_pages: FetchPages | None = None,
     ) -> None:
+        """`fetch_pages`: has pages of a sequence here that the node at an address has; None: they are computed."""
         self._address = address
+        self._fetch_pages = fetch_pages
         self._span_lost = span_lost
         self.handlers = {"stage.open": self._on_open}
         self.receivers = {
@@ -206,7 +218,9 @@ class Stages:
             raise BadRequest(f"a sequence is opened by its entry, {stage.entry}; this came from {sender}")
         if stage.sequence.sampling.grammar is not None:
             await trio.to_thread.run_sync(self._engine.prepare, stage.sequence, limiter=self._compiling)
-        if (key, sender) in self._closed:  # perhaps while its grammar was compiled
+        if stage.pages_from is not None and self._fetch_pages is not None and key not in self._routes:
+            await self._fetch_pages(stage.sequence, stage.pages_from)
+        if (key, sender) in self._closed:  # perhaps while its grammar was compiled, or its pages came
             raise RemoteError(sender, "closed before it was opened")
         if key in self._routes and self._routes[key].entry != sender:
             raise Refused(f"stream {key.stream} is computed here for another entry", TAKEN_RETRY_S)

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import msgspec
+from msgspec import Meta
 
 from mesh.ids import ModelId, StreamId
+from mesh.prefix import NAME_BYTES
 from mesh.view import Load, ModelCard, Span
 from node.requests import SamplingParams
 
@@ -143,8 +145,52 @@ class EngineConfig:
     speculates: bool = True  # guesses the next tokens from the text where that pays (`speculation`)
 
 
+PageNames = Annotated[tuple[Annotated[bytes, Meta(min_length=NAME_BYTES, max_length=NAME_BYTES)], ...], Meta(max_length=4096)]
+
+
+class PageAsk(msgspec.Struct, frozen=True):
+    """Whose content a peer wants: the pages of these names, and only of this layout, from these kernels."""
+
+    model: ModelId
+    start: Annotated[int, Meta(ge=0, le=2**15)]
+    end: Annotated[int, Meta(ge=1, le=2**15)]
+    numerics: Annotated[str, Meta(max_length=200)]
+    layout: Annotated[bytes, Meta(max_length=64)]
+    names: PageNames
+
+
+@dataclass(frozen=True, slots=True)
+class PagesWanted:
+    """Of the `whole` pages that a sequence could begin behind the first `kept` are here. `ask`: for all of them."""
+
+    kept: int
+    whole: int
+    page_bytes: int
+    ask: PageAsk
+
+
+class Pages(Protocol):
+    """What pages of a prefix hold, in and out of the engine as bytes. Any thread may call."""
+
+    def wanted(self, sequence: OpenSequence) -> PagesWanted | None:
+        """None: pages of such a sequence are not for exchange here."""
+
+    def take_out(self, ask: PageAsk, most_bytes: int) -> list[bytes]:
+        """The first of the pages asked for, as far as they are here and within `most_bytes`, but one at least (*blocking*)."""
+
+    def put_in(self, sequence: OpenSequence, first: int, contents: list[bytes]) -> int:
+        """Keeps the contents as the sequence's pages from number `first` on; how many there was room for (*blocking*).
+
+        Raises:
+            ValueError: they are no such pages.
+        """
+
+
 class Engine(Protocol):
     """All methods may be called from the trio thread; those marked *blocking* in a worker thread."""
+
+    @property
+    def pages(self) -> Pages: ...
 
     def start(self, deliver: Deliver) -> None: ...
 

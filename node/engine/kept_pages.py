@@ -20,7 +20,7 @@ class PageLost(Exception):
 
 
 class KeptPages:
-    """Pages by number. Touched by the engine thread alone."""
+    """Pages by number. The engine thread alone moves and drops them; any thread may `get`, or `store` a number that is new."""
 
     def __init__(self, span: Span, spill: Spill) -> None:
         self._at_hand: dict[int, Page] = {}

@@ -6,6 +6,7 @@ The bytes say nothing of themselves; who reads them knows the layout, and any ot
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import torch
 
@@ -22,6 +23,14 @@ class PageLayout:
     @property
     def size_bytes(self) -> int:
         return sum(torch.Size(shape).numel() for _, shape in self.shapes) * self.dtype.itemsize
+
+    @property
+    def name(self) -> bytes:
+        """Equal where bytes mean the same."""
+        return blake2b(repr((str(self.dtype), self.shapes)).encode(), digest_size=16).digest()
+
+    def part(self, start: int, end: int) -> PageLayout:
+        return PageLayout(self.dtype, tuple((layer, shape) for layer, shape in self.shapes if start <= layer < end))
 
 
 def layout_of(page: Page) -> PageLayout:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mesh.errors import LocalError
 from mesh.prefix import PAGE_TOKENS
 from mesh.view import Span
 from node.engine.api import OpenSequence
 from node.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
-from node.engine.pages import PageIndex
+from node.engine.pages import PageIndex, PageName
 from node.engine.row import Row
 from node.engine.rows import HeldSpan, PageStore, Piece
 
@@ -155,6 +155,12 @@ class Rooms:
         """What is to be copied before the next plan."""
         stores, self._stores = self._stores, []
         return stores
+
+    def find_pages(self, span: Span, names: Sequence[PageName]) -> list[int]:
+        return self._pages[span].find(names) if span in self._pages else []
+
+    def add_page(self, span: Span, name: PageName) -> int | None:
+        return self._pages[span].add(name) if span in self._pages else None
 
     def drop_page(self, span: Span, number: int) -> None:
         if span in self._pages:

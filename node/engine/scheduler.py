@@ -23,6 +23,7 @@ from mesh.view import Load, Span
 from node.engine.admission import check
 from node.engine.api import HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
 from node.engine.choosing import Choosing
+from node.engine.pages import PageName
 from node.engine.rooms import Rooms
 from node.engine.row import Lane, Row
 from node.engine.rows import Drawn, HeldSpan, PageStore, Piece, SchedulerStatistics, StepPlan, piece_of
@@ -65,6 +66,18 @@ class Scheduler:
     def fit_pages(self, spill_rooms: Mapping[Span, int]) -> None:
         """The pools have other sizes now, and so many pages of each span may be spilled."""
         self._rooms.fit(spill_rooms)
+
+    def span_for(self, sequence: OpenSequence) -> Span:
+        """Raises LocalError: none that is loaded holds its layers."""
+        return self._rooms.span_for(sequence)
+
+    def find_pages(self, span: Span, names: Sequence[PageName]) -> list[int]:
+        """The numbers of the pages that are kept, up to the first that is not."""
+        return self._rooms.find_pages(span, names)
+
+    def add_page(self, span: Span, name: PageName) -> int | None:
+        """As `PageIndex.add`; the caller holds the lock until its content is stored."""
+        return self._rooms.add_page(span, name)
 
     # ---- sequences
 

@@ -46,12 +46,14 @@ from node.engine.faults import is_out_of_memory
 from node.engine.kept_pages import KeptPages, PageLost
 from node.engine.kvcache import SequenceKV
 from node.engine.loading import Loaded, card, kv_token_bytes, load_stage
+from node.engine.page_trade import PageTrade, shown_layout
 from node.engine.pages import PAGES_PER_BLOCK
 from node.engine.parallel.stage import ParallelStage
 from node.engine.progress import LoadProgress, LoadWatch, gib, log_progress
 from node.engine.rows import HeldSpan, PageStore, SchedulerStatistics, StepPlan
 from node.engine.scheduler import Scheduler
 from node.engine.spill import Spill, SpillStatistics
+from node.engine.stage import Stage
 from node.engine.timing import StepTiming
 
 KV_SHARE = 0.25  # of free memory, where nothing is configured: several nodes may share a machine
@@ -91,6 +93,7 @@ class TorchEngine:
         self._spill = Spill(config.spill_memory_bytes, config.spill_disk_bytes, config.spill_folder)
         self._kept: dict[Span, KeptPages] = {}
         self._retired: list[KeptPages] = []  # of spans that were unloaded
+        self.pages = PageTrade(self._lock, self._scheduler, self._kept)
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._undelivered: list[EngineOutput] = []
@@ -141,6 +144,8 @@ class TorchEngine:
                 loaded = load_stage(checkpoint, start, end, *wanted, watch, config.tensor_parallel)
             finally:
                 del self._watches[span]
+            plain = loaded.stage if isinstance(loaded.stage, Stage) and is_exact(loaded.numerics) else None
+            layout = shown_layout(plain) if plain is not None else None  # of pages that may go to peers; those of ranks stay
             copies = loaded.stage.cutting.kv_copies if isinstance(loaded.stage, ParallelStage) else 1
             block_bytes = BLOCK_TOKENS * kv_token_bytes(checkpoint, end - start, loaded.stage.kernel.dtype, copies)
             pool = BlockPool(max(1, self._kv_bytes // block_bytes))
@@ -148,6 +153,8 @@ class TorchEngine:
                 self._pools[span] = (pool, block_bytes)
                 self._loaded[span] = loaded
                 self._kept[span] = KeptPages(span, self._spill)
+                if layout is not None:
+                    self.pages.add(span, layout, loaded.numerics)
                 self._cards[span] = card(checkpoint, model, loaded.numerics)
                 if end == checkpoint.layers:
                     self._constraints.serve(model, checkpoint.directory, checkpoint.vocab_size, checkpoint.end_ids)
@@ -185,6 +192,7 @@ class TorchEngine:
             held.pop(span, None)
         if span in self._kept:
             self._retired.append(self._kept.pop(span))
+        self.pages.drop(span)
         self._share_memory()
         return lost
 
