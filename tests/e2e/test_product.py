@@ -122,6 +122,36 @@ def test_the_mesh_shows_itself(nodes):
     assert "/mesh/status" in get(nodes[0], "/").text  # the dashboard looks there by itself
 
 
+def test_nothing_that_a_client_says_is_in_any_log_status_metric_or_file_but_the_documents(nodes, tmp_path):
+    said = "xylograph"  # a word of no page, test or log of ours
+    messages = [{"role": "user", "content": f"Sell the {said} to nobody."}]
+    ids = []
+    for node in nodes:
+        chat = {"model": "mesh-demo", "messages": messages, "max_tokens": 12, "stop": [said], "user": said}
+        for change in ({}, {"stream": True}, {"temperature": said}, {"model": said}, {"response_format": {"type": said}}):
+            response = httpx.post(node.http + "/v1/chat/completions", json={**chat, **change}, timeout=60)
+            assert response.status_code == (404 if "model" in change else 200 if change in ({}, {"stream": True}) else 400)
+            ids.append(response.headers["x-request-id"])
+        httpx.post(node.http + "/v1/chat/completions", content=f'{{"messages": "{said}')
+        assert httpx.post(node.http + "/v1/embeddings", json={"model": "all-MiniLM-L6-v2", "input": said}).status_code == 200
+        with sdk(node) as client:
+            client.vector_stores.search("woods", query=f'"{said}" NEAR(', max_num_results=2)
+    (tmp_path / "note.md").write_text(f"# A note\n\nThe {said} lies under the stairs.\n")
+    added = [sys.executable, "-m", "cli", "docs", "add", str(tmp_path), "--store", "woods", "--node", nodes[0].http]
+    subprocess.run(added, check=True, capture_output=True)
+
+    told = {}
+    for node in nodes:
+        told[node.log] = node.log.read_text()
+        assert "node.starting" in told[node.log], "these are the logs"
+        for path in ("/metrics", "/mesh/status", "/mesh/doctor", *(f"/mesh/requests/{id}" for id in ids)):
+            told[node.http + path] = get(node, path).text
+        written = [path for path in node.data_dir.rglob("*") if path.is_file() and "documents" not in path.parts]
+        assert written, "the identity at least"
+        told |= {path: path.read_bytes().decode(errors="replace") for path in written}
+    assert [place for place, text in told.items() if said in text] == []
+
+
 def test_nodes_that_place_themselves_hold_every_layer_twice(tmp_path):
     with LocalMesh() as mesh:
         small = ("--layers", "auto", "--memory", "28MiB")  # room for some of the layers, not for all
