@@ -56,16 +56,16 @@ def replayed(path: Path, json: bool) -> None:
 
 
 def told(scenario: Scenario, outcome: Outcome) -> None:
-    """The deaths as a table, and what became of the rest."""
+    """The deaths as a table, and what became of the rest. From "SUSPECT S" on nobody gives the node new work."""
     rows = [
         (
             death.node,
-            *(round(s, 3) for s in (death.first_s, death.p50_s, death.p99_s, death.last_s)),
+            *(round(s, 3) for s in (death.passed_over_s, death.first_s, death.p50_s, death.p99_s, death.last_s)),
             f"{death.heard}/{death.observers}",
         )
         for death in outcome.deaths
     ]
-    output.table(("KILLED", "FIRST S", "P50 S", "P99 S", "LAST S", "HEARD BY"), rows, empty="nobody was killed")
+    output.table(("KILLED", "SUSPECT S", "FIRST S", "P50 S", "P99 S", "LAST S", "HEARD BY"), rows, empty="nobody was killed")
     if scenario.churn_a_minute:
         output.line(f"{outcome.goings} nodes went and came back meanwhile")
     if scenario.partition_s:
@@ -116,6 +116,11 @@ def simulate(
 
     if kill + starved >= nodes:
         raise BadRequest(f"expected fewer killed and starved nodes than {nodes}, got {kill + starved}", "kill")
+    ways = (nodes - kill - starved) * (nodes - kill - starved - 1)
+    if one_way > ways:
+        raise BadRequest(
+            f"expected at most {ways} cut ways between the nodes that are not killed or starved, got {one_way}", "one_way"
+        )
     scenario = Scenario(
         nodes, seed, loss, kill, silent, starved, delay_ms=delay, one_way=one_way, churn_a_minute=churn, partition_s=partition
     )

@@ -41,16 +41,18 @@ def test_a_mesh_that_is_found_whole_is_as_one_that_joined() -> None:
 def test_the_command_prints_a_table_or_json_and_says_by_its_exit_code_whether_all_was_well() -> None:
     runner = CliRunner()
     shown = runner.invoke(app, ["simulate", "--nodes", "8", "--kill", "1"])
-    assert shown.exit_code == 0 and "7/7" in shown.output and "false deaths: 0" in shown.output
+    assert shown.exit_code == 0 and "7/7" in shown.output and "SUSPECT S" in shown.output and "false deaths: 0" in shown.output
     told = json.loads(runner.invoke(app, ["simulate", "--nodes", "8", "--kill", "1", "--json"]).output)
     assert told["deaths"][0]["heard"] == 7 and told["false_deaths"] == 0
     assert runner.invoke(app, ["simulate", "--nodes", "3", "--kill", "3"]).exit_code == 1
 
 
-def test_ten_thousand_nodes_may_be_asked_for_and_no_more() -> None:
+def test_ten_thousand_nodes_may_be_asked_for_and_no_more_and_no_more_deaths_or_cuts_than_there_are_nodes_and_ways() -> None:
     runner = CliRunner()
     asked = runner.invoke(app, ["simulate", "--nodes", "10000", "--kill", "10000"])
     assert asked.exit_code == 1 and "fewer killed and starved nodes than 10000" in asked.stderr
+    cut = runner.invoke(app, ["simulate", "--nodes", "5", "--kill", "1", "--starved", "1", "--one-way", "7"])
+    assert cut.exit_code == 1 and "at most 6 cut ways" in cut.stderr
     refused = runner.invoke(app, ["simulate", "--nodes", "10001"])
     assert refused.exit_code == 2 and "10000" in refused.output
 
