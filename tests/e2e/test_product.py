@@ -125,6 +125,9 @@ def test_the_mesh_shows_itself(nodes):
 def test_nothing_that_a_client_says_is_in_any_log_status_metric_or_file_but_the_documents(nodes, tmp_path):
     said = "xylograph"  # a word of no page, test or log of ours
     messages = [{"role": "user", "content": f"Sell the {said} to nobody."}]
+    (tmp_path / "note.md").write_text(f"# A note\n\nThe {said} lies under the stairs.\n")
+    added = [sys.executable, "-m", "cli", "docs", "add", str(tmp_path), "--store", "woods", "--node", nodes[0].http]
+    subprocess.run(added, check=True, capture_output=True)
     ids = []
     for node in nodes:
         chat = {"model": "mesh-demo", "messages": messages, "max_tokens": 12, "stop": [said], "user": said}
@@ -136,9 +139,6 @@ def test_nothing_that_a_client_says_is_in_any_log_status_metric_or_file_but_the_
         assert httpx.post(node.http + "/v1/embeddings", json={"model": "all-MiniLM-L6-v2", "input": said}).status_code == 200
         with sdk(node) as client:
             client.vector_stores.search("woods", query=f'"{said}" NEAR(', max_num_results=2)
-    (tmp_path / "note.md").write_text(f"# A note\n\nThe {said} lies under the stairs.\n")
-    added = [sys.executable, "-m", "cli", "docs", "add", str(tmp_path), "--store", "woods", "--node", nodes[0].http]
-    subprocess.run(added, check=True, capture_output=True)
 
     told = {}
     for node in nodes:
