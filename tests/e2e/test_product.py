@@ -135,8 +135,9 @@ def test_nothing_that_a_client_says_is_in_any_log_status_metric_or_file_but_the_
             response = httpx.post(node.http + "/v1/chat/completions", json={**chat, **change}, timeout=60)
             assert response.status_code == (404 if "model" in change else 200 if change in ({}, {"stream": True}) else 400)
             ids.append(response.headers["x-request-id"])
-        httpx.post(node.http + "/v1/chat/completions", content=f'{{"messages": "{said}')
-        assert httpx.post(node.http + "/v1/embeddings", json={"model": "all-MiniLM-L6-v2", "input": said}).status_code == 200
+        httpx.post(node.http + "/v1/chat/completions", content=f'{{"messages": "{said}', timeout=60)
+        embedded = {"model": "all-MiniLM-L6-v2", "input": said}
+        assert httpx.post(node.http + "/v1/embeddings", json=embedded, timeout=60).status_code == 200
         with sdk(node) as client:
             client.vector_stores.search("woods", query=f'"{said}" NEAR(', max_num_results=2)
 
