@@ -29,7 +29,7 @@ from node.requests import SamplingParams
 
 MODEL = ModelId("bench")
 BATCH = 32
-ANSWER_TOKENS = 48
+ANSWER_TOKENS = 64
 KV_BYTES = 1 << 29
 WAIT_S = 400.0
 

@@ -15,9 +15,9 @@ from node.engine.attention import Segment
 from node.engine.checkpoint import read_checkpoint
 from node.engine.linear import KERNELS, linear_modules
 from node.engine.loading import load_stage
-from node.engine.native import build
+from node.engine.native import build, product
 from node.engine.native.build import CannotBuild, built
-from node.engine.native.layers import NativeLayers
+from node.engine.native.layers import Interleaved, NativeLayers
 from node.engine.native.library import Isa, Kind, Library, native
 from node.engine.native.product import NativeProduct, int4_of, int8_of
 from node.engine.selfcheck import difference, plain_output
@@ -261,3 +261,24 @@ def test_a_directory_that_others_may_write_to_is_not_trusted(tmp_path: Path, com
     with pytest.raises(CannotBuild, match="others may write"):
         built(tmp_path)
     assert compiler.runs == 0
+
+
+@needs_it
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+def test_a_weight_packed_in_pieces_is_that_packed_as_a_whole(
+    stored: torch.dtype, quantize: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, up = torch.randn(2, 150, 70, generator=torch.Generator().manual_seed(3)).to(stored)
+    weight = Interleaved([gate, up])
+    turns = torch.zeros(10, 2, 16, 70, dtype=stored)
+    for side, part in enumerate((gate, up)):
+        turns[:, side] = torch.cat((part, part.new_zeros(10, 70))).view(10, 16, 70)
+    whole = NativeProduct(turns.flatten(0, 2), None, quantize)
+    rows = torch.randn(3, 70, generator=torch.Generator().manual_seed(4))
+    monkeypatch.setattr(product, "PIECE_ELEMENTS", 1)
+    for cut in (weight, turns.flatten(0, 2)):
+        assert len(list(product._pieces(cut))) == 3
+        pieced = NativeProduct(cut, None, quantize)
+        assert pieced.kind is whole.kind and torch.equal(pieced._packed, whole._packed)
+        assert torch.equal(pieced(rows), whole(rows))

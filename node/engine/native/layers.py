@@ -23,7 +23,7 @@ from node.engine.mapped import LetGo
 from node.engine.native.library import LayerParts, Library, SpanParts, native
 from node.engine.native.product import NativeProduct
 
-Join = Callable[[list[torch.Tensor]], torch.Tensor]
+Join = Callable[[list[torch.Tensor]], Any]
 """Weights `[outputs, inputs]`, or biases, of layers that are given the same rows, as one."""
 
 HALF_PANEL = 16
@@ -174,17 +174,28 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _interleaved(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Rows in turns of 16, the first part's first; all filled up with zeros to whole turns. One copy, which may be large."""
-    count, *row = parts[0].shape
-    turns = -(-count // HALF_PANEL)
-    out = parts[0].new_zeros(turns, len(parts), HALF_PANEL, *row)
-    whole = count // HALF_PANEL
-    for number, part in enumerate(parts):
-        out[:whole, number] = part[: whole * HALF_PANEL].view(whole, HALF_PANEL, *row)
-        if whole < turns:
-            out[whole, number, : count - whole * HALF_PANEL] = part[whole * HALF_PANEL :]
-    return out.flatten(0, 2)
+class Interleaved:
+    """Rows of two matrices in turns of 16, the first's first; both filled up with zeros to whole turns. Made where it is read."""
+
+    def __init__(self, parts: list[torch.Tensor]) -> None:
+        self._parts = parts
+        count, *row = parts[0].shape
+        self.shape = (-(-count // HALF_PANEL) * HALF_PANEL * len(parts), *row)
+        self.dtype = parts[0].dtype
+
+    def __getitem__(self, outputs: slice) -> torch.Tensor:
+        """`outputs` begins and ends with whole turns."""
+        turn = HALF_PANEL * len(self._parts)
+        first, end = outputs.start // turn * HALF_PANEL, outputs.stop // turn * HALF_PANEL
+        sides = [part[first:end] for part in self._parts]
+        filled = [torch.cat((side, side.new_zeros(end - first - len(side), *side.shape[1:]))) for side in sides]
+        return torch.stack([side.view(-1, HALF_PANEL, *side.shape[1:]) for side in filled], 1).flatten(0, 2)
+
+
+def _interleaved(parts: list[torch.Tensor]) -> torch.Tensor | Interleaved:
+    """Biases at once, weights as they are packed: they may be large."""
+    whole = Interleaved(parts)
+    return whole if parts[0].dim() > 1 else whole[0 : whole.shape[0]]
 
 
 def native_layer(layer: Any, config: Any, quantize: str, let_go: LetGo) -> NativeLayer:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +20,30 @@ PANEL = 32  # outputs computed together, as in mesh.h
 STEP = 32  # inputs summed together
 ALIGNMENT = 64
 OWN_MAPPING_BYTES = 1 << 20
-PIECE_ELEMENTS = 1 << 18
+PIECE_ELEMENTS = 1 << 18  # packed at a time,
+LEAST_PANELS = 4  # but so many panels at least, for each thread takes whole ones
 LARGEST_INT8 = 127
 LARGEST_INT4 = 7
+DTYPES = {Kind.BF16: torch.bfloat16, Kind.FP16: torch.float16, Kind.FP32: torch.float32}
 BYTES = {Kind.BF16: 2.0, Kind.FP32: 4.0, Kind.FP16: 2.0, Kind.INT8: 1.0, Kind.INT4: 0.5}
+
+
+class Weight(Protocol):
+    """`[outputs, inputs]`: a tensor, or what is made of several as it is packed."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __getitem__(self, outputs: slice) -> torch.Tensor: ...
 
 
 class NativeProduct:
     """A product with one packed weight."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, quantize: str = "none") -> None:
+    def __init__(self, weight: Weight, bias: torch.Tensor | None, quantize: str = "none") -> None:
         """`weight` `[outputs, inputs]`, bfloat16, float16 or float32.
 
         Raises:
@@ -39,10 +54,9 @@ class NativeProduct:
             raise RuntimeError("no compiled kernel on this machine")
         self._library: Library = library
         self.outputs, self.inputs = weight.shape
-        self.kind, held, self._scale = _held(weight, quantize)
+        self.kind = _kind(weight, quantize)
         self._packed = _zeros(self.outputs, self.inputs, self.kind)
-        held = held.contiguous()
-        library.pack(self.kind, held.data_ptr(), self.outputs, self.inputs, self._packed.data_ptr(), torch.get_num_threads())
+        self._scale = self._pack(weight)
         self._bias = None if bias is None else F.pad(bias.detach().float(), (0, -self.outputs % PANEL))
         self.parts = ProductParts(
             self._packed.data_ptr(),
@@ -53,6 +67,23 @@ class NativeProduct:
             self.kind,
         )
         self._at = ctypes.byref(self.parts)
+
+    def _pack(self, weight: Weight) -> torch.Tensor | None:
+        """Packs some panels at a time; gives the scales as the kernel reads them."""
+        panel_bytes = self._packed.numel() // -(-self.outputs // PANEL)
+        scales = []
+        for first, piece in _pieces(weight):
+            held, scale = _held(piece, self.kind)
+            scales += [] if scale is None else [scale]
+            at = self._packed.data_ptr() + first // PANEL * panel_bytes
+            held = held.contiguous()
+            self._library.pack(self.kind, held.data_ptr(), len(held), self.inputs, at, torch.get_num_threads())
+        if not scales:
+            return None
+        scale = F.pad(torch.cat(scales), (0, 0) * (scales[0].dim() - 1) + (0, -self.outputs % PANEL))
+        if self.kind is Kind.INT8:
+            return scale
+        return scale.view(-1, PANEL, scale.shape[1]).transpose(1, 2).contiguous()  # from [panels * 32, steps]
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """`[rows, inputs] -> [rows, outputs]`, in the rows' dtype."""
@@ -77,31 +108,33 @@ class NativeProduct:
         return out
 
 
-def _held(weight: torch.Tensor, quantize: str) -> tuple[Kind, torch.Tensor, torch.Tensor | None]:
-    """How a weight is held, its elements, and the scales as the kernel reads them."""
-    if quantize == "int8":
-        elements, scale = _in_pieces(int8_of, weight)
-        return Kind.INT8, elements, F.pad(scale, (0, -weight.shape[0] % PANEL))
-    if quantize == "int4":
-        elements, scale = _in_pieces(int4_of, weight)
-        padded = F.pad(scale, (0, 0, 0, -weight.shape[0] % PANEL))  # [panels * 32, steps]
-        return Kind.INT4, elements, padded.view(-1, PANEL, padded.shape[1]).transpose(1, 2).contiguous()
-    if weight.dtype is torch.bfloat16:
-        return Kind.BF16, weight, None
-    weight = weight.float()
-    if torch.equal(weight.bfloat16().float(), weight):
-        return Kind.BF16, weight.bfloat16(), None
-    if torch.equal(weight.half().float(), weight):
-        return Kind.FP16, weight.half(), None
-    return Kind.FP32, weight, None
+def _pieces(weight: Weight) -> Iterator[tuple[int, torch.Tensor]]:
+    """Whole panels at a time, with the number of their first output: a copy of all of a weight would take much room."""
+    outputs, inputs = weight.shape
+    step = max(LEAST_PANELS, PIECE_ELEMENTS // inputs // PANEL) * PANEL
+    for first in range(0, outputs, step):
+        yield first, weight[first : min(first + step, outputs)]
 
 
-def _in_pieces(
-    quantised: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some outputs at a time, which do not depend on one another: in float32 the whole would take many times its room."""
-    pieces = [quantised(piece) for piece in weight.split(max(1, PIECE_ELEMENTS // weight.shape[1]))]
-    return torch.cat([numbers for numbers, _ in pieces]), torch.cat([scale for _, scale in pieces])
+def _kind(weight: Weight, quantize: str) -> Kind:
+    """How a weight is held: in the fewest bits that are exact, unless it is to be rounded."""
+    if quantize != "none":
+        return {"int8": Kind.INT8, "int4": Kind.INT4}[quantize]
+    for kind, dtype in ((Kind.BF16, torch.bfloat16), (Kind.FP16, torch.float16)):
+        if weight.dtype is dtype or all(torch.equal(piece.to(dtype).float(), piece.float()) for _, piece in _pieces(weight)):
+            return kind
+    return Kind.FP32
+
+
+def _held(piece: torch.Tensor, kind: Kind) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The elements of some outputs as they are packed, and their scales."""
+    match kind:
+        case Kind.INT8:
+            return int8_of(piece)
+        case Kind.INT4:
+            return int4_of(piece)
+        case _:
+            return piece.to(DTYPES[kind]), None
 
 
 def int8_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
