@@ -22,8 +22,8 @@ from tests.membership.hostile_mesh import HostileMesh
 from tests.membership.hostile_node import HostileNode
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
-MESH = settings(max_examples=20, stateful_step_count=50, deadline=None)
-NODE = settings(max_examples=20, stateful_step_count=40, deadline=None)
+MESH = settings(max_examples=14, stateful_step_count=50, deadline=None)
+NODE = settings(max_examples=14, stateful_step_count=40, deadline=None)
 
 
 def test_a_mesh_keeps_m1_to_m7_and_m9_whatever_the_order_of_what_is_said() -> None:
