@@ -1,7 +1,8 @@
 """What the built-in engine can do: decoding beside transformers and llama.cpp in one run, and what its parts cost and save.
 
-`python -m bench.engine [--quick] [--threads N] [--budget SECONDS] [--only PART,…] [--out FILE]`; the last line is one JSON
-object. What is asked of a figure stands beside it, and `missed` names all that miss it.
+`python -m bench.engine [--quick] [--threads N] [--budget SECONDS] [--only PART,…] [--device D] [--out FILE]`; the last line
+is one JSON object. What is asked of a figure stands beside it, and `missed` names all that miss it. On a GPU it is
+`bench.engine_gpu` that measures.
 
 The model is Llama-3.2-1B-shaped (`--quick`: 100 million parameters) with random weights stored in bfloat16. Ours is the
 stage as the engine runs it, with the kernel that a node would choose here and the exactness rules on. Opponents: the
@@ -28,12 +29,14 @@ from typing import Any
 
 import torch
 
-from bench import engine_exactness, engine_loading, engine_prefix, engine_rows, engine_speculation, engine_split
+from bench import engine_exactness, engine_gpu, engine_loading, engine_prefix, engine_rows, engine_speculation, engine_split
 from bench.engine_goals import judged
 from bench.engine_rows import ROUNDS, say
 from bench.engine_shapes import SHAPES, make_checkpoint
 from bench.machine import machine
+from mesh.errors import BadRequest
 from mesh.view import is_exact
+from node.engine import device
 from node.engine.checkpoint import Checkpoint, read_checkpoint
 from node.engine.linear import KERNELS
 from node.engine.loading import Loaded, load_stage
@@ -159,13 +162,19 @@ def main() -> None:
     parser.add_argument("--budget", type=float, help="seconds for the turns of each batch, after the first three rounds")
     parser.add_argument("--only", help="parts, with commas between: loading, rows, exactness, split, prefix, speculation")
     parser.add_argument("--out", type=Path, help="also write the JSON object here, after each part")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: then beside transformers' generate on that GPU")
     options = parser.parse_args()
+    try:
+        on = device.chosen(options.device)
+    except BadRequest as error:
+        parser.error(str(error))
+    device.prepare(on)
     torch.set_num_threads(options.threads)
     shape = "100M" if options.quick else "Llama-3.2-1B"
     budget_s = options.budget or (10.0 if options.quick else 30.0)
     here = machine()
     say(cpu=here["cpu"], isa=here["isa"], load_average=here["load_average"], threads=options.threads, shape=shape)
-    quick = " --quick" if options.quick else ""
+    quick = (" --quick" if options.quick else "") + ("" if on == device.CPU else f" --device {options.device}")
     head = {
         "bench": "engine",
         "command": f"python -m bench.engine{quick} --threads {options.threads}",
@@ -182,6 +191,10 @@ def main() -> None:
             parser.error(f"--only: expected some of {', '.join(bench.parts)}; got {', '.join(sorted(unknown))}")
         make_checkpoint(Path(folder), SHAPES[shape])
         report, whole = Report(head, options.out), head
+        if on != device.CPU:
+            began_s = time.perf_counter()
+            whole = report.add(engine_gpu.measure(Path(folder), on), "gpu", time.perf_counter() - began_s)
+            wanted = []
         for part in (part for part in bench.parts if part in wanted):
             began_s = time.perf_counter()
             figures = bench.parts[part]()

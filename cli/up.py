@@ -25,7 +25,8 @@ BindOption = Annotated[str, typer.Option("--bind", metavar="HOST:PORT", help="Go
 HttpOption = Annotated[str, typer.Option("--http", metavar="HOST:PORT", help="The OpenAI-compatible endpoint; port 0: any.")]
 NameOption = Annotated[str, typer.Option("--name", help="What people call the node; the host's name when not given.")]
 RegionOption = Annotated[str, typer.Option("--region", help="Where the node is; paths within a region are preferred.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N; auto: the CPU.")]
+GraphsOption = Annotated[bool, typer.Option("--graphs/--no-graphs", help="On a GPU: record decoding steps, play them again.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
 QuantizeOption = Annotated[str, typer.Option("--quantize", help="none, int8 or int4: how weights are held.")]
 TensorParallelOption = Annotated[
@@ -109,6 +110,7 @@ def up(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = "none",
+    graphs: GraphsOption = True,
     tensor_parallel: TensorParallelOption = 1,
     generation_config: GenerationConfigOption = "auto",
     memory: MemoryOption = None,
@@ -139,6 +141,7 @@ def join(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = "none",
+    graphs: GraphsOption = True,
     tensor_parallel: TensorParallelOption = 1,
     generation_config: GenerationConfigOption = "auto",
     memory: MemoryOption = None,

@@ -31,6 +31,7 @@ class NodeConfig:
     layers: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
+    graphs: bool = True  # on a GPU: decoding steps are recorded and played again
     quantize: str = "none"  # int8 and int4 round the weights: less memory, faster decoding, other tokens
     tensor_parallel: int = 1  # worker processes that compute a span together; 1: the node itself does
     generation_config: str = "auto"  # a model's own sampling defaults hold where a request sets none; none: they never do

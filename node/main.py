@@ -130,6 +130,7 @@ def _prepare(config: NodeConfig, directory: Path, budget_bytes: int) -> tuple[En
             device=config.device,
             dtype=config.dtype,
             quantize=config.quantize,
+            graphs=config.graphs,
             tensor_parallel=config.tensor_parallel,
             threads=config.threads,
             kv_memory_bytes=int(KV_SHARE * budget_bytes),

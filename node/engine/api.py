@@ -131,9 +131,10 @@ Deliver = Callable[[list[EngineOutput]], None]
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    device: str = "auto"  # auto | cpu | cuda:N
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
     dtype: str = "auto"  # auto | float32 | bfloat16 | a linear kernel's name, e.g. fbgemm-fp16
     quantize: str = "none"  # none | int8 | int4: how weights are held
+    graphs: bool = True  # on a GPU: decoding steps are recorded and played again
     threads: int = 1  # torch threads; several nodes on one machine: 1 each
     tensor_parallel: int = 1  # worker processes that compute a span together, `threads` each; 1: this process computes it
     kv_memory_bytes: int | None = None  # for all KV caches; None: a share of free memory

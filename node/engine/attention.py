@@ -25,6 +25,7 @@ from transformers import AttentionInterface
 
 from node.engine.blocks import BLOCK_TOKENS
 from node.engine.kvcache import STRETCH, SequenceKV, Slab
+from node.engine.paged.attention import PagedStep
 
 NAME = "mesh"
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # what SDPA would choose, at less cost
@@ -130,6 +131,12 @@ class PackedBatch:
     apart: list[Segment] = field(default_factory=list)
     readings: dict[int, Reading] = field(default_factory=dict)
     sorted_out: bool = False
+    paged: PagedStep | None = None  # on other devices: keys and values are in pages, which the segments have been given
+
+    @property
+    def windows(self) -> set[int]:
+        """Those through which attention was asked to look."""
+        return {*self.readings} if self.paged is None else self.paged.windows
 
     def __post_init__(self) -> None:
         for segment in self.segments:
@@ -295,6 +302,8 @@ def attend(
 
     Rows outside every segment come out as zeros. The answer is good until the next layer's.
     """
+    if batch.paged is not None:
+        return batch.paged.attend(batch.layer, q, kv, scale, window, softcap, sinks)
     kv_heads = kv.shape[1] // 2
     batch.write(kv.view(-1, 2, kv_heads, kv.shape[2]))
     reading = batch.reading(window, q.dtype)

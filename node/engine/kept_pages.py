@@ -50,9 +50,9 @@ class KeptPages:
         return page
 
     def spill(self, number: int) -> bool:
-        """Out of the engine's memory; False: its content is gone."""
+        """Out of the engine's memory; False: its content is gone, as it is where worker processes keep it."""
         page = self._at_hand.pop(number, None)
-        if not page or not self._spill.put(self._name(number), to_bytes(page)):
+        if not isinstance(page, dict) or not page or not self._spill.put(self._name(number), to_bytes(page)):
             return False
         self._spilled[number] = layout_of(page)
         return True

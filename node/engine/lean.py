@@ -30,7 +30,7 @@ class Norm:
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         size = weight.shape[0]
         self._weight = weight.float() * size**0.5
-        self._floor = torch.tensor((size * eps) ** 0.5)
+        self._floor = torch.tensor((size * eps) ** 0.5, device=weight.device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).hypot_(self._floor)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from node.engine.device import CPU
 from node.engine.native.product import NativeProduct, int8_of
 
 BUCKETS = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -82,7 +83,8 @@ def _pack_aten(weight: torch.Tensor, bias: torch.Tensor | None) -> Rows:
 class Kernel:
     """One way to multiply: `dtype` is that of the rows, and of everything else in the model.
 
-    A `compiled` one is ours (node/engine/native), with layers of its own for Llama-shaped models.
+    A `compiled` one is ours (node/engine/native), with layers of its own for Llama-shaped models. One with `attention` over
+    block tables (node/engine/paged) is for GPUs.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Kernel:
     pack: Pack
     quantize: str = "none"
     compiled: bool = False
+    attention: str = ""
 
 
 KERNELS = {
@@ -107,6 +110,9 @@ KERNELS = {
         Kernel("fbgemm-fp16", torch.float32, _pack_fbgemm_fp16),
         Kernel("aten-fp32", torch.float32, _pack_aten),
         Kernel("aten-bf16", torch.bfloat16, _pack_aten),
+        Kernel("cuda-bf16", torch.bfloat16, _pack_aten, attention="flash"),
+        Kernel("cuda-bf16-tiled", torch.bfloat16, _pack_aten, attention="tiled"),
+        Kernel("cuda-fp32", torch.float32, _pack_aten, attention="tiled"),
     )
 }
 
@@ -178,17 +184,19 @@ def bucket_for(rows: int, buckets: tuple[int, ...]) -> int:
     return -(-rows // buckets[-1]) * buckets[-1]
 
 
-def agreeing_buckets(product: Rows, inputs: int, dtype: torch.dtype, candidates: tuple[int, ...] = BUCKETS) -> tuple[int, ...]:
+def agreeing_buckets(
+    product: Rows, inputs: int, dtype: torch.dtype, candidates: tuple[int, ...] = BUCKETS, device: torch.device = CPU
+) -> tuple[int, ...]:
     """The row counts among `candidates` for which every row of a product has the same bits as in the others.
 
     Distinct rows, enough to meet a rare rounding, are repeated to fill each count, from the end backwards, so every
     row stands in many places and the small counts hold the first few. Each count is held against one of those with all
     of them; the largest set that agrees wins, among equal ones the first.
     """
-    distinct = torch.randn(TRIAL_ROWS, inputs, generator=torch.Generator().manual_seed(2024)).to(dtype)
+    distinct = torch.randn(TRIAL_ROWS, inputs, generator=torch.Generator().manual_seed(2024)).to(device, dtype)
     outputs: dict[int, torch.Tensor] = {}
     for count in candidates:
-        order = torch.arange(count - 1, -1, -1) % TRIAL_ROWS
+        order = torch.arange(count - 1, -1, -1, device=device) % TRIAL_ROWS
         out = product(distinct[order])
         rows = out[-TRIAL_ROWS:].flip(0)  # rows 0, 1, 2 … of `distinct`
         if torch.equal(rows[order], out):

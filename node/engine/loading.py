@@ -12,9 +12,10 @@ import torch
 from mesh.errors import BadRequest
 from mesh.ids import ModelId
 from mesh.view import APPROXIMATE, ModelCard
-from node.engine import machine, selfcheck
+from node.engine import device, machine, selfcheck
 from node.engine.checkpoint import Checkpoint
 from node.engine.linear import Kernel
+from node.engine.paged.stage import device_stage
 from node.engine.parallel import oracle
 from node.engine.parallel.stage import ParallelStage
 from node.engine.progress import LoadWatch
@@ -38,10 +39,13 @@ def load_stage(
     quantize: str = "none",
     watch: LoadWatch | None = None,
     ranks: int = 1,
+    on: torch.device = device.CPU,
+    graphs: bool = True,
 ) -> Loaded:
     """Loads layers `[start, end)` with the best kernel that is right and exact here, else with the first that is right.
 
     `wanted`: auto, a dtype or a kernel; `quantize`: none, int8 or int4; `ranks`: worker processes that compute it together.
+    `on`: the device; `graphs`: whether a GPU records its decoding steps.
 
     Raises:
         BadRequest: layers out of range, no kernel computes what the plain model does, or the model has not so many parts.
@@ -49,12 +53,7 @@ def load_stage(
     """
     if not 0 <= start < end <= checkpoint.layers:
         raise BadRequest(f"expected layers within 0:{checkpoint.layers}, got {start}:{end}", param="layers")
-    config = checkpoint.config
-    widest = int(getattr(config, "intermediate_size", None) or 4 * checkpoint.hidden_size)
-    try:
-        kernels = machine.ranked(wanted, checkpoint.stored_dtype, checkpoint.hidden_size, widest, quantize)
-    except ValueError as error:
-        raise BadRequest(str(error), param="dtype") from error
+    kernels = _kernels(checkpoint, wanted, quantize, ranks, on)
     inexact: Kernel | None = None
     stage: Stage | ParallelStage | None
     reasons = []
@@ -62,7 +61,7 @@ def load_stage(
         for kernel in kernels:
             watch = watch or LoadWatch(end - start)
             stage = None
-            stage = _alone(tried, checkpoint, start, end, kernel, threads, watch, ranks)
+            stage = _alone(tried, checkpoint, start, end, kernel, threads, watch, ranks, on, graphs)
             try:
                 plain = _packed_beside_plain(stage)
             except (ValueError, RuntimeError) as error:  # no such kernel on this CPU, or not for these weights
@@ -77,22 +76,35 @@ def load_stage(
                 break
             if not stage.loose and selfcheck.is_exact(stage):
                 tried.pop_all()
-                return Loaded(stage, machine.fingerprint(checkpoint.weights, kernel, threads, ranks))
+                return Loaded(stage, machine.fingerprint(checkpoint.weights, kernel, threads, ranks, on))
             inexact = inexact or kernel
             if stage.loose:
                 break  # whatever the kernel
         if inexact is not None:
             if stage is None or stage.kernel is not inexact:
                 stage = None
-                stage = _alone(tried, checkpoint, start, end, inexact, threads, watch, ranks)
+                stage = _alone(tried, checkpoint, start, end, inexact, threads, watch, ranks, on, graphs)
                 stage.pack()
             tried.pop_all()
             return Loaded(stage, APPROXIMATE + secrets.token_hex(8))
     raise BadRequest(
-        f"{checkpoint.directory.name} ({config.model_type}) failed the self-check on layers {start}:{end}: {'; '.join(reasons)}",
+        f"{checkpoint.directory.name} ({checkpoint.config.model_type}) failed the self-check on layers {start}:{end}: "
+        f"{'; '.join(reasons)}",
         param="model",
         code="model_not_servable",
     )
+
+
+def _kernels(checkpoint: Checkpoint, wanted: str, quantize: str, ranks: int, on: torch.device) -> list[Kernel]:
+    """Those to be tried, the best first. Raises BadRequest: there is none."""
+    device.require_servable(on, checkpoint.directory.name, checkpoint.mixture, quantize, ranks)
+    widest = int(getattr(checkpoint.config, "intermediate_size", None) or 4 * checkpoint.hidden_size)
+    try:
+        if on != device.CPU:
+            return machine.gpu_candidates(wanted, checkpoint.stored_dtype)
+        return machine.ranked(wanted, checkpoint.stored_dtype, checkpoint.hidden_size, widest, quantize)
+    except ValueError as error:
+        raise BadRequest(str(error), param="dtype") from error
 
 
 def _alone(
@@ -104,20 +116,32 @@ def _alone(
     threads: int,
     watch: LoadWatch | None,
     ranks: int,
+    on: torch.device,
+    graphs: bool,
 ) -> Stage | ParallelStage:
     """A stage, not yet packed, that `tried` ends; the one before is ended, and its memory, for it refers to itself, is free."""
     tried.close()
     gc.collect()
-    stage = _stage(checkpoint, start, end, kernel, threads, watch, ranks)
+    stage = _stage(checkpoint, start, end, kernel, threads, watch, ranks, on, graphs)
     tried.callback(stage.close)
     return stage
 
 
 def _stage(
-    checkpoint: Checkpoint, start: int, end: int, kernel: Kernel, threads: int, watch: LoadWatch | None, ranks: int
+    checkpoint: Checkpoint,
+    start: int,
+    end: int,
+    kernel: Kernel,
+    threads: int,
+    watch: LoadWatch | None,
+    ranks: int,
+    on: torch.device,
+    graphs: bool,
 ) -> Stage | ParallelStage:
     if ranks > 1:
         return ParallelStage(checkpoint, start, end, kernel, threads, ranks)
+    if on != device.CPU:
+        return device_stage(checkpoint, start, end, kernel, threads, watch, on, graphs)
     return Stage(checkpoint, start, end, kernel, threads, watch)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from node.engine import device
 from node.engine.linear import KERNELS, Kernel
 from node.engine.native.library import Isa, native
 
@@ -39,18 +40,23 @@ def cpu() -> str:
     return " ".join([platform.machine(), *(said[name] for name in wanted if name in said)])
 
 
-def fingerprint(weights: str, kernel: Kernel, threads: int, ranks: int = 1) -> str:
+def fingerprint(weights: str, kernel: Kernel, threads: int, ranks: int = 1, on: torch.device = device.CPU) -> str:
     """Equal fingerprints promise equal tokens: all that is known to change a bit, in 16 hex digits.
 
     Behind them `-tp` and the number of ranks, where several compute a span together: sums over two parts round otherwise.
     """
+    parts: tuple[object, ...]
     parts = (torch.__version__, isa(), cpu(), str(kernel.dtype), kernel.name, kernel.quantize, RULES_VERSION, weights, threads)
+    if on != device.CPU:
+        parts = (*parts, device.name(on))
     digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).hexdigest()
     return digest if ranks == 1 else f"{digest}-tp{ranks}"
 
 
 def named(kernel: Kernel) -> str:
     """A kernel and the instructions its products run on, `mesh-bf16 on amx`: our own choice, or what torch may use."""
+    if kernel.attention:
+        return f"{kernel.name}, attention {kernel.attention}"
     library = native() if kernel.compiled else None
     return f"{kernel.name} on {isa() if library is None else library.isa.name.lower()}"
 
@@ -66,6 +72,8 @@ def candidates(wanted: str, stored: torch.dtype, quantize: str = "none") -> list
         ValueError: no such dtype or kernel, or none that quantises so.
     """
     if wanted in KERNELS:
+        if KERNELS[wanted].attention:
+            raise ValueError(f"{wanted} computes on a GPU; it needs --device cuda")
         return _existing([wanted])
     fast = "bf16" in isa() or "amx" in isa()
     if wanted not in ("auto", "float32", "bfloat16"):
@@ -83,6 +91,21 @@ def candidates(wanted: str, stored: torch.dtype, quantize: str = "none") -> list
         return _existing(["mesh-fp32", "fbgemm-fp16", "onednn-fp32", "aten-fp32"])
     narrow = [*_bf16_first(), "mesh-fp32", "fbgemm-fp16"] if fast else ["mesh-fp32", "fbgemm-fp16", "onednn-bf16"]
     return _existing([*narrow, "onednn-fp32", "aten-fp32"])
+
+
+def gpu_candidates(wanted: str, stored: torch.dtype) -> list[Kernel]:
+    """As `candidates`, for a GPU: products are torch's own, and what differs is the attention.
+
+    Raises:
+        ValueError: no such dtype or kernel.
+    """
+    names = [kernel.name for kernel in KERNELS.values() if kernel.attention]
+    if wanted in names:
+        return [KERNELS[wanted]]
+    if wanted not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"expected auto, float32, bfloat16 or one of {', '.join(names)} on a GPU; got {wanted!r}")
+    wide = wanted == "float32" or (wanted == "auto" and stored is not torch.bfloat16)
+    return [kernel for kernel in map(KERNELS.__getitem__, names) if (kernel.dtype is torch.float32) == wide]
 
 
 def _bf16_first() -> list[str]:

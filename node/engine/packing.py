@@ -74,6 +74,7 @@ class Packing:
         self._checkpoint = checkpoint
         self._kernel = kernel
         self._threads = threads
+        self._device = next(span.model.parameters()).device
         self._let_go = let_go
         self._told = packed
         form = whole and kernel.compiled and checkpoint.config.model_type in FORMS
@@ -145,7 +146,7 @@ class Packing:
             if (packed.in_features, packed.out_features) not in tried:
                 tried.add((packed.in_features, packed.out_features))
                 for product in (packed.product, packed.twice):
-                    buckets = agreeing_buckets(product, packed.in_features, self._kernel.dtype, buckets)
+                    buckets = agreeing_buckets(product, packed.in_features, self._kernel.dtype, buckets, self._device)
         if not buckets:
             raise ValueError(f"{self._kernel.name} gives a row other bits for every number of rows beside it")
         return buckets

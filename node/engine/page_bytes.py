@@ -39,7 +39,7 @@ def layout_of(page: Page) -> PageLayout:
 
 
 def to_bytes(page: Page) -> bytes:
-    return b"".join(kv.contiguous().view(torch.uint8).numpy().tobytes() for kv in page.values())
+    return b"".join(kv.cpu().contiguous().view(torch.uint8).numpy().tobytes() for kv in page.values())
 
 
 def from_bytes(content: bytes, layout: PageLayout) -> Page:

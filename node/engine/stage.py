@@ -24,6 +24,7 @@ from mesh.errors import BadRequest
 from node.engine import falcon  # noqa: F401 — its import registers its attention
 from node.engine.attention import NAME, PackedBatch, Segment, set_batch
 from node.engine.checkpoint import KNOWN_GOOD, Checkpoint, files_to_read
+from node.engine.device import CPU
 from node.engine.kvcache import KVStore, SequenceKV
 from node.engine.lean import FORMS, Lean
 from node.engine.linear import BUCKETS, Kernel, PackedLinear, bucket_for
@@ -134,6 +135,8 @@ def _cannot(checkpoint: Checkpoint, reason: str) -> BadRequest:
 class Stage:
     """The loaded span. `forward` may be called by one thread at a time."""
 
+    device = CPU  # `paged.stage` serves others
+
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -217,33 +220,41 @@ class Stage:
         if end == self.layers and logits_at:
             short = bucket_for(len(logits_at), self.buckets) - len(logits_at)
             wanted = torch.tensor([*logits_at, *[logits_at[-1]] * short])
-        if self.lean is None:
-            out = self._through_the_model(segments, start, end, where, tokens, taken, wanted)
-        else:
-            batch = PackedBatch(segments, start, end)
-            entering = self.lean.embed(tokens) if tokens is not None else taken
-            assert entering is not None
-            out = self.lean.run(batch, entering, where)
-            self.windows |= self.lean.windows
-            if wanted is not None:
-                out = self.lean.logits(out if bucket == len(wanted) and rows == len(logits_at) else out[wanted])
+        batch = PackedBatch(segments, start, end, None if taken is None else taken[None])
+        every = wanted is not None and bucket == len(wanted) and rows == len(logits_at)
+        out = self._compute(batch, where, tokens, taken, wanted, every)
         return out[:rows] if wanted is None else out[: len(logits_at)]
 
-    def _through_the_model(
+    def _compute(
         self,
-        segments: list[Segment],
-        start: int,
-        end: int,
+        batch: PackedBatch,
         where: torch.Tensor,
         tokens: torch.Tensor | None,
         taken: torch.Tensor | None,
         wanted: torch.Tensor | None,
+        every: bool,
     ) -> torch.Tensor:
-        """`forward` by the model's own code; the rows fill a bucket, and come out with its padding."""
+        """`forward` over rows that fill a bucket, `taken` or else `tokens`; padding comes out too. `every`: all are `wanted`."""
+        if self.lean is None:
+            return self._through_the_model(batch, where, tokens, wanted)
+        entering = taken
+        if entering is None:
+            assert tokens is not None
+            entering = self.lean.embed(tokens)
+        out = self.lean.run(batch, entering, where)
+        self.windows |= self.lean.windows
+        return out if wanted is None else self.lean.logits(out if every else out[wanted])
+
+    def _through_the_model(
+        self, batch: PackedBatch, where: torch.Tensor, tokens: torch.Tensor | None, wanted: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`_compute` by the model's own code."""
         inputs: dict[str, Any] = {"position_ids": where[None], "use_cache": False}
-        hidden = None if taken is None else taken[None]
-        inputs |= {"input_ids": tokens[None]} if tokens is not None else {"inputs_embeds": hidden}
-        batch = PackedBatch(segments, start, end, hidden)
+        if batch.hidden is not None:
+            inputs["inputs_embeds"] = batch.hidden
+        else:
+            assert tokens is not None
+            inputs["input_ids"] = tokens[None]
         self._running = batch
         set_batch(batch)
         try:
@@ -254,7 +265,7 @@ class Stage:
             assert batch.captured is not None
             return batch.captured[0]
         finally:
-            self.windows |= batch.readings.keys()
+            self.windows |= batch.windows
             self._running = None
             set_batch(None)
 
@@ -268,19 +279,20 @@ class Stage:
         `ran` is told of each layer that is done.
         """
         count = len(ids) if ids is not None else len(hidden)  # type: ignore[arg-type]
-        inputs: dict[str, Any] = {"position_ids": torch.arange(count)[None], "use_cache": False}
-        taken = None if hidden is None else hidden.to(self.kernel.dtype)[None]
-        inputs |= {"input_ids": torch.tensor([list(ids)])} if ids is not None else {"inputs_embeds": taken}
+        inputs: dict[str, Any] = {"position_ids": torch.arange(count, device=self.device)[None], "use_cache": False}
+        taken = None if hidden is None else hidden.to(self.device, self.kernel.dtype)[None]
+        inputs |= {"input_ids": torch.tensor([list(ids)], device=self.device)} if ids is not None else {"inputs_embeds": taken}
         batch = PackedBatch([], self.start, self.end, taken)
         self._running = batch
         self._ran = ran
         self._attend_by("eager")
         try:
             if self.end == self.layers:
-                return self.model(**inputs).logits[0].float()
+                logits: torch.Tensor = self.model(**inputs).logits[0].float().cpu()
+                return logits
             self._base(**inputs)
             assert batch.captured is not None
-            return batch.captured[0]
+            return batch.captured[0].cpu()
         finally:
             self._running = None
             self._ran = None

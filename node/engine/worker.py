@@ -20,11 +20,11 @@ import psutil
 import structlog
 import torch
 
-from mesh.errors import BadRequest, LocalError
+from mesh.errors import LocalError
 from mesh.ids import ModelId, StreamId
 from mesh.prefix import PAGE_TOKENS
 from mesh.view import Load, ModelCard, Span, is_exact
-from node.engine import machine
+from node.engine import device, machine
 from node.engine.activations import activations, hidden_outputs
 from node.engine.api import (
     Deliver,
@@ -77,11 +77,11 @@ class EngineStatistics:
 
 
 class TorchEngine:
-    """Implements `Engine` on CPU torch."""
+    """Implements `Engine` on torch: on CPUs, or on a GPU."""
 
     def __init__(self, config: EngineConfig) -> None:
-        if config.device not in ("auto", "cpu"):
-            raise BadRequest(f"this build computes on CPUs; expected device auto or cpu, got {config.device!r}", param="device")
+        self._device = device.chosen(config.device)
+        device.prepare(self._device)
         self._config = config
         self._lock = threading.Condition()
         self._scheduler = Scheduler(config.step_tokens, config.max_sequences, config.speculates)
@@ -101,7 +101,7 @@ class TorchEngine:
         self._watches: dict[Span, LoadWatch] = {}
         self._timing = StepTiming()
         self._step_failures = 0
-        self._kv_bytes = config.kv_memory_bytes or int(psutil.virtual_memory().available * KV_SHARE)
+        self._kv_bytes = device.kv_bytes(self._device, config.kv_memory_bytes, int(psutil.virtual_memory().available * KV_SHARE))
         torch.set_num_threads(config.threads)
 
     # ---- life
@@ -141,7 +141,7 @@ class TorchEngine:
             watch = self._watches[span] = LoadWatch(end - start, partial(log_progress, span))
             wanted = config.dtype, config.threads, config.quantize
             try:
-                loaded = load_stage(checkpoint, start, end, *wanted, watch, config.tensor_parallel)
+                loaded = load_stage(checkpoint, start, end, *wanted, watch, config.tensor_parallel, self._device, config.graphs)
             finally:
                 del self._watches[span]
             plain = loaded.stage if isinstance(loaded.stage, Stage) and is_exact(loaded.numerics) else None

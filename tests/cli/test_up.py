@@ -62,6 +62,7 @@ def test_options_become_the_configuration(started: list[NodeConfig], tmp_path: P
             "2",
             "--generation-config",
             "none",
+            "--no-graphs",
         ).exit_code
         == 0
     )
@@ -85,6 +86,7 @@ def test_options_become_the_configuration(started: list[NodeConfig], tmp_path: P
             quantize="int8",
             tensor_parallel=2,
             generation_config="none",
+            graphs=False,
         )
     ]
 

@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 
-from bench import engine, engine_exactness, engine_loading, engine_rows, engine_split, llama_side
+from bench import engine, engine_exactness, engine_gpu, engine_loading, engine_rows, engine_split, llama_side
 from bench.engine_exactness import freed
 from bench.engine_goals import judged
 from bench.engine_shapes import make_checkpoint, prompts, weights_read_bytes
@@ -19,6 +19,7 @@ from node.engine import attention
 from node.engine.attention import Segment, _cut
 from node.engine.checkpoint import read_checkpoint
 from node.engine.loading import load_stage
+from tests.engine.devices import no_gpu
 
 TINY = {
     "vocab_size": 512,
@@ -49,6 +50,20 @@ def test_every_side_in_this_process_decodes_the_same_tokens(tiny: Path):
     assert len(ours.turn(4)) == len(loop.turn(4)) == 4
     assert ours._next == loop._next[:, 0].tolist()
     assert len(GenerateBatch(model, 3).turn(2)) == 3 * 2
+
+
+def test_the_bench_of_a_gpu_compares_with_generate(tiny: Path):
+    report = engine_gpu.measure(tiny, torch.device("cpu"), batches=(1, 3), rounds=1, steps=3)
+    assert [row["batch"] for row in report["rows"]] == [1, 3] and report["exact"] and report["device"] == "cpu"
+    assert all(row["hf_generate_tok_s"] > 0 < row["ours_tok_s"] for row in report["rows"])
+
+
+@pytest.mark.skipif(not no_gpu(), reason="there is a GPU")
+def test_a_bench_on_a_gpu_that_is_not_there_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("sys.argv", ["bench.engine", "--quick", "--device", "cuda"])
+    with pytest.raises(SystemExit) as ended:
+        engine.main()
+    assert ended.value.code == 2 and "--device cuda: " in capsys.readouterr().err
 
 
 def test_a_batch_repeats_the_prompts_of_a_smaller_one():

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from node.engine.attention import Segment
-from node.engine.checkpoint import read_checkpoint
-from node.engine.linear import KERNELS
 from node.engine.native.library import native
 from node.engine.stage import Stage
 from tests.engine.checkpoints import EXACT
+from tests.engine.devices import kernels, stage_on
 
 Part = tuple[Stage, int, int]
 ANSWER = 6
@@ -99,12 +98,10 @@ def assert_same(one: Sequence, other: Sequence) -> None:
 
 
 def load(directory: Path, start: int, end: int, kernel: str) -> Stage:
-    stage = Stage(read_checkpoint(directory), start, end, KERNELS[kernel], threads=1)
-    stage.pack()
-    return stage
+    return stage_on(directory, start, end, kernel)
 
 
-@pytest.mark.parametrize("kernel", [*COMPILED, "onednn-fp32", "onednn-bf16", "fbgemm-fp16", "aten-fp32"])
+@pytest.mark.parametrize("kernel", kernels(*COMPILED, "onednn-fp32", "onednn-bf16", "fbgemm-fp16", "aten-fp32"))
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gpt2"])
 def test_tokens_and_logits_are_bit_equal_however_a_sequence_is_computed(
     name: str, kernel: str, checkpoint_of: Callable[[str], Path]
@@ -142,7 +139,7 @@ def test_tokens_and_logits_are_bit_equal_however_a_sequence_is_computed(
         assert_same(alone, generate(Sequence(prompt(1, 70), path), chunk=33))
 
 
-@pytest.mark.parametrize("kernel", ["onednn-fp32", "onednn-bf16"])
+@pytest.mark.parametrize("kernel", kernels("onednn-fp32", "onednn-bf16"))
 @pytest.mark.parametrize("name", [name for name in EXACT if name not in {"llama", "qwen2", "qwen3", "mistral", "gpt2"}])
 def test_other_architectures_are_bit_equal_in_chunks_in_batches_and_split(
     name: str, kernel: str, checkpoint_of: Callable[[str], Path]
@@ -157,7 +154,7 @@ def test_other_architectures_are_bit_equal_in_chunks_in_batches_and_split(
     assert all(torch.equal(batched.logits[position], alone.logits[position]) for position in (45, 46))
 
 
-@pytest.mark.parametrize("kernel", [*COMPILED[:2], "onednn-fp32", "onednn-bf16"])
+@pytest.mark.parametrize("kernel", kernels(*COMPILED[:2], "onednn-fp32", "onednn-bf16"))
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
 def test_sequences_longer_than_a_block_are_bit_equal_too(name: str, kernel: str, checkpoint_of: Callable[[str], Path]) -> None:
     whole = load(checkpoint_of(name), 0, 4, kernel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,16 +14,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mesh.errors import BadRequest
+from mesh.ids import ModelId
+from mesh.view import Span
 from node.engine import selfcheck
 from node.engine.attention import Segment
 from node.engine.checkpoint import read_checkpoint
+from node.engine.kept_pages import KeptPages
 from node.engine.linear import KERNELS
 from node.engine.native.library import native
 from node.engine.parallel import oracle, shard
 from node.engine.parallel.crew import WorkersLost
 from node.engine.parallel.messages import Forget, Keep, Restore, Step
 from node.engine.parallel.shard import Shard, cutting_of
-from node.engine.parallel.stage import ParallelStage
+from node.engine.parallel.stage import ParallelStage, SharedPage
 from node.engine.parallel.summing import GroupSum, SharedEmbedding, SummedProduct
 from node.engine.stage import Stage
 from tests.engine.checkpoints import make_checkpoint
@@ -275,6 +279,12 @@ def test_what_is_dropped_here_is_forgotten_by_the_ranks_with_the_next_step(check
         (Restore(numbers[1], (numbers[2],)),),
         (Forget(numbers[0]), Forget(numbers[2], page=True)),
     ]
+
+
+def test_a_page_that_workers_keep_cannot_be_spilled() -> None:
+    kept = KeptPages(Span(ModelId("toy"), 0, 4), cast(Any, None))
+    kept.store(1, cast(Any, SharedPage(deque(), page=True)))
+    assert not kept.spill(1) and len(kept) == 0
 
 
 def test_a_closed_stage_computes_no_more(checkpoint_of: Callable[[str], Path]) -> None:
