@@ -5,20 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from msgspec.structs import replace
 
 from mesh.errors import BadRequest, LocalError, Refused
 from mesh.ids import ModelId, StreamId
-from mesh.prefix import further_names
 from mesh.view import Span
-from node.engine.api import HiddenOut, OpenSequence, Prefix, SequenceKey, SequenceLost, TokenOut
+from node.engine.api import HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
 from node.engine.blocks import BLOCK_TOKENS, BlockPool
 from node.engine.pipelining import Groups
 from node.engine.row import Lane
-from node.engine.rows import Drawn, HeldSpan, Piece, StepPlan
+from node.engine.rows import Drawn, HeldSpan, StepPlan
 from node.engine.scheduler import Scheduler
 from node.engine.sharing import AGEING_STEPS
 from node.requests import SamplingParams
@@ -277,16 +273,6 @@ def test_dropping_a_span_loses_its_sequences_and_close_streams_frees_the_rest() 
     assert set(scheduler.plan().freed) == {key("a"), key("b")}
 
 
-def drawn_for(piece: Piece) -> list[Drawn]:
-    """A text that repeats itself, and at times does not."""
-    drawn = []
-    for position, guess in enumerate([*piece.draft, None], piece.draws_from):
-        drawn.append(Drawn(60 + position % 3 if position % 11 else 70))
-        if drawn[-1].token != guess:
-            break
-    return drawn
-
-
 def important(one: OpenSequence, priority: int) -> OpenSequence:
     return replace(one, priority=priority)
 
@@ -381,149 +367,3 @@ def test_without_memory_for_a_step_its_youngest_goes_and_the_others_are_tried_ag
     assert shares(run(scheduler)[0]) == {"old": (0, 5)}
     [lost] = scheduler.out_of_memory(scheduler.plan())
     assert lost.key.stream == "old" and scheduler.load().kv_blocks_used == 0
-
-
-class SchedulerMachine(RuleBasedStateMachine):
-    """Anything may be opened, fed, closed and stepped in any order; see the invariants."""
-
-    @initialize(step_tokens=st.integers(1, 40), blocks=st.integers(1, 5))
-    def make(self, step_tokens: int, blocks: int) -> None:
-        self.pools = {span: held(blocks) for span in (WHOLE, EARLY, LATE)}
-        self.scheduler = Scheduler(step_tokens, 4)
-        for span, one in self.pools.items():
-            self.scheduler.add_span(span, one)
-        self.opened: dict[SequenceKey, OpenSequence] = {}
-        self.over: set[SequenceKey] = set()
-        self.next_position: dict[SequenceKey, int] = {}
-        self.plan: StepPlan | None = None
-        self.count = 0
-        self.now = 0.0
-
-    @rule(
-        prompt=st.sampled_from([1, 3, 30, BLOCK_TOKENS - 1, BLOCK_TOKENS + 5]),
-        answer=st.sampled_from([1, 2, 5, 8, 60]),
-        span=st.sampled_from([(0, 4), (0, 2), (1, 3), (2, 4)]),
-        extra=st.integers(0, 3),
-        priority=st.integers(-1, 1),
-        last_choice=st.booleans(),
-        keeps=st.booleans(),
-        remaining_s=st.sampled_from([None, None, None, 3]),
-    )
-    def open(
-        self,
-        prompt: int,
-        answer: int,
-        span: tuple[int, int],
-        extra: int,
-        priority: int,
-        last_choice: bool,
-        keeps: bool,
-        remaining_s: int | None,
-    ) -> None:
-        self.count += 1
-        one = sequence(f"s{self.count}", prompt, span, known=prompt + min(extra, answer - 1), max_tokens=answer)
-        names = further_names(b"", [], [number % 90 + 5 for number in range(one.known)])
-        one = replace(
-            one,
-            priority=priority,
-            last_choice=last_choice,
-            prefix=Prefix(b"", tuple(names), "n") if keeps else None,
-            remaining_ms=None if remaining_s is None else remaining_s * 1000,
-        )
-        try:
-            self.scheduler.open(one, self.now)
-        except (Refused, BadRequest):
-            return
-        self.opened[one.key] = one
-        self.next_position[one.key] = one.known
-
-    @rule(pick=st.integers(0, 99), count=st.integers(1, 20), at=st.sampled_from(["next", "again", "late"]))
-    def feed(self, pick: int, count: int, at: str) -> None:
-        keys = [one for one, opened in self.opened.items() if opened.start > 0]
-        if keys:
-            one = keys[pick % len(keys)]
-            row = self.scheduler._rows.get(one)
-            end = row.pushed_end if row is not None else 0
-            push(self.scheduler, one.stream, {"next": end, "again": 0, "late": end + 7}[at], count)
-
-    @rule(pick=st.integers(0, 99), off=st.integers(-1, 1))
-    def token(self, pick: int, off: int) -> None:
-        if self.opened:
-            one = list(self.opened)[pick % len(self.opened)]
-            row = self.scheduler._rows.get(one)
-            self.scheduler.token(one, (row.known if row else 0) + off, 60)
-
-    @rule(pick=st.integers(0, 99))
-    def close(self, pick: int) -> None:
-        if self.opened:
-            one = list(self.opened)[pick % len(self.opened)]
-            self.scheduler.close(one)
-            self.over.add(one)
-
-    @rule()
-    def begin_step(self) -> None:
-        if self.plan is None:
-            self.now += 1
-            self.plan = self.scheduler.plan(self.now)
-            self.over |= {lost.key for lost in self.plan.lost}
-            assert sum(piece.count for piece in self.plan.pieces) <= self.scheduler.choosing.step_tokens
-            assert len({piece.row.lane for piece in self.plan.pieces}) <= 1
-            for piece in self.plan.pieces:
-                assert piece.row.key not in self.over
-                assert len(piece.row.blocks) * BLOCK_TOKENS >= piece.position + piece.count
-
-    @rule(good=st.sampled_from([True, True, False]), memory=st.booleans())
-    def end_step(self, good: bool, memory: bool = False) -> None:
-        if self.plan is not None:
-            outputs: list[TokenOut | SequenceLost]
-            if good:
-                drawing = {piece.row.key: drawn_for(piece) for piece in self.plan.pieces if piece.draws}
-                outputs = self.scheduler.commit(self.plan, drawing)
-            elif memory:
-                outputs = list(self.scheduler.out_of_memory(self.plan))
-            else:
-                outputs = list(self.scheduler.fail(self.plan, "broken"))
-            self.scheduler.pages_to_store()
-            self.plan = None
-            for out in outputs:
-                assert out.key not in self.over, "output of a sequence that is over"
-                if isinstance(out, SequenceLost):
-                    self.over.add(out.key)
-                    continue
-                assert out.position == self.next_position[out.key], "a token twice, or a gap"
-                self.next_position[out.key] += 1
-                limit = self.opened[out.key].prompt_tokens + self.opened[out.key].sampling.max_tokens
-                assert (out.finish == "length") == (out.position == limit - 1)
-                if out.finish:
-                    self.over.add(out.key)
-
-    @invariant()
-    def blocks_are_those_of_the_rows_and_the_running_step(self) -> None:
-        if not hasattr(self, "scheduler"):
-            return
-        for span, one in self.pools.items():
-            blocks = {block for row in self.scheduler._rows.values() if row.lane.span == span for block in row.blocks}
-            for pool, more in self.scheduler._rooms._held_by_step:
-                blocks |= set(more) if pool is one.pool else set()
-            pages = self.scheduler._rooms._pages[span]
-            assert one.pool.used == len(blocks) + pages.blocks <= one.pool.total
-            readers = sum(len(row.offered) + len(row.restoring) for row in self.scheduler._rows.values() if row.lane.span == span)
-            assert pages.readers == readers
-
-    def teardown(self) -> None:
-        if not hasattr(self, "scheduler"):
-            return
-        self.end_step(True)
-        while (work_at_s := self.scheduler.work_at_s(self.now)) < float("inf"):
-            self.now = max(self.now + 1, work_at_s)  # progress: every step computes something, or only frees
-            plan = self.scheduler.plan(self.now)
-            assert plan.pieces or plan.freed or plan.lost
-            before = sum(piece.row.computed for piece in plan.pieces)
-            outputs = self.scheduler.commit(plan, {piece.row.key: drawn_for(piece) for piece in plan.pieces if piece.draws})
-            assert outputs or not plan.pieces or sum(piece.row.computed for piece in plan.pieces) > before
-        self.scheduler.close_streams(lambda stream: False)
-        assert self.scheduler.load().kv_blocks_used == 0 and self.scheduler.load().running == 0
-
-
-TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -1,0 +1,350 @@
+"""The scheduler under any order of calls, with a worker's view of the pages it keeps, spills, restores and loses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from msgspec.structs import replace
+
+from mesh.errors import BadRequest, Refused
+from mesh.prefix import PAGE_TOKENS, further_names
+from mesh.view import Span
+from node.engine.api import OpenSequence, Prefix, SequenceKey, SequenceLost, TokenOut
+from node.engine.blocks import BLOCK_TOKENS
+from node.engine.pages import PageName
+from node.engine.rows import Drawn, Piece, StepPlan
+from node.engine.scheduler import Scheduler
+from tests.engine.test_scheduler import EARLY, LATE, WHOLE, held, push, sequence
+
+PROMPTS = [1, 30, 3 * PAGE_TOKENS + 4, 3 * PAGE_TOKENS + 4, BLOCK_TOKENS - 1, BLOCK_TOKENS + 5]
+STEP_TOKENS = [600, 600, 40, 7, 1]
+
+
+def drawn_for(piece: Piece) -> list[Drawn]:
+    """A text that repeats itself, and at times does not."""
+    drawn = []
+    for position, guess in enumerate([*piece.draft, None], piece.draws_from):
+        drawn.append(Drawn(60 + position % 3 if position % 11 else 70))
+        if drawn[-1].token != guess:
+            break
+    return drawn
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A sequence to be opened, whose prompt begins as all others of the same `text` do."""
+
+    text: int
+    prompt: int
+    answer: int
+    span: tuple[int, int]
+    extra: int  # tokens of its answer known already
+    priority: int
+    last_choice: bool
+    keeps: bool
+    remaining_s: int | None
+
+    def sequence(self, name: str) -> OpenSequence:
+        known = self.prompt + min(self.extra, self.answer - 1)
+        tokens = tuple((number + 7 * self.text) % 90 + 5 for number in range(known))
+        one = sequence(name, self.prompt, self.span, known=known, max_tokens=self.answer)
+        return replace(
+            one,
+            tokens=tokens if one.tokens else (),
+            prefix=Prefix(b"", tuple(further_names(b"", [], tokens)), "n") if self.keeps else None,
+            priority=self.priority,
+            last_choice=self.last_choice,
+            remaining_ms=None if self.remaining_s is None else self.remaining_s * 1000,
+        )
+
+
+WISHES = st.builds(
+    Wish,
+    text=st.sampled_from([0, 0, 0, 1]),
+    prompt=st.sampled_from(PROMPTS),
+    answer=st.sampled_from([1, 2, 5, 8, 60]),
+    span=st.sampled_from([(0, 4), (0, 4), (0, 4), (0, 2), (1, 3), (2, 4), (2, 4)]),
+    extra=st.integers(0, 3),
+    priority=st.integers(-1, 1),
+    last_choice=st.booleans(),
+    keeps=st.sampled_from([True, True, True, True, False]),
+    remaining_s=st.sampled_from([None, None, None, 3]),
+)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Anything may be opened, fed, closed, stepped, spilled and lost in any order; see the invariants."""
+
+    reached: ClassVar[Counter[str]] = Counter()  # what the rules got to, in all examples
+
+    @initialize(
+        step_tokens=st.sampled_from(STEP_TOKENS),
+        blocks=st.sampled_from([2, 3, 4, 1]),
+        spill_room=st.sampled_from([40, 3, 0]),
+        prompt=st.sampled_from([3 * PAGE_TOKENS + 4, 3 * PAGE_TOKENS + 4, BLOCK_TOKENS - 1]),
+        span=st.sampled_from([(0, 4), (0, 4), (2, 4)]),
+        crowd=st.sampled_from([30, BLOCK_TOKENS - 1]),
+        last_choice=st.booleans(),
+        spills=st.sampled_from([True, True, False]),
+    )
+    def make(
+        self,
+        step_tokens: int,
+        blocks: int,
+        spill_room: int,
+        prompt: int,
+        span: tuple[int, int],
+        crowd: int,
+        last_choice: bool,
+        spills: bool,
+    ) -> None:
+        """Begins where pages were kept, had to give way, and are wanted again: chance alone hardly ever gets there."""
+        self.pools = {span: held(blocks) for span in (WHOLE, EARLY, LATE)}
+        self.scheduler = Scheduler(step_tokens, 4)
+        for loaded, one in self.pools.items():
+            self.scheduler.add_span(loaded, one)
+        self.opened: dict[SequenceKey, OpenSequence] = {}
+        self.wishes: dict[SequenceKey, Wish] = {}
+        self.over: set[SequenceKey] = set()
+        self.next_position: dict[SequenceKey, int] = {}
+        self.running: StepPlan | None = None
+        self.content: dict[tuple[Span, int], PageName] = {}  # of the pages that a worker would hold
+        self.away: set[tuple[Span, int]] = set()  # those of them that are spilled
+        self.damaged: set[tuple[Span, int]] = set()  # those that cannot be read any more, which nobody knows yet
+        self.now = 0.0
+        self.spill_up_to(spill_room)
+        wish = Wish(0, prompt, 1, span, 0, 0, last_choice, True, None)
+        self.open(wish)
+        push(self.scheduler, "s0", 0, prompt)
+        self.steps(150, True)
+        self.crowd(crowd, last_choice)
+        self.steps(3, spills)
+        self.end_step("commit", True)  # or it would hold the blocks that are wanted next
+        self.disperse()
+        self.open(wish)
+
+    @rule(wish=WISHES)
+    def open(self, wish: Wish) -> None:
+        one = wish.sequence(f"s{len(self.opened)}")
+        try:
+            self.scheduler.open(one, self.now)
+        except (Refused, BadRequest):
+            return
+        self.opened[one.key] = one
+        self.wishes[one.key] = wish
+        self.next_position[one.key] = one.known
+
+    @rule(pick=st.integers(0, 99), count=st.integers(1, 120), at=st.sampled_from(["next", "offered", "again", "late"]))
+    def feed(self, pick: int, count: int, at: str) -> None:
+        keys = [one for one, opened in self.opened.items() if opened.start > 0]
+        if keys:
+            one = keys[pick % len(keys)]
+            row = self.scheduler._rows.get(one)
+            end, offered = (row.pushed_end, len(row.offered) * PAGE_TOKENS) if row is not None else (0, 0)
+            push(self.scheduler, one.stream, {"next": end, "offered": end or offered, "again": 0, "late": end + 7}[at], count)
+
+    @rule(pick=st.integers(0, 99), off=st.integers(-1, 1))
+    def token(self, pick: int, off: int) -> None:
+        if self.opened:
+            one = list(self.opened)[pick % len(self.opened)]
+            row = self.scheduler._rows.get(one)
+            self.scheduler.token(one, (row.known if row else 0) + off, 60)
+
+    @rule(pick=st.integers(0, 99))
+    def close(self, pick: int) -> None:
+        if self.opened:
+            self.close_one(list(self.opened)[pick % len(self.opened)])
+
+    def close_one(self, one: SequenceKey) -> None:
+        self.scheduler.close(one)
+        self.over.add(one)
+
+    @rule(prompt=st.sampled_from([30, BLOCK_TOKENS - 1]), last_choice=st.booleans())
+    def crowd(self, prompt: int, last_choice: bool) -> None:
+        """As many as there is room for; the long ones soon want more of it."""
+        for _ in range(self.scheduler.max_sequences):
+            self.open(Wish(1, prompt, 60, (0, 4), 0, 0, last_choice, False, None))
+
+    @rule()
+    def disperse(self) -> None:
+        for one in list(self.scheduler._rows):
+            self.close_one(one)
+
+    @rule(pick=st.integers(0, 99))
+    def ask_again(self, pick: int) -> None:
+        if self.opened:
+            self.open(list(self.wishes.values())[pick % len(self.wishes)])
+
+    @rule(room=st.sampled_from([0, 3, 40]))
+    def spill_up_to(self, room: int) -> None:
+        self.scheduler.fit_pages(dict.fromkeys(self.pools, room))
+
+    @rule(pick=st.integers(0, 99))
+    def damage(self, pick: int) -> None:
+        """What was spilled cannot be read back: the step that reads it finds out."""
+        if self.away:
+            self.damaged.add(sorted(self.away, key=str)[pick % len(self.away)])
+
+    @rule(spills=st.sampled_from([True, True, False]))
+    def begin_step(self, spills: bool) -> None:
+        if self.running is not None:
+            return
+        self.now += 1
+        self.running = plan = self.scheduler.plan(self.now)
+        self.take_up(plan.lost)
+        assert sum(piece.count for piece in plan.pieces) <= self.scheduler.choosing.step_tokens
+        assert len({piece.row.lane for piece in plan.pieces}) <= 1
+        for page in plan.dropped:
+            self.forget_page(page)
+        for piece in plan.pieces:
+            assert piece.row.key not in self.over
+            assert len(piece.row.blocks) * BLOCK_TOKENS >= piece.position + piece.count
+            pages = [self.content[piece.row.lane.span, number] for number in piece.restore]
+            assert pages == [piece.row.page_name(page) for page in range(len(pages))], "others than those of its beginning"
+            assert not pages or piece.position == len(pages) * PAGE_TOKENS
+            self.reached["restored"] += len(pages)
+            self.reached["restored from away"] += sum((piece.row.lane.span, number) in self.away for number in piece.restore)
+        for page in plan.spilling:
+            if spills and page in self.content:
+                self.away.add(page)
+            else:
+                self.lose(page[0], [page[1]])
+        self.reached["spilled"] += len(plan.spilling)
+
+    @rule(end=st.sampled_from(["commit", "commit", "fail", "out of memory"]), stores=st.sampled_from([True, True, False]))
+    def end_step(self, end: str, stores: bool) -> None:
+        plan, self.running = self.running, None
+        if plan is None:
+            return
+        for piece in plan.pieces:
+            pages = [(piece.row.lane.span, number) for number in piece.restore]
+            if missing := [page for page in pages if page in self.damaged or page not in self.content]:
+                self.reached["lost while wanted"] += 1
+                self.lose(piece.row.lane.span, [number for _, number in missing], plan)
+                return
+        if end == "fail":
+            self.take_up(self.scheduler.fail(plan, "broken"))
+        elif end == "out of memory":
+            self.take_up(self.scheduler.out_of_memory(plan))
+        else:
+            drawing = {piece.row.key: drawn_for(piece) for piece in plan.pieces if piece.draws}
+            self.take_up(self.scheduler.commit(plan, drawing))
+        rows = {piece.row.key: piece.row for piece in plan.pieces}
+        for store in self.scheduler.pages_to_store():
+            if stores:
+                self.content[store.lane.span, store.number] = rows[store.key].page_name(store.position // PAGE_TOKENS)
+            else:
+                self.lose(store.lane.span, [store.number])
+
+    @rule(count=st.sampled_from([1, 3, 20]), spills=st.booleans())
+    def steps(self, count: int, spills: bool) -> None:
+        """What a worker does while nobody asks anything of it."""
+        for _ in range(count):
+            self.end_step("commit", True)
+            if not self.scheduler.has_work(self.now + 1):
+                break
+            self.begin_step(spills)
+
+    def lose(self, span: Span, numbers: Sequence[int], plan: StepPlan | None = None) -> None:
+        for number in numbers:
+            self.forget_page((span, number))
+        self.take_up(self.scheduler.pages_lost(span, numbers, plan))
+
+    def forget_page(self, page: tuple[Span, int]) -> None:
+        self.content.pop(page, None)
+        self.away.discard(page)
+        self.damaged.discard(page)
+
+    def take_up(self, outputs: Iterable[TokenOut | SequenceLost]) -> None:
+        for out in outputs:
+            assert out.key not in self.over, "output of a sequence that is over"
+            if isinstance(out, SequenceLost):
+                self.over.add(out.key)
+                continue
+            assert out.position == self.next_position[out.key], "a token twice, or a gap"
+            self.next_position[out.key] += 1
+            limit = self.opened[out.key].prompt_tokens + self.opened[out.key].sampling.max_tokens
+            assert (out.finish == "length") == (out.position == limit - 1)
+            if out.finish:
+                self.over.add(out.key)
+
+    @invariant()
+    def blocks_and_pages_are_those_of_the_rows_and_the_running_step(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        for span, one in self.pools.items():
+            rows = [row for row in self.scheduler._rows.values() if row.lane.span == span]
+            blocks = {block for row in rows for block in row.blocks}
+            for pool, more in self.scheduler._rooms._held_by_step:
+                blocks |= set(more) if pool is one.pool else set()
+            pages = self.scheduler._rooms._pages[span]
+            assert one.pool.used == len(blocks) + pages.blocks <= one.pool.total
+            assert pages.readers == sum(len(row.offered) + len(row.restoring) for row in rows)
+            assert all((span, number) in self.content for number in pages._names), "a page is offered that nobody holds"
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        self.end_step("commit", True)
+        while (work_at_s := self.scheduler.work_at_s(self.now)) < float("inf"):
+            self.now = max(self.now, work_at_s)  # progress: every step computes something, or only frees
+            self.begin_step(True)
+            plan = self.running
+            assert plan is not None and (plan.pieces or plan.freed or plan.lost)
+            before, known = self.progress(plan)
+            self.end_step("commit", True)
+            assert not plan.pieces or self.progress(plan) != (before, known)
+        self.reached["preempted"] += self.scheduler.statistics().preempted
+        self.scheduler.close_streams(lambda stream: False)
+        assert self.scheduler.load().kv_blocks_used == 0 and self.scheduler.load().running == 0
+
+    def progress(self, plan: StepPlan) -> tuple[int, int]:
+        """Changes with whatever comes of a step; a page that is found to be lost is found once."""
+        return sum(piece.row.computed for piece in plan.pieces), len(self.over) + sum(self.next_position.values())
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+
+
+def test_the_machine_gets_to_pages_that_were_spilled_and_restored() -> None:
+    """Or it would check nothing of them: this is how each of its examples begins."""
+    SchedulerMachine.reached.clear()
+    machine = SchedulerMachine()
+    machine.make(600, 2, 40, 3 * PAGE_TOKENS + 4, (0, 4), 30, True, True)
+    machine.steps(20, True)
+    assert SchedulerMachine.reached["spilled"] >= SchedulerMachine.reached["restored from away"] == 3
+    machine.crowd(BLOCK_TOKENS - 1, True)
+    machine.steps(20, True)
+    machine.teardown()
+    assert SchedulerMachine.reached["preempted"] > 0
+
+
+def test_a_damaged_page_is_lost_to_the_step_that_restores_it() -> None:
+    SchedulerMachine.reached.clear()
+    machine = SchedulerMachine()
+    machine.make(600, 2, 40, 3 * PAGE_TOKENS + 4, (0, 4), 30, True, True)
+    machine.damage(0)
+    machine.begin_step(True)
+    machine.end_step("commit", True)
+    machine.blocks_and_pages_are_those_of_the_rows_and_the_running_step()
+    assert SchedulerMachine.reached["lost while wanted"] == 1
+    machine.teardown()
+
+
+def test_spilled_pages_that_a_sequence_waits_to_read_stay_when_others_are_spilled() -> None:
+    machine = SchedulerMachine()
+    machine.make(600, 3, 3, 3 * PAGE_TOKENS + 4, (2, 4), 30, True, True)
+    assert machine.scheduler._rooms._pages[WHOLE].spilled == machine.scheduler._rooms._pages[WHOLE].readers == 3
+    machine.open(Wish(1, 3 * PAGE_TOKENS + 4, 1, (0, 4), 0, 0, True, True, None))
+    machine.steps(20, True)
+    machine.crowd(30, True)
+    machine.steps(3, True)
+    machine.blocks_and_pages_are_those_of_the_rows_and_the_running_step()
+    machine.teardown()
