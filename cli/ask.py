@@ -37,6 +37,7 @@ def ask(
         return
     output.line("\n")
     output.citation_list(cited)
+    output.note(f"(why it went where it went: mesh why {stream.id})")
     shards_ok, shards_total = stream.mesh.get("shards_ok"), stream.mesh.get("shards_total")
     if shards_ok is not None and shards_ok != shards_total:
         output.note(f"only {shards_ok} of {shards_total} shards of {store} answered: passages may be missing")

@@ -1,8 +1,8 @@
-"""`mesh demo`: three real nodes, a question answered with citations, a node killed in mid-answer, the same answer.
+"""`mesh demo`: three real nodes, questions answered from documents with citations, a node killed in mid-answer, the same answer.
 
 The layers are pinned so that no node holds all of them and every layer is held twice: each path crosses at
-least two nodes, and any one node can be lost. The same request runs twice with the same seed, once
-undisturbed and once with a kill; the demo succeeds only if both gave the same tokens.
+least two nodes, and any one node can be lost. The longest answer is asked for again, and a node on its path is killed
+while it comes; the demo succeeds only if both gave the same tokens.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ if TYPE_CHECKING:
     from mesh.client_api import Document
 
 STORE = "demo"
-QUESTION = "What happens to a request when a node that works on it dies?"
+QUESTIONS = (
+    "What happens to a request when a node that works on it dies?",
+    "What does a node forward a request by?",
+    "Where does a mesh without a key live?",
+)
 PASSAGES = 3
-KILL_AFTER_TOKENS = 10
+KILL_AFTER_TOKENS = 3  # answers are a sentence long: the kill must fall well before its end
+LONGEST_TOKENS = 160  # a sentence is shorter
 READY_TIMEOUT_S = 60.0
-LONG_ENOUGH_S = 0.4  # a shorter answer might end before the kill takes effect
-LONGEST_TOKENS = 768
 
 
 class DemoFailed(MeshError):
@@ -42,6 +45,7 @@ class DemoFailed(MeshError):
 class Run:
     """One streamed answer. Times in seconds since the request."""
 
+    question: str = ""
     stream: str = ""
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
@@ -85,15 +89,15 @@ def project_documents() -> Iterator[Document]:
     yield Document("README.md", str(metadata("gossip-mesh").json.get("description", "")).encode())
 
 
-def ask_once(client: Client, tokens: int, seed: int, watch: Callable[[Run], None] = lambda run: None) -> Run:
-    """Asks the question and reads the answer; `watch` is called after each chunk."""
+def ask_once(client: Client, question: str, watch: Callable[[Run], None] = lambda run: None) -> Run:
+    """Asks and reads the answer, each time the likeliest token; `watch` is called after each chunk."""
     from mesh.answers import text_of
     from mesh.client_api import citations
 
-    run = Run()
+    run = Run(question)
     begun = time.monotonic()
     with client.ask(
-        QUESTION, STORE, top_k=PASSAGES, stream=True, seed=seed, max_tokens=tokens, ignore_eos=True, return_token_ids=True
+        question, STORE, top_k=PASSAGES, stream=True, temperature=0, max_tokens=LONGEST_TOKENS, return_token_ids=True
     ) as stream:
         for chunk in stream:
             listed = [token for choice in chunk.get("choices") or () for token in choice.get("token_ids") or ()]
@@ -159,22 +163,17 @@ def wait_replicated(client: Client) -> tuple[int, bool]:
         time.sleep(0.1)
 
 
-def undisturbed(client: Client, tokens: int, seed: int) -> Run:
-    """The reference: as long as it takes for a kill to fall into its middle."""
-    run = ask_once(client, tokens, seed)
-    while run.took_s - run.times_s[0] < LONG_ENOUGH_S and tokens < LONGEST_TOKENS:
-        tokens *= 2
-        run = ask_once(client, tokens, seed)
-    return run
-
-
 @dataclass(slots=True)
 class Killer:
-    """Kills a node of the path that is not the entry, once the answer is under way."""
+    """Kills a node of the path that is not the entry, once the answer is under way.
+
+    `http_of` is asked for beforehand: a sentence is over soon.
+    """
 
     mesh: LocalMesh
     client: Client
     entry: LocalNode
+    http_of: dict[str, str]  # by node id
     victim: LocalNode | None = None
     at_token: int = 0
     layers: str = ""
@@ -182,10 +181,9 @@ class Killer:
     def __call__(self, run: Run) -> None:
         if self.victim is not None or len(run.token_ids) < KILL_AFTER_TOKENS:
             return
-        by_id = {seen["id"]: seen["http"] for seen in self.client.status()["nodes"]}
         for stage in self.client.why(run.stream)["path"]:
             for node in self.mesh.nodes:
-                if node.http == by_id.get(stage["node"]) and node is not self.entry:
+                if node.http == self.http_of.get(stage["node"]) and node is not self.entry:
                     self.mesh.kill(node)
                     self.victim, self.at_token = node, len(run.token_ids)
                     self.layers = f"{stage['start']}:{stage['end']}"
@@ -214,31 +212,32 @@ def compare(reference: Run, disturbed: Run, killer: Killer) -> None:
             f"({len(reference.token_ids)} against {len(disturbed.token_ids)} tokens)"
         )
     if disturbed.mesh.get("attempts", 1) < 2:
-        raise DemoFailed("equal tokens, but the kill came too late to disturb the answer; try more --tokens")
+        raise DemoFailed("equal tokens, but the kill came too late to disturb the answer; ask something with a longer answer")
 
 
-def tell_sources(client: Client, story: output.Story, run: Run) -> None:
-    """The passages that the answer cites, and those it was given. A model of random weights cites by accident only.
+def tell_sources(story: output.Story, run: Run) -> None:
+    """The passages that the answer cites, and whether it quotes them word for word.
 
     Raises:
-        DemoFailed: retrieval found nothing, or not all of the index answered.
+        DemoFailed: not all of the index answered.
     """
     if run.mesh.get("shards_ok") != run.mesh.get("shards_total") or "digest" not in run.mesh:
         raise DemoFailed(f"expected all shards of {STORE} to answer, got {run.mesh.get('shards_ok')}")
-    passages = client.docs.search(STORE, QUESTION, top_k=PASSAGES)
-    if not passages:
-        raise DemoFailed("expected passages of the documents, found none")
     for citation in run.citations:
-        story.say(f"[{citation['number']}] {citation['filename']}, characters {citation['start']}-{citation['end']}")
-    if run.citations:
-        return
-    story.say("its text names none of its sources, as random weights would have it; it was given these:")
-    for number, passage in enumerate(passages, 1):
-        text = " ".join(" ".join(part.get("text", "") for part in passage.get("content", ())).split())
-        story.say(f"[{number}] {passage['filename']} (score {passage['score']:.3f}): {text[:70]}…")
+        word_for_word = is_quoted(run.text, str(citation.get("quote", "")))
+        place = f"{citation['filename']}, characters {citation['start']}-{citation['end']}"
+        story.say(f"[{citation['number']}] {place}{': there word for word' if word_for_word else ''}")
+    if not run.citations:
+        story.say("it names no passage")
 
 
-def perform(mesh: LocalMesh, story: output.Story, tokens: int, seed: int) -> None:
+def is_quoted(answer: str, passage: str) -> bool:
+    """Whether an answer, without its mark and whatever its line breaks, stands in the passage."""
+    plain = " ".join(answer.rpartition(" [")[0].split())
+    return bool(plain) and plain in " ".join(passage.split())
+
+
+def perform(mesh: LocalMesh, story: output.Story) -> None:
     """The demo's steps. Raises MeshError when one of them fails."""
     from cli.models import default_model
     from mesh.client import Client
@@ -256,9 +255,7 @@ def perform(mesh: LocalMesh, story: output.Story, tokens: int, seed: int) -> Non
         wait_ready(nodes)
         for node, span in zip(nodes, spans):
             story.say(f"{node.name}  layers {span:<8} pid {node.pid}  {node.http}")
-        story.say(
-            f"all ready after {since(begun)}. {model['id']} has random weights: its words mean nothing, only their sameness does"
-        )
+        story.say(f"all ready after {since(begun)}")
 
         begun = time.monotonic()
         story.step("The project's own documents go into the mesh")
@@ -267,20 +264,24 @@ def perform(mesh: LocalMesh, story: output.Story, tokens: int, seed: int) -> Non
         copies = f"{replicas} copies, {'in sync' if in_sync else 'not yet in sync'}"
         story.say(f"{len(added)} documents, {copies}, after {since(begun)}")
 
-        story.step(f"A question to {entry.name}: {QUESTION}")
-        reference = undisturbed(client, tokens, seed)
-        rate = len(reference.token_ids) / reference.took_s
-        story.say(f"undisturbed: {len(reference.token_ids)} tokens in {reference.took_s:.2f} s ({rate:.0f} a second)")
-        story.say(f"path {describe_path(client, reference)}")
-        story.quote(reference.text[:160] + "…")
-        tell_sources(client, story, reference)
+        runs = []
+        for node, question in zip(nodes, QUESTIONS):
+            story.step(f"A question to {node.name}: {question}")
+            with Client([node.http]) as asked:
+                runs.append(ask_once(asked, question))
+            story.quote(runs[-1].text)
+            tell_sources(story, runs[-1])
+            story.say(f"{len(runs[-1].token_ids)} tokens in {runs[-1].took_s:.2f} s, path {describe_path(client, runs[-1])}")
 
-        story.step("The same question again, and a node on its path is killed in mid-answer")
-        killer = Killer(mesh, client, entry)
-        disturbed = ask_once(client, len(reference.token_ids), seed, killer)
+        reference = max(runs, key=lambda run: len(run.token_ids))
+        story.step(f"One of them again, to {entry.name}, and a node on its path is killed in mid-answer: {reference.question}")
+        http_of = {seen["id"]: seen["http"] for seen in client.status()["nodes"]}
+        killer = Killer(mesh, client, entry, http_of)
+        disturbed = ask_once(client, reference.question, killer)
         if killer.victim is not None:
             story.say(f"SIGKILL to {killer.victim.name} (layers {killer.layers} of the path) after token {killer.at_token}")
         story.say(f"path afterwards {describe_path(client, disturbed)}, attempts {disturbed.mesh.get('attempts')}")
+        story.quote(disturbed.text)
         story.say(
             f"{len(disturbed.token_ids)} tokens in {disturbed.took_s:.2f} s, longest pause {disturbed.longest_gap_s():.2f} s"
         )
@@ -288,11 +289,9 @@ def perform(mesh: LocalMesh, story: output.Story, tokens: int, seed: int) -> Non
 
 
 def demo(
-    tokens: Annotated[int, typer.Option("--tokens", min=32, max=LONGEST_TOKENS, help="Length of the answer.")] = 96,
-    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 7,
     logs: Annotated[Path | None, typer.Option("--logs", metavar="DIR", help="Keep the nodes' logs and files here.")] = None,
 ) -> None:
-    """Three nodes on this machine, a question, a kill in mid-answer, the same answer. Exit code 0 only if it was the same."""
+    """Three nodes on this machine, questions, a kill in mid-answer, the same answer. Exit code 0 only if it was the same."""
     from cli.local_mesh import LocalMesh
 
     story = output.Story()
@@ -300,7 +299,7 @@ def demo(
     begun = time.monotonic()
     with LocalMesh(logs) as mesh:
         try:
-            perform(mesh, story, tokens, seed)
+            perform(mesh, story)
         except MeshError as error:
             for node in mesh.nodes:
                 output.note(f"--- {node.name}: {node.log_tail()}")

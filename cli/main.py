@@ -5,7 +5,8 @@ Importing this file must stay cheap: torch, trio and httpx are imported inside t
 
 from __future__ import annotations
 
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -35,6 +36,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        output.line(version("gossip-mesh"))
+        raise typer.Exit
+
+
+@app.callback()
+def mesh(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """A peer-to-peer gossip inference mesh: every node the same process, one OpenAI-compatible endpoint on each."""
+
+
 app.command("up")(up.up)
 app.command("join")(up.join)
 app.command("status")(status.status)

@@ -20,7 +20,7 @@ from mesh.ids import ModelId
 from mesh.keyring import Keyring, load_keyring
 from mesh.keys import BadKeyFile
 from node.capacity import layers_that_fit, memory_budget_bytes
-from node.config import NodeConfig, cache_home, data_home
+from node.config import NodeConfig, data_home
 from node.engine.api import Engine, EngineConfig
 from node.http.auth import ApiKeys
 from node.identity import Identity, take_free_identity, take_identity
@@ -122,7 +122,7 @@ def _take_identity(config: NodeConfig) -> Identity:
 def _prepare(config: NodeConfig, directory: Path, budget_bytes: int) -> tuple[Engine, Holdings]:
     """Reads the models' configs and tokenizers, before any weights (*blocking*, seconds: torch is imported here)."""
     references, wanted = split_references(config.models, joins=bool(config.join))
-    from node.engine.default_model import MODEL_ID, ensure_default_model
+    from node.engine.default_model import DIRECTORY, MODEL_ID
     from node.engine.worker import TorchEngine
 
     engine = TorchEngine(
@@ -141,7 +141,7 @@ def _prepare(config: NodeConfig, directory: Path, budget_bytes: int) -> tuple[En
     )
     models, capacity = Models(), {}
     if not references and not wanted:
-        references = [(ModelId(MODEL_ID), ensure_default_model(cache_home() / "models"))]
+        references = [(ModelId(MODEL_ID), DIRECTORY)]
     share_bytes = budget_bytes // (len(references) + len(wanted))
     for model, directory in references:
         card = engine.inspect(directory, model)

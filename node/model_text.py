@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ class ModelText:
             ends += configured if isinstance(configured, list) else [configured]
         ids = tuple(sorted({end for end in ends if end is not None}))
         return cls(tokenizer, ids, len(tokenizer), sampling_defaults(directory))
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: how far a text of many characters may shrink."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text))

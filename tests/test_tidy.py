@@ -89,3 +89,10 @@ def test_every_package_that_is_needed_is_pinned_and_torch_exactly():
     wanted = re.findall(r'^    "([A-Za-z0-9_.-]+)[=><]', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert {re.sub(r"[-_.]+", "-", each).lower() for each in wanted} <= pinned
     assert "torch==2.13.0" in lines
+
+
+def test_a_decision_has_a_number_of_its_own():
+    pages = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+    numbers = [path.name[:4] for path in pages]
+    assert len(set(numbers)) == len(numbers)
+    assert all(path.read_text().startswith(f"# {int(number)}. ") for path, number in zip(pages, numbers))

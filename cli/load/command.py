@@ -14,7 +14,9 @@ from mesh.errors import BadRequest
 
 def load(
     users: Annotated[int, typer.Option("--users", min=1, help="How many requests are open at once, at most.")] = 8,
-    requests: Annotated[int | None, typer.Option("--requests", min=1, help="How many requests.")] = None,
+    requests: Annotated[
+        int | None, typer.Option("--requests", min=1, help="How many requests; 10 a user, unless --duration is given.")
+    ] = None,
     duration: Annotated[float | None, typer.Option("--duration", min=0.1, help="For how many seconds requests begin.")] = None,
     rate: Annotated[
         float | None, typer.Option("--rate", min=0.001, help="Arrivals a second; without it, each user asks again at once.")

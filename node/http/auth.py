@@ -64,7 +64,8 @@ class ApiKeys:
         """
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
-            raise BadRequest("expected a header Authorization: Bearer KEY", status=401, code="missing_api_key")
+            wanted = "this node asks for an API key: expected a header Authorization: Bearer KEY (mesh commands: --api-key)"
+            raise BadRequest(wanted, status=401, code="missing_api_key")
         digest = key_hash(key.strip())
         found = b""
         for known in self.labels:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cli.demo import DemoFailed, Killer, Run, ask_once, compare, pinned_layers, project_documents, undisturbed
+from cli.demo import DemoFailed, Killer, Run, ask_once, compare, is_quoted, pinned_layers, project_documents
 from cli.local_mesh import LocalMesh, LocalNode
 from mesh.client import Client
 from node.config import pinned_spans
@@ -43,24 +43,25 @@ def test_the_documents_are_markdown_with_something_in_it() -> None:
 
 def test_a_run_keeps_its_tokens_times_and_citations() -> None:
     with fake_mesh(1, cut_after=[5]) as mesh, Client([mesh.url(0)]) as client:
-        run = ask_once(client, 12, 7)
+        run = ask_once(client, "What is it?")
     assert run.token_ids == list(range(100, 112))
     assert len(run.times_s) == 12
     assert [citation["filename"] for citation in run.citations] == ["a.md"]
     sent = mesh.posts("/v1/chat/completions")[0].json()
-    assert (sent["seed"], sent["max_tokens"], sent["ignore_eos"]) == (7, 12, True)
+    assert (sent["temperature"], sent["return_token_ids"]) == (0, True)
 
 
 def test_a_repeated_token_fails_the_demo() -> None:
     with fake_mesh(1, cut_after=[5], repeat=True) as mesh, Client([mesh.url(0)]) as client:
         with pytest.raises(DemoFailed, match="1 duplicate"):
-            ask_once(client, 12, 7)
+            ask_once(client, "What is it?")
 
 
-def test_an_answer_that_is_too_quick_to_be_disturbed_is_made_longer() -> None:
-    with fake_mesh(1) as mesh, Client([mesh.url(0)]) as client:
-        undisturbed(client, 96, 7)
-    assert [post.json()["max_tokens"] for post in mesh.posts("/v1/chat/completions")] == [96, 192, 384, 768]
+def test_an_answer_quotes_a_passage_word_for_word_or_not() -> None:
+    passage = "Every node is alike.\nA node that\ndies loses nothing. It comes back."
+    assert is_quoted("A node that dies loses nothing. [2]", passage)
+    assert not is_quoted("A node that dies loses everything. [2]", passage)
+    assert not is_quoted(" [2]", passage) and not is_quoted("", passage)
 
 
 def run_of(*tokens: int, attempts: int = 2) -> Run:
@@ -70,7 +71,7 @@ def run_of(*tokens: int, attempts: int = 2) -> Run:
 def test_only_equal_tokens_after_a_kill_that_hit_are_a_success(tmp_path: Path) -> None:
     with LocalMesh(tmp_path) as mesh, Client(["http://127.0.0.1:1"]) as client:
         entry = LocalNode.__new__(LocalNode)
-        killer = Killer(mesh, client, entry)
+        killer = Killer(mesh, client, entry, {})
         with pytest.raises(DemoFailed, match="before a node could be killed"):
             compare(run_of(1, 2), run_of(1, 2), killer)
         killer.victim = entry

@@ -14,7 +14,12 @@ from cli.local_mesh import LocalMesh, LocalNode
 
 # Six layers, three nodes: every path crosses two of them, every layer is held twice.
 SPLIT = {"a": ("--layers", "0:4"), "b": ("--layers", "2:6"), "c": ("--layers", "0:2,4:6")}
-CHAT = {"model": "mesh-demo", "messages": [{"role": "user", "content": "Tell me of the sea."}], "return_token_ids": True}
+CHAT = {
+    "model": "mesh-demo",
+    "messages": [{"role": "user", "content": "Tell me of the sea."}],
+    "temperature": 1.5,  # the default model is sure of its answers: without it, few tokens would tell one run from another
+    "return_token_ids": True,
+}
 
 
 def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:

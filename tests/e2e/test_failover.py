@@ -56,7 +56,7 @@ def a_stage_of(mesh, stream_id):
 
 def test_a_killed_stage_changes_no_token_and_leaves_nothing_behind(mesh):
     entry = living(mesh)[0]
-    request = {"max_tokens": 160, "seed": 7, "temperature": 1.0, "ignore_eos": True}
+    request = {"max_tokens": 160, "seed": 7, "ignore_eos": True}
     undisturbed = tokens_of(answer(entry, **request))
 
     tokens, seqs, last = read_and_disturb(entry, lambda stream_id: mesh.kill(a_stage_of(mesh, stream_id)), 20, **request)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from node.engine.default_model import ensure_random_model
 from tests.engine.checkpoints import make_checkpoint
+from tests.engine.random_model import make_random_model
 
 torch.set_num_threads(1)
 
@@ -29,5 +29,5 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 
 @pytest.fixture(scope="session")
-def mesh_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_random_model(tmp_path_factory.mktemp("cache"))
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_random_model(tmp_path_factory.mktemp("random") / "model")

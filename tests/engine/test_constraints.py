@@ -43,22 +43,22 @@ VOCAB = 2048
 
 
 @pytest.fixture(scope="module")
-def tiny(mesh_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of four small layers that has a tokenizer."""
     directory = make_checkpoint(tmp_path_factory.mktemp("spoken"), "llama", vocab_size=VOCAB, eos_token_id=2)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(mesh_demo / name, directory / name)
+        shutil.copyfile(random_model / name, directory / name)
     return directory
 
 
 @pytest.fixture(scope="module")
-def book(mesh_demo: Path) -> GrammarBook:
-    return GrammarBook(mesh_demo, VOCAB, frozenset({0, 2}))
+def book(random_model: Path) -> GrammarBook:
+    return GrammarBook(random_model, VOCAB, frozenset({0, 2}))
 
 
 @pytest.fixture(scope="module")
-def text(mesh_demo: Path) -> ModelText:
-    return ModelText.load(mesh_demo)
+def text(random_model: Path) -> ModelText:
+    return ModelText.load(random_model)
 
 
 def fits(grammar: Grammar, answer: str) -> bool:
@@ -96,7 +96,7 @@ def test_every_answer_drawn_within_a_grammar_fits_it_and_ends(grammar: Grammar, 
     assert len(answers) > 2 and all(fits(grammar, answer) for answer in answers), answers
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32), order=st.randoms(use_true_random=False))
 def test_the_mask_depends_on_the_answer_alone_not_on_what_was_asked_before(seed: int, order: Any, shared_book: Any) -> None:
     answer, masks = walk(shared_book.constraint(JSON), seed)
@@ -134,7 +134,7 @@ def test_the_end_may_be_ruled_out_while_anything_else_is_left(book: GrammarBook,
     assert one.allowed([], may_end=False).any()
 
 
-def test_a_grammar_is_compiled_once_and_the_oldest_is_forgotten(mesh_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grammar_is_compiled_once_and_the_oldest_is_forgotten(random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Grammar] = []
 
     def counting(grammar: Grammar, tokenizer: Any) -> Any:
@@ -143,7 +143,7 @@ def test_a_grammar_is_compiled_once_and_the_oldest_is_forgotten(mesh_demo: Path,
 
     monkeypatch.setattr("node.engine.constraints.KEPT", 2)
     monkeypatch.setattr("node.engine.constraints.compiled", counting)
-    book = GrammarBook(mesh_demo, VOCAB, frozenset({2}))
+    book = GrammarBook(random_model, VOCAB, frozenset({2}))
     for grammar in (CHOICE, CHOICE, REGEX, OPEN, REGEX, CHOICE):
         book.prepare(grammar)
     assert made == [CHOICE, REGEX, OPEN, CHOICE]  # the first choice had gone
@@ -164,9 +164,9 @@ def opened(**sampling: Any) -> OpenSequence:
 
 
 @pytest.fixture
-def constraints(mesh_demo: Path, monkeypatch: pytest.MonkeyPatch, book: GrammarBook) -> Constraints:
+def constraints(random_model: Path, monkeypatch: pytest.MonkeyPatch, book: GrammarBook) -> Constraints:
     one = Constraints()
-    one.serve(ModelId("toy"), mesh_demo, VOCAB, frozenset({0, 2}))
+    one.serve(ModelId("toy"), random_model, VOCAB, frozenset({0, 2}))
     monkeypatch.setitem(one._books, ModelId("toy"), book)  # compiled grammars are shared between tests
     return one
 

@@ -164,10 +164,10 @@ def divergence_nats(one: torch.Tensor, other: torch.Tensor) -> float:
 @needs_it
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_a_quantised_model_computes_with_the_rounded_weights_and_nothing_else_is_rounded(
-    quantize: str, mesh_demo: Path, record_property: Callable[[str, object], None]
+    quantize: str, random_model: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """On the small model of random weights, where nothing is redundant, INT8 costs 0.016 nats a token, INT4 2.8."""
-    checkpoint = read_checkpoint(mesh_demo)
+    checkpoint = read_checkpoint(random_model)
     ids = torch.randint(0, checkpoint.vocab_size, (64,), generator=torch.Generator().manual_seed(5)).tolist()
     stages = [Stage(checkpoint, 0, checkpoint.layers, KERNELS["mesh-fp32"], threads=1) for _ in range(2)]
     whole, rounded = stages
@@ -188,8 +188,8 @@ def test_a_quantised_model_computes_with_the_rounded_weights_and_nothing_else_is
 
 
 @needs_it
-def test_quantised_weights_have_numerics_of_their_own(mesh_demo: Path) -> None:
-    checkpoint = read_checkpoint(mesh_demo)
+def test_quantised_weights_have_numerics_of_their_own(random_model: Path) -> None:
+    checkpoint = read_checkpoint(random_model)
     numerics = {
         machine.fingerprint(checkpoint.weights, KERNELS[name], 1) for name in ("mesh-fp32", "mesh-int8-fp32", "mesh-int4-fp32")
     }
@@ -203,10 +203,12 @@ def test_without_a_compiler_the_reason_is_told(tmp_path: Path, monkeypatch: pyte
         built(tmp_path)
 
 
-def test_without_the_compiled_kernel_a_span_is_served_by_the_next_best(mesh_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_compiled_kernel_a_span_is_served_by_the_next_best(
+    random_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(machine, "native", lambda: None)
     machine.ranked.cache_clear()
-    assert load_stage(read_checkpoint(mesh_demo), 0, 2, "auto", 1).stage.kernel.name == "onednn-fp32"
+    assert load_stage(read_checkpoint(random_model), 0, 2, "auto", 1).stage.kernel.name == "onednn-fp32"
     assert [kernel.name for kernel in machine.candidates("auto", torch.bfloat16, "int8")] == ["aten-int8"]
     with pytest.raises(ValueError, match="needs the compiled kernel"):
         machine.candidates("auto", torch.float32, "int4")

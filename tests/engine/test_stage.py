@@ -227,8 +227,8 @@ def test_the_weights_digest_tells_finetunes_apart_and_ignores_who_saved_them(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_two_threads_are_exact_too_and_promise_nothing_about_one(dtype: str, mesh_demo: Path) -> None:
-    checkpoint = read_checkpoint(mesh_demo)
+def test_two_threads_are_exact_too_and_promise_nothing_about_one(dtype: str, random_model: Path) -> None:
+    checkpoint = read_checkpoint(random_model)
     one = load_stage(checkpoint, 0, 3, dtype, threads=1)
     torch.set_num_threads(2)
     try:

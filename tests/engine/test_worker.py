@@ -339,10 +339,10 @@ def test_a_model_loaded_meanwhile_changes_no_token(checkpoint_of: Callable[[str]
         assert one.tokens_of(long.key) == undisturbed
 
 
-def test_quantised_weights_are_served_when_asked_for_and_told_of(mesh_demo: Path) -> None:
+def test_quantised_weights_are_served_when_asked_for_and_told_of(random_model: Path) -> None:
     engine = TorchEngine(EngineConfig(quantize="int8"))
     plain = TorchEngine(EngineConfig())
-    card, other = (each.load(mesh_demo, MODEL, 0, 6) for each in (engine, plain))
+    card, other = (each.load(random_model, MODEL, 0, 6) for each in (engine, plain))
     (kernel,) = engine.statistics().kernels.values()
     assert "int8" in kernel and " on " in kernel
     assert card.numerics != other.numerics and is_exact(card.numerics)

@@ -108,6 +108,8 @@ def test_a_property_may_be_called_like_a_keyword() -> None:
 def prompts() -> Prompts:
     class Text(CountingText):
         end_tokens = (2,)
+        longest_token = 1
+        sampling_defaults: dict[str, float] = {}  # noqa: RUF012
 
         def encode(self, text: str) -> tuple[int, ...]:
             return tuple(text.encode())

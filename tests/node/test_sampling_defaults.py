@@ -81,7 +81,11 @@ class Tokenizer:
         return {"input_ids": [1, 2]}
 
     def encode(self, text: str) -> list[int]:
+        assert len(text) < 10_000, "what cannot fit is not read"
         return [3]
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"a": 1, "four": 2}
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -95,6 +99,18 @@ async def test_the_models_defaults_reach_the_engine_unless_the_node_was_told_oth
     assert found == ((0.9, 0.95, 20, 0.05, 1.1) if own else (0.9, 1.0, 0, 0.0, 1.0))
     plain = GenerateRequest(StreamId("s"), None, prompt="hi", sampling=SamplingParams(temperature=0.0))
     assert (await prompts.prepare(plain)).sampling.top_k == 0, "the node's own requests leave nothing out"
+
+
+async def test_a_prompt_that_no_tokenizer_makes_fit_is_refused_unread() -> None:
+    models = Models()
+    models.add(ServedModel(ModelCard(ModelId("m"), 4, 500, "w", "n"), Path(), ModelText(Tokenizer(), (0,), 500, {})))
+    prompts = Prompts(models, None)  # type: ignore[arg-type]
+    said = parsed(messages=[{"role": "user", "content": "x" * 100_000}])
+    for request in (said, GenerateRequest(StreamId("s"), None, prompt="x" * 100_000)):
+        with pytest.raises(BadRequest, match="500 tokens; a prompt of 100000 characters is far beyond it") as refused:
+            await prompts.prepare(request)
+        assert refused.value.code == "context_length_exceeded"
+    assert (await prompts.prepare(GenerateRequest(StreamId("s"), None, prompt="x" * 7_999))).tokens == (3,)
 
 
 def test_the_node_knows_two_ways_to_take_it() -> None:

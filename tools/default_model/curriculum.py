@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WARM_UP = 0.01  # shares of the whole run
-COOL_DOWN = 0.5
+COOL_DOWN = 0.75  # drills bear the full rate; choosing among sentences gets worse under it, and better as soon as it falls
 LESSON_STEPS = 25  # after so many it is asked whether the stage is mastered
 MASTERED = 0.85  # share of tokens of the stage's skill that are right
 NOTICE_STEPS = 32  # a stage is ended so many steps ahead: its last batches are made already
@@ -30,11 +30,11 @@ STAGES = (
     Stage(0.12, 128, {"echo": 0.45, "lookup": 0.35, "world": 0.20}, brief=0.0, skill="copying"),
     Stage(0.16, 128, {"recall": 0.80, "echo": 0.10, "lookup": 0.10}),
     Stage(0.20, 128, {"recall": 0.10, "quiz": 0.70, "lookup": 0.10, "echo": 0.10}),
-    Stage(0.34, 128, {"quiz": 0.10, "lookup": 0.25, "world": 0.48, "prose": 0.15, "talk": 0.02}),
-    Stage(0.60, 256, {"quiz": 0.05, "lookup": 0.08, "world": 0.55, "prose": 0.30, "talk": 0.02}),
-    Stage(0.84, 512, {"quiz": 0.03, "lookup": 0.05, "world": 0.55, "prose": 0.35, "talk": 0.02}),
-    Stage(0.95, 1024, {"quiz": 0.02, "lookup": 0.04, "world": 0.47, "prose": 0.45, "talk": 0.02}),
-    Stage(1.00, 2048, {"quiz": 0.02, "lookup": 0.04, "world": 0.46, "prose": 0.46, "talk": 0.02}),
+    Stage(0.28, 128, {"quiz": 0.10, "lookup": 0.25, "world": 0.48, "prose": 0.15, "talk": 0.02}),
+    Stage(0.34, 256, {"quiz": 0.05, "lookup": 0.08, "world": 0.55, "prose": 0.30, "talk": 0.02}),
+    Stage(0.48, 512, {"quiz": 0.03, "lookup": 0.05, "world": 0.55, "prose": 0.35, "talk": 0.02}),
+    Stage(0.94, 1024, {"quiz": 0.02, "lookup": 0.04, "world": 0.57, "prose": 0.35, "talk": 0.02}),
+    Stage(1.00, 2048, {"quiz": 0.02, "lookup": 0.04, "world": 0.52, "prose": 0.40, "talk": 0.02}),
 )
 LAST_BY_MASTERY = 4  # the long rows after it are dear, and wait for their share of the run
 

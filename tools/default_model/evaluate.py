@@ -21,7 +21,7 @@ from tools.default_model.prose import Prose
 from tools.default_model.tasks import Task
 
 PROJECT = Path(__file__).resolve().parents[2]
-SHIPPED = PROJECT / "node" / "engine" / "mesh_demo" / "trained"
+SHIPPED = PROJECT / "node" / "engine" / "mesh_demo"
 XQUAD = PROJECT.parent / "shared" / "data" / "xquad.en.json"
 SEED = 1
 MAX_NEW_TOKENS = 160
