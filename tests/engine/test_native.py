@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mesh.view import is_exact
 from node.engine import machine
@@ -83,6 +84,21 @@ def test_numbers_at_the_edges_of_their_range_come_out_alike_too(library: Library
 
 
 @needs_it
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_rows_that_cannot_be_rounded_have_no_result_and_leave_their_neighbours_theirs(quantize: str, library: Library) -> None:
+    rows = numbers(7, 80, seed=2)
+    product = NativeProduct(numbers(40, 80), None, quantize)
+    whole = product(rows)
+    rows[1, 3], rows[4, 79], rows[6] = float("nan"), float("inf"), 1e-38  # the last: denormal, and so zero
+    for isa in isas(library):
+        library.use(isa)
+        out = product(rows)
+        assert out[[1, 4]].isnan().all()
+        assert (out[6] == 0).all()
+        assert torch.equal(out[[0, 2, 3, 5]], whole[[0, 2, 3, 5]])
+
+
+@needs_it
 def test_a_product_is_whole_when_the_call_returns_however_many_threads_worked_on_it() -> None:
     product, rows = NativeProduct(numbers(512, 512), None), numbers(128, 512, seed=2)  # a thread's share takes a millisecond
     whole = product(rows)
@@ -137,24 +153,30 @@ def test_weights_are_held_in_as_few_bytes_as_hold_them_exactly() -> None:
     assert torch.equal(kept.t(), weight.bfloat16().float()), "float32 rows meet the weights unrounded"
 
 
+def rounded_by_32(rows: torch.Tensor) -> torch.Tensor:
+    """Rows `[…, inputs]` as a quantised product takes them: whole numbers of eight bits times one scale for 32 inputs."""
+    groups = F.pad(rows.float(), (0, -rows.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    largest = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    return ((groups * (127 / largest)).round() * (largest / 127)).flatten(-2)[..., : rows.shape[-1]]
+
+
 @needs_it
 @pytest.mark.parametrize("outputs, inputs", [(48, 96), (33, 40)])
-def test_quantised_products_are_those_of_the_weights_they_stand_for(outputs: int, inputs: int) -> None:
+def test_quantised_products_are_those_of_the_rounded_weights_and_rows(outputs: int, inputs: int) -> None:
     weight, rows = numbers(outputs, inputs), numbers(5, inputs, seed=2)
+    rows[2] *= 1e-20  # each row, and each 32 inputs of it, has a scale of its own
+    rows[3, :32] = 0
+    taken = rounded_by_32(rows)
+    assert ((taken - rows).abs() <= rows.abs().amax(1, keepdim=True) / 253).all()
     whole, scale = int8_of(weight)
     torch.testing.assert_close(
-        NativeProduct(weight, None, "int8")(rows), rows @ (whole * scale[:, None]).t(), atol=1e-4, rtol=1e-4
+        NativeProduct(weight, None, "int8")(rows), taken @ (whole * scale[:, None]).t(), atol=1e-4, rtol=1e-4
     )
     nibbles, scales = int4_of(weight)
     meant = nibbles * scales.repeat_interleave(32, 1)[:, :inputs]
-    torch.testing.assert_close(NativeProduct(weight, None, "int4")(rows), rows @ meant.t(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(NativeProduct(weight, None, "int4")(rows), taken @ meant.t(), atol=1e-4, rtol=1e-4)
     assert (whole * scale[:, None] - weight).abs().max() <= scale.max() / 2 + 1e-6
     assert (meant - weight).abs().max() <= scales.max() / 2 + 1e-6
-
-
-def log_probabilities(stage: Stage, ids: list[int]) -> torch.Tensor:
-    segments = [Segment(0, len(ids), 0, stage.sequence())]
-    return stage.forward(0, stage.layers, segments, range(len(ids)), ids=ids, logits_at=range(len(ids))).log_softmax(-1)
 
 
 def divergence_nats(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -163,28 +185,38 @@ def divergence_nats(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @needs_it
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_a_quantised_model_computes_with_the_rounded_weights_and_nothing_else_is_rounded(
+def test_a_quantised_model_computes_with_rounded_weights_and_rows_and_nothing_else_is_rounded(
     quantize: str, random_model: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """On the small model of random weights, where nothing is redundant, INT8 costs 0.016 nats a token, INT4 2.8."""
+    """On the small model of random weights, where nothing is redundant, INT8 costs 0.028 nats a token, INT4 2.8."""
     checkpoint = read_checkpoint(random_model)
     ids = torch.randint(0, checkpoint.vocab_size, (64,), generator=torch.Generator().manual_seed(5)).tolist()
-    stages = [Stage(checkpoint, 0, checkpoint.layers, KERNELS["mesh-fp32"], threads=1) for _ in range(2)]
-    whole, rounded = stages
-    for parent, name, layer in list(linear_modules(rounded.model)):
+    for end in (1, checkpoint.layers):
+        whole, rounded = (Stage(checkpoint, 0, end, KERNELS["mesh-fp32"], threads=1) for _ in range(2))
+        round_linear_layers(rounded, quantize)
+        plain, meant = (stage.plain(ids, None).float() for stage in (whole, rounded))
+        loaded = load_stage(checkpoint, 0, end, "float32", 1, quantize)
+        assert loaded.stage.kernel.quantize == quantize and is_exact(loaded.numerics)
+        at = range(64) if end == checkpoint.layers else ()
+        found = loaded.stage.forward(0, end, [Segment(0, 64, 0, loaded.stage.sequence())], range(64), ids=ids, logits_at=at)
+        if end == 1:  # before a number beside the middle of two whole ones goes the other way, which changes a row for good
+            apart = (found - meant).norm(dim=1) / meant.norm(dim=1)
+            assert apart.median() < 1e-5 < (plain - meant).norm(dim=1).min() / meant.norm(dim=1).max()
+    plain, meant, found = (logits.log_softmax(-1) for logits in (plain, meant, found))
+    cost_nats = divergence_nats(plain, found)
+    assert divergence_nats(meant, found) < cost_nats / 5
+    record_property("divergence_nats", cost_nats)
+    assert 1e-4 < cost_nats < {"int8": 0.04, "int4": 4.0}[quantize]
+
+
+def round_linear_layers(stage: Stage, quantize: str) -> None:
+    for parent, name, layer in list(linear_modules(stage.model)):
         numbers, scale = int8_of(layer.weight) if quantize == "int8" else int4_of(layer.weight)
         if quantize == "int4":
             scale = scale.repeat_interleave(32, 1)[:, : numbers.shape[1]]
-        getattr(parent, name).weight.data = numbers * scale.view(len(numbers), -1)
-    for stage in stages:
-        stage.pack()
-    loaded = load_stage(checkpoint, 0, checkpoint.layers, "float32", 1, quantize)
-    assert loaded.stage.kernel.quantize == quantize and is_exact(loaded.numerics)
-    plain, meant, found = (log_probabilities(stage, ids) for stage in (whole, rounded, loaded.stage))
-    assert divergence_nats(meant, found) < 1e-5
-    cost_nats = divergence_nats(plain, found)
-    record_property("divergence_nats", cost_nats)
-    assert 1e-4 < cost_nats < {"int8": 0.03, "int4": 4.0}[quantize]
+        linear = getattr(parent, name)
+        linear.weight.data = numbers * scale.view(len(numbers), -1)
+        linear.register_forward_pre_hook(lambda layer, given: (rounded_by_32(given[0]),))
 
 
 @needs_it
@@ -218,16 +250,14 @@ def test_without_the_compiled_kernel_a_span_is_served_by_the_next_best(
 class FakeCompiler:
     """Writes a library of its own making; counts."""
 
-    def __init__(self, complaint: str = "") -> None:
+    def __init__(self) -> None:
         self.runs = 0
-        self.complaint = complaint
-        self.amx: list[bool] = []
+        self.complaint = ""
 
-    def __call__(self, compiler: str, library: Path, with_amx: bool) -> str:
+    def __call__(self, compiler: str, library: Path) -> str:
         self.runs += 1
-        self.amx.append(with_amx)
         library.write_bytes(b"a library")
-        return self.complaint if with_amx or self.complaint == "always" else ""
+        return self.complaint
 
 
 @pytest.fixture
@@ -238,7 +268,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> FakeCompiler:
     monkeypatch.setattr(build.shutil, "which", lambda name: "/usr/bin/cc")
     done = subprocess.CompletedProcess([], 0, stdout=b"a compiler 1.0")
     monkeypatch.setattr(build.subprocess, "run", lambda *words, **more: done)
-    monkeypatch.setattr(build, "_compile", fake)
+    monkeypatch.setattr(build, "compiled", fake)
     return fake
 
 
@@ -249,12 +279,10 @@ def test_a_library_is_built_once_and_again_when_its_bytes_are_not_what_was_built
     assert built(tmp_path).read_bytes() == b"a library" and compiler.runs == 2
 
 
-def test_a_compiler_from_before_amx_builds_the_rest(tmp_path: Path, compiler: FakeCompiler) -> None:
-    compiler.complaint = "unknown option -mamx-tile"
-    assert built(tmp_path).is_file() and compiler.amx == [True, False]
-    compiler.complaint = "always"
-    with pytest.raises(CannotBuild, match="always"):
-        built(tmp_path / "elsewhere")
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path, compiler: FakeCompiler) -> None:
+    compiler.complaint = "no such thing"
+    with pytest.raises(CannotBuild, match="no such thing"):
+        built(tmp_path)
 
 
 def test_a_directory_that_others_may_write_to_is_not_trusted(tmp_path: Path, compiler: FakeCompiler) -> None:

@@ -1,10 +1,12 @@
 /* One panel by tile multiplication. What TDPBF16PS computes is fixed: of 32 products the even and the odd ones are summed
  * apart by fused multiply-adds, both sums are added, then joined to the total, denormals taken as zero (Intel SDM vol. 2).
  * rows.c computes exactly that without tiles. A row's result does not depend on the rows beside it. */
+#include "lanes.h"
 #include "mesh.h"
 
-#include <immintrin.h>
-#include <string.h>
+#if defined(SOFT_AMX) /* a test: tiles in plain C */
+#include SOFT_AMX
+#endif
 
 #define AHEAD 1024 /* bytes; measured: 14 GB/s without, 17 with, on a core that reads 15 by plain loads */
 
@@ -70,16 +72,27 @@ void amx_panel(const uint16_t *panel, const uint16_t *x, int64_t steps, int rows
     _tile_release();
 }
 
-void amx_panels(const uint16_t *panels, int64_t count, const uint16_t *x, int64_t steps, int rows, float *out, int64_t stride) {
+void amx_panels(const uint16_t *panels, int64_t count, const uint16_t *x, int64_t x_stride, int64_t steps, int rows, int begun,
+                float *out, int64_t stride) {
     const int upper = rows < 16 ? rows : 16, lower = rows - upper;
-    const int64_t x_bytes = steps * STEP * 2, out_bytes = stride * 4;
-    const uint16_t *below = x + 16 * steps * STEP;
+    const int64_t x_bytes = x_stride * 2, out_bytes = stride * 4;
+    const uint16_t *below = x + 16 * x_stride;
     configure(upper, lower);
     for (int64_t panel = 0; panel < count; panel++, out += PANEL) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        if (begun) {
+            _tile_loadd(0, out, out_bytes);
+            _tile_loadd(1, out + 16, out_bytes);
+        } else {
+            _tile_zero(0);
+            _tile_zero(1);
+        }
+        if (begun && lower) {
+            _tile_loadd(2, out + 16 * stride, out_bytes);
+            _tile_loadd(3, out + 16 * stride + 16, out_bytes);
+        } else {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
         for (int64_t step = 0; step < steps; step++, panels += 1024) {
             _tile_loadd(6, panels, 64);
             _tile_loadd(7, panels + 512, 64);
@@ -100,7 +113,8 @@ void amx_panels(const uint16_t *panels, int64_t count, const uint16_t *x, int64_
     _tile_release();
 }
 
-void amx_panel_scaled(const uint16_t *panel, const float *scales, const uint16_t *x, int64_t steps, int rows, float *out) {
+void amx_panel_scaled(const uint16_t *panel, const float *scales, const uint16_t *x, const float *row_scales, int64_t steps, int rows,
+                      float *out) {
     float sums[16 * PANEL] __attribute__((aligned(64)));
     const int64_t stride = steps * STEP * 2;
     for (int top = 0; top < rows; top += 16) {
@@ -119,11 +133,11 @@ void amx_panel_scaled(const uint16_t *panel, const float *scales, const uint16_t
             _tile_stored(0, sums, PANEL * 4);
             _tile_stored(1, sums + 16, PANEL * 4);
             for (int half = 0; half < PANEL; half += 16) {
-                const __m512 scale = _mm512_loadu_ps(scales + step * PANEL + half);
                 for (int row = 0; row < count; row++) {
                     float *total = totals + row * PANEL + half;
-                    const __m512 sum = _mm512_loadu_ps(sums + row * PANEL + half);
-                    _mm512_storeu_ps(total, _mm512_fmadd_ps(scale, sum, _mm512_loadu_ps(total)));
+                    V by = v_set(row_scales[(top + row) * steps + step]);
+                    if (scales) by = v_mul(by, v_load(scales + step * PANEL + half));
+                    v_store(total, v_fma(by, v_load(sums + row * PANEL + half), v_load(total)));
                 }
             }
         }

@@ -25,8 +25,9 @@ static __thread arena_t step_arena, item_arena;
 
 /* ---- keys and values as weights */
 
+/* 16 rows of 16 words of four bytes into columns, 64 bytes each. */
 #if defined(__AVX512F__)
-static inline void turn16(const char *from, int64_t stride, char *to) { /* 16 x 16 words of four bytes */
+static inline void turn16(const char *from, int64_t stride, char *to) {
     VI r[16], t[16];
     UNROLL16 for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(from + i * stride);
     UNROLL16 for (int i = 0; i < 16; i += 2) {
@@ -52,6 +53,30 @@ static inline void turn16(const char *from, int64_t stride, char *to) { /* 16 x 
         _mm512_storeu_si512(to + 64 * (12 + i), _mm512_shuffle_i32x4(t[8 + i], t[12 + i], 0xdd));
     }
 }
+#else
+static inline void turn8(const char *from, int64_t stride, char *to) { /* 8 rows of 8 words, into a half of 8 columns */
+    __m256 r[8], t[8];
+    UNROLL for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps((const float *)(from + i * stride));
+    UNROLL for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 8; i += 4) { /* each half of r[i] becomes a column of four rows */
+        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps((float *)(to + 64 * i), _mm256_permute2f128_ps(r[i], r[4 + i], 0x20));
+        _mm256_storeu_ps((float *)(to + 64 * (4 + i)), _mm256_permute2f128_ps(r[i], r[4 + i], 0x31));
+    }
+}
+
+static inline void turn16(const char *from, int64_t stride, char *to) {
+    for (int row = 0; row < 16; row += 8)
+        for (int word = 0; word < 16; word += 8) turn8(from + row * stride + word * 4, stride, to + word * 64 + row * 4);
+}
 #endif
 
 /* 32 keys [dim], one behind the other, as a panel: outputs are keys, inputs are what lies along `dim`. */
@@ -62,12 +87,10 @@ static void keys_as_panel(const char *keys, int64_t dim, int bf16, char *panel) 
         for (int half = 0; half < 2; half++) {
             const char *from = keys + half * 16 * row + word * 4;
             char *to = panel + ((word / of_step * 2 + half) * of_step + word % of_step) * 64;
-#if defined(__AVX512F__)
             if (word + 16 <= words) {
                 turn16(from, row, to);
                 continue;
             }
-#endif
             const int64_t count = words - word < 16 ? words - word : 16;
             for (int64_t i = 0; i < 16; i++)
                 for (int key = 0; key < 16; key++) {
@@ -110,11 +133,6 @@ static void values_as_step(const char *values, int64_t dim, int64_t first, int b
 
 /* ---- one item */
 
-/* Asks for a block before it is needed: each is a page or so, and the processor's own prefetching ends with a page. */
-static inline void fetch_block(const char *block, int64_t bytes) {
-    for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch(block + line, _MM_HINT_T0);
-}
-
 /* Makes weights of a query's scores: of keys [first, end) of `count`; all others become zero. Gives their sum. */
 static float weigh(float *scores, int64_t count, int64_t first, int64_t end, float scale, int bf16, uint16_t *rounded) {
     for (int64_t i = 0; i < first; i++) scores[i] = -3.4e38f;
@@ -142,19 +160,35 @@ static float weigh(float *scores, int64_t count, int64_t first, int64_t end, flo
     return v_sum(sum);
 }
 
-/* `rows` of x [rows][steps * 32] by `count` panels into out [rows][stride]. */
-static void by_panels(const char *panels, int64_t count, const char *x, int64_t steps, int64_t rows, int bf16, int tiles, float *tile,
-                      float *out, int64_t stride) {
+/* `rows` of x [rows][stride] by `count` panels of `steps` steps, into out [rows][out_stride], one panel's 32 columns beside
+ * the other's; added to what is there if `begun`. Meanwhile `next` is asked for. */
+typedef struct {
+    const char *panels;
+    int64_t count, steps;
+    const void *x; /* bf16 for tiles, else float32 */
+    int64_t stride;
+    float *out;
+    int64_t out_stride;
+    int begun;
+    const char *next;
+    int64_t next_bytes;
+} by_panels_t;
+
+static void by_panels(const by_panels_t *work, int64_t rows, int bf16, int tiles) {
     const int kind = bf16 ? BF16 : FP32;
+    const int64_t tops = (rows + 31) / 32, share = work->next_bytes / (tops * work->count);
     for (int64_t top = 0; top < rows; top += 32) {
         const int some = (int)least(32, rows - top);
+        float *out = work->out + top * work->out_stride;
         if (tiles) {
-            amx_panels((const uint16_t *)panels, count, (const uint16_t *)x + top * steps * STEP, steps, some, out + top * stride, stride);
+            const uint16_t *x = (const uint16_t *)work->x + top * work->stride;
+            amx_panels((const uint16_t *)work->panels, work->count, x, work->stride, work->steps, some, work->begun, out, work->out_stride);
             continue;
         }
-        for (int64_t panel = 0; panel < count; panel++) {
-            lanes_panel(panels + panel * steps * 2 * half_bytes(kind), NULL, kind, (const float *)x + top * steps * STEP, steps, some, tile);
-            for (int row = 0; row < some; row++) memcpy(out + (top + row) * stride + panel * PANEL, tile + row * PANEL, PANEL * 4);
+        for (int64_t panel = 0; panel < work->count; panel++) {
+            const lanes_t lanes = {(const float *)work->x + top * work->stride, work->stride, work->steps, out + panel * PANEL,
+                                   work->out_stride, work->begun, work->next + (top / 32 * work->count + panel) * share, share};
+            lanes_panel(work->panels + panel * work->steps * 2 * half_bytes(kind), kind, &lanes, some);
         }
     }
 }
@@ -177,57 +211,103 @@ static void query_rows(const attend_t *a, const query_item_t *item, int64_t shar
     }
 }
 
-static void attend_item(const void *work, int64_t number) {
-    const attend_t *a = work;
-    const query_item_t *item = a->items + number;
+/* What attend_item works on. */
+typedef struct {
+    const attend_t *a;
+    const query_item_t *item;
+    int64_t position, count, base, blocks, width, steps; /* count: queries; base: the first key; width: keys; steps: of dim */
+    int64_t block_bytes, panel_bytes;                     /* of 32 keys as they lie; of one step of a panel */
+    int tiles;
+    char *rows;    /* queries, later weights as tiles take them */
+    char *panel;   /* BLOCKS blocks, made ready */
+    float *scores; /* [count][width] */
+    float *sums;   /* [count] */
+    float *out;    /* [count][steps * 32] */
+} item_t;
+
+static item_t begin_item(const attend_t *a, const query_item_t *item) {
     const layer_t *l = a->layer;
-    const spans_t *s = a->spans;
-    const unsigned before = flush_denormals();
-    const int64_t dim = l->dim, shared = l->heads / l->kv_heads, position = s->position[item->span];
-    const int64_t count = least(QUERIES, s->count[item->span] * shared - item->first);
+    const int64_t dim = l->dim, shared = l->heads / l->kv_heads, position = a->spans->position[item->span];
+    const int64_t count = least(QUERIES, a->spans->count[item->span] * shared - item->first);
     const int64_t lowest = position + item->first / shared, highest = position + (item->first + count - 1) / shared;
     const int64_t base = (l->window && lowest >= l->window ? lowest - l->window + 1 : 0) & ~(int64_t)(KEYS - 1);
     const int64_t blocks = highest / KEYS - base / KEYS + 1, width = blocks * KEYS, steps = (dim + STEP - 1) / STEP;
-    const int tiles = use_amx && a->bf16;
-    const int64_t size = a->bf16 ? 2 : 4, from = item->kv_head * s->stride[item->span] + base * dim;
-    const char *keys = (const char *)a->keys[item->span] + from * size, *values = (const char *)a->values[item->span] + from * size;
-    const int64_t panel_bytes = 2 * half_bytes(a->bf16 ? BF16 : FP32); /* of one step */
-    const int64_t room = steps * BLOCKS > blocks ? steps * BLOCKS : blocks, widest = width > steps * STEP ? width : steps * STEP;
-    reserve(&item_arena, (size_t)(count * (widest * 4 + width * 4 + 4) + room * panel_bytes + 64 * PANEL * 4 + 512));
-    char *rows = carve(&item_arena, (size_t)(count * widest * 4)), *panel = carve(&item_arena, (size_t)(room * panel_bytes));
-    float *scores = carve(&item_arena, (size_t)(count * width * 4)), *sums = carve(&item_arena, (size_t)count * 4);
-    float *tile = carve(&item_arena, 32 * PANEL * 4), *out = carve(&item_arena, 32 * PANEL * 4);
-    query_rows(a, item, shared, count, tiles, rows);
-    for (int64_t block = 0; block < blocks; block += BLOCKS) {
-        const int64_t some = least(BLOCKS, blocks - block);
-        for (int64_t i = 0; i < some; i++) {
-            if (block + i + 1 < blocks) fetch_block(keys + (block + i + 1) * KEYS * dim * size, KEYS * dim * size);
-            keys_as_panel(keys + (block + i) * KEYS * dim * size, dim, a->bf16, panel + i * steps * panel_bytes);
-        }
-        by_panels(panel, some, rows, steps, count, a->bf16, tiles, tile, scores + block * KEYS, width);
+    const int64_t panel_bytes = 2 * half_bytes(a->bf16 ? BF16 : FP32), widest = width > steps * STEP ? width : steps * STEP;
+    item_t made = {.a = a, .item = item, .position = position, .count = count, .base = base, .blocks = blocks, .width = width};
+    made.steps = steps;
+    made.block_bytes = KEYS * dim * (a->bf16 ? 2 : 4);
+    made.panel_bytes = panel_bytes;
+    made.tiles = use_amx && a->bf16;
+    reserve(&item_arena, (size_t)(count * (widest * 4 + width * 4 + steps * STEP * 4 + 4) + BLOCKS * steps * panel_bytes + 5 * 64));
+    made.rows = carve(&item_arena, (size_t)(count * widest * 4));
+    made.panel = carve(&item_arena, (size_t)(BLOCKS * steps * panel_bytes));
+    made.scores = carve(&item_arena, (size_t)(count * width * 4));
+    made.sums = carve(&item_arena, (size_t)count * 4);
+    made.out = carve(&item_arena, (size_t)(count * steps * STEP * 4));
+    return made;
+}
+
+static const char *first_block(const item_t *m, const int64_t *places) {
+    const spans_t *s = m->a->spans;
+    const int64_t from = m->item->kv_head * s->stride[m->item->span] + m->base * m->a->layer->dim;
+    return (const char *)places[m->item->span] + from * (m->a->bf16 ? 2 : 4);
+}
+
+static void score(const item_t *m) {
+    const char *keys = first_block(m, m->a->keys);
+    const int64_t dim = m->a->layer->dim, bytes = m->block_bytes;
+    for (int64_t block = 0; block < m->blocks; block += BLOCKS) {
+        const int64_t some = least(BLOCKS, m->blocks - block), rest = m->blocks - block - some;
+        for (int64_t i = 0; i < some; i++)
+            keys_as_panel(keys + (block + i) * bytes, dim, m->a->bf16, m->panel + i * m->steps * m->panel_bytes);
+        const by_panels_t work = {m->panel, some, m->steps, m->rows, m->steps * STEP, m->scores + block * KEYS, m->width, 0,
+                                  keys + (block + some) * bytes, least(BLOCKS, rest) * bytes};
+        by_panels(&work, m->count, m->a->bf16, m->tiles);
     }
-    for (int64_t i = 0; i < count; i++) {
-        const int64_t at = position + (item->first + i) / shared;
+}
+
+static void weigh_scores(const item_t *m) {
+    const layer_t *l = m->a->layer;
+    const int64_t shared = l->heads / l->kv_heads;
+    for (int64_t i = 0; i < m->count; i++) {
+        const int64_t at = m->position + (m->item->first + i) / shared;
         const int64_t first = l->window && at >= l->window ? at - l->window + 1 : 0;
-        uint16_t *rounded = tiles ? (uint16_t *)rows + i * width : NULL;
-        sums[i] = weigh(scores + i * width, width, first - base, at + 1 - base, l->scale, a->bf16, rounded);
+        uint16_t *rounded = m->tiles ? (uint16_t *)m->rows + i * m->width : NULL;
+        m->sums[i] = weigh(m->scores + i * m->width, m->width, first - m->base, at + 1 - m->base, l->scale, m->a->bf16, rounded);
     }
-    const char *weights = tiles ? rows : (const char *)scores;
-    for (int64_t column = 0; column < dim; column += PANEL) {
-        for (int64_t block = 0; block < blocks; block++) {
-            if (!column && block + 1 < blocks) fetch_block(values + (block + 1) * KEYS * dim * size, KEYS * dim * size);
-            values_as_step(values + block * KEYS * dim * size, dim, column, a->bf16, panel + block * panel_bytes);
-        }
-        for (int64_t top = 0; top < count; top += 32) {
-            const int64_t some = least(32, count - top);
-            by_panels(panel, 1, weights + top * width * (tiles ? 2 : 4), blocks, some, a->bf16, tiles, tile, out, PANEL);
-            for (int64_t i = 0; i < some; i++) {
-                const int64_t query = item->first + top + i, row = s->row[item->span] + query / shared;
-                const int64_t to = (row * l->heads + item->kv_head * shared + query % shared) * dim + column;
-                for (int64_t j = 0; j < PANEL && column + j < dim; j += 16)
-                    store_some(a->answers, to + j, dim - column - j, a->bf16, v_div(v_load(out + i * PANEL + j), v_set(sums[top + i])));
-            }
-        }
+}
+
+static void sum_values(const item_t *m) {
+    const char *values = first_block(m, m->a->values);
+    const int64_t dim = m->a->layer->dim, bytes = m->block_bytes;
+    for (int64_t block = 0; block < m->blocks; block += BLOCKS) {
+        const int64_t some = least(BLOCKS, m->blocks - block), rest = m->blocks - block - some;
+        for (int64_t i = 0; i < some; i++)
+            for (int64_t column = 0; column < m->steps; column++)
+                values_as_step(values + (block + i) * bytes, dim, column * PANEL, m->a->bf16, m->panel + (column * some + i) * m->panel_bytes);
+        const char *x = m->tiles ? m->rows + block * KEYS * 2 : (const char *)(m->scores + block * KEYS);
+        const by_panels_t work = {m->panel, m->steps, some, x, m->width, m->out, m->steps * STEP, block > 0,
+                                  values + (block + some) * bytes, least(BLOCKS, rest) * bytes};
+        by_panels(&work, m->count, m->a->bf16, m->tiles);
+    }
+}
+
+static void attend_item(const void *work, int64_t number) {
+    const attend_t *a = work;
+    const layer_t *l = a->layer;
+    const query_item_t *item = a->items + number;
+    const unsigned before = flush_denormals();
+    const int64_t dim = l->dim, shared = l->heads / l->kv_heads;
+    const item_t m = begin_item(a, item);
+    query_rows(a, item, shared, m.count, m.tiles, m.rows);
+    score(&m);
+    weigh_scores(&m);
+    sum_values(&m);
+    for (int64_t i = 0; i < m.count; i++) {
+        const int64_t query = item->first + i, row = a->spans->row[item->span] + query / shared;
+        const int64_t to = (row * l->heads + item->kv_head * shared + query % shared) * dim;
+        for (int64_t j = 0; j < dim; j += 16)
+            store_some(a->answers, to + j, dim - j, a->bf16, v_div(v_load(m.out + i * m.steps * STEP + j), v_set(m.sums[i])));
     }
     _mm_setcsr(before);
 }

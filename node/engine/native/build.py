@@ -16,21 +16,36 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
 COMPILERS = ("cc", "gcc", "clang")
 TIME_LIMIT_S = 120.0
 COMMON = ("-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
-WITH_AMX = "-DWITH_AMX"
-PARTS = {  # object: its source and flags
-    "rows_avx2": ("rows.c", ("-mavx2", "-mfma", "-mf16c")),
-    "rows_avx512": ("rows.c", AVX512),
-    "amx": ("amx.c", ("-mavx512f", "-mfma", "-mamx-tile", "-mamx-bf16")),
-    "entry": ("entry.c", (WITH_AMX,)),
-    "pool": ("pool.c", ()),
-}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One object file. A part with a `define` may be missing: older compilers lack its instructions."""
+
+    name: str
+    source: str
+    flags: tuple[str, ...]
+    define: str = ""
+
+
+PARTS = (
+    Part("rows_avx2", "rows.c", AVX2),
+    Part("rows_avx512", "rows.c", AVX512),
+    Part("dots_avx2", "dots.c", AVX2),
+    Part("dots_avx_vnni", "dots.c", (*AVX2, "-mavxvnni"), "WITH_AVX_VNNI"),
+    Part("dots_avx512_vnni", "dots.c", (*AVX512, "-mavx512vnni"), "WITH_AVX512_VNNI"),
+    Part("amx", "amx.c", ("-mavx512f", "-mfma", "-mamx-tile", "-mamx-bf16"), "WITH_AMX"),
+    Part("pool", "pool.c", ()),
+)
 
 
 class CannotBuild(Exception):
@@ -104,33 +119,38 @@ def _locked(directory: Path) -> Iterator[None]:
 def _build(compiler: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         aside = Path(folder) / "mesh.so"
-        said = _compile(compiler, aside, with_amx=True)
-        if said:  # a compiler from before AMX
-            said = _compile(compiler, aside, with_amx=False)
-        if said:
+        if said := compiled(compiler, aside):
             raise CannotBuild(f"{compiler} failed: {said[:300]}")
         _digest_file(library).write_text(_digest(aside))
         os.rename(aside, library)
 
 
-def _compile(compiler: str, library: Path, with_amx: bool) -> str:
-    """Compiles all parts beside one another and links them; gives what the compiler complained of, if it failed."""
-    running = []
-    for name, (source, flags) in PARTS.items():
-        if name == "amx" and not with_amx:
-            continue
-        some = [flag for flag in flags if with_amx or flag != WITH_AMX]
-        target = library.with_name(f"{name}.o")
-        command = [compiler, *COMMON, *some, "-c", str(SOURCES / source), "-o", str(target)]
-        running.append((target, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)))
-    complaints = []
-    for _, child in running:
+def compiled(compiler: str, library: Path, parts: tuple[Part, ...] = PARTS, entry_flags: tuple[str, ...] = ()) -> str:
+    """Compiles all parts beside one another, then what chooses among them, and links; gives the complaint, if it failed."""
+    running = [(part, _started(compiler, part, library)) for part in parts]
+    targets, defines, complaints = [], [], []
+    for part, (target, child) in running:
         with child:
             _, said = child.communicate(timeout=TIME_LIMIT_S)
-        if child.returncode:
-            complaints.append(said.strip())
+        if not child.returncode:
+            targets.append(target)
+            defines += [f"-D{part.define}"] if part.define else []
+        elif not part.define:
+            complaints.append(said.strip() or f"no object for {part.name}")
     if complaints:
         return complaints[0]
-    link = [compiler, "-shared", "-pthread", *(str(target) for target, _ in running), "-o", str(library)]
+    target, child = _started(compiler, Part("entry", "entry.c", (*defines, *entry_flags)), library)
+    with child:
+        _, said = child.communicate(timeout=TIME_LIMIT_S)
+    if child.returncode:
+        return said.strip() or "no object for entry"
+    link = [compiler, "-shared", "-pthread", *map(str, [*targets, target]), "-o", str(library)]
     linked = subprocess.run(link, capture_output=True, text=True, timeout=TIME_LIMIT_S, check=False)
     return linked.stderr.strip() or "the linker failed" if linked.returncode else ""
+
+
+def _started(compiler: str, part: Part, library: Path) -> tuple[Path, subprocess.Popen[str]]:
+    """The object file beside `library`, and the compiler that makes it."""
+    target = library.with_name(f"{part.name}.o")
+    command = [compiler, *COMMON, *part.flags, "-c", str(SOURCES / part.source), "-o", str(target)]
+    return target, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

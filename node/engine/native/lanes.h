@@ -7,7 +7,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(LANES_256)
 
 typedef __m512 V;
 typedef __m512i VI;
@@ -43,21 +43,12 @@ static inline void v_store_bf16(uint16_t *p, V a) { /* to nearest, ties to even;
 }
 
 static inline V v_load_fp16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
-static inline V v_load_int8(const int8_t *p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
-}
 
-static inline void v_load_pairs(const uint16_t *p, V *even, V *odd) { /* 16 pairs of bf16 */
-    VI pairs = _mm512_loadu_si512(p);
-    *even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-    *odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000u)));
+static inline V v_load_even(const uint16_t *p) { /* the first of 16 pairs of bf16 */
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
 }
-
-static inline void v_load_nibbles(const uint8_t *p, V *even, V *odd) { /* 16 bytes, each two numbers from -8 to 7 */
-    const V numbers = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    VI bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p));
-    *even = _mm512_permutexvar_ps(bytes, numbers); /* looks at the low four bits */
-    *odd = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), numbers);
+static inline V v_load_odd(const uint16_t *p) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32((int)0xffff0000u)));
 }
 
 static inline void v_store_pairs(uint16_t *p, V even, V odd) { /* numbers that bf16 holds exactly */
@@ -123,30 +114,15 @@ static inline void v_store_bf16(uint16_t *p, V a) {
 static inline V v_load_fp16(const uint16_t *p) {
     return BOTH(_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)), _mm256_cvtph_ps(_mm_loadu_si128((const void *)(p + 8))));
 }
-static inline __m256 half_int8(const int8_t *p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)));
-}
-static inline V v_load_int8(const int8_t *p) { return BOTH(half_int8(p), half_int8(p + 8)); }
 
-static inline void half_pairs(const uint16_t *p, __m256 *even, __m256 *odd) {
-    __m256i pairs = _mm256_loadu_si256((const void *)p);
-    *even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-    *odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000u)));
+static inline __m256 half_even(const uint16_t *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const void *)p), 16));
 }
-static inline void v_load_pairs(const uint16_t *p, V *even, V *odd) {
-    half_pairs(p, &even->a, &odd->a);
-    half_pairs(p + 16, &even->b, &odd->b);
+static inline __m256 half_odd(const uint16_t *p) {
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256((const void *)p), _mm256_set1_epi32((int)0xffff0000u)));
 }
-
-static inline void half_nibbles(const uint8_t *p, __m256 *even, __m256 *odd) {
-    __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)), eight = _mm256_set1_epi32(8);
-    *even = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(bytes, _mm256_set1_epi32(15)), eight));
-    *odd = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bytes, 4), eight));
-}
-static inline void v_load_nibbles(const uint8_t *p, V *even, V *odd) {
-    half_nibbles(p, &even->a, &odd->a);
-    half_nibbles(p + 8, &even->b, &odd->b);
-}
+static inline V v_load_even(const uint16_t *p) { return BOTH(half_even(p), half_even(p + 16)); }
+static inline V v_load_odd(const uint16_t *p) { return BOTH(half_odd(p), half_odd(p + 16)); }
 
 static inline void half_join_bf16(uint16_t *p, const uint16_t *even, const uint16_t *odd) {
     __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)even));

@@ -1,7 +1,8 @@
 """Products with weights in the compiled kernel's own order: any number of rows, the same bits for each, and on every CPU.
 
 Weights are held as they are stored where that is exact: float32 arithmetic over a bfloat16 checkpoint reads two bytes a
-weight. INT8 keeps one scale an output, INT4 one for 32 inputs of an output; both round, and only when asked for.
+weight. INT8 keeps one scale an output, INT4 one for 32 inputs of an output; both round, and only when asked for. Their rows
+are rounded too, to whole numbers of eight bits with one scale for 32 inputs, so that products are sums of whole numbers.
 """
 
 from __future__ import annotations

@@ -9,17 +9,11 @@
 
 #if defined(__AVX512F__)
 #define ROWS rows_avx512
-#define TOGETHER 4 /* rows that meet a weight in registers */
-#define HALVES 2   /* halves of a panel that are worked off together */
 #else
 #define ROWS rows_avx2
-#define TOGETHER 2
-#define HALVES 1
 #endif
 
-#define AHEAD 1024
-#define FEW_ROWS 2 /* up to here turning int8 and int4 into tiles costs more than it spares */
-#define UNROLL _Pragma("GCC unroll 4")
+#define FEW_ROWS 16 /* up to here turning int8 and int4 into tiles costs more than it spares */
 #define UNROLL16 _Pragma("GCC unroll 16")
 
 static inline int64_t round_up(int64_t number, int64_t unit) { return (number + unit - 1) / unit * unit; }
@@ -86,84 +80,7 @@ static inline void store_some(void *to, int64_t at, int64_t count, int bf16, V v
 
 /* ---- a panel of a product */
 
-/* The weights of one pair of inputs for 16 outputs. */
-static inline __attribute__((always_inline)) void load_weights(const char *half, int pair, int kind, V *even, V *odd) {
-    switch (kind) {
-    case BF16: v_load_pairs((const uint16_t *)half + pair * 32, even, odd); break;
-    case FP16:
-        *even = v_load_fp16((const uint16_t *)half + pair * 32);
-        *odd = v_load_fp16((const uint16_t *)half + pair * 32 + 16);
-        break;
-    case INT8:
-        *even = v_load_int8((const int8_t *)half + pair * 32);
-        *odd = v_load_int8((const int8_t *)half + pair * 32 + 16);
-        break;
-    case INT4: v_load_nibbles((const uint8_t *)half + pair * 16, even, odd); break;
-    default:
-        *even = v_load((const float *)half + pair * 32);
-        *odd = v_load((const float *)half + pair * 32 + 16);
-    }
-}
-
-static inline int64_t half_bytes(int kind) { /* of 16 outputs by 32 inputs */
-    return kind == FP32 ? 2048 : kind == INT8 ? 512 : kind == INT4 ? 256 : 1024;
-}
-
-/* `rows` of x [rows][steps * 32] float32 times `halves` halves of a panel, into out [rows][32]. */
-static inline __attribute__((always_inline)) void few_rows(
-    const char *panel, const float *scales, int kind, const float *x, int64_t steps, int rows, int halves, float *out) {
-    V total[TOGETHER][HALVES], even[TOGETHER][HALVES], odd[TOGETHER][HALVES];
-    const int64_t size = half_bytes(kind);
-    UNROLL for (int row = 0; row < rows; row++)
-        UNROLL for (int half = 0; half < halves; half++) total[row][half] = v_zero();
-    for (int64_t step = 0; step < steps; step++, panel += 2 * size) {
-        for (int64_t line = 0; line < halves * size; line += 64) _mm_prefetch(panel + AHEAD + line, _MM_HINT_T1);
-        UNROLL for (int row = 0; row < rows; row++)
-            UNROLL for (int half = 0; half < halves; half++) even[row][half] = odd[row][half] = v_zero();
-        for (int pair = 0; pair < 16; pair++) {
-            const float *at = x + step * STEP + 2 * pair;
-            UNROLL for (int half = 0; half < halves; half++) {
-                V weight_even, weight_odd;
-                load_weights(panel + half * size, pair, kind, &weight_even, &weight_odd);
-                UNROLL for (int row = 0; row < rows; row++) {
-                    even[row][half] = v_fma(v_set(at[row * steps * STEP]), weight_even, even[row][half]);
-                    odd[row][half] = v_fma(v_set(at[row * steps * STEP + 1]), weight_odd, odd[row][half]);
-                }
-            }
-        }
-        UNROLL for (int row = 0; row < rows; row++)
-            UNROLL for (int half = 0; half < halves; half++) {
-                const V sum = v_add(even[row][half], odd[row][half]);
-                total[row][half] = kind == INT4 ? v_fma(v_load(scales + step * PANEL + 16 * half), sum, total[row][half])
-                                                : v_add(total[row][half], sum);
-            }
-    }
-    UNROLL for (int row = 0; row < rows; row++)
-        UNROLL for (int half = 0; half < halves; half++) v_store(out + row * PANEL + 16 * half, total[row][half]);
-}
-
-static inline __attribute__((always_inline)) void lanes_of_kind(
-    const char *panel, const float *scales, int kind, const float *x, int64_t steps, int rows, float *out) {
-    for (int first = 0; first < 2; first += HALVES) {
-        const char *weights = panel + first * half_bytes(kind);
-        const float *by = scales ? scales + 16 * first : scales;
-        int row = 0;
-        for (; row + TOGETHER <= rows; row += TOGETHER)
-            few_rows(weights, by, kind, x + row * steps * STEP, steps, TOGETHER, HALVES, out + row * PANEL + 16 * first);
-        for (; row < rows; row++)
-            few_rows(weights, by, kind, x + row * steps * STEP, steps, 1, HALVES, out + row * PANEL + 16 * first);
-    }
-}
-
-static void lanes_panel(const char *panel, const float *scales, int kind, const float *x, int64_t steps, int rows, float *out) {
-    switch (kind) {
-    case BF16: lanes_of_kind(panel, scales, BF16, x, steps, rows, out); break;
-    case FP16: lanes_of_kind(panel, scales, FP16, x, steps, rows, out); break;
-    case INT8: lanes_of_kind(panel, scales, INT8, x, steps, rows, out); break;
-    case INT4: lanes_of_kind(panel, scales, INT4, x, steps, rows, out); break;
-    default: lanes_of_kind(panel, scales, FP32, x, steps, rows, out);
-    }
-}
+#include "panel.h"
 
 /* A panel's whole numbers as bf16, which holds them exactly, in the order of BF16. */
 static const uint16_t *as_tiles(const char *panel, int kind, int64_t steps) {
@@ -172,23 +89,19 @@ static const uint16_t *as_tiles(const char *panel, int kind, int64_t steps) {
     const int64_t size = half_bytes(kind);
     for (int64_t half = 0; half < 2 * steps; half++)
         for (int pair = 0; pair < 16; pair++) {
-            V even, odd;
-            if (kind == INT8)
-                load_weights(panel + half * size, pair, INT8, &even, &odd);
-            else
-                load_weights(panel + half * size, pair, INT4, &even, &odd);
-            v_store_pairs(tiles + half * 512 + pair * 32, even, odd);
+            float even[16], odd[16];
+            for (int output = 0; output < 16; output++) {
+                even[output] = whole_number(panel + half * size, kind, output, 2 * pair);
+                odd[output] = whole_number(panel + half * size, kind, output, 2 * pair + 1);
+            }
+            v_store_pairs(tiles + half * 512 + pair * 32, v_load(even), v_load(odd));
         }
     return tiles;
 }
 
 /* ---- a product of a block of rows */
 
-typedef struct {
-    int64_t rows;
-    const uint16_t *bf16; /* [rows][steps * 32], where tiles are to be used */
-    const float *fp32;    /* the same, where they are not */
-} input_t;
+#include "ready.h"
 
 enum into { STORED, ADDED, GATED };
 
@@ -202,10 +115,6 @@ typedef struct {
     int add_bf16, out_bf16;
     int64_t claim; /* panels an item */
 } work_t;
-
-static inline int by_tiles(const product_t *p, int64_t rows, int bf16) {
-    return use_amx && bf16 && (p->kind == BF16 || ((p->kind == INT8 || p->kind == INT4) && rows > FEW_ROWS));
-}
 
 static void finish(const work_t *w, int64_t panel, int64_t top, int rows, const float *tile) {
     const product_t *p = w->product;
@@ -240,20 +149,25 @@ static void work_panels(const void *work, int64_t item) {
     const product_t *p = w->product;
     const unsigned before = flush_denormals();
     const int64_t steps = steps_of(p), end = least((item + 1) * w->claim, panels_of(p));
-    const int64_t panel_bytes = steps * 2 * half_bytes((int)p->kind);
+    const int64_t step_bytes = 2 * half_bytes((int)p->kind), panel_bytes = steps * step_bytes, chunk_bytes = least(CHUNK, steps) * step_bytes;
     float tile[32 * PANEL] __attribute__((aligned(64)));
     for (int64_t panel = item * w->claim; panel < end; panel++) {
         const char *weights = (const char *)p->packed + panel * panel_bytes;
         const float *scales = p->kind == INT4 ? p->scale + panel * steps * PANEL : NULL;
-        const uint16_t *tiles = w->input.bf16 ? as_tiles(weights, (int)p->kind, steps) : NULL;
-        for (int64_t top = 0; top < w->input.rows; top += 32) {
-            const int rows = (int)least(32, w->input.rows - top);
-            if (!tiles)
-                lanes_panel(weights, scales, (int)p->kind, w->input.fp32 + top * steps * STEP, steps, rows, tile);
-            else if (scales)
-                amx_panel_scaled(tiles, scales, w->input.bf16 + top * steps * STEP, steps, rows, tile);
-            else
-                amx_panel(tiles, w->input.bf16 + top * steps * STEP, steps, rows, top == 0, tile);
+        const input_t *in = &w->input;
+        const uint16_t *tiles = in->bf16 ? as_tiles(weights, (int)p->kind, steps) : NULL;
+        for (int64_t top = 0; top < in->rows; top += 32) {
+            const int rows = (int)least(32, in->rows - top);
+            if (tiles && in_whole_numbers(p))
+                amx_panel_scaled(tiles, scales, in->bf16 + top * steps * STEP, in->dots.scales + top * steps, steps, rows, tile);
+            else if (tiles)
+                amx_panel(tiles, in->bf16 + top * steps * STEP, steps, rows, top == 0, tile);
+            else if (in_whole_numbers(p))
+                dots->panel(weights, scales, (int)p->kind, &in->dots, top, rows, tile);
+            else {
+                const lanes_t lanes = {in->fp32 + top * in->stride, in->stride, steps, tile, PANEL, 0, weights + panel_bytes, chunk_bytes};
+                lanes_panel(weights, (int)p->kind, &lanes, rows);
+            }
             finish(w, panel, top, rows, tile);
         }
     }
@@ -265,66 +179,6 @@ static void multiply(work_t work, int threads) {
     const int64_t large = 1 + (64 << 10) / (steps_of(work.product) * 2 * half_bytes((int)work.product->kind));
     work.claim = threads == 1 ? panels : share < 1 ? 1 : least(share, large);
     pool_run(work_panels, &work, (panels + work.claim - 1) / work.claim, threads);
-}
-
-/* ---- rows made ready for a product */
-
-typedef struct {
-    const void *x; /* [rows][k] */
-    int64_t k, stride;
-    int bf16;
-    const float *norm; /* [k] or null: taken as they are */
-    float eps;
-    uint16_t *out_bf16; /* [rows][stride], or null */
-    float *out_fp32;    /* the same */
-} ready_t;
-
-static void ready_row(const void *work, int64_t row) {
-    const ready_t *r = work;
-    const unsigned before = flush_denormals();
-    const int64_t from = row * r->k;
-    V factor = v_set(1.0f);
-    if (r->norm) {
-        V squares = v_zero();
-        for (int64_t at = 0; at < r->k; at += 16) {
-            const V x = load_some(r->x, from + at, r->k - at, r->bf16);
-            squares = v_fma(x, x, squares);
-        }
-        const float mean = v_sum(squares) / (float)r->k + r->eps;
-        factor = v_set(1.0f / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(mean))));
-    }
-    for (int64_t at = 0; at < r->stride; at += 16) {
-        V x = v_zero();
-        if (at < r->k) {
-            x = load_some(r->x, from + at, r->k - at, r->bf16);
-            if (r->norm) x = v_mul(v_mul(x, factor), load_some(r->norm, at, r->k - at, 0));
-        }
-        if (r->bf16) { /* lanes and tiles are given the same numbers */
-            uint16_t rounded[16];
-            v_store_bf16(r->out_bf16 ? r->out_bf16 + row * r->stride + at : rounded, x);
-            if (r->out_fp32) v_store(r->out_fp32 + row * r->stride + at, v_load_bf16(rounded));
-        } else {
-            v_store(r->out_fp32 + row * r->stride + at, x);
-        }
-    }
-    _mm_setcsr(before);
-}
-
-static size_t input_bytes(const product_t *p, int64_t rows) { return (size_t)(rows * steps_of(p) * STEP * 4 + 64); }
-
-/* Carved from the arena. */
-static input_t make_ready(const product_t *p, const void *x, int64_t rows, int bf16, const float *norm, float eps, int threads) {
-    ready_t ready = {x, p->k, steps_of(p) * STEP, bf16, norm, eps, NULL, NULL};
-    void *room = carve(&arena, input_bytes(p, rows));
-    if (by_tiles(p, rows, bf16)) {
-        if (!norm && p->k == ready.stride) return (input_t){rows, x, NULL};
-        ready.out_bf16 = room;
-    } else {
-        if (!norm && !bf16 && p->k == ready.stride) return (input_t){rows, NULL, x};
-        ready.out_fp32 = room;
-    }
-    pool_run(ready_row, &ready, rows, rows >= 16 ? threads : 1);
-    return (input_t){rows, ready.out_bf16, ready.out_fp32};
 }
 
 static inline const void *row_at(const void *rows, int64_t row, int64_t width, int bf16) {
@@ -377,16 +231,7 @@ static void turn_row(const void *work, int64_t row) {
             for (int64_t i = 0; i < dim; i += 16) store_some(t->to, at + i, dim - i, t->bf16, load_some(t->from, at + i, dim - i, 0));
             continue;
         }
-        V factor = v_set(1.0f);
-        if (norm) {
-            V squares = v_zero();
-            for (int64_t i = 0; i < dim; i += 16) {
-                const V x = load_some(t->from, at + i, dim - i, 0);
-                squares = v_fma(x, x, squares);
-            }
-            const float mean = v_sum(squares) / (float)dim + l->head_eps;
-            factor = v_set(1.0f / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(mean))));
-        }
+        const V factor = v_set(norm ? norm_factor(t->from, at, dim, 0, l->head_eps) : 1.0f);
         for (int64_t i = 0; i < middle; i += 16) {
             const int64_t count = middle - i;
             V x = load_some(t->from, at + i, count, 0), y = load_some(t->from, at + middle + i, count, 0);
