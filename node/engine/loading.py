@@ -15,6 +15,7 @@ from mesh.view import APPROXIMATE, ModelCard
 from node.engine import device, machine, selfcheck
 from node.engine.checkpoint import Checkpoint
 from node.engine.linear import Kernel
+from node.engine.native.layers import NativeLayers
 from node.engine.paged.stage import device_stage
 from node.engine.parallel import oracle
 from node.engine.parallel.stage import ParallelStage
@@ -76,7 +77,9 @@ def load_stage(
                 break
             if not stage.loose and selfcheck.is_exact(stage):
                 tried.pop_all()
-                return Loaded(stage, machine.fingerprint(checkpoint.weights, kernel, threads, ranks, on))
+                compiled = getattr(stage, "lean", None)
+                constants = compiled.constants if isinstance(compiled, NativeLayers) else ""
+                return Loaded(stage, machine.fingerprint(checkpoint.weights, kernel, threads, ranks, on, constants))
             inexact = inexact or kernel
             if stage.loose:
                 break  # whatever the kernel

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from node.engine import device
+from node.engine import device, golden
 from node.engine.linear import KERNELS, Kernel
 from node.engine.native.library import Isa, native
 
-RULES_VERSION = 4  # of the exactness rules: rows in buckets, query rows by 8, KV by 128, rounding of the sampler, compiled layers
+RULES_VERSION = 5  # of the exactness rules: rows in buckets, query rows by 8, KV by 128, the sampler, compiled layers
 DECISIVE = 1.5  # a timing overrules the rule of thumb only by this factor: two nodes of one kind must choose alike
 WORTH_TIMING_BYTES = 8 << 20  # smaller layers live in caches, where timings say little and matter less
 
@@ -40,13 +40,20 @@ def cpu() -> str:
     return " ".join([platform.machine(), *(said[name] for name in wanted if name in said)])
 
 
-def fingerprint(weights: str, kernel: Kernel, threads: int, ranks: int = 1, on: torch.device = device.CPU) -> str:
+def fingerprint(
+    weights: str, kernel: Kernel, threads: int, ranks: int = 1, on: torch.device = device.CPU, constants: str = ""
+) -> str:
     """Equal fingerprints promise equal tokens: all that is known to change a bit, in 16 hex digits.
 
-    Behind them `-tp` and the number of ranks, where several compute a span together: sums over two parts round otherwise.
+    `constants`: of a span that is compiled as a whole, the digest of what it derived from its config (`NativeLayers`). Such a
+    span computes the same on every machine on which the golden vectors hold; else torch and the CPU decide bits too. Behind
+    the digits `-tp` and the number of ranks, where several compute a span together: sums over two parts round otherwise.
     """
-    parts: tuple[object, ...]
-    parts = (torch.__version__, isa(), cpu(), str(kernel.dtype), kernel.name, kernel.quantize, RULES_VERSION, weights, threads)
+    parts: tuple[object, ...] = (str(kernel.dtype), kernel.quantize, RULES_VERSION, weights)
+    if constants and golden.holds():
+        parts = (*parts, golden.GOLDEN, constants)
+    else:
+        parts = (*parts, torch.__version__, isa(), cpu(), kernel.name, threads)
     if on != device.CPU:
         parts = (*parts, device.name(on))
     digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).hexdigest()

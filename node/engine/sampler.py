@@ -1,8 +1,9 @@
 """From logits to a token: a function of (seed, position, logits, parameters) and nothing else.
 
 The noise is counter-based: each token's Gumbel noise is hashed from seed, position and token number, so there is no
-generator whose state could differ on the node that continues. Each row is worked alone, in numpy, in float64, so no
-row's result depends on its neighbours. Ties go to the lower token number.
+generator whose state could differ on the node that continues. Each row is worked alone, in numpy, so no row's result depends
+on its neighbours; what decides is computed by `node.engine.portable` and summed in whole numbers, so none depends on the
+machine. Ties go to the lower token number.
 
 Order: what the grammar allows, logit bias, the ban of stop tokens before `min_tokens`, penalties, temperature, top-k,
 top-p, min-p, then the Gumbel-max draw (arg max of logits / temperature + noise, which draws from the softmax). Reported
@@ -16,10 +17,14 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from node.engine import portable
 from node.engine.rows import Drawn
 from node.requests import SamplingParams
 
 GREEDY_BELOW = 1e-5  # a temperature this low is greedy
+NEAR = 1e-6  # of scores with noise: far more than two machines' logarithms differ by
+WEIGHT_UNITS = 2.0**44  # 2**18 tokens of the largest weight fit 63 bits
+NUCLEUS_TRIAL = 256  # tokens sorted at first
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 
@@ -76,9 +81,8 @@ def draw(
     if params.temperature < GREEDY_BELOW:
         token = int(scores.argmax())
     else:
-        kept = _kept(scores / params.temperature, params)
-        noise = -np.log(-np.log(uniforms(params.seed, position, kept)))
-        token = int(kept[np.argmax(scores[kept] / params.temperature + noise)])
+        scaled = scores / params.temperature
+        token = _drawn_from(_kept(scaled, params), scaled, params.seed, position)
     if scores[token] == -np.inf:
         return Drawn(None)
     return _with_logprobs(token, logits, params.logprobs)
@@ -117,6 +121,21 @@ def _adjusted(
     return scores
 
 
+def _drawn_from(kept: NDArray[np.int64], scaled: NDArray[np.float64], seed: int, position: int) -> int:
+    """The arg max of scores and Gumbel noise. numpy's own logarithm, whose last bits differ by machine, only narrows it down."""
+    numbers = uniforms(seed, position, kept)
+    about = scaled[kept] - np.log(-np.log(numbers))
+    near = np.flatnonzero(about >= about.max() - NEAR)
+    exact = scaled[kept[near]] - portable.log(-portable.log(numbers[near]))
+    return int(kept[near[np.argmax(exact)]])
+
+
+def _weights(scaled: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The softmax's numerators as multiples of 2**-44: sums of them do not depend on their order."""
+    relative: NDArray[np.float32] = (scaled - scaled.max()).astype(np.float32)
+    return (portable.exp32(relative).astype(np.float64) * WEIGHT_UNITS).astype(np.int64)
+
+
 def _kept(scaled: NDArray[np.float64], params: SamplingParams) -> NDArray[np.int64]:
     """The tokens that may be drawn, by number. The likeliest is always among them."""
     kept = np.flatnonzero(scaled > -np.inf)
@@ -128,24 +147,44 @@ def _kept(scaled: NDArray[np.float64], params: SamplingParams) -> NDArray[np.int
         kept = np.sort(np.concatenate([above, level[: params.top_k - len(above)]]))
     if params.top_p >= 1.0 and params.min_p <= 0.0:
         return kept
-    weights = np.exp(scaled[kept] - scaled[kept].max())
-    weights /= weights.sum()
+    scores = scaled[kept]
+    weights = _weights(scores)
     chosen = np.ones(len(kept), dtype=bool)
     if params.top_p < 1.0:
-        order = np.argsort(-weights, kind="stable")
-        before = np.cumsum(weights[order]) - weights[order]
-        chosen[order] = before < params.top_p
-        chosen[order[0]] = True
+        chosen[:] = False
+        chosen[_nucleus(scores, weights, params.top_p)] = True
     if params.min_p > 0.0:
-        chosen &= weights >= params.min_p * weights.max()
+        chosen &= weights >= params.min_p * float(weights.max())
     return kept[chosen]
+
+
+def _nucleus(scores: NDArray[np.float64], weights: NDArray[np.int64], top_p: float) -> NDArray[np.int64]:
+    """Indices of the likeliest that together reach `top_p` of all weight, equal ones by their number.
+
+    Few do as a rule, so the best hundreds are sorted first, and more only if those do not reach.
+    """
+    wanted = top_p * float(weights.sum())
+    count = NUCLEUS_TRIAL
+    while True:
+        floor = -np.inf if count >= len(scores) else np.partition(scores, -count)[-count]
+        best = np.flatnonzero(scores > floor) if count < len(scores) else np.arange(len(scores))
+        order = best[np.argsort(-scores[best], kind="stable")]
+        before = np.cumsum(weights[order]) - weights[order]
+        within = before < wanted
+        if count >= len(scores) or (len(order) and not within[-1]):
+            within[0] = True
+            return order[within]
+        count *= 16
 
 
 def _with_logprobs(token: int, logits: NDArray[np.float32], wanted: int | None) -> Drawn:
     if wanted is None:
         return Drawn(token)
-    shifted = logits.astype(np.float64) - float(logits.max())
-    logprobs = shifted - np.log(np.exp(shifted).sum())
-    count = min(wanted, len(logprobs))
-    best = np.argsort(-logprobs, kind="stable")[:count]
-    return Drawn(token, float(logprobs[token]), tuple((int(other), float(logprobs[other])) for other in best))
+    scores = logits.astype(np.float64)
+    total = float(_weights(scores).sum()) / WEIGHT_UNITS
+    level = float(scores.max()) + float(portable.log(np.array([total]))[0])
+    count = min(wanted, len(scores))
+    floor = np.partition(scores, -count)[-count] if count else np.inf
+    best = np.flatnonzero(scores >= floor)
+    best = best[np.argsort(-scores[best], kind="stable")][:count]
+    return Drawn(token, float(scores[token]) - level, tuple((int(other), float(scores[other]) - level) for other in best))

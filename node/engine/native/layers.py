@@ -10,6 +10,7 @@ holds them against it.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from node.engine.linear import Kernel
 from node.engine.mapped import LetGo
 from node.engine.native.library import LayerParts, Library, SpanParts, native
 from node.engine.native.product import NativeProduct
+from node.engine.portable import PortableMath
 
 Join = Callable[[list[torch.Tensor]], Any]
 """Weights `[outputs, inputs]`, or biases, of layers that are given the same rows, as one."""
@@ -38,7 +40,7 @@ class NativeLayer:
     kept: tuple[Any, ...]
 
 
-class _Spans:
+class Spans:
     """Where the keys and values of a step's sequences lie, in all of its layers."""
 
     def __init__(self, batch: PackedBatch, like: torch.Tensor) -> None:
@@ -67,6 +69,8 @@ class NativeLayers:
         assert library is not None
         self._library: Library = library
         self._base = base
+        with PortableMath():  # the model's own has torch's powers, which differ by machine
+            self._rotary = type(base.rotary_emb)(config=base.rotary_emb.config)
         self._head = head
         self._layers = layers
         self._first = min(layers)
@@ -78,10 +82,19 @@ class NativeLayers:
         self._dtype = dtype
         self._turns = self._turn_table(FIRST_POSITIONS)
 
+    @property
+    def constants(self) -> str:
+        """A digest of what was derived from the config and decides bits: the same for every span of a model."""
+        parts = (layer.parts for layer in self._layers.values())
+        scalars = sorted({(each.eps, each.head_eps, each.scale) for each in parts})
+        derived = repr((scalars, float(self._rotary.attention_scaling), self._eps)).encode()
+        return hashlib.blake2b(derived + self._rotary.inv_freq.numpy().tobytes(), digest_size=8).hexdigest()
+
     def _turn_table(self, positions: int) -> torch.Tensor:
         """`[positions, 2, dim / 2]` float32: cosines, then sines."""
         like = torch.zeros(1, dtype=torch.float32)
-        cos, sin = self._base.rotary_emb(like, torch.arange(positions)[None])
+        with PortableMath():
+            cos, sin = self._rotary(like, torch.arange(positions)[None])
         half = cos.shape[-1] // 2
         return torch.stack((cos[0, :, :half], sin[0, :, :half]), 1).contiguous()
 
@@ -96,7 +109,7 @@ class NativeLayers:
             self._turns = self._turn_table(2 * len(self._turns))
         x = x.clone(memory_format=torch.contiguous_format)
         shape = self._layers[batch.start].parts
-        spans = _Spans(batch, x.new_empty(0, 2, shape.kv_heads, shape.dim))
+        spans = Spans(batch, x.new_empty(0, 2, shape.kv_heads, shape.dim))
         self._library.layers(
             ctypes.byref(self._addresses, (batch.start - self._first) * ctypes.sizeof(ctypes.c_void_p)),
             batch.end - batch.start,
@@ -126,7 +139,7 @@ def fits(model: Any, base: Any, slots: nn.ModuleList, start: int, end: int) -> b
     head = model.get_output_embeddings() if end == len(slots) else None
     if head is not None and not isinstance(head, nn.Linear):
         return False
-    if model.config.hidden_act not in ("silu", "swish") or not hasattr(base, "rotary_emb"):
+    if model.config.hidden_act not in ("silu", "swish") or not hasattr(getattr(base, "rotary_emb", None), "config"):
         return False
     norms = [base.norm]
     for layer in slots[start:end]:
