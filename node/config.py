@@ -15,6 +15,8 @@ from mesh.gossip import check_description
 from mesh.ids import Address, is_ip
 from node.engine.parallel.cutting import MOST_RANKS
 
+CPU_ISA_VARIABLE = "MESH_CPU_ISA"
+CPU_ISAS = ("none", "avx2", "avx512", "amx")
 LAYERS_FORM = "expected auto, none, A:B or A:B,C:D with 0 <= A < B"
 
 
@@ -52,6 +54,7 @@ class NodeConfig:
     def __post_init__(self) -> None:
         """Raises BadRequest with what was expected, what came and what to do."""
         pinned_spans(self.layers)
+        cpu_isa()
         try:
             check_description(self.name, self.bind[0], self.region)
         except ValueError as error:
@@ -118,3 +121,18 @@ def data_home() -> Path:
 def cache_home() -> Path:
     """Where a node keeps what it can make again (the default model)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gossip-mesh"
+
+
+def cpu_isa() -> str:
+    """The most of the CPU's vector instructions that the compiled kernel may use, one of `CPU_ISAS`; `none`: do without it.
+
+    Read from the environment, so that every process of a node, and every test, goes by it. Torch has variables of its own:
+    ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA.
+
+    Raises:
+        BadRequest: another word.
+    """
+    wanted = os.environ.get(CPU_ISA_VARIABLE) or CPU_ISAS[-1]
+    if wanted not in CPU_ISAS:
+        raise BadRequest(f"{CPU_ISA_VARIABLE}: expected {', '.join(CPU_ISAS[:-1])} or {CPU_ISAS[-1]}, got {wanted!r}", "cpu_isa")
+    return wanted

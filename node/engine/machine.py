@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from node.engine import device, golden
+from node.engine.kernel_probe import refusal
 from node.engine.linear import KERNELS, Kernel
 from node.engine.native.library import Isa, native
 
@@ -21,8 +22,13 @@ WORTH_TIMING_BYTES = 8 << 20  # smaller layers live in caches, where timings say
 
 @functools.cache
 def isa() -> str:
-    """The vector instructions that torch may use here, e.g. `AVX512+bf16+vnni+amx`."""
-    name = torch.backends.cpu.get_cpu_capability()
+    """The vector instructions that torch may use here, e.g. `AVX512+bf16+vnni+amx`.
+
+    The extensions are asked of the CPU and belong to AVX-512: under a lower ATEN_CPU_CAPABILITY they do not count.
+    """
+    name: str = torch.backends.cpu.get_cpu_capability()
+    if name != "AVX512":
+        return name
     checks = {"bf16": "_is_avx512_bf16_supported", "vnni": "_is_vnni_supported", "amx": "_is_amx_tile_supported"}
     found = [short for short, check in checks.items() if getattr(torch.cpu, check, lambda: False)()]
     return "+".join([name, *found])
@@ -72,11 +78,11 @@ def candidates(wanted: str, stored: torch.dtype, quantize: str = "none") -> list
     """Kernels for a checkpoint stored as `stored`, by rule of thumb the best first. `wanted`: a dtype, kernel or "auto".
 
     Nothing is rounded that the checkpoint holds exactly, unless it was asked for. Without bf16 instructions bf16
-    arithmetic is several times slower than fp32; "mesh-fp32" and FBGEMM then read half the bytes of fp32. Kernels of
-    our own are named only where they could be built.
+    arithmetic is several times slower than fp32; "mesh-fp32" and FBGEMM then read half the bytes of fp32. Kernels that
+    this machine does not have are left out.
 
     Raises:
-        ValueError: no such dtype or kernel, or none that quantises so.
+        ValueError: no such dtype or kernel, or this machine has none of them; the message gives each one's reason.
     """
     if wanted in KERNELS:
         if KERNELS[wanted].attention:
@@ -123,10 +129,10 @@ def _bf16_first() -> list[str]:
 
 
 def _existing(names: list[str]) -> list[Kernel]:
-    kernels = [KERNELS[name] for name in names]
-    found = [kernel for kernel in kernels if not kernel.compiled or native() is not None]
+    found = [KERNELS[name] for name in names if not refusal(KERNELS[name])]
     if not found:
-        raise ValueError(f"{names[0]} needs the compiled kernel, which could not be built on this machine (see the log)")
+        reasons = "; ".join(f"{name}: {refusal(KERNELS[name])}" for name in names)
+        raise ValueError(f"this machine cannot compute with {reasons}")
     return found
 
 

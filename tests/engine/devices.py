@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,13 +20,14 @@ from node.engine.linear import KERNELS
 from node.engine.paged.recorded import Recorder, as_it_is, cuda_graph
 from node.engine.paged.stage import DeviceStage
 from node.engine.stage import Stage
+from tests.engine.offered import offered
 
 DEVICE = chosen(os.environ.get("MESH_TEST_DEVICE", "cpu"))
 
 
-def kernels(*on_cpu: str) -> list[str]:
-    """Those of the device, in the place of those named for the CPU."""
-    return [*on_cpu] if DEVICE == CPU else [kernel.name for kernel in KERNELS.values() if kernel.attention]
+def kernels(*on_cpu: str) -> list[Any]:
+    """Kernels as parameters of a test: the named ones on a CPU, all that are for GPUs on a GPU."""
+    return offered(*on_cpu) if DEVICE == CPU else [kernel.name for kernel in KERNELS.values() if kernel.attention]
 
 
 def no_gpu() -> str:

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from node.engine.attention import Segment
-from node.engine.native.library import native
 from node.engine.stage import Stage
 from tests.engine.checkpoints import EXACT
 from tests.engine.devices import kernels, stage_on
+from tests.engine.offered import BFLOAT16, FLOAT32
 
 Part = tuple[Stage, int, int]
 ANSWER = 6
-COMPILED = ["mesh-bf16", "mesh-fp32", "mesh-int8", "mesh-int4-fp32"] if native() else []
+COMPILED = ["mesh-bf16", "mesh-fp32", "mesh-int8", "mesh-int4-fp32"]
 
 
 class Sequence:
@@ -139,7 +139,7 @@ def test_tokens_and_logits_are_bit_equal_however_a_sequence_is_computed(
         assert_same(alone, generate(Sequence(prompt(1, 70), path), chunk=33))
 
 
-@pytest.mark.parametrize("kernel", kernels("onednn-fp32", "onednn-bf16"))
+@pytest.mark.parametrize("kernel", kernels(FLOAT32, BFLOAT16))
 @pytest.mark.parametrize("name", [name for name in EXACT if name not in {"llama", "qwen2", "qwen3", "mistral", "gpt2"}])
 def test_other_architectures_are_bit_equal_in_chunks_in_batches_and_split(
     name: str, kernel: str, checkpoint_of: Callable[[str], Path]

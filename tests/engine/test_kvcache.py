@@ -11,6 +11,7 @@ import torch
 from node.engine.attention import PackedBatch, Segment
 from node.engine.blocks import BLOCK_TOKENS
 from node.engine.kvcache import SLOTS, KVStore, SequenceKV
+from tests.engine.offered import BFLOAT16, FLOAT32, offered
 from tests.engine.test_exactness import Sequence, assert_same, generate, load, prompt, step
 
 
@@ -63,7 +64,7 @@ def test_neighbours_share_a_call_and_gaps_stretches_and_slabs_part_them() -> Non
     assert sorted(runs) == [[0, 1, 2], [4], [5], [SLOTS, SLOTS + 1]]
 
 
-@pytest.mark.parametrize("kernel", ["onednn-fp32", "onednn-bf16"])
+@pytest.mark.parametrize("kernel", offered(FLOAT32, BFLOAT16))
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "qwen3"])
 def test_neither_gaps_nor_heirs_nor_growth_of_a_neighbour_change_a_bit(
     name: str, kernel: str, checkpoint_of: Callable[[str], Path]

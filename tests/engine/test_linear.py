@@ -10,10 +10,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from node.engine import machine
+from node.engine.kernel_probe import refusal
 from node.engine.linear import BUCKETS, KERNELS, agreeing_buckets, bucket_for, pack, pack_siblings, siblings
-from node.engine.native.library import native
+from tests.engine.offered import FLOAT32, needs, offered
 
-HERE = [kernel for kernel in KERNELS.values() if not kernel.compiled or native() is not None]
+EVERY = offered(*KERNELS)
 SHAPES = [(64, 176), (176, 64), (256, 704), (512, 2048)]
 
 
@@ -23,9 +24,10 @@ def layer_of(inputs: int, outputs: int, seed: int = 0) -> nn.Linear:
         return nn.Linear(inputs, outputs).requires_grad_(False)
 
 
-@pytest.mark.parametrize("kernel", HERE, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_row_keeps_its_bits_in_any_company(shape: tuple[int, int], kernel: machine.Kernel) -> None:
+def test_a_row_keeps_its_bits_in_any_company(shape: tuple[int, int], name: str) -> None:
+    kernel = KERNELS[name]
     packed = pack(layer_of(*shape).to(kernel.dtype), kernel)
     packed.buckets = agreeing_buckets(packed.product, shape[0], kernel.dtype)
     assert packed.buckets, "no two row counts agree"
@@ -35,8 +37,9 @@ def test_a_row_keeps_its_bits_in_any_company(shape: tuple[int, int], kernel: mac
         assert torch.equal(packed(rows[first : first + count]), together[first : first + count])
 
 
-@pytest.mark.parametrize("kernel", HERE, ids=lambda kernel: kernel.name)
-def test_packed_layers_compute_what_the_plain_ones_do(kernel: machine.Kernel) -> None:
+@pytest.mark.parametrize("name", EVERY)
+def test_packed_layers_compute_what_the_plain_ones_do(name: str) -> None:
+    kernel = KERNELS[name]
     plain = layer_of(64, 176)
     tolerance = {"int8": 5e-2, "int4": 0.3}.get(kernel.quantize, 3e-2 if kernel.dtype is torch.bfloat16 else 1e-3)
     rows = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
@@ -61,7 +64,7 @@ def test_siblings_compute_once_for_the_same_rows_and_apart_for_others() -> None:
 
     attention, plain = Attention(), Attention()
     ((parent, names),) = siblings(attention)
-    together = pack_siblings(parent, names, KERNELS["onednn-fp32"])
+    together = pack_siblings(parent, names, KERNELS[FLOAT32])
     calls = []
     product = together.product
 
@@ -102,6 +105,7 @@ def test_a_kernel_that_treats_places_differently_is_found_out() -> None:
     assert agreeing_buckets(product, 8, torch.float32) == ()
 
 
+@needs("fbgemm-fp16")
 def test_weights_beyond_float16_refuse_the_float16_kernel() -> None:
     layer = layer_of(8, 8)
     layer.weight[0, 0] = 1e5
@@ -113,7 +117,7 @@ def test_weights_beyond_float16_refuse_the_float16_kernel() -> None:
 def test_nothing_is_rounded_that_was_not_asked_for(wanted: str, stored: torch.dtype) -> None:
     names = [kernel.name for kernel in machine.candidates(wanted, stored)]
     if wanted == "auto" and stored is torch.float32:
-        assert names == (["mesh-fp32"] if native() else []) + ["onednn-fp32", "aten-fp32"]
+        assert names == [name for name in ("mesh-fp32", "onednn-fp32", "aten-fp32") if not refusal(KERNELS[name])]
     if wanted == "auto" and stored is torch.float16:
         assert not any("bf16" in name for name in names)
     if wanted != "auto":
@@ -124,6 +128,7 @@ def test_the_choice_overrules_the_rule_of_thumb_only_by_a_decisive_timing(monkey
     times = {"fbgemm-fp16": 1.0, "onednn-bf16": 1.2, "onednn-fp32": 2.5, "aten-fp32": 9.0}
     monkeypatch.setattr(machine, "_decode_time_s", lambda kernel, weight: times[kernel.name])
     monkeypatch.setattr(machine, "native", lambda: None)
+    monkeypatch.setattr(machine, "refusal", lambda kernel: "no compiler" if kernel.compiled else "")
     monkeypatch.setattr(machine, "isa", lambda: "AVX512+bf16")
     ranked = machine.ranked.__wrapped__
     assert ranked("auto", torch.bfloat16, 2048, 2048)[0].name == "onednn-bf16"

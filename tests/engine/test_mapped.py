@@ -19,13 +19,14 @@ from node.engine.checkpoint import files_to_read, read_checkpoint
 from node.engine.linear import KERNELS, linear_modules
 from node.engine.loading import load_stage
 from node.engine.mapped import MappedTensors
-from node.engine.native.library import native
+from node.engine.native.library import absence
 from node.engine.packing import Packing
 from node.engine.selfcheck import Probe, run_together
 from node.engine.stage import Stage
 from tests.engine.checkpoints import make_checkpoint
+from tests.engine.offered import FLOAT32, needs_compiled, offered
 
-KERNEL = "mesh-fp32" if native() else "onednn-fp32"
+KERNEL = FLOAT32 if absence() else "mesh-fp32"
 WIDE = {"hidden_size": 256, "intermediate_size": 1024, "max_position_embeddings": 128}
 LAYER_BYTES = 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024)
 NEARBY_BYTES = 1 << 19  # what the kernel maps beside a page that is asked for, at both ends of some tensors
@@ -78,7 +79,7 @@ def test_what_is_no_part_of_a_file_is_never_let_go(mapped: MappedTensors) -> Non
 
 
 @needs_linux
-@pytest.mark.parametrize("kernel", sorted({KERNEL, "onednn-fp32"}))
+@pytest.mark.parametrize("kernel", offered(FLOAT32, "mesh-fp32"))
 def test_no_more_than_a_layer_is_in_memory_as_it_is_stored(kernel: str, wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[int]] = {"ran": [], "packed": []}
     pack_layer = Packing.layer
@@ -96,7 +97,7 @@ def test_no_more_than_a_layer_is_in_memory_as_it_is_stored(kernel: str, wide: Pa
     assert max(seen["packed"]) < 2 * NEARBY_BYTES
 
 
-@pytest.mark.skipif(native() is None, reason="only our own kernel holds weights narrower than it computes")
+@needs_compiled  # only our own kernel holds weights narrower than it computes
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_weights_that_are_stored_narrower_are_widened_one_by_one_and_say_the_same(
     stored: torch.dtype, wide: Path, tmp_path: Path
@@ -144,7 +145,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
             super().__init__(*given)
 
     monkeypatch.setattr(loading, "Stage", Watched)
-    monkeypatch.setattr(loading.machine, "ranked", lambda *given: [KERNELS["onednn-fp32"], KERNELS["aten-fp32"]])
+    monkeypatch.setattr(loading.machine, "ranked", lambda *given: [KERNELS["aten-fp32"], KERNELS["aten-bf16"]])
     return found
 
 
@@ -154,7 +155,7 @@ def test_a_kernel_that_fails_is_gone_before_the_next_is_tried(
     right = [False, True]
     monkeypatch.setattr(selfcheck, "computes_like_the_plain_model", lambda stage, plain: right.pop(0))
     loaded = load_stage(read_checkpoint(wide), 0, 1, "auto", threads=1)
-    assert [name for name, _ in built] == ["onednn-fp32", "aten-fp32"] and loaded.stage.kernel.name == "aten-fp32"
+    assert [name for name, _ in built] == ["aten-fp32", "aten-bf16"] and loaded.stage.kernel.name == "aten-bf16"
 
 
 def test_where_no_kernel_is_exact_the_first_that_is_right_serves(
@@ -162,6 +163,6 @@ def test_where_no_kernel_is_exact_the_first_that_is_right_serves(
 ) -> None:
     monkeypatch.setattr(selfcheck, "is_exact", lambda stage: False)
     loaded = load_stage(read_checkpoint(wide), 0, 1, "auto", threads=1)
-    assert [name for name, _ in built] == ["onednn-fp32", "aten-fp32", "onednn-fp32"]
-    assert loaded.stage.kernel.name == "onednn-fp32" and not is_exact(loaded.numerics)
+    assert [name for name, _ in built] == ["aten-fp32", "aten-bf16", "aten-fp32"]
+    assert loaded.stage.kernel.name == "aten-fp32" and not is_exact(loaded.numerics)
     assert run_together(loaded.stage, [(Probe(loaded.stage, 1, 5), 5)]).isfinite().all(), "it is packed"

@@ -14,6 +14,7 @@ from mesh.view import is_exact
 from node.engine import machine
 from node.engine.attention import Segment
 from node.engine.checkpoint import read_checkpoint
+from node.engine.kernel_probe import refusal
 from node.engine.linear import KERNELS, linear_modules
 from node.engine.loading import load_stage
 from node.engine.native import build, product
@@ -23,8 +24,7 @@ from node.engine.native.library import Isa, Kind, Library, native
 from node.engine.native.product import NativeProduct, int4_of, int8_of
 from node.engine.selfcheck import difference, plain_output
 from node.engine.stage import Stage
-
-needs_it = pytest.mark.skipif(native() is None, reason="the compiled kernel cannot be built here")
+from tests.engine.offered import FLOAT32, needs_compiled
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def isas(library: Library) -> list[Isa]:
     return [isa for isa in Isa if Isa.NONE < isa <= library.isa]
 
 
-@needs_it
+@needs_compiled
 @pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(100, 72), (33, 320)], ids=str)
@@ -65,7 +65,7 @@ def test_a_row_has_the_same_bits_on_every_instruction_set_in_any_company_and_wit
             torch.set_num_threads(1)
 
 
-@needs_it
+@needs_compiled
 def test_numbers_at_the_edges_of_their_range_come_out_alike_too(library: Library) -> None:
     weight, rows = numbers(32, 64), numbers(4, 64, seed=2)
     weight[3] = 1e-39  # denormal: counts as zero, whatever it is multiplied by
@@ -83,7 +83,7 @@ def test_numbers_at_the_edges_of_their_range_come_out_alike_too(library: Library
         assert (out[:3, 3] == 0).all()
 
 
-@needs_it
+@needs_compiled
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_rows_that_cannot_be_rounded_have_no_result_and_leave_their_neighbours_theirs(quantize: str, library: Library) -> None:
     rows = numbers(7, 80, seed=2)
@@ -98,7 +98,7 @@ def test_rows_that_cannot_be_rounded_have_no_result_and_leave_their_neighbours_t
         assert torch.equal(out[[0, 2, 3, 5]], whole[[0, 2, 3, 5]])
 
 
-@needs_it
+@needs_compiled
 def test_a_product_is_whole_when_the_call_returns_however_many_threads_worked_on_it() -> None:
     product, rows = NativeProduct(numbers(512, 512), None), numbers(128, 512, seed=2)  # a thread's share takes a millisecond
     whole = product(rows)
@@ -111,7 +111,7 @@ def test_a_product_is_whole_when_the_call_returns_however_many_threads_worked_on
         torch.set_num_threads(1)
 
 
-@needs_it
+@needs_compiled
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
 def test_compiled_layers_compute_what_the_plain_model_does(name: str, checkpoint_of: Callable[[str], Path]) -> None:
     for start, end in ((0, 4), (1, 3)):
@@ -125,7 +125,7 @@ def test_compiled_layers_compute_what_the_plain_model_does(name: str, checkpoint
         assert difference(stage, plain) < 1e-4
 
 
-@needs_it
+@needs_compiled
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
 @pytest.mark.parametrize("kernel", ["mesh-bf16", "mesh-fp32", "mesh-int8"])
 def test_compiled_layers_give_the_same_bits_on_every_instruction_set(
@@ -143,7 +143,7 @@ def test_compiled_layers_give_the_same_bits_on_every_instruction_set(
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
-@needs_it
+@needs_compiled
 def test_weights_are_held_in_as_few_bytes_as_hold_them_exactly() -> None:
     weight = numbers(32, 32)
     assert NativeProduct(weight, None).kind is Kind.FP32
@@ -160,7 +160,7 @@ def rounded_by_32(rows: torch.Tensor) -> torch.Tensor:
     return ((groups * (127 / largest)).round() * (largest / 127)).flatten(-2)[..., : rows.shape[-1]]
 
 
-@needs_it
+@needs_compiled
 @pytest.mark.parametrize("outputs, inputs", [(48, 96), (33, 40)])
 def test_quantised_products_are_those_of_the_rounded_weights_and_rows(outputs: int, inputs: int) -> None:
     weight, rows = numbers(outputs, inputs), numbers(5, inputs, seed=2)
@@ -183,7 +183,7 @@ def divergence_nats(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one.exp() * (one - other)).sum(-1).mean())
 
 
-@needs_it
+@needs_compiled
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_a_quantised_model_computes_with_rounded_weights_and_rows_and_nothing_else_is_rounded(
     quantize: str, random_model: Path, record_property: Callable[[str, object], None]
@@ -219,7 +219,7 @@ def round_linear_layers(stage: Stage, quantize: str) -> None:
         linear.register_forward_pre_hook(lambda layer, given: (rounded_by_32(given[0]),))
 
 
-@needs_it
+@needs_compiled
 def test_quantised_weights_have_numerics_of_their_own(random_model: Path) -> None:
     checkpoint = read_checkpoint(random_model)
     numerics = {
@@ -239,10 +239,11 @@ def test_without_the_compiled_kernel_a_span_is_served_by_the_next_best(
     random_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "native", lambda: None)
+    monkeypatch.setattr(machine, "refusal", lambda kernel: "no C compiler" if kernel.compiled else refusal(kernel))
     machine.ranked.cache_clear()
-    assert load_stage(read_checkpoint(random_model), 0, 2, "auto", 1).stage.kernel.name == "onednn-fp32"
+    assert load_stage(read_checkpoint(random_model), 0, 2, "auto", 1).stage.kernel.name == FLOAT32
     assert [kernel.name for kernel in machine.candidates("auto", torch.bfloat16, "int8")] == ["aten-int8"]
-    with pytest.raises(ValueError, match="needs the compiled kernel"):
+    with pytest.raises(ValueError, match="this machine cannot compute with mesh-int4-fp32: no C compiler"):
         machine.candidates("auto", torch.float32, "int4")
     machine.ranked.cache_clear()
 
@@ -293,7 +294,7 @@ def test_a_directory_that_others_may_write_to_is_not_trusted(tmp_path: Path, com
     assert compiler.runs == 0
 
 
-@needs_it
+@needs_compiled
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
 def test_a_weight_packed_in_pieces_is_that_packed_as_a_whole(

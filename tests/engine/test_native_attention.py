@@ -16,8 +16,9 @@ from node.engine.native.layers import NativeLayers
 from node.engine.native.library import Isa, Library, native
 from node.engine.stage import Stage
 from tests.engine.checkpoints import make_checkpoint
+from tests.engine.offered import needs_compiled
 
-pytestmark = pytest.mark.skipif(native() is None, reason="the compiled kernel cannot be built here")
+pytestmark = needs_compiled
 TOKENS = 560  # beyond the first block, so that keys and values move to a buffer on the way
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "one head for four": ("llama", {"head_dim": 64, "num_key_value_heads": 1}),

@@ -22,6 +22,7 @@ from node.engine.paged.kv import FIRST_PAGES
 from node.engine.paged.plan import PAGE_TOKENS
 from node.engine.paged.stage import DeviceStage
 from tests.engine.devices import DEVICE, needs_gpu, no_gpu, recorder, stage_on
+from tests.engine.offered import FLOAT32
 from tests.engine.test_exactness import Sequence, assert_same, continued, generate, load, prompt, step
 from tests.engine.test_prefix_cache import SplitPath, bits, numbers
 from tests.engine.test_worker import MODEL, running, wait_until
@@ -47,7 +48,7 @@ def test_any_number_of_rows_and_any_company_gives_the_same_bits(checkpoint_of: C
 def test_tokens_are_those_of_the_stage_on_the_cpu(checkpoint_of: Callable[[str], Path]) -> None:
     directory = checkpoint_of("qwen3")
     ours = generate(Sequence(prompt(1, 70), [(stage_on(directory, 0, 4, "cuda-fp32"), 0, 4)]), chunk=40)
-    theirs = generate(Sequence(prompt(1, 70), [(load(directory, 0, 4, "onednn-fp32"), 0, 4)]), chunk=40)
+    theirs = generate(Sequence(prompt(1, 70), [(load(directory, 0, 4, FLOAT32), 0, 4)]), chunk=40)
     assert ours.tokens == theirs.tokens
     for position, logits in theirs.logits.items():
         torch.testing.assert_close(ours.logits[position], logits, rtol=1e-4, atol=1e-4)

@@ -21,7 +21,6 @@ from node.engine.attention import Segment
 from node.engine.checkpoint import read_checkpoint
 from node.engine.kept_pages import KeptPages
 from node.engine.linear import KERNELS
-from node.engine.native.library import native
 from node.engine.parallel import oracle, shard
 from node.engine.parallel.crew import WorkersLost
 from node.engine.parallel.messages import Forget, Keep, Restore, Step
@@ -31,9 +30,9 @@ from node.engine.parallel.summing import GroupSum, SharedEmbedding, SummedProduc
 from node.engine.stage import Stage
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.crews import ThreadCrew, parallel
+from tests.engine.offered import FLOAT32, offered
 from tests.engine.test_exactness import Sequence, assert_same, generate, load, prompt, step
 
-COMPILED = ["mesh-bf16"] if native() else []
 CUT = ("llama_tied", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "gpt_neox", "granite", "cohere", "smollm3")
 
 
@@ -46,7 +45,7 @@ def ranks_of(directory: Path, ranks: int, kernel: str, start: int = 0, end: int 
         stage.close()
 
 
-@pytest.mark.parametrize(("kernel", "ranks"), [*((kernel, 2) for kernel in COMPILED), ("onednn-fp32", 4), ("onednn-bf16", 2)])
+@pytest.mark.parametrize(("kernel", "ranks"), [*offered("mesh-bf16", "onednn-bf16", beside=(2,)), *offered(FLOAT32, beside=(4,))])
 def test_tokens_and_logits_are_bit_equal_however_a_sequence_is_computed(
     kernel: str, ranks: int, checkpoint_of: Callable[[str], Path]
 ) -> None:
@@ -63,16 +62,16 @@ def test_tokens_and_logits_are_bit_equal_however_a_sequence_is_computed(
         for _ in range(5):
             step([(others[0], 1), (others[1], 1), (others[2], 1), (batched, 1)])
         assert_same(alone, batched)
-    if kernel == "onednn-bf16":  # one of them will do
+    if kernel == FLOAT32:  # one of them will do
         with ranks_of(directory, ranks, kernel) as again:
             assert_same(alone, generate(Sequence(prompt(1, 70), [(again, 0, 4)]), chunk=512))
 
 
 @pytest.mark.parametrize("name", CUT)
 def test_architectures_that_can_be_cut_compute_what_the_plain_model_does(name: str, checkpoint_of: Callable[[str], Path]) -> None:
-    directory, kernel = checkpoint_of(name), KERNELS["onednn-fp32"]
+    directory, kernel = checkpoint_of(name), KERNELS[FLOAT32]
     plain = oracle.plain_output(read_checkpoint(directory), 0, 4, kernel, 1)
-    with ranks_of(directory, 2, "onednn-fp32") as stage:
+    with ranks_of(directory, 2, FLOAT32) as stage:
         assert selfcheck.difference(stage, plain) < 1e-5
         assert selfcheck.looks_through_its_window(stage)
         assert stage.windows == {"mistral": {32}, "gemma2": {0, 32}, "gemma3": {32}}.get(name, {0})
@@ -81,7 +80,7 @@ def test_architectures_that_can_be_cut_compute_what_the_plain_model_does(name: s
 
 
 def test_the_oracle_computes_layer_by_layer_what_the_plain_stage_computes_at_once(checkpoint_of: Callable[[str], Path]) -> None:
-    checkpoint, kernel = read_checkpoint(checkpoint_of("gemma2")), KERNELS["onednn-bf16"]
+    checkpoint, kernel = read_checkpoint(checkpoint_of("gemma2")), KERNELS["aten-bf16"]
     for start, end in ((0, 4), (1, 3)):
         at_once = selfcheck.plain_output(Stage(checkpoint, start, end, kernel, 1))
         assert torch.equal(oracle.plain_output(checkpoint, start, end, kernel, 1), at_once)
@@ -90,8 +89,8 @@ def test_the_oracle_computes_layer_by_layer_what_the_plain_stage_computes_at_onc
 def test_other_numbers_of_ranks_round_otherwise(checkpoint_of: Callable[[str], Path]) -> None:
     """Why the numerics fingerprint names the number."""
     directory = checkpoint_of("llama")
-    whole = generate(Sequence(prompt(1, 70), [(load(directory, 0, 4, "onednn-fp32"), 0, 4)]), chunk=512, answer=1)
-    with ranks_of(directory, 2, "onednn-fp32") as two:
+    whole = generate(Sequence(prompt(1, 70), [(load(directory, 0, 4, FLOAT32), 0, 4)]), chunk=512, answer=1)
+    with ranks_of(directory, 2, FLOAT32) as two:
         cut = generate(Sequence(prompt(1, 70), [(two, 0, 4)]), chunk=512, answer=1)
     assert not torch.equal(whole.logits[70], cut.logits[70])
     torch.testing.assert_close(whole.logits[70], cut.logits[70], rtol=1e-3, atol=1e-3)
@@ -101,20 +100,20 @@ def test_other_numbers_of_ranks_round_otherwise(checkpoint_of: Callable[[str], P
 def test_architectures_that_cannot_be_cut_are_refused(name: str, checkpoint_of: Callable[[str], Path]) -> None:
     checkpoint = read_checkpoint(checkpoint_of(name))
     with pytest.raises(BadRequest, match="cannot be computed by 2 workers"):
-        ParallelStage(checkpoint, 0, 4, KERNELS["onednn-fp32"], 1, 2)
+        ParallelStage(checkpoint, 0, 4, KERNELS[FLOAT32], 1, 2)
 
 
 def test_a_layer_that_no_plan_names_is_refused_by_the_ranks(tmp_path: Path) -> None:
     """Cohere's norms over all query heads at once hold a row a head."""
     directory = make_checkpoint(tmp_path, "cohere", use_qk_norm=True)
     with pytest.raises(BadRequest, match=r"self_attn.q_norm cannot be computed by 2 workers \(it is a CohereLayerNorm"):
-        parallel(directory, 2, "onednn-fp32")
+        parallel(directory, 2, FLOAT32)
 
 
 def test_a_middle_that_does_not_divide_is_refused_by_name(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path, "llama", intermediate_size=177)
     with pytest.raises(BadRequest, match=r"layers.0.mlp.gate_proj .* \(177 outputs cannot be cut into 2 equal parts\)"):
-        parallel(directory, 2, "onednn-fp32")
+        parallel(directory, 2, FLOAT32)
 
 
 def test_a_kernel_that_does_not_exist_here_is_the_kernels_fault_alone(
@@ -125,7 +124,7 @@ def test_a_kernel_that_does_not_exist_here_is_the_kernels_fault_alone(
 
     monkeypatch.setattr(Stage, "pack", no_kernel)
     with pytest.raises(ValueError, match="no such instruction"):
-        parallel(checkpoint_of("llama"), 2, "onednn-fp32")
+        parallel(checkpoint_of("llama"), 2, FLOAT32)
 
 
 # ---- weights
@@ -165,7 +164,7 @@ def test_a_rank_reads_its_own_part_of_the_span_alone(
 
     monkeypatch.setattr(shard, "safe_open", Counted)
     checkpoint = read_checkpoint(checkpoint_of("llama"))
-    kernel = KERNELS["onednn-fp32"]
+    kernel = KERNELS[FLOAT32]
     whole = sum(tensor.nbytes for tensor in Stage(checkpoint, 0, 4, kernel, 1).model.parameters())
     for ranks in (2, 4):
         cutting = cutting_of(checkpoint, ranks)
@@ -181,7 +180,7 @@ def test_a_bias_behind_a_sum_is_added_once(tmp_path: Path) -> None:
     stored = load_file(file)
     save_file({name: torch.ones_like(held) if name.endswith(".bias") else held for name, held in stored.items()}, file)
     checkpoint = read_checkpoint(directory)
-    held = [Stage(checkpoint, 0, 1, KERNELS["onednn-fp32"], 1, shard=Shard(cutting_of(checkpoint, 2), rank)) for rank in range(2)]
+    held = [Stage(checkpoint, 0, 1, KERNELS[FLOAT32], 1, shard=Shard(cutting_of(checkpoint, 2), rank)) for rank in range(2)]
     first, second = (stage.model.model.layers[0].self_attn.o_proj.bias for stage in held)
     assert first.shape == second.shape == (64,)
     assert first.all() and not second.any()
@@ -252,7 +251,7 @@ def test_what_is_dropped_here_is_forgotten_by_the_ranks_with_the_next_step(check
         return crews[0]
 
     checkpoint = read_checkpoint(checkpoint_of("llama"))
-    stage: Any = ParallelStage(checkpoint, 0, 4, KERNELS["onednn-fp32"], 1, 2, hire=hire)
+    stage: Any = ParallelStage(checkpoint, 0, 4, KERNELS[FLOAT32], 1, 2, hire=hire)
     stage.pack()
 
     def run(kv: Any, ids: list[int], position: int) -> torch.Tensor:
@@ -288,7 +287,7 @@ def test_a_page_that_workers_keep_cannot_be_spilled() -> None:
 
 
 def test_a_closed_stage_computes_no_more(checkpoint_of: Callable[[str], Path]) -> None:
-    stage: Any = parallel(checkpoint_of("llama"), 2, "onednn-fp32")
+    stage: Any = parallel(checkpoint_of("llama"), 2, FLOAT32)
     kv = stage.sequence()
     stage.close()
     stage.close()

@@ -16,11 +16,11 @@ from node.engine import worker
 from node.engine.api import EngineConfig
 from node.engine.checkpoint import read_checkpoint
 from node.engine.loading import load_stage
-from node.engine.native.library import native
 from node.engine.progress import TELL_EVERY_S, LoadProgress, LoadWatch, Phase
 from node.engine.worker import TorchEngine
+from tests.engine.offered import FLOAT32, offered
 
-KERNELS = ["onednn-fp32", *(["mesh-fp32"] if native() else [])]
+KERNELS = offered(FLOAT32, "mesh-fp32")
 
 
 class Clock:

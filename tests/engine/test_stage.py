@@ -23,10 +23,11 @@ from node.engine.linear import KERNELS
 from node.engine.loading import load_stage
 from node.engine.stage import Stage
 from tests.engine.checkpoints import COMMON, EXACT, make_checkpoint
+from tests.engine.offered import FLOAT32
 
 
 def stage_of(directory: Path, start: int, end: int) -> Stage:
-    return Stage(read_checkpoint(directory), start, end, KERNELS["onednn-fp32"], threads=1)
+    return Stage(read_checkpoint(directory), start, end, KERNELS[FLOAT32], threads=1)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -139,7 +140,7 @@ def test_a_window_that_does_not_reach_the_attention_is_refused_though_the_probe_
 ) -> None:
     checkpoint = read_checkpoint(make_checkpoint(tmp_path, name, sliding_window=64))
     assert selfcheck.PROBE_TOKENS < 64
-    assert is_exact(load_stage(checkpoint, 0, 4, "onednn-fp32", threads=1).numerics)
+    assert is_exact(load_stage(checkpoint, 0, 4, FLOAT32, threads=1).numerics)
 
     def forgetful(*given: Any, sliding_window: int | None = None, **more: Any) -> Any:
         return mesh_attention(*given, **more)
@@ -147,7 +148,7 @@ def test_a_window_that_does_not_reach_the_attention_is_refused_though_the_probe_
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, forgetful)
     monkeypatch.setattr("node.engine.packing.lean_form", lambda *span: None)
     with pytest.raises(BadRequest, match=f"{name}.*its sliding window does not reach the attention"):
-        load_stage(checkpoint, 0, 4, "onednn-fp32", threads=1)
+        load_stage(checkpoint, 0, 4, FLOAT32, threads=1)
 
 
 def test_directories_that_are_no_servable_checkpoints_are_refused(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import structlog
 
-from node.config import cache_home
+from node.config import CPU_ISA_VARIABLE, cache_home, cpu_isa
 from node.engine.native.build import CannotBuild, built
 
 log = structlog.get_logger()
@@ -89,8 +89,12 @@ class SpanParts(ctypes.Structure):
 class Library:
     """The functions of entry.c. Pointers come from tensors: whoever calls keeps those alive."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises OSError: it cannot be loaded."""
+    def __init__(self, path: Path, most: Isa = Isa.AMX) -> None:
+        """`most`: of the instructions it may use.
+
+        Raises:
+            OSError: it cannot be loaded.
+        """
         loaded = CDLL(str(path))
         self.use = loaded.mesh_use
         self.use.argtypes, self.use.restype = (c_int,), c_int
@@ -105,18 +109,36 @@ class Library:
         self.logits.argtypes = (POINTER(ProductParts), c_void_p, c_float, c_void_p, c_int64, c_int, c_void_p, c_int)
         for function in (self.pack, self.product, self.layers, self.logits):
             function.restype = None
-        self.isa = Isa(self.use(Isa.AMX))
+        self.isa = Isa(self.use(most))
+
+
+def native() -> Library | None:
+    """The compiled kernel, built at the first call of a user; None where there is none: `absence` says why."""
+    return _opened()[0]
+
+
+def absence() -> str:
+    """Why there is no compiled kernel in this process; empty where there is one."""
+    return _opened()[1]
 
 
 @functools.cache
-def native() -> Library | None:
-    """The compiled kernel, built at the first call of a user; None where it cannot be, which is logged once."""
+def _opened() -> tuple[Library | None, str]:
+    """The compiled kernel and "", or None and the reason, which is logged once."""
     try:
-        library = Library(built(cache_home()))
+        library: Library | None = _open()
+        reason = ""
     except (CannotBuild, OSError) as error:
-        log.info("no compiled kernel", reason=str(error)[:300])
-        return None
+        library, reason = None, " ".join(str(error).split())[:300]
+        log.info("no compiled kernel", reason=reason)
+    return library, reason
+
+
+def _open() -> Library:
+    most = Isa[cpu_isa().upper()]
+    if most is Isa.NONE:
+        raise CannotBuild(f"{CPU_ISA_VARIABLE} is none")
+    library = Library(built(cache_home()), most)
     if library.isa is Isa.NONE:
-        log.info("no compiled kernel", reason="this CPU lacks AVX2, FMA or F16C")
-        return None
+        raise CannotBuild("this CPU lacks AVX2, FMA or F16C")
     return library

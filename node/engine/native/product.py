@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from node.engine.native.library import Kind, Library, ProductParts, native
+from node.engine.native.library import Kind, Library, ProductParts, absence, native
 
 PANEL = 32  # outputs computed together, as in mesh.h
 STEP = 32  # inputs summed together
@@ -52,7 +52,7 @@ class NativeProduct:
         """
         library = native()
         if library is None:
-            raise RuntimeError("no compiled kernel on this machine")
+            raise RuntimeError(f"there is no compiled kernel: {absence()}")
         self._library: Library = library
         self.outputs, self.inputs = weight.shape
         self.kind = _kind(weight, quantize)
