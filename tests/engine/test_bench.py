@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -52,10 +53,24 @@ def test_every_side_in_this_process_decodes_the_same_tokens(tiny: Path):
     assert len(GenerateBatch(model, 3).turn(2)) == 3 * 2
 
 
-def test_the_bench_of_a_gpu_compares_with_generate(tiny: Path):
+def test_the_bench_of_a_gpu_compares_with_generate(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    """By a clock on which a forward of `generate` takes a second, and the rest of it nothing."""
+    clock_s = [0.0]
+
+    def tick(*given: Any) -> None:
+        clock_s[0] += 1.0
+
+    def ticking(directory: Path, dtype: torch.dtype) -> Any:
+        model = plain_model(directory, dtype)
+        model.register_forward_hook(tick)
+        return model
+
+    monkeypatch.setattr(engine_gpu, "plain_model", ticking)
+    monkeypatch.setattr(engine_gpu, "time", SimpleNamespace(perf_counter=lambda: clock_s[0]))
     report = engine_gpu.measure(tiny, torch.device("cpu"), batches=(1, 3), rounds=1, steps=3)
     assert [row["batch"] for row in report["rows"]] == [1, 3] and report["exact"] and report["device"] == "cpu"
-    assert all(row["hf_generate_tok_s"] > 0 < row["ours_tok_s"] for row in report["rows"])
+    assert [row["hf_generate_tok_s"] for row in report["rows"]] == [1.0, 3.0]
+    assert all(row["ours_tok_s"] > 0 for row in report["rows"])
 
 
 @pytest.mark.skipif(not no_gpu(), reason="there is a GPU")

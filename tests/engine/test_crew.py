@@ -18,7 +18,7 @@ import msgspec
 import psutil
 import pytest
 
-from node.engine.parallel.crew import ROOT, Crew, WorkersLost
+from node.engine.parallel.crew import ROOT, Crew, WorkersLost, cause_of_end
 from node.engine.parallel.messages import LARGEST_BYTES, Channel, Forget, Joined, Keep, Rows, Step, encoded
 from tests.engine.test_worker import wait_until
 
@@ -51,6 +51,21 @@ def test_a_worker_that_is_killed_takes_the_others_along_and_is_told_of_once() ->
         crew.on_end(told.put)  # who asks too late is told at once
         assert told.get_nowait() == "rank 1 was killed by signal 9"
         assert told.empty()
+
+
+@pytest.mark.parametrize(
+    ("rank", "codes", "cause"),
+    [
+        (0, [1, -9], "rank 1 was killed by signal 9"),
+        (0, [None, -9], "rank 1 was killed by signal 9"),
+        (1, [-15, -9], "rank 1 was killed by signal 9"),
+        (1, [None, 3], "rank 1 ended with exit code 3"),
+        (0, [1, 1], "rank 0 ended with exit code 1"),
+        (0, [None, 1], "rank 0 let go of its socket"),
+    ],
+)
+def test_a_worker_whose_sums_failed_is_not_blamed_for_one_that_was_killed(rank: int, codes: list[int | None], cause: str) -> None:
+    assert cause_of_end(rank, codes) == cause
 
 
 def test_a_worker_that_hangs_is_given_up_at_the_deadline() -> None:

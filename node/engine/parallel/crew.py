@@ -28,6 +28,7 @@ from node.engine.parallel.messages import Channel, encoded
 
 ROOT = Path(__file__).resolve().parents[3]  # where the packages are
 MODULE = "node.engine.parallel"
+ENDING_S = 1.0  # how long workers that are about to end are waited for, so that it is known how they ended
 
 log = structlog.get_logger()
 
@@ -118,10 +119,15 @@ class Crew:
         raise WorkersLost(f"the span's workers were ended: {self._ended}")
 
     def _how_ended(self, rank: int) -> str:
-        code = self._processes[rank].poll()
-        if code is None:
-            return f"rank {rank} let go of its socket"
-        return f"rank {rank} was killed by signal {-code}" if code < 0 else f"rank {rank} ended with exit code {code}"
+        """What became of the workers, `rank` being the one whose socket was seen to close first."""
+        deadline_s = time.monotonic() + ENDING_S
+        for process in (self._processes[rank], *self._processes):  # a socket closes a moment before its process has ended
+            try:
+                if process.wait(max(0.0, deadline_s - time.monotonic())) < 0:
+                    break  # killed: that explains the others
+            except subprocess.TimeoutExpired:
+                break
+        return cause_of_end(rank, [process.poll() for process in self._processes])
 
     # ---- the end
 
@@ -161,12 +167,21 @@ class Crew:
         for channel in self._channels:
             poll.register(channel.socket, 0)  # hang-ups are told of always
         numbers = {channel.socket.fileno(): rank for rank, channel in enumerate(self._channels)}
-        first = numbers[poll.poll()[0][0]]
-        try:
-            self._processes[first].wait(1.0)
-        except subprocess.TimeoutExpired:
-            pass
-        self.end(self._how_ended(first))
+        self.end(self._how_ended(numbers[poll.poll()[0][0]]))
+
+
+def cause_of_end(rank: int, codes: Sequence[int | None]) -> str:
+    """Why a group of workers ended, by their exit codes; None: it still runs. `rank`: the first that was noticed.
+
+    A worker that is killed makes the sums of the others fail, and one of those may be noticed before it.
+    """
+    killed = [number for number, code in enumerate(codes) if code is not None and code < 0]
+    if killed and rank not in killed:
+        rank = killed[0]
+    code = codes[rank]
+    if code is None:
+        return f"rank {rank} let go of its socket"
+    return f"rank {rank} was killed by signal {-code}" if code < 0 else f"rank {rank} ended with exit code {code}"
 
 
 def _close(channels: list[Channel]) -> None:
