@@ -1,8 +1,8 @@
 """What the built-in engine can do: decoding beside transformers and llama.cpp in one run, and what its parts cost and save.
 
-`python -m bench.engine [--quick] [--threads N] [--budget SECONDS] [--only PART,…] [--device D] [--out FILE]`; the last line
-is one JSON object. What is asked of a figure stands beside it, and `missed` names all that miss it. On a GPU it is
-`bench.engine_gpu` that measures.
+`python -m bench.engine [--quick] [--threads N] [--budget SECONDS] [--only PART,…] [--isa avx2] [--device D] [--out FILE]`;
+the last line is one JSON object. What is asked of a figure stands beside it, and `missed` names all that miss it. With
+`--isa avx2` every engine is capped to AVX2 (`bench.capped`). On a GPU it is `bench.engine_gpu` that measures.
 
 The model is Llama-3.2-1B-shaped (`--quick`: 100 million parameters) with random weights stored in bfloat16. Ours is the
 stage as the engine runs it, with the kernel that a node would choose here and the exactness rules on. Opponents: the
@@ -10,9 +10,9 @@ model's own forward with a DynamicCache and SDPA in whichever of float32 and bfl
 `generate_batch` in the same dtype, and llama.cpp on the same weights as FP16 and as BF16, the faster of them; it is
 measured where `make bench-peers` has prepared it, else its figures are null and the report says why.
 
-Parts: `rows` decodes beside the opponents; `exactness` says what exactness costs; `loading`, `split`, `prefix` and
-`speculation` are the benchmarks of those names. With --out the file has after each part what is known by then, and a later
-run of other parts, of the same commit, shape and threads, adds to it.
+Parts: `products` multiplies beside FBGEMM and oneDNN; `rows` decodes beside the opponents; `exactness` says what exactness
+costs; `loading`, `split`, `prefix` and `speculation` are the benchmarks of those names. With --out the file has after each
+part what is known by then, and a later run of other parts, of the same commit, shape and threads, adds to it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,17 @@ from typing import Any
 
 import torch
 
-from bench import engine_exactness, engine_gpu, engine_loading, engine_prefix, engine_rows, engine_speculation, engine_split
+from bench import (
+    engine_exactness,
+    engine_gpu,
+    engine_loading,
+    engine_prefix,
+    engine_products,
+    engine_rows,
+    engine_speculation,
+    engine_split,
+)
+from bench.capped import ISAS, cap
 from bench.engine_goals import judged
 from bench.engine_rows import ROUNDS, say
 from bench.engine_shapes import SHAPES, make_checkpoint
@@ -43,7 +53,9 @@ from node.engine.loading import Loaded, load_stage
 from node.engine.machine import named
 from node.engine.stage import Stage
 
-SAME = ("shape", "threads", "commit")  # in a report that others' parts may be added to
+QUICK_SHAPE, FULL_SHAPE = "100M", "Llama-3.2-1B"
+WITHOUT_MODEL = {"products"}  # parts that need no checkpoint
+SAME = ("shape", "threads", "commit", "capped")  # in a report that others' parts may be added to
 
 
 def inexact_stages(checkpoint: Checkpoint, loaded: Loaded, threads: int) -> dict[str, Stage]:
@@ -73,6 +85,7 @@ class Bench:
     def parts(self) -> dict[str, Callable[[], dict[str, Any]]]:
         """In the order of running: what loads its own engines comes when the stage is gone."""
         return {
+            "products": self.products,
             "loading": self.loading,
             "rows": self.rows,
             "exactness": self.exactness,
@@ -89,6 +102,11 @@ class Bench:
         load_s = time.perf_counter() - began_s
         say(kernel=named(loaded.stage.kernel), load_s=round(load_s, 2))
         return checkpoint, loaded, load_s
+
+    def products(self) -> dict[str, Any]:
+        shapes = [QUICK_SHAPE] if self._quick else [QUICK_SHAPE, FULL_SHAPE]
+        rounds = engine_products.QUICK_ROUNDS if self._quick else engine_products.ROUNDS
+        return {"products": engine_products.measure(shapes, engine_products.chosen_here(), rounds=rounds)}
 
     def loading(self) -> dict[str, Any]:
         peak = engine_loading.measured_apart(self._directory)
@@ -160,27 +178,33 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a model of 100 million parameters")
     parser.add_argument("--threads", type=int, default=1, help="threads, the same for everyone")
     parser.add_argument("--budget", type=float, help="seconds for the turns of each batch, after the first three rounds")
-    parser.add_argument("--only", help="parts, with commas between: loading, rows, exactness, split, prefix, speculation")
+    parser.add_argument(
+        "--only", help="parts, with commas between: products, loading, rows, exactness, split, prefix, speculation"
+    )
+    parser.add_argument("--isa", choices=ISAS, default="native", help="avx2: everyone is capped to it")
     parser.add_argument("--out", type=Path, help="also write the JSON object here, after each part")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda: then beside transformers' generate on that GPU")
     options = parser.parse_args()
+    capped = cap(options.isa)
     try:
         on = device.chosen(options.device)
     except BadRequest as error:
         parser.error(str(error))
     device.prepare(on)
     torch.set_num_threads(options.threads)
-    shape = "100M" if options.quick else "Llama-3.2-1B"
+    shape = QUICK_SHAPE if options.quick else FULL_SHAPE
     budget_s = options.budget or (10.0 if options.quick else 30.0)
     here = machine()
     say(cpu=here["cpu"], isa=here["isa"], load_average=here["load_average"], threads=options.threads, shape=shape)
-    quick = (" --quick" if options.quick else "") + ("" if on == device.CPU else f" --device {options.device}")
+    isa = f" --isa {options.isa}" if capped else ""
+    quick = isa + (" --quick" if options.quick else "") + ("" if on == device.CPU else f" --device {options.device}")
     head = {
         "bench": "engine",
         "command": f"python -m bench.engine{quick} --threads {options.threads}",
         "shape": shape,
         "threads": options.threads,
         "isa": here["isa"],
+        "capped": capped,
         "commit": here["commit"],
         "machine": here,
     }
@@ -189,7 +213,8 @@ def main() -> None:
         wanted = options.only.split(",") if options.only else list(bench.parts)
         if unknown := set(wanted) - set(bench.parts):
             parser.error(f"--only: expected some of {', '.join(bench.parts)}; got {', '.join(sorted(unknown))}")
-        make_checkpoint(Path(folder), SHAPES[shape])
+        if on != device.CPU or set(wanted) - WITHOUT_MODEL:
+            make_checkpoint(Path(folder), SHAPES[shape])
         report, whole = Report(head, options.out), head
         if on != device.CPU:
             began_s = time.perf_counter()

@@ -11,6 +11,7 @@ OF_ROWS: dict[int, dict[str, float]] = {
     8: {"vs_hf": 1.4, "vs_generate_batch": 4.0, "vs_llamacpp": 1.0},
     32: {"vs_hf": 1.25, "vs_generate_batch": 4.0, "vs_llamacpp": 0.95},
 }
+OF_PRODUCTS = {"vs_best": 1.0, "mesh-int8 vs mesh-bf16": 1.0, "mesh-int4 vs mesh-bf16": 1.0}  # for each layer and row count
 ASKED: dict[str, Any] = {
     "invariance_overhead": {"short": 0.15, "long": 0.03},
     "split2_ratio": 0.9,
@@ -24,13 +25,13 @@ ASKED: dict[str, Any] = {
 def judged(report: dict[str, Any]) -> dict[str, Any]:
     """The report with what is `asked` beside its figures, all that `missed` it, and what was `not_measured`."""
     rows = [{**row, "asked": OF_ROWS.get(row["batch"], {})} for row in report.get("rows", [])]
-    found = [*_of_rows(rows), *_of_report(report)]
+    found = [*_of_rows(rows), *_of_report(report), *_of_products(report)]
     return {
         **report,
         **({"rows": rows} if rows else {}),
-        "asked": {name: asked for name, asked in ASKED.items() if name in report},
+        "asked": {name: asked for name, asked in (*ASKED.items(), ("products", OF_PRODUCTS)) if name in report},
         "missed": [f"{name}: {figure}, asked {asked}" for name, figure, asked, key in found if _misses(key, figure, asked)],
-        "not_measured": [name for name in ("rows", *ASKED) if name not in report]
+        "not_measured": [name for name in ("rows", "products", *ASKED) if name not in report]
         + [name for name, figure, _, _ in found if figure is None],
     }
 
@@ -57,6 +58,13 @@ def _of_report(report: dict[str, Any]) -> Iterator[Compared]:
     for part in (report.get("split"), report.get("prefix"), *report.get("speculation", {}).values()):
         if isinstance(part, dict) and "exact" in part:
             yield "answers of a part of the bench equal", part["exact"], True, "exact"
+
+
+def _of_products(report: dict[str, Any]) -> Iterator[Compared]:
+    for shape, figures in report.get("products", {}).get("shapes", {}).items():
+        for key, asked in OF_PRODUCTS.items():
+            for where, ratio in figures.get(key, {}).items():
+                yield f"products of {shape}, {key}, {where}", ratio, asked, key
 
 
 def _misses(key: str, figure: Any, asked: Any) -> bool:

@@ -42,6 +42,18 @@ def make_checkpoint(directory: Path, shape: dict[str, Any]) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
 
 
+def layer_shapes(shape: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of a decoder layer's products, those of the same input as one, in the order of a step."""
+    hidden, middle, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
+    dim = hidden // heads
+    return {
+        "qkv": (hidden, dim * (heads + 2 * shape["num_key_value_heads"])),
+        "out": (heads * dim, hidden),
+        "gate_up": (hidden, 2 * middle),
+        "down": (middle, hidden),
+    }
+
+
 def weights_read_bytes(config: Any, weight_bytes: int) -> int:
     """What one decoding step must read: all weights but the embedding, of which it looks up rows. Norms are left out."""
     dim = config.hidden_size // config.num_attention_heads

@@ -1,4 +1,4 @@
-"""bench.engine on a tiny model: everyone decodes the same model, and what is missing says so."""
+"""bench.engine on a tiny model: all sides decode the same model, and what is missing says so."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 
-from bench import engine, engine_exactness, engine_gpu, engine_loading, engine_rows, engine_split, llama_side
+from bench import engine, engine_exactness, engine_gpu, engine_loading, engine_products, engine_rows, engine_split, llama_side
 from bench.engine_exactness import freed
 from bench.engine_goals import judged
 from bench.engine_shapes import make_checkpoint, prompts, weights_read_bytes
@@ -152,7 +152,7 @@ def test_where_llama_cpp_is_absent_its_figures_are_null_and_the_report_says_why(
     assert set(report["invariance_overhead"]) == {"short", "long"}
     assert report["exact"] is True and report["peak_load_ratio"] == 1.25
     assert "make bench-peers" in report["llamacpp"]["absent"]
-    missing = ["split2_ratio", "prefix_hit_ttft_ratio", "spec_speedup_copy_task", "vs_llamacpp at batch 1"]
+    missing = ["products", "split2_ratio", "prefix_hit_ttft_ratio", "spec_speedup_copy_task", "vs_llamacpp at batch 1"]
     assert report["not_measured"] == missing
 
 
@@ -171,12 +171,12 @@ def test_what_is_asked_stands_beside_each_figure_and_what_misses_it_is_named():
         "exact: False, asked True",
         "answers of a part of the bench equal: False, asked True",
     ]
-    assert report["not_measured"] == ["spec_speedup_copy_task", "vs_llamacpp at batch 1"]
+    assert report["not_measured"] == ["products", "spec_speedup_copy_task", "vs_llamacpp at batch 1"]
 
 
 def test_a_report_grows_part_by_part_and_only_beside_others_of_its_kind(tmp_path: Path):
     out = tmp_path / "engine.json"
-    head = {"shape": "100M", "threads": 1, "commit": "abc"}
+    head = {"shape": "100M", "threads": 1, "commit": "abc", "capped": {}}
     engine.Report(head, out).add({"peak_load_ratio": 1.1}, "loading", 2.0)
     engine.Report(head, out).add({"split2_ratio": 0.95}, "split", 3.0)
     report = json.loads(out.read_text())
@@ -196,3 +196,37 @@ def test_two_stages_say_what_one_does(tiny: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_the_faster_dtype_is_found_for_each_batch(tiny: Path):
     assert set(best_dtypes(tiny, (1, 2), 1)) == {1, 2}
+
+
+def test_products_are_timed_for_each_layer_and_number_of_rows(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine_products, "CACHES", 0)
+    monkeypatch.setitem(engine_products.SHAPES, "tiny", TINY)
+    ours = engine_products.chosen_here()
+    report = engine_products.measure(["tiny"], ours, rows=(1, 3), rounds=1)
+    found = report["shapes"]["tiny"]
+    assert set(found["cpu_us"]) == {"qkv", "out", "gate_up", "down"}
+    there = [name for name in engine_products.USUAL if name in engine_products.contenders()]
+    for by_rows in found["cpu_us"].values():
+        assert set(by_rows) == {1, 3} and all(list(times_us) == there for times_us in by_rows.values())
+    if ours:
+        where = {f"{layer} x{rows}" for layer in found["cpu_us"] for rows in (1, 3)}
+        assert set(found["vs_best"]) == where == set(found["mesh-int8 vs mesh-bf16"])
+        table = engine_products.table("tiny", found["cpu_us"], ours)
+        assert len(table.splitlines()) == 2 + 8 and ours in table
+
+
+def test_a_product_slower_than_the_best_opponent_is_named():
+    times_us = {"mesh-bf16": 3.0, "fbgemm-fp16": 2.0, "onednn-fp32": 4.0, "mesh-int8": 1.5}
+    found = engine_products.judged_shape({"qkv": {1: times_us, 8: times_us | {"mesh-bf16": 1.0}}}, "mesh-bf16")
+    assert found["vs_best"] == {"qkv x1": 0.67, "qkv x8": 2.0}
+    report = judged({"products": {"shapes": {"100M": found}}})
+    assert report["missed"] == [
+        "products of 100M, vs_best, qkv x1: 0.67, asked 1.0",
+        "products of 100M, mesh-int8 vs mesh-bf16, qkv x8: 0.67, asked 1.0",
+    ]
+
+
+def test_a_contender_holds_more_than_the_cache(monkeypatch: pytest.MonkeyPatch):
+    contender = engine_products.contenders()["onednn-fp32"]
+    model = engine_products.Model(contender, {"out": (64, 64)}, 5 * 64 * 64 * 4)
+    assert model.layers == 5 and len(model.run(2)["out"]) == 5
