@@ -7,7 +7,7 @@
 #define PANEL 32      /* outputs that are computed together */
 #define STEP 32       /* inputs that are summed together before they join the total: one AMX tile */
 #define ROW_BLOCK 256 /* rows that share one reading of the weights */
-#define CHUNK 16      /* steps of a panel that all rows are multiplied by before the next are read: 32 KiB of BF16 */
+#define CHUNK 8        /* steps of a panel that all rows are multiplied by before the next are read: 16 KiB of BF16 */
 
 enum kind { BF16, FP32, FP16, INT8, INT4 };
 

@@ -3,7 +3,6 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
-#define UNROLL_PAIRS _Pragma("GCC unroll 4")
 #define MAX_ROWS 6 /* that meet a weight in registers */
 
 /* The weights of input 2 * pair, or of 2 * pair + 1, for 16 outputs. */
@@ -44,7 +43,7 @@ INLINE void side_by_side(const char *panel, int kind, const lanes_t *work, int r
         next = ask_for(next, lines, next_end);
         UNROLL for (int row = 0; row < rows; row++)
             UNROLL for (int half = 0; half < halves; half++) even[row][half] = odd[row][half] = v_zero();
-        UNROLL_PAIRS for (int pair = 0; pair < 16; pair++)
+        UNROLL for (int pair = 0; pair < 16; pair++)
             UNROLL for (int half = 0; half < halves; half++) {
                 const V weight_even = load_weights(panel + half * size, pair, 0, kind);
                 UNROLL for (int row = 0; row < rows; row++)
@@ -73,7 +72,7 @@ INLINE void one_by_one(const char *panel, int kind, const lanes_t *work, int row
         next = ask_for(next, lines, next_end);
         UNROLL for (int odd = 0; odd < 2; odd++) {
             UNROLL for (int row = 0; row < rows; row++) sum[row] = v_zero();
-            UNROLL_PAIRS for (int pair = 0; pair < 16; pair++) {
+            _Pragma("GCC unroll 4") for (int pair = 0; pair < 16; pair++) {
                 const V weight = load_weights(panel, pair, odd, kind);
                 UNROLL for (int row = 0; row < rows; row++)
                     sum[row] = v_fma(v_set(x[row * stride + 2 * pair + odd]), weight, sum[row]);

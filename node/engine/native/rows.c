@@ -14,6 +14,7 @@
 #endif
 
 #define FEW_ROWS 16 /* up to here turning int8 and int4 into tiles costs more than it spares */
+#define TOP_ROWS 36 /* that lanes work off before the next ones: six blocks of six */
 #define UNROLL16 _Pragma("GCC unroll 16")
 
 static inline int64_t round_up(int64_t number, int64_t unit) { return (number + unit - 1) / unit * unit; }
@@ -150,14 +151,15 @@ static void work_panels(const void *work, int64_t item) {
     const unsigned before = flush_denormals();
     const int64_t steps = steps_of(p), end = least((item + 1) * w->claim, panels_of(p));
     const int64_t step_bytes = 2 * half_bytes((int)p->kind), panel_bytes = steps * step_bytes, chunk_bytes = least(CHUNK, steps) * step_bytes;
-    float tile[32 * PANEL] __attribute__((aligned(64)));
+    float tile[TOP_ROWS * PANEL] __attribute__((aligned(64)));
     for (int64_t panel = item * w->claim; panel < end; panel++) {
         const char *weights = (const char *)p->packed + panel * panel_bytes;
         const float *scales = p->kind == INT4 ? p->scale + panel * steps * PANEL : NULL;
         const input_t *in = &w->input;
+        const int64_t tops = in->bf16 ? 32 : TOP_ROWS;
         const uint16_t *tiles = in->bf16 ? as_tiles(weights, (int)p->kind, steps) : NULL;
-        for (int64_t top = 0; top < in->rows; top += 32) {
-            const int rows = (int)least(32, in->rows - top);
+        for (int64_t top = 0; top < in->rows; top += tops) {
+            const int rows = (int)least(tops, in->rows - top);
             if (tiles && in_whole_numbers(p))
                 amx_panel_scaled(tiles, scales, in->bf16 + top * steps * STEP, in->dots.scales + top * steps, steps, rows, tile);
             else if (tiles)
