@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from cli import options, output
 from cli.nodes import node_rows
 
@@ -23,6 +26,8 @@ def status(
     output.line(f"asked {me['name']} ({me['id']}) version {me.get('version') or '?'} at {me['http']}, gossip {me['gossip']}")
     for span, kernel in me.get("kernels", {}).items():
         output.line(f"{span} is computed by {kernel}")
+        if choice := me.get("kernel_choices", {}).get(span):
+            output.line(f"  {_why(choice)}")
     for span, load in me.get("loading", {}).items():
         output.line(
             f"{span} is loading for {load['seconds']:.0f} s: {load['phase']}, {load['layers_done']} of {load['layers']} layers, "
@@ -49,3 +54,11 @@ def status(
     if stores:
         output.line()
         output.table(("STORE", "DOCUMENTS", "SHARDS", "REPLICAS", "IN SYNC"), stores, empty="")
+
+
+def _why(choice: Mapping[str, Any]) -> str:
+    """Why a span's kernel was chosen, and what was measured, the fastest first."""
+    if not choice["cpu_us"]:
+        return choice["reason"]
+    times = ", ".join(f"{name} {time_us:.0f}" for name, time_us in sorted(choice["cpu_us"].items(), key=lambda each: each[1]))
+    return f"{choice['reason']} (CPU µs of a product: {times}{'; remembered' if choice['remembered'] else ''})"

@@ -118,6 +118,11 @@ def data_home() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "gossip-mesh"
 
 
+def onednn_cap() -> str:
+    """The most instructions that the environment lets oneDNN use; empty where it sets no cap. oneDNN reads it itself."""
+    return os.environ.get("ONEDNN_MAX_CPU_ISA", "")
+
+
 def cache_home() -> Path:
     """Where a node keeps what it can make again (the default model)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gossip-mesh"

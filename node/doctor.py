@@ -65,6 +65,7 @@ class Look:
     key_saved: bool = True
     keys_on_ring: int = 1
     free_bytes: int | None = None  # where the data directory lies
+    local_kernels: Mapping[str, str] = field(default_factory=dict)  # own span -> a kernel that is not portable, and why
     not_written: str = ""  # why the data directory keeps nothing, if it does not
 
 
@@ -77,6 +78,7 @@ def diagnosis(look: Look) -> list[Finding]:
         *_clocks(look),
         *_nodes(look.view),
         *_models(look),
+        *_kernels(look),
         *_documents(look),
         *_disk(look),
     ]
@@ -181,6 +183,13 @@ def _models(look: Look) -> Iterator[Finding]:
             )
     if look.not_ready and not look.missing_layers:
         yield Finding(PROBLEM, "models", f"this node is not ready: {look.not_ready}", "see its log")
+
+
+def _kernels(look: Look) -> Iterator[Finding]:
+    for span, kernel in sorted(look.local_kernels.items()):
+        what = f"{span} is computed here by {kernel}; its answers are exact only together with nodes of this kind of CPU"
+        do = "for the same bits on every CPU: install a C compiler (cc, gcc or clang) and start the node without --dtype KERNEL"
+        yield Finding(NOTE, "models", what, do)
 
 
 def _room(view: View, model: ModelId) -> str:

@@ -182,6 +182,7 @@ class Node:
             missing_layers=self._readiness.missing_layers,
             ready=self._readiness.why_not,
             keys=self._keys,
+            engine=self._engine.statistics,
         )
 
     def _make_library(self) -> Library:

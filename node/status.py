@@ -18,9 +18,10 @@ def status(
 ) -> dict[str, Any]:
     """`complete`: per model, whether a path through all its layers exists right now; `engine`: the engine's statistics.
 
-    Of those, the kernels of the spans loaded here and how far those are that load; another engine may tell of neither.
+    Of those, the kernels of the spans loaded here, why they were chosen, and how far those are that load; another engine
+    may tell of none of these.
     """
-    kernels, loading = getattr(engine, "kernels", {}), getattr(engine, "loading", {})
+    kernels, choices, loading = (getattr(engine, name, {}) for name in ("kernels", "choices", "loading"))
     me = view.peers[view.me]
     covered = coverage(view)
     return {
@@ -32,6 +33,7 @@ def status(
             "gossip": format_address(me.address),
             "version": me.facts.version,
             "kernels": {f"{span.model} {span.start}:{span.end}": name for span, name in sorted(kernels.items())},
+            "kernel_choices": {f"{span.model} {span.start}:{span.end}": _choice(each) for span, each in sorted(choices.items())},
             "loading": {f"{span.model} {span.start}:{span.end}": _progress(each) for span, each in sorted(loading.items())},
             "frozen": view.frozen,
         },
@@ -75,6 +77,16 @@ def numerics(view: View, model: ModelId) -> str:
     if not all(map(is_exact, told)):
         return "approximate"
     return "exact" if len(told) == 1 else "mixed"
+
+
+def _choice(choice: Any) -> dict[str, Any]:
+    """Of a span's kernel (`node.engine.kernel_choice`): why, and what was measured, by kernel, if anything."""
+    return {
+        "portable": choice.kernels[0].compiled,
+        "reason": choice.reason,
+        "cpu_us": dict(choice.times_us),
+        "remembered": choice.remembered,
+    }
 
 
 def _progress(progress: Any) -> dict[str, Any]:

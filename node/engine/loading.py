@@ -5,15 +5,16 @@ from __future__ import annotations
 import gc
 import secrets
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mesh.errors import BadRequest
 from mesh.ids import ModelId
 from mesh.view import APPROXIMATE, ModelCard
-from node.engine import device, machine, selfcheck
+from node.engine import device, kernel_choice, machine, selfcheck
 from node.engine.checkpoint import Checkpoint
+from node.engine.kernel_choice import KernelChoice
 from node.engine.linear import Kernel
 from node.engine.native.layers import NativeLayers
 from node.engine.paged.stage import device_stage
@@ -25,10 +26,11 @@ from node.engine.stage import Stage
 
 @dataclass(frozen=True)
 class Loaded:
-    """A stage and what it may claim."""
+    """A stage, what it may claim, and how its kernel was chosen."""
 
     stage: Stage | ParallelStage
     numerics: str
+    choice: KernelChoice
 
 
 def load_stage(
@@ -54,19 +56,19 @@ def load_stage(
     """
     if not 0 <= start < end <= checkpoint.layers:
         raise BadRequest(f"expected layers within 0:{checkpoint.layers}, got {start}:{end}", param="layers")
-    kernels = _kernels(checkpoint, wanted, quantize, ranks, on)
+    choice = _choice(checkpoint, wanted, quantize, ranks, on)
     inexact: Kernel | None = None
     stage: Stage | ParallelStage | None
     reasons = []
     with ExitStack() as tried:  # ends what is not returned, whatever happens: its workers would stay
-        for kernel in kernels:
+        for kernel in choice.kernels:
             watch = watch or LoadWatch(end - start)
             stage = None
             stage = _alone(tried, checkpoint, start, end, kernel, threads, watch, ranks, on, graphs)
             try:
                 plain = _packed_beside_plain(stage)
             except (ValueError, RuntimeError) as error:  # no such kernel on this CPU, or not for these weights
-                reasons.append(f"{kernel.name}: {error}")
+                reasons.append(f"{kernel.name}: {' '.join(str(error).split())}")
                 continue
             watch.checks()
             if not selfcheck.computes_like_the_plain_model(stage, plain):
@@ -79,8 +81,10 @@ def load_stage(
                 tried.pop_all()
                 compiled = getattr(stage, "lean", None)
                 constants = compiled.constants if isinstance(compiled, NativeLayers) else ""
-                return Loaded(stage, machine.fingerprint(checkpoint.weights, kernel, threads, ranks, on, constants))
+                numerics = machine.fingerprint(checkpoint.weights, kernel, threads, ranks, on, constants)
+                return Loaded(stage, numerics, _settled(choice, kernel, reasons))
             inexact = inexact or kernel
+            reasons.append(f"{kernel.name}: not exact")
             if stage.loose:
                 break  # whatever the kernel
         if inexact is not None:
@@ -89,7 +93,8 @@ def load_stage(
                 stage = _alone(tried, checkpoint, start, end, inexact, threads, watch, ranks, on, graphs)
                 stage.pack()
             tried.pop_all()
-            return Loaded(stage, APPROXIMATE + secrets.token_hex(8))
+            reasons = [*reasons[: choice.kernels.index(inexact)], "none that was tried is exact"]
+            return Loaded(stage, APPROXIMATE + secrets.token_hex(8), _settled(choice, inexact, reasons))
     raise BadRequest(
         f"{checkpoint.directory.name} ({checkpoint.config.model_type}) failed the self-check on layers {start}:{end}: "
         f"{'; '.join(reasons)}",
@@ -98,16 +103,23 @@ def load_stage(
     )
 
 
-def _kernels(checkpoint: Checkpoint, wanted: str, quantize: str, ranks: int, on: torch.device) -> list[Kernel]:
-    """Those to be tried, the best first. Raises BadRequest: there is none."""
+def _choice(checkpoint: Checkpoint, wanted: str, quantize: str, ranks: int, on: torch.device) -> KernelChoice:
+    """The kernels to be tried. Raises BadRequest: there is none."""
     device.require_servable(on, checkpoint.directory.name, checkpoint.mixture, quantize, ranks)
     widest = int(getattr(checkpoint.config, "intermediate_size", None) or 4 * checkpoint.hidden_size)
     try:
         if on != device.CPU:
-            return machine.gpu_candidates(wanted, checkpoint.stored_dtype)
-        return machine.ranked(wanted, checkpoint.stored_dtype, checkpoint.hidden_size, widest, quantize)
+            return KernelChoice(
+                tuple(machine.gpu_candidates(wanted, checkpoint.stored_dtype)), "the first for this type on a GPU"
+            )
+        return kernel_choice.choose(wanted, checkpoint.stored_dtype, checkpoint.hidden_size, widest, quantize)
     except ValueError as error:
         raise BadRequest(str(error), param="dtype") from error
+
+
+def _settled(choice: KernelChoice, kernel: Kernel, refused: list[str]) -> KernelChoice:
+    """The choice as it came out: this kernel, after the self-check had refused those before it for these reasons."""
+    return replace(choice, kernels=(kernel,), reason="; ".join(refused) or choice.reason)
 
 
 def _alone(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import platform
-import time
 from pathlib import Path
 
 import torch
@@ -13,11 +12,9 @@ import torch
 from node.engine import device, golden
 from node.engine.kernel_probe import refusal
 from node.engine.linear import KERNELS, Kernel
-from node.engine.native.library import Isa, native
+from node.engine.native.library import native
 
 RULES_VERSION = 5  # of the exactness rules: rows in buckets, query rows by 8, KV by 128, the sampler, compiled layers
-DECISIVE = 1.5  # a timing overrules the rule of thumb only by this factor: two nodes of one kind must choose alike
-WORTH_TIMING_BYTES = 8 << 20  # smaller layers live in caches, where timings say little and matter less
 
 
 @functools.cache
@@ -75,11 +72,12 @@ def named(kernel: Kernel) -> str:
 
 
 def candidates(wanted: str, stored: torch.dtype, quantize: str = "none") -> list[Kernel]:
-    """Kernels for a checkpoint stored as `stored`, by rule of thumb the best first. `wanted`: a dtype, kernel or "auto".
+    """Kernels for a checkpoint stored as `stored`, the one to prefer first. `wanted`: a dtype, kernel or "auto".
 
-    Nothing is rounded that the checkpoint holds exactly, unless it was asked for. Without bf16 instructions bf16
-    arithmetic is several times slower than fp32; "mesh-fp32" and FBGEMM then read half the bytes of fp32. Kernels that
-    this machine does not have are left out.
+    The first is the compiled kernel whose rows have the stored dtype: its bits are the same on every CPU, so all nodes
+    that have it choose alike (docs/decisions/0033). Where it could not be built a rule of thumb decides: without bf16
+    instructions bf16 arithmetic is several times slower than fp32, and FBGEMM reads half the bytes of fp32. Nothing is
+    rounded that the checkpoint holds exactly, unless it was asked for.
 
     Raises:
         ValueError: no such dtype or kernel, or this machine has none of them; the message gives each one's reason.
@@ -88,22 +86,21 @@ def candidates(wanted: str, stored: torch.dtype, quantize: str = "none") -> list
         if KERNELS[wanted].attention:
             raise ValueError(f"{wanted} computes on a GPU; it needs --device cuda")
         return _existing([wanted])
-    fast = "bf16" in isa() or "amx" in isa()
     if wanted not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"expected auto, float32, bfloat16 or one of {', '.join(KERNELS)}; got {wanted!r}")
-    wide = wanted == "float32" or (wanted == "auto" and not (fast and stored is torch.bfloat16))
+    wide = wanted == "float32" or (wanted == "auto" and stored is not torch.bfloat16)
     if quantize == "int8":
         return _existing(["mesh-int8-fp32", "mesh-int8", "aten-int8"] if wide else ["mesh-int8", "aten-int8"])
     if quantize == "int4":
         return _existing(["mesh-int4-fp32"] if wide else ["mesh-int4"])
     if wanted == "bfloat16":
-        return _existing([*_bf16_first(), "aten-bf16"])
+        return _existing(["mesh-bf16", "onednn-bf16", "aten-bf16"])
     if wanted == "float32" or stored is torch.float32:
         return _existing(["mesh-fp32", "onednn-fp32", "aten-fp32"])
     if stored is torch.float16:
         return _existing(["mesh-fp32", "fbgemm-fp16", "onednn-fp32", "aten-fp32"])
-    narrow = [*_bf16_first(), "mesh-fp32", "fbgemm-fp16"] if fast else ["mesh-fp32", "fbgemm-fp16", "onednn-bf16"]
-    return _existing([*narrow, "onednn-fp32", "aten-fp32"])
+    others = ["onednn-bf16", "fbgemm-fp16"] if "bf16" in isa() or "amx" in isa() else ["fbgemm-fp16", "onednn-bf16"]
+    return _existing(["mesh-bf16", "mesh-fp32", *others, "onednn-fp32", "aten-fp32"])
 
 
 def gpu_candidates(wanted: str, stored: torch.dtype) -> list[Kernel]:
@@ -121,49 +118,9 @@ def gpu_candidates(wanted: str, stored: torch.dtype) -> list[Kernel]:
     return [kernel for kernel in map(KERNELS.__getitem__, names) if (kernel.dtype is torch.float32) == wide]
 
 
-def _bf16_first() -> list[str]:
-    """Tiles make our own kernel the faster one; without them oneDNN's bf16 instructions are, from some rows on."""
-    library = native()
-    tiles = library is not None and library.isa is Isa.AMX
-    return ["mesh-bf16", "onednn-bf16"] if tiles else ["onednn-bf16", "mesh-bf16"]
-
-
 def _existing(names: list[str]) -> list[Kernel]:
     found = [KERNELS[name] for name in names if not refusal(KERNELS[name])]
     if not found:
         reasons = "; ".join(f"{name}: {refusal(KERNELS[name])}" for name in names)
         raise ValueError(f"this machine cannot compute with {reasons}")
     return found
-
-
-@functools.cache
-def ranked(wanted: str, stored: torch.dtype, inputs: int, outputs: int, quantize: str = "none") -> list[Kernel]:
-    """The candidates, the fastest on a layer of this shape first where it is decisively so."""
-    kernels = candidates(wanted, stored, quantize)
-    if len(kernels) == 1 or inputs * outputs * stored.itemsize < WORTH_TIMING_BYTES:
-        return kernels
-    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(7)) / inputs**0.5
-    times_s = {kernel.name: _decode_time_s(kernel, weight) for kernel in kernels}
-    fastest = min(kernels, key=lambda kernel: times_s[kernel.name])
-    if times_s[kernels[0].name] < DECISIVE * times_s[fastest.name]:
-        return kernels
-    return [fastest, *(kernel for kernel in kernels if kernel is not fastest)]
-
-
-def _decode_time_s(kernel: Kernel, weight: torch.Tensor) -> float:
-    """Geometric middle of the best times for 2 and 16 rows; infinite where the kernel does not exist."""
-    try:
-        product = kernel.pack(weight.to(kernel.dtype), None)
-        squared = 1.0
-        for count in (2, 16):
-            rows = torch.ones(count, weight.shape[1], dtype=kernel.dtype)
-            product(rows)
-            best_s = float("inf")
-            for _ in range(5):
-                began_s = time.perf_counter()
-                product(rows)
-                best_s = min(best_s, time.perf_counter() - began_s)
-            squared *= best_s
-    except (RuntimeError, ValueError, NotImplementedError):
-        return float("inf")
-    return squared**0.5

@@ -44,6 +44,7 @@ from node.engine.constraints import Constraints
 from node.engine.drawing import draw
 from node.engine.faults import is_out_of_memory
 from node.engine.kept_pages import KeptPages, PageLost
+from node.engine.kernel_choice import KernelChoice
 from node.engine.kvcache import SequenceKV
 from node.engine.loading import Loaded, card, kv_token_bytes, load_stage
 from node.engine.page_trade import PageTrade, shown_layout
@@ -67,6 +68,7 @@ class EngineStatistics:
     isa: str
     threads: int
     kernels: dict[Span, str]  # span -> name of its linear kernel and the instructions it runs on, `mesh-bf16 on amx`
+    choices: dict[Span, KernelChoice]  # why that kernel
     numerics: dict[Span, str]
     parameters: dict[Span, int]
     prefill_tokens: int
@@ -273,6 +275,7 @@ class TorchEngine:
                 isa=machine.isa(),
                 threads=self._config.threads,
                 kernels={span: machine.named(loaded.stage.kernel) for span, loaded in self._loaded.items()},
+                choices={span: loaded.choice for span, loaded in self._loaded.items()},
                 numerics={span: loaded.numerics for span, loaded in self._loaded.items()},
                 parameters={span: loaded.stage.parameters for span, loaded in self._loaded.items()},
                 prefill_tokens=self._timing.prefill_tokens,

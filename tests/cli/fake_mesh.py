@@ -87,6 +87,9 @@ class FakeMesh:
             for index in range(len(self.servers))
         ]
         me = {**nodes[0], "pid": 1, "gossip": "127.0.0.1:7946", "version": "0.1.0", "kernels": {"m 0:6": "mesh-fp32 on avx2"}}
+        me["kernel_choices"] = {
+            "m 0:6": dict(portable=True, reason="the first", cpu_us={"mesh-fp32": 20.4, "onednn-fp32": 9.6}, remembered=True)
+        }
         me["loading"] = {"m 6:8": dict(phase="packing", layers_done=1, layers=2, bytes_done=1 << 29, bytes=1 << 30, seconds=4.2)}
         model = {"id": "tiny", "layers": 6, "max_model_len": 4096, "complete": True, "min_replicas": len(nodes)}
         model["numerics"] = "approximate"

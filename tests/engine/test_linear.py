@@ -122,18 +122,3 @@ def test_nothing_is_rounded_that_was_not_asked_for(wanted: str, stored: torch.dt
         assert not any("bf16" in name for name in names)
     if wanted != "auto":
         assert {KERNELS[name].dtype for name in names} == {getattr(torch, wanted)}
-
-
-def test_the_choice_overrules_the_rule_of_thumb_only_by_a_decisive_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {"fbgemm-fp16": 1.0, "onednn-bf16": 1.2, "onednn-fp32": 2.5, "aten-fp32": 9.0}
-    monkeypatch.setattr(machine, "_decode_time_s", lambda kernel, weight: times[kernel.name])
-    monkeypatch.setattr(machine, "native", lambda: None)
-    monkeypatch.setattr(machine, "refusal", lambda kernel: "no compiler" if kernel.compiled else "")
-    monkeypatch.setattr(machine, "isa", lambda: "AVX512+bf16")
-    ranked = machine.ranked.__wrapped__
-    assert ranked("auto", torch.bfloat16, 2048, 2048)[0].name == "onednn-bf16"
-    times["fbgemm-fp16"] = 0.7
-    assert ranked("auto", torch.bfloat16, 2048, 2048)[0].name == "fbgemm-fp16"
-    assert ranked("auto", torch.bfloat16, 256, 704)[0].name == "onednn-bf16", "too small to be worth a timing"
-    monkeypatch.setattr(machine, "isa", lambda: "AVX2")
-    assert ranked("auto", torch.bfloat16, 256, 704)[0].name == "fbgemm-fp16"

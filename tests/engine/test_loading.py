@@ -13,6 +13,7 @@ from mesh.errors import BadRequest
 from mesh.view import is_exact
 from node.engine import loading, selfcheck
 from node.engine.checkpoint import read_checkpoint
+from node.engine.kernel_choice import KernelChoice
 from node.engine.linear import KERNELS
 from node.engine.parallel.crew import WorkersLost
 
@@ -72,7 +73,8 @@ def test_whatever_stage_is_not_returned_is_closed_once(
 
     monkeypatch.setattr(loading, "_stage", stage)
     monkeypatch.setattr(loading, "_packed_beside_plain", Tried.pack)
-    monkeypatch.setattr(loading.machine, "ranked", lambda *given: [KERNELS[name] for name in NAMES])
+    tries = KernelChoice(tuple(KERNELS[name] for name in NAMES), "")
+    monkeypatch.setattr(loading.kernel_choice, "choose", lambda *given: tries)
     monkeypatch.setattr(selfcheck, "computes_like_the_plain_model", compared)
     monkeypatch.setattr(selfcheck, "looks_through_its_window", lambda one: one.fate != "blind")
     monkeypatch.setattr(selfcheck, "is_exact", lambda one: one.fate == "exact")

@@ -16,6 +16,7 @@ from mesh.errors import BadRequest
 from mesh.view import is_exact
 from node.engine import loading, selfcheck
 from node.engine.checkpoint import files_to_read, read_checkpoint
+from node.engine.kernel_choice import KernelChoice
 from node.engine.linear import KERNELS, linear_modules
 from node.engine.loading import load_stage
 from node.engine.mapped import MappedTensors
@@ -145,7 +146,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
             super().__init__(*given)
 
     monkeypatch.setattr(loading, "Stage", Watched)
-    monkeypatch.setattr(loading.machine, "ranked", lambda *given: [KERNELS["aten-fp32"], KERNELS["aten-bf16"]])
+    tries = KernelChoice((KERNELS["aten-fp32"], KERNELS["aten-bf16"]), "the first")
+    monkeypatch.setattr(loading.kernel_choice, "choose", lambda *given: tries)
     return found
 
 
@@ -156,6 +158,8 @@ def test_a_kernel_that_fails_is_gone_before_the_next_is_tried(
     monkeypatch.setattr(selfcheck, "computes_like_the_plain_model", lambda stage, plain: right.pop(0))
     loaded = load_stage(read_checkpoint(wide), 0, 1, "auto", threads=1)
     assert [name for name, _ in built] == ["aten-fp32", "aten-bf16"] and loaded.stage.kernel.name == "aten-bf16"
+    assert loaded.choice.reason == "aten-fp32: differs from the plain model"
+    assert loaded.choice.kernels == (KERNELS["aten-bf16"],)
 
 
 def test_where_no_kernel_is_exact_the_first_that_is_right_serves(
@@ -165,4 +169,5 @@ def test_where_no_kernel_is_exact_the_first_that_is_right_serves(
     loaded = load_stage(read_checkpoint(wide), 0, 1, "auto", threads=1)
     assert [name for name, _ in built] == ["aten-fp32", "aten-bf16", "aten-fp32"]
     assert loaded.stage.kernel.name == "aten-fp32" and not is_exact(loaded.numerics)
+    assert loaded.choice.reason == "none that was tried is exact"
     assert run_together(loaded.stage, [(Probe(loaded.stage, 1, 5), 5)]).isfinite().all(), "it is packed"

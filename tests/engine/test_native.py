@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from mesh.view import is_exact
-from node.engine import machine
+from node.engine import kernel_choice, machine
 from node.engine.attention import Segment
 from node.engine.checkpoint import read_checkpoint
 from node.engine.kernel_probe import refusal
@@ -240,12 +240,12 @@ def test_without_the_compiled_kernel_a_span_is_served_by_the_next_best(
 ) -> None:
     monkeypatch.setattr(machine, "native", lambda: None)
     monkeypatch.setattr(machine, "refusal", lambda kernel: "no C compiler" if kernel.compiled else refusal(kernel))
-    machine.ranked.cache_clear()
+    kernel_choice.choose.cache_clear()
     assert load_stage(read_checkpoint(random_model), 0, 2, "auto", 1).stage.kernel.name == FLOAT32
     assert [kernel.name for kernel in machine.candidates("auto", torch.bfloat16, "int8")] == ["aten-int8"]
     with pytest.raises(ValueError, match="this machine cannot compute with mesh-int4-fp32: no C compiler"):
         machine.candidates("auto", torch.float32, "int4")
-    machine.ranked.cache_clear()
+    kernel_choice.choose.cache_clear()
 
 
 class FakeCompiler:

@@ -16,6 +16,7 @@ from node.engine.attention import Segment
 from node.engine.blocks import BLOCK_TOKENS
 from node.engine.checkpoint import read_checkpoint
 from node.engine.device import CPU
+from node.engine.kernel_choice import KernelChoice
 from node.engine.linear import KERNELS
 from node.engine.loading import load_stage
 from node.engine.paged.kv import FIRST_PAGES
@@ -171,7 +172,7 @@ def test_the_engine_serves_from_pages_on_another_device(
         return DeviceStage(checkpoint, start, end, kernel, threads, watch, device=DEVICE, record=recorder())
 
     monkeypatch.setattr(loading, "_stage", stage)
-    monkeypatch.setattr(loading.machine, "ranked", lambda *given: [KERNELS["cuda-fp32"]])
+    monkeypatch.setattr(loading.kernel_choice, "choose", lambda *given: KernelChoice((KERNELS["cuda-fp32"],), ""))
     token_bytes = 4 * 2 * 2 * 16 * 4
     given: dict[str, Any] = {"kv_memory_bytes": 2 * BLOCK_TOKENS * token_bytes, "spill_memory_bytes": 64 << 20}
     with running((checkpoint_of("llama"), 0, 4), **given) as one:

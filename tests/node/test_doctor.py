@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 
@@ -11,7 +11,10 @@ from mesh.ids import ModelId, NodeId
 from mesh.refusals import FOREIGN_WORD, Refusal
 from mesh.seal import SealFault
 from mesh.view import Facts, ModelCard, Peer, PeerState, Readiness, Span, View
+from node import examination
 from node.doctor import NOTE, PROBLEM, Finding, Look, diagnosis
+from node.engine.kernel_choice import KernelChoice
+from node.engine.linear import KERNELS
 from rag.types import StoreInfo
 
 MODEL = ModelId("tiny")
@@ -153,3 +156,16 @@ def test_what_this_node_lacks_itself_is_told(change: dict[str, object], about: s
 def test_problems_come_before_remarks() -> None:
     look = replace(WELL, keyless=True, free_bytes=1)
     assert [finding.severity for finding in found(look)] == [PROBLEM, NOTE]
+
+
+def test_a_kernel_that_is_not_portable_is_named_with_its_reason() -> None:
+    finding = only(replace(WELL, local_kernels={"tiny 0:4": "fbgemm-fp16 (asked for by its name)"}))
+    assert finding.severity == NOTE and "C compiler" in finding.do
+    assert finding.what.startswith("tiny 0:4 is computed here by fbgemm-fp16 (asked for by its name); its answers are exact only")
+
+
+def test_only_kernels_on_the_cpu_that_are_not_portable_are_told() -> None:
+    chosen = {"mesh-bf16": (0, 1), "fbgemm-fp16": (1, 2), "cuda-bf16": (2, 3)}
+    choices = {Span(MODEL, *layers): KernelChoice((KERNELS[name],), "why") for name, layers in chosen.items()}
+    assert examination._local_kernels(SimpleNamespace(choices=choices)) == {"tiny 1:2": "fbgemm-fp16 (why)"}
+    assert examination._local_kernels(None) == {}

@@ -8,6 +8,8 @@ import pytest
 
 from mesh.ids import ModelId, NodeId
 from mesh.view import APPROXIMATE, Facts, ModelCard, Peer, Span, View
+from node.engine.kernel_choice import KernelChoice
+from node.engine.linear import KERNELS
 from node.engine.progress import LoadProgress, Phase
 from node.models import Models
 from node.status import status
@@ -46,15 +48,18 @@ async def test_embedding_and_counting_leave_the_loop_to_others(tmp_path):
     assert threading.current_thread() not in embedder.threads
 
 
-def test_status_tells_which_kernel_computes_each_span_and_how_far_one_that_loads_has_come():
+def test_status_tells_which_kernel_computes_each_span_and_why_and_how_far_one_that_loads_has_come():
     me = Peer(NodeId("a" * 16), "n", ("127.0.0.1", 1))
     view = View(me.id, {me.id: me})
     engine = SimpleNamespace(
         kernels={Span(ModelId("m"), 0, 6): "mesh-bf16 on amx"},
+        choices={Span(ModelId("m"), 0, 6): KernelChoice((KERNELS["mesh-bf16"],), "the first", {"mesh-bf16": 10.5}, True)},
         loading={Span(ModelId("m"), 6, 8): LoadProgress(Phase.PACKING, 1, 2, 300, 400, 2.04)},
     )
     told = status(view, [], {}, 0.0, engine)["self"]
     assert told["kernels"] == {"m 0:6": "mesh-bf16 on amx"}
+    choice = {"portable": True, "reason": "the first", "cpu_us": {"mesh-bf16": 10.5}, "remembered": True}
+    assert told["kernel_choices"] == {"m 0:6": choice}
     assert told["loading"] == {
         "m 6:8": {"phase": "packing", "layers_done": 1, "layers": 2, "bytes_done": 300, "bytes": 400, "seconds": 2.0}
     }

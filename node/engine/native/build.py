@@ -84,11 +84,17 @@ def _own_directory(directory: Path) -> Path:
     return directory
 
 
-def _recipe(compiler: str) -> str:
-    """Names sources, flags and compiler."""
+def sources_digest() -> str:
+    """Names the sources and the flags they are compiled with."""
     digest = hashlib.blake2b(repr((COMMON, PARTS)).encode(), digest_size=8)
     for path in sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.h")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _recipe(compiler: str) -> str:
+    """Names sources, flags and compiler."""
+    digest = hashlib.blake2b(sources_digest().encode(), digest_size=8)
     said = subprocess.run([compiler, "--version"], capture_output=True, timeout=TIME_LIMIT_S, check=False)
     digest.update(compiler.encode() + said.stdout)
     return digest.hexdigest()
