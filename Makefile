@@ -48,18 +48,32 @@ bench: $(STAMP)
 	$(BIN)/python -m bench.availability --quick
 	$(BIN)/python -m bench.membership --quick
 
-# What bench.membership and bench.engine measure us against, each in a virtual environment of its own. llama.cpp is built
-# from source for this machine: a few minutes.
-bench-peers: build/bench-peers/.installed build/bench-llama/.installed
+# What bench.membership and bench.engine measure us against, each in a virtual environment of its own. llama.cpp comes
+# prebuilt for AVX2 (a wheel of 34 MB); where that does not load, and with LLAMA_CPP=source, it is built for this machine's own
+# instructions from llama-cpp-python's sources, which needs a C++ compiler and up to 15 minutes.
+LLAMA_CPP ?= prebuilt
+LLAMA_PYTHON := build/bench-llama/bin/python
+LLAMA_PIP := $(LLAMA_PYTHON) -m pip --quiet --disable-pip-version-check
+LLAMA_LOADS := PYTHONPATH=. $(LLAMA_PYTHON) -c "from bench.llama_api import LlamaLibrary; LlamaLibrary()"
+
+bench-peers: build/bench-peers/.installed build/bench-llama/.$(LLAMA_CPP)
 
 build/bench-peers/.installed:
 	$(PYTHON) -m venv build/bench-peers
 	build/bench-peers/bin/python -m pip install --quiet --disable-pip-version-check kinship==0.4.0
 	@touch $@
 
-build/bench-llama/.installed:
-	$(PYTHON) -m venv build/bench-llama
-	build/bench-llama/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36 gguf==0.19.0
+build/bench-llama/.prebuilt:
+	$(PYTHON) -m venv --clear build/bench-llama
+	$(LLAMA_PIP) install gguf==0.19.0
+	$(LLAMA_PIP) install --only-binary :all: xllamacpp==2026.10.11549 && $(LLAMA_LOADS) || \
+	  { $(LLAMA_PIP) uninstall --yes xllamacpp; $(LLAMA_PIP) install llama-cpp-python==0.3.36 && $(LLAMA_LOADS); }
+	@touch $@
+
+build/bench-llama/.source:
+	$(PYTHON) -m venv --clear build/bench-llama
+	$(LLAMA_PIP) install gguf==0.19.0 llama-cpp-python==0.3.36
+	$(LLAMA_LOADS)
 	@touch $@
 
 docs: $(STAMP)

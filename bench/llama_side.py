@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,34 +13,39 @@ from bench.engine_sides import Step
 
 ROOT = Path(__file__).parent.parent
 PYTHON = ROOT / "build" / "bench-llama" / "bin" / "python"
-CHILD = Path(__file__).parent / "llama_child.py"
 CONVERT_WITHIN_S = 300.0
 
 
 def absent() -> str:
     """Why llama.cpp cannot be measured here; empty where it can."""
     if not PYTHON.exists():
-        return "no llama-cpp-python: run `make bench-peers`"
-    asked = [str(PYTHON), "-c", "import llama_cpp, gguf"]
-    said = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=CONVERT_WITHIN_S)
+        return "no llama.cpp: run `make bench-peers`"
+    asked = [str(PYTHON), "-c", "import gguf; from bench.llama_api import LlamaLibrary; LlamaLibrary()"]
+    said = subprocess.run(asked, env=_environment(), capture_output=True, text=True, check=False, timeout=CONVERT_WITHIN_S)
     return said.stderr.strip().splitlines()[-1] if said.returncode else ""
 
 
 def convert(checkpoint: Path, kind: str) -> Path:
-    """The checkpoint as GGUF beside it; `kind`: f16 or bf16."""
+    """The checkpoint as GGUF beside it, once; `kind`: f16, bf16, q8_0 or q4_0."""
     out = checkpoint / f"{kind}.gguf"
-    command = [str(PYTHON), str(CHILD), "convert", str(checkpoint), str(out), kind]
-    subprocess.run(command, check=True, capture_output=True, timeout=CONVERT_WITHIN_S)
+    if not out.exists():
+        command = [str(PYTHON), "-m", "bench.llama_convert", str(checkpoint), str(out), kind]
+        subprocess.run(command, env=_environment(), check=True, capture_output=True, timeout=CONVERT_WITHIN_S)
     return out
+
+
+def _environment() -> dict[str, str]:
+    """The child's: it finds this package beside its own virtual environment's."""
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 class LlamaCpp:
     """One loaded GGUF file; `begin` gives a side for one batch, which ends the one before."""
 
     def __init__(self, path: Path, threads: int) -> None:
-        command = [str(PYTHON), str(CHILD), "decode", str(path), str(threads)]
+        command = [str(PYTHON), "-m", "bench.llama_child", str(path), str(threads)]
         self._child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command, env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         self.about = self._answer()
 
@@ -62,9 +68,10 @@ class LlamaCpp:
         return LlamaBatch(self, first)
 
     def close(self) -> None:
-        assert self._child.stdin is not None
+        assert self._child.stdin is not None and self._child.stdout is not None
         self._child.stdin.close()
         self._child.wait(timeout=60)
+        self._child.stdout.close()
 
 
 class LlamaBatch:

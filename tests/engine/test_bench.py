@@ -10,12 +10,22 @@ import numpy
 import pytest
 import torch
 
-from bench import engine, engine_exactness, engine_gpu, engine_loading, engine_products, engine_rows, engine_split, llama_side
+from bench import (
+    engine,
+    engine_exactness,
+    engine_gpu,
+    engine_loading,
+    engine_products,
+    engine_rows,
+    engine_split,
+    llama_api,
+    llama_side,
+)
 from bench.engine_exactness import freed
 from bench.engine_goals import judged
 from bench.engine_shapes import make_checkpoint, prompts, weights_read_bytes
 from bench.engine_sides import ForwardLoop, GenerateBatch, Ours, best_dtypes, plain_model
-from bench.llama_child import Tensors, as_float32, turned
+from bench.llama_convert import Tensors, as_float32, turned
 from node.engine import attention
 from node.engine.attention import Segment, _cut
 from node.engine.checkpoint import read_checkpoint
@@ -230,3 +240,27 @@ def test_a_contender_holds_more_than_the_cache(monkeypatch: pytest.MonkeyPatch):
     contender = engine_products.contenders()["onednn-fp32"]
     model = engine_products.Model(contender, {"out": (64, 64)}, 5 * 64 * 64 * 4)
     assert model.layers == 5 and len(model.run(2)["out"]) == 5
+
+
+def test_the_thread_counts_of_llama_cpp_are_found_and_another_layout_is_refused():
+    known = [512, 2048, 512, 1, 0, 0, 1, 4, 4, 0, -1, -1, -1, -1, 0, 0]
+    assert llama_api._threads_at(known) == 7
+    assert llama_api._threads_at([512, 2048, 512, 1, 4, 4, *known[6:]]) == 4
+    for other in ([0, *known], known[:7] + [0] * 9, [512, 2048, 512, 1]):
+        with pytest.raises(RuntimeError, match="other parameters"):
+            llama_api._threads_at(other)
+
+
+@pytest.mark.skipif(bool(llama_side.absent()), reason="no llama.cpp here: make bench-peers")
+def test_llama_cpp_decodes_what_transformers_does(tiny: Path):
+    model = plain_model(tiny, torch.float32)
+    loop = ForwardLoop(model, 3)
+    for kind in ("f16", "bf16"):
+        child = llama_side.LlamaCpp(llama_side.convert(tiny, kind), 1)
+        try:
+            side = child.begin(3, TINY["vocab_size"], 128)
+            assert side.first == loop.first and len(side.turn(4)) == 4
+            assert all(step.cpu_s > 0 for step in side.turn(2))
+        finally:
+            child.close()
+    assert "AVX" in child.about["features"] and child.about["version"]
