@@ -10,9 +10,11 @@ model's own forward with a DynamicCache and SDPA in whichever of float32 and bfl
 `generate_batch` in the same dtype, and llama.cpp on the same weights as FP16 and as BF16, the faster of them; it is
 measured where `make bench-peers` has prepared it, else its figures are null and the report says why.
 
-Parts: `products` multiplies beside FBGEMM and oneDNN; `rows` decodes beside the opponents; `exactness` says what exactness
-costs; `loading`, `split`, `prefix` and `speculation` are the benchmarks of those names. With --out the file has after each
-part what is known by then, and a later run of other parts, of the same commit, shape and threads, adds to it.
+Parts: `products` multiplies beside FBGEMM and oneDNN; `rows` decodes and `prefill` reads a prompt beside the opponents;
+`quantised` decodes with INT8 and INT4; `context` is a step behind 16,000 tokens, `sampler` a draw; `exactness` says what
+exactness costs; `loading`, `split`, `prefix` and `speculation` are the benchmarks of those names. With one thread sides are
+compared by CPU time, with several by wall time; both are told. With --out the file has after each part what is known by
+then, and a later run of other parts, of the same commit, shape, threads and cap, adds to it.
 """
 
 from __future__ import annotations
@@ -30,18 +32,22 @@ from typing import Any
 import torch
 
 from bench import (
+    engine_context,
     engine_exactness,
     engine_gpu,
     engine_loading,
+    engine_prefill,
     engine_prefix,
     engine_products,
+    engine_quantised,
     engine_rows,
+    engine_sampler,
     engine_speculation,
     engine_split,
 )
 from bench.capped import ISAS, cap
 from bench.engine_goals import judged
-from bench.engine_rows import ROUNDS, say
+from bench.engine_rows import QUICK_ROUNDS, ROUNDS, Effort, say
 from bench.engine_shapes import SHAPES, make_checkpoint
 from bench.machine import machine
 from mesh.errors import BadRequest
@@ -54,7 +60,10 @@ from node.engine.machine import named
 from node.engine.stage import Stage
 
 QUICK_SHAPE, FULL_SHAPE = "100M", "Llama-3.2-1B"
-WITHOUT_MODEL = {"products"}  # parts that need no checkpoint
+WITHOUT_MODEL = {"products", "context", "sampler"}  # parts that need no checkpoint
+NOT_QUICK = {"quantised", "exactness", "split", "prefix", "speculation"}  # parts that --quick leaves out unless asked for
+QUICK_PROMPT_TOKENS = 16
+QUICK_QUANTISED_BATCHES = (1, 8)
 SAME = ("shape", "threads", "commit", "capped")  # in a report that others' parts may be added to
 
 
@@ -86,8 +95,12 @@ class Bench:
         """In the order of running: what loads its own engines comes when the stage is gone."""
         return {
             "products": self.products,
+            "context": self.context,
+            "sampler": self.sampler,
             "loading": self.loading,
             "rows": self.rows,
+            "prefill": self.prefill,
+            "quantised": self.quantised,
             "exactness": self.exactness,
             "split": self.split,
             "prefix": self.prefix,
@@ -103,18 +116,38 @@ class Bench:
         say(kernel=named(loaded.stage.kernel), load_s=round(load_s, 2))
         return checkpoint, loaded, load_s
 
+    @property
+    def _effort(self) -> Effort:
+        if self._quick:
+            return Effort(self._threads, self._budget_s, QUICK_ROUNDS, QUICK_PROMPT_TOKENS, generate_batch=False)
+        return Effort(self._threads, self._budget_s)
+
     def products(self) -> dict[str, Any]:
         shapes = [QUICK_SHAPE] if self._quick else [QUICK_SHAPE, FULL_SHAPE]
-        rounds = engine_products.QUICK_ROUNDS if self._quick else engine_products.ROUNDS
-        return {"products": engine_products.measure(shapes, engine_products.chosen_here(), rounds=rounds)}
+        effort = {"rounds": engine_products.QUICK_ROUNDS, "caches": engine_products.QUICK_CACHES} if self._quick else {}
+        return {"products": engine_products.measure(shapes, engine_products.chosen_here(), **effort)}
+
+    def context(self) -> dict[str, Any]:
+        return engine_context.measured(self._threads, rounds=2 if self._quick else 5)
+
+    def sampler(self) -> dict[str, Any]:
+        return engine_sampler.measured(rounds=8 if self._quick else 25)
 
     def loading(self) -> dict[str, Any]:
         peak = engine_loading.measured_apart(self._directory)
         return {"peak_load_ratio": peak["ratio"], "peak_load": peak}
 
+    def prefill(self) -> dict[str, Any]:
+        rounds = 2 if self._quick else 4
+        return engine_prefill.measured(self._directory, self._loaded[1].stage, self._threads, rounds, with_llama=not self._quick)
+
+    def quantised(self) -> dict[str, Any]:
+        batches = QUICK_QUANTISED_BATCHES if self._quick else engine_rows.BATCHES
+        return engine_quantised.measured(self._directory, self._loaded[1].stage, self._effort, batches)
+
     def rows(self) -> dict[str, Any]:
         _, loaded, load_s = self._loaded
-        found = engine_rows.measured(self._directory, loaded.stage, self._threads, self._budget_s)
+        found = engine_rows.measured(self._directory, loaded.stage, self._effort)
         return {
             **found,
             "exact": found["exact"] and is_exact(loaded.numerics),
@@ -175,7 +208,7 @@ class Report:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="a model of 100 million parameters")
+    parser.add_argument("--quick", action="store_true", help="a model of 100 million parameters, fewer rounds, the usual parts")
     parser.add_argument("--threads", type=int, default=1, help="threads, the same for everyone")
     parser.add_argument("--budget", type=float, help="seconds for the turns of each batch, after the first three rounds")
     parser.add_argument(
@@ -193,7 +226,7 @@ def main() -> None:
     device.prepare(on)
     torch.set_num_threads(options.threads)
     shape = QUICK_SHAPE if options.quick else FULL_SHAPE
-    budget_s = options.budget or (10.0 if options.quick else 30.0)
+    budget_s = options.budget or (2.0 if options.quick else 30.0)
     here = machine()
     say(cpu=here["cpu"], isa=here["isa"], load_average=here["load_average"], threads=options.threads, shape=shape)
     isa = f" --isa {options.isa}" if capped else ""
@@ -210,7 +243,8 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), options.threads, budget_s, options.quick)
-        wanted = options.only.split(",") if options.only else list(bench.parts)
+        usual = [part for part in bench.parts if not (options.quick and part in NOT_QUICK)]
+        wanted = options.only.split(",") if options.only else usual
         if unknown := set(wanted) - set(bench.parts):
             parser.error(f"--only: expected some of {', '.join(bench.parts)}; got {', '.join(sorted(unknown))}")
         if on != device.CPU or set(wanted) - WITHOUT_MODEL:

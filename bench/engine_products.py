@@ -34,8 +34,8 @@ from node.engine.native.library import native
 from node.engine.native.product import NativeProduct
 
 ROWS = (1, 2, 4, 8, 32, 128)
-ROUNDS, QUICK_ROUNDS = 9, 2
-CACHES = 3  # a kernel's weights are so many times the last-level cache
+ROUNDS, QUICK_ROUNDS = 9, 1
+CACHES, QUICK_CACHES = 3, 2  # a kernel's weights are so many times the last-level cache
 USUAL_CACHE_BYTES = 32 << 20  # where the system does not tell
 OPPONENTS = ("fbgemm-fp16", "onednn-fp32", "onednn-bf16")
 QUANTISED = ("mesh-int8", "mesh-int4", "mesh-int8-fp32", "mesh-int4-fp32")
@@ -199,9 +199,10 @@ def measure(
     rows: Sequence[int] = ROWS,
     names: Sequence[str] = USUAL,
     rounds: int = ROUNDS,
+    caches: int = CACHES,
 ) -> dict[str, Any]:
     """`products` of the report, by shape; prints a table to stderr for each as it comes."""
-    least_bytes = CACHES * cache_bytes()
+    least_bytes = caches * cache_bytes()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     report: dict[str, Any] = {"ours": ours, "cache_mib": cache_bytes() >> 20, "weights_mib": least_bytes >> 20, "shapes": {}}

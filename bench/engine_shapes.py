@@ -62,7 +62,7 @@ def weights_read_bytes(config: Any, weight_bytes: int) -> int:
     return weight_bytes * (config.num_hidden_layers * layer + config.vocab_size * config.hidden_size)
 
 
-def prompts(batch: int, vocab_size: int) -> list[list[int]]:
-    """`batch` prompts of PROMPT_TOKENS; the first ones are the same in every batch."""
+def prompts(batch: int, vocab_size: int, tokens: int = PROMPT_TOKENS) -> list[list[int]]:
+    """`batch` prompts of `tokens`, at most PROMPT_TOKENS; the first ones are the same in every batch."""
     numbers = torch.Generator().manual_seed(1)
-    return [torch.randint(0, vocab_size, (PROMPT_TOKENS,), generator=numbers).tolist() for _ in range(batch)]
+    return [torch.randint(0, vocab_size, (PROMPT_TOKENS,), generator=numbers)[:tokens].tolist() for _ in range(batch)]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +36,28 @@ class Step:
     cpu_s: float  # of the process that took it, all threads; NaN where nobody can tell
 
 
+@dataclass(frozen=True)
+class Clock:
+    """By which of a step's times sides are compared."""
+
+    name: str
+    of: Callable[[Step], float]
+
+
+CPU_TIME, WALL_TIME = Clock("cpu_time", lambda step: step.cpu_s), Clock("wall_time", lambda step: step.wall_s)
+
+
+def judged_by(threads: int) -> Clock:
+    """With one thread CPU time, which other processes hardly change; with several it would count threads that wait in a loop."""
+    return CPU_TIME if threads == 1 else WALL_TIME
+
+
+def faster(taken: dict[str, list[Step]], threads: int) -> str:
+    """The side with the least median; empty where there is none."""
+    of = judged_by(threads).of
+    return min(taken, key=lambda name: statistics.median(map(of, taken[name])), default="")
+
+
 class Side(Protocol):
     """One engine, started on one batch."""
 
@@ -43,12 +67,12 @@ class Side(Protocol):
 class Ours:
     """The stage as the engine's thread runs it; `said`: a digest of row 0's logits at each step, which no batch may change."""
 
-    def __init__(self, stage: Stage, batch: int) -> None:
+    def __init__(self, stage: Stage, batch: int, prompt_tokens: int = PROMPT_TOKENS) -> None:
         self.stage = stage
         self.caches = [stage.sequence() for _ in range(batch)]
-        self.position = PROMPT_TOKENS
+        self.position = prompt_tokens
         self._next: list[int] = []
-        for cache, prompt in zip(self.caches, prompts(batch, stage.checkpoint.vocab_size)):
+        for cache, prompt in zip(self.caches, prompts(batch, stage.checkpoint.vocab_size, prompt_tokens)):
             self._next += self._forward([Segment(0, len(prompt), 0, cache)], range(len(prompt)), prompt, [len(prompt) - 1])
         self.said: list[bytes] = []
 
@@ -77,7 +101,7 @@ class ForwardLoop:
     def __init__(self, model: Any, batch: int, prompt_tokens: int = PROMPT_TOKENS) -> None:
         self._model = model
         self._cache = DynamicCache(config=model.config)
-        self._next = torch.tensor(prompts(batch, model.config.vocab_size))[:, :prompt_tokens]
+        self._next = torch.tensor(prompts(batch, model.config.vocab_size, prompt_tokens))
         self.step()
         self.first = self._next[:, 0].tolist()
 
@@ -126,12 +150,13 @@ def plain_model(directory: Path, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa", local_files_only=True).eval()
 
 
-def best_dtypes(directory: Path, batches: tuple[int, ...], steps: int) -> dict[int, torch.dtype]:
+def best_dtypes(directory: Path, batches: tuple[int, ...], steps: int, threads: int = 1) -> dict[int, torch.dtype]:
     """In which dtype transformers' forward is the faster one here, for each batch."""
+    of = judged_by(threads).of
     best: dict[int, tuple[float, torch.dtype]] = {}
     for dtype in (torch.bfloat16, torch.float32):
         model = plain_model(directory, dtype)
         for batch in batches:
-            taken_s = min(step.wall_s for step in ForwardLoop(model, batch, TRIAL_TOKENS).turn(steps))
+            taken_s = min(map(of, ForwardLoop(model, batch, TRIAL_TOKENS).turn(steps)))
             best[batch] = min(best.get(batch, (float("inf"), dtype)), (taken_s, dtype), key=lambda pair: pair[0])
     return {batch: dtype for batch, (_, dtype) in best.items()}

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +13,17 @@ import pytest
 import torch
 
 from bench import (
+    capped,
     engine,
+    engine_context,
     engine_exactness,
     engine_gpu,
     engine_loading,
+    engine_prefill,
     engine_products,
+    engine_quantised,
     engine_rows,
+    engine_sampler,
     engine_split,
     llama_api,
     llama_side,
@@ -24,7 +31,7 @@ from bench import (
 from bench.engine_exactness import freed
 from bench.engine_goals import judged
 from bench.engine_shapes import make_checkpoint, prompts, weights_read_bytes
-from bench.engine_sides import ForwardLoop, GenerateBatch, Ours, best_dtypes, plain_model
+from bench.engine_sides import ForwardLoop, GenerateBatch, Ours, Step, best_dtypes, faster, judged_by, plain_model
 from bench.llama_convert import Tensors, as_float32, turned
 from node.engine import attention
 from node.engine.attention import Segment, _cut
@@ -146,23 +153,27 @@ def test_resident_memory_is_told_by_the_system_and_a_wrong_field_is_refused():
 def test_where_llama_cpp_is_absent_its_figures_are_null_and_the_report_says_why(tiny: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(llama_side, "PYTHON", tiny / "no such python")
     monkeypatch.setattr(engine_rows, "BATCHES", (1, 2))
-    for module in (engine, engine_rows):
-        monkeypatch.setattr(module, "ROUNDS", 1)
+    for name in ("ROUNDS", "QUICK_ROUNDS"):
+        monkeypatch.setattr(engine, name, 1)
     monkeypatch.setattr(engine_loading, "measured_apart", lambda directory: {"ratio": 1.25})
     monkeypatch.setattr("bench.bandwidth.MEASURED_BYTES", 1 << 20)
     bench = engine.Bench(tiny, 1, 0.0, quick=True)
     figures: dict[str, Any] = {}
-    for part in ("loading", "rows", "exactness"):
+    for part in ("loading", "rows", "prefill", "exactness"):
         figures |= bench.parts[part]()
     report = judged(json.loads(json.dumps(figures)))
     assert [each["batch"] for each in report["rows"]] == [1, 2]
     for each in report["rows"]:
         assert each["llamacpp_tok_s"] is None and each["vs_llamacpp"] is None
-        assert each["vs_hf"] > 0 and each["vs_generate_batch"] > 0 and each["bandwidth_fraction"] > 0
+        assert each["vs_hf"] > 0 < each["vs_hf_cpu_time"] and each["bandwidth_fraction"] > 0
+        assert each["vs_generate_batch"] is None, "--quick leaves it out"
+    assert report["prefill_vs_hf"] > 0 and report["prefill"]["llamacpp_weights"] == "left out"
     assert set(report["invariance_overhead"]) == {"short", "long"}
     assert report["exact"] is True and report["peak_load_ratio"] == 1.25
     assert "make bench-peers" in report["llamacpp"]["absent"]
-    missing = ["products", "split2_ratio", "prefix_hit_ttft_ratio", "spec_speedup_copy_task", "vs_llamacpp at batch 1"]
+    assert report["judged_by"] == "cpu_time"
+    missing = ["products", "quantised", "split2_ratio", "prefix_hit_ttft_ratio", "spec_speedup_copy_task", "context_step_ratio"]
+    missing += ["vs_generate_batch at batch 1", "vs_llamacpp_cpu_time at batch 1"]
     assert report["not_measured"] == missing
 
 
@@ -181,7 +192,8 @@ def test_what_is_asked_stands_beside_each_figure_and_what_misses_it_is_named():
         "exact: False, asked True",
         "answers of a part of the bench equal: False, asked True",
     ]
-    assert report["not_measured"] == ["products", "spec_speedup_copy_task", "vs_llamacpp at batch 1"]
+    missing = ["products", "quantised", "spec_speedup_copy_task", "prefill_vs_hf", "context_step_ratio", "vs_llamacpp at batch 1"]
+    assert report["not_measured"] == missing
 
 
 def test_a_report_grows_part_by_part_and_only_beside_others_of_its_kind(tmp_path: Path):
@@ -209,10 +221,9 @@ def test_the_faster_dtype_is_found_for_each_batch(tiny: Path):
 
 
 def test_products_are_timed_for_each_layer_and_number_of_rows(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(engine_products, "CACHES", 0)
     monkeypatch.setitem(engine_products.SHAPES, "tiny", TINY)
     ours = engine_products.chosen_here()
-    report = engine_products.measure(["tiny"], ours, rows=(1, 3), rounds=1)
+    report = engine_products.measure(["tiny"], ours, rows=(1, 3), rounds=1, caches=0)
     found = report["shapes"]["tiny"]
     assert set(found["cpu_us"]) == {"qkv", "out", "gate_up", "down"}
     there = [name for name in engine_products.USUAL if name in engine_products.contenders()]
@@ -236,7 +247,7 @@ def test_a_product_slower_than_the_best_opponent_is_named():
     ]
 
 
-def test_a_contender_holds_more_than_the_cache(monkeypatch: pytest.MonkeyPatch):
+def test_a_contender_holds_more_than_the_cache():
     contender = engine_products.contenders()["onednn-fp32"]
     model = engine_products.Model(contender, {"out": (64, 64)}, 5 * 64 * 64 * 4)
     assert model.layers == 5 and len(model.run(2)["out"]) == 5
@@ -264,3 +275,81 @@ def test_llama_cpp_decodes_what_transformers_does(tiny: Path):
         finally:
             child.close()
     assert "AVX" in child.about["features"] and child.about["version"]
+
+
+def test_with_one_thread_rows_are_judged_by_cpu_time():
+    row = {"batch": 1, "vs_hf": 1.9, "vs_hf_cpu_time": 2.1, "vs_llamacpp": 1.2, "vs_llamacpp_cpu_time": 0.9}
+    row |= {"vs_generate_batch": 4.0, "bandwidth_fraction": 0.7}
+    assert judged({"rows": [row], "judged_by": "cpu_time"})["missed"] == ["vs_llamacpp_cpu_time at batch 1: 0.9, asked 1.0"]
+    assert judged({"rows": [row], "judged_by": "wall_time"})["missed"] == ["vs_hf at batch 1: 1.9, asked 2.0"]
+    assert (judged_by(1).name, judged_by(2).name) == ("cpu_time", "wall_time")
+    steps = {"slow on a busy machine": [Step(9.0, 1.0)], "other": [Step(2.0, 2.0)]}
+    assert faster(steps, 1) == "slow on a busy machine" and faster(steps, 2) == "other" and faster({}, 1) == ""
+
+
+def test_both_sides_read_the_same_prompt_to_the_same_token(tiny: Path):
+    stage = load_stage(read_checkpoint(tiny), 0, 3, "float32", 1).stage
+    ids = engine_prefill.prompt(TINY["vocab_size"], 40)
+    assert engine_prefill.read_by_us(stage, ids) == engine_prefill.read_by_transformers(plain_model(tiny, torch.float32), ids)
+
+
+def test_a_step_behind_a_long_context_is_held_against_one_behind_a_short_one(monkeypatch: pytest.MonkeyPatch):
+    small = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 64, "num_attention_heads": 2}
+    monkeypatch.setattr(engine_context, "SHAPE", engine_context.SHAPE | small)
+    found = engine_context.measured(1, rounds=1, steps=3, far_tokens=640)
+    assert found["context_step_ratio"] > 0 and set(found["context"]["cpu_ms"]) == {64, 640}
+
+
+def test_behind_a_context_stand_as_many_keys_as_it_has_tokens(tiny: Path):
+    stage = load_stage(read_checkpoint(tiny), 0, 3, "float32", 1).stage
+    behind = engine_context.Behind(stage, 640)
+    behind.step()
+    (keys, *_) = behind._sequence.page(0, 641, [0])[0]
+    assert keys.shape[1] == 641 and keys.abs().amax((0, 2)).min() > 0
+
+
+def test_each_way_to_draw_is_timed():
+    found = engine_sampler.measured(rounds=2, vocabulary=2000)["sampler"]
+    assert set(found["cpu_ms"]) == set(engine_sampler.CASES) and found["vocabulary"] == 2000
+
+
+def test_quantised_weights_are_held_against_the_stored_ones(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(llama_side, "PYTHON", tiny / "no such python")
+    stage = load_stage(read_checkpoint(tiny), 0, 3, "auto", 1).stage
+    found = engine_quantised.measured(tiny, stage, engine_rows.Effort(1, 0.0, rounds=1, prompt_tokens=4), (1, 2))["quantised"]
+    assert [row["batch"] for row in found["rows"]] == [1, 2] and "make bench-peers" in found["llamacpp"]
+    for quantize, kind in engine_quantised.BESIDE.items():
+        if quantize not in found["skipped"]:
+            assert all(row[f"{quantize}_vs_stored"] > 0 and row[f"{quantize}_vs_{kind}"] is None for row in found["rows"])
+    slow = {"quantised": {"rows": [{"batch": 8, "int8_vs_stored": 0.9, "int4_vs_stored": None}]}}
+    assert judged(slow)["missed"] == ["int8_vs_stored at batch 8: 0.9, asked 1.0"]
+
+
+CAPPED = """
+import json, sys
+from bench.capped import cap
+capped = cap("avx2")
+from node.engine.native.library import Isa, native
+library = native()
+print(json.dumps({"capped": capped, "isa": library.isa.name if library else "NONE", "again": sys.argv[1:]}))
+"""
+
+
+def test_a_capped_process_begins_anew_with_every_engine_capped(tmp_path: Path):
+    script = tmp_path / "capped.py"
+    script.write_text(CAPPED)
+    environment = {name: value for name, value in os.environ.items() if name not in capped.ENVIRONMENT}
+    root = str(Path(engine.__file__).parent.parent)
+    said = subprocess.run(
+        [sys.executable, str(script), "an argument"],
+        env=environment | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    told = json.loads(said.stdout.splitlines()[-1])
+    assert told["again"] == ["an argument"] and told["isa"] in ("AVX2", "NONE")
+    assert told["capped"]["torch"] in ("AVX2", "DEFAULT") and told["capped"]["environment"] == capped.ENVIRONMENT
+    assert told["capped"]["fbgemm"] == "avx2" or "not capped" in told["capped"]["fbgemm"]
+    assert capped.cap("native") == {}
