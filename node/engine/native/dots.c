@@ -5,11 +5,9 @@
 #if defined(DOTS_256)
 #define LANES_256
 #endif
+#include "ahead.h"
 #include "lanes.h"
 #include "mesh.h"
-
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
 /* A step's inputs by quads, two of them a turn: INT4 holds two in one line. */
 #define TURNS _Pragma("GCC unroll 1") for (int turn = 0; turn < 4; turn++)
 #define QUADS UNROLL for (int odd = 0; odd < 2; odd++)
@@ -171,10 +169,11 @@ INLINE void step_sums(const uint8_t *half, int kind, const dot_rows_t *x, int64_
 INLINE void few_rows(const uint8_t *half, const float *scales, int kind, const dot_rows_t *x, int64_t row, int64_t first, int64_t end,
                      int rows, const char *next, int64_t lines, float *out) {
     const int64_t size = 2 * half_bytes(kind);
+    const char *const next_end = next + lines * 64 * (end - first);
     V total[MAX_ROWS];
     UNROLL for (int i = 0; i < rows; i++) total[i] = first ? v_load(out + i * PANEL) : v_zero();
     for (int64_t step = first; step < end; step++) {
-        for (int64_t line = 0; line < lines; line++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+        next = ask_for(next, lines, next_end, NEAR(rows));
         SUMS sums[MAX_ROWS];
         UNROLL for (int i = 0; i < rows; i++) sums[i] = sums_begin(x->offsets[(row + i) * x->steps + step]);
         step_sums(half + step * size, kind, x, row, step, rows, sums);
@@ -205,9 +204,9 @@ INLINE void some_rows(const uint8_t *half, const float *scales, int kind, const 
 
 INLINE void panel_of_kind(const uint8_t *panel, const float *scales, int kind, const dot_rows_t *x, int64_t top, int rows, float *out) {
     const int blocks = (rows + MAX_ROWS - 1) / MAX_ROWS, passes = 2 * blocks;
-    const int64_t step_lines = 2 * half_bytes(kind) / 64;
-    for (int64_t first = 0; first < x->steps; first += CHUNK) {
-        const int64_t end = first + CHUNK < x->steps ? first + CHUNK : x->steps;
+    const int64_t step_lines = 2 * half_bytes(kind) / 64, chunk = NEAR(rows) ? NEAR_BYTES / (step_lines * 64) : CHUNK;
+    for (int64_t first = 0; first < x->steps; first += chunk) {
+        const int64_t end = first + chunk < x->steps ? first + chunk : x->steps;
         const char *next = (const char *)panel + end * step_lines * 64;
         int pass = 0;
         for (int half = 0; half < 2; half++)

@@ -1,8 +1,8 @@
 /* A panel of a product with float weights, part of rows.c. Of a step's 32 products the even and the odd ones are summed
  * apart, in order, by fused multiply-adds; both sums are added, then joined to the total: what an AMX tile computes. */
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#include "ahead.h"
+
 #define MAX_ROWS 6 /* that meet a weight in registers */
 
 /* The weights of input 2 * pair, or of 2 * pair + 1, for 16 outputs. */
@@ -24,11 +24,6 @@ typedef struct {
     int64_t next_bytes;
 } lanes_t;
 
-INLINE const char *ask_for(const char *next, int64_t lines, const char *end) {
-    for (; lines > 0 && next < end; lines--, next += 64) _mm_prefetch(next, _MM_HINT_T1);
-    return next;
-}
-
 /* `rows` rows by `halves` halves of a panel; even and odd sums side by side. */
 INLINE void side_by_side(const char *panel, int kind, const lanes_t *work, int rows, int halves) {
     V total[MAX_ROWS][2], even[MAX_ROWS][2], odd[MAX_ROWS][2];
@@ -40,7 +35,7 @@ INLINE void side_by_side(const char *panel, int kind, const lanes_t *work, int r
         UNROLL for (int half = 0; half < halves; half++)
             total[row][half] = work->begun ? v_load(work->out + row * work->out_stride + 16 * half) : v_zero();
     for (int64_t step = 0; step < work->steps; step++, panel += 2 * size, x += STEP) {
-        next = ask_for(next, lines, next_end);
+        next = ask_for(next, lines, next_end, NEAR(rows));
         UNROLL for (int row = 0; row < rows; row++)
             UNROLL for (int half = 0; half < halves; half++) even[row][half] = odd[row][half] = v_zero();
         UNROLL for (int pair = 0; pair < 16; pair++)
@@ -69,7 +64,7 @@ INLINE void one_by_one(const char *panel, int kind, const lanes_t *work, int row
     const int64_t lines = (work->next_bytes / 64 + work->steps - 1) / work->steps; /* a step */
     UNROLL for (int row = 0; row < rows; row++) total[row] = work->begun ? v_load(work->out + row * work->out_stride) : v_zero();
     for (int64_t step = 0; step < work->steps; step++, panel += 2 * size, x += STEP) {
-        next = ask_for(next, lines, next_end);
+        next = ask_for(next, lines, next_end, NEAR(rows));
         UNROLL for (int odd = 0; odd < 2; odd++) {
             UNROLL for (int row = 0; row < rows; row++) sum[row] = v_zero();
             _Pragma("GCC unroll 4") for (int pair = 0; pair < 16; pair++) {
@@ -111,16 +106,17 @@ INLINE void few_rows(const char *panel, int kind, const lanes_t *work, int rows)
 /* Rows in blocks of nearly equal size, all of them by a chunk of steps before the next one, which is asked for meanwhile. */
 INLINE void panel_of_kind(const char *panel, int kind, const lanes_t *work, int rows) {
     const int blocks = (rows + MAX_ROWS - 1) / MAX_ROWS, halves = HALVES((rows + blocks - 1) / blocks), passes = blocks * 2 / halves;
-    const int64_t step_bytes = 2 * half_bytes(kind);
-    for (int64_t first = 0; first < work->steps; first += CHUNK) {
-        const int64_t end = least(first + CHUNK, work->steps);
+    const int64_t step_bytes = 2 * half_bytes(kind), chunk = NEAR(rows) ? (NEAR_BYTES + step_bytes - 1) / step_bytes : CHUNK;
+    for (int64_t first = 0; first < work->steps; first += chunk) {
+        const int64_t end = least(first + chunk, work->steps);
         lanes_t few = *work;
         few.steps = end - first;
         few.begun = work->begun || first;
         if (end < work->steps) {
             few.next = panel + end * step_bytes;
-            few.next_bytes = least(CHUNK, work->steps - end) * step_bytes;
+            few.next_bytes = least(chunk, work->steps - end) * step_bytes;
         }
+        if (NEAR(rows)) few.next_bytes = least(few.next_bytes, chunk * step_bytes);
         few.next_bytes = (few.next_bytes / passes + 63) & ~(int64_t)63;
         for (int half = 0; half < 2; half += halves)
             for (int block = 0, row = 0; block < blocks; block++) {
