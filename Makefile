@@ -7,8 +7,10 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
+# A thread that waits for work must not spin where there are fewer cores than threads: it took tests five times as long.
+demo test test-avx2 test-uncompiled e2e: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test lint format sim e2e bench bench-peers docs clean
+.PHONY: install demo test test-avx2 test-uncompiled lint format sim e2e bench bench-peers docs clean
 
 install: $(STAMP)
 
@@ -20,10 +22,34 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/mesh demo
 
+PYTEST := $(BIN)/python -m pytest -q
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+FAILOVER := tests/e2e/test_failover.py::test_a_killed_stage_changes_no_token_and_leaves_nothing_behind
+
+# Everything on the machine as it is; then, whatever it has, what depends on the kernels once more as on a machine that has
+# AVX2 alone, and as on one that has no compiler. Left out of those two: what no kernel changes (the markers in pyproject.toml).
 # Tests that start nodes of their own come last, one at a time: they want the machine to themselves.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile --ignore tests/e2e
-	$(BIN)/python -m pytest -q tests/e2e
+	$(BIN)/python -m tools.kernels
+	$(PYTEST) $(PARALLEL) --ignore tests/e2e
+	$(MAKE) --no-print-directory test-avx2 test-uncompiled
+	$(PYTEST) tests/e2e
+
+test-avx2: export MESH_CPU_ISA := avx2
+test-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
+test-avx2: export ATEN_CPU_CAPABILITY := avx2
+test-avx2: $(STAMP)
+	@echo "held to AVX2: what depends on the kernels"
+	$(BIN)/python -m tools.kernels
+	$(PYTEST) $(PARALLEL) -m "not no_kernel" tests/engine tests/rag/test_embed.py
+	$(PYTEST) $(FAILOVER)
+
+test-uncompiled: export MESH_CPU_ISA := none
+test-uncompiled: $(STAMP)
+	@echo "without the compiled kernel: what depends on it"
+	$(BIN)/python -m tools.kernels
+	$(PYTEST) $(PARALLEL) -m "not no_kernel and not torchs_kernel" tests/engine
+	$(PYTEST) $(FAILOVER)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

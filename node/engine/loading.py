@@ -134,10 +134,10 @@ def _alone(
     on: torch.device,
     graphs: bool,
 ) -> Stage | ParallelStage:
-    """A stage, not yet packed, that `tried` ends; the one before is ended, and its memory, for it refers to itself, is free."""
+    """A stage, not yet packed, that `tried` ends; the one before is ended, and its memory is free."""
     tried.close()
-    gc.collect()
     stage = _stage(checkpoint, start, end, kernel, threads, watch, ranks, on, graphs)
+    tried.callback(gc.collect)  # a stage refers to itself; a collection takes half a second, so only where one is to be freed
     tried.callback(stage.close)
     return stage
 

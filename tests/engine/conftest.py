@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,12 @@ from tests.engine.checkpoints import make_checkpoint
 from tests.engine.random_model import make_random_model
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Exempts what is imported by now from garbage collection: each pass over torch and transformers takes half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

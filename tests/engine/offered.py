@@ -24,4 +24,8 @@ def needs(name: str) -> pytest.MarkDecorator:
 
 def offered(*names: str, beside: tuple[Any, ...] = ()) -> list[Any]:
     """The named kernels as parameters of a test, each with `beside`; those that this machine lacks are skipped."""
-    return [pytest.param(name, *beside, id="-".join(map(str, (name, *beside))), marks=needs(name)) for name in names]
+    return [pytest.param(name, *beside, id="-".join(map(str, (name, *beside))), marks=_marks(name)) for name in names]
+
+
+def _marks(name: str) -> list[pytest.MarkDecorator]:
+    return [needs(name)] if KERNELS[name].compiled else [needs(name), pytest.mark.torchs_kernel]

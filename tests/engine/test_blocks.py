@@ -10,6 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from mesh.errors import LocalError
 from node.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
 
+pytestmark = pytest.mark.no_kernel
+
 
 class PoolMachine(RuleBasedStateMachine):
     """Takes, shares, releases and resizes at will; `holds` is the model: one entry for each holder."""

@@ -22,6 +22,8 @@ from node.engine.parallel.crew import ROOT, Crew, WorkersLost, cause_of_end
 from node.engine.parallel.messages import LARGEST_BYTES, Channel, Forget, Joined, Keep, Rows, Step, encoded
 from tests.engine.test_worker import wait_until
 
+pytestmark = pytest.mark.no_kernel
+
 WAIT_S = 20.0
 
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from mesh.errors import BadRequest
 from node.engine.parallel.cutting import Cut, Cutting, Shape, cutting_for
 
+pytestmark = pytest.mark.no_kernel
+
 PLAN = {
     "layers.*.self_attn.q_proj": "colwise",
     "layers.*.self_attn.k_proj": "colwise",

@@ -17,6 +17,8 @@ from node.engine.kernel_choice import KernelChoice
 from node.engine.linear import KERNELS
 from node.engine.parallel.crew import WorkersLost
 
+pytestmark = pytest.mark.no_kernel
+
 NAMES = ("onednn-fp32", "aten-fp32")
 
 

@@ -28,6 +28,8 @@ from tests.engine.test_exactness import Sequence, assert_same, continued, genera
 from tests.engine.test_prefix_cache import SplitPath, bits, numbers
 from tests.engine.test_worker import MODEL, running, wait_until
 
+pytestmark = pytest.mark.torchs_kernel
+
 
 def test_any_number_of_rows_and_any_company_gives_the_same_bits(checkpoint_of: Callable[[str], Path]) -> None:
     directory = checkpoint_of("llama")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from node.engine.blocks import BlockPool
 from node.engine.pages import PAGES_PER_BLOCK, PageIndex, PageName
+
+pytestmark = pytest.mark.no_kernel
 
 
 def named(*prefixes: int) -> list[PageName]:

@@ -33,6 +33,7 @@ from tests.engine.crews import ThreadCrew, parallel
 from tests.engine.offered import FLOAT32, offered
 from tests.engine.test_exactness import Sequence, assert_same, generate, load, prompt, step
 
+pytestmark = pytest.mark.torchs_kernel
 CUT = ("llama_tied", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "gpt_neox", "granite", "cohere", "smollm3")
 
 

@@ -20,6 +20,8 @@ from node.engine.rows import Drawn, HeldSpan, StepPlan
 from node.engine.scheduler import Scheduler
 from node.requests import SamplingParams
 
+pytestmark = pytest.mark.no_kernel
+
 MODEL = ModelId("toy")
 LAYERS = 12
 HIDDEN = 1

@@ -19,6 +19,8 @@ from node.engine.scheduler import Scheduler
 from node.engine.sharing import AGEING_STEPS
 from node.requests import SamplingParams
 
+pytestmark = pytest.mark.no_kernel
+
 MODEL = ModelId("toy")
 WHOLE, EARLY, LATE = Span(MODEL, 0, 4), Span(MODEL, 0, 3), Span(MODEL, 1, 4)
 HIDDEN = 8

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -21,6 +22,8 @@ from node.engine.pages import PageName
 from node.engine.rows import Drawn, Piece, StepPlan
 from node.engine.scheduler import Scheduler
 from tests.engine.test_scheduler import EARLY, LATE, WHOLE, held, push, sequence
+
+pytestmark = pytest.mark.no_kernel
 
 PROMPTS = [1, 30, 3 * PAGE_TOKENS + 4, 3 * PAGE_TOKENS + 4, BLOCK_TOKENS - 1, BLOCK_TOKENS + 5]
 STEP_TOKENS = [600, 600, 40, 7, 1]

@@ -20,6 +20,8 @@ from node.engine.scheduler import Scheduler
 from node.engine.speculation import FIRST_GUESS, LONGEST_GUESS, LONGEST_REST, Lookup, Pace, StepCosts
 from node.requests import SamplingParams
 
+pytestmark = pytest.mark.no_kernel
+
 MODEL = ModelId("toy")
 LAYERS, HIDDEN = 6, 4
 PROMPT, ANSWER = 9, 60

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from mesh.errors import BadRequest
 from node.engine.spill import TAG_BYTES, Damaged, Spill
 
+pytestmark = pytest.mark.no_kernel
+
 
 def files(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.exists() else []

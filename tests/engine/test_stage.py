@@ -30,6 +30,7 @@ def stage_of(directory: Path, start: int, end: int) -> Stage:
     return Stage(read_checkpoint(directory), start, end, KERNELS[FLOAT32], threads=1)
 
 
+@pytest.mark.torchs_kernel
 @pytest.mark.parametrize("name", EXACT)
 def test_ragged_rows_match_the_plain_model(name: str, checkpoint_of: Callable[[str], Path]) -> None:
     directory = checkpoint_of(name)
@@ -57,6 +58,7 @@ def test_ragged_rows_match_the_plain_model(name: str, checkpoint_of: Callable[[s
             torch.testing.assert_close(logits[segment.row : segment.row + segment.count], expected, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.torchs_kernel
 def test_a_span_loads_its_own_tensors_and_no_others(checkpoint_of: Callable[[str], Path]) -> None:
     def count(name: str, start: int, end: int) -> int:
         return stage_of(checkpoint_of(name), start, end).parameters
@@ -79,6 +81,7 @@ def test_a_sharded_tied_checkpoint_is_read_across_its_files(tmp_path: Path) -> N
     assert is_exact(loaded.numerics)
 
 
+@pytest.mark.torchs_kernel
 def test_the_self_check_notices_attention_that_forgets(
     checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +137,7 @@ def test_an_attention_of_the_old_kind_is_refused_at_load(
         load_stage(read_checkpoint(checkpoint_of("falcon")), 0, 4, "auto", threads=1)
 
 
+@pytest.mark.torchs_kernel
 @pytest.mark.parametrize("name", ["gemma3", "mistral", "gpt_oss"])
 def test_a_window_that_does_not_reach_the_attention_is_refused_though_the_probe_is_shorter(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,6 +11,8 @@ from mesh.view import Facts, Load, Readiness
 from node.engine.timing import AVERAGING, FIRST_STEP_S, STALL_AFTER_S, STALL_FACTOR, StepTiming
 from node.pulse import readiness_of
 
+pytestmark = pytest.mark.no_kernel
+
 
 class Clock:
     def __init__(self) -> None:
