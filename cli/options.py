@@ -26,7 +26,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 StoreOption = Annotated[str, typer.Option("--store", metavar="NAME", help="The document store.")]
 ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID", help="The model; the mesh's default when not given.")]
 MaxTokensOption = Annotated[int | None, typer.Option("--max-tokens", min=1, help="The longest answer, in tokens.")]
-TemperatureOption = Annotated[float | None, typer.Option("--temperature", min=0.0, max=2.0, help="0 is greedy.")]
+TemperatureOption = Annotated[
+    float | None, typer.Option("--temperature", min=0.0, max=2.0, help="0 is greedy; the model's own when not given.")
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Equal seeds give equal answers.")]
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)

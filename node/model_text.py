@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh.errors import BadRequest
-from node.sampling_defaults import sampling_defaults
+from node.sampling_defaults import end_tokens, generation_config, sampling_defaults
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ModelText:
         Raises:
             BadRequest: no tokenizer there.
         """
-        from transformers import AutoTokenizer, GenerationConfig
+        from transformers import AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -37,12 +37,10 @@ class ModelText:
                 f"{directory} holds no tokenizer ({_first_line(error)}); save it there with tokenizer.save_pretrained",
                 "model",
             ) from None
-        ends = [tokenizer.eos_token_id]
-        if (directory / "generation_config.json").is_file():
-            configured = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
-            ends += configured if isinstance(configured, list) else [configured]
-        ids = tuple(sorted({end for end in ends if end is not None}))
-        return cls(tokenizer, ids, len(tokenizer), sampling_defaults(directory))
+        said = generation_config(directory)
+        own = (tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ()
+        ids = tuple(sorted({*own, *end_tokens(said)}))
+        return cls(tokenizer, ids, len(tokenizer), sampling_defaults(said, directory.name))
 
     @cached_property
     def longest_token(self) -> int:

@@ -18,7 +18,15 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 Reply = tuple[int, dict[str, str], Any]
-CITATION = {"type": "file_citation", "file_id": "file-1", "filename": "a.md", "quote": "a quote", "start": 3, "end": 10}
+CITATION = {
+    "type": "file_citation",
+    "number": 1,
+    "file_id": "file-1",
+    "filename": "a.md",
+    "quote": "a quote",
+    "start": 3,
+    "end": 10,
+}
 
 
 def error(status: int, message: str, headers: dict[str, str] | None = None, **fields: Any) -> Reply:
@@ -51,6 +59,7 @@ class FakeMesh:
     refusals: list[Reply] = field(default_factory=list)  # answers to the next POSTs
     fail_after: int | None = None  # an error event instead of this token
     repeat: bool = False  # a resumed stream begins one token too early
+    shards_ok: int = 3  # of 4, that answer a question to a store
     bodies: dict[str, Any] = field(default_factory=dict)  # by stream
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     stores: dict[str, list[str]] = field(default_factory=dict)
@@ -114,7 +123,7 @@ class FakeMesh:
         path = [{"node": "0" * 16, "start": 0, "end": 6}]
         mesh: dict[str, Any] = {"seq": self.tokens, "numerics": "exact", "attempts": 1, "path": path}
         if "mesh" in self.bodies.get(stream, {}):
-            mesh |= {"store": "s", "digest": "d", "shards_ok": 3, "shards_total": 4, "annotations": [CITATION]}
+            mesh |= {"store": "s", "digest": "d", "shards_ok": self.shards_ok, "shards_total": 4, "annotations": [CITATION]}
         yield {"id": stream, "choices": [], "usage": usage, "mesh": mesh}
 
     def answer(self, request: Seen) -> Reply:

@@ -1,4 +1,4 @@
-"""The demo's own decisions; the demo itself is run by the end-to-end tests."""
+"""The demo's own decisions; `tests/e2e/test_demo.py` runs the demo itself."""
 
 from __future__ import annotations
 
@@ -8,8 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cli.demo import DemoFailed, Killer, Run, ask_once, compare, is_quoted, pinned_layers, project_documents
+from cli.demo import (
+    DemoFailed,
+    Killer,
+    Run,
+    ask_once,
+    ask_until_quoted,
+    compare,
+    is_quoted,
+    pinned_layers,
+    project_documents,
+)
 from cli.local_mesh import LocalMesh, LocalNode
+from cli.output import Story
 from mesh.client import Client
 from node.config import pinned_spans
 from tests.cli.fake_mesh import fake_mesh
@@ -62,6 +73,23 @@ def test_an_answer_quotes_a_passage_word_for_word_or_not() -> None:
     assert is_quoted("A node that dies loses nothing. [2]", passage)
     assert not is_quoted("A node that dies loses everything. [2]", passage)
     assert not is_quoted(" [2]", passage) and not is_quoted("", passage)
+
+
+def test_an_answer_that_begins_or_ends_inside_a_word_is_no_quote() -> None:
+    passage = "What it actually promises: a request goes on over another path (always)."
+    assert is_quoted("a request goes on over another path (always). [1]", passage)
+    assert not is_quoted("ually promises: a request goes on over another path (always). [1]", passage)
+    assert not is_quoted("What it actually promises: a requ [1]", passage)
+
+
+def test_a_node_is_asked_on_until_an_answer_is_a_sentence_of_a_document(capsys: pytest.CaptureFixture[str]) -> None:
+    with fake_mesh(1, shards_ok=4) as mesh, Client([mesh.url(0)]) as client:
+        node = LocalNode.__new__(LocalNode)
+        node.name, node.http = "ada", mesh.url(0)
+        runs = ask_until_quoted(Story(), node, iter(("First?", "Second?")), client)
+    assert [run.question for run in runs] == ["First?", "Second?"], "what the fake node says is in no passage"
+    shown = capsys.readouterr().out
+    assert shown.count("A question to ada") == 2 and shown.count("no sentence of the documents") == 2
 
 
 def run_of(*tokens: int, attempts: int = 2) -> Run:

@@ -12,12 +12,13 @@ from mesh.errors import BadRequest
 from mesh.ids import ModelId, StreamId
 from mesh.view import ModelCard
 from node.config import NodeConfig
+from node.engine.default_model import DIRECTORY
 from node.http.openai import parse_chat
 from node.model_text import ModelText
 from node.models import Models, ServedModel
 from node.prompts import Prompts
 from node.requests import GenerateRequest, SamplingParams
-from node.sampling_defaults import FILE, RANGES, sampling_defaults, settled
+from node.sampling_defaults import FILE, RANGES, end_tokens, generation_config, sampling_defaults, settled
 
 SAID = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1}
 
@@ -27,10 +28,61 @@ def write(directory: Path, said: object) -> Path:
     return directory
 
 
+def defaults_of(directory: Path) -> dict[str, float | int]:
+    return sampling_defaults(generation_config(directory), "m")
+
+
 def test_a_models_file_sets_the_fields_that_it_names_and_no_others(tmp_path: Path) -> None:
-    assert sampling_defaults(tmp_path) == {}, "most models have no such file"
-    assert sampling_defaults(write(tmp_path, {**SAID, "do_sample": True, "max_new_tokens": 9, "eos_token_id": [1, 2]})) == SAID
-    assert sampling_defaults(write(tmp_path, {"top_k": -1, "temperature": 0, "top_p": None})) == {"top_k": 0, "temperature": 0.0}
+    assert defaults_of(tmp_path) == {}, "most models have no such file"
+    assert defaults_of(write(tmp_path, {**SAID, "do_sample": True, "max_new_tokens": 9, "eos_token_id": [1, 2]})) == SAID
+    assert defaults_of(write(tmp_path, {"top_k": -1, "temperature": 0, "top_p": None})) == {"top_k": 0, "temperature": 0.0}
+
+
+def test_a_model_that_does_not_sample_is_greedy_unless_the_client_names_a_temperature() -> None:
+    greedy = sampling_defaults({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, "m")
+    assert greedy == {"temperature": 0.0, "top_p": 0.9}, "as in transformers, its temperature counts only where it samples"
+    assert settled(SamplingParams(), {"temperature", "top_p"}, greedy).temperature == 0.0
+    asked = settled(SamplingParams(temperature=0.7), {"top_p"}, greedy)
+    assert (asked.temperature, asked.top_p) == (0.7, 0.9)
+    assert sampling_defaults({}, "m") == sampling_defaults({"do_sample": None}, "m") == {}, "left open"
+
+
+def test_the_default_model_is_greedy() -> None:
+    assert sampling_defaults(generation_config(DIRECTORY), "mesh-demo") == {"temperature": 0.0}
+
+
+@pytest.mark.parametrize("value", [0, 1, "false", []])
+def test_do_sample_that_is_no_boolean_is_passed_over_and_told(value: object) -> None:
+    with capture_logs() as logs:
+        assert sampling_defaults({"do_sample": value}, "m") == {}
+    assert [(entry["event"], entry["field"]) for entry in logs] == [("generation_config.ignored", "do_sample")]
+
+
+def test_fields_that_would_change_answers_and_are_not_followed_are_told() -> None:
+    neutral = {"num_beams": 1, "typical_p": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None, "max_new_tokens": 9}
+    with capture_logs() as logs:
+        sampling_defaults(neutral, "m")
+        assert not logs
+        sampling_defaults({**neutral, "num_beams": 4, "suppress_tokens": [7]}, "m")
+    assert [(entry["event"], entry["fields"]) for entry in logs] == [
+        ("generation_config.not_followed", ["num_beams", "suppress_tokens"])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "ends"),
+    [(None, ()), (2, (2,)), ([2, 0], (2, 0)), ("2", ()), (True, ()), ([2, -1, None, "x", 5], (2, 5)), ({}, ())],
+)
+def test_end_tokens_are_one_id_or_a_list_of_them(said: object, ends: tuple[int, ...]) -> None:
+    assert end_tokens({"eos_token_id": said}) == ends
+
+
+@pytest.mark.parametrize("said", ["{", "[1]", {"eos_token_id": "no number"}, {"early_stopping": "no such way"}])
+def test_a_damaged_file_does_not_stop_the_models_tokenizer_from_loading(said: object, tmp_path: Path) -> None:
+    for file in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (tmp_path / file).write_bytes((DIRECTORY / file).read_bytes())
+    write(tmp_path, said)
+    assert ModelText.load(tmp_path).end_tokens == (2,), "the tokenizer's own"
 
 
 @pytest.mark.parametrize(
@@ -45,14 +97,14 @@ def test_a_models_file_sets_the_fields_that_it_names_and_no_others(tmp_path: Pat
 def test_a_value_that_no_request_could_have_is_passed_over_and_told(name: str, value: object, tmp_path: Path) -> None:
     kept = next(other for other in SAID if other != name)
     with capture_logs() as logs:
-        assert sampling_defaults(write(tmp_path, {name: value, kept: SAID[kept]})) == {kept: SAID[kept]}
+        assert defaults_of(write(tmp_path, {name: value, kept: SAID[kept]})) == {kept: SAID[kept]}
     assert [(entry["event"], entry["field"]) for entry in logs] == [("generation_config.ignored", name)]
 
 
 @pytest.mark.parametrize("said", ["{", "[1]", '"x"', "\x00", " " * (1 << 21)])
 def test_a_file_that_is_none_is_passed_over_and_told(said: str, tmp_path: Path) -> None:
     with capture_logs() as logs:
-        assert sampling_defaults(write(tmp_path, said)) == {}
+        assert defaults_of(write(tmp_path, said)) == {}
     assert [entry["event"] for entry in logs] == ["generation_config.ignored"]
 
 
