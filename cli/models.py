@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cli import options, output
+from cli.status import completeness
 
 
 def models(
@@ -31,7 +32,7 @@ def models(
             model["id"],
             model["layers"],
             model.get("max_model_len", "?"),
-            "yes" if model["complete"] else "no",
+            completeness(model),
             model["min_replicas"],
         )
         for model in shown

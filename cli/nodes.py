@@ -25,7 +25,9 @@ def node_rows(seen: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[obje
         load = node.get("load") or {}
         blocks = f"{load.get('kv_blocks_used', 0)}/{load.get('kv_blocks_total', 0)}"
         state = node["state"] + (f" ({node['cause']})" if node.get("cause") else "")
-        if node["state"] in ("alive", "suspect") and (ready := node.get("readiness", "warm")) != "warm":
+        if loading := node.get("loading"):
+            state += f", loading {min(each['progress'] for each in loading):.0%}"
+        elif node["state"] in ("alive", "suspect") and (ready := node.get("readiness", "warm")) != "warm":
             state += f", {ready}"
         elif node.get("draining"):
             state += ", draining"

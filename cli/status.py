@@ -11,6 +11,15 @@ from cli.nodes import node_rows
 GIB = 1 << 30
 
 
+def completeness(model: Mapping[str, Any]) -> str:
+    """Whether a model of a status can answer, and if not, what is to be waited for."""
+    if model["complete"]:
+        return "yes"
+    if loading := model.get("loading"):
+        return f"no: loading {loading['progress']:.0%}, {loading['eta_s']:.0f} s to go"
+    return "no: layers are missing"
+
+
 def status(
     node: options.NodeOption = [],  # noqa: B006
     api_key: options.ApiKeyOption = None,
@@ -40,7 +49,7 @@ def status(
         (
             model["id"],
             model["layers"],
-            "yes" if model["complete"] else "no: layers are missing",
+            completeness(model),
             model["min_replicas"],
             model.get("numerics", "unknown"),
         )

@@ -5,6 +5,8 @@ A message says what was expected, what came and what to do.
 
 from __future__ import annotations
 
+Layers = tuple[tuple[int, int], ...]  # runs of layers `[start, end)`
+
 
 class MeshError(Exception):
     """Base of all errors the mesh raises on purpose."""
@@ -52,14 +54,28 @@ class Refused(MeshError):
 class NoPath(MeshError):
     """No live peers cover all layers of the model (HTTP 503). The message names the gap."""
 
-    def __init__(self, model: str, gaps: tuple[tuple[int, int], ...]) -> None:
-        spans = ", ".join(f"{start}:{end}" for start, end in gaps) or "any layer"
-        first = f"{gaps[0][0]}:{gaps[0][1]}" if gaps else "auto"
+    def __init__(self, model: str, gaps: Layers, loading: Layers = ()) -> None:
+        """`gaps`: what no live peer holds or loads; `loading`: what is missing too, but being loaded."""
+        what, first = (f"layers {_spans(gaps)}", f"{gaps[0][0]}:{gaps[0][1]}") if gaps else ("any layer", "auto")
         super().__init__(
-            f"no live peer holds layers {spans} of {model}; start one with: mesh up --join HOST:PORT --layers {first}"
+            f"no live peer holds {what} of {model}; "
+            f"start one with: mesh up --join HOST:PORT --layers {first}"
+            + (f" (layers {_spans(loading)} are being loaded)" if loading else "")
         )
         self.model = model
         self.gaps = gaps
+
+
+class ModelLoading(NoPath):
+    """Layers of the model are missing because nodes are loading them now (HTTP 503): nothing is to be done but to wait."""
+
+    def __init__(self, model: str, gaps: Layers, progress: float, eta_s: float, nodes: tuple[str, ...]) -> None:
+        """`progress`: 0 to 1; `eta_s`: estimated time until they serve; `nodes`: names of those that load."""
+        super().__init__(model, gaps)
+        by = f" by {', '.join(nodes)}" if nodes else ""
+        self.args = (f"layers {_spans(gaps)} of {model} are being loaded{by}: {progress:.0%} done, about {eta_s:.0f} s to go",)
+        self.progress = progress
+        self.eta_s = eta_s
 
 
 class BadRequest(MeshError):
@@ -70,3 +86,7 @@ class BadRequest(MeshError):
         self.param = param
         self.code = code
         self.status = status
+
+
+def _spans(layers: Layers) -> str:
+    return ", ".join(f"{start}:{end}" for start, end in layers)

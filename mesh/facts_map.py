@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from mesh.ids import ModelId
-from mesh.view import Facts, Layer, ModelCard, Readiness, Span
+from mesh.view import Facts, Layer, Loading, ModelCard, Readiness, Span
 
 SEPARATOR = "\n"
 DOCUMENT_DEPTH = 3  # levels of the documents' record with keys of their own: a shard's digest is one
@@ -23,6 +23,7 @@ Path = tuple[str, ...]
 _NO_FACTS = Facts()
 _PLAIN = ("http", "draining", "version", "pid", "readiness")  # fields that are one key each
 _WINDOWS = ("spans", "intends")  # fields that are one key a model, told as (start, end) pairs
+_BY_MODEL = ("capacity", "loading")  # fields that are one key a model, told as their value
 
 _encoder = msgspec.msgpack.Encoder(order="sorted")  # equal values are equal bytes
 _windows_decoder = msgspec.msgpack.Decoder(tuple[tuple[Layer, Layer], ...])
@@ -35,6 +36,7 @@ _decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {
     "spans": _windows_decoder,
     "intends": _windows_decoder,
     "capacity": msgspec.msgpack.Decoder(Layer),
+    "loading": msgspec.msgpack.Decoder(Loading),
     "models": msgspec.msgpack.Decoder(ModelCard),
     "documents": msgspec.msgpack.Decoder(),
 }
@@ -51,8 +53,9 @@ def keys_of(facts: Facts) -> dict[str, bytes]:
             told.setdefault((field, span.model), []).append((span.start, span.end))
     for card in facts.models:
         told["models", card.id] = card
-    for model, layers in facts.capacity.items():
-        told["capacity", model] = layers
+    for field in _BY_MODEL:
+        for model, value in getattr(facts, field).items():
+            told[field, model] = value
     for place, value in _leaves((), facts.documents):
         told["documents", *place] = value
     return {SEPARATOR.join(path): _encoder.encode(value) for path, value in told.items()}
@@ -96,7 +99,7 @@ class ShownFacts:
             return tuple(Span(ModelId(path[0]), *window) for path in sorted(values) for window in values[path])
         if field == "models":
             return tuple(values[path] for path in sorted(values))
-        if field == "capacity":
+        if field in _BY_MODEL:
             return {ModelId(path[0]): values[path] for path in sorted(values)}
         record: dict[str, Any] = {}
         for path in sorted(values):

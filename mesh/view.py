@@ -20,6 +20,8 @@ from mesh.ids import Address, ModelId, NodeId
 
 MAX_LAYERS = 4096  # of a model that a peer tells of: lists as long as that are made from its word
 
+MAX_ETA_S = 1_000_000  # eleven days: a peer's word for longer is none
+
 Layer = Annotated[int, Meta(ge=0, le=MAX_LAYERS)]
 
 
@@ -46,6 +48,13 @@ class Span(msgspec.Struct, frozen=True, order=True):
     model: ModelId
     start: Layer
     end: Layer
+
+
+class Loading(msgspec.Struct, frozen=True):
+    """How far a node has come with the layers of a model that it `Facts.intends` to serve, roughly: in whole numbers."""
+
+    percent: Annotated[int, Meta(ge=0, le=100)]
+    eta_s: Annotated[int, Meta(ge=0, le=MAX_ETA_S)]  # estimated time until they serve
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
@@ -97,6 +106,7 @@ class Facts(msgspec.Struct, frozen=True):
     pid: Annotated[int, Meta(ge=0)] = 0
     documents: dict[str, Any] = {}
     intends: tuple[Span, ...] = ()  # being loaded, not yet served: so that nodes that join together do not choose alike
+    loading: dict[ModelId, Loading] = {}  # of the models of `intends`, how far they are
     capacity: dict[ModelId, Layer] = {}  # decoder layers of a model that it could hold; absent: pinned, it never moves
     readiness: Readiness = Readiness.WARM
 

@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from mesh.errors import ModelLoading
 from mesh.ids import ModelId, NodeId
 from mesh.refusals import COUNTED_MAX, FOREIGN_WORD, Refusal
 from mesh.seal import REPLAY_WINDOW_S, SealFault
 from mesh.view import Peer, PeerState, Readiness, View
 from rag.types import StoreInfo
+from routing.loading import no_path
 
 PROBLEM, NOTE = "problem", "note"
 SKEW_S = 5.0  # between two clocks: beyond it something is wrong, long before the seal refuses anything
@@ -170,7 +172,10 @@ def _nodes(view: View) -> Iterator[Finding]:
 def _models(look: Look) -> Iterator[Finding]:
     live = sum(1 for _ in look.view.live())
     for model, card in sorted(look.view.models().items()):
-        if gaps := look.missing_layers.get(model):
+        gaps = look.missing_layers.get(model)
+        if gaps and isinstance(why := no_path(look.view, model, gaps), ModelLoading):
+            yield Finding(NOTE, "models", f"it cannot answer yet: {why}", "wait; see the log of the node that loads if it lasts")
+        elif gaps:
             layers = ", ".join(f"{start}:{end}" for start, end in gaps)
             do = f"start a node that holds them: mesh up --join HOST:PORT --layers {gaps[0][0]}:{gaps[0][1]}"
             yield Finding(PROBLEM, "models", f"no live node holds layers {layers} of {model}: it cannot answer", do)

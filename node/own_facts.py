@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from mesh.ids import ModelId
-from mesh.view import Facts, ModelCard, Readiness, Span
+from mesh.view import Facts, Loading, ModelCard, Readiness, Span
 
 
 class OwnFacts:
@@ -38,15 +38,26 @@ class OwnFacts:
         self._set(models=(*others, card), capacity={**self._facts.capacity, **capacity})
 
     def intend(self, spans: tuple[Span, ...]) -> None:
-        self._set(intends=spans)
+        """What is going to be served and is not yet, of all models."""
+        self._set(intends=spans, loading=self._loading_of(spans))
+
+    def load(self, model: ModelId, loading: Loading) -> None:
+        """How far it is with what it intends of the model."""
+        if any(span.model == model for span in self._facts.intends):
+            self._set(loading={**self._facts.loading, model: loading})
 
     def serve(self, card: ModelCard, spans: tuple[Span, ...]) -> None:
-        """The spans that serve now, of this model; what was intended of it is done."""
+        """The spans that serve now, of this model; those are intended no longer."""
         model: ModelId = card.id
         others = tuple(span for span in self._facts.spans if span.model != model)
-        intends = tuple(span for span in self._facts.intends if span.model != model)
+        intends = tuple(span for span in self._facts.intends if span not in spans)
         cards = tuple(card if known.id == model else known for known in self._facts.models)
-        self._set(spans=tuple(sorted({*others, *spans})), intends=intends, models=cards)
+        serving = tuple(sorted({*others, *spans}))
+        self._set(spans=serving, intends=intends, models=cards, loading=self._loading_of(intends))
+
+    def _loading_of(self, intends: tuple[Span, ...]) -> dict[ModelId, Loading]:
+        models = {span.model for span in intends}
+        return {model: told for model, told in self._facts.loading.items() if model in models}
 
     def ready(self, readiness: Readiness) -> None:
         self._set(readiness=readiness)

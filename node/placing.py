@@ -64,8 +64,10 @@ class Placing:
         self._losses_at: deque[float] = deque(maxlen=MOST_LOSSES + 1)
         self._changing = trio.Lock()  # a move and a mend do not mix
 
-    async def run(self) -> None:
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Loads what is to be served, offers the files to peers, and goes on until cancelled: mending, with `auto` also moving.
+
+        It has started when peers are told what will be loaded, of all models.
 
         Raises:
             BadRequest: the model cannot be served exactly.
@@ -73,6 +75,8 @@ class Placing:
         """
         for model in self._models:
             self._know(model)
+        self._facts.intend(tuple(span for model in self._models for span in self._wanted_of(model.card)))
+        task_status.started()
         for model in self._models:
             await self._hold(model)
         async with trio.open_nursery() as nursery:
@@ -125,17 +129,25 @@ class Placing:
         self._models.update(card)
         self._know(self._models.get(card.id))
 
+    def _wanted_of(self, card: ModelCard) -> tuple[Span, ...]:
+        """What this node should hold of the model as things are now."""
+        if self._pinned is not None:
+            return _pinned_spans(card, self._pinned)
+        return choose_spans(self._membership.view, self._membership.me, card, self._capacity[card.id])
+
     async def _hold(self, model: ServedModel) -> None:
         if self._pinned is not None:
-            await self._take(model, _pinned_spans(model.card, self._pinned))
+            spans = self._wanted_of(model.card)
+            self._intend(model, spans)
+            await self._take(model, spans)
         else:
             await self._join(model)
 
     async def _join(self, model: ServedModel) -> None:
         """Chooses, tells what it chose, and looks again until the others' choices have been heard: then loads."""
-        card, me = model.card, self._membership.me
+        card = model.card
         chosen: tuple[Span, ...] | None = None
-        while (again := choose_spans(self._membership.view, me, card, self._capacity[card.id])) != chosen:
+        while (again := self._wanted_of(card)) != chosen:
             chosen = again
             self._intend(model, chosen)
             await trio.sleep(SETTLE_S)
@@ -169,8 +181,8 @@ class Placing:
 
     async def _take(self, model: ServedModel, spans: Iterable[Span]) -> None:
         """Loads the spans, and tells of each as soon as it serves."""
-        id = model.card.id
-        for span in sorted(set(spans) - set(self._held(model.card))):
+        id, wanted = model.card.id, set(spans)
+        for span in sorted(wanted - set(self._held(model.card))):
             await self._library.bring(model, span)
             loaded = await trio.to_thread.run_sync(
                 self._engine.load, model.directory, id, span.start, span.end, abandon_on_cancel=True
@@ -179,8 +191,7 @@ class Placing:
             self._models.update(card)
             self._facts.serve(card, (*self._held(card), span))
             log.info("span.serves", model=id, start=span.start, end=span.end, numerics=card.numerics)
-        card = self._models.get(id).card
-        self._facts.serve(card, self._held(card))  # nothing is intended any more
+        self._intend(model, self._intended(id) - wanted)
 
     async def _drop(self, model: ServedModel, spans: Iterable[Span]) -> None:
         """Tells first that the spans are gone, so that nothing new comes for them."""

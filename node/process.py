@@ -27,7 +27,7 @@ from mesh.links import Links
 from mesh.refusals import Refusal
 from mesh.seal import KeySeal, PlainSeal
 from mesh.tls import PeerTls
-from mesh.view import Facts, Load, View
+from mesh.view import Facts, Load, Span, View
 from node.config import NodeConfig
 from node.coverage import CoverageWatch
 from node.engine.api import Engine
@@ -40,6 +40,7 @@ from node.identity import Identity
 from node.incidents import TraceFile
 from node.keys import MeshKeys
 from node.known_peers import KnownPeers
+from node.load_watch import LoadWatch, SpanProgress
 from node.losses import Losses
 from node.models import Holdings
 from node.own_facts import OwnFacts
@@ -130,6 +131,7 @@ class Node:
         self._readiness = Readiness(self._view, models, self._entry)
         self._library = self._make_library()
         self._placing = Placing(config.layers, engine, holdings, self._facts, self._membership, self._library)
+        self._load_watch = LoadWatch(self._facts, self._spans_loading, self._library.fetching.share_here)
         self._examination = self._make_examination()
         asked = self.statistics, self._examination.examine, self._keys
         self._surface = Surface(self._view, models, self._entry, self._readiness, self._documents, embedder, *asked)
@@ -197,6 +199,11 @@ class Node:
 
     def _trace_file(self) -> TraceFile:
         return TraceFile(self._identity.directory, self._membership.dump_trace)
+
+    def _spans_loading(self) -> Mapping[Span, SpanProgress]:
+        """Another engine may not tell."""
+        found: Mapping[Span, SpanProgress] = getattr(self._engine.statistics(), "loading", {})
+        return found
 
     def _prefix_secret(self) -> bytes:
         return derive(self._keys.ring.keys[0].secret, "prefix") if self._keys else b""
@@ -293,9 +300,10 @@ class Node:
         nursery.start_soon(self._pulse.run)
         nursery.start_soon(self._coverage.run)
         nursery.start_soon(self._watch_stalls)
+        await nursery.start(self._placing.run)  # what will be loaded is told before the first request can ask for it
         self._server = await nursery.start(serve, self._app, [self._http_listener])
         announce(f"mesh node {self.name} up: {self._facts.now.http} gossip {format_address(self._sockets.address)}")
-        nursery.start_soon(self._placing.run)
+        nursery.start_soon(self._load_watch.run)
 
     async def _join(self) -> None:
         """A seed that is not up yet is tried again by itself: nodes may start in any order, and after any outage."""

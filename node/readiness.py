@@ -16,6 +16,7 @@ from mesh.view import View
 from node.entry import Entry
 from node.models import Models
 from node.requests import GenerateRequest, SamplingParams
+from routing.loading import BeingLoaded, being_loaded, no_path
 from routing.path import uncovered
 
 CANARY_TIMEOUT_S = 10.0
@@ -38,13 +39,19 @@ class Readiness:
         gaps = {card.id: uncovered(view, card.id, card.layers) for card in view.models().values()}
         return {model: missing for model, missing in gaps.items() if missing}
 
+    def being_loaded(self) -> dict[ModelId, BeingLoaded]:
+        """Of those, the models of which nodes load missing layers now."""
+        view = self._view()
+        loads = {model: being_loaded(view, model, missing) for model, missing in self.missing_layers().items()}
+        return {model: each for model, each in loads.items() if each is not None}
+
     async def why_not(self) -> str | None:
         """None when ready, else the reason. Runs a canary when none has proved what is served now."""
         missing = self.missing_layers()
         complete = [card.id for card in self._models.cards() if card.id not in missing]
         if not complete:
-            gaps = "; ".join(f"{model} lacks layers {', '.join(f'{a}:{b}' for a, b in gap)}" for model, gap in missing.items())
-            return gaps or "no model is known here yet"
+            view = self._view()
+            return "; ".join(str(no_path(view, model, gaps)) for model, gaps in missing.items()) or "no model is known here yet"
         async with self._lock:  # readers that ask together share one canary
             served = self._served()
             if self._proved == served:

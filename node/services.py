@@ -10,6 +10,7 @@ from mesh.ids import ModelId, NodeId, StreamId
 from mesh.view import ModelCard
 from node.requests import GenerateEvent, GenerateRequest
 from rag.types import FileInfo, SearchResult, StoreInfo
+from routing.loading import BeingLoaded
 
 
 class NodeServices(Protocol):
@@ -30,6 +31,9 @@ class NodeServices(Protocol):
 
     def missing_layers(self) -> dict[ModelId, tuple[tuple[int, int], ...]]:
         """Known models without a complete path, with their uncovered layers."""
+
+    def being_loaded(self) -> dict[ModelId, BeingLoaded]:
+        """Of models without a complete path, those of which nodes are loading missing layers now."""
 
     async def ready(self) -> str | None:
         """None when a canary token came through a complete path of a model; else why not."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -11,17 +12,24 @@ from mesh.ids import ModelId, format_address
 from mesh.view import Peer, View, is_exact
 from rag.types import StoreInfo
 from routing.coverage import coverage
+from routing.loading import UNKNOWN, BeingLoaded
 
 
 def status(
-    view: View, stores: Sequence[StoreInfo], complete: Mapping[ModelId, bool], now: float, engine: object
+    view: View,
+    stores: Sequence[StoreInfo],
+    complete: Mapping[ModelId, bool],
+    now: float,
+    engine: object,
+    loading: Mapping[ModelId, BeingLoaded] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """`complete`: per model, whether a path through all its layers exists right now; `engine`: the engine's statistics.
+    """`complete`: per model, whether a path through all its layers exists right now; `engine`: the engine's statistics;
+    `loading`: of models without a path, what of them is being loaded.
 
     Of those, the kernels of the spans loaded here, why they were chosen, and how far those are that load; another engine
     may tell of none of these.
     """
-    kernels, choices, loading = (getattr(engine, name, {}) for name in ("kernels", "choices", "loading"))
+    kernels, choices, spans_loading = (getattr(engine, name, {}) for name in ("kernels", "choices", "loading"))
     me = view.peers[view.me]
     covered = coverage(view)
     return {
@@ -34,7 +42,7 @@ def status(
             "version": me.facts.version,
             "kernels": {f"{span.model} {span.start}:{span.end}": name for span, name in sorted(kernels.items())},
             "kernel_choices": {f"{span.model} {span.start}:{span.end}": _choice(each) for span, each in sorted(choices.items())},
-            "loading": {f"{span.model} {span.start}:{span.end}": _progress(each) for span, each in sorted(loading.items())},
+            "loading": {f"{span.model} {span.start}:{span.end}": _progress(each) for span, each in sorted(spans_loading.items())},
             "frozen": view.frozen,
         },
         "nodes": [_node(peer, view, now) for peer in sorted(view.peers.values(), key=lambda peer: (peer.name, peer.id))],
@@ -44,6 +52,7 @@ def status(
                 "layers": card.layers,
                 "max_model_len": card.max_model_len,
                 "complete": complete.get(card.id, False),
+                "loading": _being_loaded(loading.get(card.id)),
                 "min_replicas": min(view.replicas(card.id, card.layers), default=0),
                 "numerics": numerics(view, card.id),
                 "coverage": [
@@ -101,6 +110,29 @@ def _progress(progress: Any) -> dict[str, Any]:
     }
 
 
+def _being_loaded(loads: BeingLoaded | None) -> dict[str, Any] | None:
+    """Missing layers of a model that nodes load now."""
+    if loads is None:
+        return None
+    layers = [{"start": start, "end": end} for start, end in loads.layers]
+    return {"layers": layers, "progress": loads.progress, "eta_s": loads.eta_s}
+
+
+def _loads(peer: Peer) -> list[dict[str, Any]]:
+    """What the node says that it is loading; empty for one that is gone."""
+    return [
+        {
+            "model": span.model,
+            "start": span.start,
+            "end": span.end,
+            "progress": told.percent / 100,
+            "eta_s": told.eta_s,
+        }
+        for span in sorted(peer.facts.intends)
+        for told in [peer.facts.loading.get(span.model, UNKNOWN)]
+    ]
+
+
 def _node(peer: Peer, view: View, now: float) -> dict[str, Any]:
     is_me, is_live = peer.id == view.me, view.is_live(peer.id)
     return {
@@ -114,6 +146,7 @@ def _node(peer: Peer, view: View, now: float) -> dict[str, Any]:
         "draining": is_live and peer.facts.draining,
         "readiness": peer.facts.readiness.value if is_live else peer.state.value,
         "spans": [{"model": span.model, "start": span.start, "end": span.end} for span in sorted(peer.facts.spans)],
+        "loading": _loads(peer) if is_live else [],
         "load": msgspec.structs.asdict(peer.load) if is_live else {},  # not zeros: the dead are not idle
         "rtt_ms": None if peer.rtt_s is None else round(peer.rtt_s * 1000, 3),
         "rtt_estimate_ms": None if peer.rtt_estimate_s is None else round(peer.rtt_estimate_s * 1000, 3),

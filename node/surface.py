@@ -19,6 +19,7 @@ from node.requests import GenerateEvent, GenerateRequest
 from node.status import status
 from rag.embed import Embedder
 from rag.service import Documents
+from routing.loading import BeingLoaded
 
 EMBED_BATCH = 16  # texts a worker thread takes at a time, so that many clients share it
 EMBEDDER_CONTEXT = 256  # tokens; MiniLM reads no further
@@ -71,7 +72,8 @@ class Surface:
         missing = self._readiness.missing_layers()
         view = self._view()
         complete = {model: model not in missing for model in view.models()}
-        return status(view, self._documents.stores(), complete, trio.current_time(), self.statistics().get("engine"))
+        loading, engine = self._readiness.being_loaded(), self.statistics().get("engine")
+        return status(view, self._documents.stores(), complete, trio.current_time(), engine, loading)
 
     async def examine(self) -> dict[str, Any]:
         return await self._examine()
@@ -89,6 +91,9 @@ class Surface:
 
     def missing_layers(self) -> dict[ModelId, tuple[tuple[int, int], ...]]:
         return self._readiness.missing_layers()
+
+    def being_loaded(self) -> dict[ModelId, BeingLoaded]:
+        return self._readiness.being_loaded()
 
     async def ready(self) -> str | None:
         return await self._readiness.why_not()

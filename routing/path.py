@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from mesh.errors import NoPath
 from mesh.ids import Address, ModelId, NodeId
 from mesh.view import Peer, View
 from routing.dispatches import NOTHING, Dispatches
 from routing.holders import Holder, gaps, holders, is_suspect
 from routing.legs import Leg, LegSearch, Rate
+from routing.loading import no_path
 from routing.policies import Candidate, Policy
 from routing.score import DEFAULT_RESIDENCY_S, Costs, Work, costs, pool_of, terms
 
@@ -100,19 +100,19 @@ def plan(
     numerics: the fingerprint of an earlier attempt; a path of another one has a different `Path.numerics`.
 
     Raises:
-        NoPath: the peers that are left do not cover the model; names the layers.
+        NoPath: the peers that are left do not cover the model; names the layers. ModelLoading, where some load them now.
     """
     found = holders(view, model, layers, excluded)
     missing = gaps(found, layers)
     if missing:
-        raise NoPath(model, missing)
+        raise no_path(view, model, missing)
     planner = _Planner(view, model, layers, found, policy, rng, now, work or Work(), dispatches or Dispatches(), avoided)
     for groups in _tiers(found, planner.last_resort, numerics):
         path = planner.best(groups)
         if path is not None:
             return path
     # Every layer is held, but only by way of a node that would have to be visited twice.
-    raise NoPath(model, ((planner.furthest, layers),))
+    raise no_path(view, model, ((planner.furthest, layers),))
 
 
 def _tiers(found: list[Holder], last_resort: frozenset[NodeId], numerics: str) -> Iterator[list[list[Holder]]]:

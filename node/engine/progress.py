@@ -33,6 +33,10 @@ class Phase(Enum):
     CHECKING = "checking"
 
 
+BEGINS_AT = {Phase.READING: 0.0, Phase.PACKING: 0.15, Phase.CHECKING: 0.75}
+"""Where in a load each phase begins, roughly: of a model of 155 million parameters they took 11, 64 and 25 % of the time."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
     """`layers_done` of the phase; `bytes_done` of what is read, in the dtype that it is computed in."""
@@ -43,6 +47,17 @@ class LoadProgress:
     bytes_done: int
     bytes: int
     seconds: float  # since the load began
+
+    @property
+    def share(self) -> float:
+        """The share of the whole load that is done, from 0 to 1: an estimate."""
+        match self.phase:
+            case Phase.READING:
+                return BEGINS_AT[Phase.PACKING] * (self.bytes_done / self.bytes if self.bytes else 0.0)
+            case Phase.PACKING:
+                begin = BEGINS_AT[Phase.PACKING]
+                return begin + (BEGINS_AT[Phase.CHECKING] - begin) * (self.layers_done / max(self.layers, 1))
+        return BEGINS_AT[Phase.CHECKING]
 
 
 class LoadWatch:

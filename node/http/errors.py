@@ -8,17 +8,19 @@ and never leaves the node.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from starlette.exceptions import HTTPException
 
-from mesh.errors import BadRequest, DeadlineExceeded, NoPath, PeerLost, Refused
+from mesh.errors import BadRequest, DeadlineExceeded, ModelLoading, NoPath, PeerLost, Refused
 
 MESSAGE_CHARS = 8192  # an escaped character takes up to 6 bytes: the body stays below 64 KiB
 RETRY_AFTER_MAX_S = 60.0
 RETRY_AFTER_NO_PATH_S = 2.0  # about what a re-placement takes
+RETRY_AFTER_LOADING_S = 1.0  # at least: the time to go is an estimate
 
 TYPES = {
     401: "authentication_error",
@@ -87,6 +89,10 @@ def answer_of(error: BaseException, jitter: float = 0.0) -> ErrorAnswer:
     if isinstance(error, Refused):
         status = 429 if error.quota else 503
         return _answer(status, str(error), headers=retry_headers(error.retry_after_s, jitter))
+    if isinstance(error, ModelLoading):
+        headers = retry_headers(max(error.eta_s, RETRY_AFTER_LOADING_S), jitter)
+        told = loading_fields(error.gaps, error.progress, error.eta_s)
+        return _answer(503, str(error), code="model_loading", headers=headers, **told)
     if isinstance(error, NoPath):
         return _answer(503, str(error), code="no_path", headers=retry_headers(RETRY_AFTER_NO_PATH_S, jitter))
     if isinstance(error, PeerLost):
@@ -114,13 +120,20 @@ def retry_headers(retry_after_s: float, jitter: float) -> tuple[tuple[bytes, byt
     return ((b"retry-after", b"%d" % math.ceil(wait_s)), (b"retry-after-ms", b"%d" % round(wait_s * 1000)))
 
 
+def loading_fields(layers: Iterable[tuple[int, int]], progress: float, eta_s: float) -> dict[str, Any]:
+    """What an error `model_loading` tells beside its message: `layers` are `[start, end)`, `progress` is 0 to 1."""
+    return {"progress": round(progress, 2), "layers": [list(run) for run in layers], "eta_s": round(eta_s, 1)}
+
+
 def _answer(
     status: int,
     message: str,
     param: str | None = None,
     code: str | None = None,
     headers: tuple[tuple[bytes, bytes], ...] = (),
+    **more: Any,
 ) -> ErrorAnswer:
+    """`more`: further fields of the error object."""
     if len(message) > MESSAGE_CHARS:
         message = message[:MESSAGE_CHARS] + "…"
     param = param if param is None else param[:256]
@@ -129,6 +142,7 @@ def _answer(
         "type": TYPES.get(status, "invalid_request_error"),
         "param": param,
         "code": code or CODES.get(status),
+        **more,
     }
     return ErrorAnswer(status, {"error": fields}, headers)
 

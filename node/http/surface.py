@@ -11,7 +11,7 @@ from starlette.responses import Response
 from mesh.errors import BadRequest
 from mesh.view import ModelCard
 from node.http import dashboard, metrics
-from node.http.errors import RETRY_AFTER_NO_PATH_S, retry_headers
+from node.http.errors import RETRY_AFTER_LOADING_S, RETRY_AFTER_NO_PATH_S, loading_fields, retry_headers
 from node.http.exchange import App
 from node.http.site import Json, Route, Site
 
@@ -49,8 +49,13 @@ async def ready(site: Site, request: Request) -> App:
     if reason is None:
         return Json({"status": "ready", "node": site.node.me})
     missing = {model: [list(gap) for gap in gaps] for model, gaps in site.node.missing_layers().items()}
-    error = {"message": reason, "type": "service_unavailable_error", "param": None, "code": "not_ready"}
-    headers = {name.decode(): value.decode() for name, value in retry_headers(RETRY_AFTER_NO_PATH_S, site.jitter())}
+    error: dict[str, Any] = {"message": reason, "type": "service_unavailable_error", "param": None, "code": "not_ready"}
+    retry_after_s = RETRY_AFTER_NO_PATH_S
+    if loads := list(site.node.being_loaded().values()):
+        first = min(loads, key=lambda each: each.eta_s)
+        error |= {"code": "model_loading", **loading_fields(first.layers, first.progress, first.eta_s)}
+        retry_after_s = max(first.eta_s, RETRY_AFTER_LOADING_S)
+    headers = {name.decode(): value.decode() for name, value in retry_headers(retry_after_s, site.jitter())}
     return Json({"error": error, "missing_layers": missing}, status_code=503, headers=headers)
 
 

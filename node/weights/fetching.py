@@ -71,6 +71,7 @@ class Fetching:
         self._folder = folder
         self._disk = trio.CapacityLimiter(1)
         self._pulls: dict[int, Pull] = {}
+        self._pulled: dict[int, ModelId] = {}  # the model of each
         self._totals = FetchingStatistics()
         self._last_pull = 0
 
@@ -83,6 +84,12 @@ class Fetching:
             bytes_kept=sum(each.bytes_kept for each in now),
             **_sums(self._totals, now),
         )
+
+    def share_here(self, model: ModelId) -> float | None:
+        """Of the bytes that are being fetched of the model, the share that is here; None: nothing is being fetched."""
+        pulls = [self._pulls[number].statistics() for number, each in self._pulled.items() if each == model]
+        all_bytes = sum(pull.bytes_all for pull in pulls)
+        return sum(pull.bytes_kept for pull in pulls) / all_bytes if all_bytes else None
 
     # --- a model, known by name
 
@@ -158,13 +165,13 @@ class Fetching:
         """Drives one pull to its end."""
         self._last_pull += 1
         number, began = self._last_pull, trio.current_time()
-        self._pulls[number] = pull
+        self._pulls[number], self._pulled[number] = pull, model
         log.info("weights.fetching", model=model, mib=pull.statistics().bytes_all >> 20, pieces=pull.statistics().pieces)
         try:
             await _Run(self, model, files, pull).run()
         finally:
             self._totals = replace(self._totals, **_sums(self._totals, [pull.statistics()]))
-            del self._pulls[number]
+            del self._pulls[number], self._pulled[number]
         fetched, took_s = pull.statistics(), trio.current_time() - began
         log.info(
             "weights.fetched", model=model, mib=fetched.bytes_all >> 20, seconds=round(took_s, 1), retries=fetched.retries_total

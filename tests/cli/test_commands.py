@@ -10,6 +10,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cli.main import app
+from cli.nodes import node_rows
+from cli.status import completeness
 from mesh.keyring import load_keyring
 from node.http.auth import ApiKeys
 from tests.cli.fake_mesh import FakeMesh, error, fake_mesh, texts
@@ -59,6 +61,17 @@ def test_nodes_shows_round_trips_and_marks_those_that_are_only_estimated() -> No
         rows = [line.split() for line in mesh_command("nodes", "--node", mesh.url(0)).stdout.splitlines()]
     assert rows[0][-4:-2] == ["RTT", "MS"]
     assert [row[-3] for row in rows[1:]] == ["-", "1.2", "~80.0", "-"]
+
+
+def test_a_node_that_loads_and_a_model_that_waits_for_it_are_told_with_progress() -> None:
+    load = {"model": "tiny", "start": 0, "end": 6, "progress": 0.43, "eta_s": 12}
+    node = {"name": "n0", "id": "0", "state": "alive", "http": "http://x", "readiness": "loading", "loading": [load]}
+    assert node_rows({"nodes": [node]})[1][0][1] == "alive, loading 43%"
+    assert node_rows({"nodes": [{**node, "readiness": "warm", "loading": []}]})[1][0][1] == "alive"
+    model = {"complete": False, "loading": {"progress": 0.43, "eta_s": 12.0}}
+    assert completeness(model) == "no: loading 43%, 12 s to go"
+    assert completeness({"complete": False, "loading": None}) == "no: layers are missing"
+    assert completeness({"complete": True}) == "yes"
 
 
 def test_the_node_may_come_from_the_environment(mesh: FakeMesh) -> None:

@@ -16,7 +16,7 @@ from node.engine import worker
 from node.engine.api import EngineConfig
 from node.engine.checkpoint import read_checkpoint
 from node.engine.loading import load_stage
-from node.engine.progress import TELL_EVERY_S, LoadProgress, LoadWatch, Phase
+from node.engine.progress import BEGINS_AT, TELL_EVERY_S, LoadProgress, LoadWatch, Phase
 from node.engine.worker import TorchEngine
 from tests.engine.offered import FLOAT32, offered
 
@@ -56,6 +56,27 @@ def test_layers_and_bytes_count_up_and_are_told_at_each_phase_and_every_two_seco
         (Phase.PACKING, 0, 17),
         (Phase.CHECKING, 2, 17),
     ]
+
+
+def test_the_share_that_is_done_grows_from_phase_to_phase() -> None:
+    clock = Clock()
+    watch, shares = LoadWatch(2, clock=clock), []
+    watch.begins({"h.0.a": 4, "h.1.a": 4})
+    steps: list[Callable[[], None]] = [
+        lambda: watch.read("h.0.a"),
+        lambda: watch.read("h.1.a"),
+        watch.packs,
+        watch.packed,
+        watch.packed,
+        watch.checks,
+    ]
+    for step in steps:
+        shares.append(watch.now.share)
+        step()
+    shares.append(watch.now.share)
+    assert shares[0] == 0.0 and shares[-1] == BEGINS_AT[Phase.CHECKING] < 1.0
+    assert shares == sorted(shares) and len(set(shares)) == 5
+    assert LoadProgress(Phase.READING, 0, 2, 0, 0, 0.0).share == 0.0, "before anything is known of its size"
 
 
 def test_a_load_that_begins_anew_with_another_kernel_counts_anew() -> None:

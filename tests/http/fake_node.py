@@ -19,6 +19,7 @@ from mesh.ids import ModelId, NodeId, StreamId
 from mesh.view import Load, ModelCard
 from node.requests import ChoiceDone, Finished, GenerateEvent, GenerateRequest, StageUse, Started, TextDelta
 from rag.types import FileInfo, Passage, SearchResult, StoreInfo
+from routing.loading import BeingLoaded
 
 ME = NodeId("00000000000000aa")
 CHAT, EMBED = ModelId("tiny-chat"), ModelId("tiny-embed")
@@ -60,6 +61,7 @@ class FakeNode:
     left: trio.Event = field(default_factory=trio.Event)  # set whenever a generation's context is left
     begun: trio.Event = field(default_factory=trio.Event)
     not_ready: str | None = None
+    loads: dict[ModelId, BeingLoaded] = field(default_factory=dict)
     stored: dict[str, tuple[FileInfo, bytes]] = field(default_factory=dict)
     store_files_by_id: dict[str, set[str]] = field(default_factory=dict)
     store_names: dict[str, str] = field(default_factory=dict)  # by id
@@ -87,6 +89,9 @@ class FakeNode:
 
     def missing_layers(self) -> dict[ModelId, tuple[tuple[int, int], ...]]:
         return {SPLIT: ((2, 4),)}
+
+    def being_loaded(self) -> dict[ModelId, BeingLoaded]:
+        return self.loads
 
     async def ready(self) -> str | None:
         return self.not_ready

@@ -57,7 +57,8 @@ class Reply:
     @property
     def error(self) -> dict[str, Any]:
         fields = self.json()["error"]
-        assert set(fields) == {"message", "type", "param", "code"}
+        more = {"progress", "layers", "eta_s"} if fields["code"] == "model_loading" else set()
+        assert set(fields) == {"message", "type", "param", "code", *more}
         return fields
 
     def events(self) -> list[Any]:

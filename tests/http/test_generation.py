@@ -8,7 +8,7 @@ import msgspec
 import trio
 import trio.testing
 
-from mesh.errors import BadRequest, DeadlineExceeded, NoPath, PeerLost, Refused
+from mesh.errors import BadRequest, DeadlineExceeded, ModelLoading, NoPath, PeerLost, Refused
 from node.http.app import make_app
 from node.requests import ChoiceDone, Citation, Retrieval, RetrievalReport, TextDelta, TokenLogprob
 from tests.http.fake_node import CHAT, HANG, ME, SPLIT, WORDS, FakeNode, Step, finished, saying, started
@@ -129,6 +129,7 @@ async def test_a_refusal_before_the_first_event_is_a_status_even_for_a_stream() 
         (Refused("full", 2.0), 503, "overloaded"),
         (Refused("quota", 2.0, quota=True), 429, "rate_limit_exceeded"),
         (NoPath(CHAT, ((2, 4),)), 503, "no_path"),
+        (ModelLoading(CHAT, ((2, 4),), 0.43, 2.0, ("b",)), 503, "model_loading"),
         (BadRequest("too long", "messages", "context_length_exceeded"), 400, "context_length_exceeded"),
         (DeadlineExceeded("late"), 504, "deadline_exceeded"),
     ]
@@ -141,6 +142,17 @@ async def test_a_refusal_before_the_first_event_is_a_status_even_for_a_stream() 
                 assert 1 <= int(reply.headers["retry-after"]) <= 60
                 assert 2000 <= int(reply.headers["retry-after-ms"]) <= 3000
                 assert reply.headers["x-request-id"]
+
+
+async def test_a_model_that_is_being_loaded_is_told_with_progress_and_when_to_come_again() -> None:
+    for eta_s, waits_s in ((12.3, (13, 19)), (0.0, (1, 2)), (5000.0, (60, 60))):
+        async with served(FakeNode([[ModelLoading(CHAT, ((0, 1), (2, 4)), 0.434, eta_s, ("b",))]])) as site:
+            reply = await site.ask("POST", "/v1/chat/completions", QUESTION)
+        assert (reply.status, reply.error["code"], reply.error["param"]) == (503, "model_loading", None)
+        told = {name: reply.error[name] for name in ("progress", "layers", "eta_s")}
+        assert told == {"progress": 0.43, "layers": [[0, 1], [2, 4]], "eta_s": eta_s}
+        assert "being loaded by b" in reply.error["message"] and "start one" not in reply.error["message"]
+        assert waits_s[0] <= int(reply.headers["retry-after"]) <= waits_s[1]
 
 
 async def test_a_stream_that_fails_in_the_middle_ends_with_the_error_and_without_done() -> None:

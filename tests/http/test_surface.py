@@ -16,6 +16,7 @@ from node.http import metrics
 from node.http.app import ROUTES
 from node.http.auth import OPEN_PATHS, ApiKeys, check_origin, new_api_key
 from node.http.site import HttpStatistics
+from routing.loading import BeingLoaded
 from tests.http.fake_node import CHAT, ME, SPLIT, FakeNode
 from tests.http.served import served
 
@@ -180,6 +181,15 @@ async def test_ready_names_the_missing_layers() -> None:
     assert reply.json()["missing_layers"] == {SPLIT: [[2, 4]]}
     assert reply.headers["retry-after"]
     assert health.status == 200
+
+
+async def test_ready_tells_what_is_being_loaded_and_how_far_it_is() -> None:
+    loads = {SPLIT: BeingLoaded(((2, 4),), 0.5, 9.0, ("b",))}
+    async with served(FakeNode(not_ready="layers 2:4 are being loaded", loads=loads)) as site:
+        reply = await site.ask("GET", "/ready")
+    assert (reply.status, reply.error["code"]) == (503, "model_loading")
+    assert (reply.error["progress"], reply.error["layers"], reply.error["eta_s"]) == (0.5, [[2, 4]], 9.0)
+    assert 9 <= int(reply.headers["retry-after"]) <= 14
 
 
 def test_figures_are_a_pure_function_of_the_statistics() -> None:

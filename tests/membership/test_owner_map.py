@@ -13,7 +13,7 @@ from mesh.errors import LocalError
 from mesh.facts_map import DOCUMENT_DEPTH, ShownFacts, keys_of
 from mesh.ids import ModelId, NodeId
 from mesh.sync import MAX_OWNER_BYTES, FactsDelta, FactsEntry, Sync, encode, entry_bytes
-from mesh.view import Facts, ModelCard, Readiness, Span
+from mesh.view import Facts, Loading, ModelCard, Readiness, Span
 
 OWNER = NodeId("a" * 16)
 OTHER = NodeId("b" * 16)
@@ -215,6 +215,9 @@ facts = st.builds(
     models=st.lists(cards, unique_by=lambda card: card.id).map(lambda cards: tuple(sorted(cards, key=lambda card: card.id))),
     draining=st.booleans(),
     pid=st.integers(0, 99),
+    loading=st.dictionaries(
+        st.sampled_from(["m", "org/n"]).map(ModelId), st.builds(Loading, st.integers(0, 100), st.integers(0, 9))
+    ),
     capacity=st.dictionaries(st.sampled_from(["m", "org/n"]).map(ModelId), st.integers(0, 9)),
     documents=st.dictionaries(
         st.text(alphabet="ab/\n\x1f", max_size=2).filter(lambda name: "\n" not in name), records, max_size=3

@@ -10,7 +10,7 @@ import pytest
 from mesh.ids import ModelId, NodeId
 from mesh.refusals import FOREIGN_WORD, Refusal
 from mesh.seal import SealFault
-from mesh.view import Facts, ModelCard, Peer, PeerState, Readiness, Span, View
+from mesh.view import Facts, Loading, ModelCard, Peer, PeerState, Readiness, Span, View
 from node import examination
 from node.doctor import NOTE, PROBLEM, Finding, Look, diagnosis
 from node.engine.kernel_choice import KernelChoice
@@ -101,6 +101,14 @@ def test_a_stalled_engine_is_a_problem_and_a_full_one_a_remark_and_who_left_is_n
 def test_layers_that_nobody_holds_are_named_with_the_command_that_mends_it() -> None:
     finding = only(replace(WELL, missing_layers={MODEL: ((1, 3),)}, not_ready="tiny lacks layers 1:3"))
     assert "layers 1:3 of tiny" in finding.what and "--layers 1:3" in finding.do
+
+
+def test_layers_that_a_node_is_loading_are_a_remark_with_progress() -> None:
+    loads = peer(1, spans=(Span(MODEL, 0, 1),), intends=(Span(MODEL, 1, 4),), loading={MODEL: Loading(30, 9)})
+    alone = replace(WELL, view=View(ME, MappingProxyType({ME: peer(0, spans=()), loads.id: loads})), skews_s={})
+    finding = only(replace(alone, missing_layers={MODEL: ((1, 4),)}, not_ready="being loaded"))
+    assert (finding.severity, finding.about) == (NOTE, "models")
+    assert "layers 1:4 of tiny are being loaded by node-1: 30% done, about 9 s to go" in finding.what
 
 
 def test_layers_held_once_are_a_problem_among_several_and_a_remark_alone() -> None:

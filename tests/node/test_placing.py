@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
+import trio.testing
 from trio.testing import MockClock
 
 from mesh.errors import MeshError
@@ -33,7 +35,7 @@ class LoadingEngine:
         if self.fails:
             self.fails -= 1
             raise WorkersLost("rank 0 was killed by signal 9")
-        return CARD
+        return msgspec.structs.replace(CARD, id=model)
 
 
 class FilesAreHere:
@@ -44,23 +46,41 @@ class FilesAreHere:
 
 
 class Placed:
-    """A node pinned to the whole model, which it serves once `placing.run` has begun."""
+    """A node pinned to the whole model, or to `layers` of it, which it serves once `placing.run` has begun."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: str = "0:4", cards: tuple[ModelCard, ...] = (CARD,)) -> None:
         models = Models()
         text: Any = None
-        models.add(ServedModel(CARD, Path("toy"), text))
+        for card in cards:
+            models.add(ServedModel(card, Path(card.id), text))
         self.engine: Any = LoadingEngine()
         self.published: list[Facts] = []
         self.facts = OwnFacts(Facts(version="0", pid=1), self.published.append)
         library: Any = FilesAreHere()
         membership: Any = None
-        holdings = Holdings(models, {CARD.id: 4}, (), 1 << 30)
-        self.placing = Placing("0:4", self.engine, holdings, self.facts, membership, library)
+        holdings = Holdings(models, {card.id: 4 for card in cards}, (), 1 << 30)
+        self.placing = Placing(layers, self.engine, holdings, self.facts, membership, library)
 
     async def serving(self) -> None:
         while self.facts.now.spans != (WHOLE,):
             await trio.sleep(0.01)
+
+
+async def test_pinned_layers_of_all_models_are_told_before_the_first_loads(autojump_clock: MockClock) -> None:
+    other = msgspec.structs.replace(CARD, id=ModelId("other"))
+    placed = Placed("0:1,2:4", (CARD, other))
+    wanted = {Span(card.id, *window) for card in (CARD, other) for window in ((0, 1), (2, 4))}
+    async with trio.open_nursery() as nursery:
+        await nursery.start(placed.placing.run)
+        assert set(placed.facts.now.intends) == wanted and not placed.engine.loads
+        while set(placed.facts.now.spans) != wanted:
+            await trio.sleep(0.01)
+        await trio.testing.wait_all_tasks_blocked()
+        assert placed.facts.now.intends == ()
+        nursery.cancel_scope.cancel()
+    for facts in placed.published:
+        if facts.intends:
+            assert set(facts.intends) == wanted - set(facts.spans), "what is not served yet is intended, to the last"
 
 
 async def test_a_span_whose_workers_ended_is_not_told_any_more_and_loaded_again(autojump_clock: MockClock) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mesh.ids import ModelId, NodeId
-from mesh.view import APPROXIMATE, Facts, ModelCard, Peer, Span, View
+from mesh.view import APPROXIMATE, Facts, Loading, ModelCard, Peer, PeerState, Span, View
 from node.engine.kernel_choice import KernelChoice
 from node.engine.linear import KERNELS
 from node.engine.progress import LoadProgress, Phase
@@ -15,6 +15,7 @@ from node.models import Models
 from node.status import status
 from node.surface import Surface
 from rag.service import Documents
+from routing.loading import being_loaded
 
 
 class CountingEmbedder:
@@ -87,3 +88,21 @@ def serving(number: int, numerics: str, spans: int = 1) -> Peer:
 def test_status_says_what_the_answers_of_each_model_promise(peers, promise):
     view = View(peers[0].id, {peer.id: peer for peer in peers})
     assert status(view, [], {}, 0.0, None)["models"][0]["numerics"] == promise
+
+
+def test_status_says_how_far_each_node_and_model_is_that_is_loading():
+    card = ModelCard(ModelId("m"), 6, 4096, "w", "")
+    loading = Facts(models=(card,), intends=(Span(card.id, 2, 6),), loading={card.id: Loading(40, 7)})
+    peers = [
+        Peer(NodeId(f"{number:016x}"), f"n{number}", ("127.0.0.1", number + 1), state=state, facts=loading)
+        for number, state in enumerate((PeerState.ALIVE, PeerState.DEAD))
+    ]
+    view = View(peers[0].id, {peer.id: peer for peer in peers})
+    missing = being_loaded(view, card.id, ((0, 6),))
+    told = status(view, [], {}, 0.0, None, {card.id: missing})
+    assert [node["loading"] for node in told["nodes"]] == [
+        [{"model": "m", "start": 2, "end": 6, "progress": 0.4, "eta_s": 7}],
+        [],
+    ]
+    assert told["models"][0]["loading"] == {"layers": [{"start": 2, "end": 6}], "progress": 0.4, "eta_s": 7.0}
+    assert status(view, [], {card.id: True}, 0.0, None)["models"][0]["loading"] is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from mesh.ids import ModelId, NodeId
-from mesh.view import Facts, Load, ModelCard, Peer, PeerState, Readiness, Span, View
+from mesh.view import Facts, Load, Loading, ModelCard, Peer, PeerState, Readiness, Span, View
 
 MODEL = ModelId("tiny")
 LAYERS = 6
@@ -29,6 +29,8 @@ def peer(
     weights: str = "w1",
     layers: int = LAYERS,
     capacity: int | None = None,
+    intends: tuple[tuple[int, int], ...] = (),
+    loading: Loading | None = None,
 ) -> Peer:
     return Peer(
         id=NodeId(name),
@@ -42,6 +44,8 @@ def peer(
             draining=draining,
             readiness=readiness,
             capacity={} if capacity is None else {MODEL: capacity},
+            intends=tuple(Span(MODEL, start, end) for start, end in intends),
+            loading={} if loading is None else {MODEL: loading},
         ),
         load=load or Load(step_ms=1.0 * sum(end - start for start, end in spans)),
         load_at=load_at,

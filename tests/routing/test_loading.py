@@ -1,0 +1,62 @@
+"""Layers that are being loaded are told apart from those that no node has."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from mesh.errors import ModelLoading, NoPath
+from mesh.view import Loading, Peer, PeerState
+from routing.loading import UNKNOWN, BeingLoaded, being_loaded
+from routing.path import plan
+from routing.policies import policy_named
+from tests.routing.meshes import LAYERS, MODEL, peer, view
+
+HALF = Loading(50, 12)
+
+
+def why_not(*peers: Peer) -> NoPath:
+    with pytest.raises(NoPath) as caught:
+        plan(view(*peers), MODEL, LAYERS, policy_named("mesh"), Random(0), 0.0)
+    return caught.value
+
+
+def test_layers_that_a_peer_loads_are_told_with_progress_and_time() -> None:
+    error = why_not(peer("a", (0, 4)), peer("b", intends=((4, 6),), loading=HALF))
+    assert isinstance(error, ModelLoading)
+    assert (error.gaps, error.progress, error.eta_s) == (((4, 6),), 0.5, 12.0)
+    assert str(error) == "layers 4:6 of tiny are being loaded by b: 50% done, about 12 s to go"
+
+
+def test_layers_that_no_peer_has_or_loads_are_named_alone() -> None:
+    error = why_not(peer("a", (0, 2)), peer("b", intends=((4, 6),), loading=HALF))
+    assert not isinstance(error, ModelLoading) and error.gaps == ((2, 4),)
+    assert "no live peer holds layers 2:4 of tiny" in str(error) and "--layers 2:4 (layers 4:6 are being loaded)" in str(error)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        peer("b", intends=((4, 6),), state=PeerState.DEAD),
+        peer("b", intends=((4, 6),), draining=True),
+        peer("b", intends=((4, 6),), weights="w2"),
+        peer("b", intends=((0, 4),)),
+    ],
+)
+def test_what_the_dead_the_leaving_and_other_weights_load_counts_for_nothing(other: Peer) -> None:
+    assert not isinstance(why_not(peer("a", (0, 4)), other), ModelLoading)
+
+
+def test_of_several_that_load_a_layer_the_first_to_be_there_counts_and_of_layers_the_last() -> None:
+    slow, fast = Loading(10, 90), Loading(80, 3)
+    peers = (peer("a", intends=((0, 4),), loading=slow), peer("b", intends=((0, 6),), loading=fast))
+    assert being_loaded(view(*peers), MODEL, ((0, 6),)) == BeingLoaded(((0, 6),), 0.8, 3.0, ("a", "b"))
+    alone = (peer("a", intends=((0, 4),), loading=slow), peer("b", intends=((4, 6),), loading=fast))
+    assert being_loaded(view(*alone), MODEL, ((0, 6),)) == BeingLoaded(((0, 6),), 0.1, 90.0, ("a", "b"))
+
+
+def test_an_intent_without_progress_has_just_begun() -> None:
+    loads = being_loaded(view(peer("a", intends=((0, 1), (2, 6)))), MODEL, ((0, 6),))
+    assert loads == BeingLoaded(((0, 1), (2, 6)), UNKNOWN.percent / 100, UNKNOWN.eta_s, ("a",))
+    assert being_loaded(view(peer("a", (0, 6))), MODEL, ()) is None
