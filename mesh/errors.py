@@ -67,13 +67,17 @@ class NoPath(MeshError):
 
 
 class ModelLoading(NoPath):
-    """Layers of the model are missing because nodes are loading them now (HTTP 503): nothing is to be done but to wait."""
+    """The model cannot answer yet, but will (HTTP 503): there is nothing to do but to wait."""
 
     def __init__(self, model: str, gaps: Layers, progress: float, eta_s: float, nodes: tuple[str, ...]) -> None:
-        """`progress`: 0 to 1; `eta_s`: estimated time until they serve; `nodes`: names of those that load."""
+        """`gaps`: what `nodes` are loading now; none: the entry is fetching the tokenizer from `nodes`. Both are told by name.
+
+        `progress`: 0 to 1; `eta_s`: estimated time to go.
+        """
         super().__init__(model, gaps)
-        by = f" by {', '.join(nodes)}" if nodes else ""
-        self.args = (f"layers {_spans(gaps)} of {model} are being loaded{by}: {progress:.0%} done, about {eta_s:.0f} s to go",)
+        by, of = (f" {word} {', '.join(nodes)}" if nodes else "" for word in ("by", "from"))
+        what = f"layers {_spans(gaps)} of {model} are being loaded{by}" if gaps else f"{model}'s tokenizer is being fetched{of}"
+        self.args = (f"{what}: {progress:.0%} done, about {eta_s:.0f} s to go",)
         self.progress = progress
         self.eta_s = eta_s
 

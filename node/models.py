@@ -79,18 +79,24 @@ class Models:
         """A span was loaded: the card now has its numerics."""
         self._models[card.id] = replace(self._models[card.id], card=card)
 
+    def knows(self, model: ModelId | None) -> bool:
+        """Whether `get` gives one."""
+        return bool(self._models) if model is None else model in self._models
+
     def get(self, model: ModelId | None) -> ServedModel:
         """Raises BadRequest (404, model_not_found), naming what is there."""
-        if model is None and self._models:
-            return next(iter(self._models.values()))
-        found = self._models.get(model) if model is not None else None
-        if found is None:
-            known = ", ".join(sorted(self._models)) or "none"
-            raise BadRequest(f"there is no model {model!r} here; known: {known}", "model", "model_not_found", 404)
-        return found
+        if not self.knows(model):
+            raise unknown_model(model, self._models)
+        return next(iter(self._models.values())) if model is None else self._models[model]
 
     def cards(self) -> list[ModelCard]:
         return [model.card for model in self._models.values()]
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(list(self._models.values()))
+
+
+def unknown_model(model: ModelId | None, known: Iterable[ModelId]) -> BadRequest:
+    names = ", ".join(sorted(known)) or "none"
+    what = "no model is named, and there is none" if model is None else f"there is no model {model[:80]!r}"
+    return BadRequest(f"{what} here; known: {names}", "model", "model_not_found", 404)

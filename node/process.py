@@ -45,6 +45,7 @@ from node.losses import Losses
 from node.models import Holdings
 from node.own_facts import OwnFacts
 from node.page_exchange import PageExchange
+from node.peer_models import PeerModels
 from node.placing import Placing
 from node.planning import Planning
 from node.prompts import Prompts
@@ -122,19 +123,20 @@ class Node:
         self._planning = Planning(self._view, trio.current_time, rng)
         embedder = MiniLM()
         self._documents = self._make_documents(embedder)
-        models = holdings.models
-        self._entry = self._make_entry(Prompts(models, self._documents, models_defaults=config.generation_config == "auto"), rng)
+        self._library = self._make_library()
+        self._models = PeerModels(self._view, holdings.models, self._library)
+        own_defaults = config.generation_config == "auto"
+        self._entry = self._make_entry(Prompts(self._models.get, self._documents, models_defaults=own_defaults), rng)
         self._pages = PageExchange(engine, self._links.call)
         self._stages = self._make_stages()
         self._losses = Losses(self._view, self._entry, self._stages, self._planning, self._membership.lost)
         self._coverage, self._pulse = CoverageWatch(self._membership.changed), Pulse(self._facts, self._load, engine.overdue_s)
-        self._readiness = Readiness(self._view, models, self._entry)
-        self._library = self._make_library()
+        self._readiness = Readiness(self._view, self._models, self._entry)
         self._placing = Placing(config.layers, engine, holdings, self._facts, self._membership, self._library)
         self._load_watch = LoadWatch(self._facts, self._spans_loading, self._library.fetching.share_here)
         self._examination = self._make_examination()
         asked = self.statistics, self._examination.examine, self._keys
-        self._surface = Surface(self._view, models, self._entry, self._readiness, self._documents, embedder, *asked)
+        self._surface = Surface(self._view, self._models, self._entry, self._readiness, self._documents, embedder, *asked)
         self._app = make_app(self._surface, auth=api_keys, bound=self._http_address)
         self._server: Server | None = None
         self._membership_runs = False
@@ -292,6 +294,7 @@ class Node:
         self._membership.recall(self._known_peers.addresses())
         await self._join()
         await nursery.start(self._documents.run)
+        await nursery.start(self._models.run)
         await nursery.start(self._entry.run)
         if self._keys is not None:
             nursery.start_soon(self._keys.run, self._membership.refused)

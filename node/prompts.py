@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from random import SystemRandom
 from typing import Any
@@ -12,8 +12,9 @@ import msgspec
 import trio
 
 from mesh.errors import BadRequest
+from mesh.ids import ModelId
 from node.grammar import GrammarCheck
-from node.models import Models, ServedModel
+from node.models import ServedModel
 from node.requests import Citation, GenerateRequest, Grammar, RetrievalReport, SamplingParams
 from node.sampling_defaults import settled
 from node.text import Decode
@@ -25,6 +26,9 @@ from rag.types import SearchResult
 COMPILE_TIMEOUT_S = 5.0  # of a grammar, the wait for others' included; its own limits end it within a second
 MOST_SHRINKING = 4  # characters that one of the longest tokens may stand for, beside its own: normalisers drop some
 CONTEXT_SHARE = 0.6  # of the model's context that passages may fill; the rest is the question's and the answer's
+
+
+FindModel = Callable[[ModelId | None], Awaitable[ServedModel]]  # as `PeerModels.get`
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +75,17 @@ class Prompt:
 
 
 class Prompts:
-    def __init__(self, models: Models, documents: Documents, *, models_defaults: bool = True) -> None:
+    def __init__(self, find_model: FindModel, documents: Documents, *, models_defaults: bool = True) -> None:
         """`models_defaults`: what a request leaves unset is taken from the model's generation config."""
-        self._models = models
+        self._find_model = find_model
         self._models_defaults = models_defaults
         self._documents = documents
         self._grammars = GrammarCheck()
         self._compiling = trio.CapacityLimiter(1)  # one at a time: a burst of large grammars must not take every core
 
     async def prepare(self, request: GenerateRequest) -> Prompt:
-        """Raises BadRequest: unknown model or store, a prompt that does not fit, tokens out of range."""
-        model = self._models.get(request.model)
+        """Raises BadRequest: unknown model or store, a prompt that does not fit, tokens out of range; and as `FindModel` does."""
+        model = await self._find_model(request.model)
         retrieved = None
         if request.retrieval is not None and request.messages is not None:
             request, retrieved = await self._with_passages(request, model)

@@ -14,7 +14,7 @@ from mesh.errors import MeshError
 from mesh.ids import ModelId, StreamId
 from mesh.view import View
 from node.entry import Entry
-from node.models import Models
+from node.peer_models import PeerModels
 from node.requests import GenerateRequest, SamplingParams
 from routing.loading import BeingLoaded, being_loaded, no_path
 from routing.path import uncovered
@@ -24,7 +24,7 @@ RETRY_S = 1.0  # after a canary that failed
 
 
 class Readiness:
-    def __init__(self, view: Callable[[], View], models: Models, entry: Entry) -> None:
+    def __init__(self, view: Callable[[], View], models: PeerModels, entry: Entry) -> None:
         self._view = view
         self._models = models
         self._entry = entry
@@ -48,7 +48,7 @@ class Readiness:
     async def why_not(self) -> str | None:
         """None when ready, else the reason. Runs a canary when none has proved what is served now."""
         missing = self.missing_layers()
-        complete = [card.id for card in self._models.cards() if card.id not in missing]
+        complete = self._models.complete()
         if not complete:
             view = self._view()
             return "; ".join(str(no_path(view, model, gaps)) for model, gaps in missing.items()) or "no model is known here yet"

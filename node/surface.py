@@ -13,7 +13,7 @@ from mesh.ids import ModelId, NodeId, StreamId
 from mesh.view import ModelCard, View
 from node.entry import Entry
 from node.keys import MeshKeys
-from node.models import Models
+from node.peer_models import PeerModels
 from node.readiness import Readiness
 from node.requests import GenerateEvent, GenerateRequest
 from node.status import status
@@ -32,7 +32,7 @@ class Surface:
     def __init__(
         self,
         view: Callable[[], View],
-        models: Models,
+        models: PeerModels,
         entry: Entry,
         readiness: Readiness,
         documents: Documents,
@@ -84,8 +84,8 @@ class Surface:
         return await self._keys.rotate()
 
     def models(self) -> list[ModelCard]:
-        missing = self._readiness.missing_layers()
-        chat = [card for card in self._models.cards() if card.id not in missing]
+        complete = set(self._models.complete())
+        chat = [card for card in self._models.cards().values() if card.id in complete]
         embed = ModelCard(EMBEDDER_ID, 6, EMBEDDER_CONTEXT, self._embedder.identity, "", "embed")
         return [*sorted(chat, key=lambda card: card.id), embed]
 

@@ -72,6 +72,8 @@ class Fetching:
         self._disk = trio.CapacityLimiter(1)
         self._pulls: dict[int, Pull] = {}
         self._pulled: dict[int, ModelId] = {}  # the model of each
+        self._files: dict[str, PulledModel] = {}  # by manifest
+        self._opening: dict[str, trio.Lock] = {}  # by manifest: of each model only one pull of the text side
         self._totals = FetchingStatistics()
         self._last_pull = 0
 
@@ -93,11 +95,11 @@ class Fetching:
 
     # --- a model, known by name
 
-    async def text_side(self, model: ModelId) -> Fetched:
-        """Waits until peers tell of the model, then fetches its manifest, config and tokenizer.
+    async def text_side(self, model: ModelId, limit_bytes: int | None = None) -> Fetched:
+        """Waits until peers tell of the model, then fetches its manifest, config and tokenizer. A second call shares the files.
 
         Raises:
-            BadRequest: the disk has no room, or cannot be written.
+            BadRequest: the disk has no room, or cannot be written; the files are larger than `limit_bytes` together.
         """
         while True:
             view = self._view()
@@ -106,16 +108,27 @@ class Fetching:
                 log.info("weights.waiting", model=model, why="no live peer tells of this model's files yet")
                 await self._changed(view.version)
                 continue
-            manifest = await self._manifest(card)
-            if manifest is not None:
-                break
+            async with self._opening.setdefault(card.manifest, trio.Lock()):
+                files = self._files.get(card.manifest) or await self._open(card)
+                if files is not None:
+                    names = [file.name for file in files.manifest.files]
+                    if limit_bytes is not None and (all_bytes := sum(f.size_bytes for f in files.manifest.files)) > limit_bytes:
+                        raise BadRequest(f"the text files of {model} take {all_bytes} bytes; {limit_bytes} are allowed", "model")
+                    await self._pull(model, files, names)
+                    return Fetched(msgspec.structs.replace(card, numerics=""), files)
             await trio.sleep(RETRY_S)
+
+    async def _open(self, card: ModelCard) -> PulledModel | None:
+        """The directory of the model's files, which all that fetch of it share; None: no peer gave its manifest now."""
+        manifest = await self._manifest(card)
+        if manifest is None:
+            return None
         try:
             files = await trio.to_thread.run_sync(PulledModel, self._folder / card.manifest[:32], manifest)
         except OSError as error:
             raise _no_disk(error) from None
-        await self._pull(model, files, [file.name for file in manifest.files])
-        return Fetched(msgspec.structs.replace(card, numerics=""), files)
+        self._files[card.manifest] = files
+        return files
 
     async def _manifest(self, card: ModelCard) -> Manifest | None:
         """From any peer that tells of it; None: nobody gave it now."""

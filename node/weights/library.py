@@ -18,7 +18,7 @@ from node.capacity import layers_within
 from node.model_text import ModelText
 from node.models import ServedModel
 from node.weights.catalogue import Catalogue, HashingStopped, catalogue_of
-from node.weights.fetching import Fetching
+from node.weights.fetching import Fetched, Fetching
 from node.weights.source import WeightsSource
 
 log = structlog.get_logger()
@@ -47,7 +47,10 @@ class Library:
         Raises:
             BadRequest: its tokenizer cannot be read, or the disk has no room.
         """
-        fetched = await self.fetching.text_side(model)
+        return await self.read(await self.fetching.text_side(model))
+
+    async def read(self, fetched: Fetched) -> ServedModel:
+        """The model whose text side is here. Raises BadRequest: its tokenizer cannot be read."""
         text = await trio.to_thread.run_sync(ModelText.load, fetched.files.directory, abandon_on_cancel=True)
         self.source.add(fetched.files.catalogue)
         return ServedModel(fetched.card, fetched.files.directory, text, fetched)

@@ -16,6 +16,7 @@ from node.grammar import MAX_DEPTH, GrammarCheck, check_schema
 from node.models import Models, ServedModel
 from node.prompts import Prompts
 from node.requests import GenerateRequest, Grammar, SamplingParams
+from tests.node.found_models import finder
 from tests.node.paths import CountingText
 
 SLOWEST_S = 5.0  # of the compiler's own processor time, on a loaded machine; it takes a second at most on a quiet one
@@ -116,7 +117,7 @@ def prompts() -> Prompts:
 
     models = Models()
     models.add(ServedModel(ModelCard(ModelId("m"), 4, 100, "w", "n"), None, Text()))  # type: ignore[arg-type]
-    return Prompts(models, None)  # type: ignore[arg-type]
+    return Prompts(finder(models), None)  # type: ignore[arg-type]
 
 
 def asking(grammar: Grammar) -> GenerateRequest:

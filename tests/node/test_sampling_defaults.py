@@ -19,6 +19,7 @@ from node.models import Models, ServedModel
 from node.prompts import Prompts
 from node.requests import GenerateRequest, SamplingParams
 from node.sampling_defaults import FILE, RANGES, end_tokens, generation_config, sampling_defaults, settled
+from tests.node.found_models import finder
 
 SAID = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1}
 
@@ -145,7 +146,7 @@ async def test_the_models_defaults_reach_the_engine_unless_the_node_was_told_oth
     models = Models()
     text = ModelText(Tokenizer(), (0,), 500, SAID)
     models.add(ServedModel(ModelCard(ModelId("m"), 4, 500, "w", "n"), Path(), text))
-    prompts = Prompts(models, None, models_defaults=own)  # type: ignore[arg-type]
+    prompts = Prompts(finder(models), None, models_defaults=own)  # type: ignore[arg-type]
     sampling = (await prompts.prepare(parsed(temperature=0.9))).sampling
     found = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, sampling.repetition_penalty)
     assert found == ((0.9, 0.95, 20, 0.05, 1.1) if own else (0.9, 1.0, 0, 0.0, 1.0))
@@ -156,7 +157,7 @@ async def test_the_models_defaults_reach_the_engine_unless_the_node_was_told_oth
 async def test_a_prompt_that_no_tokenizer_makes_fit_is_refused_unread() -> None:
     models = Models()
     models.add(ServedModel(ModelCard(ModelId("m"), 4, 500, "w", "n"), Path(), ModelText(Tokenizer(), (0,), 500, {})))
-    prompts = Prompts(models, None)  # type: ignore[arg-type]
+    prompts = Prompts(finder(models), None)  # type: ignore[arg-type]
     said = parsed(messages=[{"role": "user", "content": "x" * 100_000}])
     for request in (said, GenerateRequest(StreamId("s"), None, prompt="x" * 100_000)):
         with pytest.raises(BadRequest, match="500 tokens; a prompt of 100000 characters is far beyond it") as refused:

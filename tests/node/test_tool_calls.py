@@ -25,6 +25,7 @@ from node.prompts import Prompt, Prompts
 from node.requests import GenerateRequest, Grammar, ToolUse
 from node.tool_calls import CallArguments, CallStarted, Said, ToolCallParser, ToolEvent, call_id
 from node.tool_styles import HERMES, LLAMA, MISTRAL, PLAIN, STYLES, ToolStyle, conversation, grammar_for, style_of
+from tests.node.found_models import finder
 
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"], "additionalProperties": False}
 F = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
@@ -250,7 +251,7 @@ async def test_an_entry_forces_and_keeps_what_the_models_own_style_needs(spoken:
     known = Models()
     known.add(ServedModel(ModelCard(ModelId("m"), 4, 500, "w", "n"), spoken, ModelText.load(spoken)))
     talk = ({"role": "user", "content": "?"},)
-    prompts = Prompts(known, None)  # type: ignore[arg-type]
+    prompts = Prompts(finder(known), None)  # type: ignore[arg-type]
 
     async def prepared(use: ToolUse | None) -> Prompt:
         return await prompts.prepare(GenerateRequest(StreamId("s"), None, messages=talk, tools=use))

@@ -1,0 +1,200 @@
+"""Any node answers for a model that only peers hold: it fetches tokenizer and template, once, when a request names the model."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+
+from mesh.client_flow import SILENCE_S
+from mesh.errors import BadRequest, ModelLoading, NoPath, Refused
+from mesh.ids import ModelId, NodeId
+from mesh.view import Facts, ModelCard, Peer, Span
+from node.engine.default_model import DIRECTORY, LAYERS
+from node.model_text import ModelText
+from node.models import Models, ServedModel
+from node.peer_models import MAX_MODELS, WAIT_S, PeerModels
+from node.weights.catalogue import Catalogue, catalogue_of
+from node.weights.library import Library
+from tests.weights.test_fetching import ME, Network
+
+CARD = ModelCard(ModelId("second"), LAYERS, 2048, "w", "n")
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
+    return catalogue_of(DIRECTORY, CARD, tmp_path_factory.mktemp("kept"))
+
+
+class Mesh:
+    """This node, with models of its own or none, and peers on a network of fakes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.network: Any = Network()
+        self.own = Models()
+        library = Library(lambda: self.network.view, self.network.changed, self.network.call, folder, lambda: False)
+        self.models = PeerModels(lambda: self.network.view, self.own, library)
+
+    def peer_serves(self, name: str, catalogue: Catalogue, card: ModelCard = CARD, spans: tuple[Span, ...] | None = None) -> None:
+        self.network.add(name, catalogue, card=card)
+        peer = self.network.view.peers[name]
+        held = (Span(card.id, 0, card.layers),) if spans is None else spans
+        facts = msgspec.structs.replace(peer.facts, spans=held)
+        self.replace(Peer(peer.id, name, peer.address, facts=facts))
+
+    def replace(self, peer: Peer) -> None:
+        self.network._set({**self.network.view.peers, peer.id: peer})
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Mesh:
+    return Mesh(tmp_path)
+
+
+@asynccontextmanager
+async def running(mesh: Mesh) -> AsyncIterator[PeerModels]:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(mesh.models.run)
+        yield mesh.models
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_model_of_peers_is_found_with_its_tokenizer_and_fetched_once(mesh: Mesh, catalogue: Catalogue) -> None:
+    mesh.peer_serves("a", catalogue)
+    async with running(mesh) as models:
+        assert models.complete() == [CARD.id] and models.cards()[CARD.id].numerics == "n"
+        found: list[ServedModel] = []
+
+        async def ask(model: ModelId | None) -> None:
+            found.append(await models.get(model))
+
+        async with trio.open_nursery() as nursery:
+            for model in (CARD.id, CARD.id, None):
+                nursery.start_soon(ask, model)
+        asked = list(mesh.network.asked)
+        found.append(await models.get(CARD.id))
+    assert len({id(each) for each in found}) == 1, "all share what was fetched and read once"
+    own = ModelText.load(DIRECTORY)
+    talk = [{"role": "user", "content": "Hello"}]
+    assert found[0].text.encode_chat(talk) == own.encode_chat(talk)
+    assert found[0].text.sampling_defaults == own.sampling_defaults == {"temperature": 0.0}
+    names = [name for _, name in asked]
+    assert mesh.network.asked == asked and len(names) == len(set(names)), "nothing is fetched twice"
+    assert {"tokenizer.json", "config.json"} <= set(names) and not any("layers" in name for name in names), "no weights"
+
+
+async def test_a_nodes_own_models_go_before_those_of_peers(mesh: Mesh, catalogue: Catalogue) -> None:
+    mesh.peer_serves("a", catalogue)
+    text: Any = None
+    own = ServedModel(msgspec.structs.replace(CARD, id=ModelId("zeta")), DIRECTORY, text)
+    mesh.own.add(own)
+    me = mesh.network.view.peers[ME]
+    facts = Facts(spans=(Span(own.card.id, 0, LAYERS),), models=(own.card,))
+    mesh.replace(Peer(NodeId(ME), "me", me.address, facts=facts))
+    async with running(mesh) as models:
+        assert models.complete() == ["zeta", "second"]
+        assert await models.get(None) is own and await models.get(own.card.id) is own
+        assert (await models.get(CARD.id)).card.id == "second"
+
+
+async def test_what_no_live_node_knows_is_not_found_and_what_is_known_is_named(mesh: Mesh, catalogue: Catalogue) -> None:
+    async with running(mesh) as models:
+        with pytest.raises(BadRequest, match="no model is named, and there is none here; known: none") as refused:
+            await models.get(None)
+        assert (refused.value.status, refused.value.code) == (404, "model_not_found")
+        mesh.peer_serves("a", catalogue)
+        with pytest.raises(BadRequest, match="no model 'other' here; known: second"):
+            await models.get(ModelId("other"))
+        mesh.network.kill("a")
+        with pytest.raises(BadRequest, match="no model 'second'"):
+            await models.get(CARD.id)
+    assert not mesh.network.asked
+
+
+async def test_missing_layers_are_told_before_anything_is_fetched(mesh: Mesh, catalogue: Catalogue) -> None:
+    mesh.peer_serves("a", catalogue, spans=(Span(CARD.id, 0, 2),))
+    async with running(mesh) as models:
+        with pytest.raises(NoPath, match="layers 2:6 of second"):
+            await models.get(CARD.id)
+    assert not mesh.network.asked
+
+
+async def test_a_model_whose_files_no_peer_offers_yet_is_waited_for(mesh: Mesh, catalogue: Catalogue) -> None:
+    facts = Facts(spans=(Span(CARD.id, 0, LAYERS),), models=(CARD,))
+    mesh.replace(Peer(NodeId("a"), "a", ("a", 0), facts=facts))
+    async with running(mesh) as models:
+        with pytest.raises(ModelLoading, match="second's tokenizer is being fetched from a"):
+            await models.get(CARD.id)
+        mesh.peer_serves("a", catalogue)
+        assert (await models.get(CARD.id)).card.id == CARD.id
+
+
+async def test_a_slow_peer_costs_a_request_a_bounded_wait_and_the_fetch_goes_on(
+    mesh: Mesh, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 0 < WAIT_S < SILENCE_S, "a client that waits longer takes the node for dead"
+    monkeypatch.setattr("node.peer_models.WAIT_S", 0.0)
+    mesh.peer_serves("a", catalogue)
+    call, slow = mesh.network.call, trio.Event()
+
+    async def slowly(to: Any, kind: str, header: Any, tail: bytes = b"", *, timeout_s: float = 10.0) -> Any:
+        await slow.wait()
+        return await call(to, kind, header, tail, timeout_s=timeout_s)
+
+    monkeypatch.setattr(mesh.models._library.fetching, "_call", slowly)
+    async with running(mesh) as models:
+        with pytest.raises(ModelLoading, match="being fetched from a: 0% done"):
+            await models.get(CARD.id)
+        slow.set()
+        monkeypatch.setattr("node.peer_models.WAIT_S", 60.0)
+        assert (await models.get(CARD.id)).card.id == CARD.id
+
+
+async def test_other_files_under_the_same_name_are_fetched_anew(mesh: Mesh, catalogue: Catalogue, tmp_path: Path) -> None:
+    mesh.peer_serves("a", catalogue)
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    for file in DIRECTORY.iterdir():
+        (changed / file.name).symlink_to(file)
+    (changed / "generation_config.json").unlink()
+    (changed / "generation_config.json").write_text('{"temperature": 0.5}')
+    async with running(mesh) as models:
+        assert (await models.get(CARD.id)).text.sampling_defaults == {"temperature": 0.0}
+        mesh.network.kill("a")
+        mesh.peer_serves("b", catalogue_of(changed, CARD, tmp_path / "kept"))
+        assert (await models.get(CARD.id)).text.sampling_defaults == {"temperature": 0.5}
+
+
+async def test_text_files_beyond_the_bound_are_refused_for_a_while(
+    mesh: Mesh, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.peer_models.MAX_TEXT_BYTES", 1000)
+    mesh.peer_serves("a", catalogue)
+    async with running(mesh) as models:
+        for _ in range(2):
+            with pytest.raises(Refused, match="cannot take requests for second: the text files of second take"):
+                await models.get(CARD.id)
+    assert not mesh.network.asked
+
+
+async def test_of_many_models_those_that_were_asked_for_last_are_kept(
+    mesh: Mesh, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def read(fetched: Any) -> ServedModel:
+        text: Any = None
+        return ServedModel(fetched.card, DIRECTORY, text)
+
+    monkeypatch.setattr(mesh.models._library, "read", read)
+    for number in range(MAX_MODELS + 2):
+        mesh.peer_serves(f"p{number}", catalogue, msgspec.structs.replace(CARD, id=ModelId(f"m{number}")))
+    async with running(mesh) as models:
+        first = await models.get(ModelId("m0"))
+        for number in range(1, MAX_MODELS + 2):
+            await models.get(ModelId(f"m{number}"))
+            assert await models.get(ModelId("m0")) is first
+        assert len(models._texts) == MAX_MODELS
