@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from mesh.client import Client
 
 PIPE_WAIT_S = 0.5
+TOO_LONG = ("context_length_exceeded", "body_too_large")  # error codes that a shorter conversation would not get
+
+Message = dict[str, Any]
 
 
 def chat(
@@ -31,7 +35,7 @@ def chat(
 ) -> None:
     """Talk to a model. Ctrl-C stops an answer; at the prompt, Ctrl-C or Ctrl-D ends the conversation."""
     params = options.sampling(max_tokens, temperature, seed, model)
-    said: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    said: list[Message] = [{"role": "system", "content": system}] if system else []
     with options.client(node, api_key) as client:
         if message is None and not sys.stdin.isatty():
             message = sys.stdin.read()
@@ -56,8 +60,8 @@ def piped_beside() -> str:
     return sys.stdin.read() if ready else ""
 
 
-def converse(client: Client, said: list[dict[str, Any]], params: dict[str, object]) -> None:
-    """A conversation until the end of input. A failed answer is not the end of it."""
+def converse(client: Client, said: list[Message], params: Mapping[str, object]) -> None:
+    """A conversation until the end of input. A failed answer is not the end of it, and leaves no trace in it."""
     try:
         import readline  # noqa: F401  (makes input() editable)
     except ImportError:
@@ -70,16 +74,53 @@ def converse(client: Client, said: list[dict[str, Any]], params: dict[str, objec
             return
         if not message.strip():
             continue
-        said.append({"role": "user", "content": message})
         try:
-            said.append({"role": "assistant", "content": answer(client, said, params)})
+            said = turn(client, said, message, params)
         except MeshError as error:
             output.line()
             output.error(str(error))
-            said.pop()
 
 
-def answer(client: Client, said: list[dict[str, Any]], params: dict[str, object]) -> str:
+def turn(client: Client, said: Sequence[Message], message: str, params: Mapping[str, object]) -> list[Message]:
+    """Answers a message; the conversation with both. Where it is too long for the model the oldest turns are left out.
+
+    Raises:
+        MeshError: there is no answer; the conversation is as it was. BadRequest: the message alone is too long.
+    """
+    asked: list[Message] = [*said, {"role": "user", "content": message}]
+    while True:
+        try:
+            text = answer(client, asked, params)
+            break
+        except BadRequest as error:
+            if error.code not in TOO_LONG:
+                raise
+            shorter = without_oldest_turn(asked)
+            if shorter is None:
+                what = "this message alone is too long; shorten it, or lower --max-tokens (what was said before is kept)"
+                raise BadRequest(f"{what}: {error}", error.param, error.code, error.status) from None
+            asked = shorter
+    if left_out := len(said) + 1 - len(asked):
+        output.note(
+            f"(the conversation is longer than the model can read: its oldest {left_out} messages are left out from now on)"
+        )
+    if not text:
+        return asked[:-1]  # it was stopped before anything came
+    return [*asked, {"role": "assistant", "content": text}]
+
+
+def without_oldest_turn(asked: Sequence[Message]) -> list[Message] | None:
+    """The conversation without its first user message and what followed it; None: only the last message is left.
+
+    What the model is told before the conversation stays.
+    """
+    users = [place for place, message in enumerate(asked) if message["role"] == "user"]
+    if len(users) < 2:
+        return None
+    return [*asked[: users[0]], *asked[users[1] :]]
+
+
+def answer(client: Client, said: Sequence[Message], params: Mapping[str, object]) -> str:
     """Streams one answer to the screen; what of it came, when Ctrl-C stopped it."""
     text = ""
     with client.chat(said, stream=True, **params) as stream:

@@ -83,7 +83,7 @@ def search(
     for passage in found:
         text = " ".join(" ".join(part.get("text", "") for part in passage.get("content", ())).split())
         rows.append((round(passage["score"], 4), passage["filename"], text if len(text) <= 120 else text[:119] + "…"))
-    output.table(("SCORE", "DOCUMENT", "PASSAGE"), rows, empty=f"nothing found in {store}")
+    output.table(("SCORE", "DOCUMENT", "PASSAGE"), rows, empty=f"nothing found in {store}", keys=2, wraps=("PASSAGE",))
 
 
 @app.command()

@@ -18,10 +18,10 @@ def doctor(
     if json:
         output.as_json(told)
     else:
-        output.line(f"asked {told['name']} ({told['node']}): {'all is well' if told['healthy'] else 'something is wrong'}")
+        output.paragraph(f"asked {told['name']} ({told['node']}): {'all is well' if told['healthy'] else 'something is wrong'}")
         for finding in told["findings"]:
-            output.line(f"{finding['severity']:7}  {finding['about']}: {finding['what']}")
+            output.paragraph(f"{finding['severity']:7}  {finding['about']}: {finding['what']}", indent=" " * 9)
             if finding["do"]:
-                output.line(f"         -> {finding['do']}")
+                output.paragraph(f"{'':9}-> {finding['do']}", indent=" " * 12)
     if not told["healthy"]:
         raise typer.Exit(1)

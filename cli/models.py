@@ -37,7 +37,7 @@ def models(
         )
         for model in shown
     ]
-    output.table(("MODEL", "LAYERS", "MAX LENGTH", "COMPLETE", "REPLICAS"), rows, empty="no models")
+    output.table(("MODEL", "LAYERS", "MAX LENGTH", "COMPLETE", "REPLICAS"), rows, empty="no models", wraps=("COMPLETE",))
 
 
 def default_model() -> dict[str, Any]:

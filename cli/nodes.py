@@ -7,6 +7,7 @@ from typing import Any
 
 from cli import options, output
 
+WRAPS = ("STATE", "LAYERS")
 COLUMNS = ("NODE", "STATE", "HTTP", "LAYERS", "RUNNING", "WAITING", "KV BLOCKS", "RTT MS", "REGION", "ID")
 
 
@@ -62,4 +63,4 @@ def nodes(
     if json:
         output.as_json(seen["nodes"])
     else:
-        output.table(*node_rows(seen), empty="no nodes")
+        output.table(*node_rows(seen), empty="no nodes", wraps=WRAPS)

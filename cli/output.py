@@ -6,14 +6,25 @@ What nodes and models say is shown without control characters, so that it cannot
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 
 def printable(text: str) -> str:
     """`text` without control characters but newline and tab."""
     return "".join(letter for letter in text if letter in "\n\t" or (ord(letter) >= 32 and not 127 <= ord(letter) < 160))
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is; None where it is none: what is piped is not wrapped."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def one_line(text: str) -> str:
+    """`text` without control characters, on one line."""
+    return printable(text).replace("\n", " ").replace("\t", " ")
 
 
 def error(message: str) -> None:
@@ -40,26 +51,30 @@ def as_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str) -> None:
-    """Rows under their columns; `empty` is said where there are none. Numbers stand on the right."""
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str, *, keys: int = 1, wraps: Collection[str] = ()
+) -> None:
+    """Rows under their columns, as `cli.tables.table_lines`; `empty` is said where there are none."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    shown = [list(row) for row in rows]
+    from cli.tables import table_lines
+
+    shown = [[cell if isinstance(cell, int | float) else one_line(str(cell)) for cell in row] for row in rows]
     if not shown:
         note(empty)
         return
-    grid = Table(box=None, header_style="bold", pad_edge=False)
-    for index, column in enumerate(columns):
-        numbers = all(isinstance(row[index], int | float) for row in shown)
-        grid.add_column(Text(column), justify="right" if numbers else "left", overflow="fold")
-    for row in shown:
-        grid.add_row(*(Text(printable(str(cell))) for cell in row))
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=400)  # a pipe has no width: nothing is wrapped or cut
-    console.print(grid)
+    for each in table_lines(columns, shown, terminal_width(), keys=keys, wraps=wraps):
+        console.print(Text(each.text, style="bold" if each.is_head else ""), soft_wrap=True)
+
+
+def paragraph(text: str, indent: str = "") -> None:
+    """Words, wrapped at the width of a terminal; lines but the first begin with `indent`. No word is broken: it may be a URL."""
+    from cli.tables import wrapped
+
+    for each in wrapped(one_line(text), terminal_width(), indent):
+        line(each)
 
 
 def spans(held: Iterable[Mapping[str, Any]]) -> str:
@@ -80,7 +95,7 @@ def citation_list(annotations: Sequence[Mapping[str, Any]]) -> None:
         quote = " ".join(str(annotation.get("quote", "")).split())
         quote = quote if len(quote) <= 100 else quote[:99] + "…"
         place = f"{annotation.get('start', '?')}-{annotation.get('end', '?')}"
-        line(f"  [{annotation.get('number', number)}] {annotation.get('filename', '?')} ({place}): {quote}")
+        paragraph(f"  [{annotation.get('number', number)}] {annotation.get('filename', '?')} ({place}): {quote}", indent="      ")
 
 
 class Story:
@@ -93,20 +108,27 @@ class Story:
         self._step = 0
 
     def title(self, text: str) -> None:
-        self._console.print(text, style="bold", markup=False)
+        self._print(text, style="bold")
 
     def step(self, text: str) -> None:
         self._step += 1
-        self._console.print(f"{self._step}. {printable(text)}", style="bold cyan", markup=False)
+        self._print(f"{self._step}. {text}", style="bold cyan")
 
     def say(self, text: str) -> None:
-        self._console.print(f"   {printable(text)}", markup=False)
+        self._print(f"   {text}")
 
     def quote(self, text: str) -> None:
-        self._console.print(f"   “{' '.join(printable(text).split())}”", style="dim", markup=False)
+        self._print(f"   “{' '.join(text.split())}”", style="dim")
 
     def verdict(self, text: str, *, good: bool) -> None:
-        self._console.print(printable(text), style="bold green" if good else "bold red", markup=False)
+        self._print(text, style="bold green" if good else "bold red")
+
+    def _print(self, text: str, style: str = "") -> None:
+        """Wrapped between words, so that paths and URLs stay whole."""
+        from cli.tables import wrapped
+
+        for each in wrapped(one_line(text), terminal_width(), indent="   "):
+            self._console.print(each, style=style, markup=False, soft_wrap=True)
 
 
 class Bar:

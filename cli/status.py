@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cli import options, output
-from cli.nodes import node_rows
+from cli.nodes import WRAPS, node_rows
 
 GIB = 1 << 30
 
@@ -32,18 +32,20 @@ def status(
         output.as_json(seen)
         return
     me = seen["self"]
-    output.line(f"asked {me['name']} ({me['id']}) version {me.get('version') or '?'} at {me['http']}, gossip {me['gossip']}")
+    output.paragraph(f"asked {me['name']} ({me['id']}), version {me.get('version') or '?'}")
+    output.paragraph(f"at {me['http']}, gossip {me['gossip']}")
     for span, kernel in me.get("kernels", {}).items():
-        output.line(f"{span} is computed by {kernel}")
+        output.paragraph(f"{span} is computed by {kernel}", indent="  ")
         if choice := me.get("kernel_choices", {}).get(span):
-            output.line(f"  {_why(choice)}")
+            output.paragraph(f"  {_why(choice)}", indent="    ")
     for span, load in me.get("loading", {}).items():
-        output.line(
+        output.paragraph(
             f"{span} is loading for {load['seconds']:.0f} s: {load['phase']}, {load['layers_done']} of {load['layers']} layers, "
-            f"{load['bytes_done'] / GIB:.2f} of {load['bytes'] / GIB:.2f} GiB"
+            f"{load['bytes_done'] / GIB:.2f} of {load['bytes'] / GIB:.2f} GiB",
+            indent="  ",
         )
     output.line()
-    output.table(*node_rows(seen), empty="no nodes")
+    output.table(*node_rows(seen), empty="no nodes", wraps=WRAPS)
     output.line()
     models = [
         (
@@ -55,7 +57,7 @@ def status(
         )
         for model in seen["models"]
     ]
-    output.table(("MODEL", "LAYERS", "COMPLETE", "REPLICAS", "ANSWERS"), models, empty="no models")
+    output.table(("MODEL", "LAYERS", "COMPLETE", "REPLICAS", "ANSWERS"), models, empty="no models", wraps=("COMPLETE",))
     stores = [
         (store["name"], store["documents"], store["shards"], store["replicas"], "yes" if store["in_sync"] else "no")
         for store in seen["stores"]

@@ -24,12 +24,12 @@ def why(
         output.as_json(known)
         return
     tokens = f"{known['seq']} tokens, attempts {known['attempts']}"
-    output.line(f"{known['id']}: {known['state']}, {tokens}, entry {names.get(known['entry'], known['entry'])}")
-    output.line(f"path {_path(known['path'], names) or 'none yet'}")
+    output.paragraph(f"{known['id']}: {known['state']}, {tokens}, entry {names.get(known['entry'], known['entry'])}", indent="  ")
+    output.paragraph(f"path {_path(known['path'], names) or 'none yet'}", indent="  ")
     plans = known["why"]
     terms = sorted({term for plan in plans for candidate in plan["candidates"] for term in candidate["terms_ms"]})
     columns = ["CHOICE", "ATTEMPT", "STAGE", "RANK", "NODE", "COST_MS", *(term.upper() for term in terms)]
-    output.table(columns, _rows(plans, names, terms), empty="no path was planned")
+    output.table(columns, _rows(plans, names, terms), empty="no path was planned", keys=columns.index("COST_MS"))
 
 
 def _path(stages: Iterable[Mapping[str, Any]], names: Mapping[str, str]) -> str:

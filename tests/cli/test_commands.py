@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from cli import options
+from cli.chat import converse
 from cli.main import app
 from cli.nodes import node_rows
 from cli.status import completeness
+from mesh.answers import AnswerStream
 from mesh.keyring import load_keyring
 from node.http.auth import ApiKeys
 from tests.cli.fake_mesh import FakeMesh, error, fake_mesh, texts
@@ -146,27 +150,76 @@ def test_chat_goes_on_when_its_node_is_lost(mesh: FakeMesh) -> None:
     assert "a node was lost on the way" in result.stderr
 
 
-def test_a_conversation_repeats_what_was_said_and_outlives_a_failed_answer(
-    mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from cli import options
-    from cli.chat import converse
+TOO_LONG = error(400, "the context of tiny is 64 tokens; the prompt has 99", code="context_length_exceeded", param="messages")
 
-    said = iter(["one", "", "refused", "two"])
+
+def conversation(
+    mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch, *messages: str | tuple[str, list[Any]], system: str = ""
+) -> list[list[str]]:
+    """Types the messages, some with answers to refuse the next tries with; the contents of what was sent, try by try."""
+    said = iter(messages)
 
     def typed(prompt: str) -> str:
         message = next(said, None)
         if message is None:
             raise EOFError
-        if message == "refused":
-            mesh.refusals.append(error(400, "not that"))
-        return message
+        text, refusals = message if isinstance(message, tuple) else (message, [])
+        mesh.refusals += refusals
+        return text
 
     monkeypatch.setattr("builtins.input", typed)
     with options.client([mesh.url(0)], None) as client:
-        converse(client, [], {})
-    last = mesh.posts("/v1/chat/completions")[-1].json()["messages"]
-    assert [message["content"] for message in last] == ["one", texts(12), "two"]
+        converse(client, [{"role": "system", "content": system}] if system else [], {})
+    return [[each["content"] for each in post.json()["messages"]] for post in mesh.posts("/v1/chat/completions")]
+
+
+def test_a_conversation_repeats_what_was_said_and_outlives_a_failed_answer(
+    mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = conversation(mesh, monkeypatch, "one", "", ("refused", [error(400, "not that")]), "two")
+    assert sent[-1] == ["one", texts(12), "two"]
+
+
+def test_a_conversation_beyond_the_context_loses_its_oldest_turns_and_says_so(
+    mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = texts(12)
+    sent = conversation(mesh, monkeypatch, "one", "two", ("three", [TOO_LONG, TOO_LONG]), "four", system="be brief")
+    assert sent[2:] == [
+        ["be brief", "one", answer, "two", answer, "three"],
+        ["be brief", "two", answer, "three"],
+        ["be brief", "three"],
+        ["be brief", "three", answer, "four"],
+    ], "what the model was told beforehand stays"
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and "its oldest 4 messages are left out" in told[0]
+
+
+def test_a_message_that_is_too_long_alone_costs_nothing_of_the_conversation(
+    mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent = conversation(mesh, monkeypatch, "one", ("too long", [TOO_LONG, TOO_LONG]), "two")
+    assert sent[1:] == [["one", texts(12), "too long"], ["too long"], ["one", texts(12), "two"]]
+    assert "mesh: this message alone is too long" in capsys.readouterr().err
+
+
+def test_an_answer_that_is_stopped_before_it_begins_leaves_no_trace(mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = iter([True, False])
+    texts_of = AnswerStream.texts
+
+    def interrupted(stream: AnswerStream) -> Iterator[str]:
+        if next(stopped):
+            raise KeyboardInterrupt
+        return texts_of(stream)
+
+    monkeypatch.setattr(AnswerStream, "texts", interrupted)
+    assert conversation(mesh, monkeypatch, "one", "two") == [["two"]], "the first was never sent, the second has it not before it"
+
+
+def test_an_answer_that_breaks_off_in_the_middle_leaves_no_trace(mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh.fail_after = 3
+    sent = conversation(mesh, monkeypatch, "one", "two")
+    assert sent == [["one"], ["two"]]
 
 
 def test_an_answer_cannot_drive_the_terminal(mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch) -> None:
