@@ -25,8 +25,9 @@ def ask(
     from mesh.client_api import citations
 
     params = options.sampling(max_tokens, temperature, seed, model)
+    params["top_k"] = top_k
     text = ""
-    with options.client(node, api_key) as client, client.ask(question, store, top_k=top_k, stream=True, **params) as stream:
+    with options.client(node, api_key) as client, client.ask(question, store, stream=True, **params) as stream:
         for piece in stream.texts():
             text += piece
             if not json:

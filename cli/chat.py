@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import select
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +14,7 @@ from mesh.errors import BadRequest, MeshError
 
 if TYPE_CHECKING:
     from mesh.client import Client
+    from mesh.client_params import ChatParams
 
 PIPE_WAIT_S = 0.5
 TOO_LONG = ("context_length_exceeded", "body_too_large")  # error codes that a shorter conversation would not get
@@ -60,7 +61,7 @@ def piped_beside() -> str:
     return sys.stdin.read() if ready else ""
 
 
-def converse(client: Client, said: list[Message], params: Mapping[str, object]) -> None:
+def converse(client: Client, said: list[Message], params: ChatParams) -> None:
     """A conversation until the end of input. A failed answer is not the end of it, and leaves no trace in it."""
     try:
         import readline  # noqa: F401  (makes input() editable)
@@ -81,7 +82,7 @@ def converse(client: Client, said: list[Message], params: Mapping[str, object]) 
             output.error(str(error))
 
 
-def turn(client: Client, said: Sequence[Message], message: str, params: Mapping[str, object]) -> list[Message]:
+def turn(client: Client, said: Sequence[Message], message: str, params: ChatParams) -> list[Message]:
     """Answers a message; the conversation with both. Where it is too long for the model the oldest turns are left out.
 
     Raises:
@@ -120,7 +121,7 @@ def without_oldest_turn(asked: Sequence[Message]) -> list[Message] | None:
     return [*asked[: users[0]], *asked[users[1] :]]
 
 
-def answer(client: Client, said: Sequence[Message], params: Mapping[str, object]) -> str:
+def answer(client: Client, said: Sequence[Message], params: ChatParams) -> str:
     """Streams one answer to the screen; what of it came, when Ctrl-C stopped it."""
     text = ""
     with client.chat(said, stream=True, **params) as stream:

@@ -13,6 +13,7 @@ from mesh.ids import Address, parse_address
 
 if TYPE_CHECKING:
     from mesh.client import Client
+    from mesh.client_params import ChatParams
 
 NodeOption = Annotated[
     list[str],
@@ -66,10 +67,18 @@ def size_bytes(text: str, option: str) -> int:
     return int(float(number) * base**exponent)
 
 
-def sampling(max_tokens: int | None, temperature: float | None, seed: int | None, model: str | None) -> dict[str, object]:
+def sampling(max_tokens: int | None, temperature: float | None, seed: int | None, model: str | None) -> ChatParams:
     """The parameters of a request that were given."""
-    given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "model": model}
-    return {name: value for name, value in given.items() if value is not None}
+    given: ChatParams = {}
+    if max_tokens is not None:
+        given["max_tokens"] = max_tokens
+    if temperature is not None:
+        given["temperature"] = temperature
+    if seed is not None:
+        given["seed"] = seed
+    if model is not None:
+        given["model"] = model
+    return given
 
 
 def existing_file(path: Path | None, option: str) -> Path | None:

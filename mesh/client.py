@@ -13,13 +13,14 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
 
 from mesh import client_api as api
 from mesh.answers import AnswerStream, AsyncAnswerStream
 from mesh.client_api import Added, Document, Messages, Reply
 from mesh.client_flow import Budget, Caller, Flow, Nodes
 from mesh.client_io import BlockingIo, TrioIo, connection_limits
+from mesh.client_params import ChatParams, CompletionParams
 from mesh.errors import BadRequest, LocalError
 
 if TYPE_CHECKING:
@@ -108,26 +109,32 @@ class Client:
             io.close()
 
     @overload
-    def chat(self, messages: Messages, *, stream: Literal[True], **params: Any) -> AnswerStream: ...
+    def chat(self, messages: Messages, *, stream: Literal[True], **params: Unpack[ChatParams]) -> AnswerStream: ...
     @overload
-    def chat(self, messages: Messages, *, stream: Literal[False] = False, **params: Any) -> Reply: ...
-    def chat(self, messages: Messages, *, stream: bool = False, **params: Any) -> Reply | AnswerStream:
+    def chat(self, messages: Messages, *, stream: Literal[False] = False, **params: Unpack[ChatParams]) -> Reply: ...
+    def chat(self, messages: Messages, *, stream: bool = False, **params: Unpack[ChatParams]) -> Reply | AnswerStream:
         """A chat completion; `params` are those of `POST /v1/chat/completions`. A text is one message of the user."""
         return self._generate(api.CHAT, api.chat_body(messages, params), stream)
 
     @overload
-    def ask(self, question: str, store: str, *, stream: Literal[True], **params: Any) -> AnswerStream: ...
+    def ask(self, question: str, store: str, *, stream: Literal[True], **params: Unpack[ChatParams]) -> AnswerStream: ...
     @overload
-    def ask(self, question: str, store: str, *, stream: Literal[False] = False, **params: Any) -> Reply: ...
-    def ask(self, question: str, store: str, *, stream: bool = False, **params: Any) -> Reply | AnswerStream:
+    def ask(self, question: str, store: str, *, stream: Literal[False] = False, **params: Unpack[ChatParams]) -> Reply: ...
+    def ask(self, question: str, store: str, *, stream: bool = False, **params: Unpack[ChatParams]) -> Reply | AnswerStream:
         """A chat completion over the `top_k` best passages of a store; `client_api.citations` reads its citations."""
         return self._generate(api.CHAT, api.question_body(question, store, params), stream)
 
     @overload
-    def complete(self, prompt: str | Sequence[int], *, stream: Literal[True], **params: Any) -> AnswerStream: ...
+    def complete(
+        self, prompt: str | Sequence[int], *, stream: Literal[True], **params: Unpack[CompletionParams]
+    ) -> AnswerStream: ...
     @overload
-    def complete(self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **params: Any) -> Reply: ...
-    def complete(self, prompt: str | Sequence[int], *, stream: bool = False, **params: Any) -> Reply | AnswerStream:
+    def complete(
+        self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **params: Unpack[CompletionParams]
+    ) -> Reply: ...
+    def complete(
+        self, prompt: str | Sequence[int], *, stream: bool = False, **params: Unpack[CompletionParams]
+    ) -> Reply | AnswerStream:
         """A completion of a text, or of token ids; `params` are those of `POST /v1/completions`."""
         return self._generate(api.COMPLETIONS, api.completion_body(prompt, params), stream)
 
@@ -263,26 +270,36 @@ class AsyncClient:
             await io.aclose()
 
     @overload
-    async def chat(self, messages: Messages, *, stream: Literal[True], **params: Any) -> AsyncAnswerStream: ...
+    async def chat(self, messages: Messages, *, stream: Literal[True], **params: Unpack[ChatParams]) -> AsyncAnswerStream: ...
     @overload
-    async def chat(self, messages: Messages, *, stream: Literal[False] = False, **params: Any) -> Reply: ...
-    async def chat(self, messages: Messages, *, stream: bool = False, **params: Any) -> Reply | AsyncAnswerStream:
+    async def chat(self, messages: Messages, *, stream: Literal[False] = False, **params: Unpack[ChatParams]) -> Reply: ...
+    async def chat(self, messages: Messages, *, stream: bool = False, **params: Unpack[ChatParams]) -> Reply | AsyncAnswerStream:
         """A chat completion; `params` are those of `POST /v1/chat/completions`. A text is one message of the user."""
         return await self._generate(api.CHAT, api.chat_body(messages, params), stream)
 
     @overload
-    async def ask(self, question: str, store: str, *, stream: Literal[True], **params: Any) -> AsyncAnswerStream: ...
+    async def ask(
+        self, question: str, store: str, *, stream: Literal[True], **params: Unpack[ChatParams]
+    ) -> AsyncAnswerStream: ...
     @overload
-    async def ask(self, question: str, store: str, *, stream: Literal[False] = False, **params: Any) -> Reply: ...
-    async def ask(self, question: str, store: str, *, stream: bool = False, **params: Any) -> Reply | AsyncAnswerStream:
+    async def ask(self, question: str, store: str, *, stream: Literal[False] = False, **params: Unpack[ChatParams]) -> Reply: ...
+    async def ask(
+        self, question: str, store: str, *, stream: bool = False, **params: Unpack[ChatParams]
+    ) -> Reply | AsyncAnswerStream:
         """A chat completion over the `top_k` best passages of a store; `client_api.citations` reads its citations."""
         return await self._generate(api.CHAT, api.question_body(question, store, params), stream)
 
     @overload
-    async def complete(self, prompt: str | Sequence[int], *, stream: Literal[True], **params: Any) -> AsyncAnswerStream: ...
+    async def complete(
+        self, prompt: str | Sequence[int], *, stream: Literal[True], **params: Unpack[CompletionParams]
+    ) -> AsyncAnswerStream: ...
     @overload
-    async def complete(self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **params: Any) -> Reply: ...
-    async def complete(self, prompt: str | Sequence[int], *, stream: bool = False, **params: Any) -> Reply | AsyncAnswerStream:
+    async def complete(
+        self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **params: Unpack[CompletionParams]
+    ) -> Reply: ...
+    async def complete(
+        self, prompt: str | Sequence[int], *, stream: bool = False, **params: Unpack[CompletionParams]
+    ) -> Reply | AsyncAnswerStream:
         """A completion of a text, or of token ids; `params` are those of `POST /v1/completions`."""
         return await self._generate(api.COMPLETIONS, api.completion_body(prompt, params), stream)
 

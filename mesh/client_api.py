@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from mesh.client_flow import ANSWER_S, LOOK_S, Caller, Flow
+from mesh.client_params import CHAT_PARAMS, COMPLETION_PARAMS, fields_of
 from mesh.errors import BadRequest
 
 Messages = str | Sequence[Mapping[str, Any]]
@@ -42,19 +43,30 @@ class Added:
 
 
 def chat_body(messages: Messages, params: Mapping[str, Any]) -> dict[str, Any]:
-    """A text is one message of the user."""
+    """A text is one message of the user. Raises TypeError: a parameter of another name."""
+    return _chat(messages, fields_of("chat", params, CHAT_PARAMS))
+
+
+def _chat(messages: Messages, fields: Mapping[str, Any]) -> dict[str, Any]:
     said = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(message) for message in messages]
-    return {"messages": said, **params}
+    return {"messages": said, **fields}
 
 
 def completion_body(prompt: str | Sequence[int], params: Mapping[str, Any]) -> dict[str, Any]:
-    return {"prompt": prompt if isinstance(prompt, str) else list(prompt), **params}
+    """Raises TypeError: a parameter of another name."""
+    fields = fields_of("complete", params, COMPLETION_PARAMS)
+    return {"prompt": prompt if isinstance(prompt, str) else list(prompt), **fields}
 
 
 def question_body(question: str, store: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """`top_k` of the parameters is how many passages to retrieve; the sampling parameter of that name is not reachable here."""
-    others = {name: value for name, value in params.items() if name != "top_k"}
-    return chat_body(question, {"mesh": {"store": store, "top_k": params.get("top_k", 5)}, **others})
+    """`top_k` of the parameters is how many passages to retrieve; the sampling parameter of that name goes into `extra_body`.
+
+    Raises:
+        TypeError: a parameter of another name.
+    """
+    named = {name: value for name, value in params.items() if name not in ("top_k", "mesh")}
+    mesh = {**(params.get("mesh") or {}), "store": store, "top_k": params.get("top_k", 5)}
+    return _chat(question, {"mesh": mesh, **fields_of("ask", named, CHAT_PARAMS)})
 
 
 def encoded(body: Mapping[str, Any], *, stream: bool = False) -> bytes:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from random import Random
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli import options, output
 from cli.load import plan, report
 from mesh.errors import BadRequest
+
+if TYPE_CHECKING:
+    from mesh.client_params import ChatParams
 
 
 def load(
@@ -44,7 +47,8 @@ def load(
     messages = plan.prompts(dataset, random, input_words)
     arrivals = plan.arrivals_s(Random(seed + 1), rate, burstiness) if rate is not None else None
     planned = plan.plan(messages, arrivals, requests, duration)
-    params = options.sampling(max_tokens, temperature, None, model) | {"ignore_eos": True, "seed": seed}
+    params = options.sampling(max_tokens, temperature, seed, model)
+    params["ignore_eos"] = True
 
     import trio
 
@@ -66,7 +70,7 @@ async def run(
     api_key: str | None,
     planned: Any,
     users: int,
-    params: dict[str, Any],
+    params: ChatParams,
     duration_s: float | None,
     total: int | None,
 ) -> tuple[list[report.Outcome], float]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import trio
 
 from cli.load.plan import Planned
 from cli.load.report import Outcome
 from mesh.client import AsyncClient
+from mesh.client_params import ChatParams
 from mesh.errors import MeshError
 
 
@@ -17,7 +17,7 @@ async def measure(
     client: AsyncClient,
     planned: Iterator[Planned],
     users: int,
-    params: dict[str, Any],
+    params: ChatParams,
     duration_s: float | None = None,
     done: Callable[[Outcome], None] = lambda outcome: None,
 ) -> tuple[list[Outcome], float]:
@@ -43,12 +43,11 @@ async def measure(
     return outcomes, trio.current_time() - begun
 
 
-async def one(client: AsyncClient, request: Planned, params: dict[str, Any], begun: float) -> Outcome:
+async def one(client: AsyncClient, request: Planned, params: ChatParams, begun: float) -> Outcome:
     """One request. With a planned arrival, times count from that: waiting for a free user is waiting too."""
     start = trio.current_time() if request.at_s is None else begun + request.at_s
-    stream = await client.chat(
-        list(request.messages), stream=True, stream_options={"include_usage": True}, return_token_ids=True, **params
-    )
+    asked: ChatParams = {**params, "stream_options": {"include_usage": True}, "return_token_ids": True}
+    stream = await client.chat(list(request.messages), stream=True, **asked)
     times_s: list[float] = []
     error = ""
     seq = 0
