@@ -53,6 +53,9 @@ UploadOption = Annotated[
     typer.Option("--upload", metavar="SIZE", help="Bytes a second of weights for peers; else 64MiB while it computes."),
 ]
 DataDirOption = Annotated[Path | None, typer.Option("--data-dir", metavar="DIR", help="Identity, documents, fetched weights.")]
+NewIdentityOption = Annotated[
+    bool, typer.Option("--new-identity", help="Be a new node: for a data directory that was copied from another one. Once.")
+]
 KeyFileOption = Annotated[Path | None, typer.Option("--key-file", metavar="F", help="The mesh secret, from `mesh key new`.")]
 ApiKeyFileOption = Annotated[Path | None, typer.Option("--api-key-file", metavar="F", help="API keys, from `mesh key api`.")]
 DrainOption = Annotated[float, typer.Option("--drain-s", min=0.0, help="How long open streams may go on after SIGTERM.")]
@@ -118,6 +121,7 @@ def up(
     spill_disk: SpillDiskOption = None,
     upload: UploadOption = None,
     data_dir: DataDirOption = None,
+    new_identity: NewIdentityOption = False,
     key_file: KeyFileOption = None,
     api_key_file: ApiKeyFileOption = None,
     drain_s: DrainOption = 30.0,
@@ -149,6 +153,7 @@ def join(
     spill_disk: SpillDiskOption = None,
     upload: UploadOption = None,
     data_dir: DataDirOption = None,
+    new_identity: NewIdentityOption = False,
     key_file: KeyFileOption = None,
     api_key_file: ApiKeyFileOption = None,
     drain_s: DrainOption = 30.0,

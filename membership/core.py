@@ -21,6 +21,7 @@ from mesh.gossip import Alive, Message, Suspect
 from mesh.ids import Address, NodeId
 from mesh.signing import Signer
 from mesh.sync import MAX_SYNC_BYTES, DigestEntry, FactsDelta, Known, MemberRecord, Sync, Synced, Want
+from mesh.twin import Answer, Run
 from mesh.view import Facts, Load, Peer
 
 if TYPE_CHECKING:
@@ -79,6 +80,14 @@ class MembershipCore:
     def remember_seed(self, address: Address) -> None:
         """Keeps trying this address for as long as no live member has it."""
         self.swim.remember_seed(address)
+
+    def twin_asked(self, by: Run, now: float) -> tuple[Answer, list[Effect]]:
+        """A process with this node's identity asks: what to answer it."""
+        return self.swim.twin_asked(by, now)
+
+    def twin_found(self, place: Address, answer: Answer | None, now: float) -> list[Effect]:
+        """What came of a `FindTwin`: the proven answer of a process with this node's identity, or none."""
+        return self._settled(self.swim.twin_found(place, answer, now) + self.swim.spread(now), now)
 
     def leave(self, now: float) -> list[Effect]:
         return self.swim.leave(now)

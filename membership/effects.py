@@ -7,6 +7,7 @@ import msgspec
 from mesh.gossip import Message
 from mesh.ids import Address, NodeId
 from mesh.sync import Sync
+from mesh.twin import Run
 from mesh.view import Load, PeerState
 
 
@@ -48,6 +49,12 @@ class Watch(msgspec.Struct, frozen=True):
     """Keep links open to exactly these, so that the end of one of them is noticed at once. Others may stay open."""
 
     addresses: tuple[Address, ...]
+
+
+class FindTwin(msgspec.Struct, frozen=True):
+    """Words of this identity came from `to` that this process never said: find out who lives there, and tell `twin_found`."""
+
+    to: Address
 
 
 class MemberChanged(msgspec.Struct, frozen=True):
@@ -102,6 +109,18 @@ class Renewed(msgspec.Struct, frozen=True):
     epoch: int
 
 
-Request = Send | Exchange | Push | PingStream | TryConnect | Watch
-Notice = MemberChanged | MemberForgotten | FactsChanged | Measured | Cut | Froze | Renewed
+class TwinSeen(msgspec.Struct, frozen=True):
+    """Another live process has this node's identity. Its key answered for it."""
+
+    run: Run
+
+
+class Displaced(msgspec.Struct, frozen=True):
+    """This process is to stop, and has fallen silent: an older one has its identity."""
+
+    by: Run
+
+
+Request = Send | Exchange | Push | PingStream | TryConnect | Watch | FindTwin
+Notice = MemberChanged | MemberForgotten | FactsChanged | Measured | Cut | Froze | Renewed | TwinSeen | Displaced
 Effect = Request | Notice

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from membership.effects import Cut
 from membership.swim import SwimStatistics
 from mesh.errors import MeshError
 from mesh.ids import Address, NodeId, format_address
-from mesh.view import PeerState
+from mesh.view import PeerState, View
+
+if TYPE_CHECKING:
+    from membership.core import MembershipCore
+    from membership.datagrams import Datagrams
 
 __all__ = ["Cut", "JoinFailed", "MemberEvent", "MembershipStatistics"]
 
@@ -63,3 +70,33 @@ class MembershipStatistics:
     freezes_total: int
     frozen: bool
     swim: SwimStatistics
+
+
+def statistics_of(
+    core: MembershipCore,
+    view: View,
+    states: Iterable[PeerState],
+    datagrams: Datagrams,
+    counts: Mapping[str, int],
+    now: float,
+) -> MembershipStatistics:
+    """`states`: of all members; `counts`: the shell's own."""
+    found = Counter(states)
+    return MembershipStatistics(
+        MappingProxyType({state.value: found[state] for state in PeerState}),
+        view.version,
+        datagrams.sent,
+        datagrams.received,
+        datagrams.bytes_sent,
+        datagrams.bytes_received,
+        MappingProxyType(datagrams.dropped + core.allowance.dropped),
+        counts["exchanges"],
+        counts["pushes"],
+        counts["calls_failed"],
+        counts["calls_skipped"],
+        core.facts.rejected,
+        core.outlook.cuts,
+        counts["freezes"],
+        view.frozen,
+        core.swim.statistics(now),
+    )

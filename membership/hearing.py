@@ -16,12 +16,13 @@ import msgspec
 from membership.config import MembershipConfig
 from membership.dissemination import Rumours, transmit_limit
 from membership.distances import Distances
-from membership.effects import Effect, Exchange, MemberChanged, MemberForgotten, Renewed, Send
+from membership.effects import Effect, Exchange, MemberChanged, MemberForgotten, Send
 from membership.exchanges import Exchanges
 from membership.fingerprint import Fingerprint
 from membership.health import LAG_MAX_S, LocalHealth
 from membership.members import Member, Members, description_of, standing_of, state_of
 from membership.regions import some_to_tell
+from membership.self_hearing import SelfHearing
 from membership.suspicion import Suspicion, expected_confirmations, minimum_s
 from membership.words import Words, is_news, within_words
 from mesh.gossip import (
@@ -47,12 +48,11 @@ from mesh.view import Load, PeerState
 if TYPE_CHECKING:
     from random import Random
 
-COUNTER_MAX = 2**48 - 1  # one less than the wire's bound, so that a refutation of anything accepted still fits
 WAY_FACTOR = 3.0  # a probe waits for so many of the round trips that are to be expected
 _FRESH_S = 5.0  # a refused death is believed at once up to this age: later its victim may well be back
 
 
-class Hearing:
+class Hearing(SelfHearing):
     """What one node knows of the members, and what it still has to tell."""
 
     def __init__(
@@ -73,12 +73,12 @@ class Hearing:
         self.distances = Distances(rng)
         self.linked: dict[NodeId, int] = {}  # links open with each peer, either way
         self.doubted: list[NodeId] = []  # heard to be refused-dead, but linked with us: to be looked at
-        self.refutations = self.conflicts = self.unknown_claims = self.refused_newcomers = 0
+        self.unknown_claims = self.refused_newcomers = 0
         self._news: dict[NodeId, Claim] = {}
         self._changes: list[Effect] = []
         self._exchanges = Exchanges(config, now)
         self.next_gossip_at = now
-        self._last_renewal_at = -1e9
+        self._begin_hearing_of_self(me, now)
 
     def set_load(self, load: Load, now: float) -> None:
         """This node's own load, told on every message from here on."""
@@ -246,45 +246,6 @@ class Hearing:
             case _:
                 return record.words
 
-    def _hear_of_myself(self, claim: Claim, words: Alive | Left | None, now: float) -> list[Claim]:
-        me = self.myself
-        told, mine = (claim.epoch, claim.incarnation), (me.epoch, me.incarnation)
-        if told < mine:
-            if not isinstance(claim, Alive):
-                self._tell(me.alive_claim())  # a stale accusation still travels: so must its answer
-            return [me.alive_claim()]
-        if told > mine and (words is None or (words.epoch, words.incarnation) != told):
-            self.behind = True  # words of ours that we do not know: whoever has them will show them in an exchange
-            return [me.alive_claim()]
-        if (told > mine or isinstance(claim, Left)) and not (words and self.words.hold(words, self.words.key)):
-            return []
-        if isinstance(claim, Alive):
-            if told == mine and description_of(claim) == me.description:
-                return []
-            if told == mine and not self.words.hold(claim, self.words.key):
-                return []
-            # A run of this node that this one knows nothing of: a lost epoch file, or a copy of the data directory.
-            self.conflicts += 1
-            if now - self._last_renewal_at < self.config.probe_period_s:
-                return []  # two copies would otherwise outbid one another as fast as the network allows
-            self._last_renewal_at = now
-        if claim.epoch >= COUNTER_MAX or claim.incarnation >= COUNTER_MAX:
-            self.conflicts += 1
-            return []
-        self.refutations += 1
-        self.health.note(+1)
-        if claim.epoch > me.epoch:
-            me.epoch, me.incarnation = claim.epoch + 1, 0
-            self._changes.append(Renewed(me.epoch))
-        else:
-            me.incarnation = claim.incarnation + 1
-        me.description = (me.epoch, me.incarnation, *me.description[2:])
-        me.signature = self.words.signed(me.alive_claim()).signature
-        self.members.put(me)
-        self._changes.append(MemberChanged(self.me, PeerState.ALIVE, PeerState.ALIVE))
-        self._tell(me.alive_claim())
-        return [me.alive_claim()]
-
     def _admit(
         self, claim: Alive | MemberRecord, state: PeerState, words: Alive | Left, key: bytes, now: float, *, tell: bool
     ) -> None:
@@ -380,7 +341,3 @@ class Hearing:
         suspicion.stalled = suspicion.listens = False
         suspicion.cap_s = suspicion.min_s / 2  # when it is over, a tick says so, which alone knows whether we slept meanwhile
         return []
-
-    def _tell(self, claim: Claim) -> None:
-        self.rumours.put(claim)
-        self._news[claim.node] = claim

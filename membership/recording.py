@@ -15,6 +15,7 @@ from mesh.gossip import Alive, Message
 from mesh.ids import Address, NodeId
 from mesh.signing import Signer, Verifier
 from mesh.sync import DigestEntry, Sync, Synced
+from mesh.twin import Answer, Run
 from mesh.view import Facts, Load, PeerState
 
 if TYPE_CHECKING:
@@ -80,6 +81,14 @@ class RecordedCore(MembershipCore):
     def tried(self, number: int, refused: bool | None, now: float) -> list[Effect]:
         tried = super().tried
         return self._played(trace.Tried(now, number, refused), lambda: tried(number, refused, now))
+
+    def twin_asked(self, by: Run, now: float) -> tuple[Answer, list[Effect]]:
+        twin_asked = super().twin_asked
+        return self._played(trace.TwinAsked(now, by), lambda: twin_asked(by, now))
+
+    def twin_found(self, place: Address, answer: Answer | None, now: float) -> list[Effect]:
+        twin_found = super().twin_found
+        return self._played(trace.TwinFound(now, place, answer), lambda: twin_found(place, answer, now))
 
     def leave(self, now: float) -> list[Effect]:
         leave = super().leave

@@ -141,6 +141,10 @@ def _play(core: MembershipCore, given: trace.Input) -> tuple[object, list[Effect
             answer = _, effects = core.learn(source, synced, now)
         case trace.SeedKnown(address=address):
             core.remember_seed(address)
+        case trace.TwinAsked(now=now, by=by):
+            answer = _, effects = core.twin_asked(by, now)
+        case trace.TwinFound(now=now, place=place, answer=found):
+            answer = effects = core.twin_found(place, found, now)
         case trace.Leaving(now=now):
             answer = effects = core.leave(now)
         case trace.Checkpoint(now=now, seed=seed):

@@ -34,9 +34,10 @@ from membership.effects import (
     TryConnect,
     Watch,
 )
-from membership.events import JoinFailed, MemberEvent, MembershipStatistics
+from membership.events import JoinFailed, MemberEvent, MembershipStatistics, statistics_of
 from membership.recording import RecordedCore
 from membership.trace import Trace
+from membership.twin_calls import TwinCalls
 from mesh import gossip, sync
 from mesh.calls import Call, Handlers, Header, Reply
 from mesh.errors import BadRequest, DeadlineExceeded, LocalError, PeerLost, PeerRefused, Refused, RemoteError
@@ -44,7 +45,7 @@ from mesh.ids import Address, NodeId, format_address
 from mesh.knock import is_refused
 from mesh.seal import Seal
 from mesh.signing import Signer
-from mesh.view import Facts, Load, Peer, PeerState, View
+from mesh.view import Facts, Load, Peer, View
 
 EXCHANGE_TIMEOUT_S = 5.0
 PUSH_TIMEOUT_S = 2.0
@@ -100,7 +101,8 @@ class Membership:
         self._core = MembershipCore(*made) if self._trace is None else RecordedCore(*made, self._trace)
         self._peers: dict[NodeId, Peer] = {}
         self.view = View(me)
-        self.handlers: Handlers = MappingProxyType({sync.SYNC_KIND: self._answer_sync})
+        self.twins = TwinCalls(me, signer, call, lambda: self.view, self._core, self._start_call, self._carry_out)
+        self.handlers: Handlers = MappingProxyType({sync.SYNC_KIND: self._answer_sync, **self.twins.handlers})
         self.on_renewed: Callable[[int], None] = lambda epoch: None  # a higher epoch to keep on disk
         self._subscribers: list[Callable[[MemberEvent], None]] = []
         self.on_cut: Callable[[Cut], None] = lambda cut: None  # must not block or raise
@@ -232,25 +234,8 @@ class Membership:
         return lambda: self._subscribers.remove(callback) if callback in self._subscribers else None
 
     def statistics(self) -> MembershipStatistics:
-        states = Counter(peer.state.value for peer in self._peers.values())
-        return MembershipStatistics(
-            MappingProxyType({state.value: states[state.value] for state in PeerState}),
-            self.view.version,
-            self._datagrams.sent,
-            self._datagrams.received,
-            self._datagrams.bytes_sent,
-            self._datagrams.bytes_received,
-            MappingProxyType(self._datagrams.dropped + self._core.allowance.dropped),
-            self._counts["exchanges"],
-            self._counts["pushes"],
-            self._counts["calls_failed"],
-            self._counts["calls_skipped"],
-            self._core.facts.rejected,
-            self._core.outlook.cuts,
-            self._counts["freezes"],
-            self.view.frozen,
-            self._core.swim.statistics(trio.current_time()),
-        )
+        states = [peer.state for peer in self._peers.values()]
+        return statistics_of(self._core, self.view, states, self._datagrams, self._counts, trio.current_time())
 
     async def _receive(self) -> None:
         while True:
@@ -312,6 +297,8 @@ class Membership:
                     cuts.append(effect)
                 case Froze():
                     self._counts["freezes"] += effect.frozen
+                case other:
+                    self.twins.carry_out(other)
         if changed or cuts or self.view.frozen is not self._core.outlook.frozen:
             self._refresh(changed)
         for event in events:

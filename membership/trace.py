@@ -19,6 +19,7 @@ from msgspec import Meta
 
 from mesh.gossip import Alive, Host, Id, Message, Port
 from mesh.sync import MAX_SYNC_BYTES, Sync, Synced
+from mesh.twin import Answer, Run
 from mesh.view import Facts, Load
 
 MAGIC = b"mesh membership trace 1\n"
@@ -112,6 +113,15 @@ class SeedKnown(_Input, frozen=True, array_like=True, tag="seed"):
     address: At
 
 
+class TwinAsked(_Input, frozen=True, array_like=True, tag="twin asked"):
+    by: Run
+
+
+class TwinFound(_Input, frozen=True, array_like=True, tag="twin found"):
+    place: At
+    answer: Answer | None
+
+
 class Leaving(_Input, frozen=True, array_like=True, tag="leave"): ...
 
 
@@ -130,6 +140,8 @@ Input = (
     | Asked
     | Answered
     | SeedKnown
+    | TwinAsked
+    | TwinFound
     | Leaving
 )
 

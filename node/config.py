@@ -41,6 +41,7 @@ class NodeConfig:
     spill_memory_bytes: int = 0  # beside `memory_bytes`, for pages that the KV cache has no room for; 0: they are dropped
     spill_disk_bytes: int = 0  # for those the memory has no room for, in files under the data directory
     data_dir: Path | None = None  # identity and documents; None: one of its own under the user's data directory
+    new_identity: bool = False  # the directory's own is replaced: it is a copy of another node's
     key_file: Path | None = None
     api_key_file: Path | None = None
     cluster: str = "mesh"  # label: nodes of another label are refused

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mesh.errors import ModelLoading
-from mesh.ids import ModelId, NodeId
+from mesh.ids import ModelId, NodeId, format_address
 from mesh.refusals import COUNTED_MAX, FOREIGN_WORD, Refusal
 from mesh.seal import REPLAY_WINDOW_S, SealFault
 from mesh.view import Peer, PeerState, Readiness, View
@@ -146,6 +146,13 @@ def _clocks(look: Look) -> Iterator[Finding]:
 
 def _nodes(view: View) -> Iterator[Finding]:
     for peer in sorted(view.peers.values(), key=lambda peer: (peer.name, peer.id)):
+        if peer.facts.twin and view.is_live(peer.id):
+            what = (
+                f"two processes have the identity {peer.id}: {peer.name} at {format_address(peer.address)}, and "
+                f"{peer.facts.twin}; a data directory was copied, or an image cloned"
+            )
+            do = "start the copy with --new-identity; the younger one ends by itself, and this is told for ten minutes"
+            yield Finding(PROBLEM, "nodes", what, do)
         match peer.state:
             case PeerState.SUSPECT if peer.cause == "stalled":
                 what = f"{peer.name} is silent, though its process still listens: it hangs, or its datagrams are lost"

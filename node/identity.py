@@ -53,8 +53,8 @@ class Identity:
             log.error("identity.not_kept", epoch=epoch, reason=str(error))
 
 
-def take_identity(directory: Path) -> Identity:
-    """Reads or makes the identity in `directory`, and counts this start.
+def take_identity(directory: Path, *, new: bool = False) -> Identity:
+    """Reads or makes the identity in `directory`, and counts this start. `new`: makes one in place of what is there.
 
     Raises:
         BadRequest: the directory cannot be written, is in use by a running node, or its identity is damaged.
@@ -70,7 +70,7 @@ def take_identity(directory: Path) -> Identity:
         lock.close()
         raise BadRequest(f"--data-dir {directory}: another running node uses it; give each node its own", "data_dir") from None
     try:
-        stored = _read(directory / "node.json")
+        stored = None if new else _read(directory / "node.json")
         key = IdentityKey(stored.seed if stored and stored.seed else secrets.token_bytes(32))
         stored = _Stored(key.node, (stored.epoch if stored else 0) + 1, key.seed)
         _write(directory / "node.json", stored)
@@ -80,11 +80,11 @@ def take_identity(directory: Path) -> Identity:
     return Identity(key, stored.epoch, directory, lock)
 
 
-def take_free_identity(parent: Path) -> Identity:
+def take_free_identity(parent: Path, *, new: bool = False) -> Identity:
     """The first directory under `parent` that no running node uses: two nodes started alike on one machine just work."""
     for number in range(1, 1000):
         try:
-            return take_identity(parent / f"node-{number}")
+            return take_identity(parent / f"node-{number}", new=new)
         except BadRequest as error:
             if "another running node" not in str(error):
                 raise

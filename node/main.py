@@ -113,10 +113,10 @@ async def _make(config: NodeConfig) -> Node:
 def _take_identity(config: NodeConfig) -> Identity:
     """A node with a name is the same node, with the same documents, whenever it is started by that name."""
     if config.data_dir is not None:
-        return take_identity(config.data_dir)
+        return take_identity(config.data_dir, new=config.new_identity)
     if config.name:
-        return take_identity(data_home() / f"name-{quote(config.name, safe='')}")
-    return take_free_identity(data_home())
+        return take_identity(data_home() / f"name-{quote(config.name, safe='')}", new=config.new_identity)
+    return take_free_identity(data_home(), new=config.new_identity)
 
 
 def _prepare(config: NodeConfig, directory: Path, budget_bytes: int) -> tuple[Engine, Holdings]:

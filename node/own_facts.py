@@ -62,6 +62,9 @@ class OwnFacts:
     def ready(self, readiness: Readiness) -> None:
         self._set(readiness=readiness)
 
+    def twin(self, where: str) -> None:
+        self._set(twin=where)
+
     def drain(self) -> None:
         self._set(draining=True, readiness=Readiness.DRAINING)
 

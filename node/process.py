@@ -37,6 +37,7 @@ from node.http.app import make_app
 from node.http.auth import ApiKeys
 from node.http.server import Server, serve
 from node.identity import Identity
+from node.identity_in_use import IdentityInUse, TwinWatch
 from node.incidents import TraceFile
 from node.keys import MeshKeys
 from node.known_peers import KnownPeers
@@ -125,14 +126,14 @@ class Node:
         self._documents = self._make_documents(embedder)
         self._library = self._make_library()
         self._models = PeerModels(self._view, holdings.models, self._library)
-        own_defaults = config.generation_config == "auto"
-        self._entry = self._make_entry(Prompts(self._models.get, self._documents, models_defaults=own_defaults), rng)
+        self._entry = self._make_entry(rng)
         self._pages = PageExchange(engine, self._links.call)
         self._stages = self._make_stages()
         self._losses = Losses(self._view, self._entry, self._stages, self._planning, self._membership.lost)
         self._coverage, self._pulse = CoverageWatch(self._membership.changed), Pulse(self._facts, self._load, engine.overdue_s)
         self._readiness = Readiness(self._view, self._models, self._entry)
         self._placing = Placing(config.layers, engine, holdings, self._facts, self._membership, self._library)
+        self._twin_watch = TwinWatch(identity.id, self._facts)
         self._load_watch = LoadWatch(self._facts, self._spans_loading, self._library.fetching.share_here)
         self._examination = self._make_examination()
         asked = self.statistics, self._examination.examine, self._keys
@@ -148,8 +149,12 @@ class Node:
         self._links.add(receivers=self._stages.receivers)
         self._membership.subscribe(self._on_member)
         self._membership.on_cut = self._on_cut
+        twins, watch = self._membership.twins, self._twin_watch
+        twins.on_seen, twins.on_displaced = watch.seen, watch.displaced
 
-    def _make_entry(self, prompts: Prompts, rng: Random) -> Entry:
+    def _make_entry(self, rng: Random) -> Entry:
+        own_defaults = self._config.generation_config == "auto"
+        prompts = Prompts(self._models.get, self._documents, models_defaults=own_defaults)
         voice = self._links.call, self._links.post, self._membership.lost
         entry_node = EntryNode(self._identity.id, self._sockets.address, *voice, self._prefix_secret)
         return Entry(entry_node, prompts, self._planning, self._config.request_timeout_s, rng)
@@ -288,6 +293,8 @@ class Node:
 
     async def _start(self, nursery: trio.Nursery, announce: Callable[[str], None]) -> None:
         await nursery.start(self._links.run, self._sockets.listener)
+        await self._end_as_a_copy()
+        nursery.start_soon(self._twin_watch.run)
         await nursery.start(self._membership.run)
         self._membership_runs = True
         self._facts.serve_http_at(f"http://{format_address(await reachable(self._http_address, self._config.join))}")
@@ -307,6 +314,12 @@ class Node:
         self._server = await nursery.start(serve, self._app, [self._http_listener])
         announce(f"mesh node {self.name} up: {self._facts.now.http} gossip {format_address(self._sockets.address)}")
         nursery.start_soon(self._load_watch.run)
+
+    async def _end_as_a_copy(self) -> None:
+        """Before a word is said under this identity. Raises IdentityInUse: a process that the seeds know lives with it."""
+        older = await self._membership.twins.older_elsewhere([*self._config.join, *self._known_peers.addresses()])
+        if older is not None:
+            raise IdentityInUse(self._identity.id, older)
 
     async def _join(self) -> None:
         """A seed that is not up yet is tried again by itself: nodes may start in any order, and after any outage."""
@@ -329,6 +342,7 @@ class Node:
             await trio.sleep(SWEEP_EVERY_S)
             self._known_peers.note(self._view())
             self._stages.sweep(trio.current_time())
+            self._twin_watch.sweep()
 
     async def _drain(self, node_scope: trio.CancelScope) -> None:
         """No new work; what is under way here, for clients or for other entries, may end in `drain_s`; then the node ends."""

@@ -143,6 +143,7 @@ def _node(peer: Peer, view: View, now: float) -> dict[str, Any]:
         "gossip": format_address(peer.address),
         "region": peer.region,
         "cause": peer.cause,
+        "twin": peer.facts.twin if is_live else "",
         "draining": is_live and peer.facts.draining,
         "readiness": peer.facts.readiness.value if is_live else peer.state.value,
         "spans": [{"model": span.model, "start": span.start, "end": span.end} for span in sorted(peer.facts.spans)],

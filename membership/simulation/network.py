@@ -29,6 +29,7 @@ from membership.effects import (
     Watch,
 )
 from membership.members import Common
+from membership.simulation import twins
 from membership.simulation.nodes import Carried, Seen, SimNode
 from membership.simulation.signer import StandInSigner
 from membership.simulation.timeline import Timeline
@@ -68,8 +69,7 @@ class Network(Timeline):
         super().__init__()
         self.rng = Random(seed)
         self.config = config or MembershipConfig()
-        self._core = core
-        self.loss = loss
+        self._core, self.loss = core, loss
         self.ways = Ways(self.rng, delay_s, far_s)
         self.nodes: dict[NodeId, SimNode] = {}
         self.seen: list[Seen] = []
@@ -91,14 +91,17 @@ class Network(Timeline):
         name: str | None = None,
         address: Address | None = None,
         region: str = "",
+        twin_of: NodeId | None = None,
     ) -> NodeId:
-        """Starts a node, or starts it again under its old id with another `epoch`, and joins it through `seeds`."""
+        """Starts a node, or starts it again under its old id with another `epoch`, and joins it through `seeds`.
+
+        `twin_of`: with the identity of that node, which goes on too; the id returned is what the simulation calls it."""
         number = len(self.nodes) if number is None else number
         node = NodeId(f"{number:016x}")
         address = address or (f"10.0.{number // 250}.{number % 250 + 1}", 7946 + epoch)
-        claim = Alive(node, epoch, 0, name or f"node-{number}", address[0], address[1], region)
+        claim = Alive(twin_of or node, epoch, 0, name or f"node-{number}", address[0], address[1], region)
         self.ways.place(node, region)
-        core = self._core(claim, StandInSigner(node), self.config, Random(self.rng.random()), self.now)
+        core = self._core(claim, StandInSigner(claim.node), self.config, Random(self.rng.random()), self.now)
         old = self.nodes.get(node)
         if old is not None:
             for other in sorted(old.links):
@@ -127,7 +130,7 @@ class Network(Timeline):
         for node in ids:
             it = self.nodes[node]
             it.core.swim.members.found(common)
-            self._carry_out(it, it.core.swim.watch())
+            self.carry_out(it, it.core.swim.watch())
         self.run(0.1)
         return ids
 
@@ -175,17 +178,17 @@ class Network(Timeline):
 
     def publish(self, node: NodeId, facts: Facts) -> None:
         it = self.nodes[node]
-        self._carry_out(it, it.core.publish(facts, self.now))
+        self.carry_out(it, it.core.publish(facts, self.now))
 
     def lost(self, by: NodeId, node: NodeId) -> None:
         it = self.nodes[by]
-        self._carry_out(it, it.core.lost(node, self.now))
+        self.carry_out(it, it.core.lost(node, self.now))
 
     def leave(self, node: NodeId) -> None:
         """Says goodbye over datagrams and to three peers by call, then stops."""
         it = self.nodes[node]
         peers = it.core.swim.members.some_peers(3, self.rng) + sorted(it.core.swim.linked)
-        self._carry_out(it, it.core.leave(self.now))
+        self.carry_out(it, it.core.leave(self.now))
         for peer in peers:
             self._call(it, it.core.swim.members.address_of(peer), it.core.farewell(self.now), lambda _: None)
         self.crash(node)
@@ -220,11 +223,11 @@ class Network(Timeline):
             return
         it.armed_for = math.inf
         if self.now >= it.due_at:
-            self._carry_out(it, it.core.tick(self.now))
+            self.carry_out(it, it.core.tick(self.now))
         else:
             self._wake_later(it)
 
-    def _carry_out(self, it: SimNode, effects: list[Effect]) -> None:
+    def carry_out(self, it: SimNode, effects: list[Effect]) -> None:
         for effect in effects:
             if type(effect) is Send:  # these two are nearly all
                 self._send(it, effect.to, effect.message)
@@ -253,9 +256,9 @@ class Network(Timeline):
             case FactsChanged(node=node):
                 self.facts_seen.append((self.now, it.id, node))
             case _:
-                pass
+                twins.carry_out(self, it, effect)
 
-    def _connects(self, it: SimNode, to: Address) -> SimNode | None:
+    def connects(self, it: SimNode, to: Address) -> SimNode | None:
         """Who has a socket at `to`, if the way is open; a paused process still has its kernel."""
         target = self._at.get(to)
         if target is None or not self.ways.passes(it.id, target) or not self.ways.passes(target, it.id):
@@ -264,23 +267,23 @@ class Network(Timeline):
 
     def _ping_stream(self, it: SimNode, seq: int, to: Address) -> None:
         def answered(tail: bytes) -> None:
-            self._carry_out(it, it.core.stream_answered(seq, sync.decode_synced(tail).node, self.now))
+            self.carry_out(it, it.core.stream_answered(seq, sync.decode_synced(tail).node, self.now))
 
         self._call(it, to, sync.Sync(), answered)
 
     def _try_connect(self, it: SimNode, number: int, to: Address) -> None:
-        peer = self._connects(it, to)
+        peer = self.connects(it, to)
         answers = peer is not None and (peer.running or peer.refuses)
 
         def come_back() -> None:
             if it.running and not it.paused and self.nodes[it.id] is it:
                 refused = None if not answers else peer is not None and (peer.refuses_all or (peer.refuses and not peer.running))
-                self._carry_out(it, it.core.tried(number, refused, self.now))
+                self.carry_out(it, it.core.tried(number, refused, self.now))
 
-        self._later(2 * self.ways.delay_s(it.id, peer.id) if peer is not None and answers else CONNECT_TIMEOUT_S, come_back)
+        self.later(2 * self.ways.delay_s(it.id, peer.id) if peer is not None and answers else CONNECT_TIMEOUT_S, come_back)
 
     def _open_link(self, it: SimNode, to: Address) -> None:
-        peer = self._connects(it, to)
+        peer = self.connects(it, to)
         if peer is None or peer.id in it.links:
             return
 
@@ -288,10 +291,10 @@ class Network(Timeline):
             if it.running and peer.running and not it.paused and not peer.paused and peer.id not in it.links:
                 it.links.add(peer.id)
                 peer.links.add(it.id)
-                it.core.linked(peer.id)
-                peer.core.linked(it.id)
+                it.core.linked(peer.core.me)
+                peer.core.linked(it.core.me)
 
-        self._later(4 * self.ways.delay_s(it.id, peer.id), opened)
+        self.later(4 * self.ways.delay_s(it.id, peer.id), opened)
 
     def _break_link(self, gone: SimNode, other: SimNode) -> None:
         """`other` hears of the end, unless the way between them is cut: then nothing ever comes."""
@@ -299,9 +302,9 @@ class Network(Timeline):
 
         def hear() -> None:
             if other.running and not other.paused and self.ways.passes(gone.id, other.id):
-                self._carry_out(other, other.core.lost(gone.id, self.now, proven=True))
+                self.carry_out(other, other.core.lost(gone.core.me, self.now, proven=True))
 
-        self._later(self.rng.uniform(0.001, 0.006) + self.ways.delay_s(gone.id, other.id), hear)
+        self.later(self.rng.uniform(0.001, 0.006) + self.ways.delay_s(gone.id, other.id), hear)
 
     def _send(self, it: SimNode, to: Address, message: Message) -> None:
         carried: Carried
@@ -341,7 +344,7 @@ class Network(Timeline):
             take(self.now)
             return
         it.read_until = max(it.read_until, self.now + self.rng.uniform(*it.starved_s))
-        self._later(it.read_until - self.now, self._read, it, take, self.now)
+        self.later(it.read_until - self.now, self._read, it, take, self.now)
 
     def _read(self, it: SimNode, take: Callable[[float], None], arrived_at: float) -> None:
         if it.running and not it.paused:
@@ -349,7 +352,7 @@ class Network(Timeline):
 
     def _receive(self, it: SimNode, source: Address, carried: Carried, arrived_at: float | None) -> None:
         message = gossip_wire.decode(carried) if isinstance(carried, bytes) else carried
-        self._carry_out(it, it.core.receive(source, message, self.now, arrived_at))
+        self.carry_out(it, it.core.receive(source, message, self.now, arrived_at))
 
     def _exchange(self, it: SimNode, to: Address) -> None:
         rounds = iter(range(ROUNDS_MAX))
@@ -360,7 +363,7 @@ class Network(Timeline):
 
         def answered(tail: bytes) -> None:
             ask, effects = it.core.learn(to, sync.decode_synced(tail), self.now)
-            self._carry_out(it, effects)
+            self.carry_out(it, effects)
             if ask is not None:
                 tell(ask)
 
@@ -380,8 +383,8 @@ class Network(Timeline):
                 self._when_read(peer, lambda arrived_at: answer(peer))
 
         def answer(peer: SimNode) -> None:
-            synced, effects = peer.core.answer(it.id, sync.decode_sync(tail), self.now)
-            self._carry_out(peer, effects)
+            synced, effects = peer.core.answer(it.core.me, sync.decode_sync(tail), self.now)
+            self.carry_out(peer, effects)
             reply = sync.encode(synced)
             peer.bytes_sent += len(reply)
 
@@ -390,8 +393,8 @@ class Network(Timeline):
                     self._when_read(it, lambda arrived_at: answered(reply))
 
             self.ways.carried(peer.id, it.id, len(reply))
-            self._later(self.ways.delay_s(peer.id, it.id), come_back)
+            self.later(self.ways.delay_s(peer.id, it.id), come_back)
 
         receiver = self._at.get(to, it.id)
         self.ways.carried(it.id, receiver, len(tail))
-        self._later(self.ways.delay_s(it.id, receiver), arrive)
+        self.later(self.ways.delay_s(it.id, receiver), arrive)

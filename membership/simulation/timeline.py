@@ -41,5 +41,5 @@ class Timeline:
             self.run(step_s)
         return self.now - start
 
-    def _later(self, delay_s: float, happen: Callable[..., None], *with_what: Any) -> None:
+    def later(self, delay_s: float, happen: Callable[..., None], *with_what: Any) -> None:
         self._events.put(self.now + delay_s, happen, with_what)

@@ -215,6 +215,7 @@ facts = st.builds(
     models=st.lists(cards, unique_by=lambda card: card.id).map(lambda cards: tuple(sorted(cards, key=lambda card: card.id))),
     draining=st.booleans(),
     pid=st.integers(0, 99),
+    twin=st.text(max_size=5),
     loading=st.dictionaries(
         st.sampled_from(["m", "org/n"]).map(ModelId), st.builds(Loading, st.integers(0, 100), st.integers(0, 9))
     ),

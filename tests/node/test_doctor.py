@@ -98,6 +98,17 @@ def test_a_stalled_engine_is_a_problem_and_a_full_one_a_remark_and_who_left_is_n
     assert [(f.severity, f.what.split()[0]) for f in found(look)] == [(PROBLEM, "node-1"), (NOTE, "node-2")]
 
 
+def test_two_processes_with_one_identity_are_named_with_both_places() -> None:
+    doubled = peer(1, twin="copy at 10.0.0.9:7946")
+    finding = only(replace(WELL, view=view(doubled, peer(2))))
+    assert (finding.severity, finding.about) == (PROBLEM, "nodes")
+    for part in (doubled.id, "node-1 at 10.0.0.1:7946", "copy at 10.0.0.9:7946"):
+        assert part in finding.what
+    assert "--new-identity" in finding.do
+    gone = replace(doubled, state=PeerState.LEFT)
+    assert not [each for each in found(replace(WELL, view=view(gone, peer(2)))) if "identity" in each.what]
+
+
 def test_layers_that_nobody_holds_are_named_with_the_command_that_mends_it() -> None:
     finding = only(replace(WELL, missing_layers={MODEL: ((1, 3),)}, not_ready="tiny lacks layers 1:3"))
     assert "layers 1:3 of tiny" in finding.what and "--layers 1:3" in finding.do

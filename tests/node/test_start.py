@@ -68,6 +68,27 @@ def test_an_identity_is_for_life_and_each_start_counts(tmp_path):
     third.lock.close()
 
 
+def test_a_new_identity_takes_the_place_of_a_copied_one_and_stays(tmp_path):
+    first = take_identity(tmp_path / "first")
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "node.json").write_bytes((tmp_path / "first" / "node.json").read_bytes())
+    (tmp_path / "copy" / "node.json").chmod(0o600)
+    (tmp_path / "copy" / "documents").mkdir()
+    new = take_identity(tmp_path / "copy", new=True)
+    assert new.id != first.id and new.epoch == 1 and (tmp_path / "copy" / "documents").is_dir()
+    new.lock.close()
+    again = take_identity(tmp_path / "copy")
+    assert again.id == new.id
+    with pytest.raises(BadRequest, match="another running node"):
+        take_identity(tmp_path / "first", new=True)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "node.json").write_text("{")
+    mended = take_identity(tmp_path / "damaged", new=True)
+    assert mended.epoch == 1
+    for held in (first, again, mended):
+        held.lock.close()
+
+
 def test_a_disk_that_keeps_no_epoch_does_not_end_the_node(tmp_path):
     held = take_identity(tmp_path)
     (tmp_path / "node.new").mkdir()  # where it would be written aside

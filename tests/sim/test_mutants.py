@@ -113,7 +113,7 @@ def nobody_speaks_for_another(seed: int = 1) -> bool:
     forged = hearing.Alive(ids[4], 1, 7, "evil", "6.6.6.6", 6, "", b"forged", b"")
     it, liar = network.nodes[ids[0]], network.nodes[ids[1]]
     said = Gossip(liar.core.swim.sender(network.now), (forged,))
-    network._carry_out(it, it.core.receive(liar.address, said, network.now))
+    network.carry_out(it, it.core.receive(liar.address, said, network.now))
     network.run(0.05)
     return all(member.address[0] != "6.6.6.6" for by in ids for member in network.nodes[by].core.swim.members)
 
@@ -124,7 +124,7 @@ def nobody_accuses_beyond_what_was_said(seed: int = 1) -> bool:
     ids = network.grow(5)
     it, liar = network.nodes[ids[0]], network.nodes[ids[1]]
     said = Gossip(liar.core.swim.sender(network.now), (swim.Suspect(ids[4], 1, 2**40, ids[1]),))
-    network._carry_out(it, it.core.receive(liar.address, said, network.now))
+    network.carry_out(it, it.core.receive(liar.address, said, network.now))
     network.run(1.0)
     return network.nodes[ids[4]].core.swim.myself.incarnation <= 1 and converged(network)
 

@@ -68,7 +68,7 @@ def tell(network: Network, to: NodeId, by: NodeId, *claims: Suspect | Dead) -> N
     """`by` says so to `to`, whether or not it has reason to."""
     it, teller = network.nodes[to], network.nodes[by]
     said = Gossip(teller.core.swim.sender(network.now), claims)
-    network._carry_out(it, it.core.receive(teller.address, said, network.now))
+    network.carry_out(it, it.core.receive(teller.address, said, network.now))
 
 
 def test_seeds_that_restart_together_open_one_anothers_datagrams() -> None:
@@ -142,7 +142,7 @@ def test_an_old_word_of_the_dead_does_not_raise_them(seed: int) -> None:
     for by in ids[4:]:
         it = network.nodes[by]
         said = Gossip(network.nodes[ids[0]].core.swim.sender(network.now), (old,))
-        network._carry_out(it, it.core.receive(network.nodes[ids[0]].address, said, network.now))
+        network.carry_out(it, it.core.receive(network.nodes[ids[0]].address, said, network.now))
     network.run(5)
     assert all_see(network, ids[3], PeerState.DEAD), f"seed {seed}"
 
