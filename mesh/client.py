@@ -19,9 +19,10 @@ from mesh import client_api as api
 from mesh.answers import AnswerStream, AsyncAnswerStream
 from mesh.client_api import Added, Document, Messages, Reply
 from mesh.client_flow import Budget, Caller, Flow, Nodes
-from mesh.client_io import BlockingIo, TrioIo, connection_limits
+from mesh.client_io import BlockingIo, TrioIo, connection_limits, proxied
 from mesh.client_params import ChatParams, CompletionParams
-from mesh.errors import BadRequest, LocalError
+from mesh.errors import BadRequest
+from mesh.official import arguments, openai_module
 
 if TYPE_CHECKING:
     import openai
@@ -75,6 +76,7 @@ class Client:
 
     nodes: URLs of some of its nodes; None: `$MESH_NODE`, else the default port on this machine.
     spread: begin each call at a random node, rather than at the last one that answered.
+    proxy: the URL of a proxy to go through; None: none, whatever the environment says, for nodes are near.
 
     All calls raise: NoNodeAnswers, Refused (budget spent while the mesh was full), BadRequest (4xx; names the field),
     DeadlineExceeded, RemoteError; streams also PeerLost, when one broke and no node can go on with it.
@@ -88,12 +90,13 @@ class Client:
         budget: Budget = Budget(),  # noqa: B008  (frozen)
         spread: bool = False,
         draw: Callable[[], float] = random.random,
+        proxy: str | None = None,
     ) -> None:
         import httpx
 
         self._caller = _caller(nodes, api_key, budget, spread, draw)
-        self._api_key = api_key
-        self._http = httpx.Client(limits=connection_limits(), trust_env=False)
+        self._api_key, self._proxy = api_key, proxy
+        self._http = proxied(httpx.Client, proxy, limits=connection_limits())
         self.docs = Docs(self)
 
     def run(self, flow: Flow[T]) -> T:
@@ -174,19 +177,16 @@ class Client:
         """The URLs of all nodes known so far, the next to be asked first."""
         return list(self._caller.nodes.urls)
 
-    def openai(self) -> openai.OpenAI:
-        """The official client, pointed at a node that answers now. It does not change nodes by itself.
+    def openai(self, **options: Any) -> openai.OpenAI:
+        """The official client, pointed at a node that answers now. It does not change nodes by itself. `options` are its own.
 
         Raises:
             LocalError: the `openai` package is not installed.
         """
-        try:
-            import openai
-        except ModuleNotFoundError as error:
-            if error.name != "openai":
-                raise
-            raise LocalError("Client.openai() needs the openai package; install it with: pip install openai") from None
-        return openai.OpenAI(base_url=f"{self.live_node()}/v1", api_key=self._api_key or "none")
+        module = openai_module()
+        given = arguments(self.live_node(), self._api_key, module.DefaultHttpxClient, self._proxy, options)
+        official: openai.OpenAI = module.OpenAI(**given)
+        return official
 
     def close(self) -> None:
         self._http.close()
@@ -250,11 +250,13 @@ class AsyncClient:
         budget: Budget = Budget(),  # noqa: B008  (frozen)
         spread: bool = False,
         draw: Callable[[], float] = random.random,
+        proxy: str | None = None,
     ) -> None:
         import httpx
 
         self._caller = _caller(nodes, api_key, budget, spread, draw)
-        self._http = httpx.AsyncClient(limits=connection_limits(), trust_env=False)
+        self._api_key, self._proxy = api_key, proxy
+        self._http = proxied(httpx.AsyncClient, proxy, limits=connection_limits())
         self.docs = AsyncDocs(self)
 
     async def run(self, flow: Flow[T]) -> T:
@@ -331,6 +333,12 @@ class AsyncClient:
 
     def nodes(self) -> list[str]:
         return list(self._caller.nodes.urls)
+
+    async def openai(self, **options: Any) -> openai.AsyncOpenAI:
+        module = openai_module()
+        given = arguments(await self.live_node(), self._api_key, module.DefaultAsyncHttpxClient, self._proxy, options)
+        official: openai.AsyncOpenAI = module.AsyncOpenAI(**given)
+        return official
 
     async def aclose(self) -> None:
         await self._http.aclose()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mesh.client_flow import Answer, Broken, Effect, Pause, Read, Send
 from mesh.errors import LocalError
@@ -13,12 +14,28 @@ if TYPE_CHECKING:
 
 CONNECT_S = 5.0
 
+T = TypeVar("T")
+
 
 def connection_limits() -> httpx.Limits:
     """As many connections as a load test needs; idle ones are closed before a node would close them."""
     import httpx
 
     return httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=4.0)
+
+
+def proxied(kind: Callable[..., T], proxy: str | None, **options: Any) -> T:
+    """An HTTP client that goes through `proxy`, or, whatever the environment says, through none.
+
+    Raises:
+        LocalError: a kind of proxy that is not known, or that needs a package.
+    """
+    try:
+        return kind(trust_env=False, **({"proxy": proxy} if proxy else {}), **options)
+    except ImportError:
+        raise LocalError(f"the proxy {proxy!r} needs a package; install it with: pip install 'httpx[socks]'") from None
+    except ValueError as error:
+        raise LocalError(f"expected the URL of a proxy such as http://127.0.0.1:3128, got {proxy!r}: {error}") from None
 
 
 def request_of(http: httpx.Client | httpx.AsyncClient, effect: Send) -> httpx.Request:
