@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli import options, output
+from cli import config_file, options, output
+from mesh.errors import BadRequest
+
+if TYPE_CHECKING:
+    from node.config import NodeConfig
+
+FILE = "mesh.config"  # where the context keeps what --config holds
+SIZES = ("memory", "spill_memory", "spill_disk", "upload")
 
 ModelsOption = Annotated[
     list[str],
@@ -73,24 +79,19 @@ TraceOption = Annotated[
 LeashOption = Annotated[int | None, typer.Option("--leash", hidden=True)]
 
 
-def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
+def read_config(ctx: typer.Context, path: Path | None) -> config_file.Config | None:
     """Makes the file's values the defaults of the options: what is typed wins.
 
     Raises:
-        typer.BadParameter: not readable, not TOML, or a name that is no option.
+        typer.BadParameter: as `config_file.read`.
     """
     if path is None:
         return None
-    try:
-        table = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise typer.BadParameter(f"expected a TOML file, got {str(path)!r}: {error}") from None
-    given = {name.replace("-", "_"): value for name, value in table.items()}
-    known = {str(param.name) for param in ctx.command.params} - {"config", "leash", "address"}
-    if unknown := sorted(set(given) - known):
-        raise typer.BadParameter(f"{path}: expected the names of options ({', '.join(sorted(known))}), got {', '.join(unknown)}")
-    ctx.default_map = {**(ctx.default_map or {}), **given}
-    return path
+    options = {str(param.name): param for param in ctx.command.params if param.name not in ("config", "leash", "address")}
+    read = config_file.read(path, options)
+    ctx.default_map = {**(ctx.default_map or {}), **read.values}
+    ctx.meta[FILE] = read
+    return read
 
 
 ConfigOption = Annotated[
@@ -100,6 +101,7 @@ ConfigOption = Annotated[
 
 
 def up(
+    ctx: typer.Context,
     config: ConfigOption = None,
     join: Annotated[
         list[str], typer.Option("--join", metavar="HOST:PORT", help="The gossip address of any node; repeatable.")
@@ -130,10 +132,11 @@ def up(
     leash: LeashOption = None,
 ) -> None:
     """Run a node in the foreground; SIGTERM or Ctrl-C drains it and leaves the mesh."""
-    start({name: value for name, value in locals().items() if name != "config"})
+    start({name: value for name, value in locals().items() if name not in ("config", "ctx")}, ctx)
 
 
 def join(
+    ctx: typer.Context,
     address: Annotated[list[str], typer.Argument(metavar="HOST:PORT...", help="The gossip address of any node.")],
     config: ConfigOption = None,
     model: ModelsOption = [],  # noqa: B006
@@ -162,25 +165,40 @@ def join(
     leash: LeashOption = None,
 ) -> None:
     """Run a node that joins a mesh: `mesh up --join HOST:PORT`."""
-    given = {name: value for name, value in locals().items() if name not in ("config", "address")}
-    start({**given, "join": address})
+    given = {name: value for name, value in locals().items() if name not in ("config", "ctx", "address")}
+    start({**given, "join": address}, ctx)
 
 
-def start(given: dict[str, Any]) -> None:
+def start(given: dict[str, Any], ctx: typer.Context) -> None:
     """Runs the node until it has left; then the process ends.
 
     Raises:
-        BadRequest: an option has another form than expected.
+        BadRequest: an option has another form than expected; with file and line where it stands in `--config`.
     """
-    from node import leash
+    try:
+        config = configuration(given)
+    except BadRequest as error:
+        file: config_file.Config | None = ctx.meta.get(FILE)
+        raise (file.named(error, ctx) if file is not None else error) from None
+    if (leash_fd := given["leash"]) is not None:
+        from node import leash
+
+        leash.hold(leash_fd)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # nothing is taken yet, and the imports below take seconds
+    from node.main import run  # imports torch and trio: after all that can be wrong with the options
+
+    run(config, output.line)
+
+
+def configuration(given: dict[str, Any]) -> NodeConfig:
+    """What the options say. Raises BadRequest, naming the option."""
     from node.config import NodeConfig
 
-    leash_fd, models = given.pop("leash"), given.pop("model")
-    sizes = {name: given.pop(name) for name in ("memory", "spill_memory", "spill_disk", "upload")}
+    sizes = {name: given[name] for name in SIZES}
     read = {name: options.size_bytes(text, "--" + name.replace("_", "-")) for name, text in sizes.items() if text is not None}
-    config = NodeConfig(
+    return NodeConfig(
         **{
-            **given,
+            **{name: value for name, value in given.items() if name not in ("leash", "model", *SIZES)},
             "join": tuple(options.address(text, "--join") for text in given["join"]),
             "bind": options.address(given["bind"], "--bind"),
             "http": options.address(given["http"], "--http"),
@@ -188,14 +206,8 @@ def start(given: dict[str, Any]) -> None:
             "spill_memory_bytes": read.get("spill_memory", 0),
             "spill_disk_bytes": read.get("spill_disk", 0),
             "upload_bytes_s": read.get("upload"),
-            "models": tuple(models),
+            "models": tuple(given["model"]),
             "key_file": options.existing_file(given["key_file"], "--key-file"),
             "api_key_file": options.existing_file(given["api_key_file"], "--api-key-file"),
         }
     )
-    if leash_fd is not None:
-        leash.hold(leash_fd)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # nothing is taken yet, and the imports below take seconds
-    from node.main import run  # imports torch and trio: after all that can be wrong with the options
-
-    run(config, output.line)

@@ -16,6 +16,8 @@ from pathlib import Path
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from mesh.text_files import text_of
+
 KEY_BYTES = 32
 _FILE_BYTES_MAX = 4096
 _SALT = b"gossip-mesh key v1"
@@ -60,7 +62,10 @@ def read_key_file(path: Path) -> str:
         raise BadKeyFile(f"cannot read the mesh key {path}: {error.strerror}; make one with: mesh key new") from None
     if mode & 0o077:
         raise BadKeyFile(f"the mesh key {path} may be read by others (mode {mode:04o}); run: chmod 600 {path}")
-    return text.decode("ascii", errors="replace")
+    try:
+        return text_of(text)
+    except UnicodeDecodeError:
+        raise BadKeyFile(f"the mesh key {path} is not base64; make one with: mesh key new") from None
 
 
 def decode_key(text: str, path: Path) -> bytes:

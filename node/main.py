@@ -19,6 +19,7 @@ from mesh.errors import BadRequest, MeshError
 from mesh.ids import ModelId
 from mesh.keyring import Keyring, load_keyring
 from mesh.keys import BadKeyFile
+from mesh.text_files import text_of
 from node.capacity import layers_that_fit, memory_budget_bytes
 from node.config import NodeConfig, data_home
 from node.engine.api import Engine, EngineConfig
@@ -164,7 +165,7 @@ def _load_api_keys(config: NodeConfig) -> ApiKeys | None:
     if config.api_key_file is None:
         return None
     try:
-        return ApiKeys.parse(config.api_key_file.read_text().splitlines())
+        return ApiKeys.parse(text_of(config.api_key_file.read_bytes()).splitlines())
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text file; `mesh key api` writes one"
         raise BadRequest(f"--api-key-file {config.api_key_file}: {reason}", "api_key_file") from None

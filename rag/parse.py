@@ -6,10 +6,10 @@ what would work: a format is not guessed, and a binary file is not indexed as no
 
 from __future__ import annotations
 
-import codecs
 from pathlib import PurePosixPath
 
 from mesh.errors import BadRequest
+from mesh.text_files import text_of as decoded
 
 MAX_FILE_BYTES = 8 << 20
 MAX_NAME_CHARS = 255
@@ -23,7 +23,6 @@ PLAIN_SUFFIXES = frozenset(
 PLAIN_NAMES = frozenset(
     ["readme", "license", "licence", "changelog", "makefile", "dockerfile", "authors", "notice", "copying", "todo"]
 )
-_BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 
 
 def check_name(name: str) -> str:
@@ -55,15 +54,10 @@ def text_of(name: str, content: bytes) -> str:
     check_name(name)
     if len(content) > MAX_FILE_BYTES:
         raise BadRequest(f"{name!r} has {len(content)} bytes, at most {MAX_FILE_BYTES} are taken; split it", "file", status=413)
-    encoding = "utf-8"
-    for bom, bom_encoding in _BOMS:
-        if content.startswith(bom):
-            content, encoding = content[len(bom) :], bom_encoding
-            break
     try:
-        text = content.decode(encoding)
+        text = decoded(content)
     except UnicodeDecodeError as error:
-        raise BadRequest(f"{name!r} is not {encoding} text (byte {error.start}); save it as UTF-8", "file") from None
+        raise BadRequest(f"{name!r} is not {error.encoding} text (byte {error.start}); save it as UTF-8", "file") from None
     if "\0" in text:
         raise BadRequest(f"{name!r} holds NUL characters: it is a binary file, not text", "file")
     text = text.replace("\r\n", "\n").replace("\r", "\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mesh.errors import BadRequest
+from mesh.text_files import text_of
 
 if TYPE_CHECKING:
     from random import Random
@@ -104,7 +105,7 @@ def file_prompts(path: Path) -> Iterator[Messages]:
         BadRequest: no such file, nothing in it, or JSON of another form (the line's number is told).
     """
     try:
-        lines = [(number, line) for number, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+        lines = [(number, line) for number, line in enumerate(text_of(path.read_bytes()).splitlines(), 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise BadRequest(
             f"--dataset: expected random, prefix, chat or a text file, got {str(path)!r}: {error}", "dataset"
