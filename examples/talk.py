@@ -1,7 +1,8 @@
-"""A streamed answer that outlives the node it came from: `python examples/talk.py "your question"`.
+"""A streamed answer: `python examples/talk.py "your question"`.
 
-The client is told one node (`$MESH_NODE`, else http://127.0.0.1:8000) and learns the others from it. Kill
-that node in mid-answer: the text goes on from another one.
+The client is told one node (`$MESH_NODE`, else http://127.0.0.1:8000) and learns the others from it. Kill a node that computes
+a part of the answer: after a short pause the text goes on, with the same tokens. The node that was asked is the exception today:
+when that one dies its answer is lost with it, and the example ends with the reason.
 """
 
 from __future__ import annotations
@@ -9,13 +10,17 @@ from __future__ import annotations
 import sys
 
 from mesh import Client
+from mesh.errors import MeshError
 
 
 def main(question: str) -> None:
     with Client() as client, client.chat(question, stream=True, max_tokens=64, seed=1) as answer:
-        for text in answer.texts():
-            print(text, end="", flush=True)
-        print(f"\n\n{answer.seq} tokens over {len(answer.mesh['path'])} stages, {answer.progress.resumes} resumes")
+        try:
+            for text in answer.texts():
+                print(text, end="", flush=True)
+        except MeshError as error:
+            sys.exit(f"\n\n{error}")
+        print(f"\n\n{answer.seq} tokens over {len(answer.mesh['path'])} stages, {answer.mesh['attempts']} attempts")
 
 
 if __name__ == "__main__":

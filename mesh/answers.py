@@ -1,4 +1,4 @@
-"""One streamed answer as its reader sees it: an iterator of chunks that outlives the nodes they come from."""
+"""One streamed answer as its reader sees it: an iterator of chunks that goes on over another node where one can."""
 
 from __future__ import annotations
 

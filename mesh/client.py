@@ -1,7 +1,7 @@
 """The client of a mesh: `Client` with blocking calls, `AsyncClient` under trio.
 
 Both know several nodes, learn the rest, ask elsewhere when one fails, and go on with a stream that
-broke. All of that is decided in `mesh.client_flow`; what can be asked is in `mesh.client_api`. One
+broke where a node can. All of that is decided in `mesh.client_flow`; what can be asked is in `mesh.client_api`. One
 client is for one thread, or for the tasks of one trio run.
 """
 

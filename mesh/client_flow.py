@@ -1,4 +1,8 @@
-"""How a client talks to a mesh, without I/O: which node to ask, when to ask again, where to go on.
+"""How a client talks to a mesh, without I/O: which node to ask, when to ask again, where to go on with a stream that broke.
+
+To go on it asks `GET /v1/streams/{id}` of another node. Nodes of this release do not answer that yet, nor read the
+`Idempotency-Key` of a POST: a stream whose own node dies ends with `PeerLost`, and a POST whose answer got lost is carried
+out again by the node that is asked next.
 
 A flow is a generator: it yields an effect (`Send`, `Read`, `Pause`, `Emit`), is sent its outcome and
 returns the answer. `mesh.client` carries the effects out, once with blocking calls and once under
@@ -274,7 +278,7 @@ class Caller:
     ) -> Flow[Answer]:
         """One request and its whole answer, from whichever node gives it.
 
-        A POST carries an Idempotency-Key, so asking twice does it once.
+        Every try of a POST carries the same Idempotency-Key, for nodes that will read it.
 
         Raises:
             NoNodeAnswers, Refused, BadRequest, DeadlineExceeded, RemoteError
@@ -290,10 +294,10 @@ class Caller:
             yield from self._wait(tries, tries.node, answer)
 
     def stream(self, path: str, body: bytes, progress: Progress, tries: Tries) -> Flow[None]:
-        """One streamed answer, chunk by chunk, over as many nodes as it takes.
+        """One streamed answer, chunk by chunk, over as many nodes as it takes where they can go on with it.
 
         Raises:
-            PeerLost: the stream broke and no node can resume it.
+            PeerLost: the stream broke, and no node can go on with it.
             NoNodeAnswers, Refused, BadRequest, DeadlineExceeded, RemoteError: as `call`.
         """
         first = Send("", "POST", path, body, self._headers("POST", "application/json"), streaming=True, silence_s=SILENCE_S)
@@ -306,9 +310,7 @@ class Caller:
             answer = yield replace(request, node=node)
             if isinstance(answer, Broken) or answer.status >= 300:
                 if request is not first and isinstance(answer, Answer) and answer.status in (404, 405, 501):
-                    raise PeerLost(
-                        broken_on, f"{story}, and {node} cannot resume it ({answer.status}: {error_of(answer)}); ask again"
-                    )
+                    raise PeerLost(broken_on, f"{story}, and {node} cannot go on with it: {_why_not_resumed(answer)}; ask again")
                 yield from self._wait(tries, node, answer)
                 continue
             self.nodes.answered = True
@@ -322,7 +324,7 @@ class Caller:
             if progress.seq > seq:
                 tries.fresh()
             yield from self._wait(tries, node, end)
-            if progress.stream:  # else nobody can name it yet: the same POST again, which attaches by its key
+            if progress.stream:  # else it has no name to ask for it by: the same POST again
                 path = f"/v1/streams/{progress.stream}?starting_after={progress.seq}"
                 request = Send("", "GET", path, headers=self.headers, streaming=True, silence_s=SILENCE_S)
 
@@ -369,6 +371,13 @@ class Caller:
         if method == "POST":
             headers["idempotency-key"] = self.new_key()
         return headers
+
+
+def _why_not_resumed(answer: Answer) -> str:
+    """Of a node that was asked for a stream by its id. The status of a route that is not there would tell a person nothing."""
+    if answer.status == 404:
+        return str(error_of(answer))
+    return "nodes of its release keep no stream for another node"
 
 
 def stream_error(node: str, error: Mapping[str, Any]) -> MeshError:

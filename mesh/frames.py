@@ -3,7 +3,9 @@
 Layout, big-endian: u32 header bytes, u32 tail bytes, header, tail. The header is a MessagePack map
 `{"k": kind, "n": call number, "r": reply?, "h": header, "l": sender's load (mesh.load_wire)}`; the tail is raw
 (tensors, files).
-Both lengths are checked before a byte of them is kept, so a hostile peer cannot make us allocate.
+Both lengths are checked as soon as they have come, and memory grows with what has come, not with what was promised: a hostile
+peer can make us keep one frame of the largest size for each of its links, and before its greeting was read 4 KiB and what one
+read of the socket brought (`mesh.frame_stream`).
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ REGION_MS = 25.0
 """Price of leaving the region beyond its round trip: links between regions vary and cost money."""
 
 SHORT_OF_MEMORY_MS = 10_000.0
-"""A peer without KV blocks evicts or refuses: ten seconds, as Petals charges for it (sequence_manager.py)."""
+"""A peer without KV blocks evicts or refuses: ten seconds, as Petals charges for it in its sequence manager."""
 
 NEVER_FITS_MS = 10_000_000.0
 """A peer whose whole KV cache is smaller than the request. Finite, so that sums stay comparable."""

@@ -1,9 +1,17 @@
 """The house's rules about code, run as tests: a rule that no test runs is a wish."""
 
 import ast
+import io
 import re
 import subprocess
+import tokenize
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+
+from typer.main import get_command
+
+from cli.main import app
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("mesh", "membership", "routing", "rag", "node", "cli", "bench", "tools")
@@ -96,3 +104,85 @@ def test_a_decision_has_a_number_of_its_own():
     numbers = [path.name[:4] for path in pages]
     assert len(set(numbers)) == len(numbers)
     assert all(path.read_text().startswith(f"# {int(number)}. ") for path, number in zip(pages, numbers))
+
+
+# What comments, docstrings and documents speak of.
+OURS = "mesh|membership|routing|rag|node|cli|bench|tools|tests"
+NAMED_FILE = re.compile(r"(?<![\w/.<:*-])((?:[\w.-]+/)*[\w.-]+\.(?:md|py|toml|html|c|h|sh|js))(?![\w/])")
+NAMED_FOLDER = re.compile(rf"(?<![\w/.-])((?:{OURS}|docs|examples)/[\w./-]*)")
+NAMED_MODULE = re.compile(rf"`((?:{OURS})(?:\.[A-Za-z_]\w*)+)(?:\([^`]*\))?`")
+NAMED_COMMAND = re.compile(r"`(?:\.venv/bin/)?mesh ([a-z-]+)(?: ([a-z]+))?")
+NAMED_TARGET = re.compile(r"`make ([a-z-]+)")
+NO_MODULES = {"mesh.toml", "mesh.key", "mesh.seq", "mesh.path", "membership.json"}  # a user's files, fields, kept figures
+NO_COMMANDS = {"node"}  # `mesh node NAME up: …` is what a node prints
+
+
+def prose(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines of a document, or of the comments and docstrings of a program."""
+    if path.suffix not in (".md", ".py", ".c", ".h"):
+        return
+    text = path.read_text()
+    if path.suffix == ".md":
+        yield from enumerate(text.splitlines(), 1)
+    elif path.suffix == ".py":
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT:
+                yield token.start[0], token.string
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+                yield from enumerate(node.value.value.splitlines(), node.lineno)
+    else:
+        for comment in re.finditer(r"/\*.*?\*/", text, re.DOTALL):
+            yield text.count("\n", 0, comment.start()) + 1, comment[0]
+
+
+@cache
+def all_prose() -> list[tuple[str, str]]:
+    """Every line with its place, but of kept figures, which are as they were when they were measured."""
+    paths = [path for path in tracked() if "results" not in path.parts]
+    return [(f"{name(path)}:{number}", line) for path in paths for number, line in prose(path)]
+
+
+def mentions(pattern: re.Pattern[str]) -> Iterator[tuple[str, re.Match[str]]]:
+    """Each place where `pattern` stands in our own prose."""
+    for place, line in all_prose():
+        for found in pattern.finditer(line):
+            yield f"{place}: {found[0]}", found
+
+
+def test_files_and_folders_that_are_spoken_of_exist():
+    files = {name(path) for path in tracked()}
+    ends = {"/".join(file.split("/")[depth:]) for file in files for depth in range(file.count("/") + 1)}  # also said in short
+    missing = [place for place, found in mentions(NAMED_FILE) if found[1] not in ends]
+    folders = [(place, found[1].rstrip("./")) for place, found in mentions(NAMED_FOLDER)]
+    missing += [place for place, folder in folders if not any(file.startswith(folder) for file in files)]
+    assert not [place for place in missing if not place.endswith(": mesh.toml")]
+
+
+def test_modules_that_are_spoken_of_exist_with_what_is_named_in_them():
+    kinds = {text for path in FILES for text in re.findall(rf'"((?:{OURS})(?:\.\w+)+)"', path.read_text())}
+    told = [(place, found[1]) for place, found in mentions(NAMED_MODULE) if found[1] not in NO_MODULES | kinds]
+    assert not [place for place, dotted in told if not _is_there(dotted.split("."))]
+
+
+def _is_there(parts: list[str]) -> bool:
+    """The longest beginning that is a module or package, and in it the rest."""
+    for length in range(len(parts), 1, -1):
+        module = ROOT.joinpath(*parts[:length])
+        source = next((each for each in (module.with_suffix(".py"), module / "__init__.py") if each.is_file()), None)
+        if source is not None:
+            return all(re.search(rf"\b{part}\b", source.read_text()) for part in parts[length:])
+        if module.is_dir():
+            return length == len(parts)
+    return False
+
+
+def test_commands_and_targets_that_are_spoken_of_exist():
+    commands, targets = get_command(app).commands, set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    wrong = [place for place, found in mentions(NAMED_TARGET) if found[1] not in targets]
+    for place, found in mentions(NAMED_COMMAND):
+        command = commands.get(found[1])
+        inner = getattr(command, "commands", None)
+        if found[1] not in NO_COMMANDS and (command is None or (found[2] and inner is not None and found[2] not in inner)):
+            wrong.append(place)
+    assert not wrong

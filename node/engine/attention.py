@@ -1,7 +1,7 @@
 """Causal attention over ragged packed rows, the same bits however a sequence was batched or chunked.
 
 Registered with transformers as the attention of every model that uses `AttentionInterface`. A matrix kernel's rounding
-depends on the shapes it is given (research/engine.md §8), so the shapes depend on a row's position alone:
+depends on the shapes it is given, so the shapes depend on a row's position alone:
 
 1. the keys that a query meets are those up to the end of its own *stretch* of 128 positions, masked behind the query
    itself. A prefill is cut at the stretches' ends, which also spares it half of the masked work. (Padding all queries of

@@ -1,8 +1,9 @@
 """The KV block pool: who may hold how much of the KV memory. Counting only, no torch.
 
 A block is room for `BLOCK_TOKENS` tokens of one sequence in all layers of one loaded span. On CPUs a sequence keeps
-its blocks as one contiguous buffer (`kvcache`): torch has no paged attention kernel there, gathering pages costs as
-much as attending, and prefixes are recomputed exactly, so smaller pages would buy nothing (research/engine.md §4).
+its blocks as one contiguous buffer (`kvcache`), which attention there reads fastest. What several sequences begin with is kept
+apart from that, in pages that are copied in and out (`pages`, `docs/decisions/0015-pages-are-copied.md`); on a GPU blocks
+are counted in the same way and lie in pages (`paged/`).
 
 Blocks are numbered and reference-counted: a sequence holds its blocks, and so does the step that computes on
 them, so closing a sequence in mid-step gives nothing away before the step is over.

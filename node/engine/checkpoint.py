@@ -1,7 +1,7 @@
 """A model directory read without its weights: can it be served here, and what must peers know of it?
 
 Only local directories, only safetensors, never code from the checkpoint. What cannot be served exactly is refused
-by name and reason, before any weight is read (research/engine.md §3c lists what was tried).
+by name and reason, before any weight is read.
 """
 
 from __future__ import annotations

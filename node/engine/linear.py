@@ -1,7 +1,7 @@
 """Linear layers in prepacked form, the same bits for a row whatever rows stand beside it.
 
 `nn.Linear` reads its weights at a quarter to a third of the memory's bandwidth on CPUs; weights that oneDNN has
-reordered once are read at about 80 % (research/engine.md §5). But a matrix kernel is chosen by the number of rows, and
+reordered once were read at about 80 % where it was measured. But a matrix kernel is chosen by the number of rows, and
 kernels round differently. So rows are padded to a few row counts, the *buckets*, for which `agreeing_buckets` has found
 every row to come out bit-equal, wherever it stands. Which buckets agree differs from CPU to CPU, so it is measured.
 """

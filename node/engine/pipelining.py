@@ -8,7 +8,7 @@ for more, no longer than rows are away on the average.
 How many groups is best depends on what nobody here can see: how many stages there are, which is the slowest, whether a step
 of half the rows takes half the time, what lies between. So it is found out: a window of several rounds is counted in
 tokens a second, one more or one fewer is tried now and then, and ever more seldom while that changes nothing. Any
-grouping gives the same tokens (design.md, Exactness).
+grouping gives the same tokens (`docs/architecture.md`, the last section).
 """
 
 from __future__ import annotations

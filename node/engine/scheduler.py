@@ -1,7 +1,7 @@
 """Which rows the next step computes. A core: no torch, no clock, no threads.
 
 Each (loaded span, layers asked of it) is a *lane*; a step takes rows of one lane, and lanes with work take turns. Within a
-lane `sharing` splits the step's token budget. Any mixture gives the same tokens (design.md, Exactness), so fairness is free;
+lane `sharing` splits the step's token budget. Any mixture gives the same tokens (`docs/architecture.md`), so fairness is free;
 for the same reason rows may compute tokens that are only guessed (`speculation`) and begin behind pages that others
 computed (`pages`).
 

@@ -245,7 +245,7 @@ def test_a_stream_that_no_node_can_resume_says_so_with_what_was_lost() -> None:
         answer(B, 404, {"error": {"message": "unknown stream"}}),
     )
     with pytest.raises(
-        PeerLost, match=r"chatcmpl-1 broke after 1 tokens .* http://b:1 cannot resume it \(404: unknown stream\); ask again"
+        PeerLost, match=r"chatcmpl-1 broke after 1 tokens .* http://b:1 cannot go on with it: unknown stream; ask again"
     ):
         play(flow, scripted(*outcomes))
 
@@ -289,3 +289,22 @@ def test_a_stream_that_gets_no_further_gives_up() -> None:
 
     with pytest.raises(NoNodeAnswers, match="ended without"):
         play(flow, respond)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [
+        (405, {"error": {"message": "this path does not take this method"}}, "keep no stream for another node"),
+        (501, {}, "keep no stream for another node"),
+        (404, {"error": {"message": "there is no stream chatcmpl-1"}}, "there is no stream chatcmpl-1"),
+    ],
+)
+def test_a_stream_that_no_node_can_go_on_with_ends_with_a_reason_that_a_person_understands(
+    status: int, body: Any, told: str
+) -> None:
+    flow, progress, _ = streaming(caller(A, B))
+    outcomes = [answer(A, x_mesh_stream="chatcmpl-1"), event(1, "w"), Broken("connection reset"), answer(B, status, body)]
+    with pytest.raises(PeerLost, match=told) as lost:
+        play(flow, scripted(*outcomes))
+    assert progress.seq == 1 and "after 1 tokens" in str(lost.value) and "ask again" in str(lost.value)
+    assert str(status) not in str(lost.value) and "method" not in str(lost.value)
