@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -202,6 +203,16 @@ class Noted:
         return self
 
     def wait(self) -> None: ...
+
+
+def test_a_rank_reads_the_files_of_the_model_and_no_others(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:
+    directory = tmp_path / "copy"
+    shutil.copytree(checkpoint_of("llama"), directory)
+    mine = Shard(cutting_of(read_checkpoint(directory), 2), 0)
+    expected = set(mine.tensors(directory))
+    save_file({"stray.weight": torch.zeros(2), "lm_head.weight": torch.zeros(2)}, directory / "zz.safetensors")
+    assert set(mine.tensors(directory)) == expected
+    assert mine.tensors(directory)["lm_head.weight"].get_shape() != [2], "not the stray file's"
 
 
 @pytest.mark.parametrize("rows", [1, 5, 64])
