@@ -23,6 +23,7 @@ MAX_LAYERS = 4096  # of a model that a peer tells of: lists as long as that are 
 MAX_ETA_S = 1_000_000  # eleven days: a peer's word for longer is none
 
 Layer = Annotated[int, Meta(ge=0, le=MAX_LAYERS)]
+Hash = Annotated[str, Meta(max_length=128)]
 
 
 class PeerState(StrEnum):
@@ -81,15 +82,16 @@ def is_exact(numerics: str) -> bool:
 
 
 class ModelCard(msgspec.Struct, frozen=True):
-    """What every node that knows a model says of it; two cards with one id must agree in `weights`."""
+    """What a node that knows a model says of it. Cards with one id and other `weights` are of two versions (`mesh.versions`)."""
 
     id: ModelId
     layers: Annotated[int, Meta(ge=1, le=MAX_LAYERS)]
     max_model_len: Annotated[int, Meta(ge=1)]
-    weights: str  # digest of the checkpoint's config and tensor index
+    weights: Hash  # identity: the hash of its manifest (`mesh.weights`); empty: its files are still being hashed
     numerics: str  # fingerprint: equal ones promise equal tokens
     kind: str = "chat"
-    manifest: str = ""  # identity of the manifest of its files, which this node hands to peers; empty: not (yet) known here
+    manifest: Hash = ""  # equals `weights` where this node hands the files to peers; empty: it does not
+    written_at_s: Annotated[int, Meta(ge=0)] = 0  # when the newest of its weight files was written, in seconds since 1970
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -164,21 +166,3 @@ class View:
     def is_live(self, node: NodeId) -> bool:
         peer = self.peers.get(node)
         return peer is not None and peer.state in (PeerState.ALIVE, PeerState.SUSPECT)
-
-    def models(self) -> dict[ModelId, ModelCard]:
-        """Every model some live peer knows; the lowest node id's card wins where cards differ."""
-        cards: dict[ModelId, ModelCard] = {}
-        for peer in sorted(self.live(), key=lambda peer: peer.id):
-            for card in peer.facts.models:
-                cards.setdefault(card.id, card)
-        return cards
-
-    def replicas(self, model: ModelId, layers: int) -> list[int]:
-        """How many live peers hold each layer of `model`; length `layers`."""
-        counts = [0] * layers
-        for peer in self.live():
-            held = {layer for span in peer.facts.spans if span.model == model for layer in range(span.start, span.end)}
-            for layer in held:
-                if layer < layers:
-                    counts[layer] += 1
-        return counts

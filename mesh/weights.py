@@ -1,8 +1,9 @@
-"""What two nodes must agree on to hand a model's files over: its manifest, and the pieces that files are fetched in.
+"""The identity of a set of weights: its manifest's hash; and the pieces that files are fetched in.
 
 A manifest names the tensors (dtype, shape) and the small text files of a model, with the hash of every piece of at most
-1 MiB of each. Where a tensor lies in which file is no part of it, so a model cut into other files is still the same model.
-Nodes gossip the manifest's own hash: whoever asks for that hash can check the manifest, and by it every byte that comes.
+1 MiB of each. It holds content alone: which file a tensor is stored in, at which offset, and what a release of this program
+makes of the config are no part of it, so a model cut into other files is the same model, and any other byte another one.
+Nodes gossip the manifest's own hash: a node that knows this hash can check the manifest, and by it every byte that comes.
 Nothing in a manifest is believed before it is bounded: names, counts, shapes and sizes are checked when it is decoded.
 """
 
@@ -10,44 +11,55 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
-from mesh.view import MAX_LAYERS, ModelCard
-
 MANIFEST_KIND = "weights.manifest"  # the call {manifest, offset} -> {size_bytes}, a slice of the manifest
 PIECE_KIND = "weights.piece"  # the call {manifest, name, number} -> the piece
-NOT_HELD = "weights_not_held"  # the error code of who does not have that (yet): nothing is wrong with it
+NOT_HELD = "weights_not_held"  # the error code of a node that does not have that (yet): nothing is wrong with it
+FORM: Final = 2  # of a manifest. Another form, or another size of pieces, would give every model another identity
 PIECE_BYTES = 1 << 20  # short beside a token's frame on the same link: 8 ms at 1 Gbit/s
 DIGEST_BYTES = 32
 MAX_MANIFEST_BYTES = 64 << 20  # 2 TB of weights
 MAX_FILE_BYTES = 64 << 20  # the largest vocabularies take a third of it
+MAX_FILES = 64
 
-# What a tokenizer, a config or a template may be called. Nothing executable is among them, and no name has a folder in it.
+# What transformers reads beside the weights: config, tokenizer, templates. Nothing executable is among them.
 TEXT_FILES = frozenset(
     {
         "added_tokens.json",
+        "bpe.codes",
         "chat_template.jinja",
         "chat_template.json",
         "config.json",
+        "dict.txt",
         "generation_config.json",
         "merges.txt",
+        "sentencepiece.bpe.model",
+        "sentencepiece.model",
         "special_tokens_map.json",
         "spiece.model",
+        "spm.model",
+        "tekken.json",
         "tokenizer.json",
         "tokenizer.model",
         "tokenizer_config.json",
+        "vocab.bpe",
         "vocab.json",
         "vocab.txt",
     }
 )
+TEMPLATES_FOLDER = "additional_chat_templates"
+# Forms for one release of transformers, and further templates: the only names with a folder in them.
+_TEXT_FILE = re.compile(rf"(config|tokenizer)\.\d+(\.\d+)*\.json|{TEMPLATES_FOLDER}/[A-Za-z0-9_-]+\.jinja")
 # Bytes of one element, by safetensors' names.
-DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
-DTYPE_BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
+DTYPE_BYTES = dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1)
+DTYPE_BYTES |= {"I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8}
 _HEADS = frozenset({"lm_head", "embed_out"})  # what models call the matrix behind the last layer
 
 Size = Annotated[int, Meta(ge=0, le=1 << 44)]
@@ -99,24 +111,24 @@ Entry = FileEntry | TensorEntry
 
 
 class Manifest(msgspec.Struct, frozen=True, array_like=True):
-    """`weights`: the digest that `ModelCard` tells for the same checkpoint; both lists are in the order of their names."""
+    """Both lists are in the order of their names."""
 
-    weights: Annotated[str, Meta(max_length=128)]
-    layers: Annotated[int, Meta(ge=1, le=MAX_LAYERS)]
-    max_model_len: Annotated[int, Meta(ge=1)]
-    files: Annotated[tuple[FileEntry, ...], Meta(max_length=len(TEXT_FILES))]
+    form: Literal[2]
+    files: Annotated[tuple[FileEntry, ...], Meta(max_length=MAX_FILES)]
     tensors: Annotated[tuple[TensorEntry, ...], Meta(max_length=1 << 20)]
 
     @property
     def parameters(self) -> int:
         return sum(tensor.elements for tensor in self.tensors)
 
-    def agrees_with(self, card: ModelCard) -> bool:
-        return (self.weights, self.layers, self.max_model_len) == (card.weights, card.layers, card.max_model_len)
-
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Manifest)
+
+
+def is_text_file(name: str) -> bool:
+    """Whether a file of this name belongs to a model's text side; a name with a folder in it has `/` between."""
+    return name in TEXT_FILES or _TEXT_FILE.fullmatch(name) is not None
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -125,7 +137,7 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def identity(encoded: bytes) -> str:
-    """What is gossiped of an encoded manifest: 64 hex digits."""
+    """The hash of an encoded manifest, which is the identity of the weights: 64 hex digits."""
     return digest_of(encoded).hex()
 
 
@@ -155,7 +167,7 @@ def _check(manifest: Manifest) -> None:
         if names != sorted(set(names)):
             raise BadManifest("names that are not in order, or come twice")
     for file in manifest.files:
-        if file.name not in TEXT_FILES or file.size_bytes > MAX_FILE_BYTES:
+        if not is_text_file(file.name) or file.size_bytes > MAX_FILE_BYTES:
             raise BadManifest(f"{file.name[:64]!r} of {file.size_bytes} bytes is no file of a model's text side")
     for tensor in manifest.tensors:
         if tensor.dtype not in DTYPE_BYTES or tensor.name == "__metadata__" or not tensor.name.isprintable():

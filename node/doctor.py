@@ -10,13 +10,15 @@ from mesh.errors import ModelLoading
 from mesh.ids import ModelId, NodeId, format_address
 from mesh.refusals import COUNTED_MAX, FOREIGN_WORD, Refusal
 from mesh.seal import REPLAY_WINDOW_S, SealFault
-from mesh.view import Peer, PeerState, Readiness, View
+from mesh.versions import NAME_DIGITS, ModelVersion, holds, replicas, versions
+from mesh.view import ModelCard, Peer, PeerState, Readiness, View
 from rag.types import StoreInfo
 from routing.loading import no_path
 
 PROBLEM, NOTE = "problem", "note"
 SKEW_S = 5.0  # between two clocks: beyond it something is wrong, long before the seal refuses anything
 FREE_BYTES_LOW = 1 << 30
+NAMED_MAX = 8  # nodes of one version in one sentence
 LAYER_COPIES_WANTED = 2  # so that any one node may die
 
 # A refusal's reason -> (what the datagrams are, what to do). What is not here is a sentence already: a link's refusal.
@@ -69,6 +71,7 @@ class Look:
     free_bytes: int | None = None  # where the data directory lies
     local_kernels: Mapping[str, str] = field(default_factory=dict)  # own span -> a kernel that is not portable, and why
     not_written: str = ""  # why the data directory keeps nothing, if it does not
+    changed_files: Mapping[ModelId, str] = field(default_factory=dict)  # of this node's models; why they were hashed again
 
 
 def diagnosis(look: Look) -> list[Finding]:
@@ -177,22 +180,15 @@ def _nodes(view: View) -> Iterator[Finding]:
 
 
 def _models(look: Look) -> Iterator[Finding]:
-    live = sum(1 for _ in look.view.live())
-    for model, card in sorted(look.view.models().items()):
-        gaps = look.missing_layers.get(model)
-        if gaps and isinstance(why := no_path(look.view, model, gaps), ModelLoading):
-            yield Finding(NOTE, "models", f"it cannot answer yet: {why}", "wait; see the log of the node that loads if it lasts")
-        elif gaps:
-            layers = ", ".join(f"{start}:{end}" for start, end in gaps)
-            do = f"start a node that holds them: mesh up --join HOST:PORT --layers {gaps[0][0]}:{gaps[0][1]}"
-            yield Finding(PROBLEM, "models", f"no live node holds layers {layers} of {model}: it cannot answer", do)
-        elif (copies := min(look.view.replicas(model, card.layers), default=0)) < LAYER_COPIES_WANTED:
-            what = f"some layers of {model} are held {copies} time{'' if copies == 1 else 's'}: the next death stops it"
-            severity = PROBLEM if live > 1 else NOTE
-            do = "add a node, or give the others more --memory" if live > 1 else "add a node"
-            yield Finding(
-                severity, "models", what, f"{do}; {LAYER_COPIES_WANTED} copies of each layer are wanted{_room(look.view, model)}"
-            )
+    known = versions(look.view)
+    for version in known:
+        yield from _layers(look, version)
+    for model in sorted({version.card.id for version in known if not version.answers}):
+        yield _several(look.view, model, [version for version in known if version.card.id == model])
+    for model, why in sorted(look.changed_files.items()):
+        do = "look at the disk of this node, or at what wrote the file, and copy the model's files here again if they are damaged"
+        what = f"the files of {model} on this node are not those it began with; it serves them as what they are now: {why}"
+        yield Finding(PROBLEM, "models", what, do)
     if look.not_ready and not look.missing_layers:
         yield Finding(PROBLEM, "models", f"this node is not ready: {look.not_ready}", "see its log")
 
@@ -204,8 +200,43 @@ def _kernels(look: Look) -> Iterator[Finding]:
         yield Finding(NOTE, "models", what, do)
 
 
-def _room(view: View, model: ModelId) -> str:
-    room = sum(peer.facts.capacity.get(model, 0) for peer in view.live())
+def _layers(look: Look, version: ModelVersion) -> Iterator[Finding]:
+    """Of one version, which layers are held too few times. One that does not answer to its id is worth a note at most."""
+    live, card, name = sum(1 for _ in look.view.live()), version.card, ModelId(version.name)
+    gaps = look.missing_layers.get(name)
+    if gaps and isinstance(why := no_path(look.view, card.id, gaps, card.weights), ModelLoading):
+        yield Finding(NOTE, "models", f"it cannot answer yet: {why}", "wait; see the log of the node that loads if it lasts")
+    elif gaps:
+        layers = ", ".join(f"{start}:{end}" for start, end in gaps)
+        do = f"start a node that holds them: mesh up --join HOST:PORT --layers {gaps[0][0]}:{gaps[0][1]}"
+        severity = PROBLEM if version.answers else NOTE
+        yield Finding(severity, "models", f"no live node holds layers {layers} of {name}: it cannot answer", do)
+    elif (copies := min(replicas(look.view, card), default=0)) < LAYER_COPIES_WANTED:
+        what = f"some layers of {name} are held {copies} time{'' if copies == 1 else 's'}: the next death stops it"
+        severity = PROBLEM if live > 1 and version.answers else NOTE
+        do = "add a node, or give the others more --memory" if live > 1 else "add a node"
+        do = f"{do}; {LAYER_COPIES_WANTED} copies of each layer are wanted{_room(look.view, card)}"
+        yield Finding(severity, "models", what, do)
+
+
+def _several(view: View, model: ModelId, found: Sequence[ModelVersion]) -> Finding:
+    """Two or more sets of weights under one id: which nodes have which, and which of them answers."""
+    told = []
+    for version in found:
+        names = ", ".join(_name(view, node) for node in version.known_to[:NAMED_MAX])
+        more = f" and {len(version.known_to) - NAMED_MAX} more" if len(version.known_to) > NAMED_MAX else ""
+        answer = f"answers to {model}" if version.answers else f"is asked for as {version.name}"
+        told.append(f"{version.card.weights[:NAME_DIGITS]} (on {names}{more}; {len(version.holders)} serve it) {answer}")
+    what = f"{len(found)} sets of weights are called {model}, and they are no replicas of each other: {'; '.join(told)}"
+    do = (
+        "give all nodes the same files, or start those with others under another name: mesh up --model NAME=DIR. "
+        "A version whose layers are all held comes first, then the one that more nodes serve, then the newer"
+    )
+    return Finding(PROBLEM, "models", what, do)
+
+
+def _room(view: View, card: ModelCard) -> str:
+    room = sum(peer.facts.capacity.get(card.id, 0) for peer in view.live() if holds(peer, card))
     return f"; the live nodes have room for {room} layers of it" if room else ""
 
 

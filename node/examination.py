@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import trio
@@ -40,10 +41,12 @@ class Examination:
         ready: Callable[[], Awaitable[str | None]],
         keys: MeshKeys | None,
         engine: Callable[[], object],
+        changed_files: Mapping[ModelId, str] = MappingProxyType({}),
     ) -> None:
+        """`changed_files`: of each model whose files here proved to be others than were hashed, how."""
         self._view, self._call, self._clock, self._directory = view, call, clock, directory
         self._refusals, self._stores, self._missing_layers, self._ready = refusals, stores, missing_layers, ready
-        self._keys, self._engine = keys, engine
+        self._keys, self._engine, self._changed_files = keys, engine, changed_files
         self.handlers: Handlers = {KIND: self._answer}
 
     async def examine(self) -> dict[str, Any]:
@@ -71,6 +74,7 @@ class Examination:
                 local_kernels=_local_kernels(self._engine()),
                 free_bytes=free_bytes,
                 not_written=not_written,
+                changed_files=dict(self._changed_files),
             )
         )
         healthy = not any(finding.severity == PROBLEM for finding in found)

@@ -20,7 +20,7 @@ from node.own_facts import OwnFacts
 LOOK_EVERY_S = 0.5
 TELL_EVERY_S = 2.0  # to peers, at most
 LOG_EVERY_S = 5.0
-FETCHED_SHARE = 0.5  # of the way to a span, that fetching its files from peers counts for: networks and disks differ
+FETCHED_SHARE = 0.5  # of the way to a span, that fetching its files from peers counts for, or hashing them: disks differ
 KNOWN_FROM = 0.05  # below this share the time it took says little of the time to go
 FIRST_GUESS_S = 10.0
 
@@ -46,7 +46,8 @@ class _Begun:
 
 
 class LoadWatch:
-    """`engine`: the spans that it loads now; `fetching`: the share that is here of what comes from peers now, by model."""
+    """`engine`: the spans that it loads now; `fetching`: by model, the share that is ready of the files that are being fetched
+    from peers, or hashed, before they can be loaded."""
 
     def __init__(
         self,

@@ -105,13 +105,23 @@ def split_references(references: Iterable[str], *, joins: bool) -> tuple[list[tu
 
 
 class Models:
-    """By id. The first one added answers requests that name no model."""
+    """By id: of one id a node has one version. The first one added answers requests that name no model."""
 
     def __init__(self) -> None:
         self._models: dict[ModelId, ServedModel] = {}
 
     def add(self, model: ServedModel) -> None:
+        """In the place of what was known under the id."""
         self._models[model.card.id] = model
+
+    @property
+    def default(self) -> ModelId | None:
+        return next(iter(self._models), None)
+
+    def version(self, model: ModelId, weights: str) -> ServedModel | None:
+        """The model, if what this node has of it are these weights."""
+        found = self._models.get(model)
+        return found if found is not None and found.card.weights == weights else None
 
     def update(self, card: ModelCard) -> None:
         """A span was loaded: the card now has its numerics."""

@@ -3,6 +3,9 @@
 Pinned spans are loaded as they are told. With `auto` the node chooses when it joins and moves later only
 when the view gives it the move: a new span is loaded and served before an old one is dropped.
 
+Before anything is loaded the node finds out which weights its files are. Files that change while they are served, or prove
+to hold other bytes than were hashed, are served no more until they have been hashed again: they are another version then.
+
 A model that was named but whose files are not here is taken up as soon as peers tell of it: its text side first, then,
 before each load, the tensors of the span.
 """
@@ -11,13 +14,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from functools import partial
 
 import msgspec
 import structlog
 import trio
 
 from membership.service import Membership
-from mesh.errors import BadRequest, MeshError
+from mesh.errors import BadRequest, MeshError, Refused
 from mesh.ids import ModelId
 from mesh.view import ModelCard, Span
 from node.config import pinned_spans
@@ -26,12 +30,14 @@ from node.engine.parallel.crew import WorkersLost
 from node.models import Holdings, ServedModel
 from node.own_facts import OwnFacts
 from node.weights.library import Library, capacity_layers
+from node.weights.verifying import FilesChanged
 from routing.placement import choose_spans, next_move
 
 MENDED_AT_ONCE = 64  # spans that were lost and wait to be loaded again; a node holds a handful
 MEND_AFTER_S = 1.0  # whatever took the workers may be about to take the next ones
 LOSSES_WITHIN_S = 600.0
 MOST_LOSSES = 3  # within that time, of all spans together: beyond it the machine is at fault, and the node ends
+RENEW_EVERY_S = 15.0  # files that cannot be served as they are may be in the middle of being copied
 SETTLE_S = 0.3  # after joining, and after each change: cuts come in bursts, and one answer to all of them is enough
 
 log = structlog.get_logger()
@@ -65,7 +71,7 @@ class Placing:
         self._changing = trio.Lock()  # a move and a mend do not mix
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Loads what is to be served, offers the files to peers, and goes on until cancelled: mending, with `auto` also moving.
+        """Loads what is to be served, hands files to peers, and goes on until cancelled: mending, with `auto` also moving.
 
         It has started when peers are told what will be loaded, of all models.
 
@@ -78,10 +84,10 @@ class Placing:
         self._facts.intend(tuple(span for model in self._models for span in self._wanted_of(model.card)))
         task_status.started()
         for model in self._models:
-            await self._hold(model)
+            await self._hold(await self._identify(model))
         async with trio.open_nursery() as nursery:
             for model in self._models:
-                nursery.start_soon(self._offer, model)
+                nursery.start_soon(self._watch_files, model.card.id)
             for name in self._wanted:
                 nursery.start_soon(self._adopt, name)
             nursery.start_soon(self._mend)
@@ -113,21 +119,61 @@ class Placing:
         # A pinned node tells no capacity: the mesh must not count on it for a move that it will not make.
         self._facts.know(model.card, self._capacity[model.card.id] if self._pinned is None else None)
 
+    async def _identify(self, model: ServedModel) -> ServedModel:
+        """From here on the node says which weights it has, and hands them to peers."""
+        identified = await self._library.identify(model)
+        self._models.add(identified)
+        self._know(identified)
+        return identified
+
     async def _adopt(self, name: ModelId) -> None:
         """Takes up a model that peers serve."""
         model = await self._library.adopt(name)
         _pinned_spans(model.card, self._pinned or ())
-        self._capacity[name] = capacity_layers(model, self._share_bytes)
+        self._capacity[model.card.id] = capacity_layers(model, self._share_bytes)
         self._models.add(model)
         self._know(model)
-        log.info("model.adopted", model=name, layers=model.card.layers)
+        log.info("model.adopted", model=model.card.id, weights=model.card.weights[:16], layers=model.card.layers)
         await self._hold(model)
+        await self._watch_files(model.card.id)
 
-    async def _offer(self, model: ServedModel) -> None:
-        manifest = await self._library.offer(model)
-        card = msgspec.structs.replace(self._models.get(model.card.id).card, manifest=manifest)
-        self._models.update(card)
-        self._know(self._models.get(card.id))
+    # --- files that change
+
+    async def _watch_files(self, model: ModelId) -> None:
+        while True:
+            change = await self._library.changed(model)
+            await self._withdraw(model, change)
+            while not await self._renew(model):  # noqa: ASYNC110 — files tell of no change
+                await trio.sleep(RENEW_EVERY_S)
+
+    async def _withdraw(self, model: ModelId, change: FilesChanged) -> None:
+        """Serves nothing of the model any more: its layers in memory may be of either content."""
+        card = self._models.get(model).card
+        do = "look at the disk, or at what wrote the file; the node hashes its files and serves them as the weights that they are"
+        log.error("weights.changed", model=model, weights=card.weights[:16], file=change.file, why=change.why, do=do)
+        held, intended = self._held(card), self._intended(model)
+        self._models.update(msgspec.structs.replace(card, weights="", manifest="", numerics=""))
+        unknown = self._models.get(model)
+        self._facts.serve(unknown.card, ())  # at once, with its weights: no request comes here for them any more
+        self._intend(unknown, {*held, *intended})
+        async with self._changing:
+            for span in held:
+                await trio.to_thread.run_sync(self._engine.unload, span)
+            await self._library.withdraw(model, change)
+
+    async def _renew(self, model: ModelId) -> bool:
+        """Hashes the files and serves what they are now; False: they cannot be served as they are."""
+        async with self._changing:
+            intended = self._intended(model)
+            try:
+                renewed = await self._library.renew(self._models.get(model), self._engine.inspect)
+                self._models.add(renewed)
+                self._know(renewed)
+                await (self._take(renewed, intended) if intended else self._hold(renewed))
+            except (BadRequest, Refused) as error:
+                log.error("weights.not_served", model=model, why=str(error)[:500], next_try_in_s=RENEW_EVERY_S)
+                return False
+        return True
 
     def _wanted_of(self, card: ModelCard) -> tuple[Span, ...]:
         """What this node should hold of the model as things are now."""
@@ -163,7 +209,7 @@ class Placing:
             await trio.sleep(SETTLE_S)
             await self._membership.settled()
             for model in self._models:
-                move = next_move(self._membership.view, model.card.id)
+                move = next_move(self._membership.view, model.card.id, card=model.card) if model.card.weights else None
                 if move is not None and move.node == self._membership.me:
                     log.info("placement.move", model=model.card.id, take=_ranges(move.take), drop=_ranges(move.drop_after))
                     async with self._changing:
@@ -180,17 +226,24 @@ class Placing:
         self._facts.intend((*others, *spans))
 
     async def _take(self, model: ServedModel, spans: Iterable[Span]) -> None:
-        """Loads the spans, and tells of each as soon as it serves."""
-        id, wanted = model.card.id, set(spans)
+        """Loads the spans, and tells of each as soon as it serves. Nothing is loaded while the weights are not known."""
+        id, directory, wanted = model.card.id, model.directory, set(spans)
         for span in sorted(wanted - set(self._held(model.card))):
+            weights = self._models.get(id).card.weights
+            if not weights:
+                return
             await self._library.bring(model, span)
-            loaded = await trio.to_thread.run_sync(
-                self._engine.load, model.directory, id, span.start, span.end, abandon_on_cancel=True
-            )
-            card = msgspec.structs.replace(loaded, manifest=self._models.get(id).card.manifest)
+            load = partial(self._engine.load, directory, id, span.start, span.end, weights)
+            loaded = await trio.to_thread.run_sync(load, abandon_on_cancel=True)
+            if not await self._library.is_unchanged(id) or self._models.get(id).card.weights != weights:
+                await trio.to_thread.run_sync(self._engine.unload, span)
+                log.warning("span.not_served", model=id, why="its files changed while they were read; they are hashed again")
+                return
+            known = self._models.get(id).card
+            card = msgspec.structs.replace(loaded, manifest=known.manifest, written_at_s=known.written_at_s)
             self._models.update(card)
             self._facts.serve(card, (*self._held(card), span))
-            log.info("span.serves", model=id, start=span.start, end=span.end, numerics=card.numerics)
+            log.info("span.serves", model=id, start=span.start, end=span.end, weights=weights[:16], numerics=card.numerics)
         self._intend(model, self._intended(id) - wanted)
 
     async def _drop(self, model: ServedModel, spans: Iterable[Span]) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from mesh.ids import Address, ModelId, NodeId
 from mesh.prefix import PAGE_TOKENS
-from mesh.view import PeerState, View
+from mesh.versions import holds
+from mesh.view import ModelCard, PeerState, View
 from node.engine.api import SequenceKey
 from node.generation_events import StageAt, Stages
 from routing.breaker import Breakers
@@ -29,6 +30,7 @@ class PlanRequest:
 
     model: ModelId
     layers: int
+    weights: str  # that compute the request, at every attempt
     known_tokens: int  # prompt, and answer so far: what the new path must prefill
     tokens_to_come: int
     exclude: frozenset[NodeId]
@@ -80,6 +82,7 @@ class Planning:
             excluded=request.exclude,
             avoided=self._breakers.avoided([peer.id for peer in view.live()], now) | self._doubted(now),
             numerics=request.numerics,
+            weights=request.weights,
         )
         stages = tuple(StageAt(stage.node, stage.address, stage.start, stage.end) for stage in path)
         self.last_wait_s = path.wait_ms / 1000.0
@@ -105,13 +108,17 @@ class Planning:
         """The stages took up a sequence with these pages, and will have them for a while."""
         self._prefixes.sent(names, [stage.node for stage in stages])
 
-    def page_source(self, stage: StageAt, model: ModelId, names: Sequence[bytes]) -> Address | None:
-        """Where more of the prompt's beginning may be than at the stage itself: the node that was sent most of it."""
+    def page_source(self, stage: StageAt, card: ModelCard, names: Sequence[bytes]) -> Address | None:
+        """Where more of the prompt's beginning may be than at the stage itself: the node that was sent most of it.
+
+        Only nodes with the same weights are asked; the names of pages depend on them, too (`mesh.prefix`).
+        """
         cached, view = self._prefixes.cached_tokens(names), self._view()
         best, most = None, cached.get(stage.node, 0)
         for peer in sorted(view.live(), key=lambda peer: peer.id):
-            holds = any(span.model == model and span.start <= stage.start and stage.end <= span.end for span in peer.facts.spans)
-            if cached.get(peer.id, 0) > most and holds and not peer.stalled and peer.state is PeerState.ALIVE:
+            spans = [span for span in peer.facts.spans if span.model == card.id]
+            has_it = holds(peer, card) and any(span.start <= stage.start and stage.end <= span.end for span in spans)
+            if cached.get(peer.id, 0) > most and has_it and not peer.stalled and peer.state is PeerState.ALIVE:
                 best, most = peer.address, cached[peer.id]
         return best
 

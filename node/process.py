@@ -56,6 +56,7 @@ from node.request_run import EntryNode
 from node.sockets import PeerSockets, reachable
 from node.stages import Stages
 from node.surface import Surface
+from node.version_watch import VersionWatch
 from node.weights.library import Library
 from rag.embed import MiniLM
 from rag.service import Documents
@@ -131,10 +132,10 @@ class Node:
         self._stages = self._make_stages()
         self._losses = Losses(self._view, self._entry, self._stages, self._planning, self._membership.lost)
         self._coverage, self._pulse = CoverageWatch(self._membership.changed), Pulse(self._facts, self._load, engine.overdue_s)
-        self._readiness = Readiness(self._view, self._models, self._entry)
+        self._readiness = Readiness(self._view, self._models, self._entry, self._library.hashing)
+        self._versions = VersionWatch(self._membership.changed, holdings.models)
         self._placing = Placing(config.layers, engine, holdings, self._facts, self._membership, self._library)
-        self._twin_watch = TwinWatch(identity.id, self._facts)
-        self._load_watch = LoadWatch(self._facts, self._spans_loading, self._library.fetching.share_here)
+        self._load_watch = LoadWatch(self._facts, self._spans_loading, self._library.share_ready)
         self._examination = self._make_examination()
         asked = self.statistics, self._examination.examine, self._keys
         self._surface = Surface(self._view, self._models, self._entry, self._readiness, self._documents, embedder, *asked)
@@ -149,7 +150,8 @@ class Node:
         self._links.add(receivers=self._stages.receivers)
         self._membership.subscribe(self._on_member)
         self._membership.on_cut = self._on_cut
-        twins, watch = self._membership.twins, self._twin_watch
+        twins = self._membership.twins
+        watch = self._twin_watch = TwinWatch(self._identity.id, self._facts)
         twins.on_seen, twins.on_displaced = watch.seen, watch.displaced
 
     def _make_entry(self, rng: Random) -> Entry:
@@ -192,6 +194,7 @@ class Node:
             ready=self._readiness.why_not,
             keys=self._keys,
             engine=self._engine.statistics,
+            changed_files=self._library.faults,
         )
 
     def _make_library(self) -> Library:
@@ -242,6 +245,7 @@ class Node:
             "membership": self._membership.statistics(),
             "coverage": self._coverage.statistics(),
             "documents": self._documents.statistics(),
+            "library": self._library.statistics(),
             "weights_sent": self._library.source.statistics(),
             "weights_fetched": self._library.fetching.statistics(),
             "engine": self._engine.statistics(),
@@ -309,6 +313,7 @@ class Node:
         nursery.start_soon(self._trace_file().run)
         nursery.start_soon(self._pulse.run)
         nursery.start_soon(self._coverage.run)
+        nursery.start_soon(self._versions.run)
         nursery.start_soon(self._watch_stalls)
         await nursery.start(self._placing.run)  # what will be loaded is told before the first request can ask for it
         self._server = await nursery.start(serve, self._app, [self._http_listener])

@@ -37,9 +37,15 @@ class Prompt:
     tokens: tuple[int, ...]
     sampling: SamplingParams  # max_tokens, seed and end tokens settled
     seed: int
+    asked_as: ModelId | None = None  # the name that the request gave the model; None: the model's id
     retrieved: SearchResult | None = None
     tool_style: str = ""  # of the model, where the request offers tools
     markers: frozenset[int] = frozenset()  # special tokens that belong to the text: they begin a tool call
+
+    @property
+    def name(self) -> ModelId:
+        """What the answer calls the model."""
+        return self.asked_as or self.model.card.id
 
     @property
     def decode(self) -> Decode:
@@ -117,7 +123,7 @@ class Prompts:
             stop_token_ids=tuple(sorted({*request.sampling.stop_token_ids, *ends})),
             grammar=grammar,
         )
-        return Prompt(model, tokens, sampling, seed, retrieved, style, markers)
+        return Prompt(model, tokens, sampling, seed, request.model, retrieved, style, markers)
 
     async def _check_grammar(self, grammar: Grammar) -> None:
         """Raises BadRequest: it does not compile, or not in time."""

@@ -24,7 +24,8 @@ def readiness_of(facts: Facts, load: Load, overdue_s: float) -> Readiness:
         return Readiness.DRAINING
     if overdue_s > 0:
         return Readiness.STALLED
-    if facts.intends and not facts.spans:
+    hashing = any(not card.weights for card in facts.models)
+    if (facts.intends or hashing) and not facts.spans:
         return Readiness.LOADING
     if load.waiting and load.kv_blocks_used >= _FULL_SHARE * load.kv_blocks_total > 0:
         return Readiness.OVERLOADED

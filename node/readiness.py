@@ -12,6 +12,7 @@ import trio
 
 from mesh.errors import MeshError
 from mesh.ids import ModelId, StreamId
+from mesh.versions import versions
 from mesh.view import View
 from node.entry import Entry
 from node.peer_models import PeerModels
@@ -24,8 +25,12 @@ RETRY_S = 1.0  # after a canary that failed
 
 
 class Readiness:
-    def __init__(self, view: Callable[[], View], models: PeerModels, entry: Entry) -> None:
+    def __init__(
+        self, view: Callable[[], View], models: PeerModels, entry: Entry, hashing: Callable[[], list[str]] = list
+    ) -> None:
+        """`hashing`: says of each model whose files are being hashed how far that has come."""
         self._view = view
+        self._hashing = hashing
         self._models = models
         self._entry = entry
         self._proved: object = None  # what was served when the last canary came through
@@ -34,24 +39,27 @@ class Readiness:
         self._lock = trio.Lock()
 
     def missing_layers(self) -> dict[ModelId, tuple[tuple[int, int], ...]]:
-        """Known models without a complete path, with their uncovered layers."""
+        """Known versions of models without a complete path, by the name that requests ask for, with their uncovered layers."""
         view = self._view()
-        gaps = {card.id: uncovered(view, card.id, card.layers) for card in view.models().values()}
+        known = {version.name: version.card for version in versions(view)}
+        gaps = {ModelId(name): uncovered(view, card.id, card.layers, card.weights) for name, card in known.items()}
         return {model: missing for model, missing in gaps.items() if missing}
 
     def being_loaded(self) -> dict[ModelId, BeingLoaded]:
         """Of those, the models of which nodes load missing layers now."""
-        view = self._view()
-        loads = {model: being_loaded(view, model, missing) for model, missing in self.missing_layers().items()}
-        return {model: each for model, each in loads.items() if each is not None}
+        view, missing = self._view(), self.missing_layers()
+        lacking = {name: version.card for version in versions(view) if (name := ModelId(version.name)) in missing}
+        loads = {name: being_loaded(view, card.id, missing[name], card.weights) for name, card in lacking.items()}
+        return {name: each for name, each in loads.items() if each is not None}
 
     async def why_not(self) -> str | None:
         """None when ready, else the reason. Runs a canary when none has proved what is served now."""
         missing = self.missing_layers()
         complete = self._models.complete()
         if not complete:
-            view = self._view()
-            return "; ".join(str(no_path(view, model, gaps)) for model, gaps in missing.items()) or "no model is known here yet"
+            view, known = self._view(), [version for version in versions(self._view()) if version.name in missing]
+            gaps = [str(no_path(view, each.card.id, missing[ModelId(each.name)], each.card.weights)) for each in known]
+            return "; ".join([*self._hashing(), *gaps]) or "no model is known here yet"
         async with self._lock:  # readers that ask together share one canary
             served = self._served()
             if self._proved == served:
@@ -68,7 +76,10 @@ class Readiness:
             return failure
 
     def _served(self) -> object:
-        return frozenset((peer.id, peer.epoch, peer.facts.spans) for peer in self._view().live())
+        return frozenset(
+            (peer.id, peer.epoch, peer.facts.spans, tuple(card.weights for card in peer.facts.models))
+            for peer in self._view().live()
+        )
 
     async def _canary(self, model: ModelId) -> str | None:
         request = GenerateRequest(

@@ -169,7 +169,7 @@ class RequestRun:
     async def drive(self) -> None:
         """Until every choice has ended."""
         prompt = self._prompt
-        self._send(Started(prompt.model.card.id, prompt.seed, len(prompt.tokens), prompt.tool_style))
+        self._send(Started(prompt.name, prompt.seed, len(prompt.tokens), prompt.tool_style))
         async with trio.open_nursery() as open_nursery:
             for choice, core in self._cores.items():
                 self._carry_out(choice, core.start(trio.current_time()), open_nursery)
@@ -211,6 +211,7 @@ class RequestRun:
         request = PlanRequest(
             model=card.id,
             layers=card.layers,
+            weights=card.weights,
             known_tokens=self._known_tokens(choice),
             tokens_to_come=self._prompt.sampling.max_tokens - len(core.tokens),
             exclude=plan.exclude,
@@ -225,7 +226,7 @@ class RequestRun:
             return
         self._numerics.add(planned.numerics)
         self._planned[choice] = planned
-        self.record.why.append({"choice": choice, "attempt": plan.attempt, **planned.why})
+        self.record.why.append({"choice": choice, "attempt": plan.attempt, "weights": card.weights, **planned.why})
         self.tell(choice, Planned(plan.attempt, planned.stages))
 
     async def _open(self, choice: int, effect: OpenPath, scope: trio.CancelScope) -> None:
@@ -267,6 +268,7 @@ class RequestRun:
             priority=self.request.priority,
             remaining_ms=max(0, int((self._cores[choice].deadline_at - trio.current_time()) * 1e3)),
             last_choice=self._planned[choice].last_choice,
+            weights=prompt.model.card.weights,
         )
         return OpenStage(
             sequence,
@@ -276,7 +278,7 @@ class RequestRun:
             entry_address=self._node.address,
             first_address=effect.path[0].address,
             next_address=None if is_last else effect.path[index + 1].address,
-            pages_from=self._planning.page_source(stage, sequence.model, sequence.prefix.names) if sequence.prefix else None,
+            pages_from=self._planning.page_source(stage, prompt.model.card, sequence.prefix.names) if sequence.prefix else None,
         )
 
     def _names_of(self, choice: int) -> list[bytes]:

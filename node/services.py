@@ -27,10 +27,16 @@ class NodeServices(Protocol):
         """Gives the mesh a new key. Raises Refused, or BadRequest where there is none, or a live node does not take part."""
 
     def models(self) -> list[ModelCard]:
-        """Chat models that the mesh serves whole right now, and the embedder (`kind` "embed"), by id."""
+        """Chat models that the mesh serves whole right now, and the embedder (`kind` "embed"), by id.
+
+        A version that does not answer to its model's id has its own name as `id` (`mesh.versions`).
+        """
+
+    def named(self, model: ModelId) -> ModelId:
+        """The `id` in `models` that a request means by `model`; `model` itself where there is none."""
 
     def missing_layers(self) -> dict[ModelId, tuple[tuple[int, int], ...]]:
-        """Known models without a complete path, with their uncovered layers."""
+        """Known models, and other versions of them, without a complete path, with their uncovered layers."""
 
     def being_loaded(self) -> dict[ModelId, BeingLoaded]:
         """Of models without a complete path, those of which nodes are loading missing layers now."""

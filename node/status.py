@@ -9,9 +9,10 @@ from typing import Any
 import msgspec
 
 from mesh.ids import ModelId, format_address
-from mesh.view import Peer, View, is_exact
+from mesh.versions import ModelVersion, card_of, holds, replicas, versions
+from mesh.view import ModelCard, Peer, View, is_exact
 from rag.types import StoreInfo
-from routing.coverage import coverage
+from routing.coverage import Coverage, coverage
 from routing.loading import UNKNOWN, BeingLoaded
 
 
@@ -22,12 +23,13 @@ def status(
     now: float,
     engine: object,
     loading: Mapping[ModelId, BeingLoaded] = MappingProxyType({}),
+    hashing: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """`complete`: per model, whether a path through all its layers exists right now; `engine`: the engine's statistics;
-    `loading`: of models without a path, what of them is being loaded.
+    """`complete`: per version, whether a path through all its layers exists right now; `engine`: the engine's statistics;
+    `loading`: of versions without a path, what of them is being loaded.
 
     Of those, the kernels of the spans loaded here, why they were chosen, and how far those are that load; another engine
-    may tell of none of these.
+    may tell of none of these. `hashing`: of each model of this node whose files are being hashed, how far that has come.
     """
     kernels, choices, spans_loading = (getattr(engine, name, {}) for name in ("kernels", "choices", "loading"))
     me = view.peers[view.me]
@@ -43,24 +45,11 @@ def status(
             "kernels": {f"{span.model} {span.start}:{span.end}": name for span, name in sorted(kernels.items())},
             "kernel_choices": {f"{span.model} {span.start}:{span.end}": _choice(each) for span, each in sorted(choices.items())},
             "loading": {f"{span.model} {span.start}:{span.end}": _progress(each) for span, each in sorted(spans_loading.items())},
+            "hashing": {model: {"bytes_done": each.bytes_done, "bytes": each.bytes} for model, each in sorted(hashing.items())},
             "frozen": view.frozen,
         },
         "nodes": [_node(peer, view, now) for peer in sorted(view.peers.values(), key=lambda peer: (peer.name, peer.id))],
-        "models": [
-            {
-                "id": card.id,
-                "layers": card.layers,
-                "max_model_len": card.max_model_len,
-                "complete": complete.get(card.id, False),
-                "loading": _being_loaded(loading.get(card.id)),
-                "min_replicas": min(view.replicas(card.id, card.layers), default=0),
-                "numerics": numerics(view, card.id),
-                "coverage": [
-                    {"start": run.start, "end": run.end, "live": run.live, "ready": run.ready} for run in covered[card.id].runs
-                ],
-            }
-            for card in sorted(view.models().values(), key=lambda card: card.id)
-        ],
+        "models": [_model(version, view, complete, loading, covered) for version in versions(view)],
         "stores": [
             {
                 "name": store.name,
@@ -74,13 +63,38 @@ def status(
     }
 
 
-def numerics(view: View, model: ModelId) -> str:
-    """What answers of the model promise by who serves it now: exact, approximate, mixed, or unknown where nobody does.
+def _model(
+    version: ModelVersion,
+    view: View,
+    complete: Mapping[ModelId, bool],
+    loading: Mapping[ModelId, BeingLoaded],
+    covered: Mapping[ModelId, Coverage],
+) -> dict[str, Any]:
+    """One set of weights: rows of one `id` and other `weights` share nothing but the id."""
+    card, name = version.card, ModelId(version.name)
+    return {
+        "id": card.id,
+        "weights": card.weights,
+        "name": name,
+        "answers": version.answers,
+        "layers": card.layers,
+        "max_model_len": card.max_model_len,
+        "complete": complete.get(name, False),
+        "loading": _being_loaded(loading.get(name)),
+        "min_replicas": min(replicas(view, card), default=0),
+        "nodes": len(version.holders),
+        "numerics": numerics(view, card),
+        "coverage": [{"start": run.start, "end": run.end, "live": run.live, "ready": run.ready} for run in covered[name].runs],
+    }
+
+
+def numerics(view: View, card: ModelCard) -> str:
+    """What answers of a version promise by the nodes that serve it now: exact, approximate, mixed; unknown where none does.
 
     Mixed: there are several kinds of node, each exact by itself. An answer is exact while one kind computes all of it.
     """
-    servers = [peer for peer in view.live() if any(span.model == model for span in peer.facts.spans)]
-    told = {card.numerics for peer in servers for card in peer.facts.models if card.id == model}
+    servers = [peer for peer in view.live() if holds(peer, card) and any(span.model == card.id for span in peer.facts.spans)]
+    told = {own.numerics for peer in servers if (own := card_of(peer, card.id)) is not None}
     if not told:
         return "unknown"
     if not all(map(is_exact, told)):

@@ -6,10 +6,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
+import msgspec
 import trio
 
 from mesh.errors import BadRequest
 from mesh.ids import ModelId, NodeId, StreamId
+from mesh.versions import named, versions
 from mesh.view import ModelCard, View
 from node.entry import Entry
 from node.keys import MeshKeys
@@ -71,9 +73,10 @@ class Surface:
     def status(self) -> dict[str, Any]:
         missing = self._readiness.missing_layers()
         view = self._view()
-        complete = {model: model not in missing for model in view.models()}
-        loading, engine = self._readiness.being_loaded(), self.statistics().get("engine")
-        return status(view, self._documents.stores(), complete, trio.current_time(), engine, loading)
+        complete = {ModelId(version.name): version.name not in missing for version in versions(view)}
+        loading, statistics = self._readiness.being_loaded(), self.statistics()
+        engine, hashing = statistics.get("engine"), getattr(statistics.get("library"), "hashing", {})
+        return status(view, self._documents.stores(), complete, trio.current_time(), engine, loading, hashing)
 
     async def examine(self) -> dict[str, Any]:
         return await self._examine()
@@ -85,9 +88,14 @@ class Surface:
 
     def models(self) -> list[ModelCard]:
         complete = set(self._models.complete())
-        chat = [card for card in self._models.cards().values() if card.id in complete]
+        known = [version for version in versions(self._view()) if version.name in complete]
+        chat = [msgspec.structs.replace(version.card, id=ModelId(version.name)) for version in known]
         embed = ModelCard(EMBEDDER_ID, 6, EMBEDDER_CONTEXT, self._embedder.identity, "", "embed")
         return [*sorted(chat, key=lambda card: card.id), embed]
+
+    def named(self, model: ModelId) -> ModelId:
+        version = named(self._view(), model)
+        return ModelId(version.name) if version is not None else model
 
     def missing_layers(self) -> dict[ModelId, tuple[tuple[int, int], ...]]:
         return self._readiness.missing_layers()

@@ -1,4 +1,4 @@
-"""How well each model is covered: which layers how many live peers hold, and how many of those may be given work now.
+"""How well each version of a model is covered: how many live peers hold each layer, and how many may be given work now.
 
 A pure function of the view, and what changed between two of them. A model is worth a word when a layer comes to its last
 ready copy, loses it, or gets it back; not for every copy more or less.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mesh.ids import ModelId
+from mesh.versions import versions
 from mesh.view import ModelCard, View
 from routing.holders import Holder, holders
 
@@ -50,15 +51,15 @@ class Coverage:
 class CoverageChanged:
     """The least number of ready copies of any layer went from `before` to `now`; `weakest`: the layers it is about."""
 
-    model: ModelId
+    model: ModelId  # the name of a version
     before: int
     now: int
     weakest: tuple[tuple[int, int], ...]
 
 
 def coverage(view: View) -> dict[ModelId, Coverage]:
-    """Of every model that some live peer knows, by id."""
-    return {card.id: _of(view, card) for card in sorted(view.models().values(), key=lambda card: card.id)}
+    """Of every version of a model that some live peer knows, by the name that requests ask for it by."""
+    return {ModelId(version.name): _of(view, version.card) for version in versions(view)}
 
 
 def changes(before: Mapping[ModelId, Coverage], now: Mapping[ModelId, Coverage], enough: int = 2) -> list[CoverageChanged]:
@@ -77,7 +78,7 @@ def changes(before: Mapping[ModelId, Coverage], now: Mapping[ModelId, Coverage],
 def _of(view: View, card: ModelCard) -> Coverage:
     steps: Counter[int] = Counter()  # at a layer: so many holders more than at the one before
     ready_steps: Counter[int] = Counter()
-    for holder in holders(view, card.id, card.layers):
+    for holder in holders(view, card.id, card.layers, weights=card.weights):
         for start, end in _merged(holder):
             steps[start] += 1
             steps[end] -= 1

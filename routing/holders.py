@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mesh.ids import ModelId, NodeId
+from mesh.versions import answering, card_of
 from mesh.view import Peer, PeerState, View
 
 
@@ -27,19 +28,21 @@ class Holder:
         return max((end for start, end in self.spans if start <= layer < end), default=layer)
 
 
-def holders(view: View, model: ModelId, layers: int, excluded: frozenset[NodeId] = frozenset()) -> list[Holder]:
-    """Peers that may serve layers of `model`: live, not draining, not excluded, with the model's own weights.
+def holders(
+    view: View, model: ModelId, layers: int, excluded: frozenset[NodeId] = frozenset(), weights: str | None = None
+) -> list[Holder]:
+    """Peers that may serve layers of one version of `model`: live, not draining, not excluded, with exactly these weights.
 
-    Two checkpoints under one id never mix: the card that the view settles on decides, by its `weights`.
+    weights: None for the version that answers to the model's id in this view.
     Sorted by node id, so that equal views and equal random numbers give equal choices.
     """
-    card = view.models().get(model)
+    if weights is None:
+        version = answering(view, model)
+        weights = version.card.weights if version is not None else ""
     found = []
     for peer in sorted(view.live(), key=lambda peer: peer.id):
-        if peer.id in excluded or peer.facts.draining:
-            continue
-        own = next((known for known in peer.facts.models if known.id == model), None)
-        if own is not None and card is not None and own.weights != card.weights:
+        own = card_of(peer, model)
+        if peer.id in excluded or peer.facts.draining or own is None or own.weights != weights:
             continue
         spans = tuple(
             sorted(
@@ -50,7 +53,7 @@ def holders(view: View, model: ModelId, layers: int, excluded: frozenset[NodeId]
         )
         if spans:
             held = len({layer for start, end in spans for layer in range(start, end)})
-            found.append(Holder(peer, spans, held, own.numerics if own is not None else ""))
+            found.append(Holder(peer, spans, held, own.numerics))
     return found
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from mesh.errors import ModelLoading, NoPath
 from mesh.ids import ModelId
-from mesh.view import Loading, ModelCard, Peer, View
+from mesh.versions import answering, card_of, versions
+from mesh.view import Loading, Peer, View
 
 UNKNOWN = Loading(0, 10)  # of a node that has told its intent and not yet how far it is: it has just begun
 MAX_NAMED = 4  # nodes in a message
@@ -27,18 +28,23 @@ class BeingLoaded:
     nodes: tuple[str, ...]  # names of those that load any of them
 
 
-def being_loaded(view: View, model: ModelId, missing: Iterable[tuple[int, int]]) -> BeingLoaded | None:
+def being_loaded(
+    view: View, model: ModelId, missing: Iterable[tuple[int, int]], weights: str | None = None
+) -> BeingLoaded | None:
     """What of the `missing` layers live nodes are loading; None: nothing of it.
 
-    A layer that several nodes load counts as that of the one which will be there first.
+    weights: of the version that lacks them; None for the one that answers to the model's id. A layer that several nodes load
+    counts as that of the one which will be there first.
     """
     wanted = {layer for start, end in missing for layer in range(start, end)}
-    card = view.models().get(model)
+    if weights is None:
+        version = answering(view, model)
+        weights = version.card.weights if version is not None else ""
     first: dict[int, Loading] = {}
     names: dict[str, None] = {}
     for peer in sorted(view.live(), key=lambda peer: peer.id):
         told = peer.facts.loading.get(model, UNKNOWN)
-        for layer in _intended(peer, card, model) & wanted:
+        for layer in _intended(peer, model, weights) & wanted:
             names[peer.name or peer.id] = None
             if layer not in first or told.eta_s < first[layer].eta_s:
                 first[layer] = told
@@ -48,20 +54,25 @@ def being_loaded(view: View, model: ModelId, missing: Iterable[tuple[int, int]])
     return BeingLoaded(_runs(first), last.percent / 100, float(last.eta_s), tuple(names))
 
 
-def no_path(view: View, model: ModelId, missing: tuple[tuple[int, int], ...]) -> NoPath:
-    """The error that says why the `missing` layers are: all of them are being loaded, or some are nowhere."""
-    loads = being_loaded(view, model, missing)
+def no_path(view: View, model: ModelId, missing: tuple[tuple[int, int], ...], weights: str | None = None) -> NoPath:
+    """The error that says why the `missing` layers are: all of them are being loaded, or some are nowhere.
+
+    weights: as of `being_loaded`; the message calls the version by the name that requests ask for it by.
+    """
+    known = [each for each in versions(view) if each.card.id == model and weights in (None, each.card.weights)]
+    name = known[0].name if known else model
+    loads = being_loaded(view, model, missing, weights)
     if loads is None:
-        return NoPath(model, missing)
+        return NoPath(name, missing)
     if nowhere := _layers(missing) - _layers(loads.layers):
-        return NoPath(model, _runs(nowhere), loads.layers)
-    return ModelLoading(model, missing, loads.progress, loads.eta_s, loads.nodes[:MAX_NAMED])
+        return NoPath(name, _runs(nowhere), loads.layers)
+    return ModelLoading(name, missing, loads.progress, loads.eta_s, loads.nodes[:MAX_NAMED])
 
 
-def _intended(peer: Peer, card: ModelCard | None, model: ModelId) -> set[int]:
-    own = next((known for known in peer.facts.models if known.id == model), None)
-    other_weights = own is not None and card is not None and own.weights != card.weights
-    if peer.facts.draining or other_weights:
+def _intended(peer: Peer, model: ModelId, weights: str) -> set[int]:
+    """A node that still hashes its files may turn out to have these weights."""
+    own = card_of(peer, model)
+    if peer.facts.draining or (own is not None and own.weights not in (weights, "")):
         return set()
     return _layers((span.start, span.end) for span in peer.facts.intends if span.model == model)
 

@@ -1,10 +1,10 @@
 """The path of a request: ordered stages, each a peer and some of its layers, that cover the whole model.
 
-Rules, in this order. Draining and excluded peers never. Suspect or stalled peers and those with an open breaker only if there is
-no path without them; overloaded ones only if there is none without those either. One numerics fingerprint over the whole path,
-the wanted one if an earlier attempt fixed it: only then does another attempt give the same tokens (a wanted fingerprint
-is kept even at the price of a suspect peer). A single peer that holds the whole model before any split path: no hop is
-cheaper than none. Then cost (`routing.legs`).
+Rules, in this order. One set of weights over the whole path, and over all attempts of a request. Draining and excluded peers
+never. Suspect or stalled peers and those with an open breaker only if there is no path without them; overloaded ones only
+if there is none without those either. One numerics fingerprint over the whole path, the wanted one if an earlier attempt fixed
+it: only then does another attempt give the same tokens (a wanted fingerprint is kept even at the price of a suspect peer). A
+single peer that holds the whole model before any split path: no hop is cheaper than none. Then cost (`routing.legs`).
 """
 
 from __future__ import annotations
@@ -75,9 +75,12 @@ class Path:
         return tuple(stage.node for stage in self.stages)
 
 
-def uncovered(view: View, model: ModelId, layers: int) -> tuple[tuple[int, int], ...]:
-    """Layers of `model` that no peer can take new work for: live and not draining. Empty: the model is covered."""
-    return gaps(holders(view, model, layers), layers)
+def uncovered(view: View, model: ModelId, layers: int, weights: str | None = None) -> tuple[tuple[int, int], ...]:
+    """Layers of `model` that no peer can take new work for: live and not draining. Empty: the model is covered.
+
+    weights: as of `plan`.
+    """
+    return gaps(holders(view, model, layers, weights=weights), layers)
 
 
 def plan(
@@ -93,26 +96,28 @@ def plan(
     excluded: frozenset[NodeId] = frozenset(),
     avoided: frozenset[NodeId] = frozenset(),
     numerics: str = "",
+    weights: str | None = None,
 ) -> Path:
     """A path for one attempt of one request.
 
+    weights: of the version that computes the request, on every stage; None for the one that answers to the model's id now.
     excluded: never (they refused or failed this request); avoided: only if nothing else is left (breaker open).
     numerics: the fingerprint of an earlier attempt; a path of another one has a different `Path.numerics`.
 
     Raises:
         NoPath: the peers that are left do not cover the model; names the layers. ModelLoading, where some load them now.
     """
-    found = holders(view, model, layers, excluded)
+    found = holders(view, model, layers, excluded, weights)
     missing = gaps(found, layers)
     if missing:
-        raise no_path(view, model, missing)
+        raise no_path(view, model, missing, weights)
     planner = _Planner(view, model, layers, found, policy, rng, now, work or Work(), dispatches or Dispatches(), avoided)
     for groups in _tiers(found, planner.last_resort, numerics):
         path = planner.best(groups)
         if path is not None:
             return path
     # Every layer is held, but only by way of a node that would have to be visited twice.
-    raise no_path(view, model, ((planner.furthest, layers),))
+    raise no_path(view, model, ((planner.furthest, layers),), weights)
 
 
 def _tiers(found: list[Holder], last_resort: frozenset[NodeId], numerics: str) -> Iterator[list[list[Holder]]]:

@@ -19,6 +19,7 @@ from itertools import combinations
 
 from mesh.ids import ModelId, NodeId
 from mesh.rendezvous import owners
+from mesh.versions import answering, holds
 from mesh.view import ModelCard, Peer, PeerState, Span, View
 from routing.holders import connected
 from routing.windows import SPARE_STEPS, Window, best_windows
@@ -67,15 +68,20 @@ def next_move(
     capacities: Mapping[NodeId, int] | None = None,
     *,
     replicas_wanted: int = 2,
+    card: ModelCard | None = None,
 ) -> Move | None:
     """The one move that the mesh should make now, or None. The same on all nodes with the same view.
 
+    card: names the version that it is about; None for the one that answers to the model's id. Each version is placed by
+        itself over the nodes that have its weights: copies of other weights are no replicas.
+
     capacities: layers of `model` that each node could hold, at least what it holds; None: what each gossips
         (`Facts.capacity`). A node without one never moves: its layers are pinned.
-    None while somebody intends to load (one move at a time), while the view is frozen, and when no single move would bring
+    None while a node intends to load (one move at a time), while the view is frozen, and when no single move would bring
     the mesh nearer to its aims.
     """
-    card = view.models().get(model)
+    version = answering(view, model) if card is None else None
+    card = card or (version.card if version is not None else None)
     if card is None or view.frozen:
         return None
     peers = _counted(view, card)
@@ -85,7 +91,7 @@ def next_move(
     before = _standing(held, card.layers, replicas_wanted)
     if not any(before):
         return None
-    epoch = _epoch(model, held)
+    epoch = _epoch(card, held)
     told = capacities if capacities is not None else _gossiped(peers, model)
     room = {
         peer.id: max(told[peer.id], _size(held[peer.id])) for peer in peers if peer.state is PeerState.ALIVE and peer.id in told
@@ -156,20 +162,16 @@ def _standing(held: Mapping[NodeId, tuple[Window, ...]], layers: int, wanted: in
 
 def _counted(view: View, card: ModelCard) -> list[Peer]:
     """Peers whose copies count: live, staying, with the same weights; by id."""
-    return [
-        peer
-        for peer in sorted(view.live(), key=lambda peer: peer.id)
-        if not peer.facts.draining and all(known.weights == card.weights for known in peer.facts.models if known.id == card.id)
-    ]
+    return [peer for peer in sorted(view.live(), key=lambda peer: peer.id) if not peer.facts.draining and holds(peer, card)]
 
 
 def _gossiped(peers: Iterable[Peer], model: ModelId) -> dict[NodeId, int]:
     return {peer.id: peer.facts.capacity[model] for peer in peers if model in peer.facts.capacity}
 
 
-def _epoch(model: ModelId, held: Mapping[NodeId, tuple[Window, ...]]) -> str:
-    """A name for who holds what: it changes with every join, loss and finished move, so the lot falls anew."""
-    text = repr((model, sorted(held.items())))
+def _epoch(card: ModelCard, held: Mapping[NodeId, tuple[Window, ...]]) -> str:
+    """A name for which node holds what: it changes with every join, loss and finished move, so the lot falls anew."""
+    text = repr((card.id, card.weights, sorted(held.items())))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

@@ -65,6 +65,7 @@ class OpenSequence(msgspec.Struct, frozen=True):
     priority: int = 0  # lower goes first
     remaining_ms: int | None = None  # until the request's own deadline
     last_choice: bool = False  # no other node could take this part of the path
+    weights: str = ""  # that compute it, and no others; empty: the entry does not say
 
     @property
     def key(self) -> SequenceKey:
@@ -199,15 +200,17 @@ class Engine(Protocol):
         """Ends the engine thread after its current step (*blocking*)."""
 
     def inspect(self, directory: Path, model: ModelId) -> ModelCard:
-        """Reads the checkpoint's config, without weights (*blocking*). `numerics` is empty until a span is loaded.
+        """Reads the checkpoint's config (*blocking*). `weights` and `numerics` are empty: no byte of weights is read.
 
         Raises:
             BadRequest: not a directory, not a causal LM, pickled weights, or an architecture that cannot be served
                 exactly; the message gives the reason and what would work.
         """
 
-    def load(self, directory: Path, model: ModelId, start: int, end: int) -> ModelCard:
+    def load(self, directory: Path, model: ModelId, start: int, end: int, weights: str = "") -> ModelCard:
         """Loads layers `[start, end)`, runs the self-check, and serves them from its return on (*blocking*).
+
+        `weights`: which they are (`mesh.weights`); empty: the files are hashed for it.
 
         Raises:
             BadRequest: as `inspect`; also layers out of range, or the self-check failed.

@@ -6,9 +6,9 @@ by name and reason, before any weight is read.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from mesh.errors import BadRequest
 from node.model_directory import require_checkpoint
 from node.safetensors_header import weight_files
-from node.weights.store import MARK
+from node.weights.identity import identity_of
 
 HEADER_MAX_BYTES = 100 << 20  # the safetensors format's own limit
-SAMPLES = 16  # pieces of each weight file that go into the digest
-SAMPLE_BYTES = 4096
 KNOWN_GOOD = (
     "llama, qwen2, qwen3, mistral, mixtral, gemma, gemma2, gemma3_text, phi3, gpt2, gpt_neox, opt, olmo2, granite or cohere"
 )
@@ -52,11 +50,16 @@ class Checkpoint:
     end_ids: frozenset[int]  # the model's own end-of-sequence tokens
     tied: bool  # the head is the embedding
     mixture: bool  # has mixture-of-experts layers
-    weights: str  # digest of config, tensor index and samples of the tensors
+    told_weights: str = ""  # its identity, where that is known already
+
+    @cached_property
+    def weights(self) -> str:
+        """The identity of the checkpoint (`mesh.weights`); *blocking* where it was not told: every byte is hashed."""
+        return self.told_weights or identity_of(self.directory)
 
 
-def read_checkpoint(directory: Path) -> Checkpoint:
-    """Reads and judges a checkpoint.
+def read_checkpoint(directory: Path, weights: str = "") -> Checkpoint:
+    """Reads and judges a checkpoint. `weights`: its identity, where it is known.
 
     Raises:
         BadRequest: with the reason and what would work.
@@ -82,7 +85,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         end_ids=_end_ids(directory, config),
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         mixture=any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")),
-        weights=_digest(directory, files),
+        told_weights=weights,
     )
 
 
@@ -208,27 +211,3 @@ def _end_ids(directory: Path, config: PretrainedConfig) -> frozenset[int]:
         except (OSError, ValueError, TypeError) as error:
             raise _refusal(f"the generation config of {directory.name} cannot be read: {str(error)[:200]}") from None
     return frozenset(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
-
-
-def _digest(directory: Path, files: list[Path]) -> str:
-    """Tells checkpoints apart without reading them whole: config, tensor headers, and evenly spaced samples of the bytes.
-
-    A directory whose files come from peers holds a part of them, in other files; what the whole is, its mark says.
-    """
-    mark = directory / MARK
-    if mark.is_file():
-        return str(json.loads(mark.read_text())["weights"])
-    digest = hashlib.blake2b(digest_size=8)
-    config = json.loads((directory / "config.json").read_text())
-    for changing in ("transformers_version", "_name_or_path", "torch_dtype"):
-        config.pop(changing, None)
-    digest.update(json.dumps(config, sort_keys=True).encode())
-    for path in files:
-        header = read_header(path)
-        digest.update(header)
-        first, last = 8 + len(header), max(8 + len(header), path.stat().st_size - SAMPLE_BYTES)
-        with path.open("rb") as file:
-            for number in range(SAMPLES):
-                file.seek(first + (last - first) * number // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()

@@ -169,7 +169,13 @@ def _packed_beside_plain(stage: Stage | ParallelStage) -> torch.Tensor:
     return plain
 
 
-def card(checkpoint: Checkpoint, model: ModelId, numerics: str = "") -> ModelCard:
+def bare_card(checkpoint: Checkpoint, model: ModelId) -> ModelCard:
+    """The card of a model of which no weights have been read: which ones they are is not known either."""
+    return ModelCard(model, checkpoint.layers, checkpoint.max_model_len, "", "")
+
+
+def card(checkpoint: Checkpoint, model: ModelId, numerics: str) -> ModelCard:
+    """The card of a model of which a span is loaded."""
     return ModelCard(model, checkpoint.layers, checkpoint.max_model_len, checkpoint.weights, numerics)
 
 

@@ -41,11 +41,14 @@ class Rooms:
         """The span with most room that holds the layers asked for. Raises LocalError: there is none."""
         fitting = [
             span
-            for span in self.spans
-            if span.model == sequence.model and span.start <= sequence.start < sequence.end <= span.end
+            for span, held in self.spans.items()
+            if span.model == sequence.model
+            and span.start <= sequence.start < sequence.end <= span.end
+            and sequence.weights in ("", held.weights)
         ]
         if not fitting:
-            raise LocalError(f"no loaded span holds layers {sequence.start}:{sequence.end} of {sequence.model}")
+            of = f"{sequence.model} with weights {sequence.weights[:16]}" if sequence.weights else sequence.model
+            raise LocalError(f"no loaded span holds layers {sequence.start}:{sequence.end} of {of}")
         return max(fitting, key=lambda span: (self.free(span), -span.start, -span.end))
 
     def free(self, span: Span) -> int:

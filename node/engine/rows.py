@@ -95,6 +95,7 @@ class HeldSpan:
     max_model_len: int
     end_ids: frozenset[int]  # the model's own end-of-sequence tokens
     exact: bool = True  # its kernels give the same bits however rows are cut: what guessing rests on
+    weights: str = ""  # which they are (`mesh.weights`)
 
 
 def piece_of(row: Row, count: int, stop_ids: frozenset[int]) -> Piece:

@@ -46,7 +46,7 @@ from node.engine.faults import is_out_of_memory
 from node.engine.kept_pages import KeptPages, PageLost
 from node.engine.kernel_choice import KernelChoice
 from node.engine.kvcache import SequenceKV
-from node.engine.loading import Loaded, card, kv_token_bytes, load_stage
+from node.engine.loading import Loaded, bare_card, card, kv_token_bytes, load_stage
 from node.engine.page_trade import PageTrade, shown_layout
 from node.engine.pages import PAGES_PER_BLOCK
 from node.engine.parallel.stage import ParallelStage
@@ -130,15 +130,15 @@ class TorchEngine:
     # ---- models
 
     def inspect(self, directory: Path, model: ModelId) -> ModelCard:
-        return card(read_checkpoint(directory), model)
+        return bare_card(read_checkpoint(directory), model)
 
-    def load(self, directory: Path, model: ModelId, start: int, end: int) -> ModelCard:
+    def load(self, directory: Path, model: ModelId, start: int, end: int, weights: str = "") -> ModelCard:
         span = Span(model, start, end)
         with self._loading:
             if span in self._cards:
                 return self._cards[span]
             torch.set_num_threads(self._config.threads)
-            checkpoint = read_checkpoint(directory)
+            checkpoint = read_checkpoint(directory, weights)
             config = self._config
             watch = self._watches[span] = LoadWatch(end - start, partial(log_progress, span))
             wanted = config.dtype, config.threads, config.quantize
@@ -170,6 +170,7 @@ class TorchEngine:
                         max_model_len=checkpoint.max_model_len,
                         end_ids=checkpoint.end_ids,
                         exact=is_exact(loaded.numerics),
+                        weights=checkpoint.weights,
                     ),
                 )
                 self._share_memory()

@@ -153,8 +153,9 @@ class Generation:
 
 def fingerprint(node: NodeServices, model: ModelId) -> str:
     """OpenAI's `system_fingerprint`: changes when the weights or the numerics do."""
+    name = node.named(model)
     for card in node.models():
-        if card.id == model:
+        if card.id == name:
             return "fp_" + hashlib.blake2b(f"{card.weights}\0{card.numerics}".encode(), digest_size=6).hexdigest()
     return "fp_unknown"
 
@@ -167,9 +168,12 @@ def check_model(node: NodeServices, asked: Asked) -> Asked:
     """
     model = asked.generations[0].model
     kinds = {card.id: card.kind for card in node.models()}
-    if model is None or kinds.get(model) == "chat" or (model not in kinds and model in node.missing_layers()):
+    if model is None:
         return asked
-    if model in kinds:
+    name = node.named(model)
+    if kinds.get(name) == "chat" or (name not in kinds and name in node.missing_layers()):
+        return asked
+    if name in kinds:
         raise BadRequest(f"model: {model!r} does not generate text", "model")
     chatting = sorted(name for name, kind in kinds.items() if kind == "chat")
     raise BadRequest(

@@ -9,6 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mesh.errors import BadRequest
+from mesh.ids import ModelId
+from mesh.versions import plain_id
 from mesh.view import ModelCard
 from node.http import dashboard, metrics
 from node.http.errors import RETRY_AFTER_LOADING_S, RETRY_AFTER_NO_PATH_S, loading_fields, retry_headers
@@ -22,8 +24,9 @@ async def list_models(site: Site, request: Request) -> App:
 
 async def get_model(site: Site, request: Request) -> App:
     id = request.path_params["id"]
+    name = site.node.named(ModelId(id))
     for card in site.node.models():
-        if card.id == id:
+        if card.id == name:
             return Json(model_object(card))
     raise BadRequest(f"model: this mesh does not serve {id[:80]!r}", "model", "model_not_found", 404)
 
@@ -34,6 +37,7 @@ def model_object(card: ModelCard) -> dict[str, Any]:
         "object": "model",
         "created": 0,  # when the weights were made is not known
         "owned_by": "mesh",
+        "root": plain_id(card.id, card.weights),
         "max_model_len": card.max_model_len,
         "mesh": {"kind": card.kind, "layers": card.layers, "weights": card.weights, "numerics": card.numerics},
     }

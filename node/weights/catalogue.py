@@ -1,50 +1,32 @@
-"""What of a model lies where on this node's disk: its manifest, and the place of every tensor and text file.
+"""A model's files on this node's disk: which weights they are, and where every piece of them lies.
 
-To make a manifest every byte is hashed, once: about a second a gigabyte. It is kept, with size and change time of the
-files it was made from, and made again only when one of those differs.
+To know the weights of a directory every byte is hashed, once; the manifest is kept with what the files looked like
+(`record`), and made again only when one of them looks otherwise.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from mesh.errors import BadRequest
-from mesh.view import ModelCard
 from mesh.weights import (
-    MAX_FILE_BYTES,
-    MAX_MANIFEST_BYTES,
     PIECE_BYTES,
-    TEXT_FILES,
     BadManifest,
     Entry,
-    FileEntry,
     Manifest,
-    TensorEntry,
+    Piece,
     decode,
-    digest_of,
     encode,
     identity,
+    pieces_of,
 )
-from node.safetensors_header import is_whole, read_header, weight_files
+from node.weights.hashing import HashingProgress, Place, manifest_of, model_files, stamps_of
+from node.weights.record import Stamp, read_record, write_record
 
-Stamp = list[tuple[str, int, int]]  # of each file: name, bytes, change time in ns
-Cancelled = Callable[[], bool]
-
-
-class HashingStopped(Exception):
-    """Somebody wanted the hashing to end."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    path: Path
-    offset: int
+TRIES = 3  # to hash files that change meanwhile
 
 
 class Catalogue:
@@ -64,8 +46,10 @@ class Catalogue:
         left = 0 if entry is None or number < 0 else entry.size_bytes - number * PIECE_BYTES
         return max(0, min(PIECE_BYTES, left))
 
-    def read(self, name: str, number: int) -> bytes | None:
+    def read(self, name: str, number: int, *, once: bool = False) -> bytes | None:
         """Piece `number` of `name` (*blocking*, milliseconds); None: not here.
+
+        `once`: the system need not keep it in memory for another reader.
 
         Raises:
             OSError: it cannot be read, or is shorter than it was.
@@ -74,92 +58,72 @@ class Catalogue:
         if place is None or size_bytes == 0:
             return None
         with place.path.open("rb", buffering=0) as file:
-            content = os.pread(file.fileno(), size_bytes, place.offset + number * PIECE_BYTES)
+            offset = place.offset + number * PIECE_BYTES
+            content = os.pread(file.fileno(), size_bytes, offset)
+            if once and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), offset, size_bytes, os.POSIX_FADV_DONTNEED)
         if len(content) != size_bytes:
             raise OSError(f"{place.path.name} is shorter than it was")
         return content
 
+    def pieces(self) -> Iterator[tuple[Path, Piece]]:
+        """All that is here now, with its file, in the order in which a disk reads it best."""
+        for name, place in sorted(self.places.items(), key=lambda item: (item[1].path, item[1].offset)):
+            for piece in pieces_of(self._entries[name]):
+                yield place.path, piece
 
-def catalogue_of(directory: Path, card: ModelCard, kept_in: Path, cancelled: Cancelled = lambda: False) -> Catalogue:
-    """The catalogue of a whole model directory (*blocking*: about a second a gigabyte the first time).
+    def is_fit_for_peers(self) -> bool:
+        """Whether a peer would accept the manifest: it may be out of the bounds that a peer's word is held to."""
+        try:
+            decode(self.encoded, self.id)
+        except BadManifest:
+            return False
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Identified:
+    """The weights of a directory. `kept`: they are known by a record, and no byte was read this time."""
+
+    catalogue: Catalogue
+    files: tuple[Stamp, ...]
+    written_at_s: int
+    kept: bool
+
+
+def identify(directory: Path, folder: Path | None, progress: HashingProgress, *, afresh: bool = False) -> Identified:
+    """Finds out which weights a whole model directory holds (*blocking*: a second a gigabyte and thread the first time).
+
+    `folder`: where a record is kept that cannot lie beside the files; None: nowhere. `afresh`: no record is believed.
 
     Raises:
-        BadRequest: no model that could be told of, e.g. a damaged file.
-        HashingStopped: `cancelled` said so.
+        BadRequest: a damaged file, or files that change all the time.
+        HashingStopped: `progress.stop` was set.
         OSError: a file cannot be read.
     """
-    texts = {name: directory / name for name in sorted(TEXT_FILES) if _is_small_file(directory / name)}
-    stored = {path: read_header(path) for path in weight_files(directory)}
-    stamp = _stamp([*texts.values(), *stored])
-    places = {name: Place(path, 0) for name, path in texts.items()}
-    for path, tensors in stored.items():
-        for name, tensor in tensors.items():
-            if not is_whole(tensor):
-                raise BadRequest(f"tensor {name[:80]} of {path.name} has another size than its shape says", "model")
-            places.setdefault(name, Place(path, tensor.offset))
-    cache = kept_in / hashlib.blake2b(os.fsencode(directory.resolve()), digest_size=12).hexdigest()
-    encoded = _kept(cache, stamp, card)
-    if encoded is None:
-        tensors = {name: tensor for each in stored.values() for name, tensor in each.items()}
-        manifest = Manifest(
-            card.weights,
-            card.layers,
-            card.max_model_len,
-            tuple(
-                FileEntry(name, path.stat().st_size, _digests(places[name], path.stat().st_size, cancelled))
-                for name, path in texts.items()
-            ),
-            tuple(
-                TensorEntry(name, each.dtype, each.shape, _digests(places[name], each.size_bytes, cancelled))
-                for name, each in sorted(tensors.items())
-            ),
-        )
+    for _ in range(TRIES):
+        found = model_files(directory)
+        kept = None if afresh else read_record(directory, folder, found.files)
+        manifest = None if kept is None else _manifest_in(kept, found.places)
+        if kept is not None and manifest is not None:
+            return Identified(Catalogue(kept, manifest, found.places), found.files, found.written_at_s, kept=True)
+        manifest = manifest_of(found, progress)
         encoded = encode(manifest)
-        _keep(cache, stamp, encoded)
+        if stamps_of(directory) == found.files:
+            write_record(directory, folder, found.files, encoded)
+            return Identified(Catalogue(encoded, manifest, found.places), found.files, found.written_at_s, kept=False)
+    raise BadRequest(
+        f"the files of {directory.name} changed each of the {TRIES} times that they were hashed; wait until they are complete",
+        "model",
+        "model_not_servable",
+    )
+
+
+def _manifest_in(record: bytes, places: dict[str, Place]) -> Manifest | None:
+    """The manifest of a record, if it is one and names what is in the directory."""
     try:
-        return Catalogue(encoded, decode(encoded, identity(encoded)), places)
-    except BadManifest as error:
-        raise BadRequest(f"{directory.name} cannot be handed to peers: {error}", "model") from None
-
-
-def _is_small_file(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size <= MAX_FILE_BYTES
-
-
-def _stamp(paths: list[Path]) -> Stamp:
-    return [(path.name, (status := path.stat()).st_size, status.st_mtime_ns) for path in paths]
-
-
-def _digests(place: Place, size_bytes: int, cancelled: Cancelled) -> bytes:
-    return b"".join(_hashed(place, size_bytes, cancelled))
-
-
-def _hashed(place: Place, size_bytes: int, cancelled: Cancelled) -> Iterator[bytes]:
-    with place.path.open("rb", buffering=0) as file:
-        for offset in range(0, size_bytes, PIECE_BYTES):
-            if cancelled():
-                raise HashingStopped
-            yield digest_of(os.pread(file.fileno(), min(PIECE_BYTES, size_bytes - offset), place.offset + offset))
-
-
-def _kept(cache: Path, stamp: Stamp, card: ModelCard) -> bytes | None:
-    """What was kept for exactly these files and this card, if it is as it was written."""
-    try:
-        if cache.stat().st_size > 2 * MAX_MANIFEST_BYTES:
-            return None
-        kept_stamp, encoded = msgspec.msgpack.decode(cache.read_bytes(), type=tuple[Stamp, bytes])
-        manifest = decode(encoded, identity(encoded))
-    except (OSError, msgspec.MsgspecError, BadManifest):
+        manifest = decode(record, identity(record))
+    except BadManifest:
         return None
-    return encoded if kept_stamp == stamp and manifest.agrees_with(card) else None
-
-
-def _keep(cache: Path, stamp: Stamp, encoded: bytes) -> None:
-    """Written aside and renamed: what is there is whole. A disk that keeps nothing costs the hashing at the next start."""
-    aside = cache.with_suffix(".new")
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(msgspec.msgpack.encode((stamp, encoded)))
-        aside.replace(cache)
-    except OSError:
-        pass
+    every: list[Entry] = [*manifest.files, *manifest.tensors]
+    return manifest if {entry.name for entry in every} == places.keys() else None

@@ -1,4 +1,4 @@
-"""Fetches a model that this node has no files of from the peers that tell of it: the shell around `node.weights.pull`."""
+"""Fetches a model that this node has no files of from the peers that hand it out: the shell around `node.weights.pull`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import trio
 from mesh.calls import Call
 from mesh.errors import BadRequest, MeshError, Refused
 from mesh.ids import ModelId
+from mesh.versions import card_of, named
 from mesh.view import ModelCard, Peer, View
 from mesh.weights import (
     MANIFEST_KIND,
@@ -32,7 +33,7 @@ from node.weights.pull import ASK_TIMEOUT_S, Ask, Done, Effect, Event, Failed, K
 from node.weights.store import PulledModel, WrongPiece
 
 CALL_TIMEOUT_S = 2 * ASK_TIMEOUT_S  # an answer that comes late is still worth keeping
-RETRY_S = 1.0  # to look again for a manifest that nobody gave
+RETRY_S = 1.0  # to look again for a manifest that no peer gave
 TELL_EVERY_S = 5.0  # of progress, in the log
 
 log = structlog.get_logger()
@@ -72,8 +73,8 @@ class Fetching:
         self._disk = trio.CapacityLimiter(1)
         self._pulls: dict[int, Pull] = {}
         self._pulled: dict[int, ModelId] = {}  # the model of each
-        self._files: dict[str, PulledModel] = {}  # by manifest
-        self._opening: dict[str, trio.Lock] = {}  # by manifest: of each model only one pull of the text side
+        self._files: dict[str, PulledModel] = {}  # by weights
+        self._opening: dict[str, trio.Lock] = {}  # by weights: of one model only one pull of the text side
         self._totals = FetchingStatistics()
         self._last_pull = 0
 
@@ -93,54 +94,61 @@ class Fetching:
         all_bytes = sum(pull.bytes_all for pull in pulls)
         return sum(pull.bytes_kept for pull in pulls) / all_bytes if all_bytes else None
 
-    # --- a model, known by name
+    # --- a model's text side
 
-    async def text_side(self, model: ModelId, limit_bytes: int | None = None) -> Fetched:
-        """Waits until peers tell of the model, then fetches its manifest, config and tokenizer. A second call shares the files.
-
-        Raises:
-            BadRequest: the disk has no room, or cannot be written; the files are larger than `limit_bytes` together.
-        """
+    async def wait_for(self, name: ModelId) -> ModelCard:
+        """Waits until peers hand out the version that `name` means, as a request would mean it."""
         while True:
             view = self._view()
-            card = announced(view, model)
-            if card is None:
-                log.info("weights.waiting", model=model, why="no live peer tells of this model's files yet")
-                await self._changed(view.version)
-                continue
-            async with self._opening.setdefault(card.manifest, trio.Lock()):
-                files = self._files.get(card.manifest) or await self._open(card)
-                if files is not None:
-                    names = [file.name for file in files.manifest.files]
-                    if limit_bytes is not None and (all_bytes := sum(f.size_bytes for f in files.manifest.files)) > limit_bytes:
-                        raise BadRequest(f"the text files of {model} take {all_bytes} bytes; {limit_bytes} are allowed", "model")
-                    await self._pull(model, files, names)
-                    return Fetched(msgspec.structs.replace(card, numerics=""), files)
-            await trio.sleep(RETRY_S)
+            card = announced(view, name)
+            if card is not None:
+                return card
+            log.info("weights.waiting", model=name, why="no live peer hands out this model's files yet")
+            await self._changed(view.version)
 
-    async def _open(self, card: ModelCard) -> PulledModel | None:
-        """The directory of the model's files, which all that fetch of it share; None: no peer gave its manifest now."""
-        manifest = await self._manifest(card)
-        if manifest is None:
-            return None
+    async def text_side(self, card: ModelCard, limit_bytes: int | None = None) -> Fetched:
+        """Fetches manifest, configs and tokenizer of a version, as far as they are not here. Calls share the files.
+
+        Raises:
+            Refused: no peer gave the manifest.
+            BadRequest: the disk has no room, or cannot be written; the files are larger than `limit_bytes` together.
+        """
+        if not is_identity(card.weights):
+            told = "its nodes are hashing their files, or run an earlier release"
+            raise Refused(f"which weights {card.id} has is not known yet: {told}", RETRY_S)
+        async with self._opening.setdefault(card.weights, trio.Lock()):
+            files = self._files.get(card.weights) or await self._open(card)
+            texts = files.manifest.files
+            if limit_bytes is not None and (all_bytes := sum(file.size_bytes for file in texts)) > limit_bytes:
+                raise BadRequest(f"the text files of {card.id} take {all_bytes} bytes; {limit_bytes} are allowed", "model")
+            await self._pull(card.id, files, [file.name for file in texts])
+        return Fetched(msgspec.structs.replace(card, numerics=""), files)
+
+    async def _open(self, card: ModelCard) -> PulledModel:
+        """The directory of these weights, which all that fetch of them share. Raises Refused: no peer gave the manifest."""
+        directory = self._folder / card.weights[:32]
         try:
-            files = await trio.to_thread.run_sync(PulledModel, self._folder / card.manifest[:32], manifest)
+            files = await trio.to_thread.run_sync(_fetched_before, directory, card.weights)
+            if files is None:
+                files = await trio.to_thread.run_sync(PulledModel, directory, await self._manifest(card))
         except OSError as error:
             raise _no_disk(error) from None
-        self._files[card.manifest] = files
+        self._files[card.weights] = files
         return files
 
-    async def _manifest(self, card: ModelCard) -> Manifest | None:
-        """From any peer that tells of it; None: nobody gave it now."""
-        for peer in sources(self._view(), card.id, card.manifest):
+    async def _manifest(self, card: ModelCard) -> Manifest:
+        """From any peer that hands the files out. Raises Refused: none gave it now."""
+        for peer in sources(self._view(), card.id, card.weights):
             try:
-                manifest = decode(await self._read_manifest(peer, card.manifest), card.manifest)
-                if not manifest.agrees_with(card):
-                    raise BadManifest("it is of another model than the card says")
-                return manifest
+                encoded = await self._read_manifest(peer, card.weights)
+                return await trio.to_thread.run_sync(decode, encoded, card.weights)  # it may be of many megabytes
             except (MeshError, BadManifest) as error:
                 log.warning("weights.no_manifest", model=card.id, peer=peer.id, why=str(error)[:200])
-        return None
+        raise Refused(
+            f"no live peer hands out the files of {card.id} with weights {card.weights[:16]}; "
+            f"start a node that has them, or ask a node that serves this model",
+            RETRY_S,
+        )
 
     async def _read_manifest(self, peer: Peer, manifest: str) -> bytes:
         encoded = b""
@@ -163,7 +171,8 @@ class Fetching:
         Raises:
             BadRequest: the disk has no room, or cannot be written.
         """
-        names = [tensor.name for tensor in await trio.to_thread.run_sync(_of_span, fetched.files, start, end)]
+        layers = fetched.card.layers
+        names = [tensor.name for tensor in await trio.to_thread.run_sync(_of_span, fetched.files, layers, start, end)]
         await self._pull(fetched.card.id, fetched.files, names)
 
     async def _pull(self, model: ModelId, files: PulledModel, names: Iterable[str]) -> None:
@@ -264,23 +273,40 @@ class _Run:
 
 
 def sources(view: View, model: ModelId, manifest: str) -> list[Peer]:
-    """Live peers that tell of exactly these files, those that are not just suspect first."""
+    """Live peers that hand out exactly these files, those that are not just suspect first."""
     telling = [
         peer
         for peer in view.live()
-        if peer.id != view.me and any(card.id == model and card.manifest == manifest for card in peer.facts.models)
+        if peer.id != view.me and any(_hands_out(card, model, manifest) for card in peer.facts.models)
     ]
     return sorted(telling, key=lambda peer: (not peer.usable, peer.id))
 
 
-def announced(view: View, model: ModelId) -> ModelCard | None:
-    """The card, with a manifest, that most live peers tell of the model; of equals the lowest manifest's."""
-    cards = [card for peer in view.live() if peer.id != view.me for card in peer.facts.models if card.id == model]
-    told = Counter(msgspec.structs.replace(card, numerics="") for card in cards if is_identity(card.manifest))
-    return min(told, key=lambda card: (-told[card], card.manifest), default=None)
+def _hands_out(card: ModelCard, model: ModelId, manifest: str) -> bool:
+    return card.id == model and card.weights == card.manifest == manifest
 
 
-def _of_span(files: PulledModel, start: int, end: int) -> list[TensorEntry]:
+def announced(view: View, name: ModelId) -> ModelCard | None:
+    """The card of the version that requests mean by `name`; None: there is none, or no other node hands out its files."""
+    version = named(view, name)
+    if version is None or not is_identity(weights := version.card.weights):
+        return None
+    cards = [card_of(peer, version.card.id) for peer in sources(view, version.card.id, weights)]
+    told = Counter(msgspec.structs.replace(card, numerics="", written_at_s=0) for card in cards if card is not None)
+    most = min(told, key=lambda card: (-told[card], card.layers, card.max_model_len), default=None)  # a peer may be wrong
+    return None if most is None else msgspec.structs.replace(most, written_at_s=version.written_at_s)
+
+
+def _fetched_before(directory: Path, weights: str) -> PulledModel | None:
+    """What is in the directory of these weights (*blocking*); None: nothing that can be gone on with."""
+    try:
+        files = PulledModel.at(directory)
+    except (BadRequest, FileNotFoundError):
+        return None
+    return files if files.catalogue.id == weights else None
+
+
+def _of_span(files: PulledModel, layers: int, start: int, end: int) -> list[TensorEntry]:
     """By what the model's config says (*blocking*: it is a file)."""
     manifest = files.manifest
     try:
@@ -289,7 +315,7 @@ def _of_span(files: PulledModel, start: int, end: int) -> list[TensorEntry]:
     except (OSError, msgspec.DecodeError, AttributeError):
         vocab_size, tied = None, True
     size = vocab_size if isinstance(vocab_size, int) else None
-    return tensors_of_span(manifest.tensors, manifest.layers, start, end, size, tied=tied)
+    return tensors_of_span(manifest.tensors, layers, start, end, size, tied=tied)
 
 
 def _sums(totals: FetchingStatistics, pulls: Iterable[PullStatistics]) -> dict[str, int]:

@@ -3,7 +3,10 @@
 One safetensors file a layer, and one a tensor outside the layers, so that a span is a set of whole files and a loader can
 never take for weights what has not come: what is not here is in no file and in no index. A part lies beside the files under
 another ending, at its full size from the start, so a full disk is told before anything is fetched. After a restart
-the pieces of a part are hashed again: what matches is kept, whatever else is in it is fetched anew.
+the pieces of a part are hashed again: what matches is kept, whatever else is in it is fetched anew. So is a file that
+does not look as it did when it was completed: it becomes a part.
+
+What the whole model is, the manifest beside the files says: a part of a model has the identity of the whole.
 """
 
 from __future__ import annotations
@@ -16,15 +19,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mesh.errors import BadRequest
-from mesh.weights import DTYPE_BYTES, Entry, Manifest, Piece, TensorEntry, encode, layer_of, pieces_of
-from node.safetensors_header import make_header
-from node.weights.catalogue import Catalogue, Place
+import msgspec
 
-MARK = "pulled.json"  # beside the files: what the model is, for its digest cannot be told from a part of it
-INDEX = "model.safetensors.index.json"
+from mesh.errors import BadRequest
+from mesh.weights import DTYPE_BYTES, BadManifest, Entry, Manifest, Piece, TensorEntry, decode, encode, layer_of, pieces_of
+from node.safetensors_header import INDEX, make_header
+from node.weights.catalogue import Catalogue
+from node.weights.hashing import Place
+from node.weights.record import Stamp, stamp_of
+
+MARK = "pulled.json"  # beside the files: which model they are of, and how each looked when it was complete
+MANIFEST = "pulled.manifest"  # beside them: the model's manifest
 PART = ".part"
-SPARE_BYTES = 256 << 20  # of the disk, left to the documents and to everybody else
+SPARE_BYTES = 256 << 20  # of the disk, left to the documents and to other programs
 
 
 class WrongPiece(Exception):
@@ -48,27 +55,87 @@ class _File:
     def part(self) -> Path:
         return self.path.with_name(self.path.name + PART)
 
+    @property
+    def name(self) -> str:
+        """Within the model's directory."""
+        return self.path.name if self.head else self.entries[0].name
+
     def is_here(self) -> bool:
         return self.path.is_file() and self.path.stat().st_size == self.size_bytes
+
+
+class _Mark(msgspec.Struct, frozen=True):
+    manifest: str  # its identity
+    files: dict[str, Stamp] = {}
 
 
 class PulledModel:
     """Every method is *blocking*; one thread at a time."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
-        """Makes the directory. Raises OSError."""
+        """Makes the directory, or takes up what is there of it. Raises OSError."""
         self.directory = directory
         self.manifest = manifest
         self.catalogue = Catalogue(encode(manifest), manifest, {})
-        self._files = {file.path.name: file for file in _layout(directory, manifest)}
+        self._files = {file.name: file for file in _layout(directory, manifest)}
         self._file_of = {entry.name: file for file in self._files.values() for entry in file.entries}
         self._lacks: dict[str, set[Piece]] = {}  # of the files that are being fetched, by name
         directory.mkdir(parents=True, exist_ok=True)
-        _write(directory / MARK, json.dumps({"manifest": self.catalogue.id, "weights": manifest.weights}).encode())
-        for file in self._files.values():
-            if file.is_here():
+        mark = _mark_in(directory)
+        known = mark.files if mark is not None and mark.manifest == self.catalogue.id else {}
+        self._stamps: dict[str, Stamp] = {}
+        _write(directory / MANIFEST, self.catalogue.encoded)
+        for name, file in self._files.items():
+            if file.is_here() and known.get(name) == stamp_of(file.path, name):
+                self._stamps[name] = known[name]
                 self._can_be_read(file)
+            elif file.path.is_file():
+                file.path.replace(file.part)
+        self._write_mark()
         self._write_index()
+
+    @classmethod
+    def at(cls, directory: Path) -> PulledModel:
+        """What an earlier start fetched.
+
+        Raises:
+            BadRequest: which model it is of cannot be told any more.
+            OSError: it cannot be read.
+        """
+        mark = _mark_in(directory)
+        try:
+            manifest = None if mark is None else decode((directory / MANIFEST).read_bytes(), mark.manifest)
+        except (FileNotFoundError, BadManifest):
+            manifest = None
+        if manifest is None:
+            raise BadRequest(
+                f"the files in {directory.name} came from peers, and what of which model they are cannot be told any more; "
+                "have them fetched again: mesh up --join HOST:PORT --model ID",
+                "model",
+                "model_not_servable",
+            )
+        return cls(directory, manifest)
+
+    def differs(self) -> str:
+        """The name of a file that does not look as it did when it was complete; empty: there is none."""
+        for name, stamp in sorted(self._stamps.items()):
+            try:
+                if stamp_of(self._files[name].path, name) != stamp:
+                    return name
+            except OSError:
+                return name
+        return ""
+
+    def set_aside(self, name: str) -> None:
+        """Takes a complete file for a part again: its pieces are hashed and the wrong ones fetched when it is next asked for."""
+        file = self._files[name]
+        for entry in file.entries:
+            self.catalogue.places.pop(entry.name, None)
+        self._stamps.pop(name, None)
+        self._write_mark()
+        self._write_index()
+        if file.path.is_file():
+            file.path.replace(file.part)
 
     def missing(self, names: Iterable[str]) -> list[Piece]:
         """The pieces to fetch until all of `names` are here; what a part holds already is hashed (a second a gigabyte).
@@ -77,14 +144,14 @@ class PulledModel:
             BadRequest: the disk has no room for them.
             OSError: the disk cannot be written.
         """
-        wanted = {self._file_of[name].path.name: self._file_of[name] for name in names}
+        wanted = {self._file_of[name].name: self._file_of[name] for name in names}
         files = [file for _, file in sorted(wanted.items()) if not file.is_here()]
         self._make_room(files)
         pieces: list[Piece] = []
         for file in files:
             lacking = self._lacking(file)
             pieces += lacking
-            self._lacks[file.path.name] = set(lacking)
+            self._lacks[file.name] = set(lacking)
             if not lacking:
                 self._finish(file)
         return pieces
@@ -99,7 +166,7 @@ class PulledModel:
         if not piece.matches(content):
             raise WrongPiece(piece.name)
         file = self._file_of[piece.name]
-        lacks = self._lacks.get(file.path.name, set())
+        lacks = self._lacks.get(file.name, set())
         if piece not in lacks:
             return  # it came twice
         with file.part.open("r+b", buffering=0) as part:
@@ -112,6 +179,7 @@ class PulledModel:
         """Of the file's part, which is made if there is none, the pieces that do not match."""
         every = [piece for entry in file.entries for piece in pieces_of(entry)]
         if not file.part.is_file() or file.part.stat().st_size != file.size_bytes:
+            file.part.parent.mkdir(exist_ok=True)
             with file.part.open("wb") as part:
                 part.write(file.head)
                 _reserve(part.fileno(), file.size_bytes)
@@ -128,12 +196,17 @@ class PulledModel:
             os.pwrite(part.fileno(), file.head, 0)
             os.fsync(part.fileno())
         file.part.replace(file.path)
+        self._stamps[file.name] = stamp_of(file.path, file.name)
+        self._write_mark()
         self._can_be_read(file)
         if file.head:
             self._write_index()
 
     def _can_be_read(self, file: _File) -> None:
         self.catalogue.places.update({name: Place(file.path, offset) for name, offset in file.offsets.items()})
+
+    def _write_mark(self) -> None:
+        _write(self.directory / MARK, msgspec.json.encode(_Mark(self.catalogue.id, self._stamps)))
 
     def _write_index(self) -> None:
         here = self.catalogue.places
@@ -171,8 +244,16 @@ def _layout(directory: Path, manifest: Manifest) -> list[_File]:
     return files
 
 
+def _mark_in(directory: Path) -> _Mark | None:
+    """What the mark says; None: there is none that can be read."""
+    try:
+        return msgspec.json.decode((directory / MARK).read_bytes(), type=_Mark)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+
+
 def _reserve(descriptor: int, size_bytes: int) -> None:
-    """Takes the room now where the file system can: a disk that fills up meanwhile then harms somebody else."""
+    """Takes the room now where the file system can: a disk that fills up meanwhile then does no harm here."""
     os.ftruncate(descriptor, size_bytes)
     if hasattr(os, "posix_fallocate") and size_bytes:
         try:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ import torch
 from mesh.errors import BadRequest, LocalError, Refused
 from mesh.ids import ModelId, StreamId
 from mesh.view import Span, is_exact
+from mesh.weights import is_identity
 from node.engine import timing
 from node.engine.api import EngineConfig, EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
 from node.engine.worker import TorchEngine
@@ -302,8 +304,18 @@ def test_equal_numerics_are_claimed_across_spans_and_not_across_kernels(checkpoi
     assert cards[0] == cards[1]
     assert cards[0].numerics != cards[2].numerics and cards[0].weights == cards[2].weights
     assert all(is_exact(card.numerics) for card in cards)
+    assert is_identity(cards[0].weights)
     bare = one.inspect(directory, MODEL)
-    assert (bare.layers, bare.max_model_len, bare.numerics) == (4, 2048, "")
+    assert (bare.layers, bare.max_model_len, bare.weights, bare.numerics) == (4, 2048, "", "")
+
+
+def test_a_sequence_is_computed_by_the_weights_that_its_entry_names_or_not_at_all(checkpoint_of: Callable[[str], Path]) -> None:
+    with running((checkpoint_of("llama"), 0, 4)) as one:
+        held = one.engine.load(checkpoint_of("llama"), MODEL, 0, 4).weights
+        with pytest.raises(LocalError, match="no loaded span holds layers 0:4 of toy with weights 0000000000000000"):
+            one.engine.open(msgspec.structs.replace(opening("a", 0, 4), weights="0" * 64))
+        for stream, weights in (("b", held), ("c", "")):
+            one.engine.open(msgspec.structs.replace(opening(stream, 0, 4), weights=weights))
 
 
 def test_the_cpu_thread_limits_room_and_device_are_told_plainly(checkpoint_of: Callable[[str], Path]) -> None:

@@ -87,6 +87,9 @@ class FakeNode:
     def models(self) -> list[ModelCard]:
         return [ModelCard(CHAT, 4, 128, "w", "n"), ModelCard(EMBED, 0, 64, "w2", "n2", kind="embed")]
 
+    def named(self, model):
+        return model
+
     def missing_layers(self) -> dict[ModelId, tuple[tuple[int, int], ...]]:
         return {SPLIT: ((2, 4),)}
 

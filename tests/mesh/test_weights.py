@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.view import ModelCard
 from mesh.weights import (
     DIGEST_BYTES,
+    FORM,
     PIECE_BYTES,
     BadManifest,
     FileEntry,
@@ -18,10 +18,13 @@ from mesh.weights import (
     encode,
     identity,
     is_identity,
+    is_text_file,
     layer_of,
     pieces_of,
     tensors_of_span,
 )
+
+GOLDEN = "c630628e1a89a19d47089526ace78d3dbee4e94a5a388e20c1157ce3d67c81ef"
 
 
 def tensor(name, *shape, dtype="F32"):
@@ -30,7 +33,7 @@ def tensor(name, *shape, dtype="F32"):
 
 
 def manifest(*tensors, files=()):
-    return Manifest("w", 4, 100, tuple(files), tuple(sorted(tensors, key=lambda each: each.name)))
+    return Manifest(FORM, tuple(files), tuple(sorted(tensors, key=lambda each: each.name)))
 
 
 def test_a_manifest_comes_back_only_under_its_own_identity():
@@ -90,11 +93,39 @@ def test_a_piece_is_only_what_its_hash_says():
     assert not piece.matches(b"abd") and not piece.matches(b"abcd") and not piece.matches(b"")
 
 
-def test_a_card_of_another_model_does_not_agree():
-    card = ModelCard("m", 4, 100, "w", "numerics")
-    assert manifest().agrees_with(card)
-    for field, value in (("weights", "v"), ("layers", 5), ("max_model_len", 99)):
-        assert not manifest().agrees_with(msgspec.structs.replace(card, **{field: value}))
+def test_the_identity_of_a_model_is_the_same_in_every_release():
+    """Were it another one here, no node could tell its weights equal to those of a node of an earlier release."""
+    files = [FileEntry("config.json", 2, digest_of(b"{}"))]
+    tensors = [TensorEntry("a", "BF16", (1, 2), digest_of(b"\0\1\2\3")), TensorEntry("b", "F32", (0, 3), b"")]
+    assert identity(encode(manifest(*tensors, files=files))) == GOLDEN
+
+
+def test_a_manifest_of_an_earlier_form_is_refused():
+    earlier = msgspec.msgpack.encode(("weights", 4, 100, (), ()))
+    for encoded in (earlier, msgspec.msgpack.encode((FORM + 1, (), ()))):
+        with pytest.raises(BadManifest, match="not a manifest"):
+            decode(encoded, identity(encoded))
+
+
+@pytest.mark.parametrize(
+    ("name", "is_read"),
+    [
+        ("config.json", True),
+        ("config.4.40.0.json", True),
+        ("tokenizer.4.0.json", True),
+        ("additional_chat_templates/tool-use.jinja", True),
+        ("additional_chat_templates/../x.jinja", False),
+        ("additional_chat_templates/a/b.jinja", False),
+        ("elsewhere/x.jinja", False),
+        ("/config.json", False),
+        ("config.py.json", False),
+        ("modeling_llama.py", False),
+        ("README.md", False),
+        ("model.safetensors.index.json", False),
+    ],
+)
+def test_what_a_loader_reads_beside_the_weights_is_known_by_name(name, is_read):
+    assert is_text_file(name) is is_read
 
 
 NAMES = {

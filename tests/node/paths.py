@@ -164,6 +164,7 @@ class SmallNode:
     scope: trio.CancelScope
     state: PeerState = PeerState.DEAD  # until it runs
     readiness: Readiness = Readiness.WARM
+    card: ModelCard = CARD
 
     def kill(self) -> None:
         """As the kernel does it: all its connections end, nothing is said."""
@@ -189,7 +190,9 @@ class SmallMesh:
                 name,
                 node.links.config.address,
                 state=node.state,
-                facts=Facts(spans=tuple(Span(MODEL, *span) for span in node.spans), models=(CARD,), readiness=node.readiness),
+                facts=Facts(
+                    spans=tuple(Span(MODEL, *span) for span in node.spans), models=(node.card,), readiness=node.readiness
+                ),
                 load=Load(kv_blocks_total=100),
             )
             for name, node in self.nodes.items()

@@ -8,11 +8,12 @@ from types import MappingProxyType
 import pytest
 
 from mesh.ids import ModelId, NodeId
-from mesh.view import Facts, Peer, PeerState, Readiness, Span, View
+from mesh.view import Facts, ModelCard, Peer, PeerState, Readiness, Span, View
 from node.generation_events import StageAt
 from node.planning import Planning
 
 MODEL = ModelId("m")
+CARD = ModelCard(MODEL, 4, 64, "w", "n")
 NAMES = [bytes([number]) * 16 for number in range(8)]
 ADDRESS = {name: ("127.0.0.1", number) for number, name in enumerate("abcd", 1)}
 
@@ -22,7 +23,7 @@ def stage(name: str, start: int = 0, end: int = 4) -> StageAt:
 
 
 def planning(**changes: Peer) -> Planning:
-    facts = Facts(spans=(Span(MODEL, 0, 4),))
+    facts = Facts(spans=(Span(MODEL, 0, 4),), models=(CARD,))
     peers = {NodeId(name): Peer(NodeId(name), name, ADDRESS[name], facts=facts) for name in ADDRESS} | {
         NodeId(name): peer for name, peer in changes.items()
     }
@@ -34,28 +35,41 @@ def planning(**changes: Peer) -> Planning:
 
 def test_the_node_that_was_sent_most_is_named_and_nobody_where_the_stage_has_as_much() -> None:
     made = planning()
-    assert made.page_source(stage("a"), MODEL, NAMES) == ADDRESS["c"]
-    assert made.page_source(stage("a"), MODEL, NAMES[:2]) == ADDRESS["b"], "of equals the first"
-    assert made.page_source(stage("c"), MODEL, NAMES) is None
-    assert made.page_source(stage("c"), MODEL, NAMES[:3]) is None
-    assert made.page_source(stage("a"), MODEL, [b"other" * 4]) is None is made.page_source(stage("a"), MODEL, [])
+    assert made.page_source(stage("a"), CARD, NAMES) == ADDRESS["c"]
+    assert made.page_source(stage("a"), CARD, NAMES[:2]) == ADDRESS["b"], "of equals the first"
+    assert made.page_source(stage("c"), CARD, NAMES) is None
+    assert made.page_source(stage("c"), CARD, NAMES[:3]) is None
+    assert made.page_source(stage("a"), CARD, [b"other" * 4]) is None is made.page_source(stage("a"), CARD, [])
+
+
+def holder(
+    model: ModelId = MODEL,
+    span: tuple[int, int] = (0, 4),
+    state: PeerState = PeerState.ALIVE,
+    readiness: Readiness = Readiness.WARM,
+    weights: str = "w",
+) -> Peer:
+    card = ModelCard(model, 4, 64, weights, "n")
+    facts = Facts(spans=(Span(model, *span),), models=(card,), readiness=readiness)
+    return Peer(NodeId("c"), "c", ADDRESS["c"], state=state, facts=facts)
 
 
 @pytest.mark.parametrize(
     "peer",
     [
-        Peer(NodeId("c"), "c", ADDRESS["c"], facts=Facts(spans=(Span(MODEL, 0, 3),))),
-        Peer(NodeId("c"), "c", ADDRESS["c"], facts=Facts(spans=(Span(ModelId("other"), 0, 4),))),
-        Peer(NodeId("c"), "c", ADDRESS["c"], state=PeerState.SUSPECT, facts=Facts(spans=(Span(MODEL, 0, 4),))),
-        Peer(NodeId("c"), "c", ADDRESS["c"], state=PeerState.DEAD, facts=Facts(spans=(Span(MODEL, 0, 4),))),
-        Peer(NodeId("c"), "c", ADDRESS["c"], facts=Facts(spans=(Span(MODEL, 0, 4),), readiness=Readiness.STALLED)),
+        holder(span=(0, 3)),
+        holder(model=ModelId("other")),
+        holder(state=PeerState.SUSPECT),
+        holder(state=PeerState.DEAD),
+        holder(readiness=Readiness.STALLED),
+        holder(weights="others"),
     ],
 )
-def test_a_node_without_the_layers_or_that_may_not_answer_is_not_asked(peer: Peer) -> None:
-    assert planning(c=peer).page_source(stage("a"), MODEL, NAMES) == ADDRESS["b"]
+def test_a_node_without_the_layers_or_weights_or_that_may_not_answer_is_not_asked(peer: Peer) -> None:
+    assert planning(c=peer).page_source(stage("a"), CARD, NAMES) == ADDRESS["b"]
 
 
 def test_a_node_that_restarted_has_nothing() -> None:
     made = planning()
     made.forget(NodeId("c"))
-    assert made.page_source(stage("a"), MODEL, NAMES) == ADDRESS["b"]
+    assert made.page_source(stage("a"), CARD, NAMES) == ADDRESS["b"]

@@ -19,16 +19,21 @@ from node.engine.default_model import DIRECTORY, LAYERS
 from node.model_text import ModelText
 from node.models import Models, ServedModel
 from node.peer_models import MAX_MODELS, WAIT_S, PeerModels
-from node.weights.catalogue import Catalogue, catalogue_of
+from node.weights.catalogue import Catalogue, identify
+from node.weights.hashing import HashingProgress
 from node.weights.library import Library
 from tests.weights.test_fetching import ME, Network
 
-CARD = ModelCard(ModelId("second"), LAYERS, 2048, "w", "n")
+CARD = ModelCard(ModelId("second"), LAYERS, 2048, "", "n")
+
+
+def catalogue_of(directory: Path, folder: Path) -> Catalogue:
+    return identify(directory, folder, HashingProgress()).catalogue
 
 
 @pytest.fixture(scope="module")
 def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
-    return catalogue_of(DIRECTORY, CARD, tmp_path_factory.mktemp("kept"))
+    return catalogue_of(DIRECTORY, tmp_path_factory.mktemp("kept"))
 
 
 class Mesh:
@@ -67,7 +72,7 @@ async def running(mesh: Mesh) -> AsyncIterator[PeerModels]:
 async def test_a_model_of_peers_is_found_with_its_tokenizer_and_fetched_once(mesh: Mesh, catalogue: Catalogue) -> None:
     mesh.peer_serves("a", catalogue)
     async with running(mesh) as models:
-        assert models.complete() == [CARD.id] and models.cards()[CARD.id].numerics == "n"
+        assert models.complete() == [CARD.id]
         found: list[ServedModel] = []
 
         async def ask(model: ModelId | None) -> None:
@@ -125,7 +130,7 @@ async def test_missing_layers_are_told_before_anything_is_fetched(mesh: Mesh, ca
 
 
 async def test_a_model_whose_files_no_peer_offers_yet_is_waited_for(mesh: Mesh, catalogue: Catalogue) -> None:
-    facts = Facts(spans=(Span(CARD.id, 0, LAYERS),), models=(CARD,))
+    facts = Facts(spans=(Span(CARD.id, 0, LAYERS),), models=(msgspec.structs.replace(CARD, weights=catalogue.id),))
     mesh.replace(Peer(NodeId("a"), "a", ("a", 0), facts=facts))
     async with running(mesh) as models:
         with pytest.raises(ModelLoading, match="second's tokenizer is being fetched from a"):
@@ -166,7 +171,7 @@ async def test_other_files_under_the_same_name_are_fetched_anew(mesh: Mesh, cata
     async with running(mesh) as models:
         assert (await models.get(CARD.id)).text.sampling_defaults == {"temperature": 0.0}
         mesh.network.kill("a")
-        mesh.peer_serves("b", catalogue_of(changed, CARD, tmp_path / "kept"))
+        mesh.peer_serves("b", catalogue_of(changed, tmp_path / "kept"))
         assert (await models.get(CARD.id)).text.sampling_defaults == {"temperature": 0.5}
 
 
@@ -198,3 +203,95 @@ async def test_of_many_models_those_that_were_asked_for_last_are_kept(
             await models.get(ModelId(f"m{number}"))
             assert await models.get(ModelId("m0")) is first
         assert len(models._texts) == MAX_MODELS
+
+
+# --- several sets of weights under one id
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
+    """The same model with another way to draw tokens."""
+    changed = tmp_path_factory.mktemp("changed")
+    for file in DIRECTORY.iterdir():
+        (changed / file.name).symlink_to(file)
+    (changed / "generation_config.json").unlink()
+    (changed / "generation_config.json").write_text('{"temperature": 0.5}')
+    return catalogue_of(changed, tmp_path_factory.mktemp("kept"))
+
+
+def holds_own(mesh: Mesh, weights: str) -> ServedModel:
+    """This node holds and serves the model in these weights."""
+    text: Any = None
+    own = ServedModel(msgspec.structs.replace(CARD, weights=weights), DIRECTORY, text)
+    mesh.own.add(own)
+    me = mesh.network.view.peers[ME]
+    facts = Facts(spans=(Span(CARD.id, 0, LAYERS),), models=(own.card,))
+    mesh.replace(Peer(NodeId(ME), "me", me.address, facts=facts))
+    return own
+
+
+async def test_where_other_weights_answer_their_own_text_side_is_fetched(
+    mesh: Mesh, catalogue: Catalogue, other: Catalogue
+) -> None:
+    own = holds_own(mesh, catalogue.id)
+    async with running(mesh) as models:
+        for name in (CARD.id, None, ModelId(f"second@{catalogue.id[:8]}")):
+            assert await models.get(name) is own
+        for name in "ab":
+            mesh.peer_serves(name, other)
+        for name in (CARD.id, None, ModelId(f"second@{other.id[:10]}")):
+            found = await models.get(name)
+            assert (found.card.weights, found.text.sampling_defaults) == (other.id, {"temperature": 0.5}), "the right text side"
+        assert await models.get(ModelId(f"second@{catalogue.id[:8]}")) is own, "by its hash the node's own still answers"
+        assert models.complete() == ["second", f"second@{catalogue.id[:8]}"]
+        mesh.network.kill("a")
+        mesh.network.kill("b")
+        assert await models.get(CARD.id) is own
+
+
+async def test_weights_whose_text_side_cannot_be_had_are_not_answered_by_others(
+    mesh: Mesh, catalogue: Catalogue, other: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.peer_models.WAIT_S", 0.05)
+    monkeypatch.setattr("node.peer_models.RETRY_S", 0.01)
+    holds_own(mesh, catalogue.id)
+    for name in "ab":
+        mesh.peer_serves(name, other)
+        mesh.network.sources[name].remove(other.id)  # it tells of them, and does not give them
+    async with running(mesh) as models:
+        with pytest.raises(ModelLoading, match="second's tokenizer is being fetched from a, b"):
+            await models.get(CARD.id)
+        monkeypatch.setattr("node.peer_models.WAIT_S", 60.0)
+        mesh.network.sources["b"].add(other)
+        assert (await models.get(CARD.id)).card.weights == other.id, "asked again until a peer gave them"
+
+
+@pytest.mark.parametrize("name", ["second@", "second@cccccccc", "second@CCCCCCCC", "other@aaaaaaaa"])
+async def test_a_version_that_no_live_node_has_is_refused_with_those_there_are(
+    mesh: Mesh, catalogue: Catalogue, other: Catalogue, name: str
+) -> None:
+    holds_own(mesh, catalogue.id)
+    for peer in "ab":
+        mesh.peer_serves(peer, other)
+    async with running(mesh) as models:
+        with pytest.raises(BadRequest, match=f"known: second, second@{catalogue.id[:8]}") as refused:
+            await models.get(ModelId(name))
+    assert (refused.value.status, refused.value.code) == (404, "model_not_found")
+
+
+async def test_a_node_that_has_only_just_begun_knows_its_own_model(mesh: Mesh) -> None:
+    text: Any = None
+    own = ServedModel(CARD, DIRECTORY, text)
+    mesh.own.add(own)
+    async with running(mesh) as models:
+        assert await models.get(CARD.id) is own and await models.get(None) is own
+        with pytest.raises(BadRequest, match="known: none"):
+            await models.get(ModelId("other"))
+
+
+async def test_missing_layers_of_a_version_are_told_by_its_name(mesh: Mesh, catalogue: Catalogue, other: Catalogue) -> None:
+    holds_own(mesh, catalogue.id)
+    mesh.peer_serves("a", other, spans=(Span(CARD.id, 0, 2),))
+    async with running(mesh) as models:
+        with pytest.raises(NoPath, match=f"layers 2:6 of second@{other.id[:8]}; start one with"):
+            await models.get(ModelId(f"second@{other.id[:8]}"))

@@ -6,17 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.ids import ModelId, NodeId
+from mesh.versions import replicas
 from mesh.view import Facts, ModelCard, Peer, PeerState, Readiness, Span, View
 from routing.coverage import Coverage, CoverageChanged, Run, changes, coverage
 
 MODEL = ModelId("m")
 LAYERS = 6
+CARD = ModelCard(MODEL, LAYERS, 64, "w", "n")
 
 
 def peer(name: str, *spans: tuple[int, int], state: PeerState = PeerState.ALIVE, readiness: Readiness = Readiness.WARM) -> Peer:
     facts = Facts(
         spans=tuple(Span(MODEL, start, end) for start, end in spans),
-        models=(ModelCard(MODEL, LAYERS, 64, "w", "n"),),
+        models=(CARD,),
         draining=readiness is Readiness.DRAINING,
         readiness=readiness,
     )
@@ -83,6 +85,6 @@ def test_runs_count_what_counting_layer_by_layer_does(told: list[tuple[list[tupl
     shown = view(peer("z"), *(peer(f"p{number}", *spans, state=state) for number, (spans, state) in enumerate(told)))
     runs = coverage(shown)[MODEL].runs
     by_layer = [(run.live, run.ready) for run in runs for _ in range(run.start, run.end)]
-    assert [live for live, _ in by_layer] == shown.replicas(MODEL, LAYERS)
+    assert [live for live, _ in by_layer] == replicas(shown, CARD)
     alive = View(shown.me, {each.id: each for each in shown.peers.values() if each.state is PeerState.ALIVE})
-    assert [ready for _, ready in by_layer] == alive.replicas(MODEL, LAYERS)
+    assert [ready for _, ready in by_layer] == replicas(alive, CARD)

@@ -8,7 +8,7 @@ import pytest
 
 from mesh.errors import ModelLoading, NoPath
 from mesh.view import Loading, Peer, PeerState
-from routing.loading import UNKNOWN, BeingLoaded, being_loaded
+from routing.loading import UNKNOWN, BeingLoaded, being_loaded, no_path
 from routing.path import plan
 from routing.policies import policy_named
 from tests.routing.meshes import LAYERS, MODEL, peer, view
@@ -60,3 +60,15 @@ def test_an_intent_without_progress_has_just_begun() -> None:
     loads = being_loaded(view(peer("a", intends=((0, 1), (2, 6)))), MODEL, ((0, 6),))
     assert loads == BeingLoaded(((0, 1), (2, 6)), UNKNOWN.percent / 100, UNKNOWN.eta_s, ("a",))
     assert being_loaded(view(peer("a", (0, 6))), MODEL, ()) is None
+
+
+def test_what_nodes_with_other_weights_load_does_not_count_and_what_a_hashing_node_intends_does() -> None:
+    old = [peer("a", (0, 3), weights="w1"), peer("b", intends=((3, 6),), weights="w1")]
+    others = [peer("c", (0, 2), weights="w2"), peer("d", intends=((2, 6),), weights="w2")]
+    hashing = peer("e", intends=((4, 6),), weights="")
+    seen = view(*old, *others, hashing)
+    assert being_loaded(seen, MODEL, ((3, 6),), "w1") == BeingLoaded(((3, 6),), 0.0, 10.0, ("b", "e"))
+    assert being_loaded(seen, MODEL, ((2, 6),), "w2") == BeingLoaded(((2, 6),), 0.0, 10.0, ("d", "e"))
+    assert being_loaded(view(*old[:1], *others), MODEL, ((3, 6),), "w1") is None
+    assert str(no_path(view(*old[:1], *others), MODEL, ((3, 6),), "w1")).startswith("no live peer holds layers 3:6 of tiny")
+    assert isinstance(no_path(seen, MODEL, ((2, 6),), "w2"), ModelLoading)

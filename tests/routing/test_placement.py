@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.ids import NodeId
+from mesh.versions import replicas
 from mesh.view import Facts, Peer, PeerState, Span, View
 from routing.holders import connected
 from routing.placement import Move, choose_spans, next_move
@@ -32,7 +33,7 @@ def joined(capacities: list[int], layers: int = LAYERS) -> list[Peer]:
 
 
 def copies(peers: list[Peer], layers: int = LAYERS) -> list[int]:
-    return view(*peers).replicas(MODEL, layers)
+    return replicas(view(*peers), card(layers=layers))
 
 
 def paths_exist(peers: list[Peer], layers: int = LAYERS) -> bool:
@@ -66,7 +67,11 @@ def test_nodes_that_start_together_settle_by_reading_each_others_intent() -> Non
     intents: dict[str, tuple[Span, ...]] = dict.fromkeys(names, ())
     for _ in range(len(names) + 1):  # gossip rounds: everybody sees what everybody intended a round ago
         seen = View(
-            NodeId("x"), {NodeId(name): Peer(NodeId(name), name, ("h", 1), facts=Facts(intends=intents[name])) for name in names}
+            NodeId("x"),
+            {
+                NodeId(name): Peer(NodeId(name), name, ("h", 1), facts=Facts(intends=intents[name], models=(card(),)))
+                for name in names
+            },
         )
         intents = {name: choose_spans(seen, NodeId(name), card(), 3) for name in names}
     held = [peer(name, *((span.start, span.end) for span in spans)) for name, spans in intents.items()]

@@ -1,15 +1,15 @@
 """What a node tells of a model directory, and hands out of it."""
 
-import threading
-
+import msgspec
 import pytest
 
 from mesh.errors import BadRequest
-from mesh.weights import PIECE_BYTES, pieces_of
+from mesh.weights import PIECE_BYTES, FileEntry, encode, pieces_of
 from node.safetensors_header import read_header, weight_files
-from node.weights import catalogue as module
-from node.weights.catalogue import HashingStopped, catalogue_of
-from tests.weights.models import CARD, contents, tensors, whole_catalogue, write_file, write_model
+from node.weights import catalogue, hashing
+from node.weights.catalogue import Catalogue, identify
+from node.weights.hashing import HashingProgress, HashingStopped, stamps_of
+from tests.weights.models import contents, tensors, whole_catalogue, write_file, write_model
 
 
 def test_the_same_model_cut_into_other_files_is_the_same_model(tmp_path):
@@ -33,7 +33,6 @@ def test_only_the_text_side_and_tensors_are_told_of_and_no_code(tmp_path):
     manifest = whole_catalogue(write_model(tmp_path / "one"), tmp_path / "kept").manifest
     assert [file.name for file in manifest.files] == ["config.json", "tokenizer.json"]
     assert {tensor.name for tensor in manifest.tensors} == set(tensors())
-    assert manifest.agrees_with(CARD)
 
 
 def test_every_piece_read_is_what_the_manifest_says(tmp_path):
@@ -60,39 +59,57 @@ def test_a_file_that_shrank_since_is_told_and_not_padded(tmp_path):
         catalogue.read("tokenizer.json", 0)
 
 
-def test_hashing_is_done_once_for_files_that_stay_as_they_are(tmp_path, monkeypatch):
-    directory = write_model(tmp_path / "one")
-    first = whole_catalogue(directory, tmp_path / "kept")
-
-    def never(*args):
-        raise AssertionError("hashed again")
-
-    monkeypatch.setattr(module, "_digests", never)
-    assert whole_catalogue(directory, tmp_path / "kept").id == first.id
-    (directory / "config.json").write_text("{ }")
-    with pytest.raises(AssertionError, match="hashed again"):
-        whole_catalogue(directory, tmp_path / "kept")
-
-
-@pytest.mark.parametrize("damage", [b"", b"\xc1", b"\x92\x90\xc4\x01x"])
-def test_a_kept_manifest_that_is_damaged_is_made_again(tmp_path, damage):
-    directory = write_model(tmp_path / "one")
-    first = whole_catalogue(directory, tmp_path / "kept")
-    (kept,) = (tmp_path / "kept").iterdir()
-    kept.write_bytes(damage)
-    assert whole_catalogue(directory, tmp_path / "kept").id == first.id
-
-
 def test_hashing_ends_when_it_is_told_to(tmp_path):
-    told = threading.Event()
-    told.set()
+    progress = HashingProgress()
+    progress.stop.set()
     with pytest.raises(HashingStopped):
-        catalogue_of(write_model(tmp_path / "one"), CARD, tmp_path / "kept", told.is_set)
+        identify(write_model(tmp_path / "one"), tmp_path / "kept", progress)
 
 
-def test_a_disk_that_keeps_no_manifest_does_not_end_the_node(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert whole_catalogue(write_model(tmp_path / "one"), tmp_path / "file" / "kept").id
+def test_hashing_says_how_far_it_has_come(tmp_path):
+    progress = HashingProgress()
+    found = identify(write_model(tmp_path / "one", width=320), tmp_path / "kept", progress)
+    entries = [*found.catalogue.manifest.files, *found.catalogue.manifest.tensors]
+    assert progress.bytes == progress.bytes_done == sum(entry.size_bytes for entry in entries)
+
+
+def test_files_that_change_while_they_are_hashed_are_hashed_again(tmp_path, monkeypatch):
+    directory = write_model(tmp_path / "one")
+    changes = iter(["1", "22"])
+
+    def then_change(found, progress, inner=hashing.manifest_of):
+        manifest = inner(found, progress)
+        if text := next(changes, ""):
+            (directory / "tokenizer.json").write_text(text)
+        return manifest
+
+    monkeypatch.setattr(catalogue, "manifest_of", then_change)
+    found = identify(directory, None, HashingProgress())
+    assert found.files == stamps_of(directory)
+    assert next(entry for entry in found.catalogue.manifest.files if entry.name == "tokenizer.json").size_bytes == 2
+    changes = iter(["1", "22", "333"])
+    (directory / ".mesh-manifest").unlink()
+    with pytest.raises(BadRequest, match="complete"):
+        identify(directory, None, HashingProgress())
+
+
+def test_a_manifest_out_of_the_bounds_that_peers_accept_still_is_an_identity(tmp_path):
+    found = whole_catalogue(write_model(tmp_path / "one"), tmp_path / "kept")
+    assert found.is_fit_for_peers()
+    wide = msgspec.structs.replace(found.manifest, files=tuple(FileEntry("config.json", 0, b"") for _ in range(2)))
+    assert not Catalogue(encode(wide), wide, {}).is_fit_for_peers()
+
+
+def test_a_tensor_that_is_in_two_files_counts_as_the_loader_takes_it(tmp_path):
+    directory = write_model(tmp_path / "one", files=2)
+    names = {name: path.name for path in weight_files(directory) for name in read_header(path)}
+    before = whole_catalogue(directory, tmp_path / "kept")
+    first = {name: shape for name, shape in tensors().items() if names[name] == "model-0.safetensors"}
+    moved = next(name for name in tensors() if names[name] == "model-1.safetensors")
+    write_file(directory / "model-0.safetensors", {**first, moved: tensors()[moved]}, {moved: 1})
+    assert whole_catalogue(directory, tmp_path / "kept").id == before.id, "the last file's tensor counts"
+    write_file(directory / "model-2.safetensors", {moved: tensors()[moved]}, {moved: 1})
+    assert whole_catalogue(directory, tmp_path / "kept").id != before.id
 
 
 def test_of_weights_that_are_there_twice_the_files_of_the_index_count(tmp_path):

@@ -11,7 +11,7 @@ import trio
 
 from mesh.errors import BadRequest, PeerLost, Refused
 from mesh.ids import ModelId, NodeId
-from mesh.view import Facts, Peer, PeerState, View
+from mesh.view import Facts, Peer, PeerState, Span, View
 from mesh.weights import PIECE_KIND
 from node.weights.fetching import Fetching, announced
 from node.weights.source import WeightsSource
@@ -40,8 +40,9 @@ class Network:
         source = self.sources[name] = WeightsSource(lambda: False)
         source.add(catalogue)
         self.faults[name] = fault
-        card = msgspec.structs.replace(card, manifest=catalogue.id)
-        self._set({**self.view.peers, name: Peer(NodeId(name), name, (name, 0), facts=Facts(models=(card,)))})
+        card = msgspec.structs.replace(card, weights=catalogue.id, manifest=catalogue.id)
+        spans = (Span(card.id, 0, card.layers),)
+        self._set({**self.view.peers, name: Peer(NodeId(name), name, (name, 0), facts=Facts(models=(card,), spans=spans))})
 
     def kill(self, name):
         del self.sources[name]
@@ -80,6 +81,11 @@ async def fetching(network, tmp_path):
         yield Fetching(lambda: network.view, network.changed, network.call, tmp_path / "weights")
 
 
+async def text_side(fetching):
+    """Of what answers to the model's id."""
+    return await fetching.text_side(await fetching.wait_for(MODEL))
+
+
 def came_whole(files):
     for name, content in contents(tensors(WIDTH)).items():
         place = files.catalogue.places[name]
@@ -92,7 +98,7 @@ async def test_a_model_comes_from_several_peers_at_once(tmp_path, whole):
     for name in "abc":
         network.add(name, whole)
     async with fetching(network, tmp_path) as mine:
-        fetched = await mine.text_side(MODEL)
+        fetched = await text_side(mine)
         assert fetched.card.numerics == "" and fetched.card.manifest == whole.id
         assert not list(fetched.files.directory.glob("*.safetensors")), "the text side alone"
         await mine.span(fetched, 0, 3)
@@ -107,7 +113,7 @@ async def test_only_the_spans_tensors_are_asked_for_and_more_of_them_when_it_gro
     network = Network()
     network.add("a", whole)
     async with fetching(network, tmp_path) as mine:
-        fetched = await mine.text_side(MODEL)
+        fetched = await text_side(mine)
         network.asked.clear()
         await mine.span(fetched, 1, 2)
         assert {name for _, name in network.asked} == {
@@ -144,7 +150,7 @@ async def test_a_peer_that_lies_and_one_that_dies_cost_no_byte(tmp_path, whole):
     network.add("honest", whole)
     network.add("liar", whole, lie)
     async with fetching(network, tmp_path) as mine:
-        fetched = await mine.text_side(MODEL)
+        fetched = await text_side(mine)
         await mine.span(fetched, 0, 3)
     assert came_whole(fetched.files)
     assert mine.statistics().lies_total >= 1
@@ -159,7 +165,7 @@ async def test_when_all_sources_die_the_rest_comes_from_one_that_joins_later(tmp
 
     network.add("first", whole)
     async with fetching(network, tmp_path) as mine, trio.open_nursery() as nursery:
-        fetched = await mine.text_side(MODEL)
+        fetched = await text_side(mine)
         network.faults["first"] = die
         nursery.start_soon(mine.span, fetched, 0, 3)
         while "first" in network.sources:
@@ -172,12 +178,12 @@ async def test_after_a_restart_only_what_was_missing_is_fetched(tmp_path, whole)
     network = Network()
     network.add("a", whole)
     async with fetching(network, tmp_path) as mine:
-        fetched = await mine.text_side(MODEL)
+        fetched = await text_side(mine)
         (piece, *_) = fetched.files.missing(["model.layers.0.mlp.weight"])
         fetched.files.keep(piece, whole.read(piece.name, piece.number))
     network.asked.clear()
     async with fetching(network, tmp_path) as again:
-        fetched = await again.text_side(MODEL)
+        fetched = await text_side(again)
         assert network.asked == []
         await again.span(fetched, 0, 3)
     assert came_whole(fetched.files)
@@ -201,7 +207,7 @@ async def test_who_holds_a_part_hands_that_part_on(tmp_path, whole):
     network = Network()
     network.add("part", part.catalogue)
     async with fetching(network, tmp_path) as mine, trio.open_nursery() as nursery:
-        fetched = await mine.text_side(MODEL)
+        fetched = await text_side(mine)
         nursery.start_soon(mine.span, fetched, 0, 3)
         while "model.layers.0.mlp.weight" not in fetched.files.catalogue.places:
             await trio.sleep(0.01)
@@ -217,44 +223,95 @@ async def test_a_manifest_that_is_not_what_was_gossiped_is_asked_of_another(tmp_
     network.add("a-liar", whole, lambda header, content: lie(header, content) if header["kind"] != PIECE_KIND else content)
     network.add("b", whole)
     async with fetching(network, tmp_path) as mine:
-        assert (await mine.text_side(MODEL)).files.manifest == whole.manifest
+        assert (await text_side(mine)).files.manifest == whole.manifest
 
 
-async def test_a_card_that_tells_of_another_model_than_its_manifest_is_not_believed(tmp_path, whole):
+async def test_bytes_that_are_not_the_manifest_that_was_asked_for_are_refused(tmp_path, whole):
     network = Network()
-    network.add("a", whole, card=msgspec.structs.replace(CARD, weights="other"))
+    network.add("a", whole, lambda header, content: lie(header, content) if header["kind"] != PIECE_KIND else content)
     async with fetching(network, tmp_path) as mine:
-        with trio.move_on_after(0.3) as waited:
-            await mine.text_side(MODEL)
-        assert waited.cancelled_caught and not (tmp_path / "weights").exists()
+        with pytest.raises(Refused, match="no live peer hands out the files of tiny"):
+            await text_side(mine)
+        assert not (tmp_path / "weights").exists()
 
 
-async def test_it_waits_until_somebody_tells_of_the_model(tmp_path, whole):
+async def test_weights_of_which_the_hash_is_not_known_yet_are_asked_of_nobody(tmp_path, whole):
+    network = Network()
+    async with fetching(network, tmp_path) as mine:
+        for weights in ("", "../../etc", "w" * 64):
+            with pytest.raises(Refused, match="not known yet"):
+                await mine.text_side(msgspec.structs.replace(CARD, weights=weights))
+
+
+async def test_it_waits_until_a_peer_tells_of_the_model(tmp_path, whole):
     network = Network()
     async with fetching(network, tmp_path) as mine, trio.open_nursery() as nursery:
-        nursery.start_soon(mine.text_side, MODEL)
+        nursery.start_soon(text_side, mine)
         await trio.testing.wait_all_tasks_blocked()
         network.add("a", whole)
     assert (tmp_path / "weights" / whole.id[:32] / "config.json").exists()
 
 
-async def test_most_peers_decide_which_files_a_name_means(tmp_path, whole):
+async def test_a_text_side_that_is_here_is_taken_up_with_no_peer_left(tmp_path, whole):
+    network = Network()
+    network.add("a", whole)
+    async with fetching(network, tmp_path) as mine:
+        card = await mine.wait_for(MODEL)
+        await mine.text_side(card)
+        network.kill("a")
+        assert (await mine.text_side(card)).files.manifest == whole.manifest
+
+
+async def test_the_version_that_answers_to_the_name_is_fetched_and_others_by_theirs(tmp_path, whole):
     other = whole_catalogue(write_model(tmp_path / "other", rope=1), tmp_path / "kept")
     network = Network()
-    network.add("a", other, card=msgspec.structs.replace(CARD, weights="other"))
+    network.add("a", other)
     network.add("b", whole, card=msgspec.structs.replace(CARD, numerics="one machine"))
     network.add("c", whole, card=msgspec.structs.replace(CARD, numerics="another"))
     assert announced(network.view, MODEL).manifest == whole.id
+    assert announced(network.view, ModelId(f"tiny@{other.id[:8]}")).manifest == other.id
     network.kill("c")
     assert announced(network.view, MODEL).manifest == min(whole.id, other.id)
     assert announced(network.view, ModelId("nonsuch")) is None
+    async with fetching(network, tmp_path) as mine:
+        fetched = await mine.text_side(await mine.wait_for(ModelId(f"tiny@{other.id[:12]}")))
+        assert (fetched.card.id, fetched.card.weights) == (MODEL, other.id)
+
+
+async def test_a_peer_that_tells_another_number_of_layers_of_the_same_weights_is_outvoted(tmp_path, whole):
+    network = Network()
+    network.add("a-wrong", whole, card=msgspec.structs.replace(CARD, layers=2))
+    for name in "bc":
+        network.add(name, whole)
+    assert announced(network.view, MODEL).layers == CARD.layers
+
+
+async def test_a_card_whose_manifest_is_not_of_its_weights_is_no_source(tmp_path, whole):
+    network = Network()
+    network.add("a", whole)
+    torn = msgspec.structs.replace(network.view.peers["a"].facts.models[0], weights="b" * 64)
+    facts = msgspec.structs.replace(network.view.peers["a"].facts, models=(torn,))
+    network._set({**network.view.peers, "a": Peer(NodeId("a"), "a", ("a", 0), facts=facts)})
+    assert announced(network.view, MODEL) is None
+
+
+async def test_a_version_whose_holders_hand_nothing_out_is_waited_for_and_no_other_taken(tmp_path, whole):
+    other = whole_catalogue(write_model(tmp_path / "other", rope=1), tmp_path / "kept")
+    network = Network()
+    network.add("a", other)
+    for name in "bc":
+        network.add(name, whole)
+        keeps = msgspec.structs.replace(network.view.peers[name].facts.models[0], manifest="")
+        facts = msgspec.structs.replace(network.view.peers[name].facts, models=(keeps,))
+        network._set({**network.view.peers, name: Peer(NodeId(name), name, (name, 0), facts=facts)})
+    assert announced(network.view, MODEL) is None
 
 
 async def test_a_full_disk_is_told_with_what_to_do(tmp_path, whole, monkeypatch):
     network = Network()
     network.add("a", whole)
     async with fetching(network, tmp_path) as mine:
-        fetched = await mine.text_side(MODEL)
+        fetched = await text_side(mine)
         with pytest.raises(BadRequest, match="make room"):
             with monkeypatch.context() as patch:
                 usage = namedtuple("usage", "total used free")
@@ -280,6 +337,34 @@ async def test_a_source_with_too_many_waiting_says_so_and_is_asked_later(tmp_pat
 
     network.add("a", whole, busy)
     async with fetching(network, tmp_path) as mine:
-        fetched = await mine.text_side(MODEL)
+        fetched = await text_side(mine)
         await mine.span(fetched, 0, 3)
     assert came_whole(fetched.files) and mine.statistics().retries_total == 3
+
+
+async def test_two_that_need_the_text_side_at_once_share_its_files(tmp_path, whole):
+    network = Network()
+    network.add("a", whole)
+    sides = []
+
+    async def fetch(mine, card):
+        sides.append(await mine.text_side(card))
+
+    async with fetching(network, tmp_path) as mine:
+        card = await mine.wait_for(MODEL)
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(fetch, mine, card)
+    assert len({id(side.files) for side in sides}) == 1
+    assert len(network.asked) == len(set(network.asked)) == len(whole.manifest.files), "each piece was asked for once"
+
+
+async def test_a_text_side_beyond_the_limit_is_refused_before_it_is_fetched(tmp_path, whole):
+    network = Network()
+    network.add("a", whole)
+    async with fetching(network, tmp_path) as mine:
+        card = await mine.wait_for(MODEL)
+        with pytest.raises(BadRequest, match="10 are allowed"):
+            await mine.text_side(card, 10)
+        assert network.asked == []
+        assert (await mine.text_side(card, 1 << 20)).files.manifest == whole.manifest

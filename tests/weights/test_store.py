@@ -1,6 +1,7 @@
 """What came from peers, on the disk: checked before it counts, kept over restarts, never taken for what has not come."""
 
 import json
+import os
 import shutil
 from collections import namedtuple
 
@@ -9,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mesh.errors import BadRequest
-from node.safetensors_header import read_header, weight_files
-from node.weights.store import INDEX, MARK, PART, PulledModel, WrongPiece
+from node.safetensors_header import INDEX, read_header, weight_files
+from node.weights.store import MANIFEST, MARK, PART, PulledModel, WrongPiece
 from tests.weights.models import contents, tensors, whole_catalogue, write_model
 
 WIDTH = 320  # the layers' matrices take more than a piece
@@ -42,7 +43,8 @@ def test_what_was_pulled_is_the_model_bit_for_bit_and_can_be_handed_on(tmp_path,
         assert header.offset % 2 == 0 and (header.dtype != "F32" or header.offset % 4 == 0), "loaders need them aligned"
     assert files.catalogue.id == whole.id
     assert files.catalogue.read("model.layers.1.mlp.weight", 1) == whole.read("model.layers.1.mlp.weight", 1)
-    assert json.loads((tmp_path / "model" / MARK).read_text())["weights"] == whole.manifest.weights
+    assert json.loads((tmp_path / "model" / MARK).read_text())["manifest"] == whole.id
+    assert PulledModel.at(tmp_path / "model").catalogue.id == whole.id
 
 
 def test_a_loader_sees_only_what_has_come_whole(tmp_path, whole):
@@ -122,3 +124,72 @@ def test_the_room_on_the_disk_is_looked_at_before_anything_is_fetched(tmp_path, 
     with pytest.raises(BadRequest, match="make room"):
         files.missing(tensors(WIDTH))
     assert not list((tmp_path / "model").glob("layer-*"))
+
+
+def complete(directory, whole):
+    files = PulledModel(directory, whole.manifest)
+    pull(files, whole, files.missing([*tensors(WIDTH), "config.json", "tokenizer.json"]))
+    return files
+
+
+def test_a_complete_file_that_looks_otherwise_after_a_restart_is_checked_and_mended(tmp_path, whole):
+    complete(tmp_path / "model", whole)
+    path = tmp_path / "model" / "layer-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    again = PulledModel(tmp_path / "model", whole.manifest)
+    assert "model.layers.1.mlp.weight" not in again.catalogue.places, "nothing of it is served or handed on"
+    pieces = again.missing(["model.layers.1.mlp.weight"])
+    assert len(pieces) == 1, "the one that is wrong"
+    pull(again, whole, pieces)
+    assert again.differs() == ""
+    assert PulledModel(tmp_path / "model", whole.manifest).missing(tensors(WIDTH)) == []
+
+
+def test_a_complete_file_that_was_only_touched_is_hashed_and_kept(tmp_path, whole):
+    complete(tmp_path / "model", whole)
+    os.utime(tmp_path / "model" / "layer-00001.safetensors", ns=(5, 5))
+    assert PulledModel(tmp_path / "model", whole.manifest).missing(tensors(WIDTH)) == []
+
+
+def test_a_file_that_changes_while_it_is_served_is_told_and_can_be_set_aside(tmp_path, whole):
+    files = complete(tmp_path / "model", whole)
+    assert files.differs() == ""
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert files.differs() == "config.json"
+    files.set_aside("config.json")
+    assert files.differs() == "" and "config.json" not in files.catalogue.places
+    assert [piece.name for piece in files.missing(["config.json"])] == ["config.json"]
+    (tmp_path / "model" / "layer-00000.safetensors").unlink()
+    assert files.differs() == "layer-00000.safetensors"
+    files.set_aside("layer-00000.safetensors")
+    assert {piece.name for piece in files.missing(tensors(WIDTH))} == {name for name in tensors(WIDTH) if "layers.0" in name}
+
+
+@pytest.mark.parametrize("damage", ["no mark", "no manifest", "another manifest", "an earlier form"])
+def test_files_from_peers_of_which_the_model_cannot_be_told_are_refused(tmp_path, whole, damage):
+    complete(tmp_path / "model", whole)
+    mark, manifest = tmp_path / "model" / MARK, tmp_path / "model" / MANIFEST
+    match damage:
+        case "no mark":
+            mark.write_text("{")
+        case "no manifest":
+            manifest.unlink()
+        case "another manifest":
+            manifest.write_bytes(manifest.read_bytes() + b"\0")
+        case "an earlier form":
+            mark.write_text(json.dumps({"manifest": "a" * 64, "weights": "b" * 16}))
+    with pytest.raises(BadRequest, match="--model ID"):
+        PulledModel.at(tmp_path / "model")
+
+
+def test_templates_in_their_folder_come_too(tmp_path):
+    directory = write_model(tmp_path / "one")
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    whole = whole_catalogue(directory, tmp_path / "kept")
+    files = PulledModel(tmp_path / "model", whole.manifest)
+    pull(files, whole, files.missing(["additional_chat_templates/tool_use.jinja"]))
+    assert (tmp_path / "model" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
+    assert PulledModel(tmp_path / "model", whole.manifest).missing(["additional_chat_templates/tool_use.jinja"]) == []

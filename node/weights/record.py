@@ -1,0 +1,108 @@
+"""What is kept of a model's files so that they are hashed once: the manifest, and what the files looked like when it was made.
+
+The record lies beside the files, so that all nodes of a machine share it. Where the directory cannot be written, and
+for files that are part of this package, it lies in the node's data directory. A record counts only while name, size, change
+time and inode of every file are as they were: a copy of the directory, or a file that was written again, is hashed
+again. What these figures cannot show, such as a damaged disk, the verification of the bytes finds (`verifying`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from mesh.weights import MAX_MANIFEST_BYTES
+
+RECORD = ".mesh-manifest"  # the file's name beside the model's files
+_PACKAGE = Path(__file__).resolve().parents[1]  # what pip installed is not ours to write to
+_READABLE_BY_ALL = 0o644  # it says less than the files themselves
+
+
+class Stamp(NamedTuple):
+    """How a file looked."""
+
+    name: str
+    size_bytes: int
+    mtime_ns: int
+    inode: int
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True):
+    """`manifest`: encoded."""
+
+    form: Literal[1]
+    files: tuple[Stamp, ...]
+    manifest: bytes
+
+
+def stamp_of(path: Path, name: str = "") -> Stamp:
+    """How the file looks now, through symbolic links. Raises OSError."""
+    status = path.stat()
+    return Stamp(name or path.name, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def first_difference(before: Iterable[Stamp], now: Iterable[Stamp]) -> str:
+    """The name of a file that looks otherwise, is new or gone; empty: there is none."""
+    then, today = {stamp.name: stamp for stamp in before}, {stamp.name: stamp for stamp in now}
+    return next((name for name in sorted({*then, *today}) if then.get(name) != today.get(name)), "")
+
+
+def read_record(directory: Path, folder: Path | None, files: tuple[Stamp, ...]) -> bytes | None:
+    """The encoded manifest that was kept of exactly these files (*blocking*); None: there is none.
+
+    `folder`: in the node's data directory; None: it has none.
+    """
+    for path in (directory / RECORD, *_elsewhere(directory, folder)):
+        record = _read(path)
+        if record is not None and record.files == files:
+            return record.manifest
+    return None
+
+
+def write_record(directory: Path, folder: Path | None, files: tuple[Stamp, ...], manifest: bytes) -> Path | None:
+    """Keeps the manifest (*blocking*); where, or None: no disk takes it, which costs the hashing at the next start."""
+    content = msgspec.msgpack.encode(Record(1, files, manifest))
+    beside = [] if directory.resolve().is_relative_to(_PACKAGE) else [directory / RECORD]
+    for path in (*beside, *_elsewhere(directory, folder)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, content)
+        except OSError:
+            continue
+        return path
+    return None
+
+
+def _elsewhere(directory: Path, folder: Path | None) -> list[Path]:
+    """Where the record lies that is not beside the files."""
+    name = hashlib.blake2b(os.fsencode(directory.resolve()), digest_size=12).hexdigest()
+    return [] if folder is None else [folder / name]
+
+
+def _read(path: Path) -> Record | None:
+    """What is no record is as good as none: the files are hashed again."""
+    try:
+        if path.stat().st_size > 2 * MAX_MANIFEST_BYTES:
+            return None
+        return msgspec.msgpack.decode(path.read_bytes(), type=Record)
+    except (OSError, msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Written aside under a name that no link can lie in wait at, and renamed: what is there is whole."""
+    descriptor, aside = tempfile.mkstemp(prefix=f"{RECORD}-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        os.chmod(aside, _READABLE_BY_ALL)
+        os.replace(aside, path)
+    except OSError:
+        os.unlink(aside)
+        raise

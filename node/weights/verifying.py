@@ -1,0 +1,103 @@
+"""Reads the files of a served model once more, slowly, and looks from time to time whether they are still the same files.
+
+A record says that files look as they did when they were hashed. It cannot say that their bytes are the same: a disk may
+have damaged one, a program may have written one and set its time back. So at each start that trusts a record, and once a
+day, all bytes are read and compared with the manifest, at a pace that leaves disk and processor to the requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import trio
+
+from mesh.weights import Piece
+from node.weights.catalogue import Catalogue
+from node.weights.pace import Pace
+
+SERVING_BYTES_S = 16 << 20  # while sequences run here
+IDLE_BYTES_S = 128 << 20  # an eighth of a core
+READ_EVERY_S = 24 * 3600.0  # a span may be loaded long after the start, from what the disk holds then
+LOOK_EVERY_S = 15.0  # at size, time and inode of every file
+LOOK_EVERY_BYTES = 64 << 20  # and as often while bytes are read
+
+
+@dataclass(slots=True)
+class VerifyingStatistics:
+    """Since the start."""
+
+    bytes_verified_total: int = 0
+    wrong_pieces_total: int = 0
+    changed_files_total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FilesChanged:
+    """The files are not those that were hashed. `file`: the first that differs."""
+
+    file: str
+    why: str
+
+
+Differs = Callable[[], str]
+"""The name of a file that does not look as it did; empty: there is none (*blocking*)."""
+
+
+class Verifier:
+    """`serving`: whether sequences run on this node."""
+
+    def __init__(self, serving: Callable[[], bool]) -> None:
+        self._serving = serving
+        self._reading = trio.CapacityLimiter(1)
+        self._pace = Pace()
+        self._counters = VerifyingStatistics()
+
+    def statistics(self) -> VerifyingStatistics:
+        return replace(self._counters)
+
+    async def changed(self, catalogue: Catalogue, differs: Differs, *, verified: bool) -> FilesChanged:
+        """Waits until the files are others than the catalogue says. `verified`: every byte has just been hashed."""
+        read_at, change = trio.current_time() if verified else float("-inf"), None
+        while change is None:
+            if trio.current_time() - read_at >= READ_EVERY_S:
+                change = await self._read_all(catalogue, differs)
+                read_at = trio.current_time()
+            else:
+                await trio.sleep(LOOK_EVERY_S)
+                change = await self.look(differs)
+        return change
+
+    async def look(self, differs: Differs) -> FilesChanged | None:
+        """Compares size, change time and inode of every file."""
+        file = await trio.to_thread.run_sync(differs, limiter=self._reading)
+        if not file:
+            return None
+        self._counters.changed_files_total += 1
+        return FilesChanged(file, f"{file} is not as it was when it was hashed: its size, change time or inode differs")
+
+    async def _read_all(self, catalogue: Catalogue, differs: Differs) -> FilesChanged | None:
+        until_look_bytes = 0
+        for path, piece in catalogue.pieces():
+            if until_look_bytes <= 0:
+                if change := await self.look(differs):
+                    return change
+                until_look_bytes = LOOK_EVERY_BYTES
+            until_look_bytes -= piece.size_bytes
+            rate = SERVING_BYTES_S if self._serving() else IDLE_BYTES_S
+            await trio.sleep(self._pace.wait_s(piece.size_bytes, rate, trio.current_time()))
+            if why := await trio.to_thread.run_sync(_wrong, catalogue, piece, limiter=self._reading):
+                self._counters.wrong_pieces_total += 1
+                return FilesChanged(path.name, f"{path.name} holds other bytes than were hashed, though it looks the same: {why}")
+            self._counters.bytes_verified_total += piece.size_bytes
+        return None
+
+
+def _wrong(catalogue: Catalogue, piece: Piece) -> str:
+    """What is wrong with a piece as it lies on the disk now (*blocking*); empty: nothing."""
+    where = f"{piece.name[:80]}, bytes {piece.offset} to {piece.offset + piece.size_bytes}"
+    try:
+        content = catalogue.read(piece.name, piece.number, once=True)
+    except OSError as error:
+        return f"{where} cannot be read ({error.strerror or error})"
+    return "" if content is None or piece.matches(content) else where
