@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cli import options, output
-from cli.status import completeness
+from cli.status import completeness, several_versions, short_hash
 
 
 def models(
@@ -29,7 +29,8 @@ def models(
         return
     rows = [
         (
-            model["id"],
+            model.get("name", model["id"]),
+            short_hash(model),
             model["layers"],
             model.get("max_model_len", "?"),
             completeness(model),
@@ -37,7 +38,10 @@ def models(
         )
         for model in shown
     ]
-    output.table(("MODEL", "LAYERS", "MAX LENGTH", "COMPLETE", "REPLICAS"), rows, empty="no models", wraps=("COMPLETE",))
+    columns = ("MODEL", "WEIGHTS", "LAYERS", "MAX LENGTH", "COMPLETE", "REPLICAS")
+    output.table(columns, rows, empty="no models", wraps=("COMPLETE",))
+    for line in several_versions(shown):
+        output.paragraph(line)
 
 
 def default_model() -> dict[str, Any]:

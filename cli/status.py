@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cli import options, output
 from cli.nodes import WRAPS, node_rows
 
 GIB = 1 << 30
+HASH_DIGITS = 8  # of the hash of a model's weights: enough to tell two apart
+
+
+def short_hash(model: Mapping[str, Any]) -> str:
+    """Which weights a row of a status is about; a dash where they are not known yet."""
+    return str(model.get("weights", ""))[:HASH_DIGITS] or "-"
+
+
+def several_versions(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Says of each id that stands for several sets of weights which of them answers, by which rule, and the others' names."""
+    told = []
+    for answering in models:
+        others = [each for each in models if each["id"] == answering["id"] and not each.get("answers", True)]
+        if answering.get("answers", True) and others:
+            names = ", ".join(f"{each['name']} (served by {each['nodes']})" for each in others)
+            told.append(
+                f"{1 + len(others)} sets of weights are called {answering['id']}, and they are no replicas of each other. "
+                f"{short_hash(answering)} answers to the name (served by {answering['nodes']}): first comes one whose layers "
+                f"are all held, then the one that more nodes serve, then the newer. Ask for another as {names}"
+            )
+    return told
 
 
 def completeness(model: Mapping[str, Any]) -> str:
@@ -44,12 +65,16 @@ def status(
             f"{load['bytes_done'] / GIB:.2f} of {load['bytes'] / GIB:.2f} GiB",
             indent="  ",
         )
+    for model, hashed in me.get("hashing", {}).items():
+        of = f"{hashed['bytes_done'] / GIB:.2f} of {hashed['bytes'] / GIB:.2f} GiB"
+        output.paragraph(f"the files of {model} are being hashed: {of}", indent="  ")
     output.line()
     output.table(*node_rows(seen), empty="no nodes", wraps=WRAPS)
     output.line()
     models = [
         (
-            model["id"],
+            model.get("name", model["id"]),
+            short_hash(model),
             model["layers"],
             completeness(model),
             model["min_replicas"],
@@ -57,7 +82,10 @@ def status(
         )
         for model in seen["models"]
     ]
-    output.table(("MODEL", "LAYERS", "COMPLETE", "REPLICAS", "ANSWERS"), models, empty="no models", wraps=("COMPLETE",))
+    columns = ("MODEL", "WEIGHTS", "LAYERS", "COMPLETE", "REPLICAS", "ANSWERS")
+    output.table(columns, models, empty="no models", wraps=("COMPLETE",))
+    for line in several_versions(seen["models"]):
+        output.paragraph(line)
     stores = [
         (store["name"], store["documents"], store["shards"], store["replicas"], "yes" if store["in_sync"] else "no")
         for store in seen["stores"]

@@ -63,6 +63,8 @@ class FakeMesh:
     bodies: dict[str, Any] = field(default_factory=dict)  # by stream
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     stores: dict[str, list[str]] = field(default_factory=dict)
+    other_versions: list[dict[str, Any]] = field(default_factory=list)  # rows of `models` beside the first
+    hashing: dict[str, dict[str, int]] = field(default_factory=dict)
     seen: list[Seen] = field(default_factory=list)
     servers: list[ThreadingHTTPServer] = field(default_factory=list)
     dead: set[int] = field(default_factory=set)
@@ -96,17 +98,24 @@ class FakeMesh:
             for index in range(len(self.servers))
         ]
         me = {**nodes[0], "pid": 1, "gossip": "127.0.0.1:7946", "version": "0.1.0", "kernels": {"m 0:6": "mesh-fp32 on avx2"}}
+        me["hashing"] = self.hashing
         me["kernel_choices"] = {
             "m 0:6": dict(portable=True, reason="the first", cpu_us={"mesh-fp32": 20.4, "onednn-fp32": 9.6}, remembered=True)
         }
         me["loading"] = {"m 6:8": dict(phase="packing", layers_done=1, layers=2, bytes_done=1 << 29, bytes=1 << 30, seconds=4.2)}
         model = {"id": "tiny", "layers": 6, "max_model_len": 4096, "complete": True, "min_replicas": len(nodes)}
-        model["numerics"] = "approximate"
+        model |= {
+            "numerics": "approximate",
+            "weights": "9c1d2e3f" + "0" * 56,
+            "name": "tiny",
+            "answers": True,
+            "nodes": len(nodes),
+        }
         stores = [
             {"name": name, "documents": len(held), "shards": 4, "replicas": 3, "in_sync": True}
             for name, held in self.stores.items()
         ]
-        return {"self": me, "nodes": nodes, "models": [model], "stores": stores}
+        return {"self": me, "nodes": nodes, "models": [model, *self.other_versions], "stores": stores}
 
     def chunk(self, stream: str, seq: int, delta: dict[str, Any], **choice: Any) -> dict[str, Any]:
         choices = [{"index": 0, "delta": delta, "finish_reason": None, **choice}]

@@ -90,7 +90,27 @@ def test_every_listing_is_json_on_demand(mesh: FakeMesh, command: str) -> None:
 
 
 def test_models_shows_layers_and_replicas(mesh: FakeMesh) -> None:
-    assert mesh_command("models", "--node", mesh.url(0)).stdout.split()[-5:] == ["tiny", "6", "4096", "yes", "2"]
+    assert mesh_command("models", "--node", mesh.url(0)).stdout.split()[-6:] == ["tiny", "9c1d2e3f", "6", "4096", "yes", "2"]
+
+
+@pytest.mark.parametrize("command", ["status", "models"])
+def test_several_sets_of_weights_under_one_id_are_rows_of_their_own_and_said_so(mesh: FakeMesh, command: str) -> None:
+    other = {**mesh.status()["models"][0], "name": "tiny@77aa88bb", "weights": "77aa88bb" + "0" * 56, "answers": False}
+    mesh.other_versions = [{**other, "nodes": 1, "min_replicas": 1}, {**other, "id": "large", "name": "large", "answers": True}]
+    shown = " ".join(mesh_command(command, "--node", mesh.url(0)).stdout.split())
+    assert "tiny 9c1d2e3f 6" in shown and "tiny@77aa88bb 77aa88bb 6" in shown
+    assert (
+        "2 sets of weights are called tiny, and they are no replicas of each other. 9c1d2e3f answers to the name (served by 2)"
+    ) in shown
+    assert shown.endswith("Ask for another as tiny@77aa88bb (served by 1)"), "and nothing of the model with one set"
+
+
+def test_status_says_how_far_the_hashing_of_files_is_and_that_weights_are_not_known_yet(mesh: FakeMesh) -> None:
+    mesh.hashing = {"large": {"bytes_done": 3 << 30, "bytes": 8 << 30}}
+    mesh.other_versions = [{**mesh.status()["models"][0], "id": "large", "name": "large", "weights": "", "complete": False}]
+    shown = " ".join(mesh_command("status", "--node", mesh.url(0)).stdout.split())
+    assert "the files of large are being hashed: 3.00 of 8.00 GiB" in shown
+    assert "large - 6 no: layers are missing" in shown
 
 
 def test_a_dead_node_is_told_in_one_line() -> None:

@@ -100,6 +100,15 @@ def test_a_model_that_is_being_loaded_is_shown_with_its_progress() -> None:
     assert rows(shown(seen(peer(0))), "models")[0]["complete"] == "yes"
 
 
+def test_two_sets_of_weights_under_one_id_are_rows_with_their_names_and_hashes() -> None:
+    """One that is asked for by its hash is not shown as if it were the other."""
+    model = {"id": "m", "layers": 6, "complete": True, "min_replicas": 1}
+    answering = {**model, "name": "m", "weights": "a" * 64}
+    other = {**model, "name": "m@bbbbbbbb", "weights": "b" * 64}
+    shown_rows = rows(shown({"models": [answering, other]}), "models")
+    assert [(row["model"], row["weights"]) for row in shown_rows] == [("m", "aaaaaaaa"), ("m@bbbbbbbb", "bbbbbbbb")]
+
+
 def test_an_empty_mesh_and_a_node_of_another_release_are_shown_too() -> None:
     bare = {"self": {}, "nodes": [{"id": "a", "state": "alive"}], "models": [{"id": "m"}], "stores": [{"name": "s"}]}
     for body in ({}, {"self": None, "nodes": None, "models": [], "stores": []}, bare):
