@@ -187,7 +187,7 @@ def _models(look: Look) -> Iterator[Finding]:
         yield _several(look.view, model, [version for version in known if version.card.id == model])
     for model, why in sorted(look.changed_files.items()):
         do = "look at the disk of this node, or at what wrote the file, and copy the model's files here again if they are damaged"
-        what = f"the files of {model} on this node are not those it began with; it serves them as what they are now: {why}"
+        what = f"the files of {model} on this node are not those that it began with: {why}"
         yield Finding(PROBLEM, "models", what, do)
     if look.not_ready and not look.missing_layers:
         yield Finding(PROBLEM, "models", f"this node is not ready: {look.not_ready}", "see its log")

@@ -34,8 +34,10 @@ class OwnFacts:
     def know(self, card: ModelCard, capacity_layers: int | None) -> None:
         """A model whose files are here, served or not. `capacity_layers` None: its spans are pinned, whatever else would fit."""
         others = tuple(known for known in self._facts.models if known.id != card.id)
-        capacity = {} if capacity_layers is None else {card.id: capacity_layers}
-        self._set(models=(*others, card), capacity={**self._facts.capacity, **capacity})
+        capacity = {model: layers for model, layers in self._facts.capacity.items() if model != card.id}
+        if capacity_layers is not None:
+            capacity[card.id] = capacity_layers
+        self._set(models=(*others, card), capacity=capacity)
 
     def intend(self, spans: tuple[Span, ...]) -> None:
         """What is going to be served and is not yet, of all models."""

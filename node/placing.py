@@ -3,8 +3,10 @@
 Pinned spans are loaded as they are told. With `auto` the node chooses when it joins and moves later only
 when the view gives it the move: a new span is loaded and served before an old one is dropped.
 
-Before anything is loaded the node finds out which weights its files are. Files that change while they are served, or prove
-to hold other bytes than were hashed, are served no more until they have been hashed again: they are another version then.
+Before anything is loaded the node finds out which weights its files are. A file that is written while it is served, or
+proves to hold other bytes than were hashed, ends the service of its model until all is hashed again: it is another version
+then. Where files are replaced or removed, what was loaded from them stays as it was: it is served on, and nothing more is
+loaded, until the node is started again or has lost a span.
 
 A model that was named but whose files are not here is taken up as soon as peers tell of it: its text side first, then,
 before each load, the tensors of the span.
@@ -69,6 +71,7 @@ class Placing:
         self._lost_in, self._lost_out = trio.open_memory_channel[SpanLost](MENDED_AT_ONCE)
         self._losses_at: deque[float] = deque(maxlen=MOST_LOSSES + 1)
         self._changing = trio.Lock()  # a move and a mend do not mix
+        self._outlived: dict[ModelId, trio.Event] = {}  # models in service whose files are gone; set: a span has to be loaded
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Loads what is to be served, hands files to peers, and goes on until cancelled: mending, with `auto` also moving.
@@ -142,9 +145,24 @@ class Placing:
     async def _watch_files(self, model: ModelId) -> None:
         while True:
             change = await self._library.changed(model)
+            if self._held(self._models.get(model).card) and not change.in_place:
+                await self._outlive(model, change)
             await self._withdraw(model, change)
             while not await self._renew(model):  # noqa: ASYNC110 — files tell of no change
                 await trio.sleep(RENEW_EVERY_S)
+
+    async def _outlive(self, model: ModelId, change: FilesChanged) -> None:
+        """Serves what is loaded, whose files are no longer there, until a span of it is lost."""
+        card = msgspec.structs.replace(self._models.get(model).card, manifest="")
+        do = "what is loaded is served on as it is; start the node again to serve the files that are there now"
+        log.warning("weights.replaced", model=model, weights=card.weights[:16], file=change.file, why=change.why, do=do)
+        self._outlived[model] = trio.Event()
+        self._models.update(card)
+        self._facts.know(card, None)  # it cannot move
+        self._intend(self._models.get(model), ())
+        self._library.hand_out_no_more(model, change)
+        await self._outlived[model].wait()
+        del self._outlived[model]
 
     async def _withdraw(self, model: ModelId, change: FilesChanged) -> None:
         """Serves nothing of the model any more: its layers in memory may be of either content."""
@@ -209,7 +227,8 @@ class Placing:
             await trio.sleep(SETTLE_S)
             await self._membership.settled()
             for model in self._models:
-                move = next_move(self._membership.view, model.card.id, card=model.card) if model.card.weights else None
+                settled = model.card.weights and model.card.id not in self._outlived
+                move = next_move(self._membership.view, model.card.id, card=model.card) if settled else None
                 if move is not None and move.node == self._membership.me:
                     log.info("placement.move", model=model.card.id, take=_ranges(move.take), drop=_ranges(move.drop_after))
                     async with self._changing:
@@ -230,7 +249,9 @@ class Placing:
         id, directory, wanted = model.card.id, model.directory, set(spans)
         for span in sorted(wanted - set(self._held(model.card))):
             weights = self._models.get(id).card.weights
-            if not weights:
+            if id in self._outlived:
+                self._outlived[id].set()
+            if not weights or id in self._outlived:
                 return
             await self._library.bring(model, span)
             load = partial(self._engine.load, directory, id, span.start, span.end, weights)

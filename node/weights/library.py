@@ -23,7 +23,7 @@ from node.safetensors_header import INDEX
 from node.weights.catalogue import Catalogue, Identified, identify
 from node.weights.fetching import RETRY_S, Fetched, Fetching
 from node.weights.hashing import HashingProgress, stamps_of
-from node.weights.record import Stamp, first_difference
+from node.weights.record import FileChange, Stamp, changed_file
 from node.weights.source import WeightsSource
 from node.weights.store import MARK, PulledModel
 from node.weights.verifying import Differs, FilesChanged, Verifier, VerifyingStatistics
@@ -118,7 +118,7 @@ class Library:
             return await self._keep(model, pulled)
         directory = model.directory
         found = await self._hash(model.card.id, directory)
-        held = _Held(found.catalogue, lambda: _difference(directory, found.files), verified=not found.kept)
+        held = _Held(found.catalogue, lambda: _change(directory, found.files), verified=not found.kept)
         return await self._offer(model, held, found.written_at_s)
 
     async def _hash(self, model: ModelId, directory: Path) -> Identified:
@@ -166,7 +166,7 @@ class Library:
             log.info("weights.hashing", model=model, mib=progress.bytes_done >> 20, of_mib=progress.bytes >> 20)
 
     async def changed(self, model: ModelId) -> FilesChanged:
-        """Waits until the model's files are not those that were hashed: seen by their looks, or read and found to differ."""
+        """Waits until the model's files are not those that were hashed: by their looks, or because other bytes were read."""
         held = self._held[model]
         change = await self._verifier.changed(held.catalogue, held.differs, verified=held.verified)
         held.verified = False
@@ -176,15 +176,20 @@ class Library:
         """Whether the files look as they did when they were hashed."""
         return await self._verifier.look(self._held[model].differs) is None
 
+    def hand_out_no_more(self, model: ModelId, change: FilesChanged) -> None:
+        """Peers get nothing of the model's files any more: they are others than its card says."""
+        self.faults[model] = f"{change.why}; what was loaded before is served on until this node is started again"
+        self.source.remove(self._held[model].catalogue.id)
+
     async def withdraw(self, model: ModelId, change: FilesChanged) -> None:
-        """Hands nothing of the model's files to peers any more; of files that came from peers, the changed one must come again.
+        """As `hand_out_no_more`; of files that came from peers, the changed one must come again.
 
         Until `identify` the model's weights are not known here.
         """
-        self.faults[model] = change.why
+        self.hand_out_no_more(model, change)
+        self.faults[model] = f"{change.why}; all is hashed again and served as the weights that it is"
         self._doubted.add(model)
         held = self._held[model]
-        self.source.remove(held.catalogue.id)
         if held.pulled is not None:
             await trio.to_thread.run_sync(_set_aside, held.pulled, change.file)
 
@@ -242,20 +247,21 @@ def _unreadable(error: OSError) -> BadRequest:
     return BadRequest(f"{what}; see that it is there and may be read", "model", "model_not_servable")
 
 
-def _difference(directory: Path, before: tuple[Stamp, ...]) -> str:
-    """The name of a file that looks otherwise now (*blocking*)."""
+def _change(directory: Path, before: tuple[Stamp, ...]) -> FileChange | None:
+    """A file of a whole model's directory that looks otherwise now, is gone, or has come beside the others (*blocking*)."""
+    if (change := changed_file(directory, before)) is not None:
+        return change
     try:
-        return first_difference(before, stamps_of(directory))
-    except OSError as error:
-        return Path(error.filename or directory).name
-    except BadRequest:
-        return INDEX  # nothing else of the listing is refused
+        new = {stamp.name for stamp in stamps_of(directory)} - {stamp.name for stamp in before}
+    except (OSError, BadRequest):
+        new = {INDEX}  # it leads elsewhere now
+    return FileChange(min(new), in_place=False) if new else None
 
 
 def _set_aside(pulled: PulledModel, name: str) -> None:
-    while name:
-        pulled.set_aside(name)
-        name = pulled.differs()
+    pulled.set_aside(name)
+    while (change := pulled.differs()) is not None:
+        pulled.set_aside(change.file)
 
 
 def capacity_layers(model: ServedModel, memory_bytes: int) -> int:

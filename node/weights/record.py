@@ -33,6 +33,15 @@ class Stamp(NamedTuple):
     inode: int
 
 
+class FileChange(NamedTuple):
+    """`in_place`: the file itself was written, and what is mapped of it into memory changed with it. Else another file, or
+    none, has its name now, and what was loaded from it is as it was.
+    """
+
+    file: str
+    in_place: bool
+
+
 class Record(msgspec.Struct, frozen=True, array_like=True):
     """`manifest`: encoded."""
 
@@ -47,10 +56,18 @@ def stamp_of(path: Path, name: str = "") -> Stamp:
     return Stamp(name or path.name, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-def first_difference(before: Iterable[Stamp], now: Iterable[Stamp]) -> str:
-    """The name of a file that looks otherwise, is new or gone; empty: there is none."""
-    then, today = {stamp.name: stamp for stamp in before}, {stamp.name: stamp for stamp in now}
-    return next((name for name in sorted({*then, *today}) if then.get(name) != today.get(name)), "")
+def changed_file(directory: Path, before: Iterable[Stamp]) -> FileChange | None:
+    """A file that looks otherwise now, or is gone (*blocking*); one that was written in place before all others."""
+    changes = []
+    for stamp in before:
+        try:
+            now = stamp_of(directory / stamp.name, stamp.name)
+        except OSError:
+            changes.append(FileChange(stamp.name, in_place=False))
+            continue
+        if now != stamp:
+            changes.append(FileChange(stamp.name, in_place=now.inode == stamp.inode))
+    return min(changes, key=lambda change: (not change.in_place, change.file), default=None)
 
 
 def read_record(directory: Path, folder: Path | None, files: tuple[Stamp, ...]) -> bytes | None:

@@ -26,7 +26,7 @@ from mesh.weights import DTYPE_BYTES, BadManifest, Entry, Manifest, Piece, Tenso
 from node.safetensors_header import INDEX, make_header
 from node.weights.catalogue import Catalogue
 from node.weights.hashing import Place
-from node.weights.record import Stamp, stamp_of
+from node.weights.record import FileChange, Stamp, changed_file, stamp_of
 
 MARK = "pulled.json"  # beside the files: which model they are of, and how each looked when it was complete
 MANIFEST = "pulled.manifest"  # beside them: the model's manifest
@@ -116,15 +116,9 @@ class PulledModel:
             )
         return cls(directory, manifest)
 
-    def differs(self) -> str:
-        """The name of a file that does not look as it did when it was complete; empty: there is none."""
-        for name, stamp in sorted(self._stamps.items()):
-            try:
-                if stamp_of(self._files[name].path, name) != stamp:
-                    return name
-            except OSError:
-                return name
-        return ""
+    def differs(self) -> FileChange | None:
+        """A file that does not look as it did when it was complete; None: there is none."""
+        return changed_file(self.directory, self._stamps.values())
 
     def set_aside(self, name: str) -> None:
         """Takes a complete file for a part again: its pieces are hashed and the wrong ones fetched when it is next asked for."""

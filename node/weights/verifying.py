@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import trio
 
 from mesh.weights import Piece
 from node.weights.catalogue import Catalogue
 from node.weights.pace import Pace
+from node.weights.record import FileChange
 
 SERVING_BYTES_S = 16 << 20  # while sequences run here
 IDLE_BYTES_S = 128 << 20  # an eighth of a core
@@ -34,14 +36,15 @@ class VerifyingStatistics:
 
 @dataclass(frozen=True, slots=True)
 class FilesChanged:
-    """The files are not those that were hashed. `file`: the first that differs."""
+    """The files are not those that were hashed. `file`: one that differs; `in_place`: what was loaded may differ, too."""
 
     file: str
     why: str
+    in_place: bool
 
 
-Differs = Callable[[], str]
-"""The name of a file that does not look as it did; empty: there is none (*blocking*)."""
+Differs = Callable[[], FileChange | None]
+"""A file that does not look as it did; None: there is none (*blocking*)."""
 
 
 class Verifier:
@@ -70,11 +73,12 @@ class Verifier:
 
     async def look(self, differs: Differs) -> FilesChanged | None:
         """Compares size, change time and inode of every file."""
-        file = await trio.to_thread.run_sync(differs, limiter=self._reading)
-        if not file:
+        change = await trio.to_thread.run_sync(differs, limiter=self._reading)
+        if change is None:
             return None
         self._counters.changed_files_total += 1
-        return FilesChanged(file, f"{file} is not as it was when it was hashed: its size, change time or inode differs")
+        what = "was written since it was hashed" if change.in_place else "was replaced or removed since it was hashed"
+        return FilesChanged(change.file, f"{change.file} {what}", change.in_place)
 
     async def _read_all(self, catalogue: Catalogue, differs: Differs) -> FilesChanged | None:
         until_look_bytes = 0
@@ -86,18 +90,24 @@ class Verifier:
             until_look_bytes -= piece.size_bytes
             rate = SERVING_BYTES_S if self._serving() else IDLE_BYTES_S
             await trio.sleep(self._pace.wait_s(piece.size_bytes, rate, trio.current_time()))
-            if why := await trio.to_thread.run_sync(_wrong, catalogue, piece, limiter=self._reading):
+            wrong = await trio.to_thread.run_sync(_wrong, catalogue, piece, path, limiter=self._reading)
+            if wrong is not None:
+                if change := await self.look(differs):
+                    return change  # it was written or replaced since the last look
                 self._counters.wrong_pieces_total += 1
-                return FilesChanged(path.name, f"{path.name} holds other bytes than were hashed, though it looks the same: {why}")
+                return wrong
             self._counters.bytes_verified_total += piece.size_bytes
         return None
 
 
-def _wrong(catalogue: Catalogue, piece: Piece) -> str:
-    """What is wrong with a piece as it lies on the disk now (*blocking*); empty: nothing."""
+def _wrong(catalogue: Catalogue, piece: Piece, path: Path) -> FilesChanged | None:
+    """What is wrong with a piece as it lies on the disk now (*blocking*); None: nothing."""
     where = f"{piece.name[:80]}, bytes {piece.offset} to {piece.offset + piece.size_bytes}"
     try:
         content = catalogue.read(piece.name, piece.number, once=True)
     except OSError as error:
-        return f"{where} cannot be read ({error.strerror or error})"
-    return "" if content is None or piece.matches(content) else where
+        return FilesChanged(path.name, f"{path.name} cannot be read at {where}: {error.strerror or error}", in_place=False)
+    if content is None or piece.matches(content):
+        return None
+    why = f"{path.name} holds other bytes than were hashed, though it looks the same: {where}"
+    return FilesChanged(path.name, why, in_place=True)

@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 from mesh.errors import BadRequest
 from mesh.ids import ModelId, NodeId
 from mesh.view import Facts, ModelCard, Span, View
+from node.engine.api import SpanLost
 from node.model_text import ModelText
 from node.models import Holdings, Models, ServedModel, split_references
 from node.own_facts import OwnFacts
@@ -157,6 +158,47 @@ async def test_a_byte_that_flipped_unseen_is_found_after_a_start_from_the_record
         assert node.serves() == identity_of(node.directory), "the record has been mended"
         (node.directory / ".mesh-manifest").unlink()
         assert node.serves() == identity_of(node.directory)
+
+
+def replaced(path: Path, content: str) -> None:
+    path.with_name("new").write_text(content)
+    path.with_name("new").replace(path)
+
+
+@pytest.mark.parametrize("how", ["replaced", "removed"])
+async def test_what_was_loaded_is_served_on_when_its_files_are_replaced_or_removed(tmp_path: Path, how: str) -> None:
+    with capture_logs() as logs:
+        async with running(tmp_path) as node:
+            await node.until(node.serves)
+            before = node.serves()
+            if how == "replaced":
+                replaced(node.directory / "config.json", '{"vocab_size": 40, "other": 1}')
+            else:
+                (node.directory / "model-0.safetensors").unlink()
+            await node.until(lambda: [line for line in logs if line["event"] == "weights.replaced"])
+            assert node.serves() == before and node.engine.unloaded == []
+            card = node.facts.now.models[0]
+            assert card.manifest == "" and TINY not in node.facts.now.capacity, "no peer gets them, and no move counts on them"
+            with pytest.raises(BadRequest, match="not here"):
+                await node.library.handlers["weights.manifest"](NodeId("peer"), {"manifest": before, "offset": 0}, b"")
+            assert "served on until this node is started again" in node.library.faults[TINY]
+
+
+async def test_a_span_that_is_lost_after_its_files_were_replaced_comes_back_as_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.placing.MEND_AFTER_S", 0.01)
+    with capture_logs() as logs:
+        async with running(tmp_path) as node:
+            await node.until(node.serves)
+            before = node.serves()
+            replaced(node.directory / "config.json", '{"vocab_size": 40, "other": 1}')
+            await node.until(lambda: [line for line in logs if line["event"] == "weights.replaced"])
+            node.placing.lost(SpanLost(WHOLE, "its workers ended"))
+            await node.until(node.serves)
+            assert node.serves() == identity_of(node.directory) != before
+            assert node.facts.now.models[0].manifest == node.serves()
+            assert [weights for _, weights in node.engine.loaded] == [before, node.serves()], "nothing of the old under the new"
 
 
 async def test_what_was_loaded_from_files_that_changed_meanwhile_is_not_served(tmp_path: Path) -> None:

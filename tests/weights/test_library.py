@@ -103,7 +103,7 @@ async def test_files_that_change_are_told_of_handed_on_no_more_and_then_are_othe
         change = await mine.changed(MODEL)
     assert change.file == "tokenizer.json"
     await mine.withdraw(MODEL, change)
-    assert mine.faults == {MODEL: change.why}
+    assert mine.faults[MODEL].startswith(change.why)
     with pytest.raises(BadRequest, match="not here"):
         await mine.handlers["weights.manifest"](NodeId("peer"), {"manifest": before.card.weights, "offset": 0}, b"")
     after = await mine.identify(before)

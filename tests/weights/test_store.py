@@ -143,7 +143,7 @@ def test_a_complete_file_that_looks_otherwise_after_a_restart_is_checked_and_men
     pieces = again.missing(["model.layers.1.mlp.weight"])
     assert len(pieces) == 1, "the one that is wrong"
     pull(again, whole, pieces)
-    assert again.differs() == ""
+    assert again.differs() is None
     assert PulledModel(tmp_path / "model", whole.manifest).missing(tensors(WIDTH)) == []
 
 
@@ -155,14 +155,14 @@ def test_a_complete_file_that_was_only_touched_is_hashed_and_kept(tmp_path, whol
 
 def test_a_file_that_changes_while_it_is_served_is_told_and_can_be_set_aside(tmp_path, whole):
     files = complete(tmp_path / "model", whole)
-    assert files.differs() == ""
+    assert files.differs() is None
     (tmp_path / "model" / "config.json").write_text("{}")
-    assert files.differs() == "config.json"
+    assert files.differs() == ("config.json", True)
     files.set_aside("config.json")
-    assert files.differs() == "" and "config.json" not in files.catalogue.places
+    assert files.differs() is None and "config.json" not in files.catalogue.places
     assert [piece.name for piece in files.missing(["config.json"])] == ["config.json"]
     (tmp_path / "model" / "layer-00000.safetensors").unlink()
-    assert files.differs() == "layer-00000.safetensors"
+    assert files.differs() == ("layer-00000.safetensors", False)
     files.set_aside("layer-00000.safetensors")
     assert {piece.name for piece in files.missing(tensors(WIDTH))} == {name for name in tensors(WIDTH) if "layers.0" in name}
 

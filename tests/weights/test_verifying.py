@@ -12,8 +12,8 @@ from trio.testing import MockClock
 
 from node.weights import verifying
 from node.weights.catalogue import Identified, identify
-from node.weights.hashing import HashingProgress, stamps_of
-from node.weights.record import first_difference
+from node.weights.hashing import HashingProgress
+from node.weights.record import FileChange, changed_file
 from node.weights.verifying import LOOK_EVERY_S, READ_EVERY_S, FilesChanged, Verifier
 from tests.weights.models import write_model
 
@@ -40,8 +40,8 @@ def found(directory: Path) -> Identified:
     return identify(directory, None, HashingProgress())
 
 
-def looks(directory: Path, files: Identified) -> str:
-    return first_difference(files.files, stamps_of(directory))
+def looks(directory: Path, files: Identified) -> FileChange | None:
+    return changed_file(directory, files.files)
 
 
 def flip(path: Path, at: int) -> None:
@@ -66,10 +66,10 @@ async def test_a_byte_that_flipped_while_the_file_looks_the_same_is_found(
 ) -> None:
     files = found(directory)
     flip(directory / name, at % (directory / name).stat().st_size)
-    assert looks(directory, files) == "", "its size, time and inode say nothing"
+    assert looks(directory, files) is None, "its size, time and inode say nothing"
     verifier = Verifier(lambda: False)
     change = await changed(verifier, directory, files)
-    assert change.file == name and "other bytes than were hashed" in change.why
+    assert change.file == name and "other bytes than were hashed" in change.why and change.in_place
     assert verifier.statistics().wrong_pieces_total == 1
 
 
@@ -120,7 +120,7 @@ async def test_a_file_that_is_written_is_seen_within_seconds(directory: Path, au
         written_at = trio.current_time()
         (directory / "config.json").write_text("{}")
     (change, at) = seen[0]
-    assert change.file == "config.json" and "size, change time or inode" in change.why
+    assert change == FilesChanged("config.json", "config.json was written since it was hashed", in_place=True)
     assert at - written_at <= LOOK_EVERY_S + 1
     assert verifier.statistics().changed_files_total == 1
 
@@ -130,8 +130,27 @@ async def test_a_file_that_cannot_be_read_any_more_is_told(directory: Path, auto
     os.truncate(directory / "model-1.safetensors", 1000)
     verifier = Verifier(lambda: False)
     with trio.fail_after(10_000):
-        change = await verifier.changed(files.catalogue, lambda: "", verified=False)
-    assert change.file == "model-1.safetensors" and "shorter than it was" in change.why
+        change = await verifier.changed(files.catalogue, lambda: None, verified=False)
+    assert change.file == "model-1.safetensors" and "shorter than it was" in change.why and not change.in_place
+
+
+@pytest.mark.parametrize("how", ["replaced", "removed"])
+async def test_a_file_that_is_replaced_or_removed_leaves_what_was_loaded_as_it_was(
+    directory: Path, autojump_clock: MockClock, how: str
+) -> None:
+    files = found(directory)
+    path = directory / "model-1.safetensors"
+    if how == "replaced":
+        (directory / "new").write_bytes(path.read_bytes()[::-1])
+        (directory / "new").replace(path)
+    else:
+        path.unlink()
+    change = await changed(Verifier(lambda: False), directory, files)
+    assert change == FilesChanged(path.name, f"{path.name} was replaced or removed since it was hashed", in_place=False)
+    with (directory / "model-0.safetensors").open("r+b") as file:
+        file.write(b"x")
+    change = await changed(Verifier(lambda: False), directory, files)
+    assert (change.file, change.in_place) == ("model-0.safetensors", True), "the graver one is told"
 
 
 @pytest.mark.parametrize("verified", [True, False])
