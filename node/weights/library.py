@@ -19,7 +19,7 @@ from mesh.view import ModelCard, Span, View
 from node.capacity import layers_within
 from node.model_text import ModelText
 from node.models import ServedModel
-from node.safetensors_header import INDEX
+from node.safetensors_header import INDEX, unreadable
 from node.weights.catalogue import Catalogue, Identified, identify
 from node.weights.fetching import RETRY_S, Fetched, Fetching
 from node.weights.hashing import HashingProgress, stamps_of
@@ -114,7 +114,7 @@ class Library:
             try:
                 pulled = await trio.to_thread.run_sync(PulledModel.at, model.directory)
             except OSError as error:
-                raise _unreadable(error) from None
+                raise unreadable(Path(error.filename or model.directory), error) from None
             return await self._keep(model, pulled)
         directory = model.directory
         found = await self._hash(model.card.id, directory)
@@ -134,7 +134,7 @@ class Library:
                 except BadRequest as error:  # raised behind the nursery, which would put it into a group
                     failure = error
                 except OSError as error:
-                    failure = _unreadable(error)
+                    failure = unreadable(Path(error.filename or directory), error)
                 nursery.cancel_scope.cancel()
         finally:
             progress.stop.set()
@@ -240,11 +240,6 @@ class Library:
         """Sees to it that the span's tensors are here. Raises BadRequest as `Fetching.span`."""
         if model.fetched is not None:
             await self.fetching.span(model.fetched, span.start, span.end)
-
-
-def _unreadable(error: OSError) -> BadRequest:
-    what = f"{error.filename or 'a file of the model'} cannot be read: {error.strerror or error}"
-    return BadRequest(f"{what}; see that it is there and may be read", "model", "model_not_servable")
 
 
 def _change(directory: Path, before: tuple[Stamp, ...]) -> FileChange | None:

@@ -130,7 +130,7 @@ async def test_a_file_that_cannot_be_read_is_a_refusal_that_names_it(tmp_path: P
         raise PermissionError(13, "Permission denied", str(directory / "model-0.safetensors"))
 
     monkeypatch.setattr(module, "identify", unreadable)
-    with pytest.raises(BadRequest, match=r"model-0.safetensors cannot be read: Permission denied; see that it is there"):
+    with pytest.raises(BadRequest, match=r"model-0.safetensors cannot be read: Permission denied; check that it is there"):
         await library(tmp_path / "own").identify(served(directory))
 
 
