@@ -1,7 +1,7 @@
 """Caps every engine of a benchmark to AVX2, so that figures for machines that have no more can be had on one that has.
 
-torch and oneDNN read their caps from the environment when they are loaded, so the process replaces itself once with the
-environment set; the compiled kernel and FBGEMM are told by a call. Child processes inherit the environment.
+torch, oneDNN and the compiled kernel read their caps from the environment when they are loaded, so the process replaces
+itself once with the environment set; child processes inherit it. FBGEMM is told by a call.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from node.engine.native.library import Isa, native
+from node.engine.native.library import native
 
 ISAS = ("native", "avx2")
 ENVIRONMENT = {
@@ -35,8 +35,6 @@ def cap(isa: str) -> dict[str, Any]:
         sys.stderr.flush()
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **ENVIRONMENT})
     library = native()
-    if library is not None:
-        library.isa = Isa(library.use(Isa.AVX2))
     return {
         "to": isa,
         "environment": ENVIRONMENT,
