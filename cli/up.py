@@ -33,7 +33,7 @@ NameOption = Annotated[str, typer.Option("--name", help="What people call the no
 RegionOption = Annotated[str, typer.Option("--region", help="Where the node is; paths within a region are preferred.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N; auto: the CPU.")]
 GraphsOption = Annotated[bool, typer.Option("--graphs/--no-graphs", help="On a GPU: record decoding steps, play them again.")]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, or a kernel by its name, e.g. fbgemm-fp16.")]
 QuantizeOption = Annotated[str, typer.Option("--quantize", help="none, int8 or int4: how weights are held.")]
 TensorParallelOption = Annotated[
     int, typer.Option("--tensor-parallel", metavar="N", help="Worker processes that compute each span together; 1: none.")

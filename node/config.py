@@ -17,6 +17,10 @@ from node.engine.parallel.cutting import MOST_RANKS
 
 CPU_ISA_VARIABLE = "MESH_CPU_ISA"
 CPU_ISAS = ("none", "avx2", "avx512", "amx")
+KERNEL_NAMES = (  # of node.engine.linear, which imports torch: what --dtype may name
+    *("mesh-bf16", "mesh-fp32", "mesh-int8", "mesh-int4", "mesh-int8-fp32", "mesh-int4-fp32", "aten-int8"),
+    *("onednn-fp32", "onednn-bf16", "fbgemm-fp16", "aten-fp32", "aten-bf16", "cuda-bf16", "cuda-bf16-tiled", "cuda-fp32"),
+)
 LAYERS_FORM = "expected auto, none, A:B or A:B,C:D with 0 <= A < B"
 
 
@@ -62,8 +66,9 @@ class NodeConfig:
             raise BadRequest(str(error)) from None
         if self.log_format not in ("text", "json"):
             raise BadRequest(f"--log-format: expected text or json, got {self.log_format!r}", "log_format")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise BadRequest(f"--dtype: expected auto, float32 or bfloat16, got {self.dtype!r}", "dtype")
+        if self.dtype not in ("auto", "float32", "bfloat16", *KERNEL_NAMES):
+            said = f"--dtype: expected auto, float32, bfloat16 or a kernel ({', '.join(KERNEL_NAMES)}), got {self.dtype!r}"
+            raise BadRequest(said, "dtype")
         if self.quantize not in ("none", "int8", "int4"):
             raise BadRequest(f"--quantize: expected none, int8 or int4, got {self.quantize!r}", "quantize")
         if self.generation_config not in ("auto", "none"):

@@ -85,6 +85,8 @@ def candidates(wanted: str, stored: torch.dtype, quantize: str = "none") -> list
     if wanted in KERNELS:
         if KERNELS[wanted].attention:
             raise ValueError(f"{wanted} computes on a GPU; it needs --device cuda")
+        if quantize not in ("none", KERNELS[wanted].quantize):
+            raise ValueError(f"{wanted} does not hold weights as {quantize}; leave out --quantize or --dtype")
         return _existing([wanted])
     if wanted not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"expected auto, float32, bfloat16 or one of {', '.join(KERNELS)}; got {wanted!r}")

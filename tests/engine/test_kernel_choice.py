@@ -15,6 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mesh.errors import BadRequest
+from node.config import KERNEL_NAMES, NodeConfig
 from node.engine import kernel_choice, kernel_record, kernel_timing, machine
 from node.engine.kernel_choice import MARGIN, PORTABLE_MARGIN, decided
 from node.engine.kernel_probe import refusal
@@ -137,6 +139,21 @@ def test_without_the_compiled_kernel_bf16_instructions_decide(monkeypatch: pytes
     for isa, name in (("AVX512+bf16", "onednn-bf16"), ("AVX2", "fbgemm-fp16")):
         monkeypatch.setattr(machine, "isa", lambda isa=isa: isa)
         assert machine.candidates("auto", torch.bfloat16)[0].name == name
+
+
+def test_the_names_that_a_user_may_give_are_those_of_the_kernels() -> None:
+    assert sorted(KERNEL_NAMES) == sorted(KERNELS)
+    assert NodeConfig(dtype="fbgemm-fp16").dtype == "fbgemm-fp16"
+    with pytest.raises(BadRequest, match=r"--dtype: expected auto, float32, bfloat16 or a kernel \(mesh-bf16, .*got 'fp8'"):
+        NodeConfig(dtype="fp8")
+
+
+def test_a_kernel_asked_for_by_name_does_not_pass_over_what_else_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_existing", lambda names: [KERNELS[name] for name in names])
+    assert machine.candidates("mesh-int8", torch.bfloat16, "int8") == [KERNELS["mesh-int8"]]
+    for name, quantize in (("mesh-bf16", "int8"), ("mesh-int8", "int4")):
+        with pytest.raises(ValueError, match=f"{name} does not hold weights as {quantize}"):
+            machine.candidates(name, torch.bfloat16, quantize)
 
 
 # ---- what is remembered
