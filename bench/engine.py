@@ -124,8 +124,12 @@ class Bench:
 
     def products(self) -> dict[str, Any]:
         shapes = [QUICK_SHAPE] if self._quick else [QUICK_SHAPE, FULL_SHAPE]
-        effort = {"rounds": engine_products.QUICK_ROUNDS, "caches": engine_products.QUICK_CACHES} if self._quick else {}
-        return {"products": engine_products.measure(shapes, engine_products.chosen_here(), **effort)}
+        ours = engine_products.chosen_here()
+        if not self._quick:
+            return {"products": engine_products.measure(shapes, ours)}
+        names = list(dict.fromkeys((ours, *engine_products.QUANTISED[:2], *engine_products.OPPONENTS)))
+        effort = {"rounds": engine_products.QUICK_ROUNDS, "caches": engine_products.QUICK_CACHES}
+        return {"products": engine_products.measure(shapes, ours, (), engine_products.QUICK_ROWS, names, **effort)}
 
     def context(self) -> dict[str, Any]:
         return engine_context.measured(self._threads, rounds=2 if self._quick else 5)

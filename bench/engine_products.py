@@ -33,7 +33,7 @@ from node.engine.machine import candidates
 from node.engine.native.library import native
 from node.engine.native.product import NativeProduct
 
-ROWS = (1, 2, 4, 8, 32, 128)
+ROWS, QUICK_ROWS = (1, 2, 4, 8, 32, 128), (1, 8, 32, 128)
 ROUNDS, QUICK_ROUNDS = 9, 1
 CACHES, QUICK_CACHES = 3, 2  # a kernel's weights are so many times the last-level cache
 USUAL_CACHE_BYTES = 32 << 20  # where the system does not tell

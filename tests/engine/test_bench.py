@@ -238,6 +238,14 @@ def test_products_are_timed_for_each_layer_and_number_of_rows(monkeypatch: pytes
         assert len(table.splitlines()) == 2 + 8 and ours in table
 
 
+def test_a_quick_run_times_fewer_rows_of_the_small_shape(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(engine_products.SHAPES, engine.QUICK_SHAPE, TINY)
+    monkeypatch.setattr(engine_products, "cache_bytes", lambda: 0)
+    report = engine.Bench(tiny, 1, 0.0, quick=True).products()["products"]
+    assert list(report["shapes"]) == [engine.QUICK_SHAPE]
+    assert all(set(rows) == {1, 8, 32, 128} for rows in report["shapes"][engine.QUICK_SHAPE]["cpu_us"].values())
+
+
 def test_a_product_slower_than_the_best_opponent_is_named():
     times_us = {"mesh-bf16": 3.0, "fbgemm-fp16": 2.0, "onednn-fp32": 4.0, "mesh-int8": 1.5}
     found = engine_products.judged_shape({"qkv": {1: times_us, 8: times_us | {"mesh-bf16": 1.0}}}, "mesh-bf16")
