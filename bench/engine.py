@@ -62,7 +62,6 @@ from node.engine.stage import Stage
 QUICK_SHAPE, FULL_SHAPE = "100M", "Llama-3.2-1B"
 WITHOUT_MODEL = {"products", "context", "sampler"}  # parts that need no checkpoint
 NOT_QUICK = {"quantised", "exactness", "split", "prefix", "speculation"}  # parts that --quick leaves out unless asked for
-QUICK_PROMPT_TOKENS = 16
 QUICK_QUANTISED_BATCHES = (1, 8)
 SAME = ("shape", "threads", "commit", "capped")  # in a report that others' parts may be added to
 
@@ -119,7 +118,7 @@ class Bench:
     @property
     def _effort(self) -> Effort:
         if self._quick:
-            return Effort(self._threads, self._budget_s, QUICK_ROUNDS, QUICK_PROMPT_TOKENS, generate_batch=False)
+            return Effort(self._threads, self._budget_s, QUICK_ROUNDS, generate_batch=False)
         return Effort(self._threads, self._budget_s)
 
     def products(self) -> dict[str, Any]:
@@ -142,8 +141,8 @@ class Bench:
         return {"peak_load_ratio": peak["ratio"], "peak_load": peak}
 
     def prefill(self) -> dict[str, Any]:
-        rounds = 2 if self._quick else 4
-        return engine_prefill.measured(self._directory, self._loaded[1].stage, self._threads, rounds, with_llama=not self._quick)
+        stage = self._loaded[1].stage
+        return engine_prefill.measured(self._directory, stage, self._threads, rounds=2, with_llama=not self._quick)
 
     def quantised(self) -> dict[str, Any]:
         batches = QUICK_QUANTISED_BATCHES if self._quick else engine_rows.BATCHES

@@ -48,8 +48,8 @@ def measured(directory: Path, stage: Stage, effort: Effort, batches: tuple[int, 
 
 def _row(stages: dict[str, Stage], children: dict[str, LlamaCpp], batch: int, effort: Effort) -> dict[str, Any]:
     vocab_size = stages["stored"].checkpoint.vocab_size
-    sides: dict[str, Side] = {name: Ours(stage, batch, effort.prompt_tokens) for name, stage in stages.items()}
-    sides |= {kind: child.begin(batch, vocab_size, ROOM_TOKENS, effort.prompt_tokens) for kind, child in children.items()}
+    sides: dict[str, Side] = {name: Ours(stage, batch) for name, stage in stages.items()}
+    sides |= {kind: child.begin(batch, vocab_size, ROOM_TOKENS) for kind, child in children.items()}
     taken = interleaved(sides, {}, effort.budget_s, lambda: None, effort.rounds)
     of = judged_by(effort.threads).of
     median_s = {name: statistics.median(map(of, steps)) for name, steps in taken.items()}

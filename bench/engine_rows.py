@@ -51,7 +51,6 @@ class Effort:
     threads: int
     budget_s: float
     rounds: int = ROUNDS
-    prompt_tokens: int = PROMPT_TOKENS
     generate_batch: bool = True
 
 
@@ -80,9 +79,8 @@ def interleaved(
 def row(stage: Stage, ours: Ours, opponents: Opponents, batch: int, effort: Effort, reader: MemoryReader) -> dict[str, Any]:
     """One row of the report; each figure comes from the median step, in wall time and in CPU time."""
     model = opponents.models[opponents.dtypes[batch]]
-    plain = ForwardLoop(model, batch, effort.prompt_tokens)
-    asked = batch, stage.checkpoint.vocab_size, ROOM_TOKENS, effort.prompt_tokens
-    children = {kind: child.begin(*asked) for kind, child in opponents.llama.items()}
+    plain = ForwardLoop(model, batch)
+    children = {kind: child.begin(batch, stage.checkpoint.vocab_size, ROOM_TOKENS) for kind, child in opponents.llama.items()}
     sides: dict[str, Side] = {"ours": ours, "hf": plain, **children}
     rare: dict[str, Side] = {"generate_batch": GenerateBatch(model, batch)} if effort.generate_batch else {}
     read_gb_s: list[float] = []
@@ -135,7 +133,7 @@ def measured(directory: Path, stage: Stage, effort: Effort) -> dict[str, Any]:
     rows, batches = [], []
     try:
         for batch in BATCHES:
-            batches.append(Ours(stage, batch, effort.prompt_tokens))
+            batches.append(Ours(stage, batch))
             rows.append(row(stage, batches[-1], Opponents(dtypes, models, llama), batch, effort, reader))
             say(**rows[-1])
         about = {kind: child.about for kind, child in llama.items()}

@@ -67,12 +67,12 @@ class Side(Protocol):
 class Ours:
     """The stage as the engine's thread runs it; `said`: a digest of row 0's logits at each step, which no batch may change."""
 
-    def __init__(self, stage: Stage, batch: int, prompt_tokens: int = PROMPT_TOKENS) -> None:
+    def __init__(self, stage: Stage, batch: int) -> None:
         self.stage = stage
         self.caches = [stage.sequence() for _ in range(batch)]
-        self.position = prompt_tokens
+        self.position = PROMPT_TOKENS
         self._next: list[int] = []
-        for cache, prompt in zip(self.caches, prompts(batch, stage.checkpoint.vocab_size, prompt_tokens)):
+        for cache, prompt in zip(self.caches, prompts(batch, stage.checkpoint.vocab_size)):
             self._next += self._forward([Segment(0, len(prompt), 0, cache)], range(len(prompt)), prompt, [len(prompt) - 1])
         self.said: list[bytes] = []
 

@@ -29,6 +29,7 @@ from node.requests import SamplingParams
 
 MODEL = ModelId("bench")
 BATCH = 32
+PROMPT_TOKENS = 64
 ANSWER_TOKENS = 64
 KV_BYTES = 1 << 29
 WAIT_S = 400.0
@@ -117,7 +118,7 @@ def on_cores(count: int) -> Iterator[None]:
 def measured(directory: Path, threads: int, rounds: int) -> dict[str, Any]:
     """`split2_ratio`: median over median of tokens a second; of tokens a second of CPU time beside it, for busy machines."""
     checkpoint = read_checkpoint(directory)
-    batch = prompts(BATCH, checkpoint.vocab_size)
+    batch = prompts(BATCH, checkpoint.vocab_size, PROMPT_TOKENS)
     with on_cores(threads):
         lines = {"one": Line(directory, threads, ()), "two": Line(directory, threads, (checkpoint.layers // 2,))}
         taken: dict[str, list[Loaded]] = {name: [] for name in lines}

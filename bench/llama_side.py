@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from bench.engine_shapes import PROMPT_TOKENS, prompts
+from bench.engine_shapes import prompts
 from bench.engine_sides import Step
 
 ROOT = Path(__file__).parent.parent
@@ -63,8 +63,8 @@ class LlamaCpp:
         self._child.stdin.flush()
         return self._answer()
 
-    def begin(self, batch: int, vocab_size: int, room: int, prompt_tokens: int = PROMPT_TOKENS) -> LlamaBatch:
-        first = self.ask(prompts=prompts(batch, vocab_size, prompt_tokens), room=room)["first"]
+    def begin(self, batch: int, vocab_size: int, room: int) -> LlamaBatch:
+        first = self.ask(prompts=prompts(batch, vocab_size), room=room)["first"]
         return LlamaBatch(self, first)
 
     def read(self, prompts: list[list[int]]) -> Step:

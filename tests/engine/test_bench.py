@@ -326,7 +326,7 @@ def test_each_way_to_draw_is_timed():
 def test_quantised_weights_are_held_against_the_stored_ones(tiny: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(llama_side, "PYTHON", tiny / "no such python")
     stage = load_stage(read_checkpoint(tiny), 0, 3, "auto", 1).stage
-    found = engine_quantised.measured(tiny, stage, engine_rows.Effort(1, 0.0, rounds=1, prompt_tokens=4), (1, 2))["quantised"]
+    found = engine_quantised.measured(tiny, stage, engine_rows.Effort(1, 0.0, rounds=1), (1, 2))["quantised"]
     assert [row["batch"] for row in found["rows"]] == [1, 2] and "make bench-peers" in found["llamacpp"]
     for quantize, kind in engine_quantised.BESIDE.items():
         if quantize not in found["skipped"]:
