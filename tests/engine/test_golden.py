@@ -15,8 +15,7 @@ from node.engine.checkpoint import read_checkpoint
 from node.engine.linear import KERNELS
 from node.engine.loading import load_stage
 from node.engine.native.library import Isa, Library, native
-
-needs_it = pytest.mark.skipif(native() is None, reason="the compiled kernel cannot be built here")
+from tests.engine.offered import needs_compiled
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def library() -> Iterator[Library]:
     found.use(found.isa)
 
 
-@needs_it
+@needs_compiled
 @pytest.mark.parametrize("threads", [1, 2])
 def test_golden_vectors_are_the_same_on_all_instructions_and_with_any_threads(threads: int, library: Library) -> None:
     for isa in Isa:
@@ -36,7 +35,7 @@ def test_golden_vectors_are_the_same_on_all_instructions_and_with_any_threads(th
             assert golden.digest(library, threads) == golden.GOLDEN, isa
 
 
-@needs_it
+@needs_compiled
 def test_golden_vectors_see_a_change_of_any_part(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     model = golden._model(torch.bfloat16, "none")
     logits = golden._logits(library, model, torch.float32, 1)
@@ -47,7 +46,7 @@ def test_golden_vectors_see_a_change_of_any_part(library: Library, monkeypatch: 
     assert golden.digest(library) != golden.GOLDEN
 
 
-@needs_it
+@needs_compiled
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_spans_that_are_compiled_have_one_fingerprint_whatever_threads_and_instructions_compute_them(
@@ -92,7 +91,7 @@ def test_what_decides_bits_is_in_the_fingerprint(monkeypatch: pytest.MonkeyPatch
     assert fingerprint() not in others | alike and fingerprint() != fingerprint(threads=2)
 
 
-@needs_it
+@needs_compiled
 def test_a_machine_that_finds_other_vectors_is_exact_with_its_own_kind_alone(
     random_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -109,7 +108,7 @@ def test_a_machine_that_finds_other_vectors_is_exact_with_its_own_kind_alone(
         golden.holds.cache_clear()
 
 
-@needs_it
+@needs_compiled
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
 def test_what_is_derived_from_a_config_is_the_same_in_every_span(name: str, checkpoint_of: Callable[[str], Path]) -> None:
     checkpoint = read_checkpoint(checkpoint_of(name))

@@ -18,8 +18,9 @@ from node.engine.native.library import Isa, Library, native
 from node.engine.native.product import NativeProduct
 from node.engine.stage import Stage
 from tests.engine.checkpoints import make_checkpoint
+from tests.engine.offered import needs_compiled
 
-pytestmark = pytest.mark.skipif(native() is None, reason="the compiled kernel cannot be built here")
+pytestmark = needs_compiled
 SOFT_AMX = Path(__file__).with_name("soft_amx.h")
 REQUIRED = tuple(part for part in PARTS if not part.define)
 
