@@ -1,4 +1,4 @@
-/* What the parts of the kernel share, and what Python calls (library.py has the same structures). */
+/* What the parts of the kernel share. library.py has the structures that Python passes: product_t, layer_t, spans_t. */
 #ifndef MESH_H
 #define MESH_H
 
@@ -87,7 +87,8 @@ static inline int whole_number(const char *half, int kind, int output, int input
 
 #define MAY_LACK __attribute__((weak)) /* where the compiler does not know AMX; `use_amx` is then 0 */
 
-/* rows <= 32 of x [rows, steps * 32] bf16 times one BF16 panel, into out [rows][32]. */
+/* rows <= 32 of x [rows, steps * 32] bf16 times one BF16 panel, into out [rows][32]. `first`: of the panel's rows, so that
+ * the panel comes from memory and is asked for ahead. */
 MAY_LACK void amx_panel(const uint16_t *panel, const uint16_t *x, int64_t steps, int rows, int first, float *out);
 
 /* The same, each step's sums multiplied by row_scales [rows][steps] and, if given, scales [steps][32] before they join the total. */
