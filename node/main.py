@@ -25,6 +25,7 @@ from node.engine.api import Engine, EngineConfig
 from node.http.auth import ApiKeys
 from node.identity import Identity, take_free_identity, take_identity
 from node.logs import configure
+from node.model_directory import require_checkpoint
 from node.model_text import ModelText
 from node.models import Holdings, Models, ServedModel, split_references
 from node.process import Node
@@ -122,6 +123,8 @@ def _take_identity(config: NodeConfig) -> Identity:
 def _prepare(config: NodeConfig, directory: Path, budget_bytes: int) -> tuple[Engine, Holdings]:
     """Reads the models' configs and tokenizers, before any weights (*blocking*, seconds: torch is imported here)."""
     references, wanted = split_references(config.models, joins=bool(config.join))
+    for _, directory_of_model in references:
+        require_checkpoint(directory_of_model)  # before torch is imported, which takes seconds
     from node.engine.default_model import DIRECTORY, MODEL_ID
     from node.engine.worker import TorchEngine
 

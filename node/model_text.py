@@ -26,17 +26,14 @@ class ModelText:
         """Reads tokenizer and generation config (*blocking*, a second the first time).
 
         Raises:
-            BadRequest: no tokenizer there.
+            BadRequest: no tokenizer there, or it cannot be read.
         """
         from transformers import AutoTokenizer, GenerationConfig
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise BadRequest(
-                f"{directory} holds no tokenizer ({_first_line(error)}); save it there with tokenizer.save_pretrained",
-                "model",
-            ) from None
+        except Exception as error:  # damaged files raise whatever the parser of their format does
+            raise _no_tokenizer(directory, error) from error
         ends = [tokenizer.eos_token_id]
         if (directory / "generation_config.json").is_file():
             configured = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
@@ -97,6 +94,19 @@ class ModelText:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+
+
+def _no_tokenizer(directory: Path, error: Exception) -> BadRequest:
+    if any((directory / name).is_file() for name in TOKENIZER_FILES):
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        said = f"the tokenizer of {directory.name} cannot be read: {why}"
+    else:
+        said = f"{directory.name} holds no tokenizer: expected tokenizer.json, or {', '.join(TOKENIZER_FILES[1:])}"
+    remedy = "copy its files from where the model came from, or save it there with tokenizer.save_pretrained"
+    return BadRequest(f"{said}; {remedy}", "model", "model_not_servable")
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from mesh.errors import BadRequest
 from mesh.ids import ModelId
 from mesh.view import ModelCard
+from node.model_directory import EXPECTED, gguf_reason
 from node.model_text import ModelText
 from node.weights.fetching import Fetched
 
@@ -21,21 +23,52 @@ class ServedModel:
     fetched: Fetched | None = None  # its files come from peers, as they are needed
 
 
+_REPOSITORY = "models--"  # begins the name of a model's folder in the hub cache; `--` stands for the slash of its id
+
+
 def parse_reference(reference: str) -> tuple[ModelId, Path]:
     """`DIR` or `NAME=DIR` as the model's id and its directory.
 
     Raises:
-        BadRequest: no such directory, with what would work.
+        BadRequest: no such directory, or no id to be had from its name; with what would work.
     """
-    name, equals, path = reference.partition("=")
-    directory = Path(path if equals else reference).expanduser()
-    if not directory.is_dir():
+    name, equals, path = ("", "", reference) if _exists(reference) else reference.partition("=")
+    directory = Path(os.path.expanduser(path if equals else reference))
+    if os.path.isfile(directory):
+        raise BadRequest(f"--model {reference}: {_no_directory(directory)}", "model")
+    if not os.path.isdir(directory):
         raise BadRequest(
-            f"--model {reference}: there is no directory {directory}; give a directory that save_pretrained wrote "
-            "(config.json, *.safetensors, tokenizer), NAME=DIR, or with --join the id of a model that peers serve",
+            f"--model {reference}: there is no directory {directory} that this user may see; give a directory as save_pretrained "
+            "makes it (config.json, *.safetensors, tokenizer), NAME=DIR, or with --join the id of a model that peers serve",
             "model",
         )
-    return ModelId(name if equals else directory.resolve().name), directory
+    model = name if equals else id_of_directory(directory)
+    if not model.strip() or not model.isprintable():
+        raise BadRequest(f"--model {reference}: expected a name for the model, got {model!r}; give NAME=DIR", "model")
+    return ModelId(model), directory
+
+
+def id_of_directory(directory: Path) -> str:
+    """What the model in `directory` is called: the directory's name, and `org/name` for a snapshot in the hub cache.
+
+    Links are not followed: a link to a snapshot has a name of its own, given by a person.
+    """
+    path = Path(os.path.abspath(directory))
+    repository = path.parents[1].name if len(path.parents) > 1 else ""
+    if path.parent.name == "snapshots" and repository.startswith(_REPOSITORY):
+        return repository.removeprefix(_REPOSITORY).replace("--", "/")
+    return path.name
+
+
+def _exists(reference: str) -> bool:
+    return os.path.exists(os.path.expanduser(reference))
+
+
+def _no_directory(file: Path) -> str:
+    if file.suffix == ".gguf":
+        return f"{file.name} is a GGUF file; {gguf_reason()}"
+    beside = (file.parent / "config.json").is_file()
+    return f"{file.name} is a file; {f'give its directory, {file.parent}' if beside else EXPECTED}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +87,20 @@ def split_references(references: Iterable[str], *, joins: bool) -> tuple[list[tu
     """Models whose files are here, and the ids of those that come from peers: any other name, given to a node that joins some.
 
     Raises:
-        BadRequest: as `parse_reference`.
+        BadRequest: as `parse_reference`; two models of one name.
     """
-    here, wanted = [], []
+    here: list[tuple[ModelId, Path]] = []
+    wanted: list[ModelId] = []
     for reference in references:
-        is_path = "=" in reference or reference.startswith((".", "/", "~")) or Path(reference).expanduser().is_dir()
+        is_path = "=" in reference or reference.startswith((".", "/", "~")) or _exists(reference)
         if joins and not is_path and reference:
             wanted.append(ModelId(reference))
         else:
             here.append(parse_reference(reference))
+    ids = [*(model for model, _ in here), *wanted]
+    twice = next((model for model in ids if ids.count(model) > 1), None)
+    if twice is not None:
+        raise BadRequest(f"--model: {twice} is given twice; give one of them another name with NAME=DIR", "model")
     return here, wanted
 
 

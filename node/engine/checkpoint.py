@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mesh.errors import BadRequest
+from node.model_directory import require_checkpoint
+from node.safetensors_header import weight_files
 from node.weights.store import MARK
 
 HEADER_MAX_BYTES = 100 << 20  # the safetensors format's own limit
@@ -27,6 +31,7 @@ KNOWN_GOOD = (
 )
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 STATEFUL_FIELDS = ("linear_num_value_heads", "mamba_d_state", "ssm_cfg", "state_size", "conv_L_cache", "time_step_rank")
+OTHER_SENSES = ("vision_config", "audio_config", "text_config")  # parts of the configs of models that see or hear
 # families whose causal class looks ahead unless their config says `is_decoder`
 ENCODERS = {"bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "electra", "data2vec-text", "roformer", "ernie"}
 ENCODERS |= {"bert-generation", "megatron-bert", "rembert", "roberta-prelayernorm", "big_bird", "xmod"}
@@ -56,22 +61,14 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     Raises:
         BadRequest: with the reason and what would work.
     """
-    if not directory.is_dir():
-        raise _refusal(f"no such model directory: {directory}; give a directory with config.json and *.safetensors")
-    if not (directory / "config.json").is_file():
-        raise _refusal(f"{directory} has no config.json; give a directory made by save_pretrained or a hub download")
+    raw = require_checkpoint(directory)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise _refusal(
-            f"the config of {directory.name} cannot be read: {reason}; a {KNOWN_GOOD} checkpoint would work"
-        ) from error
+        raise _refusal(f"{_why_no_config(directory, raw, error)}; a {KNOWN_GOOD} checkpoint would work") from error
     model_class = _model_class(directory, config)
     _refuse_what_cannot_be_exact(directory, config)
-    files = _weight_files(directory)
-    for path in files:
-        _refuse_cut_short(path)
+    files = weight_files(directory)
     layers, longest = config.num_hidden_layers, _longest(config)
     return Checkpoint(
         directory=directory,
@@ -93,6 +90,19 @@ def _refusal(message: str) -> BadRequest:
     return BadRequest(message, param="model", code="model_not_servable")
 
 
+def _why_no_config(directory: Path, raw: dict[str, Any], error: Exception) -> str:
+    """Why transformers makes no config of what the file holds."""
+    kind = str(raw.get("model_type"))[:100]
+    if kind not in CONFIG_MAPPING_NAMES:
+        code = ", and the Python code in its directory is never run" if raw.get("auto_map") else ""
+        return f"{directory.name} is {kind}, an architecture that transformers {transformers.__version__} does not have{code}"
+    return f"the config of {directory.name} ({kind}) cannot be read: {_one_line(error)}"
+
+
+def _one_line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
 def _model_class(directory: Path, config: PretrainedConfig) -> type:
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
@@ -109,6 +119,10 @@ def _model_class(directory: Path, config: PretrainedConfig) -> type:
         model_class = None
     if model_class is None or (declared and not causal):
         what = ", ".join(declared) or kind
+        other = next((part for part in OTHER_SENSES if getattr(config, part, None) is not None), None)
+        if other is not None:
+            more = f"a model of more than text ({other}); only models of text are served"
+            raise _refusal(f"{directory.name} is {what}, {more}, e.g. {KNOWN_GOOD}")
         raise _refusal(f"{directory.name} is {what}, not a causal language model; a {KNOWN_GOOD} checkpoint would work")
     return model_class[0] if isinstance(model_class, tuple) else model_class
 
@@ -126,8 +140,6 @@ def _refuse_what_cannot_be_exact(directory: Path, config: PretrainedConfig) -> N
         )
     if getattr(config, "num_kv_shared_layers", 0):
         raise _refusal(f"{name} is {kind}, whose layers share keys and values, so they cannot be split; try {KNOWN_GOOD}")
-    if getattr(config, "quantization_config", None):
-        raise _refusal(f"{name} is quantised ahead of time; give the float16, bfloat16 or float32 checkpoint of the same model")
     if _rope_type(config) == "dynamic":
         raise _refusal(f"{name} uses dynamic NTK rotary scaling, which makes a token depend on its batch; try {KNOWN_GOOD}")
     if getattr(config, "alibi", False):
@@ -165,30 +177,6 @@ def _longest(config: PretrainedConfig) -> int:
     return longest
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    files = sorted(directory.glob("*.safetensors"))
-    if files:
-        return files
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern))
-    if pickled:
-        raise _refusal(
-            f"{directory.name} has only pickled weights ({pickled[0]}), and unpickling runs whatever code the file holds; "
-            "convert it once, where you trust it, with save_pretrained, which writes safetensors"
-        )
-    raise _refusal(f"{directory} has no *.safetensors files; download the weights, or convert them with save_pretrained")
-
-
-def files_to_read(directory: Path) -> list[Path]:
-    """The files that hold the model's tensors: those its index names, else the one of the usual name, else all there are."""
-    files = _weight_files(directory)
-    index = directory / "model.safetensors.index.json"
-    try:
-        named = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise _refusal(f"{index} is damaged; download it again") from None
-    return [path for path in files if path.name in named] or files
-
-
 def read_header(path: Path) -> bytes:
     """The JSON header of a safetensors file, its size checked first.
 
@@ -200,19 +188,6 @@ def read_header(path: Path) -> bytes:
         if not 2 <= size <= min(HEADER_MAX_BYTES, path.stat().st_size - 8):
             raise _refusal(f"{path.name} is not a safetensors file or is cut short; download it again")
         return file.read(size)
-
-
-def _refuse_cut_short(path: Path) -> None:
-    """A download that broke off has a whole header and part of the data: known before anything is loaded."""
-    header = read_header(path)
-    try:
-        tensors = json.loads(header).items()
-        data_bytes = max((tensor["data_offsets"][1] for name, tensor in tensors if name != "__metadata__"), default=0)
-    except (ValueError, TypeError, LookupError, AttributeError):
-        raise _refusal(f"the header of {path.name} is damaged; download it again") from None
-    expected, found = 8 + len(header) + data_bytes, path.stat().st_size
-    if found < expected:
-        raise _refusal(f"{path.name} is cut short: expected {expected} bytes, it has {found}; download it again")
 
 
 def _stored_dtype(config: PretrainedConfig, first_file: Path) -> torch.dtype:

@@ -23,7 +23,7 @@ from torch import nn
 from mesh.errors import BadRequest
 from node.engine import falcon  # noqa: F401 — its import registers its attention
 from node.engine.attention import NAME, PackedBatch, Segment, set_batch
-from node.engine.checkpoint import KNOWN_GOOD, Checkpoint, files_to_read
+from node.engine.checkpoint import KNOWN_GOOD, Checkpoint
 from node.engine.device import CPU
 from node.engine.kvcache import KVStore, SequenceKV
 from node.engine.lean import FORMS, Lean
@@ -34,6 +34,7 @@ from node.engine.packing import Packing, Span
 from node.engine.parallel.shard import Shard
 from node.engine.parallel.summing import Summing
 from node.engine.progress import LoadWatch
+from node.safetensors_header import weight_files
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -100,7 +101,7 @@ def load_model(
         body["_tied_weights_keys"] = {}
     pruned: Any = type(cls.__name__, (cls,), body)
     try:
-        mapped = MappedTensors(files_to_read(checkpoint.directory) if shard is None else (), late)
+        mapped = MappedTensors(weight_files(checkpoint.directory) if shard is None else (), late)
         with watch:
             model, info = pruned.from_pretrained(
                 None,

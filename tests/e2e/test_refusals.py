@@ -11,6 +11,7 @@ import pytest
 
 from cli.local_mesh import LocalMesh
 from tests.e2e.meshes import answer, get, wait_until
+from tests.engine.checkpoints import make_checkpoint
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
@@ -43,6 +44,14 @@ def test_a_model_that_cannot_be_served_is_refused_with_the_reason(tmp_path):
     (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04")
     code, said = up(tmp_path, "--model", str(pickled))
     assert code == 1 and "safetensors" in said
+
+
+def test_a_checkpoint_with_a_missing_file_is_refused_before_anything_is_announced(tmp_path):
+    directory = make_checkpoint(tmp_path, "llama", shard="300KB")
+    (directory / "model-00002-of-00004.safetensors").unlink()
+    code, said = up(tmp_path, "--model", str(directory))
+    told = "model-00002-of-00004.safetensors is missing from llama, and model.safetensors.index.json names it; download it again"
+    assert code == 1 and said.splitlines()[-1] == f"mesh: {told}"
 
 
 def test_layers_that_the_model_does_not_have_are_refused(tmp_path):

@@ -153,6 +153,9 @@ def test_a_window_that_does_not_reach_the_attention_is_refused_though_the_probe_
 def test_directories_that_are_no_servable_checkpoints_are_refused(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="no such model directory"):
         read_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(BadRequest, match="is empty"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "notes.txt").touch()
     with pytest.raises(BadRequest, match=r"no config\.json"):
         read_checkpoint(tmp_path)
     broken = tmp_path / "broken"
@@ -178,7 +181,7 @@ def test_directories_that_are_no_servable_checkpoints_are_refused(checkpoint_of:
         ({"alibi": True}, "llama with ALiBi"),
         ({"attention_chunk_size": 8192}, "cut into chunks"),
         ({"model_type": "t5"}, "encoder-decoder"),
-        ({"model_type": "no_such_model"}, "cannot be read"),
+        ({"model_type": "no_such_model"}, "no_such_model, an architecture that transformers .* does not have"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "not a causal language model"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic NTK"),

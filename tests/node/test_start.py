@@ -145,6 +145,31 @@ def test_model_references_name_a_directory_or_give_it_a_name(tmp_path):
         parse_reference("org/name")
 
 
+@pytest.mark.parametrize(
+    ("path", "id"),
+    [
+        ("hub/models--org--tiny-llama/snapshots/4f3c0d", "org/tiny-llama"),
+        ("hub/models--gpt2/snapshots/4f3c0d/", "gpt2"),
+        ("hub/models--org--tiny/snapshots/../snapshots/4f3c0d", "org/tiny"),
+        ("snapshots/4f3c0d", "4f3c0d"),
+        ("a=b/tiny", "tiny"),
+        ("link", "link"),  # a link is called what a person called it, wherever it leads
+    ],
+)
+def test_a_snapshot_in_the_hub_cache_is_called_as_on_the_hub(tmp_path, path, id):
+    (tmp_path / "hub/models--org--tiny/snapshots").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "hub/models--org--tiny/snapshots", target_is_directory=True)
+    (tmp_path / path).mkdir(parents=True, exist_ok=True)
+    assert parse_reference(str(tmp_path / path))[0] == id
+    assert parse_reference(f"mine={tmp_path / path}")[0] == "mine"
+
+
+def test_the_directory_that_a_node_is_started_in_has_a_name_too(tmp_path, monkeypatch):
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path / "tiny")
+    assert parse_reference(".")[0] == "tiny"
+
+
 def test_an_unknown_model_is_404_and_names_the_known():
     with pytest.raises(BadRequest, match="known: none") as unknown:
         Models().get("x")

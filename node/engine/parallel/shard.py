@@ -23,6 +23,7 @@ from node.engine.checkpoint import Checkpoint
 from node.engine.linear import PackedLinear
 from node.engine.parallel.cutting import Cut, Cutting, Shape, cutting_for
 from node.engine.parallel.summing import SharedEmbedding, SummedProduct, Summing
+from node.safetensors_header import weight_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,7 @@ class Shard:
     def tensors(self, directory: Path) -> dict[str, StoredPart]:
         """Every tensor of the checkpoint by its name; nothing is read yet."""
         found: dict[str, StoredPart] = {}
-        for file in sorted(directory.glob("*.safetensors")):
+        for file in weight_files(directory):
             opened: Any = safe_open(file, "pt")
             for name in opened.keys():  # noqa: SIM118 - no mapping
                 found[name] = StoredPart(opened.get_slice(name), lambda name=name: self._part_of(name))  # type: ignore[misc]
