@@ -81,6 +81,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     numerics: str  # fingerprint: equal ones promise equal tokens
     kind: str = "chat"
     manifest: str = ""  # identity of the manifest of its files, which this node hands to peers; empty: not (yet) known here
+    whole_only: Annotated[str, Meta(max_length=300)] = ""  # why one node must hold all layers; empty: they may be on several
 
 
 class Facts(msgspec.Struct, frozen=True):

@@ -199,10 +199,12 @@ class Engine(Protocol):
         """Ends the engine thread after its current step (*blocking*)."""
 
     def inspect(self, directory: Path, model: ModelId) -> ModelCard:
-        """Reads the checkpoint's config, without weights (*blocking*). `numerics` is empty until a span is loaded.
+        """Reads the checkpoint's config and the headers of its files, no weights (*blocking*, at most seconds).
+
+        `numerics` is empty until a span is loaded.
 
         Raises:
-            BadRequest: not a directory, not a causal LM, pickled weights, or an architecture that cannot be served
+            BadRequest: not a directory, not a causal LM, pickled or missing weights, or an architecture that cannot be served
                 exactly; the message gives the reason and what would work.
         """
 

@@ -54,6 +54,8 @@ from node.engine.rows import HeldSpan, PageStore, SchedulerStatistics, StepPlan
 from node.engine.scheduler import Scheduler
 from node.engine.spill import Spill, SpillStatistics
 from node.engine.stage import Stage
+from node.engine.stored_tensors import require_tensors
+from node.engine.structure import structure_of
 from node.engine.timing import StepTiming
 
 KV_SHARE = 0.25  # of free memory, where nothing is configured: several nodes may share a machine
@@ -128,7 +130,9 @@ class TorchEngine:
     # ---- models
 
     def inspect(self, directory: Path, model: ModelId) -> ModelCard:
-        return card(read_checkpoint(directory), model)
+        checkpoint = read_checkpoint(directory)
+        require_tensors(checkpoint)
+        return card(checkpoint, model)
 
     def load(self, directory: Path, model: ModelId, start: int, end: int) -> ModelCard:
         span = Span(model, start, end)
@@ -147,7 +151,7 @@ class TorchEngine:
             plain = loaded.stage if isinstance(loaded.stage, Stage) and is_exact(loaded.numerics) else None
             layout = shown_layout(plain) if plain is not None else None  # of pages that may go to peers; those of ranks stay
             copies = loaded.stage.cutting.kv_copies if isinstance(loaded.stage, ParallelStage) else 1
-            block_bytes = BLOCK_TOKENS * kv_token_bytes(checkpoint, end - start, loaded.stage.kernel.dtype, copies)
+            block_bytes = BLOCK_TOKENS * kv_token_bytes(checkpoint, start, end, loaded.stage.kernel.dtype, copies)
             pool = BlockPool(max(1, self._kv_bytes // block_bytes))
             with self._lock:
                 self._pools[span] = (pool, block_bytes)
@@ -167,6 +171,7 @@ class TorchEngine:
                         vocab_size=checkpoint.vocab_size,
                         max_model_len=checkpoint.max_model_len,
                         end_ids=checkpoint.end_ids,
+                        whole_only=bool(structure_of(checkpoint).whole_only),
                         exact=is_exact(loaded.numerics),
                     ),
                 )

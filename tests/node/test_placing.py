@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 from trio.testing import MockClock
 
-from mesh.errors import MeshError
+from mesh.errors import BadRequest, MeshError
 from mesh.ids import ModelId
 from mesh.view import Facts, ModelCard, Span
 from node.engine.api import SpanLost
@@ -44,19 +45,19 @@ class FilesAreHere:
 
 
 class Placed:
-    """A node pinned to the whole model, which it serves once `placing.run` has begun."""
+    """A node pinned to the whole model (or to other `layers`), which it serves once `placing.run` has begun."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: str = "0:4", card: ModelCard = CARD) -> None:
         models = Models()
         text: Any = None
-        models.add(ServedModel(CARD, Path("toy"), text))
+        models.add(ServedModel(card, Path("toy"), text))
         self.engine: Any = LoadingEngine()
         self.published: list[Facts] = []
         self.facts = OwnFacts(Facts(version="0", pid=1), self.published.append)
         library: Any = FilesAreHere()
         membership: Any = None
         holdings = Holdings(models, {CARD.id: 4}, (), 1 << 30)
-        self.placing = Placing("0:4", self.engine, holdings, self.facts, membership, library)
+        self.placing = Placing(layers, self.engine, holdings, self.facts, membership, library)
 
     async def serving(self) -> None:
         while self.facts.now.spans != (WHOLE,):
@@ -96,6 +97,14 @@ async def test_workers_that_end_while_they_load_again_are_another_loss(autojump_
             placed.engine.fails = 10**6
             placed.placing.lost(SpanLost(WHOLE, "rank 1 was killed by signal 9"))
             await trio.sleep_forever()
+
+
+@pytest.mark.parametrize("layers", ["0:2", "2:4", "0:2,2:4", "0:4,1:3"])
+def test_layers_of_a_model_that_is_served_whole_only_are_not_pinned_apart(layers: str) -> None:
+    whole_only = msgspec.structs.replace(CARD, whole_only="layer 1 is given per_layer_input beside the activations")
+    Placed("0:4", whole_only)
+    with pytest.raises(BadRequest, match=r"--layers \d:\d: toy is served whole only, for layer 1 .*; give --layers auto, 0:4"):
+        Placed(layers, whole_only)
 
 
 def test_what_the_engine_says_of_a_lost_span_reaches_the_placing() -> None:
