@@ -131,8 +131,9 @@ class TorchEngine:
 
     def inspect(self, directory: Path, model: ModelId) -> ModelCard:
         checkpoint = read_checkpoint(directory)
+        told = card(checkpoint, model)
         require_tensors(checkpoint)
-        return card(checkpoint, model)
+        return told
 
     def load(self, directory: Path, model: ModelId, start: int, end: int) -> ModelCard:
         span = Span(model, start, end)
