@@ -108,11 +108,13 @@ class SequenceLost:
     """This stage gave the sequence up and freed its blocks.
 
     retryable: another attempt may succeed (evicted for lack of KV blocks, step failed); else the request itself is at fault.
+    by_previous: the stage before is to blame, for what it sent.
     """
 
     key: SequenceKey
     reason: str
     retryable: bool = True
+    by_previous: bool = False
 
 
 @dataclass(frozen=True, slots=True)
