@@ -128,12 +128,16 @@ def _model_class(directory: Path, config: PretrainedConfig) -> type:
         model_class = None
     if model_class is None or (declared and not causal):
         what = ", ".join(declared) or kind
-        other = next((part for part in OTHER_SENSES if config_value(config, part) is not None), None)
-        if other is not None:
-            more = f"a model of more than text ({other}); only models of text are served"
-            raise _refusal(f"{directory.name} is {what}, {more}, e.g. {KNOWN_GOOD}")
+        _refuse_other_senses(directory, config, what)
         raise _refusal(f"{directory.name} is {what}, not a causal language model; a {KNOWN_GOOD} checkpoint would work")
     return model_class[0] if isinstance(model_class, tuple) else model_class
+
+
+def _refuse_other_senses(directory: Path, config: PretrainedConfig, what: str) -> None:
+    other = next((part for part in OTHER_SENSES if config_value(config, part) is not None), None)
+    if other is not None:
+        more = f"a model of more than text ({other}); only models of text are served"
+        raise _refusal(f"{directory.name} is {what}, {more}, e.g. {KNOWN_GOOD}")
 
 
 def _refuse_what_cannot_be_exact(directory: Path, config: PretrainedConfig) -> None:
@@ -155,6 +159,7 @@ def _refuse_what_cannot_be_exact(directory: Path, config: PretrainedConfig) -> N
         raise _refusal(f"{name} is {kind} with ALiBi, positions that are biases of attention scores; try {KNOWN_GOOD}")
     missing = [field for field in ("num_hidden_layers", "hidden_size", "vocab_size") if not config_value(config, field)]
     if missing:
+        _refuse_other_senses(directory, config, kind)
         raise _refusal(f"the config of {name} ({kind}) has no {', '.join(missing)}; a {KNOWN_GOOD} checkpoint would work")
 
 

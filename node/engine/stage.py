@@ -63,6 +63,7 @@ class AbsentHead(nn.Identity):
     """Stands for a head that another node holds."""
 
     weight = torch.empty(0)  # as of `AbsentEmbedding`
+    bias = None
 
 
 def load_model(
@@ -243,7 +244,7 @@ class Stage:
         """`_compute` by the model's own code."""
         inputs: dict[str, Any] = {"position_ids": where[None], "use_cache": False}
         if batch.hidden is not None:
-            inputs["inputs_embeds"] = batch.hidden.clone()  # some models scale their input where it lies
+            inputs["inputs_embeds"] = self._no_embeddings(batch.hidden)
         else:
             assert tokens is not None
             inputs["input_ids"] = tokens[None]
@@ -261,6 +262,10 @@ class Stage:
             self._running = None
             set_batch(None)
 
+    def _no_embeddings(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What stands for the embeddings of rows whose activations `hidden` `[1, rows, hidden]` enter at a later layer."""
+        return hidden.new_zeros(1, hidden.shape[1], self._structure.embedding_width)
+
     @torch.inference_mode()
     def plain(
         self, ids: Sequence[int] | None, hidden: torch.Tensor | None, ran: Callable[[int], None] = lambda number: None
@@ -270,14 +275,13 @@ class Stage:
         Returns what `forward` would: activations `[rows, hidden_size]`, or logits `[rows, vocab]`. Only before `pack`.
         `ran` is told of each layer that is done.
         """
-        count = len(ids) if ids is not None else len(hidden)  # type: ignore[arg-type]
-        inputs: dict[str, Any] = {"position_ids": torch.arange(count, device=self.device)[None], "use_cache": False}
+        inputs: dict[str, Any] = {"use_cache": False}  # and no positions: the model's own are those that ours must equal
         taken = None if hidden is None else hidden.to(self.device, self.kernel.dtype)[None]
         if ids is not None:
             inputs["input_ids"] = torch.tensor([list(ids)], device=self.device)
         else:
             assert taken is not None
-            inputs["inputs_embeds"] = taken.clone()
+            inputs["inputs_embeds"] = self._no_embeddings(taken)
         batch = PackedBatch([], self.start, self.end, taken)
         self._running = batch
         self._ran = ran

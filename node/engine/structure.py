@@ -14,7 +14,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,12 +38,13 @@ class Structure:
     """`whole_only`: why one node must hold all layers; empty: they may be on several nodes.
 
     `outputs`: a layer returns a tuple of so many parts, its activations first; 0: the activations alone.
-    `kv_numbers`: of each layer, how many numbers of keys and values a token has.
+    `kv_numbers`: of each layer, how many numbers of keys and values a token has. `embedding_width`: what a token is looked up as.
     """
 
     whole_only: str = ""
     outputs: int = 0
     kv_numbers: tuple[int, ...] = ()
+    embedding_width: int = 0
 
     def layer_output(self, hidden: torch.Tensor) -> Any:
         """`hidden` as a layer returns it."""
@@ -63,8 +64,9 @@ def structure_of(checkpoint: Checkpoint) -> Structure:
     try:
         return _structure(checkpoint.model_class, kind, config.to_json_string(use_diff=False), checkpoint.layers)
     except Exception as error:  # whatever the code of some architecture raises
-        biased = not isinstance(error, Unservable) and _speaks_of_alibi(checkpoint.model_class)
-        raise cannot_serve(checkpoint, ALIBI if biased else why_it_failed(error)) from error
+        unknown = not isinstance(error, Unservable) and error.args != (NAME,)
+        reason = ALIBI if unknown and _speaks_of_alibi(checkpoint.model_class) else why_it_failed(error)
+        raise cannot_serve(checkpoint, reason) from error
 
 
 def _speaks_of_alibi(model_class: type) -> bool:
@@ -111,13 +113,17 @@ def find_layers(model: nn.Module, count: int) -> nn.ModuleList:
 def _structure(model_class: type, config_class: Any, config: str, layers: int) -> Structure:
     """Raises Unservable, or whatever the model's own code does."""
     trial = _Trial(model_class, config_class.from_dict(json.loads(config)), layers)
+    from_tokens = trial.runs(by_tokens=True)
+    found = trial.structure() if from_tokens else None
     try:
-        trial.run()
-    except RuntimeError as error:
-        if "meta" not in str(error).lower():
+        behind = trial.runs(by_tokens=False)
+    except Exception as error:
+        if found is None or isinstance(error, Unservable):
             raise
-        return Structure("", trial.outputs(), trial.kv_numbers())  # it reads numbers: only the self-check can tell more
-    return trial.structure()
+        return replace(found, whole_only=found.whole_only or f"its code wants tokens for them ({type(error).__name__})")
+    if found is None:
+        found = trial.structure() if behind else trial.known()  # the rest only the self-check of a load can tell
+    return found
 
 
 def why_it_failed(error: Exception) -> str:
@@ -142,8 +148,22 @@ class _Attention:
         return q.clone()
 
 
+class _Positions(torch.Tensor):
+    """Position numbers that know whether they were computed with; to ask for their shape or device is no computing."""
+
+    computed_with: bool
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for each in _tensors([*args, *(kwargs or {}).values()]):
+            if isinstance(each, _Positions) and func.__name__ != "__get__":
+                each.computed_with = True
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
 class _Trial:
-    """One run of a model over a few rows. What is made from tokens requires a gradient: so it is known wherever it goes."""
+    """Runs of a model over a few rows. What is made from tokens requires a gradient: so it is known wherever it goes."""
 
     def __init__(self, model_class: Any, config: Any, layers: int) -> None:
         self._config = config
@@ -154,28 +174,48 @@ class _Trial:
             self._model.set_experts_implementation("batched_mm")  # others choose rows by numbers
         self._layers = layers
         self._slots = find_layers(getattr(self._model, self._model.base_model_prefix), layers)
-        self._attention = _Attention()
-        self._batch = PackedBatch([], 0, layers, paged=self._attention)  # type: ignore[arg-type]
-        self._runs: Counter[int] = Counter()
-        self._outputs: set[int] = set()
-        self._biases: set[str] = set()
-        self._given: dict[int, set[str]] = {}  # layer -> arguments made from the tokens, or by layers before it
-        self._behind = False  # whether what stands behind the layers takes such things
-
-    def run(self) -> None:
+        self._width = int(getattr(self._model.get_input_embeddings(), "embedding_dim", 0) or config.hidden_size)
+        self._begin()
         for module in self._model.modules():
             if isinstance(module, nn.Embedding):
                 module.register_forward_hook(lambda module, given, out: out.detach().requires_grad_().clone())
         for number, layer in enumerate(self._slots):
             layer.register_forward_pre_hook(functools.partial(self._before_layer, number), with_kwargs=True)
             layer.register_forward_hook(functools.partial(self._after_layer, number))
+
+    def _begin(self) -> None:
+        self._attention = _Attention()
+        self._batch = PackedBatch([], 0, self._layers, paged=self._attention)  # type: ignore[arg-type]
+        self._runs: Counter[int] = Counter()
+        self._outputs: set[int] = set()
+        self._biases: set[str] = set()
+        self._given: dict[int, set[str]] = {}  # layer -> arguments made from the tokens, or by layers before it
+        self._behind = False  # whether what stands behind the layers takes such things
+        self._numbers_rows = False  # whether it makes up positions of its own
+
+    def runs(self, *, by_tokens: bool) -> bool:
+        """Runs the model from tokens, or from what embeddings stand in for; False: its code reads numbers, and there are none.
+
+        Raises Unservable, or whatever the model's own code does.
+        """
+        self._begin()
         set_batch(self._batch)
         try:
             with META, torch.enable_grad():
-                ids, positions = torch.zeros(1, ROWS, dtype=torch.long), torch.arange(ROWS)[None]
-                self._behind = self._model(input_ids=ids, position_ids=positions, use_cache=False).logits.requires_grad
+                positions = torch.arange(ROWS)[None].as_subclass(_Positions)
+                positions.computed_with = False
+                embeds = torch.zeros(1, ROWS, self._width, requires_grad=True).clone()
+                taken = {"input_ids": torch.zeros(1, ROWS, dtype=torch.long)} if by_tokens else {"inputs_embeds": embeds}
+                self._behind = self._model(**taken, position_ids=positions, use_cache=False).logits.requires_grad
+        except RuntimeError as error:
+            if "meta" not in str(error).lower():
+                raise
+            return False
         finally:
             set_batch(None)
+        names = [name for name, _ in self._model.named_modules() if "position" in name or "rotary" in name]
+        self._numbers_rows = bool(names) and not positions.computed_with
+        return True
 
     def _before_layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         self._batch.layer = number
@@ -206,6 +246,8 @@ class _Trial:
         """Raises Unservable."""
         if self._biases:
             raise Unservable(ALIBI if "alibi" in self._biases else "its positions are biases of attention scores")
+        if self._numbers_rows:
+            raise Unservable("it numbers the positions of its rows by itself")
         if any(self._runs[number] != 1 for number in range(self._layers)):
             raise Unservable("it does not run each of its layers once")
         calls = {self._attention.calls[number] for number in range(self._layers)}
@@ -219,7 +261,11 @@ class _Trial:
             whole_only = f"layer {number} is given {', '.join(sorted(names))} beside the activations"
         elif self._behind:
             whole_only = "what stands behind the layers is given more than their activations"
-        return Structure(whole_only, self.outputs(), self.kv_numbers())
+        return replace(self.known(), whole_only=whole_only)
+
+    def known(self) -> Structure:
+        """What there is to know after any run, even one that came to no end. Raises Unservable."""
+        return Structure("", self.outputs(), self.kv_numbers(), self._width)
 
     def kv_numbers(self) -> tuple[int, ...]:
         """Where attention was not come to, as most configs mean it: so many heads of so many numbers, twice."""

@@ -47,6 +47,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {**WINDOWED, "query_pre_attn_scalar": 16}),
     "gpt_neox": ("gpt_neox", {}),
     "opt": ("opt", {"ffn_dim": 176, "word_embed_proj_dim": 64}),
+    "opt_narrow": ("opt", {"ffn_dim": 176, "word_embed_proj_dim": 32}),  # its embeddings are not as wide as its layers
+    "bert_decoder": ("bert", {"is_decoder": True}),
     "olmo2": ("olmo2", {}),
     "granite": ("granite", {}),
     "cohere": ("cohere", {}),
@@ -82,6 +84,19 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox_japanese": ("gpt_neox_japanese", {}),
     "diffllama": ("diffllama", {}),
     "doge": ("doge", {"pad_token_id": 0}),
+    "bart": (
+        "bart",
+        {
+            "d_model": 64,
+            "encoder_layers": 4,
+            "decoder_layers": 4,
+            "decoder_attention_heads": 4,
+            "decoder_ffn_dim": 176,
+            "is_encoder_decoder": False,
+            "is_decoder": True,
+        },
+    ),
+    "roberta": ("roberta", {"is_decoder": True, "pad_token_id": 1}),
     "qwen3_next": ("qwen3_next", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}),
     "mamba": ("mamba", {}),
     "bert": ("bert", {}),
@@ -89,6 +104,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "phimoe", "minimax_m2", "deepseek_v2", "deepseek_v3")
 WHOLE_ONLY = ("gemma4",)
 NOT_SERVED = ("qwen3_next", "mamba", "bert", "bloom", "mpt", "codegen", "xglm", "gpt_neox_japanese", "diffllama", "doge")
+NOT_SERVED += ("bart", "roberta")
 EXACT = tuple(name for name in SHAPES if name not in (*NOT_SERVED, *WHOLE_ONLY, "jetmoe"))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from node.engine.activations import all_finite, finite_rows
 from node.engine.attention import Segment
 from node.engine.native.library import native
 from node.engine.stage import Stage
@@ -68,14 +69,15 @@ def test_a_row_that_is_no_number_reaches_none_beside_it_and_none_after_it(
     expected = alone(stage, 20, 30, 1, 1, 1)
     for order in (1, -1):  # the bad sequences behind the good ones, and before them
         good, short, *spoiled = (Fed(stage, seed, bad) for seed, bad in enumerate((None, None, NAN, INF, -INF), 1))
-        step(*[(good, 20), (spoiled[0], 280), (spoiled[1], 40), (spoiled[2], 7)][::order])  # the first one's keys fill a page
+        longest, *others = spoiled
+        step(*[(good, 20), (longest, 520), *((one, 7) for one in others)][::order])  # it outgrows a page, and its slot
         step(*[(good, 30), (short, 3), *((one, 9) for one in spoiled)][::order])
         for _ in range(3):
             step(*[(good, 1), (short, 1), *((one, 1) for one in spoiled)][::order])
         assert not any(torch.cat(one.out).isfinite().all() for one in spoiled), "they are spoiled themselves"
         assert torch.equal(torch.cat(good.out), expected)
         assert torch.equal(torch.cat(short.out), alone(stage, 3, 1, 1, 1, seed=2))
-        del spoiled, good, short
+        del spoiled, longest, others, good, short
         gc.collect()
         assert torch.equal(alone(stage, 20, 30, 1, 1, 1), expected), "what takes their place finds nothing of them"
 
@@ -94,3 +96,19 @@ def test_a_wrong_guess_that_is_no_number_is_gone_with_the_guess(kernel: str, che
     step((one, 1))
     step((one, 1))
     assert torch.equal(torch.cat(one.out), expected)
+
+
+LARGEST = {torch.float32: 3.4e38, torch.bfloat16: 3.3895e38}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_number_that_is_finite_is_taken_for_one_and_no_other(dtype: torch.dtype) -> None:
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).to(dtype)  # all that bfloat16 has
+    rows = torch.zeros(len(every), 5, dtype=dtype)
+    rows[:, 3] = every
+    assert torch.equal(finite_rows(rows), every.isfinite())
+    large = torch.full((3, 100), LARGEST[dtype], dtype=dtype)  # a sum of these overflows
+    assert finite_rows(large).all() and all_finite(large)
+    large[1, 99] = NAN
+    assert finite_rows(large).tolist() == [True, False, True] and not all_finite(large)
+    assert finite_rows(large[:0]).tolist() == [] and all_finite(torch.ones(2, 3, 4, 5, dtype=dtype).transpose(1, 2))

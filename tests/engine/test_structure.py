@@ -33,6 +33,7 @@ REASONS = {
     "gpt_neox_japanese": "its attention does not go through AttentionInterface",
     "diffllama": "its layers call attention several times",
     "doge": "its attention has a mask of its own making",
+    "bart": "it numbers the positions of its rows by itself",
 }
 
 
