@@ -63,7 +63,15 @@ class AbsentHead(nn.Identity):
     """Stands for a head that another node holds."""
 
     weight = torch.empty(0)  # as of `AbsentEmbedding`
-    bias = None
+
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        self._bias_of = (getattr(head, "bias", None),)  # a tuple: no parameter of this module
+
+    @property
+    def bias(self) -> Any:
+        """The head's own: some models make it a parameter of another module too."""
+        return self._bias_of[0]
 
 
 def load_model(
@@ -94,7 +102,7 @@ def load_model(
         if start > 0 and not (end == layers and checkpoint.tied):
             self.set_input_embeddings(AbsentEmbedding())
         if end < layers:
-            self.set_output_embeddings(AbsentHead())
+            self.set_output_embeddings(AbsentHead(self.get_output_embeddings()))
         if shard is not None:
             shard.narrow(self)
         watch.begins({name: tensor.numel() * dtype.itemsize for name, tensor in self.named_parameters()})
