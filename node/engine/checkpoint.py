@@ -151,8 +151,6 @@ def _refuse_what_cannot_be_exact(directory: Path, config: PretrainedConfig) -> N
             f"{name} is {kind}, a hybrid with layers that carry a state other than keys and values ({', '.join(stateful)}); "
             f"only pure attention models are served, e.g. {KNOWN_GOOD}"
         )
-    if config_value(config, "num_kv_shared_layers"):
-        raise _refusal(f"{name} is {kind}, whose layers share keys and values, so they cannot be split; try {KNOWN_GOOD}")
     if _rope_type(config) == "dynamic":
         raise _refusal(f"{name} uses dynamic NTK rotary scaling, which makes a token depend on its batch; try {KNOWN_GOOD}")
     if config_value(config, "alibi"):

@@ -34,6 +34,13 @@ LATENT = {
     "n_shared_experts": 1,
     "first_k_dense_replace": 1,
 }
+GEMMA4 = {
+    **WINDOWED,
+    "global_head_dim": 32,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 512,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
@@ -67,16 +74,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "jetmoe": ("jetmoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 16}),
     "ctrl": ("ctrl", {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 2048, "dff": 176}),
     "modernbert_decoder": ("modernbert-decoder", {"global_attn_every_n_layers": 2, "local_attention": 64, "pad_token_id": 0}),
-    "gemma4": (
-        "gemma4_text",
-        {
-            **WINDOWED,
-            "global_head_dim": 32,
-            "hidden_size_per_layer_input": 16,
-            "vocab_size_per_layer_input": 512,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-        },
-    ),
+    "gemma4": ("gemma4_text", GEMMA4),
+    "gemma4_shared": ("gemma4_text", {**GEMMA4, "num_kv_shared_layers": 2}),  # the last layers take keys and values of others
     "bloom": ("bloom", {"n_layer": 4, "n_head": 4}),
     "mpt": ("mpt", {"d_model": 64, "n_layers": 4, "n_heads": 4, "max_seq_len": 2048}),
     "codegen": ("codegen", {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 2048, "rotary_dim": 8}),
@@ -102,7 +101,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert", {}),
 }
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "phimoe", "minimax_m2", "deepseek_v2", "deepseek_v3")
-WHOLE_ONLY = ("gemma4",)
+WHOLE_ONLY = ("gemma4", "gemma4_shared")
 NOT_SERVED = ("qwen3_next", "mamba", "bert", "bloom", "mpt", "codegen", "xglm", "gpt_neox_japanese", "diffllama", "doge")
 NOT_SERVED += ("bart", "roberta")
 EXACT = tuple(name for name in SHAPES if name not in (*NOT_SERVED, *WHOLE_ONLY, "jetmoe"))
