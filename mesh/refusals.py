@@ -11,6 +11,7 @@ from dataclasses import dataclass
 WINDOW_S = 60.0
 SOURCES_MAX = 256
 FOREIGN_WORD = "it spoke of sequences in whose path it has no such part"
+BAD_ACTIVATIONS = "it sent activations that are not finite numbers"
 COUNTED_MAX = 60  # for one source and reason within the window; more is told as so many
 
 

@@ -92,6 +92,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     kind: str = "chat"
     manifest: Hash = ""  # equals `weights` where this node hands the files to peers; empty: it does not
     written_at_s: Annotated[int, Meta(ge=0)] = 0  # when the newest of its weight files was written, in seconds since 1970
+    whole_only: Annotated[str, Meta(max_length=300)] = ""  # why one node must hold all layers; empty: they may be on several
 
 
 class Facts(msgspec.Struct, frozen=True):

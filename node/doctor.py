@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from mesh.errors import ModelLoading
 from mesh.ids import ModelId, NodeId, format_address
-from mesh.refusals import COUNTED_MAX, FOREIGN_WORD, Refusal
+from mesh.refusals import BAD_ACTIVATIONS, COUNTED_MAX, FOREIGN_WORD, Refusal
 from mesh.seal import REPLAY_WINDOW_S, SealFault
 from mesh.versions import NAME_DIGITS, ModelVersion, holds, replicas, versions
 from mesh.view import ModelCard, Peer, PeerState, Readiness, View
@@ -104,6 +104,10 @@ def _refused(look: Look) -> Iterator[Finding]:
         elif refusal.reason == FOREIGN_WORD:
             what = f"{often} times in the last minute {_name(look.view, NodeId(refusal.host))} was not believed: {refusal.reason}"
             do = "one or two may be late; more are of a node gone wrong or taken over: stop it, then run mesh key rotate"
+            yield Finding(PROBLEM, "nodes", what, do)
+        elif refusal.reason == BAD_ACTIVATIONS:
+            what = f"{often} times in the last minute {_name(look.view, NodeId(refusal.host))} failed others: {refusal.reason}"
+            do = "its memory or its release may be faulty: stop it, test the machine's memory, see that it runs this release"
             yield Finding(PROBLEM, "nodes", what, do)
         else:
             do = f"see that {who} has this mesh's key file, cluster label and release"

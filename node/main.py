@@ -149,6 +149,8 @@ def _prepare(config: NodeConfig, directory: Path, budget_bytes: int) -> tuple[En
     share_bytes = budget_bytes // (len(references) + len(wanted))
     for model, directory in references:
         card = engine.inspect(directory, model)
+        if card.whole_only:
+            log.info("model.whole_only", model=model, why=card.whole_only)
         models.add(ServedModel(card, directory, ModelText.load(directory)))
         capacity[model] = layers_that_fit(directory, card.layers, share_bytes)
     return engine, Holdings(models, capacity, tuple(wanted), share_bytes)

@@ -216,7 +216,8 @@ class Placing:
             self._intend(model, chosen)
             await trio.sleep(SETTLE_S)
         if not chosen:
-            log.warning("placement.no_room", model=card.id, why="not one layer fits into --memory; this node serves none")
+            why = "it is served whole only, and does not fit" if card.whole_only else "not one layer fits"
+            log.warning("placement.no_room", model=card.id, why=f"{why} into --memory; this node serves none")
         await self._take(model, chosen)
 
     async def _follow(self) -> None:
@@ -282,6 +283,12 @@ def _pinned_spans(card: ModelCard, pinned: Iterable[tuple[int, int]]) -> tuple[S
     for start, end in pinned:
         if end > card.layers:
             raise BadRequest(f"--layers {start}:{end}: {card.id} has the layers 0:{card.layers}", "layers")
+        if card.whole_only and (start, end) != (0, card.layers):
+            raise BadRequest(
+                f"--layers {start}:{end}: {card.id} is served whole only, for {card.whole_only}; give --layers auto, "
+                f"0:{card.layers} or none",
+                "layers",
+            )
     return tuple(Span(card.id, start, end) for start, end in pinned)
 
 

@@ -278,6 +278,7 @@ class RequestRun:
             entry_address=self._node.address,
             first_address=effect.path[0].address,
             next_address=None if is_last else effect.path[index + 1].address,
+            previous_address=None if is_first else effect.path[index - 1].address,
             pages_from=self._planning.page_source(stage, prompt.model.card, sequence.prefix.names) if sequence.prefix else None,
         )
 

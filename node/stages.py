@@ -26,7 +26,7 @@ from mesh.calls import Call, Header, Post, Reply
 from mesh.errors import BadRequest, MeshError, PeerLost, Refused, RemoteError
 from mesh.ids import Address, NodeId, StreamId, format_address
 from mesh.prefix import NAME_BYTES
-from mesh.refusals import FOREIGN_WORD, WINDOW_S, Refusals
+from mesh.refusals import BAD_ACTIVATIONS, FOREIGN_WORD, WINDOW_S, Refusals
 from node.engine.api import Engine, EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, SpanLost, TokenOut
 
 IDLE_S = 120.0  # a sequence that nothing came for: its close was lost with a link; longer than any wait for a step
@@ -72,6 +72,7 @@ class OpenStage(msgspec.Struct, frozen=True):
     entry_address: Address
     first_address: Address
     next_address: Address | None  # None: this is the last stage
+    previous_address: Address | None = None  # None: this is the first stage
     pages_from: Address | None = None  # of a node that was sent more of this sequence's beginning; None: none is known
 
 
@@ -98,6 +99,7 @@ class StagesStatistics:
     rejected_rows_total: int = 0
     lost_to_peers_total: int = 0
     foreign_words_total: int = 0  # of what runs here, from nodes whose word on it is not taken
+    bad_activations_total: int = 0  # sequences for which the stage before sent what is no finite number
 
 
 class Stages:
@@ -129,7 +131,7 @@ class Stages:
         self._routes: dict[SequenceKey, OpenStage] = {}
         self._heard_at: dict[SequenceKey, float] = {}
         self._closed: OrderedDict[tuple[SequenceKey, NodeId], None] = OrderedDict()  # with its entry: others close theirs
-        self.refusals = Refusals()  # of foreign words, by the node that said them
+        self.refusals = Refusals()  # of foreign words and bad activations, by the node that sent them
         self._compiling = trio.CapacityLimiter(GRAMMARS_AT_ONCE)
         self._counters = StagesStatistics()
 
@@ -170,6 +172,9 @@ class Stages:
                     tokens[address].append(output)
                 if output.finish is not None:
                     self._forget(output.key)
+            elif output.by_previous:
+                self._note_bad_activations(route)
+                self._give_up(route, output, route.previous_address)
             else:
                 self._give_up(route, output, self._address)
         for address, rows in hidden.items():
@@ -208,6 +213,12 @@ class Stages:
             self._post(route.entry_address, "stage.lost", header)
         except PeerLost:
             pass  # the entry is gone too: nobody waits
+
+    def _note_bad_activations(self, route: OpenStage) -> None:
+        self._counters.bad_activations_total += 1
+        peer = route.previous or ""
+        if self.refusals.note(peer, BAD_ACTIVATIONS, trio.current_time()):
+            log.warning("stage.bad_activations", peer=peer, next_in_s=WINDOW_S)
 
     # --- what peers bring
 

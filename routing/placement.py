@@ -45,12 +45,16 @@ class Move:
 def choose_spans(view: View, me: NodeId, card: ModelCard, capacity_layers: int, replicas_wanted: int = 2) -> tuple[Span, ...]:
     """The spans for `--layers auto`: the whole model when it fits, else the least replicated layers, in one piece if possible.
 
+    A model that is served whole only gets all or nothing.
+
     Publish the answer as `Facts.intends`, call again whenever the view changes until the answer stays the same for a
     few gossip rounds, then load. If every joining node does so and the memory is there, each layer is held
     `replicas_wanted` times.
     """
     if capacity_layers >= card.layers:
         return (Span(card.id, 0, card.layers),)
+    if card.whole_only:
+        return ()
     others = [
         (*_spans(peer.facts.spans, card), *(_spans(peer.facts.intends, card) if peer.id < me else ()))
         for peer in _counted(view, card)
@@ -124,7 +128,7 @@ def _best_move(
         fits_beside = _size(current) + _size(taken) <= capacity
         # Nothing is served while there is no path: then there is nothing to break.
         breakable = bool(before[0]) or all(elsewhere[layer] > 0 for layer in _layers(dropped) - _layers(kept))
-        if not taken or not (fits_beside or breakable):
+        if not taken or not (fits_beside or breakable) or (card.whole_only and taken != ((0, card.layers),)):
             continue
         after = _standing({**others, node: (*kept, *taken)}, card.layers, wanted)
         first, last = ((), dropped) if fits_beside else (dropped, ())

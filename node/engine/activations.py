@@ -1,12 +1,20 @@
-"""Activations between two stages: raw little-endian rows on the wire, tensors here."""
+"""Activations between two stages: raw little-endian rows on the wire, tensors here.
+
+Before rows of a peer join a step, and before rows are sent, they are looked through once: what is NaN or infinite is of no
+use to any stage, and its sequence is refused alone.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from node.engine.api import HiddenOut
+from node.engine.api import HiddenOut, SequenceKey, SequenceLost
 from node.engine.row import Pushed
 from node.engine.rows import Piece, StepPlan
+
+BF16_EXPONENT = 0x7F80  # its bits; all of them are set in NaN and infinity, and in no other number
 
 
 def activations(piece: Piece, part: Pushed) -> torch.Tensor:
@@ -16,6 +24,11 @@ def activations(piece: Piece, part: Pushed) -> torch.Tensor:
     rows = torch.frombuffer(bytearray(part.data), dtype=dtype).view(part.count, hidden_size)
     first = max(piece.position - part.position, 0)
     return rows[first : min(piece.position + piece.count - part.position, part.count)]
+
+
+def received(plan: StepPlan, dtype: torch.dtype) -> torch.Tensor:
+    """The rows `[rows, hidden]` of a step behind the first layers, in the order of its pieces."""
+    return torch.cat([activations(piece, part).to(dtype) for piece in plan.pieces for part in piece.pushed])
 
 
 def hidden_outputs(plan: StepPlan, hidden: torch.Tensor) -> list[HiddenOut]:
@@ -29,3 +42,47 @@ def hidden_outputs(plan: StepPlan, hidden: torch.Tensor) -> list[HiddenOut]:
         outputs.append(HiddenOut(piece.row.key, piece.position, piece.count, data, piece.names, piece.draft, piece.rewinds))
         row += piece.count
     return outputs
+
+
+def finite_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Which of the rows `[rows, width]`, float32 or bfloat16, hold finite numbers alone: `[rows]`, at the price of one pass."""
+    if rows.dtype is torch.bfloat16:
+        return (rows.view(torch.int16) & BF16_EXPONENT).amax(1) < BF16_EXPONENT
+    if bool(rows.sum(1).isfinite().all()):  # a sum may overflow, but is never finite where a number is not
+        return torch.ones(len(rows), dtype=torch.bool)
+    return rows.isfinite().all(1)
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of float32 or bfloat16, of any shape, holds finite numbers alone."""
+    return bool(finite_rows(tensor.reshape(-1, tensor.shape[-1])).all())
+
+
+def spoiled(plan: StepPlan, rows: torch.Tensor) -> frozenset[SequenceKey]:
+    """The sequences of which some of the step's `rows` `[rows, hidden]` are no finite numbers."""
+    finite = finite_rows(rows)
+    if bool(finite.all()):
+        return frozenset()
+    parts = finite[: sum(piece.count for piece in plan.pieces)].split([piece.count for piece in plan.pieces])
+    return frozenset(piece.row.key for piece, part in zip(plan.pieces, parts) if not bool(part.all()))
+
+
+def not_finite(plan: StepPlan, keys: frozenset[SequenceKey], *, by_previous: bool) -> list[SequenceLost]:
+    """What is said of sequences of a step whose numbers are not finite: as the stage before sent them, or as they came out here.
+
+    Another path may do without that peer; what the model itself lets overflow would overflow there too.
+    """
+    assert plan.lane is not None
+    layers = f"layers {plan.lane.start}:{plan.lane.end} of {plan.lane.span.model}"
+    reason = f"{layers} computed numbers that are not finite: a failure of the model's numbers, of no peer"
+    if by_previous:
+        reason = f"the stage before {layers} sent activations that are not finite numbers"
+    return [SequenceLost(key, reason, retryable=by_previous, by_previous=by_previous) for key in sorted(keys)]
+
+
+def without(plan: StepPlan, rows: torch.Tensor, keys: frozenset[SequenceKey]) -> tuple[StepPlan, torch.Tensor]:
+    """The step without these sequences, and what is left of its `rows` `[rows, hidden]`."""
+    parts = rows.split([piece.count for piece in plan.pieces])
+    left = [(piece, part) for piece, part in zip(plan.pieces, parts) if piece.row.key not in keys]
+    pieces = tuple(piece for piece, _ in left)
+    return replace(plan, pieces=pieces), torch.cat([part for _, part in left]) if left else rows[:0]

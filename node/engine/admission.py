@@ -12,6 +12,8 @@ from node.engine.rows import HeldSpan
 def check(sequence: OpenSequence, held: HeldSpan) -> None:
     """Raises BadRequest: the sequence can never be served by this span, or says things that cannot be."""
     end = sequence.prompt_tokens + sequence.sampling.max_tokens
+    if held.whole_only and (sequence.start, sequence.end) != (0, held.layers):
+        raise BadRequest(f"{sequence.model} is served whole only, not its layers {sequence.start}:{sequence.end}", param="layers")
     if end > held.max_model_len:
         raise BadRequest(
             f"{sequence.prompt_tokens} prompt tokens and {sequence.sampling.max_tokens} new ones exceed the context of "

@@ -109,11 +109,13 @@ class SequenceLost:
     """This stage gave the sequence up and freed its blocks.
 
     retryable: another attempt may succeed (evicted for lack of KV blocks, step failed); else the request itself is at fault.
+    by_previous: the stage before is to blame, for what it sent.
     """
 
     key: SequenceKey
     reason: str
     retryable: bool = True
+    by_previous: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,10 +202,12 @@ class Engine(Protocol):
         """Ends the engine thread after its current step (*blocking*)."""
 
     def inspect(self, directory: Path, model: ModelId) -> ModelCard:
-        """Reads the checkpoint's config (*blocking*). `weights` and `numerics` are empty: no byte of weights is read.
+        """Reads the checkpoint's config and the headers of its files, no weights (*blocking*, at most seconds).
+
+        `weights` and `numerics` are empty: no byte of weights is read.
 
         Raises:
-            BadRequest: not a directory, not a causal LM, pickled weights, or an architecture that cannot be served
+            BadRequest: not a directory, not a causal LM, pickled or missing weights, or an architecture that cannot be served
                 exactly; the message gives the reason and what would work.
         """
 

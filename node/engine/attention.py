@@ -26,6 +26,7 @@ from transformers import AttentionInterface
 from node.engine.blocks import BLOCK_TOKENS
 from node.engine.kvcache import STRETCH, SequenceKV, Slab
 from node.engine.paged.attention import PagedStep
+from node.engine.unservable import refuse_what_is_not_read
 
 NAME = "mesh"
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # what SDPA would choose, at less cost
@@ -281,7 +282,11 @@ def mesh_attention(
     """`query` `[1, heads, rows, dim]`, `key` and `value` `[1, kv_heads, rows, dim]`, positions already applied.
 
     Returns `[1, rows, heads, value_dim]`. Rows outside every segment come out as zeros.
+
+    Raises:
+        Unservable: the model wants more of attention than is computed here.
     """
+    refuse_what_is_not_read(module, attention_mask, unused)
     value_dim = value.shape[-1]
     rows = [side[0].transpose(0, 1) for side in _equal_dims(query, key, value)]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

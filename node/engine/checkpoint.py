@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -83,10 +84,18 @@ def read_checkpoint(directory: Path, weights: str = "") -> Checkpoint:
         max_model_len=longest,
         stored_dtype=_stored_dtype(config, files[0]),
         end_ids=_end_ids(directory, config),
-        tied=bool(getattr(config, "tie_word_embeddings", False)),
-        mixture=any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")),
+        tied=bool(config_value(config, "tie_word_embeddings")),
+        mixture=any(config_value(config, name) for name in ("num_local_experts", "num_experts", "n_routed_experts")),
         told_weights=weights,
     )
+
+
+def config_value(config: PretrainedConfig, name: str, default: Any = None) -> Any:
+    """A field of the config; `default` where there is none, or where each layer has its own."""
+    try:
+        return getattr(config, name, default)
+    except AmbiguousGlobalPerLayerAttributeError:
+        return default
 
 
 def _refusal(message: str) -> BadRequest:
@@ -108,13 +117,13 @@ def _one_line(error: Exception) -> str:
 
 def _model_class(directory: Path, config: PretrainedConfig) -> type:
     kind = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
+    if config_value(config, "is_encoder_decoder"):
         raise _refusal(
             f"{directory.name} is {kind}, an encoder-decoder; only causal language models are served, e.g. {KNOWN_GOOD}"
         )
-    if kind in ENCODERS and not getattr(config, "is_decoder", False):
+    if kind in ENCODERS and not config_value(config, "is_decoder"):
         raise _refusal(f"{directory.name} is {kind} set up as an encoder, which looks ahead; try {KNOWN_GOOD}")
-    declared = list(getattr(config, "architectures", None) or [])
+    declared = list(config_value(config, "architectures") or [])
     causal = [name for name in declared if name.endswith(("ForCausalLM", "LMHeadModel"))]
     try:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -122,47 +131,50 @@ def _model_class(directory: Path, config: PretrainedConfig) -> type:
         model_class = None
     if model_class is None or (declared and not causal):
         what = ", ".join(declared) or kind
-        other = next((part for part in OTHER_SENSES if getattr(config, part, None) is not None), None)
-        if other is not None:
-            more = f"a model of more than text ({other}); only models of text are served"
-            raise _refusal(f"{directory.name} is {what}, {more}, e.g. {KNOWN_GOOD}")
+        _refuse_other_senses(directory, config, what)
         raise _refusal(f"{directory.name} is {what}, not a causal language model; a {KNOWN_GOOD} checkpoint would work")
     return model_class[0] if isinstance(model_class, tuple) else model_class
 
 
+def _refuse_other_senses(directory: Path, config: PretrainedConfig, what: str) -> None:
+    other = next((part for part in OTHER_SENSES if config_value(config, part) is not None), None)
+    if other is not None:
+        more = f"a model of more than text ({other}); only models of text are served"
+        raise _refusal(f"{directory.name} is {what}, {more}, e.g. {KNOWN_GOOD}")
+
+
 def _refuse_what_cannot_be_exact(directory: Path, config: PretrainedConfig) -> None:
     kind, name = config.model_type, directory.name
-    if getattr(config, "attention_chunk_size", None) or "chunked_attention" in (getattr(config, "layer_types", None) or []):
+    if config_value(config, "attention_chunk_size") or "chunked_attention" in (config_value(config, "layer_types") or []):
         raise _refusal(f"{name} is {kind}, whose attention is cut into chunks, which we do not compute; try {KNOWN_GOOD}")
-    stateful = sorted({str(layer) for layer in getattr(config, "layer_types", None) or []} - ATTENTION_LAYERS)
-    stateful += [field for field in STATEFUL_FIELDS if getattr(config, field, None) is not None]
+    stateful = sorted({str(layer) for layer in config_value(config, "layer_types") or []} - ATTENTION_LAYERS)
+    stateful += [field for field in STATEFUL_FIELDS if config_value(config, field) is not None]
     if stateful:
         raise _refusal(
             f"{name} is {kind}, a hybrid with layers that carry a state other than keys and values ({', '.join(stateful)}); "
             f"only pure attention models are served, e.g. {KNOWN_GOOD}"
         )
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise _refusal(f"{name} is {kind}, whose layers share keys and values, so they cannot be split; try {KNOWN_GOOD}")
     if _rope_type(config) == "dynamic":
         raise _refusal(f"{name} uses dynamic NTK rotary scaling, which makes a token depend on its batch; try {KNOWN_GOOD}")
-    if getattr(config, "alibi", False):
+    if config_value(config, "alibi"):
         raise _refusal(f"{name} is {kind} with ALiBi, positions that are biases of attention scores; try {KNOWN_GOOD}")
-    missing = [field for field in ("num_hidden_layers", "hidden_size", "vocab_size") if not getattr(config, field, None)]
+    missing = [field for field in ("num_hidden_layers", "hidden_size", "vocab_size") if not config_value(config, field)]
     if missing:
+        _refuse_other_senses(directory, config, kind)
         raise _refusal(f"the config of {name} ({kind}) has no {', '.join(missing)}; a {KNOWN_GOOD} checkpoint would work")
 
 
 def sliding_window(config: PretrainedConfig, start: int, end: int) -> int | None:
     """The window, in positions, that some of the layers `[start, end)` must look through; None where none must."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
+    window = config_value(config, "sliding_window")
+    kinds = config_value(config, "layer_types")
     if not window or (kinds is None and not getattr(config, "use_sliding_window", True)):
         return None
     return int(window) if kinds is None or "sliding_attention" in kinds[start:end] else None
 
 
 def _rope(config: PretrainedConfig) -> dict[str, Any]:
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    rope = config_value(config, "rope_parameters") or config_value(config, "rope_scaling")
     return rope if isinstance(rope, dict) else {}
 
 
@@ -173,10 +185,10 @@ def _rope_type(config: PretrainedConfig) -> str:
 
 def _longest(config: PretrainedConfig) -> int:
     """The context in tokens. LongRoPE switches its factors by the longest row of a batch: we stay below the switch."""
-    longest = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
+    longest = int(config_value(config, "max_position_embeddings") or config_value(config, "n_positions") or 2048)
     if _rope_type(config) == "longrope":
         original = _rope(config).get("original_max_position_embeddings")
-        longest = min(longest, int(original or getattr(config, "original_max_position_embeddings", None) or longest))
+        longest = min(longest, int(original or config_value(config, "original_max_position_embeddings") or longest))
     return longest
 
 
@@ -194,7 +206,7 @@ def read_header(path: Path) -> bytes:
 
 
 def _stored_dtype(config: PretrainedConfig, first_file: Path) -> torch.dtype:
-    named = getattr(config, "dtype", None)
+    named = config_value(config, "dtype")
     if isinstance(named, torch.dtype):
         return named
     kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -204,7 +216,7 @@ def _stored_dtype(config: PretrainedConfig, first_file: Path) -> torch.dtype:
 
 
 def _end_ids(directory: Path, config: PretrainedConfig) -> frozenset[int]:
-    ids = getattr(config, "eos_token_id", None)
+    ids = config_value(config, "eos_token_id")
     if (directory / "generation_config.json").is_file():
         try:
             ids = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id or ids

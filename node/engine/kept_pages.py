@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
+from mesh.prefix import PAGE_TOKENS
 from mesh.view import Span
-from node.engine.kvcache import Page
+from node.engine.activations import all_finite
+from node.engine.api import SequenceKey
+from node.engine.faults import is_out_of_memory
+from node.engine.kvcache import Page, SequenceKV
 from node.engine.page_bytes import PageLayout, from_bytes, layout_of, to_bytes
+from node.engine.rows import PageStore
 from node.engine.spill import Damaged, Spill
 
 
@@ -22,7 +27,9 @@ class PageLost(Exception):
 class KeptPages:
     """Pages by number. The engine thread alone moves and drops them; any thread may `get`, or `store` a number that is new."""
 
-    def __init__(self, span: Span, spill: Spill) -> None:
+    def __init__(self, span: Span, spill: Spill, elsewhere: bool = False) -> None:
+        """`elsewhere`: worker processes keep what pages hold; here are only their numbers."""
+        self.elsewhere = elsewhere
         self._at_hand: dict[int, Page] = {}
         self._spilled: dict[int, PageLayout] = {}
         self._spill = spill
@@ -32,8 +39,24 @@ class KeptPages:
         """Pages within the engine's memory."""
         return len(self._at_hand)
 
-    def store(self, number: int, page: Page) -> None:
+    def store(self, number: int, page: Page) -> bool:
+        """False: the page holds what is no finite number, and is not kept: it is of no use to any sequence."""
+        if not self.elsewhere and not all(map(all_finite, page.values())):
+            return False
         self._at_hand[number] = page
+        return True
+
+    def store_all(self, stores: Iterable[PageStore], sequences: Mapping[SequenceKey, SequenceKV]) -> list[PageStore]:
+        """Copies pages out of sequences; those that were not kept, for want of memory or as `store` says."""
+        return [each for each in stores if not self._copied(each, sequences[each.key])]
+
+    def _copied(self, store: PageStore, kv: SequenceKV) -> bool:
+        try:
+            return self.store(store.number, kv.page(store.position, PAGE_TOKENS, range(store.lane.start, store.lane.end)))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
 
     def get(self, numbers: Sequence[int]) -> list[Page]:
         """Raises PageLost, with all of them that are."""

@@ -13,7 +13,7 @@ from mesh.errors import BadRequest
 from mesh.ids import ModelId
 from mesh.view import APPROXIMATE, ModelCard
 from node.engine import device, kernel_choice, machine, selfcheck
-from node.engine.checkpoint import Checkpoint
+from node.engine.checkpoint import Checkpoint, config_value
 from node.engine.kernel_choice import KernelChoice
 from node.engine.linear import Kernel
 from node.engine.native.layers import NativeLayers
@@ -22,6 +22,7 @@ from node.engine.parallel import oracle
 from node.engine.parallel.stage import ParallelStage
 from node.engine.progress import LoadWatch
 from node.engine.stage import Stage
+from node.engine.structure import cannot_serve, require_span, structure_of, why_it_failed
 
 
 @dataclass(frozen=True)
@@ -56,26 +57,22 @@ def load_stage(
     """
     if not 0 <= start < end <= checkpoint.layers:
         raise BadRequest(f"expected layers within 0:{checkpoint.layers}, got {start}:{end}", param="layers")
+    require_span(checkpoint, start, end, ranks)
     choice = _choice(checkpoint, wanted, quantize, ranks, on)
     inexact: Kernel | None = None
     stage: Stage | ParallelStage | None
-    reasons = []
+    reasons: dict[str, list[str]] = {}  # what was wrong -> with which kernels
     with ExitStack() as tried:  # ends what is not returned, whatever happens: its workers would stay
         for kernel in choice.kernels:
             watch = watch or LoadWatch(end - start)
             stage = None
             stage = _alone(tried, checkpoint, start, end, kernel, threads, watch, ranks, on, graphs)
-            try:
-                plain = _packed_beside_plain(stage)
-            except (ValueError, RuntimeError) as error:  # no such kernel on this CPU, or not for these weights
-                reasons.append(f"{kernel.name}: {' '.join(str(error).split())}")
-                continue
-            watch.checks()
-            if not selfcheck.computes_like_the_plain_model(stage, plain):
-                reasons.append(f"{kernel.name}: differs from the plain model")
+            wrong = _packed_and_compared(stage, watch)
+            if wrong:
+                reasons.setdefault(wrong, []).append(kernel.name)
                 continue
             if not selfcheck.looks_through_its_window(stage):
-                reasons.append("its sliding window does not reach the attention")
+                reasons["its sliding window does not reach the attention"] = [kernel.name]
                 break
             if not stage.loose and selfcheck.is_exact(stage):
                 tried.pop_all()
@@ -84,7 +81,7 @@ def load_stage(
                 numerics = machine.fingerprint(checkpoint.weights, kernel, threads, ranks, on, constants)
                 return Loaded(stage, numerics, _settled(choice, kernel, reasons))
             inexact = inexact or kernel
-            reasons.append(f"{kernel.name}: not exact")
+            reasons.setdefault("not exact", []).append(kernel.name)
             if stage.loose:
                 break  # whatever the kernel
         if inexact is not None:
@@ -93,11 +90,15 @@ def load_stage(
                 stage = _alone(tried, checkpoint, start, end, inexact, threads, watch, ranks, on, graphs)
                 stage.pack()
             tried.pop_all()
-            reasons = [*reasons[: choice.kernels.index(inexact)], "none that was tried is exact"]
+            before = choice.kernels[: choice.kernels.index(inexact)]
+            refused = {
+                what: [name for name in names if name in {kernel.name for kernel in before}] for what, names in reasons.items()
+            }
+            reasons = {**{what: names for what, names in refused.items() if names}, "none that was tried is exact": []}
             return Loaded(stage, APPROXIMATE + secrets.token_hex(8), _settled(choice, inexact, reasons))
     raise BadRequest(
         f"{checkpoint.directory.name} ({checkpoint.config.model_type}) failed the self-check on layers {start}:{end}: "
-        f"{'; '.join(reasons)}",
+        + "; ".join(f"{what} ({', '.join(names)})" for what, names in reasons.items()),
         param="model",
         code="model_not_servable",
     )
@@ -106,7 +107,7 @@ def load_stage(
 def _choice(checkpoint: Checkpoint, wanted: str, quantize: str, ranks: int, on: torch.device) -> KernelChoice:
     """The kernels to be tried. Raises BadRequest: there is none."""
     device.require_servable(on, checkpoint.directory.name, checkpoint.mixture, quantize, ranks)
-    widest = int(getattr(checkpoint.config, "intermediate_size", None) or 4 * checkpoint.hidden_size)
+    widest = int(config_value(checkpoint.config, "intermediate_size") or 4 * checkpoint.hidden_size)
     try:
         if on != device.CPU:
             return KernelChoice(
@@ -117,9 +118,10 @@ def _choice(checkpoint: Checkpoint, wanted: str, quantize: str, ranks: int, on: 
         raise BadRequest(str(error), param="dtype") from error
 
 
-def _settled(choice: KernelChoice, kernel: Kernel, refused: list[str]) -> KernelChoice:
+def _settled(choice: KernelChoice, kernel: Kernel, refused: dict[str, list[str]]) -> KernelChoice:
     """The choice as it came out: this kernel, after the self-check had refused those before it for these reasons."""
-    return replace(choice, kernels=(kernel,), reason="; ".join(refused) or choice.reason)
+    said = [f"{', '.join(names)}: {what}" if names else what for what, names in refused.items()]
+    return replace(choice, kernels=(kernel,), reason="; ".join(said) or choice.reason)
 
 
 def _alone(
@@ -160,6 +162,23 @@ def _stage(
     return Stage(checkpoint, start, end, kernel, threads, watch)
 
 
+def _packed_and_compared(stage: Stage | ParallelStage, watch: LoadWatch) -> str:
+    """Packs the stage and compares it with the plain model; what is wrong with it, or nothing.
+
+    Raises:
+        BadRequest: the model's own code fails, whatever the kernel.
+        WorkersLost: a worker has ended.
+    """
+    try:
+        plain = _packed_beside_plain(stage)
+        watch.checks()
+        return "" if selfcheck.computes_like_the_plain_model(stage, plain) else "differs from the plain model"
+    except (ValueError, RuntimeError) as error:  # no such kernel on this CPU, or not for these weights
+        return " ".join(str(error).split())
+    except (LookupError, AttributeError, TypeError, AssertionError, ArithmeticError) as error:
+        raise cannot_serve(stage.checkpoint, why_it_failed(error)) from error
+
+
 def _packed_beside_plain(stage: Stage | ParallelStage) -> torch.Tensor:
     """Packs the stage; what it must compute for the self-check."""
     if isinstance(stage, Stage):
@@ -170,23 +189,24 @@ def _packed_beside_plain(stage: Stage | ParallelStage) -> torch.Tensor:
 
 
 def bare_card(checkpoint: Checkpoint, model: ModelId) -> ModelCard:
-    """The card of a model of which no weights have been read: which ones they are is not known either."""
-    return ModelCard(model, checkpoint.layers, checkpoint.max_model_len, "", "")
+    """The card of a model of which no weights have been read: which ones they are is not known either.
+
+    Raises:
+        BadRequest: its layers cannot be served.
+    """
+    return _card(checkpoint, model, "", "")
 
 
 def card(checkpoint: Checkpoint, model: ModelId, numerics: str) -> ModelCard:
-    """The card of a model of which a span is loaded."""
-    return ModelCard(model, checkpoint.layers, checkpoint.max_model_len, checkpoint.weights, numerics)
+    """The card of a model of which a span is loaded. Raises BadRequest, as `bare_card`."""
+    return _card(checkpoint, model, checkpoint.weights, numerics)
 
 
-def kv_token_bytes(checkpoint: Checkpoint, layers: int, dtype: torch.dtype, copies: int = 1) -> int:
-    """Bytes of keys and values of one token in `layers` layers; `copies`: of each head, where ranks share one."""
-    config = checkpoint.config
-    heads = int(getattr(config, "num_attention_heads", None) or 1)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads)
-    if config.model_type == "falcon" and config.multi_query and not config.new_decoder_architecture:
-        kv_heads = 1
-    dim = int(getattr(config, "head_dim", None) or checkpoint.hidden_size // heads)
-    if getattr(config, "kv_lora_rank", None):  # latent attention: keys and values of all heads are kept, unequal in size
-        dim = max(int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim), int(config.v_head_dim))
-    return 2 * layers * kv_heads * dim * dtype.itemsize * copies
+def _card(checkpoint: Checkpoint, model: ModelId, weights: str, numerics: str) -> ModelCard:
+    whole_only = structure_of(checkpoint).whole_only[:300]
+    return ModelCard(model, checkpoint.layers, checkpoint.max_model_len, weights, numerics, whole_only=whole_only)
+
+
+def kv_token_bytes(checkpoint: Checkpoint, start: int, end: int, dtype: torch.dtype, copies: int = 1) -> int:
+    """Bytes of keys and values of one token in the layers `[start, end)`; `copies`: of each head, where ranks share one."""
+    return sum(structure_of(checkpoint).kv_numbers[start:end]) * dtype.itemsize * copies

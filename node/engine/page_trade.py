@@ -9,11 +9,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 
-import torch
-
 from mesh.errors import LocalError
 from mesh.prefix import PAGE_TOKENS
 from mesh.view import Span, is_exact
+from node.engine.activations import all_finite
 from node.engine.api import OpenSequence, PageAsk, PagesWanted
 from node.engine.kept_pages import KeptPages, PageLost
 from node.engine.page_bytes import PageLayout, from_bytes, layout_of, to_bytes
@@ -79,7 +78,7 @@ class PageTrade:
         if span is None or layout is None:
             return 0  # unloaded meanwhile
         pages = [from_bytes(content, layout) for content in contents]
-        if not all(bool(torch.isfinite(kv).all()) for page in pages for kv in page.values()):
+        if not all(all_finite(kv) for page in pages for kv in page.values()):
             raise ValueError("a page holds what is no number")
         taken = 0
         with self._lock:

@@ -94,6 +94,7 @@ class HeldSpan:
     vocab_size: int
     max_model_len: int
     end_ids: frozenset[int]  # the model's own end-of-sequence tokens
+    whole_only: bool = False  # its layers cannot be served apart
     exact: bool = True  # its kernels give the same bits however rows are cut: what guessing rests on
     weights: str = ""  # which they are (`mesh.weights`)
 

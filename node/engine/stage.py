@@ -20,10 +20,8 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from mesh.errors import BadRequest
-from node.engine import falcon  # noqa: F401 — its import registers its attention
 from node.engine.attention import NAME, PackedBatch, Segment, set_batch
-from node.engine.checkpoint import KNOWN_GOOD, Checkpoint
+from node.engine.checkpoint import Checkpoint
 from node.engine.device import CPU
 from node.engine.kvcache import KVStore, SequenceKV
 from node.engine.lean import FORMS, Lean
@@ -34,6 +32,7 @@ from node.engine.packing import Packing, Span
 from node.engine.parallel.shard import Shard
 from node.engine.parallel.summing import Summing
 from node.engine.progress import LoadWatch
+from node.engine.structure import Structure, activations_in, cannot_serve, find_layers, structure_of, why_it_failed
 from node.safetensors_header import weight_files
 
 transformers.utils.logging.disable_progress_bar()
@@ -41,26 +40,38 @@ transformers.utils.logging.set_verbosity_error()
 
 
 class AbsentLayer(nn.Module):
-    """Stands for a layer that another node holds: hands on what comes."""
+    """Stands for a layer that another node holds: returns what it is given, in the form that the model's layers return."""
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return hidden_states
+    def __init__(self, structure: Structure) -> None:
+        super().__init__()
+        self._structure = structure
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._structure.layer_output(hidden_states)
 
 
 class AbsentEmbedding(nn.Module):
-    """Stands for an embedding nobody looks up here; models read its `weight.dtype` at most."""
+    """Stands for an embedding that is not looked up here."""
+
+    weight = torch.empty(0)  # no parameter: models that initialise or inspect their embedding find something there
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("this stage starts behind the embedding, so it takes activations, not tokens")
 
 
-def find_layers(model: nn.Module, count: int) -> nn.ModuleList:
-    """The list of decoder layers: the outermost list of the right length."""
-    found = [(name.count("."), module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    for _, module in sorted(found, key=lambda pair: pair[0]):
-        if len(module) == count:
-            return module
-    raise ValueError(f"no list of {count} layers in {type(model).__name__}")
+class AbsentHead(nn.Identity):
+    """Stands for a head that another node holds."""
+
+    weight = torch.empty(0)  # as of `AbsentEmbedding`
+
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        self._bias_of = (getattr(head, "bias", None),)  # a tuple: no parameter of this module
+
+    @property
+    def bias(self) -> Any:
+        """The head's own: some models make it a parameter of another module too."""
+        return self._bias_of[0]
 
 
 def load_model(
@@ -80,18 +91,18 @@ def load_model(
         BadRequest: tensors are missing, or the architecture cannot be taken apart.
     """
     cls: Any = checkpoint.model_class
-    layers = checkpoint.layers
+    layers, structure = checkpoint.layers, structure_of(checkpoint)
 
     def prune(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
         slots = find_layers(getattr(self, self.base_model_prefix), layers)
         for number in range(layers):
             if not start <= number < end:
-                slots[number] = AbsentLayer()
+                slots[number] = AbsentLayer(structure)
         if start > 0 and not (end == layers and checkpoint.tied):
             self.set_input_embeddings(AbsentEmbedding())
         if end < layers:
-            self.set_output_embeddings(nn.Identity())
+            self.set_output_embeddings(AbsentHead(self.get_output_embeddings()))
         if shard is not None:
             shard.narrow(self)
         watch.begins({name: tensor.numel() * dtype.itemsize for name, tensor in self.named_parameters()})
@@ -113,24 +124,12 @@ def load_model(
                 local_files_only=True,
             )
     except (ValueError, KeyError, AttributeError, TypeError, NotImplementedError, RuntimeError, OSError) as error:
-        old_table = isinstance(error, KeyError) and error.args == (NAME,)
-        said = "its attention does not go through AttentionInterface" if old_table else f"{type(error).__name__}: {error}"[:200]
-        raise _cannot(checkpoint, said) from error
+        raise cannot_serve(checkpoint, why_it_failed(error)) from error
     if info["missing_keys"]:
-        raise _cannot(checkpoint, f"the checkpoint lacks {', '.join(sorted(info['missing_keys'])[:3])}")
+        raise cannot_serve(checkpoint, f"the checkpoint lacks {', '.join(sorted(info['missing_keys'])[:3])}")
     mapped.let_go(parameter.data for parameter in model.parameters())  # to map a tensor reads what lies about its ends
     widen(model, find_layers(getattr(model, model.base_model_prefix), layers), dtype)
     return model.eval().requires_grad_(False), mapped
-
-
-def _cannot(checkpoint: Checkpoint, reason: str) -> BadRequest:
-    kind = checkpoint.config.model_type
-    return BadRequest(
-        f"{checkpoint.directory.name} is {kind}, which cannot be split into layers and served exactly ({reason}); "
-        f"a {KNOWN_GOOD} checkpoint would work",
-        param="model",
-        code="model_not_servable",
-    )
 
 
 class Stage:
@@ -159,6 +158,7 @@ class Stage:
         late = shard is None and kernel.compiled and checkpoint.config.model_type in FORMS
         self.model, self._mapped = load_model(checkpoint, start, end, kernel.dtype, self._watch, late, shard)
         self.parameters = sum(tensor.numel() for tensor in self.model.parameters())
+        self._structure = structure_of(checkpoint)
         self._base = getattr(self.model, self.model.base_model_prefix)
         self._slots = find_layers(self._base, self.layers)
         self._inner: list[PackedLinear] = []
@@ -176,12 +176,12 @@ class Stage:
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             batch = self._running
             if batch is None or not batch.start <= number < batch.end:
-                return hidden_states
+                return self._structure.layer_output(hidden_states)
             batch.layer = number
             taken = batch.hidden if number == batch.start and batch.hidden is not None else hidden_states
             out = run(taken, *args, **kwargs)
             if number == batch.end - 1:
-                batch.captured = out[0] if isinstance(out, tuple) else out
+                batch.captured = activations_in(out)
             if self._ran is not None:
                 self._ran(number)
             return out
@@ -252,7 +252,7 @@ class Stage:
         """`_compute` by the model's own code."""
         inputs: dict[str, Any] = {"position_ids": where[None], "use_cache": False}
         if batch.hidden is not None:
-            inputs["inputs_embeds"] = batch.hidden
+            inputs["inputs_embeds"] = self._no_embeddings(batch.hidden)
         else:
             assert tokens is not None
             inputs["input_ids"] = tokens[None]
@@ -270,6 +270,10 @@ class Stage:
             self._running = None
             set_batch(None)
 
+    def _no_embeddings(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What stands for the embeddings of rows whose activations `hidden` `[1, rows, hidden]` enter at a later layer."""
+        return hidden.new_zeros(1, hidden.shape[1], self._structure.embedding_width)
+
     @torch.inference_mode()
     def plain(
         self, ids: Sequence[int] | None, hidden: torch.Tensor | None, ran: Callable[[int], None] = lambda number: None
@@ -279,10 +283,13 @@ class Stage:
         Returns what `forward` would: activations `[rows, hidden_size]`, or logits `[rows, vocab]`. Only before `pack`.
         `ran` is told of each layer that is done.
         """
-        count = len(ids) if ids is not None else len(hidden)  # type: ignore[arg-type]
-        inputs: dict[str, Any] = {"position_ids": torch.arange(count, device=self.device)[None], "use_cache": False}
+        inputs: dict[str, Any] = {"use_cache": False}  # and no positions: the model's own are those that ours must equal
         taken = None if hidden is None else hidden.to(self.device, self.kernel.dtype)[None]
-        inputs |= {"input_ids": torch.tensor([list(ids)], device=self.device)} if ids is not None else {"inputs_embeds": taken}
+        if ids is not None:
+            inputs["input_ids"] = torch.tensor([list(ids)], device=self.device)
+        else:
+            assert taken is not None
+            inputs["inputs_embeds"] = self._no_embeddings(taken)
         batch = PackedBatch([], self.start, self.end, taken)
         self._running = batch
         self._ran = ran

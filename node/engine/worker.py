@@ -22,10 +22,9 @@ import torch
 
 from mesh.errors import LocalError
 from mesh.ids import ModelId, StreamId
-from mesh.prefix import PAGE_TOKENS
 from mesh.view import Load, ModelCard, Span, is_exact
 from node.engine import device, machine
-from node.engine.activations import activations, hidden_outputs
+from node.engine.activations import hidden_outputs, not_finite, received, spoiled, without
 from node.engine.api import (
     Deliver,
     EngineConfig,
@@ -37,7 +36,6 @@ from node.engine.api import (
     SpanLost,
     TokenOut,
 )
-from node.engine.attention import Segment
 from node.engine.blocks import BLOCK_TOKENS, BlockPool
 from node.engine.checkpoint import read_checkpoint
 from node.engine.constraints import Constraints
@@ -51,10 +49,14 @@ from node.engine.page_trade import PageTrade, shown_layout
 from node.engine.pages import PAGES_PER_BLOCK
 from node.engine.parallel.stage import ParallelStage
 from node.engine.progress import LoadProgress, LoadWatch, gib, log_progress
+from node.engine.row import Row
 from node.engine.rows import HeldSpan, PageStore, SchedulerStatistics, StepPlan
 from node.engine.scheduler import Scheduler
 from node.engine.spill import Spill, SpillStatistics
 from node.engine.stage import Stage
+from node.engine.step_rows import compute
+from node.engine.stored_tensors import require_tensors
+from node.engine.structure import structure_of
 from node.engine.timing import StepTiming
 
 KV_SHARE = 0.25  # of free memory, where nothing is configured: several nodes may share a machine
@@ -74,6 +76,8 @@ class EngineStatistics:
     prefill_tokens: int
     decode_tokens: int
     step_failures: int
+    bad_activations_total: int  # sequences of which a peer sent what is no finite number
+    numeric_failures_total: int  # sequences of which finite activations became what is no finite number here
     loading: dict[Span, LoadProgress]
     spill: SpillStatistics
 
@@ -102,7 +106,7 @@ class TorchEngine:
         self._loading = threading.Lock()
         self._watches: dict[Span, LoadWatch] = {}
         self._timing = StepTiming()
-        self._step_failures = 0
+        self._step_failures = self._bad_activations = self._numeric_failures = 0
         self._kv_bytes = device.kv_bytes(self._device, config.kv_memory_bytes, int(psutil.virtual_memory().available * KV_SHARE))
         torch.set_num_threads(config.threads)
 
@@ -130,7 +134,10 @@ class TorchEngine:
     # ---- models
 
     def inspect(self, directory: Path, model: ModelId) -> ModelCard:
-        return bare_card(read_checkpoint(directory), model)
+        checkpoint = read_checkpoint(directory)
+        told = bare_card(checkpoint, model)
+        require_tensors(checkpoint)
+        return told
 
     def load(self, directory: Path, model: ModelId, start: int, end: int, weights: str = "") -> ModelCard:
         span = Span(model, start, end)
@@ -149,12 +156,12 @@ class TorchEngine:
             plain = loaded.stage if isinstance(loaded.stage, Stage) and is_exact(loaded.numerics) else None
             layout = shown_layout(plain) if plain is not None else None  # of pages that may go to peers; those of ranks stay
             copies = loaded.stage.cutting.kv_copies if isinstance(loaded.stage, ParallelStage) else 1
-            block_bytes = BLOCK_TOKENS * kv_token_bytes(checkpoint, end - start, loaded.stage.kernel.dtype, copies)
+            block_bytes = BLOCK_TOKENS * kv_token_bytes(checkpoint, start, end, loaded.stage.kernel.dtype, copies)
             pool = BlockPool(max(1, self._kv_bytes // block_bytes))
             with self._lock:
                 self._pools[span] = (pool, block_bytes)
                 self._loaded[span] = loaded
-                self._kept[span] = KeptPages(span, self._spill)
+                self._kept[span] = KeptPages(span, self._spill, isinstance(loaded.stage, ParallelStage))
                 if layout is not None:
                     self.pages.add(span, layout, loaded.numerics)
                 self._cards[span] = card(checkpoint, model, loaded.numerics)
@@ -169,6 +176,7 @@ class TorchEngine:
                         vocab_size=checkpoint.vocab_size,
                         max_model_len=checkpoint.max_model_len,
                         end_ids=checkpoint.end_ids,
+                        whole_only=bool(structure_of(checkpoint).whole_only),
                         exact=is_exact(loaded.numerics),
                         weights=checkpoint.weights,
                     ),
@@ -282,6 +290,8 @@ class TorchEngine:
                 prefill_tokens=self._timing.prefill_tokens,
                 decode_tokens=self._timing.decode_tokens,
                 step_failures=self._step_failures,
+                bad_activations_total=self._bad_activations,
+                numeric_failures_total=self._numeric_failures,
                 loading={span: watch.now for span, watch in list(self._watches.items())},
                 spill=self._spill.statistics(),
             )
@@ -325,69 +335,65 @@ class TorchEngine:
                     self._undelivered += self._scheduler.pages_lost(span, [number])
 
     def _step(self, plan: StepPlan, loaded: Loaded, kept: KeptPages) -> list[EngineOutput]:
+        assert plan.lane is not None
+        span = plan.lane.span
         self._timing.begin(plan)
+        refused: list[EngineOutput] = []
+        bad: frozenset[SequenceKey] = frozenset()
         try:
-            out = self._compute(plan, loaded, kept)
+            hidden = received(plan, loaded.stage.kernel.dtype) if plan.lane.start else None
+            if hidden is not None and (sent := spoiled(plan, hidden)):
+                refused += self._lose(plan, sent, by_previous=True)
+                plan, hidden = without(plan, hidden, sent)
+            if not plan.pieces:
+                self._timing.give_up()
+                with self._lock:
+                    return [*refused, *self._scheduler.commit(plan, {})]
+            out = compute(plan, loaded.stage, self._kv, kept, hidden)
             last = plan.pieces[0].row.last
             drawn = draw(plan, out, self._constraints) if last else {}
-            hidden: list[EngineOutput] = [] if last else [*hidden_outputs(plan, out)]
+            bad = frozenset() if last else spoiled(plan, out)
+            onward: list[EngineOutput] = [] if last else [each for each in hidden_outputs(plan, out) if each.key not in bad]
         except PageLost as error:
             log.warning("pages lost", pages=len(error.numbers), why="they are not as they were written; computed again")
             self._timing.give_up()
             with self._lock:
-                return list(self._scheduler.pages_lost(plan.pieces[0].row.lane.span, error.numbers, plan))
+                return [*refused, *self._scheduler.pages_lost(span, error.numbers, plan)]
         except Exception as error:  # supervised: a background job; the step's sequences are lost, the thread lives
-            log.exception("step failed", model=plan.lane.span.model if plan.lane else "", sequences=len(plan.pieces))
+            log.exception("step failed", model=span.model, sequences=len(plan.pieces))
             self._timing.give_up()
             with self._lock:
                 self._step_failures += 1
                 if is_out_of_memory(error):
-                    return list(self._scheduler.out_of_memory(plan))
-                return list(self._scheduler.fail(plan, f"the step failed: {type(error).__name__}"))
+                    return [*refused, *self._scheduler.out_of_memory(plan)]
+                return [*refused, *self._scheduler.fail(plan, f"the step failed: {type(error).__name__}")]
+        refused += self._lose(plan, bad, by_previous=False)
         with self._lock:
             self._scheduler.choosing.costs.measured(sum(piece.count for piece in plan.pieces), self._timing.end(plan) * 1e3)
-            outputs = [*hidden, *self._scheduler.commit(plan, drawn)]
+            ended = self._scheduler.commit(plan, drawn)
             stores = self._scheduler.pages_to_store()
-        self._store(stores, kept)
-        return outputs
+        self._keep(plan, stores, kept, bad | {each.key for each in ended if isinstance(each, SequenceLost)})
+        return [*refused, *onward, *ended]
 
-    def _store(self, stores: list[PageStore], kept: KeptPages) -> None:
-        """Copies pages out of sequences. Without memory for it there is one page less, which costs nobody a token."""
-        for store in stores:
-            try:
-                layers = range(store.lane.start, store.lane.end)
-                kept.store(store.number, self._kv[store.key].page(store.position, PAGE_TOKENS, layers))
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                with self._lock:
-                    self._undelivered += self._scheduler.pages_lost(store.lane.span, [store.number])
+    def _lose(self, plan: StepPlan, keys: frozenset[SequenceKey], *, by_previous: bool) -> list[SequenceLost]:
+        """Closes sequences of the step whose numbers are not finite: as they were sent by a peer, or as they came out here."""
+        with self._lock:
+            for key in keys:
+                self._scheduler.close(key)
+            self._bad_activations += len(keys) if by_previous else 0
+            self._numeric_failures += 0 if by_previous else len(keys)
+        return not_finite(plan, keys, by_previous=by_previous)
 
-    def _compute(self, plan: StepPlan, loaded: Loaded, kept: KeptPages) -> torch.Tensor:
-        """One forward: activations `[rows, hidden]`, or logits `[pieces that draw, vocab]` behind the last layer."""
-        assert plan.lane is not None
-        segments: list[Segment] = []
-        positions: list[int] = []
-        ids: list[int] = []
-        received: list[torch.Tensor] = []
-        logits_at: list[int] = []
-        for piece in plan.pieces:
-            kv = self._kv.get(piece.row.key) or self._kv.setdefault(piece.row.key, loaded.stage.sequence())
-            if piece.restore:
-                kv.restore(kept.get(piece.restore))
-            segments.append(Segment(len(positions), piece.count, piece.position, kv))
-            positions += range(piece.position, piece.position + piece.count)
-            ids += piece.tokens
-            received += [activations(piece, part) for part in piece.pushed]
-            if piece.draws:
-                logits_at += range(len(positions) - 1 - len(piece.draft), len(positions))
-        first = plan.lane.start == 0
-        return loaded.stage.forward(
-            plan.lane.start,
-            plan.lane.end,
-            segments,
-            positions,
-            ids=ids if first else None,
-            hidden=None if first else torch.cat([rows.to(loaded.stage.kernel.dtype) for rows in received]),
-            logits_at=logits_at,
-        )
+    def _keep(self, plan: StepPlan, stores: list[PageStore], kept: KeptPages, lost: frozenset[SequenceKey]) -> None:
+        """Has pages kept; a page less costs no token. Those that worker processes keep are not looked through, so those of
+        a sequence that ended in no usable numbers are not trusted.
+        """
+        gone = [store.number for store in kept.store_all(stores, self._kv)]
+        if kept.elsewhere:
+            gone += [number for piece in plan.pieces if piece.row.key in lost for number in self._pages_of(piece.row)]
+        if gone and plan.lane is not None:
+            with self._lock:
+                self._undelivered += self._scheduler.pages_lost(plan.lane.span, gone)
+
+    def _pages_of(self, row: Row) -> list[int]:
+        return self._scheduler.find_pages(row.lane.span, [row.page_name(page) for page in range(row.pages_kept)])

@@ -34,6 +34,13 @@ LATENT = {
     "n_shared_experts": 1,
     "first_k_dense_replace": 1,
 }
+GEMMA4 = {
+    **WINDOWED,
+    "global_head_dim": 32,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 512,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
@@ -47,6 +54,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {**WINDOWED, "query_pre_attn_scalar": 16}),
     "gpt_neox": ("gpt_neox", {}),
     "opt": ("opt", {"ffn_dim": 176, "word_embed_proj_dim": 64}),
+    "opt_narrow": ("opt", {"ffn_dim": 176, "word_embed_proj_dim": 32}),  # its embeddings are not as wide as its layers
+    "bert_decoder": ("bert", {"is_decoder": True}),
     "olmo2": ("olmo2", {}),
     "granite": ("granite", {}),
     "cohere": ("cohere", {}),
@@ -63,13 +72,39 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": ("deepseek_v2", {**LATENT, "n_group": None, "topk_group": None}),
     "deepseek_v3": ("deepseek_v3", {**LATENT, "n_group": 2, "topk_group": 1}),
     "jetmoe": ("jetmoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 16}),
+    "ctrl": ("ctrl", {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 2048, "dff": 176}),
+    "modernbert_decoder": ("modernbert-decoder", {"global_attn_every_n_layers": 2, "local_attention": 64, "pad_token_id": 0}),
+    "gemma4": ("gemma4_text", GEMMA4),
+    "gemma4_shared": ("gemma4_text", {**GEMMA4, "num_kv_shared_layers": 2}),  # the last layers take keys and values of others
+    "bloom": ("bloom", {"n_layer": 4, "n_head": 4}),
+    "mpt": ("mpt", {"d_model": 64, "n_layers": 4, "n_heads": 4, "max_seq_len": 2048}),
+    "codegen": ("codegen", {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 2048, "rotary_dim": 8}),
+    "xglm": ("xglm", {"d_model": 64, "num_layers": 4, "attention_heads": 4, "ffn_dim": 176}),
+    "gpt_neox_japanese": ("gpt_neox_japanese", {}),
+    "diffllama": ("diffllama", {}),
+    "doge": ("doge", {"pad_token_id": 0}),
+    "bart": (
+        "bart",
+        {
+            "d_model": 64,
+            "encoder_layers": 4,
+            "decoder_layers": 4,
+            "decoder_attention_heads": 4,
+            "decoder_ffn_dim": 176,
+            "is_encoder_decoder": False,
+            "is_decoder": True,
+        },
+    ),
+    "roberta": ("roberta", {"is_decoder": True, "pad_token_id": 1}),
     "qwen3_next": ("qwen3_next", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}),
     "mamba": ("mamba", {}),
     "bert": ("bert", {}),
 }
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "phimoe", "minimax_m2", "deepseek_v2", "deepseek_v3")
-NOT_SERVED = ("qwen3_next", "mamba", "bert")
-EXACT = tuple(name for name in SHAPES if name not in (*NOT_SERVED, "jetmoe"))
+WHOLE_ONLY = ("gemma4", "gemma4_shared")
+NOT_SERVED = ("qwen3_next", "mamba", "bert", "bloom", "mpt", "codegen", "xglm", "gpt_neox_japanese", "diffllama", "doge")
+NOT_SERVED += ("bart", "roberta")
+EXACT = tuple(name for name in SHAPES if name not in (*NOT_SERVED, *WHOLE_ONLY, "jetmoe"))
 
 
 def make_checkpoint(root: Path, name: str, shard: str | None = None, **changes: Any) -> Path:

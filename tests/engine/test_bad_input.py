@@ -15,11 +15,12 @@ from mesh.errors import BadRequest
 from mesh.view import Span
 from node.engine.api import HiddenOut, SequenceKey, SequenceLost, TokenOut
 from node.engine.faults import is_out_of_memory
-from tests.engine.test_prefix_cache import ask, bits, numbers
+from tests.engine.test_prefix_cache import SplitPath, ask, bits, numbers
 from tests.engine.test_worker import MODEL, Running, opening, running
 
 NAMES = ("a", "b", "c")
 WHOLE = Span(MODEL, 0, 4)
+SENT = "the stage before layers 2:4 of toy sent activations that are not finite numbers"
 NO_MEMORY = (
     "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
 )
@@ -77,22 +78,104 @@ def test_logits_that_are_no_numbers_fail_alone(checkpoint_of: Callable[[str], Pa
         assert all(bits(became[name]) == bits(expected[name]) for name in "ac")
 
 
-def test_activations_that_are_no_numbers_leave_the_rows_beside_them_exact(checkpoint_of: Callable[[str], Path]) -> None:
-    with running((checkpoint_of("llama"), 2, 4)) as one:
+def spoiled_rows(bad: float, kind: str) -> bytes:
+    """37 rows of which one number of one row is `bad`, as float32 or as bfloat16."""
+    sent = np.frombuffer(rows("bad", 37), "<f4").reshape(37, 64).copy()
+    sent[17, 5] = bad
+    return sent.tobytes() if kind == "float32" else (sent.view("<u4") >> 16).astype("<u2").tobytes()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_activations_that_are_no_finite_numbers_are_refused_alone_and_the_peers_are_to_blame(
+    kind: str, bad: float, checkpoint_of: Callable[[str], Path]
+) -> None:
+    with running((checkpoint_of("llama"), 2, 4), dtype=kind) as one:
         answers = []
         for company in (False, True):
-            good, bad = opening(f"good{company}", 2, 4, max_tokens=1, logprobs=3), opening("bad", 2, 4)
+            good, sick = opening(f"good{company}", 2, 4, max_tokens=1, logprobs=3), opening("bad", 2, 4)
             one.engine.open(good)
             if company:
-                one.engine.open(bad)
+                one.engine.open(sick)
             with one.engine._lock:  # one step takes both
-                one.engine.push(HiddenOut(good.key, 0, 37, rows("good", 37)))
                 if company:
-                    one.engine.push(HiddenOut(bad.key, 0, 37, np.full((37, 64), np.nan, "<f4").tobytes()))
+                    one.engine.push(HiddenOut(sick.key, 0, 37, spoiled_rows(bad, kind)))
+                one.engine.push(HiddenOut(good.key, 0, 37, rows("good", 37)))
             became = ends(one, 1 + company)
             answers.append(bits(became[good.key.stream]))  # type: ignore[arg-type]
-            assert not company or isinstance(became["bad"], SequenceLost)
+            assert became.get("bad") == (SequenceLost(sick.key, SENT, by_previous=True) if company else None)
         assert answers[0] == answers[1]
+        statistics = one.engine.statistics()
+        assert (statistics.bad_activations_total, statistics.numeric_failures_total) == (1, 0)
+        assert one.engine.load_report().running == one.engine.load_report().kv_blocks_used == 0
+
+
+def test_a_step_of_nothing_but_bad_activations_computes_nothing_and_holds_nothing(checkpoint_of: Callable[[str], Path]) -> None:
+    with running((checkpoint_of("llama"), 2, 4), dtype="float32") as one:
+        for name in NAMES:
+            one.engine.open(opening(name, 2, 4))
+        with one.engine._lock:
+            for name in NAMES:
+                one.engine.push(HiddenOut(opening(name).key, 0, 37, spoiled_rows(np.nan, "float32")))
+        became = ends(one, len(NAMES))
+        assert all(lost == SequenceLost(opening(name).key, SENT, by_previous=True) for name, lost in became.items())
+        assert one.engine.load_report().kv_blocks_used == 0 and one.engine.statistics().prefill_tokens == 0
+        one.engine.open(opening("good", 2, 4, max_tokens=1))
+        one.engine.push(HiddenOut(opening("good").key, 0, 37, rows("good", 37)))
+        assert isinstance(ends(one, 1)["good"], list)
+
+
+def test_numbers_that_a_stage_lets_overflow_are_its_models_failure_and_go_nowhere(
+    checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running((checkpoint_of("llama"), 0, 2)) as one:
+        stage = one.engine._loaded[Span(MODEL, 0, 2)].stage
+        forward = stage.forward
+
+        def overflow(*args: Any, **named: Any) -> torch.Tensor:
+            out = forward(*args, **named).clone()
+            out[45, 3] = float("inf")  # of the second sequence: 40 rows each
+            return out
+
+        monkeypatch.setattr(stage, "forward", overflow)
+        with one.engine._lock:
+            for name in NAMES:
+                one.engine.open(opening(name, 0, 2, tokens=numbers(ord(name), 40)))
+        sent = {out.key.stream: out for out in (one.next() for _ in NAMES)}
+        lost = sent["b"]
+        assert isinstance(lost, SequenceLost) and not lost.by_previous and not lost.retryable
+        assert (
+            lost.reason == "layers 0:2 of toy computed numbers that are not finite: a failure of the model's numbers, of no peer"
+        )
+        assert all(isinstance(sent[name], HiddenOut) for name in "ac")
+        statistics = one.engine.statistics()
+        assert (statistics.bad_activations_total, statistics.numeric_failures_total) == (0, 1)
+
+
+def test_a_page_that_holds_no_finite_numbers_is_not_kept(
+    checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running((checkpoint_of("llama"), 0, 4), speculates=False) as one:
+        path = SplitPath((one, 0, 4))
+        cold = path.answer("cold", numbers(1, 70))
+        stage = one.engine._loaded[WHOLE].stage
+        forward = stage.forward
+
+        @torch.inference_mode()
+        def spoil(start: int, end: int, segments: list[Any], *args: Any, **named: Any) -> torch.Tensor:
+            out = forward(start, end, segments, *args, **named)
+            if segments[0].position < 40 <= segments[0].position + segments[0].count:
+                segments[0].kv.write(2, 40, torch.full((1, 2, 2, 16), float("nan"), dtype=stage.kernel.dtype))
+            return out
+
+        with monkeypatch.context() as patch:
+            patch.setattr(stage, "forward", spoil)
+            before = one.engine.statistics().scheduler.pages
+            one.engine.open(ask("spoiled", numbers(2, 70)))
+            assert isinstance(ends(one, 1)["spoiled"], SequenceLost)
+        assert one.engine.statistics().scheduler.pages == before + 1, "the first of two pages"
+        assert path.answer("again", numbers(2, 70))[0].cached == 32
+        assert bits(path.answer("warm", numbers(1, 70))) == bits(cold)
 
 
 def test_a_sequence_that_breaks_every_step_is_found_and_the_others_go_on_exactly(

@@ -11,7 +11,7 @@ import torch
 
 from node.engine.attention import Segment
 from node.engine.stage import Stage
-from tests.engine.checkpoints import EXACT
+from tests.engine.checkpoints import EXACT, WHOLE_ONLY
 from tests.engine.devices import kernels, stage_on
 from tests.engine.offered import BFLOAT16, FLOAT32
 
@@ -146,9 +146,24 @@ def test_other_architectures_are_bit_equal_in_chunks_in_batches_and_split(
 ) -> None:
     directory = checkpoint_of(name)
     whole, late = load(directory, 0, 4, kernel), load(directory, 2, 4, kernel)
+    first, last = load(directory, 0, 1, kernel), load(directory, 3, 4, kernel)
     alone = generate(Sequence(prompt(1, 45), [(whole, 0, 4)]), chunk=512, answer=3)
-    assert_same(alone, generate(Sequence(prompt(1, 45), [(whole, 0, 2), (late, 2, 4)]), chunk=16, answer=3))
+    for path in ([(whole, 0, 2), (late, 2, 4)], [(first, 0, 1), (whole, 1, 3), (last, 3, 4)]):
+        assert_same(alone, generate(Sequence(prompt(1, 45), path), chunk=16, answer=3))
     batched, other = Sequence(prompt(1, 45), [(whole, 0, 4)]), Sequence(prompt(2, 30), [(whole, 0, 4)])
+    step([(other, 30), (batched, 45)])
+    step([(batched, 1), (other, 1)])
+    assert all(torch.equal(batched.logits[position], alone.logits[position]) for position in (45, 46))
+
+
+@pytest.mark.parametrize("name", WHOLE_ONLY)
+def test_architectures_that_are_served_whole_are_bit_equal_in_chunks_and_in_batches(
+    name: str, checkpoint_of: Callable[[str], Path]
+) -> None:
+    path = [(load(checkpoint_of(name), 0, 4, kernels("onednn-fp32")[0]), 0, 4)]
+    alone = generate(Sequence(prompt(1, 45), path), chunk=512, answer=3)
+    assert_same(alone, generate(Sequence(prompt(1, 45), path), chunk=16, answer=3))
+    batched, other = Sequence(prompt(1, 45), path), Sequence(prompt(2, 30), path)
     step([(other, 30), (batched, 45)])
     step([(batched, 1), (other, 1)])
     assert all(torch.equal(batched.logits[position], alone.logits[position]) for position in (45, 46))

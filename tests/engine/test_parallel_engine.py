@@ -10,11 +10,12 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from mesh.prefix import PAGE_TOKENS
 from mesh.view import Span, is_exact
 from node.engine.api import EngineOutput, SequenceLost, SpanLost, TokenOut
-from tests.engine.test_prefix_cache import SplitPath, bits, numbers
+from tests.engine.test_prefix_cache import SplitPath, ask, bits, numbers
 from tests.engine.test_worker import MODEL, WAIT_S, opening, running
 
 
@@ -23,7 +24,9 @@ def listening(pid: int) -> set[str]:
 
 
 @pytest.mark.timeout(300)  # the workers import torch and transformers, which takes a busy machine its time
-def test_two_workers_answer_like_one_engine_and_the_loss_of_one_ends_the_span(checkpoint_of: Callable[[str], Path]) -> None:
+def test_two_workers_answer_like_one_engine_and_the_loss_of_one_ends_the_span(
+    checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One test, for each pair of workers costs seconds of imports."""
     directory = checkpoint_of("llama")
     with running((directory, 0, 4), tensor_parallel=2) as one:
@@ -46,6 +49,20 @@ def test_two_workers_answer_like_one_engine_and_the_loss_of_one_ends_the_span(ch
         cold, warm = (SplitPath((one, 0, 4)).answer(name, prompt) for name in ("cold", "warm"))
         assert (cold[0].cached, warm[0].cached) == (0, 4 * PAGE_TOKENS)
         assert bits(cold) == bits(warm)
+
+        forward = stage.forward
+
+        def spoil(*args: Any, **named: Any) -> torch.Tensor:
+            out: torch.Tensor = forward(*args, **named)
+            return out.fill_(float("nan")) if len(named["ids"]) == 1 else out
+
+        with monkeypatch.context() as patch:
+            patch.setattr(stage, "forward", spoil)
+            one.engine.open(ask("spoiled", numbers(2, 70)))
+            while not isinstance(one.next(), SequenceLost):
+                pass
+        fresh = SplitPath((one, 0, 4)).answer("fresh", numbers(2, 70))
+        assert fresh[0].cached == 0, "what a rank keeps of a sequence that ended in no numbers is not trusted"
 
         endless = opening("endless", max_tokens=900, ignore_eos=True)
         one.engine.open(endless)

@@ -129,6 +129,14 @@ def test_models_that_cannot_be_exact_are_refused_by_name_and_reason(
     assert refusal.value.param == "model"
 
 
+def test_a_model_that_counts_positions_from_elsewhere_is_found_out_by_the_self_check(
+    checkpoint_of: Callable[[str], Path],
+) -> None:
+    """RoBERTa's first token stands at the position behind its padding token's number; a stage counts from 0."""
+    with pytest.raises(BadRequest, match=r"roberta.*failed the self-check on layers 0:4: differs from the plain model \("):
+        load_stage(read_checkpoint(checkpoint_of("roberta")), 0, 4, "float32", threads=1)
+
+
 def test_an_attention_of_the_old_kind_is_refused_at_load(
     checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

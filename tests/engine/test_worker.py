@@ -191,7 +191,7 @@ def test_activations_that_are_no_numbers_lose_their_own_sequence_only(checkpoint
                     HiddenOut(opening("bad").key, 0, len(PROMPT), np.full((len(PROMPT), 64), np.nan, "<f4").tobytes())
                 )
                 lost = one.next()
-                assert isinstance(lost, SequenceLost) and not lost.retryable and lost.key.stream == "bad"
+                assert isinstance(lost, SequenceLost) and lost.by_previous and lost.key.stream == "bad"
             one.engine.push(HiddenOut(opening(name).key, 0, len(PROMPT), good))
             answers.append(one.tokens_of(opening(name).key))
         assert answers[0] == answers[1]

@@ -112,9 +112,9 @@ class CountingEngine:
         if sequence.start == 0 and not last:
             trio.lowlevel.current_trio_token().run_sync_soon(self.token, out)
 
-    def lose(self, key: SequenceKey, reason: str = "evicted", retryable: bool = True) -> None:
+    def lose(self, key: SequenceKey, reason: str = "evicted", retryable: bool = True, by_previous: bool = False) -> None:
         del self.sequences[key]
-        self.deliver(SequenceLost(key, reason, retryable))
+        self.deliver(SequenceLost(key, reason, retryable, by_previous))
 
     def deliver(self, *outputs: EngineOutput) -> None:
         """As of one step."""

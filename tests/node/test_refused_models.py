@@ -285,6 +285,25 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         change(model_type="llava", architectures=["LlavaForConditionalGeneration"], text_config={"model_type": "llama"}),
         r"LlavaForConditionalGeneration, a model of more than text \(vision_config\); only models of text",
     ),
+    "MPT": (change(model_type="mpt", architectures=None, d_model=64, n_layers=4, n_heads=4), r"is mpt, .*\(ALiBi\); a llama"),
+    "BLOOM": (change(model_type="bloom", architectures=None, n_layer=4, n_head=4), r"is bloom, .*\(ALiBi\); a llama"),
+    "CodeGen": (
+        change(model_type="codegen", architectures=None, n_embd=64, n_layer=4, n_head=4, rotary_dim=8),
+        "is codegen, .*: its attention does not go through AttentionInterface; a llama",
+    ),
+    "DiffLlama": (
+        change(model_type="diffllama", architectures=None),
+        "is diffllama, .*: its layers call attention several times",
+    ),
+    # tensors that are not those of the config
+    "a layer that is not there": (
+        change(num_hidden_layers=5),
+        r"the checkpoint lacks model\.layers\.4\.input_layernorm\.weight, .* and 6 more",
+    ),
+    "another width": (
+        change(intermediate_size=200),
+        r"other shapes than its config says: model\.layers\.0\.mlp\.down_proj\.weight is \[64, 176\], expected \[64, 200\], ",
+    ),
     # tokenizers
     "no tokenizer": (
         remove("tokenizer.json", "tokenizer_config.json"),

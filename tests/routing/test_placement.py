@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from itertools import combinations, pairwise
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,6 +45,30 @@ def test_the_whole_model_when_it_fits() -> None:
     assert choose_spans(view(), NodeId("n"), card(), 6) == (Span(MODEL, 0, 6),)
     assert choose_spans(view(peer("a", (0, 6)), peer("b", (0, 6))), NodeId("n"), card(), 99) == (Span(MODEL, 0, 6),)
     assert choose_spans(view(), NodeId("n"), card(), 0) == ()
+
+
+WHOLE_ONLY = msgspec.structs.replace(card(), whole_only="layer 1 is given per_layer_input beside the activations")
+
+
+def test_a_model_that_is_served_whole_only_is_held_whole_or_not_at_all() -> None:
+    assert choose_spans(view(), NodeId("n"), WHOLE_ONLY, 6) == (Span(MODEL, 0, 6),)
+    for capacity in range(6):
+        assert choose_spans(view(peer("a", (0, 6))), NodeId("n"), WHOLE_ONLY, capacity) == ()
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=6))
+def test_no_move_takes_a_part_of_a_model_that_is_served_whole_only(nodes: list[tuple[int, bool]]) -> None:
+    peers = []
+    for number, (capacity, holds) in enumerate(nodes):
+        spans = [(0, 6)] if holds and capacity >= 6 else []
+        one = peer(f"n{number}", *spans, capacity=capacity)
+        peers.append(dataclasses.replace(one, facts=msgspec.structs.replace(one.facts, models=(WHOLE_ONLY,))))
+    move = next_move(view(*peers), MODEL)
+    holders = sum(bool(each.facts.spans) for each in peers)
+    roomy = sum(capacity >= 6 for capacity, _ in nodes)
+    assert (move is not None) == (holders < 2 and roomy > holders)
+    assert move is None or move.take == (Span(MODEL, 0, 6),)
 
 
 def test_uncovered_layers_come_before_second_copies() -> None:

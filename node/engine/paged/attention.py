@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from node.engine.paged.kv import PagedStore
-from node.engine.paged.plan import PAGE_TOKENS, TILE_ROWS, Plan, Sizes, shapes
+from node.engine.paged.plan import PADDING_SLOT, PAGE_TOKENS, TILE_ROWS, Plan, Sizes, shapes
 
 HIDDEN = -1e30  # finite, so that a page of nothing but masked keys gives no NaN: what it adds is multiplied by zero later
 
@@ -82,7 +82,9 @@ class PagedStep:
         sides = kv.view(kv.shape[0], 2, -1, kv.shape[2]).unbind(1)
         pools = self.store.pool(layer, sides[0])
         for pool, side in zip(pools, sides):
-            pool.flatten(0, 1).index_copy_(0, self.tensors.slots, side)
+            flat = pool.flatten(0, 1)
+            flat.index_copy_(0, self.tensors.slots, side)
+            flat[PADDING_SLOT].zero_()  # shorter tables end with this page, and what is masked is multiplied by zero: no NaN
         return self.attend_by(self, q, *pools, scale, window, softcap, sinks)
 
 

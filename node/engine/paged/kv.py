@@ -1,8 +1,8 @@
 """Keys and values in pages that belong to any sequence, on any device: what attention over block tables reads.
 
 One pool a layer, `[pages, 256, kv_heads, dim]` each for keys and values; a sequence has the numbers of its pages. Page 0
-belongs to nobody: what is padding writes there. A page's values are filled with zeros when it is given out, for what is
-masked is multiplied by zero, and zero times NaN would carry a poisoned sequence into the next one.
+belongs to no sequence: padding writes there, and shorter tables end with it. A page's values are zero when it is given out,
+those of page 0 always, and those behind a sequence's end: what is masked is multiplied by zero, and zero times NaN is NaN.
 
 Pools grow by doubling, a layer at a time, so that no more than one layer is held twice; a step that was recorded with
 the old addresses learns of it by `generation`. How many sequences there may be is the scheduler's business, in blocks.
@@ -54,6 +54,13 @@ class PagedStore:
                 values.index_fill_(0, at, 0.0)
         return taken
 
+    @torch.inference_mode()
+    def clear(self, slots: Iterable[int]) -> None:
+        """Zeroes the values that lie there."""
+        at = torch.tensor(list(slots), device=self.device)
+        for _, values in self._pools.values():
+            values.flatten(0, 1).index_fill_(0, at, 0.0)
+
     def release(self, pages: list[int]) -> None:
         self._free += reversed(pages)
 
@@ -77,10 +84,14 @@ class PagedKV:
     def __init__(self, store: PagedStore) -> None:
         self._store = store
         self.pages: list[int] = []
+        self._end = 0
         weakref.finalize(self, store.release, self.pages).atexit = False
 
     def expect(self, end: int) -> None:
         """Says that positions up to `end` are about to be written, in every layer, and that nothing behind counts any more."""
+        if end < self._end:  # guesses that proved wrong: what is masked must be no NaN
+            self._store.clear(slots_of(self.pages, end, self._end - end))
+        self._end = end
         self.pages += self._store.take(max(0, pages_for(end) - len(self.pages)))
 
     def _slots(self, position: int, count: int) -> torch.Tensor:

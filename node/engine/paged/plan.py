@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 
 TILE_ROWS = 8
 PAGE_TOKENS = 256  # what the flash attention of torch takes pages of
+PADDING_SLOT = 0  # of page 0, where the keys and values of padding go
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ def plan_step(parts: Sequence[Part], ids: Sequence[int], wanted: Sequence[int], 
     numbers = Numbers(
         ids=[*ids, *[0] * (rows - len(ids))],
         positions=[*(at for part in parts for at in range(part.position, part.position + part.count)), *[0] * padding],
-        slots=[*(slot for part in parts for slot in slots_of(part.pages, part.position, part.count)), *[0] * padding],
+        slots=[*(slot for part in parts for slot in slots_of(part.pages, part.position, part.count)), *[PADDING_SLOT] * padding],
         places=[*_places(parts), *[0] * padding],
         tile_rows=tile_rows + [0] * (idle * TILE_ROWS),
         tile_positions=tile_positions + [-1] * (idle * TILE_ROWS),

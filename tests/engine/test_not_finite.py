@@ -1,0 +1,114 @@
+"""What is no finite number stays with its own sequence: those beside it in a step, and those after it, keep their bits."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from node.engine.activations import all_finite, finite_rows
+from node.engine.attention import Segment
+from node.engine.native.library import native
+from node.engine.stage import Stage
+from tests.engine.devices import kernels, stage_on
+
+NAN, INF = float("nan"), float("inf")
+ON_CPU = [*(["mesh-bf16", "mesh-fp32", "mesh-int8", "mesh-int4-fp32"] if native() else []), "onednn-fp32", "aten-fp32"]
+PAGED = ["cuda-fp32", "cuda-bf16-tiled"]  # the path of GPUs, run on the CPU
+PATHS = [("llama", kernel) for kernel in kernels(*ON_CPU, *PAGED)]
+PATHS += [(name, kernel) for name in ("mistral", "gemma2", "gpt2") for kernel in kernels("onednn-fp32", *PAGED)]
+PATHS += [(name, kernel) for name in ("mixtral", "gpt_oss", "deepseek_v3") for kernel in kernels("onednn-fp32")]  # of experts
+
+
+class Fed:
+    """A sequence behind layer 1, by the activations that it is given."""
+
+    def __init__(self, stage: Stage, seed: int, bad: float | None = None) -> None:
+        self.stage = stage
+        self.numbers = torch.Generator().manual_seed(seed)
+        self.kv = stage.sequence()
+        self.computed = 0
+        self.bad = bad
+        self.out: list[torch.Tensor] = []
+
+    def rows(self, count: int) -> torch.Tensor:
+        rows = torch.randn(count, 64, generator=self.numbers)
+        if self.bad is not None:
+            rows[:: 1 + count // 3, 5] = self.bad  # some of its rows, and one number of each
+        return rows
+
+
+def step(*fed: tuple[Fed, int]) -> None:
+    segments, positions, rows = [], list[int](), []
+    for one, count in fed:
+        segments.append(Segment(len(positions), count, one.computed, one.kv))
+        positions += range(one.computed, one.computed + count)
+        rows.append(one.rows(count))
+        one.computed += count
+    stage = fed[0][0].stage
+    out = stage.forward(1, 4, segments, positions, hidden=torch.cat(rows), logits_at=range(len(positions)))
+    for (one, count), segment in zip(fed, segments):
+        one.out.append(out[segment.row : segment.row + count].clone())
+
+
+def alone(stage: Stage, *counts: int, seed: int = 1) -> torch.Tensor:
+    one = Fed(stage, seed)
+    for count in counts:
+        step((one, count))
+    return torch.cat(one.out)
+
+
+@pytest.mark.parametrize(("name", "kernel"), PATHS)
+def test_a_row_that_is_no_number_reaches_none_beside_it_and_none_after_it(
+    name: str, kernel: str, checkpoint_of: Callable[[str], Path]
+) -> None:
+    stage = stage_on(checkpoint_of(name), 1, 4, kernel)
+    expected = alone(stage, 20, 30, 1, 1, 1)
+    for order in (1, -1):  # the bad sequences behind the good ones, and before them
+        good, short, *spoiled = (Fed(stage, seed, bad) for seed, bad in enumerate((None, None, NAN, INF, -INF), 1))
+        longest, *others = spoiled
+        step(*[(good, 20), (longest, 520), *((one, 7) for one in others)][::order])  # it outgrows a page, and its slot
+        step(*[(good, 30), (short, 3), *((one, 9) for one in spoiled)][::order])
+        for _ in range(3):
+            step(*[(good, 1), (short, 1), *((one, 1) for one in spoiled)][::order])
+        assert not any(torch.cat(one.out).isfinite().all() for one in spoiled), "they are spoiled themselves"
+        assert torch.equal(torch.cat(good.out), expected)
+        assert torch.equal(torch.cat(short.out), alone(stage, 3, 1, 1, 1, seed=2))
+        del spoiled, longest, others, good, short
+        gc.collect()
+        assert torch.equal(alone(stage, 20, 30, 1, 1, 1), expected), "what takes their place finds nothing of them"
+
+
+@pytest.mark.parametrize("kernel", kernels(*ON_CPU, *PAGED))
+def test_a_wrong_guess_that_is_no_number_is_gone_with_the_guess(kernel: str, checkpoint_of: Callable[[str], Path]) -> None:
+    stage = stage_on(checkpoint_of("llama"), 1, 4, kernel)
+    expected = alone(stage, 20, 1, 1)
+    one = Fed(stage, 1)
+    step((one, 20))
+    kept, one.bad = one.numbers.get_state(), NAN
+    step((one, 6))
+    one.numbers.set_state(kept)
+    one.bad, one.computed = None, 20
+    del one.out[1:]
+    step((one, 1))
+    step((one, 1))
+    assert torch.equal(torch.cat(one.out), expected)
+
+
+LARGEST = {torch.float32: 3.4e38, torch.bfloat16: 3.3895e38}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_number_that_is_finite_is_taken_for_one_and_no_other(dtype: torch.dtype) -> None:
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).to(dtype)  # all that bfloat16 has
+    rows = torch.zeros(len(every), 5, dtype=dtype)
+    rows[:, 3] = every
+    assert torch.equal(finite_rows(rows), every.isfinite())
+    large = torch.full((3, 100), LARGEST[dtype], dtype=dtype)  # a sum of these overflows
+    assert finite_rows(large).all() and all_finite(large)
+    large[1, 99] = NAN
+    assert finite_rows(large).tolist() == [True, False, True] and not all_finite(large)
+    assert finite_rows(large[:0]).tolist() == [] and all_finite(torch.ones(2, 3, 4, 5, dtype=dtype).transpose(1, 2))
