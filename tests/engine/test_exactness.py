@@ -156,11 +156,12 @@ def test_other_architectures_are_bit_equal_in_chunks_in_batches_and_split(
     assert all(torch.equal(batched.logits[position], alone.logits[position]) for position in (45, 46))
 
 
+@pytest.mark.parametrize("kernel", kernels(FLOAT32))
 @pytest.mark.parametrize("name", WHOLE_ONLY)
 def test_architectures_that_are_served_whole_are_bit_equal_in_chunks_and_in_batches(
-    name: str, checkpoint_of: Callable[[str], Path]
+    name: str, kernel: str, checkpoint_of: Callable[[str], Path]
 ) -> None:
-    path = [(load(checkpoint_of(name), 0, 4, kernels("onednn-fp32")[0]), 0, 4)]
+    path = [(load(checkpoint_of(name), 0, 4, kernel), 0, 4)]
     alone = generate(Sequence(prompt(1, 45), path), chunk=512, answer=3)
     assert_same(alone, generate(Sequence(prompt(1, 45), path), chunk=16, answer=3))
     batched, other = Sequence(prompt(1, 45), path), Sequence(prompt(2, 30), path)

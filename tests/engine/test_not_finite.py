@@ -5,22 +5,35 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from node.engine.activations import all_finite, finite_rows
 from node.engine.attention import Segment
-from node.engine.native.library import native
 from node.engine.stage import Stage
 from tests.engine.devices import kernels, stage_on
+from tests.engine.offered import FLOAT32
 
 NAN, INF = float("nan"), float("inf")
-ON_CPU = [*(["mesh-bf16", "mesh-fp32", "mesh-int8", "mesh-int4-fp32"] if native() else []), "onednn-fp32", "aten-fp32"]
+ON_CPU = ["mesh-bf16", "mesh-fp32", "mesh-int8", "mesh-int4-fp32", "onednn-fp32", "aten-fp32"]
 PAGED = ["cuda-fp32", "cuda-bf16-tiled"]  # the path of GPUs, run on the CPU
-PATHS = [("llama", kernel) for kernel in kernels(*ON_CPU, *PAGED)]
-PATHS += [(name, kernel) for name in ("mistral", "gemma2", "gpt2") for kernel in kernels("onednn-fp32", *PAGED)]
-PATHS += [(name, kernel) for name in ("mixtral", "gpt_oss", "deepseek_v3") for kernel in kernels("onednn-fp32")]  # of experts
+
+
+def paths(names: tuple[str, ...], *on_cpu: str) -> list[Any]:
+    """Each of the checkpoints with each of the kernels, as parameters of a test."""
+    found = []
+    for name in names:
+        for kernel in kernels(*on_cpu):
+            (said,), marks = (kernel.values, kernel.marks) if hasattr(kernel, "values") else ((kernel,), ())
+            found.append(pytest.param(name, said, id=f"{name}-{said}", marks=marks))
+    return found
+
+
+PATHS = paths(("llama",), *ON_CPU, *PAGED)
+PATHS += paths(("mistral", "gemma2", "gpt2"), FLOAT32, *PAGED)
+PATHS += paths(("mixtral", "gpt_oss", "deepseek_v3"), FLOAT32)  # of experts
 
 
 class Fed:
