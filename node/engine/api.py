@@ -202,7 +202,7 @@ class Engine(Protocol):
         """Ends the engine thread after its current step (*blocking*)."""
 
     def inspect(self, directory: Path, model: ModelId) -> ModelCard:
-        """Reads the checkpoint's config and the headers of its files, no weights (*blocking*, at most seconds).
+        """Reads the checkpoint's config and the headers of its files (*blocking*, at most seconds).
 
         `weights` and `numerics` are empty: no byte of weights is read.
 

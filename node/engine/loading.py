@@ -61,7 +61,7 @@ def load_stage(
     choice = _choice(checkpoint, wanted, quantize, ranks, on)
     inexact: Kernel | None = None
     stage: Stage | ParallelStage | None
-    reasons: dict[str, list[str]] = {}  # what was wrong -> with which kernels
+    reasons: list[str] = []
     with ExitStack() as tried:  # ends what is not returned, whatever happens: its workers would stay
         for kernel in choice.kernels:
             watch = watch or LoadWatch(end - start)
@@ -69,10 +69,10 @@ def load_stage(
             stage = _alone(tried, checkpoint, start, end, kernel, threads, watch, ranks, on, graphs)
             wrong = _packed_and_compared(stage, watch)
             if wrong:
-                reasons.setdefault(wrong, []).append(kernel.name)
+                reasons.append(f"{kernel.name}: {wrong}")
                 continue
             if not selfcheck.looks_through_its_window(stage):
-                reasons["its sliding window does not reach the attention"] = [kernel.name]
+                reasons.append(f"{kernel.name}: its sliding window does not reach the attention")
                 break
             if not stage.loose and selfcheck.is_exact(stage):
                 tried.pop_all()
@@ -81,7 +81,7 @@ def load_stage(
                 numerics = machine.fingerprint(checkpoint.weights, kernel, threads, ranks, on, constants)
                 return Loaded(stage, numerics, _settled(choice, kernel, reasons))
             inexact = inexact or kernel
-            reasons.setdefault("not exact", []).append(kernel.name)
+            reasons.append(f"{kernel.name}: not exact")
             if stage.loose:
                 break  # whatever the kernel
         if inexact is not None:
@@ -90,15 +90,11 @@ def load_stage(
                 stage = _alone(tried, checkpoint, start, end, inexact, threads, watch, ranks, on, graphs)
                 stage.pack()
             tried.pop_all()
-            before = choice.kernels[: choice.kernels.index(inexact)]
-            refused = {
-                what: [name for name in names if name in {kernel.name for kernel in before}] for what, names in reasons.items()
-            }
-            reasons = {**{what: names for what, names in refused.items() if names}, "none that was tried is exact": []}
+            reasons = [*reasons[: choice.kernels.index(inexact)], "none that was tried is exact"]
             return Loaded(stage, APPROXIMATE + secrets.token_hex(8), _settled(choice, inexact, reasons))
     raise BadRequest(
         f"{checkpoint.directory.name} ({checkpoint.config.model_type}) failed the self-check on layers {start}:{end}: "
-        + "; ".join(f"{what} ({', '.join(names)})" for what, names in reasons.items()),
+        f"{_in_short(reasons)}",
         param="model",
         code="model_not_servable",
     )
@@ -118,10 +114,17 @@ def _choice(checkpoint: Checkpoint, wanted: str, quantize: str, ranks: int, on: 
         raise BadRequest(str(error), param="dtype") from error
 
 
-def _settled(choice: KernelChoice, kernel: Kernel, refused: dict[str, list[str]]) -> KernelChoice:
+def _in_short(reasons: list[str]) -> str:
+    """`KERNEL: what` of several kernels, what is the same said once."""
+    kernels: dict[str, list[str]] = {}
+    for kernel, _, what in (reason.partition(": ") for reason in reasons):
+        kernels.setdefault(what, []).append(kernel)
+    return "; ".join(f"{what} ({', '.join(names)})" for what, names in kernels.items())
+
+
+def _settled(choice: KernelChoice, kernel: Kernel, refused: list[str]) -> KernelChoice:
     """The choice as it came out: this kernel, after the self-check had refused those before it for these reasons."""
-    said = [f"{', '.join(names)}: {what}" if names else what for what, names in refused.items()]
-    return replace(choice, kernels=(kernel,), reason="; ".join(said) or choice.reason)
+    return replace(choice, kernels=(kernel,), reason="; ".join(refused) or choice.reason)
 
 
 def _alone(
@@ -194,17 +197,17 @@ def bare_card(checkpoint: Checkpoint, model: ModelId) -> ModelCard:
     Raises:
         BadRequest: its layers cannot be served.
     """
-    return _card(checkpoint, model, "", "")
+    return ModelCard(model, checkpoint.layers, checkpoint.max_model_len, "", "", whole_only=_whole_only(checkpoint))
 
 
 def card(checkpoint: Checkpoint, model: ModelId, numerics: str) -> ModelCard:
-    """The card of a model of which a span is loaded. Raises BadRequest, as `bare_card`."""
-    return _card(checkpoint, model, checkpoint.weights, numerics)
+    """The card of a model of which a span is loaded."""
+    told = checkpoint.layers, checkpoint.max_model_len, checkpoint.weights, numerics
+    return ModelCard(model, *told, whole_only=_whole_only(checkpoint))
 
 
-def _card(checkpoint: Checkpoint, model: ModelId, weights: str, numerics: str) -> ModelCard:
-    whole_only = structure_of(checkpoint).whole_only[:300]
-    return ModelCard(model, checkpoint.layers, checkpoint.max_model_len, weights, numerics, whole_only=whole_only)
+def _whole_only(checkpoint: Checkpoint) -> str:
+    return structure_of(checkpoint).whole_only[:300]
 
 
 def kv_token_bytes(checkpoint: Checkpoint, start: int, end: int, dtype: torch.dtype, copies: int = 1) -> int:

@@ -130,9 +130,9 @@ async def test_workers_that_end_while_they_load_again_are_another_loss(autojump_
 @pytest.mark.parametrize("layers", ["0:2", "2:4", "0:2,2:4", "0:4,1:3"])
 def test_layers_of_a_model_that_is_served_whole_only_are_not_pinned_apart(layers: str) -> None:
     whole_only = msgspec.structs.replace(CARD, whole_only="layer 1 is given per_layer_input beside the activations")
-    Placed("0:4", whole_only)
+    Placed("0:4", (whole_only,))
     with pytest.raises(BadRequest, match=r"--layers \d:\d: toy is served whole only, for layer 1 .*; give --layers auto, 0:4"):
-        Placed(layers, whole_only)
+        Placed(layers, (whole_only,))
 
 
 def test_what_the_engine_says_of_a_lost_span_reaches_the_placing() -> None:
