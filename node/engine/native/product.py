@@ -8,19 +8,17 @@ are rounded too, to whole numbers of eight bits with one scale for 32 inputs, so
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
+from node.engine.native.arena import zeroed
 from node.engine.native.library import Kind, Library, ProductParts, absence, native
 
 PANEL = 32  # outputs computed together, as in mesh.h
 STEP = 32  # inputs summed together
-ALIGNMENT = 64
-OWN_MAPPING_BYTES = 1 << 20
 PIECE_ELEMENTS = 1 << 18  # packed at a time,
 LEAST_PANELS = 4  # but so many panels at least, for each thread takes whole ones
 LARGEST_INT8 = 127
@@ -155,15 +153,6 @@ def int4_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _zeros(outputs: int, inputs: int, kind: Kind) -> torch.Tensor:
-    """Room for the packed weight, aligned.
-
-    A large one gets a mapping of its own, in large pages where the system has them: it stays while what is allocated
-    beside it in a load goes, and would leave holes in a heap that they share.
-    """
+    """Room for the packed weight, aligned."""
     size_bytes = int(-(-outputs // PANEL) * PANEL * -(-inputs // STEP) * STEP * BYTES[kind])
-    if size_bytes >= OWN_MAPPING_BYTES:
-        mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(mapping, dtype=torch.uint8)
-    room = torch.zeros(size_bytes + ALIGNMENT, dtype=torch.uint8)
-    return room[-room.data_ptr() % ALIGNMENT :][:size_bytes]
+    return zeroed(size_bytes)
