@@ -72,8 +72,8 @@ class OpenStage(msgspec.Struct, frozen=True):
     entry_address: Address
     first_address: Address
     next_address: Address | None  # None: this is the last stage
-    previous_address: Address | None = None  # None: this is the first stage
     pages_from: Address | None = None  # of a node that was sent more of this sequence's beginning; None: none is known
+    previous_address: Address | None = None  # None: this is the first stage
 
 
 FetchPages = Callable[[OpenSequence, Address], Awaitable[None]]

@@ -107,4 +107,4 @@ def test_a_card_of_an_earlier_release_is_understood_and_is_a_version_of_its_own(
     }
     seen = View(NodeId("a"), peers)
     assert [version.name for version in versions(seen)] == [MODEL, f"{MODEL}@01234567"]
-    assert set(msgspec.to_builtins(now)) - set(told) == {"kind", "written_at_s"}, "which it passes over"
+    assert set(msgspec.to_builtins(now)) - set(told) == {"kind", "written_at_s", "whole_only"}, "which it passes over"
