@@ -11,7 +11,7 @@ import torch
 
 from mesh.errors import BadRequest
 from node.config import CPU_ISA_VARIABLE, NodeConfig, cpu_isa
-from node.engine import loading, machine
+from node.engine import kernel_choice, loading, machine
 from node.engine.checkpoint import read_checkpoint
 from node.engine.kernel_probe import refusal
 from node.engine.linear import KERNELS, Kernel, Rows
@@ -65,9 +65,9 @@ def test_an_error_of_our_own_is_not_taken_for_a_refusal() -> None:
 @pytest.fixture
 def no_onednn_bf16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(machine, "refusal", lambda kernel: ONEDNN if kernel.name == "onednn-bf16" else refusal(kernel))
-    machine.ranked.cache_clear()
+    kernel_choice.choose.cache_clear()
     yield
-    machine.ranked.cache_clear()
+    kernel_choice.choose.cache_clear()
 
 
 @pytest.mark.usefixtures("no_onednn_bf16")
