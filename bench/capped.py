@@ -40,11 +40,11 @@ def cap(isa: str) -> dict[str, Any]:
         "environment": ENVIRONMENT,
         "compiled_kernel": "none" if library is None else library.isa.name.lower(),
         "torch": torch.backends.cpu.get_cpu_capability(),
-        "fbgemm": "avx2" if _cap_fbgemm() else "not capped: this torch does not export fbgemmForceIsa",
+        "fbgemm": "avx2" if cap_fbgemm() else "not capped: this torch does not export fbgemmForceIsa",
     }
 
 
-def _cap_fbgemm() -> bool:
+def cap_fbgemm() -> bool:
     """FBGEMM reads no variable; the function that its own benchmarks use is exported from torch's library."""
     path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
