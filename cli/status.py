@@ -59,6 +59,9 @@ def status(
         output.paragraph(f"{span} is computed by {kernel}", indent="  ")
         if choice := me.get("kernel_choices", {}).get(span):
             output.paragraph(f"  {_why(choice)}", indent="    ")
+    if told := me.get("uncompiled"):
+        do = f"; {told['do']}" if told["do"] else ""
+        output.paragraph(f"without the compiled kernel ({told['why']}): {told['costs']}{do}", indent="  ")
     for span, load in me.get("loading", {}).items():
         output.paragraph(
             f"{span} is loading for {load['seconds']:.0f} s: {load['phase']}, {load['layers_done']} of {load['layers']} layers, "

@@ -21,7 +21,7 @@ DOCUMENT_DEPTH = 3  # levels of the documents' record with keys of their own: a 
 Path = tuple[str, ...]
 
 _NO_FACTS = Facts()
-_PLAIN = ("http", "draining", "version", "pid", "readiness", "twin")  # fields that are one key each
+_PLAIN = ("http", "draining", "version", "pid", "readiness", "twin", "uncompiled")  # fields that are one key each
 _WINDOWS = ("spans", "intends")  # fields that are one key a model, told as (start, end) pairs
 _BY_MODEL = ("capacity", "loading")  # fields that are one key a model, told as their value
 
@@ -33,6 +33,7 @@ _decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {
     "version": msgspec.msgpack.Decoder(str),
     "pid": msgspec.msgpack.Decoder(Annotated[int, Meta(ge=0)]),
     "twin": msgspec.msgpack.Decoder(Annotated[str, Meta(max_length=256)]),
+    "uncompiled": msgspec.msgpack.Decoder(Annotated[str, Meta(max_length=512)]),
     "readiness": msgspec.msgpack.Decoder(Readiness),
     "spans": _windows_decoder,
     "intends": _windows_decoder,

@@ -112,6 +112,7 @@ class Facts(msgspec.Struct, frozen=True):
     loading: dict[ModelId, Loading] = {}  # of the models of `intends`, how far they are
     capacity: dict[ModelId, Layer] = {}  # decoder layers of a model that it could hold; absent: pinned, it never moves
     readiness: Readiness = Readiness.WARM
+    uncompiled: Annotated[str, Meta(max_length=512)] = ""  # why it serves layers without the compiled kernel; empty: it does not
     twin: Annotated[str, Meta(max_length=256)] = ""  # "NAME at HOST:PORT" of another live process with this node's identity
 
 

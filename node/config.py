@@ -124,6 +124,11 @@ def data_home() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "gossip-mesh"
 
 
+def child_environment(**changes: str) -> dict[str, str]:
+    """The environment of a process that this one starts: its own, with these changes."""
+    return {**os.environ, **changes}
+
+
 def onednn_cap() -> str:
     """The most instructions that the environment lets oneDNN use; empty where it sets no cap. oneDNN reads it itself."""
     return os.environ.get("ONEDNN_MAX_CPU_ISA", "")

@@ -12,6 +12,7 @@ from mesh.refusals import BAD_ACTIVATIONS, COUNTED_MAX, FOREIGN_WORD, Refusal
 from mesh.seal import REPLAY_WINDOW_S, SealFault
 from mesh.versions import NAME_DIGITS, ModelVersion, holds, replicas, versions
 from mesh.view import ModelCard, Peer, PeerState, Readiness, View
+from node.uncompiled import COSTS, remedy
 from rag.types import StoreInfo
 from routing.loading import no_path
 
@@ -69,7 +70,6 @@ class Look:
     key_saved: bool = True
     keys_on_ring: int = 1
     free_bytes: int | None = None  # where the data directory lies
-    local_kernels: Mapping[str, str] = field(default_factory=dict)  # own span -> a kernel that is not portable, and why
     not_written: str = ""  # why the data directory keeps nothing, if it does not
     changed_files: Mapping[ModelId, str] = field(default_factory=dict)  # of this node's models; why they were hashed again
 
@@ -83,7 +83,7 @@ def diagnosis(look: Look) -> list[Finding]:
         *_clocks(look),
         *_nodes(look.view),
         *_models(look),
-        *_kernels(look),
+        *_uncompiled(look.view),
         *_documents(look),
         *_disk(look),
     ]
@@ -197,11 +197,17 @@ def _models(look: Look) -> Iterator[Finding]:
         yield Finding(PROBLEM, "models", f"this node is not ready: {look.not_ready}", "see its log")
 
 
-def _kernels(look: Look) -> Iterator[Finding]:
-    for span, kernel in sorted(look.local_kernels.items()):
-        what = f"{span} is computed here by {kernel}; its answers are exact only together with nodes of this kind of CPU"
-        do = "for the same bits on every CPU: install a C compiler (cc, gcc or clang) and start the node without --dtype KERNEL"
-        yield Finding(NOTE, "models", what, do)
+def _uncompiled(view: View) -> Iterator[Finding]:
+    """Nodes that compute without the compiled kernel, those with one reason together."""
+    names: dict[str, list[str]] = {}
+    for peer in view.live():
+        if peer.facts.uncompiled:
+            names.setdefault(peer.facts.uncompiled, []).append(peer.name)
+    for why, some in sorted(names.items()):
+        more = f" and {len(some) - NAMED_MAX} more" if len(some) > NAMED_MAX else ""
+        told = ", ".join(sorted(some)[:NAMED_MAX])
+        what = f"without the compiled kernel: {told}{more} ({why}); {COSTS}"
+        yield Finding(NOTE, "nodes", what, remedy(why))
 
 
 def _layers(look: Look, version: ModelVersion) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from mesh.calls import Call, Handlers, Header, Reply
 from mesh.errors import MeshError
 from mesh.ids import ModelId, NodeId
 from mesh.refusals import Refusal
-from mesh.view import Peer, Span, View
+from mesh.view import Peer, View
 from node.doctor import PROBLEM, Look, diagnosis
 from node.keys import MeshKeys
 from rag.types import StoreInfo
@@ -40,13 +40,12 @@ class Examination:
         missing_layers: Callable[[], Mapping[ModelId, tuple[tuple[int, int], ...]]],
         ready: Callable[[], Awaitable[str | None]],
         keys: MeshKeys | None,
-        engine: Callable[[], object],
         changed_files: Mapping[ModelId, str] = MappingProxyType({}),
     ) -> None:
         """`changed_files`: of each model whose files here proved to be others than were hashed, how."""
         self._view, self._call, self._clock, self._directory = view, call, clock, directory
         self._refusals, self._stores, self._missing_layers, self._ready = refusals, stores, missing_layers, ready
-        self._keys, self._engine, self._changed_files = keys, engine, changed_files
+        self._keys, self._changed_files = keys, changed_files
         self.handlers: Handlers = {KIND: self._answer}
 
     async def examine(self) -> dict[str, Any]:
@@ -71,7 +70,6 @@ class Examination:
                 keyless=keys is None,
                 key_saved=keys is None or keys.saved,
                 keys_on_ring=len(keys.ring.keys) if keys else 1,
-                local_kernels=_local_kernels(self._engine()),
                 free_bytes=free_bytes,
                 not_written=not_written,
                 changed_files=dict(self._changed_files),
@@ -92,16 +90,6 @@ class Examination:
 
     async def _answer(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
         return {"time": self._clock()}, b""
-
-
-def _local_kernels(engine: object) -> dict[str, str]:
-    """Of the engine's statistics: the spans computed on the CPU by a kernel that is not portable. Other engines tell of none."""
-    choices: Mapping[Span, Any] = getattr(engine, "choices", {})
-    return {
-        f"{span.model} {span.start}:{span.end}": f"{choice.kernels[0].name} ({choice.reason})"
-        for span, choice in choices.items()
-        if not (choice.kernels[0].compiled or choice.kernels[0].attention)
-    }
 
 
 def _disk(directory: Path) -> tuple[int | None, str]:

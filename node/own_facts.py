@@ -64,6 +64,10 @@ class OwnFacts:
     def ready(self, readiness: Readiness) -> None:
         self._set(readiness=readiness)
 
+    def compute_uncompiled(self, why: str) -> None:
+        """Layers are served here without the compiled kernel; empty: none are."""
+        self._set(uncompiled=why)
+
     def twin(self, where: str) -> None:
         self._set(twin=where)
 

@@ -264,6 +264,7 @@ class Placing:
             known = self._models.get(id).card
             card = msgspec.structs.replace(loaded, manifest=known.manifest, written_at_s=known.written_at_s)
             self._models.update(card)
+            self._facts.compute_uncompiled(getattr(self._engine.statistics(), "uncompiled", ""))
             self._facts.serve(card, (*self._held(card), span))
             log.info("span.serves", model=id, start=span.start, end=span.end, weights=weights[:16], numerics=card.numerics)
         self._intend(model, self._intended(id) - wanted)
@@ -274,6 +275,7 @@ class Placing:
             card = self._models.get(model.card.id).card
             self._facts.serve(card, tuple(held for held in self._held(card) if held != span))
             await trio.to_thread.run_sync(self._engine.unload, span)
+            self._facts.compute_uncompiled(getattr(self._engine.statistics(), "uncompiled", ""))
 
     def _held(self, card: ModelCard) -> tuple[Span, ...]:
         return tuple(span for span in self._facts.now.spans if span.model == card.id)

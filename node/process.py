@@ -193,7 +193,6 @@ class Node:
             missing_layers=self._readiness.missing_layers,
             ready=self._readiness.why_not,
             keys=self._keys,
-            engine=self._engine.statistics,
             changed_files=self._library.faults,
         )
 

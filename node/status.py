@@ -11,6 +11,7 @@ import msgspec
 from mesh.ids import ModelId, format_address
 from mesh.versions import ModelVersion, card_of, holds, replicas, versions
 from mesh.view import ModelCard, Peer, View, is_exact
+from node.uncompiled import COSTS, remedy
 from rag.types import StoreInfo
 from routing.coverage import Coverage, coverage
 from routing.loading import UNKNOWN, BeingLoaded
@@ -46,6 +47,7 @@ def status(
             "kernel_choices": {f"{span.model} {span.start}:{span.end}": _choice(each) for span, each in sorted(choices.items())},
             "loading": {f"{span.model} {span.start}:{span.end}": _progress(each) for span, each in sorted(spans_loading.items())},
             "hashing": {model: {"bytes_done": each.bytes_done, "bytes": each.bytes} for model, each in sorted(hashing.items())},
+            "uncompiled": _uncompiled(me.facts.uncompiled),
             "frozen": view.frozen,
         },
         "nodes": [_node(peer, view, now) for peer in sorted(view.peers.values(), key=lambda peer: (peer.name, peer.id))],
@@ -110,6 +112,11 @@ def _choice(choice: Any) -> dict[str, Any]:
         "cpu_us": dict(choice.times_us),
         "remembered": choice.remembered,
     }
+
+
+def _uncompiled(why: str) -> dict[str, str] | None:
+    """That layers are computed here without the compiled kernel."""
+    return {"why": why, "costs": COSTS, "do": remedy(why)} if why else None
 
 
 def _progress(progress: Any) -> dict[str, Any]:

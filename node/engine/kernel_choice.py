@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,11 +20,13 @@ from node.engine import kernel_record, kernel_timing, machine
 from node.engine.kernel_timing import Timings
 from node.engine.linear import KERNELS, Kernel
 from node.engine.native.build import sources_digest
-from node.engine.native.library import native
+from node.engine.native.library import absence, native
+from node.uncompiled import BY_NAME
 
 RULES_VERSION = 1  # of how kernels are timed: timings of another are measured anew
 PORTABLE_MARGIN = 4.0
 MARGIN = 2.0
+REASON_LETTERS = 300
 WORTH_TIMING_BYTES = 8 << 20  # smaller layers live in caches, where timings say little and matter less
 
 
@@ -39,6 +41,14 @@ class KernelChoice:
     remembered: bool = False
 
 
+def uncompiled(choices: Iterable[KernelChoice]) -> str:
+    """Why one of them is for the CPU and not the compiled kernel; empty where there is none such."""
+    for choice in choices:
+        if not (choice.kernels[0].compiled or choice.kernels[0].attention):
+            return absence() or choice.reason[:REASON_LETTERS]
+    return ""
+
+
 @functools.cache
 def choose(wanted: str, stored: torch.dtype, inputs: int, outputs: int, quantize: str = "none") -> KernelChoice:
     """The choice for a model whose widest layer has this shape. `wanted`: a dtype, a kernel or "auto".
@@ -48,7 +58,7 @@ def choose(wanted: str, stored: torch.dtype, inputs: int, outputs: int, quantize
     """
     kernels = tuple(machine.candidates(wanted, stored, quantize))
     if wanted in KERNELS:
-        return KernelChoice(kernels, "asked for by its name")
+        return KernelChoice(kernels, BY_NAME)
     if len(kernels) == 1:
         return KernelChoice(kernels, "no other kernel here computes in this type")
     if inputs * outputs * stored.itemsize < WORTH_TIMING_BYTES:

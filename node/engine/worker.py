@@ -42,7 +42,7 @@ from node.engine.constraints import Constraints
 from node.engine.drawing import draw
 from node.engine.faults import is_out_of_memory
 from node.engine.kept_pages import KeptPages, PageLost
-from node.engine.kernel_choice import KernelChoice
+from node.engine.kernel_choice import KernelChoice, uncompiled
 from node.engine.kvcache import SequenceKV
 from node.engine.loading import Loaded, bare_card, card, kv_token_bytes, load_stage
 from node.engine.page_trade import PageTrade, shown_layout
@@ -71,6 +71,7 @@ class EngineStatistics:
     threads: int
     kernels: dict[Span, str]  # span -> name of its linear kernel and the instructions it runs on, `mesh-bf16 on amx`
     choices: dict[Span, KernelChoice]  # why that kernel
+    uncompiled: str  # why a span is computed on the CPU without the compiled kernel; empty: none is
     numerics: dict[Span, str]
     parameters: dict[Span, int]
     prefill_tokens: int
@@ -184,9 +185,8 @@ class TorchEngine:
                 self._share_memory()
             if isinstance(loaded.stage, ParallelStage):
                 loaded.stage.on_end(lambda reason: self._span_ended(span, loaded, reason))
-            kernel = machine.named(loaded.stage.kernel)
-            took = {"read": gib(watch.now.bytes), "seconds": round(watch.now.seconds, 3)}
-            log.info("span loaded", model=model, start=start, end=end, kernel=kernel, numerics=loaded.numerics, **took)
+            told = {"kernel": machine.named(loaded.stage.kernel), "numerics": loaded.numerics, "read": gib(watch.now.bytes)}
+            log.info("span loaded", model=model, start=start, end=end, seconds=round(watch.now.seconds, 3), **told)
             return card(checkpoint, model, loaded.numerics)
 
     def unload(self, span: Span) -> None:
@@ -285,6 +285,7 @@ class TorchEngine:
                 threads=self._config.threads,
                 kernels={span: machine.named(loaded.stage.kernel) for span, loaded in self._loaded.items()},
                 choices={span: loaded.choice for span, loaded in self._loaded.items()},
+                uncompiled=uncompiled(loaded.choice for loaded in self._loaded.values()),
                 numerics={span: loaded.numerics for span, loaded in self._loaded.items()},
                 parameters={span: loaded.stage.parameters for span, loaded in self._loaded.items()},
                 prefill_tokens=self._timing.prefill_tokens,

@@ -99,6 +99,7 @@ class FakeMesh:
         ]
         me = {**nodes[0], "pid": 1, "gossip": "127.0.0.1:7946", "version": "0.1.0", "kernels": {"m 0:6": "mesh-fp32 on avx2"}}
         me["hashing"] = self.hashing
+        me["uncompiled"] = {"why": "no C compiler", "costs": "half the speed", "do": "install one"}
         me["kernel_choices"] = {
             "m 0:6": dict(portable=True, reason="the first", cpu_us={"mesh-fp32": 20.4, "onednn-fp32": 9.6}, remembered=True)
         }

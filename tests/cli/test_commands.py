@@ -53,6 +53,7 @@ def test_status_shows_nodes_models_and_stores(mesh: FakeMesh) -> None:
         "alive",
         "m 0:6 is computed by mesh-fp32 on avx2",
         "  the first (CPU µs of a product: onednn-fp32 10, mesh-fp32 20; remembered)",
+        "without the compiled kernel (no C compiler): half the speed; install one",
         "approximate",
         "m 6:8 is loading for 4 s: packing, 1 of 2 layers, 0.50 of 1.00 GiB",
     ):

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from mesh.errors import BadRequest
 from node.config import KERNEL_NAMES, NodeConfig
 from node.engine import kernel_choice, kernel_record, kernel_timing, machine
-from node.engine.kernel_choice import MARGIN, PORTABLE_MARGIN, decided
+from node.engine.kernel_choice import MARGIN, PORTABLE_MARGIN, KernelChoice, decided
 from node.engine.kernel_probe import refusal
 from node.engine.kernel_timing import LEAST_ROUNDS, MOST_ROUNDS, ROWS, Timings, rounds
 from node.engine.linear import KERNELS
 from node.engine.native.library import native
+from node.uncompiled import BY_NAME
 
 NAMES = ("mesh-bf16", "mesh-fp32", "fbgemm-fp16", "onednn-fp32")
 ORDER = tuple(KERNELS[name] for name in NAMES)
@@ -349,3 +350,12 @@ def test_a_layer_is_timed_with_one_thread_which_is_taken_back() -> None:
     assert torch.get_num_threads() == before
     assert list(timings.times_s) == [kernel.name for kernel in kernels]
     assert all(len(times) == len(ROWS) and min(times) > 0 for times in timings.times_s.values())
+
+
+def test_why_a_span_is_computed_without_the_compiled_kernel_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = {name: KernelChoice((KERNELS[name],), BY_NAME) for name in ("mesh-bf16", "cuda-bf16", "fbgemm-fp16")}
+    monkeypatch.setattr(kernel_choice, "absence", lambda: "")
+    assert kernel_choice.uncompiled([choices["mesh-bf16"], choices["cuda-bf16"]]) == ""
+    assert kernel_choice.uncompiled(choices.values()) == BY_NAME
+    monkeypatch.setattr(kernel_choice, "absence", lambda: "no C compiler")
+    assert kernel_choice.uncompiled(choices.values()) == "no C compiler"

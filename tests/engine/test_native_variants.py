@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from node.engine.attention import Segment
 from node.engine.checkpoint import read_checkpoint
 from node.engine.linear import KERNELS
 from node.engine.native import build, layers, product
-from node.engine.native.build import AVX2, AVX512, COMPILERS, PARTS, Part, compiled
+from node.engine.native.build import AVX2, AVX512, PARTS, Part, compiled, compilers
 from node.engine.native.library import Isa, Library, native
 from node.engine.native.product import NativeProduct
 from node.engine.stage import Stage
@@ -26,7 +25,7 @@ REQUIRED = tuple(part for part in PARTS if not part.define)
 
 
 def variant(directory: Path, parts: tuple[Part, ...], entry_flags: tuple[str, ...]) -> Library:
-    compiler = next(found for found in map(shutil.which, COMPILERS) if found)
+    compiler = compilers()[0]
     complaint = compiled(compiler, directory / "mesh.so", parts, entry_flags)
     assert not complaint, complaint
     return Library(directory / "mesh.so")
@@ -111,5 +110,5 @@ def test_parts_that_an_older_compiler_does_not_know_are_left_out(tmp_path: Path,
     assert Isa.AVX2 <= library.isa <= Isa.AVX512
     broken = (Part("pool", "pool.c", ("-mno-such-thing",)), *REQUIRED[:-1])
     (tmp_path / "broken").mkdir()
-    compiler = next(found for found in map(shutil.which, COMPILERS) if found)
+    compiler = compilers()[0]
     assert "no-such-thing" in compiled(compiler, tmp_path / "broken" / "mesh.so", broken)

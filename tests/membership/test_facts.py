@@ -124,9 +124,10 @@ def test_facts_of_strangers_and_records_that_do_not_decode_are_left_out() -> Non
         Facts(models=(ModelCard(ModelId("m"), 10**12, 64, "w", "n"),)),
         Facts(models=(ModelCard(ModelId("m"), 8, 0, "w", "n"),)),
         Facts(capacity={ModelId("m"): -1}),
+        Facts(uncompiled="x" * 513),
     ],
 )
-def test_facts_with_layers_that_no_model_has_are_left_out(facts: Facts) -> None:
+def test_facts_that_no_node_has_are_left_out(facts: Facts) -> None:
     core = node_among(1)
     core.answer(peer_id(1), Sync(deltas=(told(1, 5, facts),)), 1.0)
     assert core.facts.rejected == 1 and facts_of(core, 1) == Facts()

@@ -216,6 +216,7 @@ facts = st.builds(
     draining=st.booleans(),
     pid=st.integers(0, 99),
     twin=st.text(max_size=5),
+    uncompiled=st.text(max_size=5),
     loading=st.dictionaries(
         st.sampled_from(["m", "org/n"]).map(ModelId), st.builds(Loading, st.integers(0, 100), st.integers(0, 9))
     ),

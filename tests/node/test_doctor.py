@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 
 import pytest
 
@@ -11,10 +11,8 @@ from mesh.ids import ModelId, NodeId
 from mesh.refusals import FOREIGN_WORD, Refusal
 from mesh.seal import SealFault
 from mesh.view import Facts, Loading, ModelCard, Peer, PeerState, Readiness, Span, View
-from node import examination
 from node.doctor import NOTE, PROBLEM, Finding, Look, diagnosis
-from node.engine.kernel_choice import KernelChoice
-from node.engine.linear import KERNELS
+from node.uncompiled import BY_NAME, COSTS, NO_COMPILER
 from rag.types import StoreInfo
 
 MODEL = ModelId("tiny")
@@ -177,14 +175,17 @@ def test_problems_come_before_remarks() -> None:
     assert [finding.severity for finding in found(look)] == [PROBLEM, NOTE]
 
 
-def test_a_kernel_that_is_not_portable_is_named_with_its_reason() -> None:
-    finding = only(replace(WELL, local_kernels={"tiny 0:4": "fbgemm-fp16 (asked for by its name)"}))
-    assert finding.severity == NOTE and "C compiler" in finding.do
-    assert finding.what.startswith("tiny 0:4 is computed here by fbgemm-fp16 (asked for by its name); its answers are exact only")
+def test_nodes_without_the_compiled_kernel_are_named_with_the_reason_and_what_to_install() -> None:
+    reason = f"{NO_COMPILER}: looked for cc, gcc, clang and the package ziglang"
+    gone = peer(3, PeerState.DEAD, uncompiled=reason)
+    look = replace(WELL, view=view(peer(1, uncompiled=reason), peer(2, uncompiled=reason), gone))
+    finding = next(found for found in diagnosis(look) if "compiled" in found.what)
+    assert finding.severity == NOTE and "apt-get install gcc" in finding.do and "pip install ziglang" in finding.do
+    assert finding.what == f"without the compiled kernel: node-1, node-2 ({reason}); {COSTS}"
 
 
-def test_only_kernels_on_the_cpu_that_are_not_portable_are_told() -> None:
-    chosen = {"mesh-bf16": (0, 1), "fbgemm-fp16": (1, 2), "cuda-bf16": (2, 3)}
-    choices = {Span(MODEL, *layers): KernelChoice((KERNELS[name],), "why") for name, layers in chosen.items()}
-    assert examination._local_kernels(SimpleNamespace(choices=choices)) == {"tiny 1:2": "fbgemm-fp16 (why)"}
-    assert examination._local_kernels(None) == {}
+def test_what_to_do_without_the_compiled_kernel_depends_on_the_reason() -> None:
+    elsewhere = peer(2, uncompiled="it is written for Linux on x86-64, this is Linux on aarch64")
+    look = replace(WELL, view=view(peer(1, uncompiled=BY_NAME), elsewhere))
+    told = {finding.what.split()[4]: finding.do for finding in diagnosis(look)}
+    assert told == {"node-1": "start the node without --dtype KERNEL", "node-2": ""}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -32,6 +33,9 @@ class LoadingEngine:
     def __init__(self) -> None:
         self.loads: list[Span] = []
         self.fails = 0  # of the loads to come, how many find their workers killed
+
+    def statistics(self) -> object:
+        return SimpleNamespace(uncompiled="no C compiler" if self.loads else "")
 
     def load(self, directory: Path, model: ModelId, start: int, end: int, weights: str) -> ModelCard:
         self.loads.append(Span(model, start, end))
@@ -105,6 +109,8 @@ async def test_a_span_whose_workers_ended_is_not_told_any_more_and_loaded_again(
         assert placed.engine.loads == [WHOLE, WHOLE]
         assert any(facts.intends == (WHOLE,) and not facts.spans for facts in placed.published), "others need not take it over"
         nursery.cancel_scope.cancel()
+    serving = [facts for facts in placed.published if facts.spans]
+    assert all(facts.uncompiled == "no C compiler" for facts in serving), "known before the first request can come"
 
 
 async def test_workers_that_end_while_they_load_again_are_another_loss(autojump_clock: MockClock) -> None:

@@ -50,6 +50,8 @@ class NotingEngine:
     def unload(self, span: Span) -> None:
         self.unloaded.append(span)
 
+    def statistics(self) -> None: ...
+
 
 class Running:
     """A node pinned to all layers of a real directory, with a real library."""

@@ -208,5 +208,8 @@ def test_facts_go_out_once_for_each_change():
 
     assert [fact.intends for fact in sent] == [(), (span,), ()]
     assert facts.now.spans == (span,) and facts.now.capacity == {"m": 4}
+    facts.compute_uncompiled("no C compiler")
+    facts.compute_uncompiled("no C compiler")
+    assert [fact.uncompiled for fact in sent] == ["", "", "", "no C compiler"]
     facts.know(ModelCard("pinned", 2, 100, "w", ""), None)
     assert "pinned" not in facts.now.capacity

@@ -14,6 +14,7 @@ from node.engine.progress import LoadProgress, Phase
 from node.models import Models
 from node.status import status
 from node.surface import Surface
+from node.uncompiled import COSTS, TURNED_OFF, remedy
 from rag.service import Documents
 from routing.loading import being_loaded
 
@@ -65,6 +66,15 @@ def test_status_tells_which_kernel_computes_each_span_and_why_and_how_far_one_th
         "m 6:8": {"phase": "packing", "layers_done": 1, "layers": 2, "bytes_done": 300, "bytes": 400, "seconds": 2.0}
     }
     assert status(view, [], {}, 0.0, None)["self"]["loading"] == {}, "another engine may tell of nothing"
+
+
+def test_status_says_what_it_costs_to_be_without_the_compiled_kernel_and_what_to_do() -> None:
+    told = [
+        status(View(me.id, {me.id: me}), [], {}, 0.0, None)["self"]["uncompiled"]
+        for me in (Peer(NodeId("a" * 16), "n", ("127.0.0.1", 1), facts=Facts(uncompiled=why)) for why in ("", TURNED_OFF))
+    ]
+    assert told == [None, {"why": TURNED_OFF, "costs": COSTS, "do": remedy(TURNED_OFF)}]
+    assert "MESH_CPU_ISA" in remedy(TURNED_OFF)
 
 
 def serving(number: int, numerics: str, spans: int = 1) -> Peer:

@@ -27,9 +27,9 @@ def test_a_machine_without_a_compiler_is_told_of(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(kernels, "native", lambda: None)
     monkeypatch.setattr(kernels, "absence", lambda: "no C compiler: looked for cc, gcc, clang")
     monkeypatch.setattr(kernels, "refusal", lambda kernel: "no C compiler" if kernel.compiled else "")
-    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    monkeypatch.setattr(kernels, "compilers", list)
     lines = kernels.report()
-    assert "C compilers: none of cc, gcc, clang" in lines
+    assert "C compilers: none" in lines
     assert "compiled kernel: none (no C compiler: looked for cc, gcc, clang)" in lines
     (missing,) = [line for line in lines if line.startswith("kernels that do not")]
     assert missing.startswith("kernels that do not: mesh-bf16, mesh-fp32,") and missing.endswith(": no C compiler")

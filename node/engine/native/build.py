@@ -1,4 +1,7 @@
-"""Builds the compiled kernel with the machine's own C compiler, once a user and version of the sources.
+"""Builds the compiled kernel with a C compiler, once a user and version of the sources.
+
+The machine's own compilers are tried first, in the order of COMPILERS, then that of the package `ziglang` where it is installed
+beside this one: it needs no root, and its code gives the same bits (docs/decisions/0031).
 
 What was built is kept under a name made of all that went into it, beside a digest of its bytes, in a directory that only
 the user can write; a file that does not match is built anew. Several nodes that start together build once: the others
@@ -13,15 +16,23 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+
+import structlog
+
+from node.config import child_environment
+from node.uncompiled import COMPILER_FAILED, NO_COMPILER
 
 SOURCES = Path(__file__).parent
 COMPILERS = ("cc", "gcc", "clang")
-TIME_LIMIT_S = 120.0
+PACKAGE = "ziglang"
+TIME_LIMIT_S = 300.0  # for each call of a compiler: on a busy machine the package's first build takes its time
 COMMON = ("-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
@@ -48,8 +59,21 @@ PARTS = (
 )
 
 
+Compiler = tuple[str, ...]
+"""The words of its command."""
+
+log = structlog.get_logger()
+
+
 class CannotBuild(Exception):
     """Why there is no compiled kernel on this machine."""
+
+
+def compilers() -> list[Compiler]:
+    """The C compilers on this machine, in the order in which they are tried."""
+    paths = [path for path in map(shutil.which, COMPILERS) if path]
+    own = [(path,) for number, path in enumerate(paths) if os.path.realpath(path) not in map(os.path.realpath, paths[:number])]
+    return [*own, *([(sys.executable, "-m", PACKAGE, "cc")] if find_spec(PACKAGE) else [])]
 
 
 def built(cache_dir: Path) -> Path:
@@ -60,19 +84,35 @@ def built(cache_dir: Path) -> Path:
     """
     if platform.machine() not in ("x86_64", "AMD64") or platform.system() != "Linux":
         raise CannotBuild(f"it is written for Linux on x86-64, this is {platform.system()} on {platform.machine()}")
-    compiler = next((found for found in map(shutil.which, COMPILERS) if found), None)
-    if compiler is None:
-        raise CannotBuild(f"no C compiler: looked for {', '.join(COMPILERS)}")
+    found = compilers()
+    if not found:
+        raise CannotBuild(f"{NO_COMPILER}: looked for {', '.join(COMPILERS)} and the package {PACKAGE}")
     try:
         directory = _own_directory(cache_dir / "kernels")
-        library = directory / f"mesh-{_recipe(compiler)}.so"
-        if not _is_whole(library):
-            with _locked(directory):
-                if not _is_whole(library):
-                    _build(compiler, library)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
         raise CannotBuild(f"{type(error).__name__}: {error}"[:300]) from error
+    complaints = []
+    for compiler in found:
+        try:
+            return _built_by(compiler, directory)
+        except (OSError, subprocess.TimeoutExpired, CannotBuild) as error:
+            complaints.append(f"{_said_of(compiler)}: {' '.join(str(error).split())[:200]}")
+    raise CannotBuild(f"{COMPILER_FAILED}: {'; '.join(complaints)}")
+
+
+def _built_by(compiler: Compiler, directory: Path) -> Path:
+    library = directory / f"mesh-{_recipe(compiler)}.so"
+    if not _is_whole(library):
+        with _locked(directory):
+            if not _is_whole(library):
+                log.info("building the compiled kernel", compiler=_said_of(compiler), why="once for this version of its sources")
+                _build(compiler, library)
     return library
+
+
+def _said_of(compiler: Compiler) -> str:
+    """The compiler as a message names it: without the directories of this machine."""
+    return compiler[0].rpartition("/")[2] if len(compiler) == 1 else " ".join(compiler[2:])
 
 
 def _own_directory(directory: Path) -> Path:
@@ -92,11 +132,11 @@ def sources_digest() -> str:
     return digest.hexdigest()
 
 
-def _recipe(compiler: str) -> str:
+def _recipe(compiler: Compiler) -> str:
     """Names sources, flags and compiler."""
     digest = hashlib.blake2b(sources_digest().encode(), digest_size=8)
-    said = subprocess.run([compiler, "--version"], capture_output=True, timeout=TIME_LIMIT_S, check=False)
-    digest.update(compiler.encode() + said.stdout)
+    said = subprocess.run([*compiler, "--version"], capture_output=True, timeout=TIME_LIMIT_S, check=False)
+    digest.update("\0".join(compiler).encode() + said.stdout)
     return digest.hexdigest()
 
 
@@ -122,16 +162,16 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def _build(compiler: str, library: Path) -> None:
+def _build(compiler: Compiler, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         aside = Path(folder) / "mesh.so"
         if said := compiled(compiler, aside):
-            raise CannotBuild(f"{compiler} failed: {said[:300]}")
+            raise CannotBuild(said)
         _digest_file(library).write_text(_digest(aside))
         os.rename(aside, library)
 
 
-def compiled(compiler: str, library: Path, parts: tuple[Part, ...] = PARTS, entry_flags: tuple[str, ...] = ()) -> str:
+def compiled(compiler: Compiler, library: Path, parts: tuple[Part, ...] = PARTS, entry_flags: tuple[str, ...] = ()) -> str:
     """Compiles all parts beside one another, then what chooses among them, and links; gives the complaint, if it failed."""
     running = [(part, _started(compiler, part, library)) for part in parts]
     targets, defines, complaints = [], [], []
@@ -150,13 +190,21 @@ def compiled(compiler: str, library: Path, parts: tuple[Part, ...] = PARTS, entr
         _, said = child.communicate(timeout=TIME_LIMIT_S)
     if child.returncode:
         return said.strip() or "no object for entry"
-    link = [compiler, "-shared", "-pthread", *map(str, [*targets, target]), "-o", str(library)]
-    linked = subprocess.run(link, capture_output=True, text=True, timeout=TIME_LIMIT_S, check=False)
+    link = [*compiler, "-shared", "-pthread", *map(str, [*targets, target]), "-o", str(library)]
+    environment = _environment(library)
+    linked = subprocess.run(link, capture_output=True, text=True, timeout=TIME_LIMIT_S, check=False, env=environment)
     return linked.stderr.strip() or "the linker failed" if linked.returncode else ""
 
 
-def _started(compiler: str, part: Part, library: Path) -> tuple[Path, subprocess.Popen[str]]:
+def _environment(library: Path) -> dict[str, str]:
+    """The package's compiler keeps what it compiles for itself, 60 MB, beside what is built: it goes with the folder."""
+    cache = str(library.parent / "zig")
+    return child_environment(ZIG_GLOBAL_CACHE_DIR=cache, ZIG_LOCAL_CACHE_DIR=cache)
+
+
+def _started(compiler: Compiler, part: Part, library: Path) -> tuple[Path, subprocess.Popen[str]]:
     """The object file beside `library`, and the compiler that makes it."""
     target = library.with_name(f"{part.name}.o")
-    command = [compiler, *COMMON, *part.flags, "-c", str(SOURCES / part.source), "-o", str(target)]
-    return target, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [*compiler, *COMMON, *part.flags, "-c", str(SOURCES / part.source), "-o", str(target)]
+    environment = _environment(library)
+    return target, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)

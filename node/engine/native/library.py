@@ -10,8 +10,9 @@ from pathlib import Path
 
 import structlog
 
-from node.config import CPU_ISA_VARIABLE, cache_home, cpu_isa
+from node.config import cache_home, cpu_isa
 from node.engine.native.build import CannotBuild, built
+from node.uncompiled import COSTS, TURNED_OFF, remedy
 
 log = structlog.get_logger()
 
@@ -130,14 +131,14 @@ def _opened() -> tuple[Library | None, str]:
         reason = ""
     except (CannotBuild, OSError) as error:
         library, reason = None, " ".join(str(error).split())[:300]
-        log.info("no compiled kernel", reason=reason)
+        log.warning("no compiled kernel", reason=reason, costs=COSTS, do=remedy(reason))
     return library, reason
 
 
 def _open() -> Library:
     most = Isa[cpu_isa().upper()]
     if most is Isa.NONE:
-        raise CannotBuild(f"{CPU_ISA_VARIABLE} is none")
+        raise CannotBuild(TURNED_OFF)
     library = Library(built(cache_home()), most)
     if library.isa is Isa.NONE:
         raise CannotBuild("this CPU lacks AVX2, FMA or F16C")
