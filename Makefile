@@ -3,20 +3,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Which build of torch is installed: auto (the CPU build where there is no NVIDIA device, unless pip is configured with sources of
+# its own), cpu, or default (what pip finds by itself). An index that cannot be reached is not needed: tools/install.py.
+MESH_TORCH ?= auto
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# What is installed beside what a node needs; `make install MESH_EXTRAS=dev,compiler` adds a C compiler of 0.4 GB.
+MESH_EXTRAS ?= dev
 # Several processes share the machine in tests and the demo: one thread each.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 # A thread that waits for work must not spin where there are fewer cores than threads: it took tests five times as long.
-demo test test-avx2 test-uncompiled e2e: export OMP_WAIT_POLICY ?= PASSIVE
+demo test test-capped test-uncompiled e2e: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test test-avx2 test-uncompiled lint format sim e2e bench bench-peers docs clean
+.PHONY: install demo test test-capped test-uncompiled lint format sim e2e bench bench-peers docs clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
-	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+$(STAMP): pyproject.toml constraints.txt tools/install.py
+	@$(PYTHON) tools/install.py --venv $(VENV) --torch '$(MESH_TORCH)' --cpu-index '$(TORCH_CPU_INDEX)' --extras '$(MESH_EXTRAS)'
 	@touch $(STAMP)
 
 demo: $(STAMP)
@@ -32,13 +37,14 @@ FAILOVER := tests/e2e/test_failover.py::test_a_killed_stage_changes_no_token_and
 test: $(STAMP)
 	$(BIN)/python -m tools.kernels
 	$(PYTEST) $(PARALLEL) --ignore tests/e2e
-	$(MAKE) --no-print-directory test-avx2 test-uncompiled
+	$(MAKE) --no-print-directory test-capped test-uncompiled
 	$(PYTEST) tests/e2e
 
-test-avx2: export MESH_CPU_ISA := avx2
-test-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
-test-avx2: export ATEN_CPU_CAPABILITY := avx2
-test-avx2: $(STAMP)
+test-capped: export MESH_CPU_ISA := avx2
+test-capped: export ONEDNN_MAX_CPU_ISA := AVX2
+test-capped: export ATEN_CPU_CAPABILITY := avx2
+test-capped: export MKL_ENABLE_INSTRUCTIONS := AVX2
+test-capped: $(STAMP)
 	@echo "held to AVX2: what depends on the kernels"
 	$(BIN)/python -m tools.kernels
 	$(PYTEST) $(PARALLEL) -m "not no_kernel" tests/engine tests/rag/test_embed.py
