@@ -79,10 +79,12 @@ class Slab:
             held[:, slot, :, :tokens].zero_()
 
 
-def _mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros in pages that cost nothing until they are written."""
+def _mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype, large_pages: bool = False) -> torch.Tensor:
+    """Zeros in pages that cost nothing until they are written. Long sequences are read faster from large ones."""
     size_bytes = torch.Size(shape).numel() * dtype.itemsize
     pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if large_pages:
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
@@ -223,7 +225,8 @@ class SequenceKV:
             slot = self.place.slot
             held = self.place.slab.layer(layer, like)[:, slot : slot + 1]
         if held.shape[3] < end:
-            grown = like.new_zeros(2, 1, like.shape[2], blocks_for(end) * BLOCK_TOKENS, like.shape[3])
+            shape = (2, 1, like.shape[2], blocks_for(end) * BLOCK_TOKENS, like.shape[3])
+            grown = _mapped_zeros(shape, like.dtype, large_pages=True)
             grown[:, :, :, : held.shape[3]] = held
             self._buffers[layer] = held = grown
         return held

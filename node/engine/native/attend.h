@@ -54,28 +54,26 @@ static inline void turn16(const char *from, int64_t stride, char *to) {
     }
 }
 #else
-static inline void turn8(const char *from, int64_t stride, char *to) { /* 8 rows of 8 words, into a half of 8 columns */
-    __m256 r[8], t[8];
-    UNROLL for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps((const float *)(from + i * stride));
-    UNROLL for (int i = 0; i < 8; i += 2) {
+/* 4 words of each of 8 rows, as 4 columns of 8: the lower half of a register takes the first four rows. */
+static inline void turn8(const char *from, int64_t stride, char *to) {
+    __m256 r[4], t[4];
+    UNROLL for (int i = 0; i < 4; i++) {
+        const __m128 high = _mm_loadu_ps((const float *)(from + (i + 4) * stride));
+        r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps((const float *)(from + i * stride))), high, 1);
+    }
+    UNROLL for (int i = 0; i < 4; i += 2) {
         t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
         t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
     }
-    UNROLL for (int i = 0; i < 8; i += 4) { /* each half of r[i] becomes a column of four rows */
-        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-        r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-        r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-    }
-    UNROLL for (int i = 0; i < 4; i++) {
-        _mm256_storeu_ps((float *)(to + 64 * i), _mm256_permute2f128_ps(r[i], r[4 + i], 0x20));
-        _mm256_storeu_ps((float *)(to + 64 * (4 + i)), _mm256_permute2f128_ps(r[i], r[4 + i], 0x31));
+    UNROLL for (int i = 0; i < 2; i++) {
+        _mm256_storeu_ps((float *)(to + 128 * i), _mm256_shuffle_ps(t[i], t[2 + i], 0x44));
+        _mm256_storeu_ps((float *)(to + 128 * i + 64), _mm256_shuffle_ps(t[i], t[2 + i], 0xee));
     }
 }
 
 static inline void turn16(const char *from, int64_t stride, char *to) {
     for (int row = 0; row < 16; row += 8)
-        for (int word = 0; word < 16; word += 8) turn8(from + row * stride + word * 4, stride, to + word * 64 + row * 4);
+        UNROLL for (int word = 0; word < 16; word += 4) turn8(from + row * stride + word * 4, stride, to + word * 64 + row * 4);
 }
 #endif
 
@@ -188,7 +186,7 @@ static void by_panels(const by_panels_t *work, int64_t rows, int bf16, int tiles
         for (int64_t panel = 0; panel < work->count; panel++) {
             const lanes_t lanes = {(const float *)work->x + top * work->stride, work->stride, work->steps, out + panel * PANEL,
                                    work->out_stride, work->begun, work->next + (top / 32 * work->count + panel) * share, share};
-            lanes_panel(work->panels + panel * work->steps * 2 * half_bytes(kind), kind, &lanes, some);
+            lanes_cached_panel(work->panels + panel * work->steps * 2 * half_bytes(kind), kind, &lanes, some);
         }
     }
 }

@@ -173,7 +173,7 @@ INLINE void few_rows(const uint8_t *half, const float *scales, int kind, const d
     V total[MAX_ROWS];
     UNROLL for (int i = 0; i < rows; i++) total[i] = first ? v_load(out + i * PANEL) : v_zero();
     for (int64_t step = first; step < end; step++) {
-        next = ask_for(next, lines, next_end, NEAR(rows));
+        next = ask_for(next, lines, next_end);
         SUMS sums[MAX_ROWS];
         UNROLL for (int i = 0; i < rows; i++) sums[i] = sums_begin(x->offsets[(row + i) * x->steps + step]);
         step_sums(half + step * size, kind, x, row, step, rows, sums);
@@ -181,6 +181,24 @@ INLINE void few_rows(const uint8_t *half, const float *scales, int kind, const d
             total[i] = joined(total[i], sums_float(sums[i]), x->scales[(row + i) * x->steps + step], scales ? scales + step * PANEL : 0);
     }
     UNROLL for (int i = 0; i < rows; i++) v_store(out + i * PANEL, total[i]);
+}
+
+/* One or two rows by a panel in the order in which it lies: the processor asks for what follows by itself. */
+INLINE void in_order(const uint8_t *panel, const float *scales, int kind, const dot_rows_t *x, int64_t row, int rows, float *out) {
+    V total[2][2];
+    UNROLL for (int half = 0; half < 2; half++)
+        UNROLL for (int i = 0; i < rows; i++) total[half][i] = v_zero();
+    for (int64_t step = 0; step < x->steps; step++)
+        UNROLL for (int half = 0; half < 2; half++, panel += half_bytes(kind)) {
+            SUMS sums[2];
+            UNROLL for (int i = 0; i < rows; i++) sums[i] = sums_begin(x->offsets[(row + i) * x->steps + step]);
+            step_sums(panel, kind, x, row, step, rows, sums);
+            UNROLL for (int i = 0; i < rows; i++)
+                total[half][i] = joined(total[half][i], sums_float(sums[i]), x->scales[(row + i) * x->steps + step],
+                                        scales ? scales + step * PANEL + 16 * half : 0);
+        }
+    UNROLL for (int half = 0; half < 2; half++)
+        UNROLL for (int i = 0; i < rows; i++) v_store(out + i * PANEL + 16 * half, total[half][i]);
 }
 
 #define CASE(n) \
@@ -202,11 +220,12 @@ INLINE void some_rows(const uint8_t *half, const float *scales, int kind, const 
     }
 }
 
-INLINE void panel_of_kind(const uint8_t *panel, const float *scales, int kind, const dot_rows_t *x, int64_t top, int rows, float *out) {
+/* Rows in blocks of nearly equal size, all of them by a chunk of steps before the next one, which is asked for meanwhile. */
+INLINE void in_blocks(const uint8_t *panel, const float *scales, int kind, const dot_rows_t *x, int64_t top, int rows, float *out) {
     const int blocks = (rows + MAX_ROWS - 1) / MAX_ROWS, passes = 2 * blocks;
-    const int64_t step_lines = 2 * half_bytes(kind) / 64, chunk = NEAR(rows) ? NEAR_BYTES / (step_lines * 64) : CHUNK;
-    for (int64_t first = 0; first < x->steps; first += chunk) {
-        const int64_t end = first + chunk < x->steps ? first + chunk : x->steps;
+    const int64_t step_lines = 2 * half_bytes(kind) / 64;
+    for (int64_t first = 0; first < x->steps; first += CHUNK) {
+        const int64_t end = first + CHUNK < x->steps ? first + CHUNK : x->steps;
         const char *next = (const char *)panel + end * step_lines * 64;
         int pass = 0;
         for (int half = 0; half < 2; half++)
@@ -218,6 +237,14 @@ INLINE void panel_of_kind(const uint8_t *panel, const float *scales, int kind, c
                 next += lines * (end - first) * 64;
                 row += count;
             }
+    }
+}
+
+INLINE void panel_of_kind(const uint8_t *panel, const float *scales, int kind, const dot_rows_t *x, int64_t top, int rows, float *out) {
+    switch (rows) {
+    case 1: in_order(panel, scales, kind, x, top, 1, out); break;
+    case 2: in_order(panel, scales, kind, x, top, 2, out); break;
+    default: in_blocks(panel, scales, kind, x, top, rows, out);
     }
 }
 

@@ -20,121 +20,176 @@ typedef struct {
     float *out; /* [rows][out_stride]: what has been summed before, if `begun` */
     int64_t out_stride;
     int begun;
-    const char *next; /* memory that is read soon: asked for meanwhile */
+    const char *next; /* memory that is read soon, if any: asked for meanwhile */
     int64_t next_bytes;
 } lanes_t;
 
-/* `rows` rows by `halves` halves of a panel; even and odd sums side by side. */
-INLINE void side_by_side(const char *panel, int kind, const lanes_t *work, int rows, int halves) {
-    V total[MAX_ROWS][2], even[MAX_ROWS][2], odd[MAX_ROWS][2];
-    const int64_t size = half_bytes(kind), stride = work->stride;
-    const float *x = work->x;
-    const char *next = work->next, *next_end = next + work->next_bytes;
-    const int64_t lines = (work->next_bytes / 64 + work->steps - 1) / work->steps; /* a step */
-    UNROLL for (int row = 0; row < rows; row++)
-        UNROLL for (int half = 0; half < halves; half++)
-            total[row][half] = work->begun ? v_load(work->out + row * work->out_stride + 16 * half) : v_zero();
-    for (int64_t step = 0; step < work->steps; step++, panel += 2 * size, x += STEP) {
-        next = ask_for(next, lines, next_end, NEAR(rows));
-        UNROLL for (int row = 0; row < rows; row++)
-            UNROLL for (int half = 0; half < halves; half++) even[row][half] = odd[row][half] = v_zero();
-        UNROLL for (int pair = 0; pair < 16; pair++)
-            UNROLL for (int half = 0; half < halves; half++) {
-                const V weight_even = load_weights(panel + half * size, pair, 0, kind);
-                UNROLL for (int row = 0; row < rows; row++)
-                    even[row][half] = v_fma(v_set(x[row * stride + 2 * pair]), weight_even, even[row][half]);
-                const V weight_odd = load_weights(panel + half * size, pair, 1, kind);
-                UNROLL for (int row = 0; row < rows; row++)
-                    odd[row][half] = v_fma(v_set(x[row * stride + 2 * pair + 1]), weight_odd, odd[row][half]);
-            }
-        UNROLL for (int row = 0; row < rows; row++)
-            UNROLL for (int half = 0; half < halves; half++)
-                total[row][half] = v_add(total[row][half], v_add(even[row][half], odd[row][half]));
-    }
-    UNROLL for (int row = 0; row < rows; row++)
-        UNROLL for (int half = 0; half < halves; half++) v_store(work->out + row * work->out_stride + 16 * half, total[row][half]);
+/* What is quickest differs: measured with GCC 12 on Zen 4, capped to AVX2 and not (bench.engine --only products). */
+#if defined(__AVX512F__)
+#define IN_ORDER 3 /* rows: so many and fewer read a panel in the order in which it lies */
+#define BLOCK_STEP side_by_side
+#else
+#define IN_ORDER 6
+#define BLOCK_STEP in_turn
+#endif
+#define AHEAD_BYTES 2048 /* by which five and six rows, slower than memory, ask for weights themselves */
+
+/* Keeps an array in memory while products are summed: GCC 12 would give it registers that the sums need. */
+#define SETTLE(array) __asm__ volatile("" : : "r"(array) : "memory")
+
+/* Asks for the memory that lies `ahead` bytes behind a pair's weights; 0: for none. */
+INLINE void ask_ahead(const char *half, int kind, int pair, int64_t ahead) {
+    const int size = half_bytes(kind) / 16;
+    if (ahead)
+        for (int line = 0; line < size; line += 64) _mm_prefetch(half + size * pair + line + ahead, _MM_HINT_T0);
 }
 
-/* `rows` rows by one half; a step's even sums first, then its odd ones, which takes half the registers. */
-INLINE void one_by_one(const char *panel, int kind, const lanes_t *work, int rows) {
-    V total[MAX_ROWS], even[MAX_ROWS], sum[MAX_ROWS];
-    const int64_t size = half_bytes(kind), stride = work->stride;
+/* A step's sums of one half of a panel, added to the totals: even and odd ones side by side. */
+INLINE void side_by_side(const char *half, int kind, const float *x, int64_t stride, int rows, int64_t ahead, V *total) {
+    V even[MAX_ROWS], odd[MAX_ROWS];
+    UNROLL for (int row = 0; row < rows; row++) even[row] = odd[row] = v_zero();
+    UNROLL for (int pair = 0; pair < 16; pair++) {
+        ask_ahead(half, kind, pair, ahead);
+        const V weight_even = load_weights(half, pair, 0, kind);
+        UNROLL for (int row = 0; row < rows; row++) even[row] = v_fma(v_set(x[row * stride + 2 * pair]), weight_even, even[row]);
+        const V weight_odd = load_weights(half, pair, 1, kind);
+        UNROLL for (int row = 0; row < rows; row++) odd[row] = v_fma(v_set(x[row * stride + 2 * pair + 1]), weight_odd, odd[row]);
+    }
+    UNROLL for (int row = 0; row < rows; row++) total[row] = v_add(total[row], v_add(even[row], odd[row]));
+}
+
+/* The odd sums after the even ones, which takes half the registers. */
+INLINE void in_turn(const char *half, int kind, const float *x, int64_t stride, int rows, int64_t ahead, V *total) {
+    V even[MAX_ROWS], sum[MAX_ROWS];
+    UNROLL for (int odd = 0; odd < 2; odd++) {
+        UNROLL for (int row = 0; row < rows; row++) sum[row] = v_zero();
+        _Pragma("GCC unroll 4") for (int pair = 0; pair < 16; pair++) {
+            if (!odd) ask_ahead(half, kind, pair, ahead);
+            const V weight = load_weights(half, pair, odd, kind);
+            UNROLL for (int row = 0; row < rows; row++) sum[row] = v_fma(v_set(x[row * stride + 2 * pair + odd]), weight, sum[row]);
+        }
+        UNROLL for (int row = 0; row < rows; row++) {
+            if (odd)
+                total[row] = v_add(total[row], v_add(even[row], sum[row]));
+            else
+                even[row] = sum[row];
+        }
+        SETTLE(even);
+    }
+    SETTLE(total);
+}
+
+/* Few rows by a panel, in the order in which it lies: the processor asks for what follows by itself. What else is read soon
+ * is asked for at the same pace. */
+INLINE void few_rows(const char *panel, int kind, const lanes_t *work, int rows, int asks) {
+    V total[2][MAX_ROWS];
+    UNROLL for (int half = 0; half < 2; half++)
+        UNROLL for (int row = 0; row < rows; row++)
+            total[half][row] = work->begun ? v_load(work->out + row * work->out_stride + 16 * half) : v_zero();
+    const float *x = work->x;
+    const int64_t next = work->next - panel, ahead = asks && next ? next : 64;
+    for (int64_t step = 0; step < work->steps; step++, x += STEP)
+        UNROLL for (int half = 0; half < 2; half++, panel += half_bytes(kind)) {
+            if (rows <= 2) {
+                side_by_side(panel, kind, x, work->stride, rows, asks ? ahead : 0, total[half]);
+                SETTLE(total[half]);
+            } else {
+                in_turn(panel, kind, x, work->stride, rows, asks ? ahead : 0, total[half]);
+            }
+        }
+    UNROLL for (int half = 0; half < 2; half++)
+        UNROLL for (int row = 0; row < rows; row++) v_store(work->out + row * work->out_stride + 16 * half, total[half][row]);
+}
+
+/* A block of rows by half a panel; meanwhile `next` is asked for. */
+INLINE void block_of_rows(const char *panel, int kind, const lanes_t *work, int rows) {
+    V total[MAX_ROWS];
+    UNROLL for (int row = 0; row < rows; row++) total[row] = work->begun ? v_load(work->out + row * work->out_stride) : v_zero();
     const float *x = work->x;
     const char *next = work->next, *next_end = next + work->next_bytes;
     const int64_t lines = (work->next_bytes / 64 + work->steps - 1) / work->steps; /* a step */
-    UNROLL for (int row = 0; row < rows; row++) total[row] = work->begun ? v_load(work->out + row * work->out_stride) : v_zero();
-    for (int64_t step = 0; step < work->steps; step++, panel += 2 * size, x += STEP) {
-        next = ask_for(next, lines, next_end, NEAR(rows));
-        UNROLL for (int odd = 0; odd < 2; odd++) {
-            UNROLL for (int row = 0; row < rows; row++) sum[row] = v_zero();
-            _Pragma("GCC unroll 4") for (int pair = 0; pair < 16; pair++) {
-                const V weight = load_weights(panel, pair, odd, kind);
-                UNROLL for (int row = 0; row < rows; row++)
-                    sum[row] = v_fma(v_set(x[row * stride + 2 * pair + odd]), weight, sum[row]);
-            }
-            UNROLL for (int row = 0; row < rows; row++) {
-                if (odd)
-                    total[row] = v_add(total[row], v_add(even[row], sum[row]));
-                else
-                    even[row] = sum[row];
-            }
-        }
+    for (int64_t step = 0; step < work->steps; step++, panel += 2 * half_bytes(kind), x += STEP) {
+        next = ask_for(next, lines, next_end);
+        BLOCK_STEP(panel, kind, x, work->stride, rows, 0, total);
     }
     UNROLL for (int row = 0; row < rows; row++) v_store(work->out + row * work->out_stride, total[row]);
 }
 
-/* What is quickest differs: measured with GCC 12 on Zen 4, capped to AVX2 and not (bench.engine --only products). */
-#if defined(__AVX512F__)
-#define HALVES(rows) ((rows) <= 2 ? 2 : 1)
-#define FEW(rows, halves) side_by_side(panel, kind, work, rows, halves)
-#else
-#define HALVES(rows) ((rows) <= 2 ? 2 : 1)
-#define FEW(rows, halves) ((rows) <= 2 ? side_by_side(panel, kind, work, rows, halves) : one_by_one(panel, kind, work, rows))
-#endif
+#define FEW(rows, asks) \
+    case rows: few_rows(panel, kind, work, rows, asks); break;
+#define BLOCK(rows) \
+    case rows: block_of_rows(panel, kind, work, rows); break;
 
-INLINE void few_rows(const char *panel, int kind, const lanes_t *work, int rows) {
+INLINE void some_rows(const char *panel, int kind, const lanes_t *work, int rows, int asks) {
     switch (rows) {
-    case 1: FEW(1, HALVES(1)); break;
-    case 2: FEW(2, HALVES(2)); break;
-    case 3: FEW(3, HALVES(3)); break;
-    case 4: FEW(4, HALVES(4)); break;
-    case 5: FEW(5, HALVES(5)); break;
-    default: FEW(6, HALVES(6));
+        FEW(1, asks)
+        FEW(2, asks)
+        FEW(3, asks)
+#if IN_ORDER > 3
+        FEW(4, asks)
+        FEW(5, 1)
+        FEW(6, 1)
+#endif
+    }
+}
+
+INLINE void some_of_many(const char *panel, int kind, const lanes_t *work, int rows) {
+    switch (rows) {
+        BLOCK(3)
+        BLOCK(4)
+        BLOCK(5)
+        BLOCK(6)
     }
 }
 
 /* Rows in blocks of nearly equal size, all of them by a chunk of steps before the next one, which is asked for meanwhile. */
-INLINE void panel_of_kind(const char *panel, int kind, const lanes_t *work, int rows) {
-    const int blocks = (rows + MAX_ROWS - 1) / MAX_ROWS, halves = HALVES((rows + blocks - 1) / blocks), passes = blocks * 2 / halves;
-    const int64_t step_bytes = 2 * half_bytes(kind), chunk = NEAR(rows) ? (NEAR_BYTES + step_bytes - 1) / step_bytes : CHUNK;
-    for (int64_t first = 0; first < work->steps; first += chunk) {
-        const int64_t end = least(first + chunk, work->steps);
+INLINE void many_rows(const char *panel, int kind, const lanes_t *work, int rows) {
+    const int blocks = (rows + MAX_ROWS - 1) / MAX_ROWS, passes = blocks * 2;
+    const int64_t step_bytes = 2 * half_bytes(kind);
+    for (int64_t first = 0; first < work->steps; first += CHUNK) {
+        const int64_t end = least(first + CHUNK, work->steps);
         lanes_t few = *work;
         few.steps = end - first;
         few.begun = work->begun || first;
         if (end < work->steps) {
             few.next = panel + end * step_bytes;
-            few.next_bytes = least(chunk, work->steps - end) * step_bytes;
+            few.next_bytes = least(CHUNK, work->steps - end) * step_bytes;
         }
-        if (NEAR(rows)) few.next_bytes = least(few.next_bytes, chunk * step_bytes);
         few.next_bytes = (few.next_bytes / passes + 63) & ~(int64_t)63;
-        for (int half = 0; half < 2; half += halves)
+        for (int half = 0; half < 2; half++)
             for (int block = 0, row = 0; block < blocks; block++) {
                 const int count = (rows - row + blocks - block - 1) / (blocks - block);
                 few.x = work->x + row * work->stride + first * STEP;
                 few.out = work->out + row * work->out_stride + 16 * half;
-                few_rows(panel + first * step_bytes + half * half_bytes(kind), kind, &few, count);
+                some_of_many(panel + first * step_bytes + half * half_bytes(kind), kind, &few, count);
                 few.next += few.next_bytes;
                 row += count;
             }
     }
 }
 
-/* Rows times a panel, into `work->out`. */
-static void lanes_panel(const char *panel, int kind, const lanes_t *work, int rows) {
+INLINE void panel_of_kind(const char *panel, int kind, const lanes_t *work, int rows, int asks) {
+    if (rows > IN_ORDER)
+        many_rows(panel, kind, work, rows);
+    else
+        some_rows(panel, kind, work, rows, asks);
+}
+
+/* Rows times one of many panels that lie one behind the other, into `work->out`. */
+static void lanes_panel(const char *panel, int64_t panel_bytes, int kind, lanes_t work, int rows) {
+    work.next = panel + (rows > IN_ORDER ? panel_bytes : AHEAD_BYTES);
+    work.next_bytes = least(CHUNK, work.steps) * 2 * half_bytes(kind);
     switch (kind) {
-    case BF16: panel_of_kind(panel, BF16, work, rows); break;
-    case FP16: panel_of_kind(panel, FP16, work, rows); break;
-    default: panel_of_kind(panel, FP32, work, rows);
+    case BF16: panel_of_kind(panel, BF16, &work, rows, 0); break;
+    case FP16: panel_of_kind(panel, FP16, &work, rows, 0); break;
+    default: panel_of_kind(panel, FP32, &work, rows, 0);
     }
+}
+
+/* Rows times a panel that is in the cache; `work->next` is memory. */
+static void lanes_cached_panel(const char *panel, int kind, const lanes_t *work, int rows) {
+    if (kind == BF16)
+        panel_of_kind(panel, BF16, work, rows, 1);
+    else
+        panel_of_kind(panel, FP32, work, rows, 1);
 }

@@ -150,7 +150,7 @@ static void work_panels(const void *work, int64_t item) {
     const product_t *p = w->product;
     const unsigned before = flush_denormals();
     const int64_t steps = steps_of(p), end = least((item + 1) * w->claim, panels_of(p));
-    const int64_t step_bytes = 2 * half_bytes((int)p->kind), panel_bytes = steps * step_bytes, chunk_bytes = least(CHUNK, steps) * step_bytes;
+    const int64_t panel_bytes = steps * 2 * half_bytes((int)p->kind);
     float tile[TOP_ROWS * PANEL] __attribute__((aligned(64)));
     for (int64_t panel = item * w->claim; panel < end; panel++) {
         const char *weights = (const char *)p->packed + panel * panel_bytes;
@@ -167,8 +167,8 @@ static void work_panels(const void *work, int64_t item) {
             else if (in_whole_numbers(p))
                 dots->panel(weights, scales, (int)p->kind, &in->dots, top, rows, tile);
             else {
-                const lanes_t lanes = {in->fp32 + top * in->stride, in->stride, steps, tile, PANEL, 0, weights + panel_bytes, chunk_bytes};
-                lanes_panel(weights, (int)p->kind, &lanes, rows);
+                const lanes_t lanes = {.x = in->fp32 + top * in->stride, .stride = in->stride, .steps = steps, .out = tile, .out_stride = PANEL};
+                lanes_panel(weights, panel_bytes, (int)p->kind, lanes, rows);
             }
             finish(w, panel, top, rows, tile);
         }
