@@ -101,15 +101,16 @@ def test_a_stream_whose_node_dies_goes_on_with_the_same_weights_though_others_an
     with LocalMesh(tmp_path / "mesh") as mesh:
         a, b, c = mesh.start_all({"a": (), "b": (), "c": ("--model", f"{MODEL_ID}={copy}")})
         all_count([a, b, c], 2, 1)
-        expected = tokens_of(answer(a, seed=5, max_tokens=60, ignore_eos=True))
+        expected = tokens_of(answer(a, seed=5, max_tokens=400, ignore_eos=True))
+        ids = {node_id(node): node for node in (a, b)}
         got: list[int] = []
         killed = None
-        with stream(c, seed=5, max_tokens=60, ignore_eos=True) as (stream_id, chunks):
+        with stream(c, seed=5, max_tokens=400, ignore_eos=True) as (stream_id, chunks):
             for chunk in chunks:
                 got += new_tokens(chunk)
                 if killed is None and len(got) >= 5:
                     [stage] = get(c, f"/mesh/requests/{stream_id}").json()["path"]
-                    killed = next(node for node in (a, b) if node_id(node) == stage["node"])
+                    killed = ids[stage["node"]]
                     mesh.kill(killed)
         assert got == expected
         why = get(c, f"/mesh/requests/{stream_id}").json()
