@@ -6,8 +6,8 @@ measures some of them, `python -m bench.engine --only products` those that figur
 Each kernel holds whole decoder layers, as many as exceed the last-level cache several times, and works them off in the
 order of a decoding step (qkv, out, gate_up, down, then the next layer). So no weight is still in the cache from its last
 use, as in decoding. Kernels take turns, a pass over all of their layers each, of which the first layer is not timed: it
-finds the code and the rows of another kernel in the caches. The call at the lower quarter counts, by the CPU time of the calling
-thread: what others do on the machine only ever adds to it.
+finds the code and the rows of another kernel in the caches. By the CPU time of the calling thread, the call at the lower quarter
+counts: what others do on the machine only ever adds to it.
 All kernels multiply by the same numbers: random bfloat16, which float16 and float32 hold exactly but for the smallest.
 """
 

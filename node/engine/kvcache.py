@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from node.engine.blocks import BLOCK_TOKENS, blocks_for
+from node.engine.native.arena import mapped
 
 Page = dict[int, torch.Tensor]
 """Keys and values of some positions of a sequence: layer -> `[2, kv_heads, positions, dim]`."""
@@ -79,12 +80,10 @@ class Slab:
             held[:, slot, :, :tokens].zero_()
 
 
-def _mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype, large_pages: bool = False) -> torch.Tensor:
-    """Zeros in pages that cost nothing until they are written. Long sequences are read faster from large ones."""
+def _mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in small pages, which cost nothing until they are written: most slots are empty."""
     size_bytes = torch.Size(shape).numel() * dtype.itemsize
     pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if large_pages:
-        pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
@@ -226,7 +225,7 @@ class SequenceKV:
             held = self.place.slab.layer(layer, like)[:, slot : slot + 1]
         if held.shape[3] < end:
             shape = (2, 1, like.shape[2], blocks_for(end) * BLOCK_TOKENS, like.shape[3])
-            grown = _mapped_zeros(shape, like.dtype, large_pages=True)
+            grown = torch.frombuffer(mapped(torch.Size(shape).numel() * like.itemsize), dtype=like.dtype).view(shape)
             grown[:, :, :, : held.shape[3]] = held
             self._buffers[layer] = held = grown
         return held

@@ -36,7 +36,7 @@ def test_a_mapping_goes_with_the_last_weight_in_it(monkeypatch: pytest.MonkeyPat
         made.append(weakref.ref(mapping))
         return mapping
 
-    monkeypatch.setattr(arena, "_mapped", mapped)
+    monkeypatch.setattr(arena, "mapped", mapped)
     monkeypatch.setattr(arena, "_shared", arena._Shared())
     first, second = zeroed(SHARED_BYTES // 8), zeroed(SHARED_BYTES // 8)
     rest = [zeroed(LARGEST_SHARED_BYTES) for _ in range(4)]  # the last of them begins another

@@ -7,6 +7,7 @@ A mapping goes when the last weight in it does.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 
@@ -28,7 +29,7 @@ class _Shared:
     def take(self, size_bytes: int) -> torch.Tensor:
         with self._lock:
             if self._mapping is None or self._used + size_bytes > SHARED_BYTES:
-                self._mapping, self._used = _mapped(SHARED_BYTES), 0
+                self._mapping, self._used = mapped(SHARED_BYTES), 0
             taken = torch.frombuffer(self._mapping, dtype=torch.uint8, offset=self._used, count=size_bytes)
             self._used += -(-size_bytes // ALIGNMENT) * ALIGNMENT
             return taken
@@ -40,11 +41,13 @@ _shared = _Shared()
 def zeroed(size_bytes: int) -> torch.Tensor:
     """Zeros `[size_bytes]` uint8, aligned to a line of the cache; `size_bytes` above zero."""
     if size_bytes > LARGEST_SHARED_BYTES:
-        return torch.frombuffer(_mapped(size_bytes), dtype=torch.uint8)
+        return torch.frombuffer(mapped(size_bytes), dtype=torch.uint8)
     return _shared.take(size_bytes)
 
 
-def _mapped(size_bytes: int) -> mmap.mmap:
+def mapped(size_bytes: int) -> mmap.mmap:
+    """Zeros that cost nothing until they are written, in large pages where the system has them."""
     mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    mapping.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(AttributeError, OSError):  # not on this system; not in this kernel
+        mapping.madvise(mmap.MADV_HUGEPAGE)
     return mapping
