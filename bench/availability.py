@@ -28,8 +28,8 @@ import trio
 from bench.machine import machine
 from bench.violence import ENTRY, STAGES, Strike, Violence
 from cli.local_mesh import LocalMesh
-from mesh.client import AsyncClient
-from mesh.client_flow import Budget
+from mesh.client.client import AsyncClient
+from mesh.client.flow import Budget
 from mesh.errors import MeshError
 
 HANG_UP_SHARE = 0.1

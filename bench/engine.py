@@ -53,11 +53,11 @@ from bench.machine import machine
 from mesh.errors import BadRequest
 from mesh.view import is_exact
 from node.engine import device
-from node.engine.checkpoint import Checkpoint, read_checkpoint
-from node.engine.linear import KERNELS
+from node.engine.kernels.machine import named
 from node.engine.loading import Loaded, load_stage
-from node.engine.machine import named
-from node.engine.stage import Stage
+from node.engine.model.checkpoint import Checkpoint, read_checkpoint
+from node.engine.model.linear import KERNELS
+from node.engine.model.stage import Stage
 
 QUICK_SHAPE, FULL_SHAPE = "100M", "Llama-3.2-1B"
 WITHOUT_MODEL = {"products", "context", "sampler"}  # parts that need no checkpoint

@@ -13,7 +13,7 @@ from pathlib import Path
 from mesh.ids import ModelId, StreamId
 from mesh.prefix import further_names
 from node.engine.api import EngineConfig, EngineOutput, OpenSequence, Prefix, TokenOut
-from node.engine.checkpoint import read_checkpoint
+from node.engine.model.checkpoint import read_checkpoint
 from node.engine.worker import TorchEngine
 from node.requests import SamplingParams
 

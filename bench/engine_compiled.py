@@ -24,11 +24,11 @@ from bench.engine_prefill import PROMPT_TOKENS, prompt, read_by_us
 from bench.engine_shapes import SHAPES, make_checkpoint
 from bench.engine_sides import Ours, timed
 from bench.machine import machine
-from node.config import CPU_ISA_VARIABLE
-from node.engine.checkpoint import read_checkpoint
+from node.engine.kernels.machine import named
 from node.engine.loading import load_stage
-from node.engine.machine import named
-from node.engine.stage import Stage
+from node.engine.model.checkpoint import read_checkpoint
+from node.engine.model.stage import Stage
+from node.host.environment import CPU_ISA_VARIABLE
 
 SHAPE = "100M"
 BATCHES = (1, 8, 32)

@@ -13,11 +13,11 @@ from typing import Any
 
 from bench.engine_shapes import make_checkpoint
 from bench.engine_sides import Step, judged_by, timed
-from node.engine.attention import Segment
-from node.engine.checkpoint import read_checkpoint
+from node.engine.kernels.machine import named
 from node.engine.loading import load_stage
-from node.engine.machine import named
-from node.engine.stage import Stage
+from node.engine.model.attention import Segment
+from node.engine.model.checkpoint import read_checkpoint
+from node.engine.model.stage import Stage
 
 NEAR_TOKENS, FAR_TOKENS = 64, 16_000
 SHAPE: dict[str, Any] = {

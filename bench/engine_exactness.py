@@ -15,10 +15,10 @@ from typing import Any
 from unittest import mock
 
 from bench.engine_sides import Step, timed
-from node.engine import attention
-from node.engine.attention import Segment
-from node.engine.blocks import BLOCK_TOKENS
-from node.engine.stage import Stage
+from node.engine.kv.blocks import BLOCK_TOKENS
+from node.engine.model import attention
+from node.engine.model.attention import Segment
+from node.engine.model.stage import Stage
 
 SHORT_TOKENS, LONG_TOKENS = 70, 600  # neither fills a stretch of 128
 BATCH = 32

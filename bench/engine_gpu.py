@@ -19,9 +19,9 @@ from bench.engine_shapes import prompts
 from bench.engine_sides import Ours, plain_model
 from mesh.view import is_exact
 from node.engine import device
-from node.engine.checkpoint import read_checkpoint
+from node.engine.kernels.machine import named
 from node.engine.loading import load_stage
-from node.engine.machine import named
+from node.engine.model.checkpoint import read_checkpoint
 
 BATCHES = (1, 64)
 ROUNDS = 5

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from node.engine.checkpoint import read_checkpoint
 from node.engine.loading import load_stage
-from node.engine.mapped import give_back_freed
+from node.engine.model.checkpoint import read_checkpoint
+from node.engine.model.mapped import give_back_freed
 
 CLEAR_PEAK = "5"  # proc(5), clear_refs: takes the peak down to what is resident now
 WITHIN_S = 300.0

@@ -14,8 +14,8 @@ from transformers import DynamicCache
 from bench import llama_side
 from bench.engine_sides import Step, faster, judged_by, plain_model, timed
 from bench.llama_side import LlamaCpp
-from node.engine.attention import Segment
-from node.engine.stage import Stage
+from node.engine.model.attention import Segment
+from node.engine.model.stage import Stage
 
 PROMPT_TOKENS = 512
 TRIAL_TOKENS = 64  # by which the dtype is found that suits transformers

@@ -15,7 +15,7 @@ import torch
 
 from bench.engine_asking import Answer, asking
 from bench.engine_figure import run
-from node.engine.checkpoint import read_checkpoint
+from node.engine.model.checkpoint import read_checkpoint
 
 PROMPT_TOKENS = 1000
 ANSWER_TOKENS = 4

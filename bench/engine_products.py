@@ -28,8 +28,8 @@ import torch
 from bench.capped import ISAS, cap
 from bench.engine_shapes import SHAPES, layer_shapes
 from bench.machine import machine
-from node.engine.linear import KERNELS
-from node.engine.machine import candidates
+from node.engine.kernels.machine import candidates
+from node.engine.model.linear import KERNELS
 from node.engine.native.library import native
 from node.engine.native.product import NativeProduct
 

@@ -14,9 +14,9 @@ from bench.engine_rows import ROOM_TOKENS, Effort, interleaved
 from bench.engine_sides import Ours, Side, judged_by
 from bench.llama_side import LlamaCpp
 from mesh.errors import BadRequest
-from node.engine.checkpoint import read_checkpoint
 from node.engine.loading import load_stage
-from node.engine.stage import Stage
+from node.engine.model.checkpoint import read_checkpoint
+from node.engine.model.stage import Stage
 
 BESIDE = {"int8": "q8_0", "int4": "q4_0"}
 

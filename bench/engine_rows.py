@@ -23,7 +23,7 @@ from bench.bandwidth import MemoryReader
 from bench.engine_shapes import PROMPT_TOKENS, weights_read_bytes
 from bench.engine_sides import ForwardLoop, GenerateBatch, Ours, Side, Step, best_dtypes, faster, judged_by, plain_model
 from bench.llama_side import LlamaCpp
-from node.engine.stage import Stage
+from node.engine.model.stage import Stage
 
 BATCHES = (1, 8, 32)
 ROUNDS, QUICK_ROUNDS = 12, 4

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 
-from node.engine.sampler import draw
+from node.engine.sampling.sampler import draw
 from node.requests import SamplingParams
 
 VOCABULARY = 128_256

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from bench.engine_shapes import PROMPT_TOKENS, prompts
-from node.engine.attention import Segment
-from node.engine.stage import Stage
+from node.engine.model.attention import Segment
+from node.engine.model.stage import Stage
 
 PAGE_TOKENS = 256
 TRIAL_TOKENS = 4  # of each prompt: float32 reads long ones slowly, and what is asked is how fast it decodes

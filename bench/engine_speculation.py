@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bench.copying import teach_to_copy
 from bench.engine_asking import Answer, Asking, asking
 from bench.engine_figure import run
-from node.engine.checkpoint import read_checkpoint
+from node.engine.model.checkpoint import read_checkpoint
 
 PASSAGE_TOKENS = 160
 ALTERED = 16  # each so-manieth token

@@ -23,7 +23,7 @@ from bench.engine_figure import run
 from bench.engine_shapes import prompts
 from mesh.ids import ModelId, StreamId
 from node.engine.api import EngineConfig, EngineOutput, HiddenOut, OpenSequence, SequenceKey, TokenOut
-from node.engine.checkpoint import read_checkpoint
+from node.engine.model.checkpoint import read_checkpoint
 from node.engine.worker import TorchEngine
 from node.requests import SamplingParams
 
@@ -60,7 +60,7 @@ class Line:
             engine.start(lambda outputs, number=number: self._carry(number, outputs))
 
     def _carry(self, number: int, outputs: list[EngineOutput]) -> None:
-        """As `node.stages` does: what a step gives goes on together."""
+        """As `node.serving.stages` does: what a step gives goes on together."""
         hidden = [out for out in outputs if isinstance(out, HiddenOut)]
         tokens = [out for out in outputs if isinstance(out, TokenOut)]
         if hidden:

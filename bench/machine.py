@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from node.engine.machine import isa
+from node.engine.kernels.machine import isa
 
 
 def machine() -> dict[str, Any]:

@@ -14,15 +14,15 @@ import time
 
 import trio
 
-from membership.events import JoinFailed, MemberEvent
-from membership.service import Membership
+from membership.shell.events import JoinFailed, MemberEvent
+from membership.shell.service import Membership
 from mesh.ids import format_address, parse_address
-from mesh.link import LinkConfig
-from mesh.links import Links
-from mesh.seal import KeySeal
-from mesh.signing import IdentityKey
-from mesh.tls import PeerTls
-from node.sockets import open_peer_sockets
+from mesh.keys.seal import KeySeal
+from mesh.keys.signing import IdentityKey
+from mesh.links.link import LinkConfig
+from mesh.links.links import Links
+from mesh.links.tls import PeerTls
+from node.host.sockets import open_peer_sockets
 
 MESH_KEY = bytes(range(32))
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import trio
 
-from mesh.calls import Reply
 from mesh.ids import Address, NodeId
 from mesh.view import Facts, Peer, View
+from mesh.wire.calls import Reply
 from rag.embed import MiniLM
 from rag.service import Documents
 from rag.types import SearchResult

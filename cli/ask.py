@@ -22,7 +22,7 @@ def ask(
     json: options.JsonOption = False,
 ) -> None:
     """Ask a question of the documents in a store; the passages it was answered from are listed at the end."""
-    from mesh.client_api import citations
+    from mesh.client.api import citations
 
     params = options.sampling(max_tokens, temperature, seed, model)
     params["top_k"] = top_k

@@ -13,8 +13,8 @@ from cli import options, output
 from mesh.errors import BadRequest, MeshError
 
 if TYPE_CHECKING:
-    from mesh.client import Client
-    from mesh.client_params import ChatParams
+    from mesh.client.client import Client
+    from mesh.client.params import ChatParams
 
 PIPE_WAIT_S = 0.5
 TOO_LONG = ("context_length_exceeded", "body_too_large")  # error codes that a shorter conversation would not get

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import httpx
 
     from cli.local_mesh import LocalMesh, LocalNode
-    from mesh.client import Client
-    from mesh.client_api import Document
+    from mesh.client.api import Document
+    from mesh.client.client import Client
 
 STORE = "demo"
 # Chosen by their answers: the default model quotes the sentence that answers each. Those in front are asked first, and
@@ -81,8 +81,8 @@ def pinned_layers(layers: int) -> tuple[str, str, str]:
 
 def project_documents() -> Iterator[Document]:
     """README.md and docs/**/*.md of the checkout; of an installed package the README, which its metadata carries."""
-    from mesh.client import read_documents
-    from mesh.client_api import Document
+    from mesh.client.api import Document
+    from mesh.client.client import read_documents
 
     root = Path(__file__).resolve().parent.parent
     found = [path for path in (root / "README.md", root / "docs") if path.exists()]
@@ -97,8 +97,8 @@ def project_documents() -> Iterator[Document]:
 
 def ask_once(client: Client, question: str, watch: Callable[[Run], None] = lambda run: None) -> Run:
     """Asks and reads the answer, each time the likeliest token; `watch` is called after each chunk."""
-    from mesh.answers import text_of
-    from mesh.client_api import citations
+    from mesh.client.answers import text_of
+    from mesh.client.api import citations
 
     run = Run(question)
     begun = time.monotonic()
@@ -226,7 +226,7 @@ def ask_until_quoted(story: output.Story, node: LocalNode, questions: Iterator[s
 
     A change of the documents may take the model's answer to a question away from it. All answers are shown and returned.
     """
-    from mesh.client import Client
+    from mesh.client.client import Client
 
     runs: list[Run] = []
     with Client([node.http]) as asked:
@@ -271,7 +271,7 @@ def is_quoted(answer: str, passage: str) -> bool:
 def perform(mesh: LocalMesh, story: output.Story) -> None:
     """The demo's steps. Raises MeshError when one of them fails."""
     from cli.models import default_model
-    from mesh.client import Client
+    from mesh.client.client import Client
 
     def since(begun: float) -> str:
         return f"{time.monotonic() - begun:.1f} s"

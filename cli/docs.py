@@ -25,7 +25,7 @@ def add(
     json: options.JsonOption = False,
 ) -> None:
     """Add files and folders to a store, which is made if need be. What is unchanged is left alone."""
-    from mesh.client import read_documents
+    from mesh.client.client import read_documents
 
     documents = list(read_documents(paths))
     if not documents:

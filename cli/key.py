@@ -19,7 +19,7 @@ def new(
     file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Where to write it; else it is printed.")] = None,
 ) -> None:
     """Make a mesh secret. Copy it to every node and start them with --key-file."""
-    from mesh.keys import encode_key, new_key, save_key
+    from mesh.keys.mesh_key import encode_key, new_key, save_key
 
     if file is None:
         output.line(encode_key(new_key()))

@@ -1,6 +1,6 @@
 """Several real nodes on this machine: for the demo, the end-to-end tests and the benchmarks.
 
-Each is a process of its own with a data directory of its own. They hang on a leash (`node.leash`), so none
+Each is a process of its own with a data directory of its own. They hang on a leash (`node.host.parent_watch`), so none
 outlives the process that started it, even when that is killed.
 """
 

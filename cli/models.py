@@ -14,7 +14,7 @@ def models(
     json: options.JsonOption = False,
 ) -> None:
     """The models of the mesh. With no node named and none on this machine: the default model."""
-    from mesh.client_flow import NoNodeAnswers
+    from mesh.client.flow import NoNodeAnswers
 
     try:
         with options.client(node, api_key) as client:

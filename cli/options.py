@@ -12,8 +12,8 @@ from mesh.errors import BadRequest
 from mesh.ids import Address, parse_address
 
 if TYPE_CHECKING:
-    from mesh.client import Client
-    from mesh.client_params import ChatParams
+    from mesh.client.client import Client
+    from mesh.client.params import ChatParams
 
 NodeOption = Annotated[
     list[str],
@@ -37,7 +37,7 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 def client(node: list[str], api_key: str | None) -> Client:
     """A client of the named nodes. Imports httpx."""
-    from mesh.client import Client
+    from mesh.client.client import Client
 
     urls = [url for given in node or [DEFAULT_NODE] for url in given.split(",") if url]
     return Client([url if "://" in url else f"http://{url}" for url in urls], api_key)

@@ -25,8 +25,8 @@ def replayed(path: Path, json: bool) -> None:
         BadRequest: not readable, or no trace of this version.
         typer.Exit: with 1 when a replay that should be exact is not.
     """
-    from membership.replay import replay
-    from membership.trace import BadTrace, read
+    from membership.trace.replay import replay
+    from membership.trace.trace_format import BadTrace, read
 
     try:
         found = replay(read(path.read_bytes()))

@@ -181,9 +181,9 @@ def start(given: dict[str, Any], ctx: typer.Context) -> None:
         file: config_file.Config | None = ctx.meta.get(FILE)
         raise (file.named(error, ctx) if file is not None else error) from None
     if (leash_fd := given["leash"]) is not None:
-        from node import leash
+        from node.host import parent_watch
 
-        leash.hold(leash_fd)
+        parent_watch.hold(leash_fd)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # nothing is taken yet, and the imports below take seconds
     from node.main import run  # imports torch and trio: after all that can be wrong with the options
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from mesh import Client
-from mesh.client_api import citations
+from mesh.client.api import citations
 
 STORE = "notes"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mesh.client import AsyncClient, Client
+    from mesh.client.client import AsyncClient, Client
 
 __all__ = ["AsyncClient", "Client"]
 
@@ -13,7 +13,7 @@ __all__ = ["AsyncClient", "Client"]
 def __getattr__(name: str) -> Any:
     """Loads the client on first use: nodes import this package and need none."""
     if name in __all__:
-        from mesh import client
+        from mesh.client import client
 
         return getattr(client, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

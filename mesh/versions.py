@@ -1,6 +1,6 @@
 """The sets of weights that are known under each model's id, and which one of them answers to it.
 
-Two checkpoints that differ in any byte are two versions, with an identity each (`mesh.weights`), though both may be served
+Two checkpoints that differ in any byte are two versions, with an identity each (`mesh.manifest`), though both may be served
 under one id. Copies are counted, paths are planned and answers are repeated within one version. Only one version
 answers to the plain id, by a rule that is a pure function of the view, so that all nodes with one view say the same:
 

@@ -87,7 +87,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     id: ModelId
     layers: Annotated[int, Meta(ge=1, le=MAX_LAYERS)]
     max_model_len: Annotated[int, Meta(ge=1)]
-    weights: Hash  # identity: the hash of its manifest (`mesh.weights`); empty: its files are still being hashed
+    weights: Hash  # identity: the hash of its manifest (`mesh.manifest`); empty: its files are still being hashed
     numerics: str  # fingerprint: equal ones promise equal tokens
     kind: str = "chat"
     manifest: Hash = ""  # equals `weights` where this node hands the files to peers; empty: it does not

@@ -1,23 +1,21 @@
-"""What one node is told at its start. The only file that reads the environment.
+"""What one node is told at its start.
 
 Each field: unit, default, reason. Values are checked here once, so the rest may trust them.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
 from mesh.errors import BadRequest
-from mesh.gossip import check_description
 from mesh.ids import Address, is_ip
-from node.engine.parallel.cutting import MOST_RANKS
+from mesh.wire.gossip import check_description
+from node.engine.model.shard_plan import MOST_RANKS
+from node.host.environment import cpu_isa
 
-CPU_ISA_VARIABLE = "MESH_CPU_ISA"
-CPU_ISAS = ("none", "avx2", "avx512", "amx")
-KERNEL_NAMES = (  # of node.engine.linear, which imports torch: what --dtype may name
+KERNEL_NAMES = (  # of node.engine.model.linear, which imports torch: what --dtype may name
     *("mesh-bf16", "mesh-fp32", "mesh-int8", "mesh-int4", "mesh-int8-fp32", "mesh-int4-fp32", "aten-int8"),
     *("onednn-fp32", "onednn-bf16", "fbgemm-fp16", "aten-fp32", "aten-bf16", "cuda-bf16", "cuda-bf16-tiled", "cuda-fp32"),
 )
@@ -117,38 +115,3 @@ def pinned_spans(layers: str) -> tuple[tuple[int, int], ...] | None:
             raise BadRequest(f"--layers {layers!r}: {LAYERS_FORM}", "layers")
         spans.append((int(start), int(end)))
     return tuple(spans)
-
-
-def data_home() -> Path:
-    """Where nodes keep what must survive a restart, by the XDG convention."""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "gossip-mesh"
-
-
-def child_environment(**changes: str) -> dict[str, str]:
-    """The environment of a process that this one starts: its own, with these changes."""
-    return {**os.environ, **changes}
-
-
-def onednn_cap() -> str:
-    """The most instructions that the environment lets oneDNN use; empty where it sets no cap. oneDNN reads it itself."""
-    return os.environ.get("ONEDNN_MAX_CPU_ISA", "")
-
-
-def cache_home() -> Path:
-    """Where a node keeps what it can make again (the default model)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gossip-mesh"
-
-
-def cpu_isa() -> str:
-    """The most of the CPU's vector instructions that the compiled kernel may use, one of `CPU_ISAS`; `none`: do without it.
-
-    Read from the environment, so that every process of a node, and every test, goes by it. Torch has variables of its own:
-    ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA.
-
-    Raises:
-        BadRequest: another word.
-    """
-    wanted = os.environ.get(CPU_ISA_VARIABLE) or CPU_ISAS[-1]
-    if wanted not in CPU_ISAS:
-        raise BadRequest(f"{CPU_ISA_VARIABLE}: expected {', '.join(CPU_ISAS[:-1])} or {CPU_ISAS[-1]}, got {wanted!r}", "cpu_isa")
-    return wanted

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from membership.events import MemberEvent
+from membership.shell.events import MemberEvent
 from mesh.ids import Address, NodeId
 from mesh.view import PeerState, View
-from node.entry import Entry
-from node.generation_events import PeerBack, PeerGone, PeerSuspect
-from node.planning import Planning
-from node.stages import Stages
+from node.entry.entry import Entry
+from node.entry.generation_events import PeerBack, PeerGone, PeerSuspect
+from node.entry.planning import Planning
+from node.serving.stages import Stages
 
 
 class Doubter(Protocol):
@@ -37,7 +37,7 @@ class Losses:
         self._stalled: frozenset[NodeId] = frozenset()  # as of the last view
 
     def link_lost(self, node: NodeId | None, address: Address | None, reason: str) -> None:
-        """See `mesh.links.OnLost`: `address` is None where the peer had dialled."""
+        """See `mesh.links.links.OnLost`: `address` is None where the peer had dialled."""
         proven = node is not None  # by its handshake
         if node is None:
             node = next((peer.id for peer in self._view().peers.values() if peer.address == address), None)

@@ -17,20 +17,21 @@ import trio
 
 from mesh.errors import BadRequest, MeshError
 from mesh.ids import ModelId
-from mesh.keyring import Keyring, load_keyring
-from mesh.keys import BadKeyFile
+from mesh.keys.keyring import Keyring, load_keyring
+from mesh.keys.mesh_key import BadKeyFile
 from mesh.text_files import text_of
-from node.capacity import layers_that_fit, memory_budget_bytes
-from node.config import NodeConfig, data_home
+from node.checkpoints.capacity import layers_that_fit, memory_budget_bytes
+from node.checkpoints.model_directory import require_checkpoint
+from node.config import NodeConfig
 from node.engine.api import Engine, EngineConfig
+from node.host.environment import data_home
+from node.host.identity import Identity, take_free_identity, take_identity
+from node.host.logs import configure
+from node.host.sockets import open_listener, open_peer_sockets
 from node.http.auth import ApiKeys
-from node.identity import Identity, take_free_identity, take_identity
-from node.logs import configure
-from node.model_directory import require_checkpoint
-from node.model_text import ModelText
-from node.models import Holdings, Models, ServedModel, split_references
 from node.process import Node
-from node.sockets import open_listener, open_peer_sockets
+from node.serving.models import Holdings, Models, ServedModel, split_references
+from node.text.tokenizer import ModelText
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 KV_SHARE = 0.25  # of the node's memory; the rest is for weights

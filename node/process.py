@@ -17,47 +17,47 @@ from random import Random
 import structlog
 import trio
 
-from membership.events import Cut, JoinFailed, MemberEvent
-from membership.service import Membership
+from membership.shell.events import Cut, JoinFailed, MemberEvent
+from membership.shell.service import Membership
 from mesh.ids import Address, format_address
-from mesh.keyring import Keyring
-from mesh.keys import derive
-from mesh.link import LinkConfig
-from mesh.links import Links
-from mesh.refusals import Refusal
-from mesh.seal import KeySeal, PlainSeal
-from mesh.tls import PeerTls
+from mesh.keys.keyring import Keyring
+from mesh.keys.mesh_key import derive
+from mesh.keys.seal import KeySeal, PlainSeal
+from mesh.links.link import LinkConfig
+from mesh.links.links import Links
+from mesh.links.refusals import Refusal
+from mesh.links.tls import PeerTls
 from mesh.view import Facts, Load, Span, View
 from node.config import NodeConfig
-from node.coverage import CoverageWatch
 from node.engine.api import Engine
-from node.entry import Entry
-from node.examination import Examination
+from node.entry.canary import Readiness
+from node.entry.entry import Entry
+from node.entry.planning import Planning
+from node.entry.prompts import Prompts
+from node.entry.run import EntryNode
+from node.host.identity import Identity
+from node.host.known_peers import KnownPeers
+from node.host.sockets import PeerSockets, reachable
 from node.http.app import make_app
 from node.http.auth import ApiKeys
 from node.http.server import Server, serve
-from node.identity import Identity
-from node.identity_in_use import IdentityInUse, TwinWatch
-from node.incidents import TraceFile
-from node.keys import MeshKeys
-from node.known_peers import KnownPeers
-from node.load_watch import LoadWatch, SpanProgress
 from node.losses import Losses
-from node.models import Holdings
-from node.own_facts import OwnFacts
-from node.page_exchange import PageExchange
-from node.peer_models import PeerModels
-from node.placing import Placing
-from node.planning import Planning
-from node.prompts import Prompts
-from node.pulse import Pulse
-from node.readiness import Readiness
-from node.request_run import EntryNode
-from node.sockets import PeerSockets, reachable
-from node.stages import Stages
+from node.ops.examination import Examination
+from node.ops.identity_conflict import IdentityInUse, TwinWatch
+from node.ops.keys import MeshKeys
+from node.ops.trace_file import TraceFile
+from node.serving.coverage import CoverageWatch
+from node.serving.library import Library
+from node.serving.load_state import LoadWatch, SpanProgress
+from node.serving.models import Holdings
+from node.serving.own_facts import OwnFacts
+from node.serving.page_exchange import PageExchange
+from node.serving.peer_models import PeerModels
+from node.serving.placement import Placing
+from node.serving.readiness_monitor import Pulse
+from node.serving.stages import Stages
+from node.serving.version_watch import VersionWatch
 from node.surface import Surface
-from node.version_watch import VersionWatch
-from node.weights.library import Library
 from rag.embed import MiniLM
 from rag.service import Documents
 

@@ -162,7 +162,7 @@ class Started:
     model: ModelId
     seed: int
     prompt_tokens: int
-    tool_style: str = ""  # how the model writes tool calls (`node.tool_styles`), where tools were offered
+    tool_style: str = ""  # how the model writes tool calls (`node.text.tool_styles`), where tools were offered
 
 
 @dataclass(frozen=True, slots=True)

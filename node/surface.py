@@ -1,4 +1,4 @@
-"""What HTTP asks of the node, answered by the parts that know: `node.services.NodeServices`."""
+"""What HTTP asks of the node, answered by the parts that know: `node.http.services.NodeServices`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mesh.errors import BadRequest
 from mesh.ids import ModelId, NodeId, StreamId
 from mesh.versions import named, versions
 from mesh.view import ModelCard, View
-from node.entry import Entry
-from node.keys import MeshKeys
-from node.peer_models import PeerModels
-from node.readiness import Readiness
+from node.entry.canary import Readiness
+from node.entry.entry import Entry
+from node.ops.keys import MeshKeys
+from node.ops.status import status
 from node.requests import GenerateEvent, GenerateRequest
-from node.status import status
+from node.serving.peer_models import PeerModels
 from rag.embed import Embedder
 from rag.service import Documents
 from routing.loading import BeingLoaded

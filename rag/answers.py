@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mesh.calls import Handler, Header, Reply
 from mesh.ids import NodeId
+from mesh.wire.calls import Handler, Header, Reply
 from rag import wire
 from rag.local import LocalStores
 from rag.peers import Peers

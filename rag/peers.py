@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 import trio
 
-from mesh.calls import Call, Reply
 from mesh.errors import BadRequest, DeadlineExceeded, PeerLost, Refused, RemoteError
 from mesh.ids import NodeId
 from mesh.view import PeerState, View
+from mesh.wire.calls import Call, Reply
 from rag import place, wire
 from rag.local import LocalStores
 from rag.reading import A, Ask, Heads, Part

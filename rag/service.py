@@ -16,10 +16,10 @@ import msgspec
 import structlog
 import trio
 
-from mesh.calls import Call, Handlers
 from mesh.errors import BadRequest, Refused
 from mesh.ids import NodeId
 from mesh.view import View
+from mesh.wire.calls import Call, Handlers
 from rag import chunk, parse, search, wire
 from rag.answers import Answers
 from rag.embed import Embedder

@@ -21,18 +21,18 @@ from typing import Any
 
 import msgspec
 
-from membership.config import MembershipConfig
-from membership.core import MembershipCore
-from membership.effects import Send
+from membership.core.config import MembershipConfig
+from membership.core.core import MembershipCore
+from membership.core.effects import Send
 from membership.simulation.network import Network
 from membership.simulation.nodes import SimNode
 from membership.simulation.signer import StandInSigner
-from mesh import gossip_wire
-from mesh.gossip import MAX_MESSAGE_BYTES, Alive, BadDatagram, Claim, Left, Message
 from mesh.ids import Address, NodeId
-from mesh.load_wire import pack_load
-from mesh.statements import alive_statement, left_statement
 from mesh.view import Load
+from mesh.wire import datagram_codec
+from mesh.wire.gossip import MAX_MESSAGE_BYTES, Alive, BadDatagram, Claim, Left, Message
+from mesh.wire.load import pack_load
+from mesh.wire.statements import alive_statement, left_statement
 
 CORPUS = Path(__file__).parent.parent / "tests" / "membership" / "corpus"
 _ODD_BYTES = bytes(
@@ -54,7 +54,7 @@ class Subject:
     def take(self, raw: bytes) -> None:
         """Raises AssertionError, or what the decoder or the core should not have raised."""
         try:
-            message = gossip_wire.decode(raw)
+            message = datagram_codec.decode(raw)
         except BadDatagram:
             self.refused += 1
             return
@@ -67,9 +67,9 @@ class Subject:
         assert self._core.deadline > self._now, "a tick that leaves its deadline where it was is called for ever"
         for effect in effects:
             if isinstance(effect, Send):
-                sent = gossip_wire.encode(effect.message)
+                sent = datagram_codec.encode(effect.message)
                 assert len(sent) <= MAX_MESSAGE_BYTES, f"an answer of {len(sent)} bytes"
-                assert isinstance(gossip_wire.decode(sent), Message), "what we send, we can read"
+                assert isinstance(datagram_codec.decode(sent), Message), "what we send, we can read"
 
 
 def _core() -> MembershipCore:
@@ -91,11 +91,11 @@ def mutated(seeds: list[bytes], rng: Random) -> bytes:
 def _with_other_values(raw: bytes, rng: Random) -> bytes | None:
     """The message with a few of its values replaced and its claims signed by whom they name; None: that is no message."""
     try:
-        parts = msgspec.to_builtins(gossip_wire.decode(raw))
+        parts = msgspec.to_builtins(datagram_codec.decode(raw))
         for _ in range(rng.randint(1, 4)):
             _replace_a_value(parts, rng)
         message = msgspec.convert(parts, Message)
-        return gossip_wire.encode(_signed(message))
+        return datagram_codec.encode(_signed(message))
     except (msgspec.MsgspecError, ValueError, TypeError, OverflowError):
         return None
 
@@ -179,7 +179,7 @@ def real_messages() -> dict[str, bytes]:
     send = network._send
 
     def watch(it: SimNode, to: Address, message: Message) -> None:
-        kind, datagram = type(message).__name__.lower(), gossip_wire.encode(message)
+        kind, datagram = type(message).__name__.lower(), datagram_codec.encode(message)
         if len(datagram) > len(longest.get(kind, b"")):
             longest[kind] = datagram
         send(it, to, message)

@@ -7,9 +7,9 @@ import subprocess
 import torch
 
 from bench.machine import machine
-from node.engine.kernel_probe import refusal
-from node.engine.linear import KERNELS
-from node.engine.machine import isa
+from node.engine.kernels.kernel_probe import refusal
+from node.engine.kernels.machine import isa
+from node.engine.model.linear import KERNELS
 from node.engine.native.build import Compiler, compilers
 from node.engine.native.library import absence, native
 

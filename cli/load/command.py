@@ -12,7 +12,7 @@ from cli.load import plan, report
 from mesh.errors import BadRequest
 
 if TYPE_CHECKING:
-    from mesh.client_params import ChatParams
+    from mesh.client.params import ChatParams
 
 
 def load(
@@ -76,7 +76,7 @@ async def run(
 ) -> tuple[list[report.Outcome], float]:
     """Checks that a node answers, then measures. Raises what `AsyncClient` raises when none does."""
     from cli.load.measure import measure
-    from mesh.client import AsyncClient
+    from mesh.client.client import AsyncClient
 
     async with AsyncClient([url if "://" in url else f"http://{url}" for url in urls], api_key, spread=True) as client:
         await client.status()

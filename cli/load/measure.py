@@ -8,8 +8,8 @@ import trio
 
 from cli.load.plan import Planned
 from cli.load.report import Outcome
-from mesh.client import AsyncClient
-from mesh.client_params import ChatParams
+from mesh.client.client import AsyncClient
+from mesh.client.params import ChatParams
 from mesh.errors import MeshError
 
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable
 from copy import copy
 from random import Random
 
-from membership.config import MembershipConfig
-from membership.core import MembershipCore
-from membership.effects import (
+from membership.core.config import MembershipConfig
+from membership.core.core import MembershipCore
+from membership.core.effects import (
     Cut,
     Effect,
     Exchange,
@@ -28,18 +28,18 @@ from membership.effects import (
     TryConnect,
     Watch,
 )
-from membership.members import Common
+from membership.core.members import Common
 from membership.simulation import twins
 from membership.simulation.nodes import Carried, Seen, SimNode
 from membership.simulation.signer import StandInSigner
 from membership.simulation.timeline import Timeline
 from membership.simulation.ways import Span, Ways
-from mesh import gossip_wire, sync
-from mesh.gossip import MAX_MESSAGE_BYTES, Alive, Message
 from mesh.ids import Address, NodeId
-from mesh.seal import KeySeal
-from mesh.signing import Signer
+from mesh.keys.seal import KeySeal
+from mesh.keys.signing import Signer
 from mesh.view import Facts, PeerState
+from mesh.wire import datagram_codec, sync
+from mesh.wire.gossip import MAX_MESSAGE_BYTES, Alive, Message
 
 SOCKET_BUFFER_DATAGRAMS = 150  # about what Linux keeps of small datagrams in its default 212 KiB
 SEAL_BYTES = KeySeal.overhead_bytes
@@ -309,10 +309,10 @@ class Network(Timeline):
     def _send(self, it: SimNode, to: Address, message: Message) -> None:
         carried: Carried
         if self._encoded:
-            carried = gossip_wire.encode(message)
+            carried = datagram_codec.encode(message)
             size_bytes = len(carried)
         else:
-            carried, size_bytes = message, gossip_wire.encoded_bytes(message)
+            carried, size_bytes = message, datagram_codec.encoded_bytes(message)
         if size_bytes > self.largest_bytes:
             assert size_bytes <= MAX_MESSAGE_BYTES, f"a datagram of {size_bytes} bytes"
             self.largest_bytes = size_bytes
@@ -351,7 +351,7 @@ class Network(Timeline):
             take(arrived_at)
 
     def _receive(self, it: SimNode, source: Address, carried: Carried, arrived_at: float | None) -> None:
-        message = gossip_wire.decode(carried) if isinstance(carried, bytes) else carried
+        message = datagram_codec.decode(carried) if isinstance(carried, bytes) else carried
         self.carry_out(it, it.core.receive(source, message, self.now, arrived_at))
 
     def _exchange(self, it: SimNode, to: Address) -> None:

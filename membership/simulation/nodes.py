@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from membership.core import MembershipCore
-from mesh.gossip import Message
+from membership.core.core import MembershipCore
 from mesh.ids import Address, NodeId
 from mesh.view import PeerState
+from mesh.wire.gossip import Message
 
 Carried = bytes | Message
 """A datagram under way."""

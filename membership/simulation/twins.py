@@ -1,13 +1,13 @@
-"""Two processes with one identity, simulated: the calls of `membership.twin_calls` on the network's virtual wires."""
+"""Two processes with one identity, simulated: the calls of `membership.shell.twin_calls` on the network's virtual wires."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from membership.effects import Displaced, Effect, FindTwin
+from membership.core.effects import Displaced, Effect, FindTwin
 from membership.simulation.nodes import SimNode
 from mesh.ids import Address
-from mesh.twin import Answer
+from mesh.wire.twin import Answer
 
 if TYPE_CHECKING:
     from membership.simulation.network import Network

@@ -11,10 +11,9 @@ from dataclasses import replace
 import torch
 
 from node.engine.api import HiddenOut, SequenceKey, SequenceLost
-from node.engine.row import Pushed
-from node.engine.rows import Piece, StepPlan
-
-BF16_EXPONENT = 0x7F80  # its bits; all of them are set in NaN and infinity, and in no other number
+from node.engine.faults import finite_rows
+from node.engine.scheduling.sequence import Pushed
+from node.engine.scheduling.step_plan import Piece, StepPlan
 
 
 def activations(piece: Piece, part: Pushed) -> torch.Tensor:
@@ -42,20 +41,6 @@ def hidden_outputs(plan: StepPlan, hidden: torch.Tensor) -> list[HiddenOut]:
         outputs.append(HiddenOut(piece.row.key, piece.position, piece.count, data, piece.names, piece.draft, piece.rewinds))
         row += piece.count
     return outputs
-
-
-def finite_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Which of the rows `[rows, width]`, float32 or bfloat16, hold finite numbers alone: `[rows]`, at the price of one pass."""
-    if rows.dtype is torch.bfloat16:
-        return (rows.view(torch.int16) & BF16_EXPONENT).amax(1) < BF16_EXPONENT
-    if bool(rows.sum(1).isfinite().all()):  # a sum may overflow, but is never finite where a number is not
-        return torch.ones(len(rows), dtype=torch.bool)
-    return rows.isfinite().all(1)
-
-
-def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor of float32 or bfloat16, of any shape, holds finite numbers alone."""
-    return bool(finite_rows(tensor.reshape(-1, tensor.shape[-1])).all())
 
 
 def spoiled(plan: StepPlan, rows: torch.Tensor) -> frozenset[SequenceKey]:

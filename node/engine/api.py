@@ -28,6 +28,15 @@ class SequenceKey(NamedTuple):
     attempt: int
 
 
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """The layers `[start, end)` of one loaded span."""
+
+    span: Span
+    start: int
+    end: int
+
+
 class Prefix(msgspec.Struct, frozen=True):
     """What a stage needs to find the pages of earlier sequences that begin with the same tokens, and to keep its own.
 
@@ -214,7 +223,7 @@ class Engine(Protocol):
     def load(self, directory: Path, model: ModelId, start: int, end: int, weights: str = "") -> ModelCard:
         """Loads layers `[start, end)`, runs the self-check, and serves them from its return on (*blocking*).
 
-        `weights`: which they are (`mesh.weights`); empty: the files are hashed for it.
+        `weights`: which they are (`mesh.manifest`); empty: the files are hashed for it.
 
         Raises:
             BadRequest: as `inspect`; also layers out of range, or the self-check failed.

@@ -12,17 +12,17 @@ import torch
 from mesh.errors import BadRequest
 from mesh.ids import ModelId
 from mesh.view import APPROXIMATE, ModelCard
-from node.engine import device, kernel_choice, machine, selfcheck
-from node.engine.checkpoint import Checkpoint, config_value
-from node.engine.kernel_choice import KernelChoice
-from node.engine.linear import Kernel
-from node.engine.native.layers import NativeLayers
-from node.engine.paged.stage import device_stage
-from node.engine.parallel import oracle
+from node.engine import device, parallel_selfcheck, selfcheck
+from node.engine.kernels import kernel_choice, machine
+from node.engine.kernels.kernel_choice import KernelChoice
+from node.engine.model.checkpoint import Checkpoint, config_value
+from node.engine.model.compiled_layers import NativeLayers
+from node.engine.model.linear import Kernel
+from node.engine.model.paged_stage import device_stage
+from node.engine.model.progress import LoadWatch
+from node.engine.model.stage import Stage
+from node.engine.model.structure import cannot_serve, require_span, structure_of, why_it_failed
 from node.engine.parallel.stage import ParallelStage
-from node.engine.progress import LoadWatch
-from node.engine.stage import Stage
-from node.engine.structure import cannot_serve, require_span, structure_of, why_it_failed
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _packed_beside_plain(stage: Stage | ParallelStage) -> torch.Tensor:
     """Packs the stage; what it must compute for the self-check."""
     if isinstance(stage, Stage):
         return selfcheck.pack_behind_the_plain_model(stage)
-    plain = oracle.plain_output(stage.checkpoint, stage.start, stage.end, stage.kernel, stage.threads)
+    plain = parallel_selfcheck.plain_output(stage.checkpoint, stage.start, stage.end, stage.kernel, stage.threads)
     stage.pack()
     return plain
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from node.engine.attention import Segment
-from node.engine.checkpoint import sliding_window
+from node.engine.model.attention import Segment
+from node.engine.model.checkpoint import sliding_window
+from node.engine.model.stage import Stage
 from node.engine.parallel.stage import ParallelStage
-from node.engine.stage import Stage
 
 PROBE_TOKENS = 41  # neither a multiple of 8 nor of any bucket
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}

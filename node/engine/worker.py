@@ -23,7 +23,7 @@ import torch
 from mesh.errors import LocalError
 from mesh.ids import ModelId, StreamId
 from mesh.view import Load, ModelCard, Span, is_exact
-from node.engine import device, machine
+from node.engine import device
 from node.engine.activations import hidden_outputs, not_finite, received, spoiled, without
 from node.engine.api import (
     Deliver,
@@ -36,28 +36,29 @@ from node.engine.api import (
     SpanLost,
     TokenOut,
 )
-from node.engine.blocks import BLOCK_TOKENS, BlockPool
-from node.engine.checkpoint import read_checkpoint
-from node.engine.constraints import Constraints
-from node.engine.drawing import draw
 from node.engine.faults import is_out_of_memory
-from node.engine.kept_pages import KeptPages, PageLost
-from node.engine.kernel_choice import KernelChoice, uncompiled
-from node.engine.kvcache import SequenceKV
+from node.engine.kernels import machine
+from node.engine.kernels.kernel_choice import KernelChoice, uncompiled
+from node.engine.kv.blocks import BLOCK_TOKENS, BlockPool
+from node.engine.kv.cache import SequenceKV
+from node.engine.kv.page_store import KeptPages, PageLost
+from node.engine.kv.prefix_index import PAGES_PER_BLOCK, PageStore
+from node.engine.kv.spill import Spill, SpillStatistics
 from node.engine.loading import Loaded, bare_card, card, kv_token_bytes, load_stage
-from node.engine.page_trade import PageTrade, shown_layout
-from node.engine.pages import PAGES_PER_BLOCK
+from node.engine.model.checkpoint import read_checkpoint
+from node.engine.model.progress import LoadProgress, LoadWatch, gib, log_progress
+from node.engine.model.stage import Stage
+from node.engine.model.stored_tensors import require_tensors
+from node.engine.model.structure import structure_of
+from node.engine.page_transfer import PageTrade, shown_layout
 from node.engine.parallel.stage import ParallelStage
-from node.engine.progress import LoadProgress, LoadWatch, gib, log_progress
-from node.engine.row import Row
-from node.engine.rows import HeldSpan, PageStore, SchedulerStatistics, StepPlan
-from node.engine.scheduler import Scheduler
-from node.engine.spill import Spill, SpillStatistics
-from node.engine.stage import Stage
-from node.engine.step_rows import compute
-from node.engine.stored_tensors import require_tensors
-from node.engine.structure import structure_of
-from node.engine.timing import StepTiming
+from node.engine.sampling.constraints import Constraints
+from node.engine.sampling.draw_step import draw
+from node.engine.scheduling.scheduler import Scheduler
+from node.engine.scheduling.sequence import Row
+from node.engine.scheduling.step_plan import HeldSpan, SchedulerStatistics, StepPlan
+from node.engine.scheduling.step_timing import StepTiming
+from node.engine.step_inputs import compute
 
 KV_SHARE = 0.25  # of free memory, where nothing is configured: several nodes may share a machine
 

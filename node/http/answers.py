@@ -15,7 +15,7 @@ from mesh.ids import ModelId
 from node.http.openai import Asked
 from node.http.tool_deltas import delta_of, ending, message_of, parser_for
 from node.requests import ChoiceDone, Finished, GenerateEvent, Started, TextDelta, TokenLogprob
-from node.tool_calls import ToolCallParser
+from node.text.tool_calls import ToolCallParser
 
 Chunk = dict[str, Any]
 

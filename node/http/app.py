@@ -23,8 +23,8 @@ from node.http import documents, generation, openapi, sse, surface
 from node.http.auth import OPEN_PATHS, ApiKeys, check_origin
 from node.http.errors import ClientGone, ErrorAnswer, answer_of, is_expected, single_cause
 from node.http.exchange import App, Message, Receive, Send
+from node.http.services import NodeServices
 from node.http.site import Endpoint, HttpStatistics, Json, Route, Site
-from node.services import NodeServices
 
 log = structlog.get_logger()
 

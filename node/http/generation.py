@@ -27,9 +27,9 @@ from node.http.errors import answer_of, is_expected, single_cause
 from node.http.exchange import DISCONNECT, App, Receive, Send
 from node.http.openai import Asked, generation_ids, parse_chat, parse_completion
 from node.http.schema import ChatBody, CompletionBody
+from node.http.services import NodeServices
 from node.http.site import Json, Route, Site, read_json
 from node.requests import ChoiceDone, Finished, GenerateEvent, Started, TextDelta
-from node.services import NodeServices
 
 AHEAD_EVENTS = 256  # read ahead of a slow client; then the generation's own bounds hold
 WRITE_EVENTS = 64  # at most so many in one write, so that a fast source does not delay the first of them

@@ -23,7 +23,7 @@ from node.http.schema import ChatBody, CompletionBody, GenerationBody
 from node.http.structured import parse_grammar
 from node.http.tools import parse_tools
 from node.requests import GenerateRequest, Retrieval, SamplingParams, ToolUse
-from node.sampling_defaults import RANGES
+from node.text.sampling_defaults import RANGES
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 32

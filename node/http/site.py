@@ -16,7 +16,7 @@ from mesh.ids import Address
 from node.http.auth import ApiKeys
 from node.http.errors import ClientGone, unexpected_field
 from node.http.exchange import App
-from node.services import NodeServices
+from node.http.services import NodeServices
 
 Endpoint = Callable[["Site", Request], Awaitable[App]]
 

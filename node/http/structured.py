@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 
 from mesh.errors import BadRequest
-from node.grammar import MAX_SOURCE_BYTES, check_schema
 from node.http.errors import unexpected_field
 from node.http.schema import GenerationBody, StructuredOutputs
 from node.requests import Grammar
+from node.text.grammar import MAX_SOURCE_BYTES, check_schema
 
 MAX_CHOICES = 1024  # texts to choose among
 ANY_OBJECT = {"type": "object"}
@@ -25,7 +25,7 @@ def parse_grammar(body: GenerationBody) -> Grammar | None:
     """The one grammar that the request names; None where any text will do.
 
     Raises:
-        BadRequest: more than one, or of another form. Whether it compiles is seen later, by `node.grammar`.
+        BadRequest: more than one, or of another form. Whether it compiles is seen later, by `node.text.grammar`.
     """
     asked = [grammar for grammar in (_response_format(body.response_format), *_extras(body)) if grammar is not None]
     if len(asked) > 1:

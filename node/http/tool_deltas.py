@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 from node.requests import ToolUse
-from node.tool_calls import CallArguments, CallStarted, Said, ToolCallParser, ToolEvent, call_id
-from node.tool_styles import STYLES
+from node.text.tool_calls import CallArguments, CallStarted, Said, ToolCallParser, ToolEvent, call_id
+from node.text.tool_styles import STYLES
 
 MAX_CALLS = 128  # of one answer; further ones are dropped
 

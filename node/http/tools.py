@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mesh.errors import BadRequest
-from node.grammar import check_schema
 from node.http.errors import unexpected_field
 from node.http.schema import ChatBody
 from node.requests import ToolUse
+from node.text.grammar import check_schema
 
 MAX_TOOLS = 128
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mesh.errors import BadRequest
-from mesh.weights import (
+from mesh.manifest import (
     PIECE_BYTES,
     BadManifest,
     Entry,

@@ -12,12 +12,9 @@ import msgspec
 import structlog
 import trio
 
-from mesh.calls import Call
 from mesh.errors import BadRequest, MeshError, Refused
 from mesh.ids import ModelId
-from mesh.versions import card_of, named
-from mesh.view import ModelCard, Peer, View
-from mesh.weights import (
+from mesh.manifest import (
     MANIFEST_KIND,
     MAX_MANIFEST_BYTES,
     NOT_HELD,
@@ -29,6 +26,9 @@ from mesh.weights import (
     is_identity,
     tensors_of_span,
 )
+from mesh.versions import card_of, named
+from mesh.view import ModelCard, Peer, View
+from mesh.wire.calls import Call
 from node.weights.pull import ASK_TIMEOUT_S, Ask, Done, Effect, Event, Failed, Kept, Lacks, Lied, Pull, PullStatistics, Sources
 from node.weights.store import PulledModel, WrongPiece
 

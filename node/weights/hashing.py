@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mesh.errors import BadRequest
-from mesh.weights import (
+from mesh.manifest import (
     DTYPE_BYTES,
     FORM,
     PIECE_BYTES,
@@ -25,7 +25,7 @@ from mesh.weights import (
     digest_of,
     is_text_file,
 )
-from node.safetensors_header import INDEX, StoredTensor, is_whole, read_header, weight_files
+from node.checkpoints.safetensors_header import INDEX, StoredTensor, is_whole, read_header, weight_files
 from node.weights.record import Stamp, stamp_of
 
 THREADS = min(4, os.cpu_count() or 1)  # a disk gives little more to more; each holds one piece

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from mesh.ids import NodeId
-from mesh.weights import Piece
+from mesh.manifest import Piece
 
 ASKS_PER_SOURCE = 4  # one being read, one on the wire, one being hashed, one spare
 ASKS_IN_ALL = 16  # pieces that may be in memory at once

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from mesh.weights import MAX_MANIFEST_BYTES
+from mesh.manifest import MAX_MANIFEST_BYTES
 
 RECORD = ".mesh-manifest"  # the file's name beside the model's files
 _PACKAGE = Path(__file__).resolve().parents[1]  # what pip installed is not ours to write to

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from mesh.calls import Header, Reply
 from mesh.errors import BadRequest, Refused, RemoteError
 from mesh.ids import NodeId
-from mesh.weights import MANIFEST_KIND, NOT_HELD, PIECE_BYTES, PIECE_KIND
+from mesh.manifest import MANIFEST_KIND, NOT_HELD, PIECE_BYTES, PIECE_KIND
+from mesh.wire.calls import Header, Reply
 from node.weights.catalogue import Catalogue
 from node.weights.pace import Pace
 

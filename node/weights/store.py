@@ -22,8 +22,8 @@ from pathlib import Path
 import msgspec
 
 from mesh.errors import BadRequest
-from mesh.weights import DTYPE_BYTES, BadManifest, Entry, Manifest, Piece, TensorEntry, decode, encode, layer_of, pieces_of
-from node.safetensors_header import INDEX, make_header
+from mesh.manifest import DTYPE_BYTES, BadManifest, Entry, Manifest, Piece, TensorEntry, decode, encode, layer_of, pieces_of
+from node.checkpoints.safetensors_header import INDEX, make_header
 from node.weights.catalogue import Catalogue
 from node.weights.hashing import Place
 from node.weights.record import FileChange, Stamp, changed_file, stamp_of

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import trio
 
-from mesh.weights import Piece
+from mesh.manifest import Piece
 from node.weights.catalogue import Catalogue
 from node.weights.pace import Pace
 from node.weights.record import FileChange

@@ -15,8 +15,8 @@ from cli.chat import converse
 from cli.main import app
 from cli.nodes import node_rows
 from cli.status import completeness
-from mesh.answers import AnswerStream
-from mesh.keyring import load_keyring
+from mesh.client.answers import AnswerStream
+from mesh.keys.keyring import load_keyring
 from node.http.auth import ApiKeys
 from tests.cli.fake_mesh import FakeMesh, error, fake_mesh, texts
 

@@ -21,7 +21,7 @@ from cli.demo import (
 )
 from cli.local_mesh import LocalMesh, LocalNode
 from cli.output import Story
-from mesh.client import Client
+from mesh.client.client import Client
 from node.config import pinned_spans
 from tests.cli.fake_mesh import fake_mesh
 

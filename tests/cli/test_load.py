@@ -17,7 +17,7 @@ from cli.load.measure import measure
 from cli.load.plan import PREFIX_WORDS, Planned, arrivals_s, plan, prompts, said
 from cli.load.report import Outcome, objectives, percentile, report
 from cli.main import app
-from mesh.client import AsyncClient
+from mesh.client.client import AsyncClient
 from mesh.errors import BadRequest
 from tests.cli.fake_mesh import error, fake_mesh
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cli.local_mesh import LocalMesh
-from mesh.keyring import load_keyring
+from mesh.keys.keyring import load_keyring
 from tests.e2e.meshes import SPLIT, answer, get, ready, tokens_of, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from mesh.errors import BadRequest
-from node.engine.checkpoint import read_checkpoint
 from node.engine.device import CPU, chosen
-from node.engine.linear import KERNELS
+from node.engine.model.checkpoint import read_checkpoint
+from node.engine.model.linear import KERNELS
+from node.engine.model.paged_stage import DeviceStage
+from node.engine.model.stage import Stage
 from node.engine.paged.recorded import Recorder, as_it_is, cuda_graph
-from node.engine.paged.stage import DeviceStage
-from node.engine.stage import Stage
 from tests.engine.offered import offered
 
 DEVICE = chosen(os.environ.get("MESH_TEST_DEVICE", "cpu"))

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from node.engine.kernel_probe import refusal
-from node.engine.linear import KERNELS
+from node.engine.kernels.kernel_probe import refusal
+from node.engine.model.linear import KERNELS
 from node.engine.native.library import absence
 
 needs_compiled = pytest.mark.skipif(bool(absence()), reason=f"the compiled kernel: {absence()}")

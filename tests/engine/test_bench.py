@@ -33,10 +33,10 @@ from bench.engine_goals import judged
 from bench.engine_shapes import make_checkpoint, prompts, weights_read_bytes
 from bench.engine_sides import ForwardLoop, GenerateBatch, Ours, Step, best_dtypes, faster, judged_by, plain_model
 from bench.llama_convert import Tensors, as_float32, turned
-from node.engine import attention
-from node.engine.attention import Segment, _cut
-from node.engine.checkpoint import read_checkpoint
 from node.engine.loading import load_stage
+from node.engine.model import attention
+from node.engine.model.attention import Segment, _cut
+from node.engine.model.checkpoint import read_checkpoint
 from tests.engine.devices import no_gpu
 
 TINY = {

@@ -12,7 +12,7 @@ import pytest
 from bench import engine_compiled
 from bench.engine_compiled import WAYS, least, measured_here
 from bench.engine_shapes import SHAPES, make_checkpoint
-from node.config import CPU_ISA_VARIABLE
+from node.host.environment import CPU_ISA_VARIABLE
 
 TINY = {**SHAPES["100M"], "num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 64, "vocab_size": 600}
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from mesh.errors import LocalError
-from node.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
+from node.engine.kv.blocks import BLOCK_TOKENS, BlockPool, blocks_for
 
 pytestmark = pytest.mark.no_kernel
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mesh.errors import BadRequest
-from node.engine.checkpoint import read_checkpoint
+from node.engine.model.checkpoint import read_checkpoint
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from node.engine.native import build, product
 from node.engine.native.build import CannotBuild, Compiler, built, compiled, compilers
 from node.engine.native.library import Library
 from node.engine.native.product import NativeProduct
-from node.uncompiled import remedy
+from node.host.uncompiled import remedy
 from tests.engine.offered import needs_compiled
 
 PACKAGE = (sys.executable, "-m", "ziglang", "cc")

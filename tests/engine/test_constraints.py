@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from mesh.errors import BadRequest
 from mesh.ids import ModelId, StreamId
 from node.engine.api import OpenSequence, SequenceLost, TokenOut
-from node.engine.constraints import Constraint, Constraints, GrammarBook, Ungrammatical
-from node.grammar import compiled
-from node.model_text import ModelText
+from node.engine.sampling.constraints import Constraint, Constraints, GrammarBook, Ungrammatical
 from node.requests import Grammar, SamplingParams
+from node.text.grammar import compiled
+from node.text.tokenizer import ModelText
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.test_worker import connect, opening, running
 
@@ -141,8 +141,8 @@ def test_a_grammar_is_compiled_once_and_the_oldest_is_forgotten(random_model: Pa
         made.append(grammar)
         return compiled(grammar, tokenizer)
 
-    monkeypatch.setattr("node.engine.constraints.KEPT", 2)
-    monkeypatch.setattr("node.engine.constraints.compiled", counting)
+    monkeypatch.setattr("node.engine.sampling.constraints.KEPT", 2)
+    monkeypatch.setattr("node.engine.sampling.constraints.compiled", counting)
     book = GrammarBook(random_model, VOCAB, frozenset({2}))
     for grammar in (CHOICE, CHOICE, REGEX, OPEN, REGEX, CHOICE):
         book.prepare(grammar)

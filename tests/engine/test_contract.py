@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from mesh.view import is_exact
-from node.engine.checkpoint import read_checkpoint
 from node.engine.loading import Loaded, load_stage
-from node.engine.stage import Stage
+from node.engine.model.checkpoint import read_checkpoint
+from node.engine.model.stage import Stage
 from tests.engine.test_exactness import Part, Sequence, assert_same, continued, generate, prompt, step
 
 PROMPT, ANSWER = 140, 5

@@ -6,8 +6,8 @@ import json
 
 from transformers import AutoTokenizer
 
-from node.engine.checkpoint import read_checkpoint
 from node.engine.default_model import DIRECTORY, LAYERS, MAX_MODEL_LEN
+from node.engine.model.checkpoint import read_checkpoint
 from rag.context import build
 from rag.types import Passage
 from tools.default_model.export import MAX_BYTES, size_bytes

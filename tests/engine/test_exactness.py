@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from node.engine.attention import Segment
-from node.engine.stage import Stage
+from node.engine.model.attention import Segment
+from node.engine.model.stage import Stage
 from tests.engine.checkpoints import EXACT, WHOLE_ONLY
 from tests.engine.devices import kernels, stage_on
 from tests.engine.offered import BFLOAT16, FLOAT32

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from mesh.view import is_exact
-from node.engine import golden, machine, sampler
-from node.engine.attention import Segment
-from node.engine.checkpoint import read_checkpoint
-from node.engine.linear import KERNELS
+from node.engine.kernels import golden, machine
 from node.engine.loading import load_stage
+from node.engine.model.attention import Segment
+from node.engine.model.checkpoint import read_checkpoint
+from node.engine.model.linear import KERNELS
 from node.engine.native.library import Isa, Library, native
+from node.engine.sampling import sampler
 from tests.engine.offered import needs_compiled
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from mesh.ids import StreamId
 from node.engine.api import SequenceKey, TokenOut
-from node.engine.speculation import StepCosts
+from node.engine.scheduling.speculation import StepCosts
 from tests.engine.test_prefix_cache import SplitPath, bits, numbers
 from tests.engine.test_worker import Running, opening, running
 

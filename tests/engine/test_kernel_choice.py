@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 from mesh.errors import BadRequest
 from node.config import KERNEL_NAMES, NodeConfig
-from node.engine import kernel_choice, kernel_record, kernel_timing, machine
-from node.engine.kernel_choice import MARGIN, PORTABLE_MARGIN, KernelChoice, decided
-from node.engine.kernel_probe import refusal
-from node.engine.kernel_timing import LEAST_ROUNDS, MOST_ROUNDS, ROWS, Timings, rounds
-from node.engine.linear import KERNELS
+from node.engine.kernels import kernel_choice, kernel_record, kernel_timing, machine
+from node.engine.kernels.kernel_choice import MARGIN, PORTABLE_MARGIN, KernelChoice, decided
+from node.engine.kernels.kernel_probe import refusal
+from node.engine.kernels.kernel_timing import LEAST_ROUNDS, MOST_ROUNDS, ROWS, Timings, rounds
+from node.engine.model.linear import KERNELS
 from node.engine.native.library import native
-from node.uncompiled import BY_NAME
+from node.host.uncompiled import BY_NAME
 
 NAMES = ("mesh-bf16", "mesh-fp32", "fbgemm-fp16", "onednn-fp32")
 ORDER = tuple(KERNELS[name] for name in NAMES)

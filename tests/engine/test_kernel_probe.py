@@ -10,16 +10,18 @@ import pytest
 import torch
 
 from mesh.errors import BadRequest
-from node.config import CPU_ISA_VARIABLE, NodeConfig, cpu_isa
-from node.engine import kernel_choice, loading, machine
-from node.engine.checkpoint import read_checkpoint
-from node.engine.kernel_probe import refusal
-from node.engine.linear import KERNELS, Kernel, Rows
+from node.config import NodeConfig
+from node.engine import loading
+from node.engine.kernels import kernel_choice, machine
+from node.engine.kernels.kernel_probe import refusal
 from node.engine.loading import load_stage
+from node.engine.model.checkpoint import read_checkpoint
+from node.engine.model.linear import KERNELS, Kernel, Rows
+from node.engine.model.stage import Stage
 from node.engine.native import library
 from node.engine.native.build import CannotBuild
 from node.engine.native.library import Isa, absence, native
-from node.engine.stage import Stage
+from node.host.environment import CPU_ISA_VARIABLE, cpu_isa
 from tests.engine.offered import needs_compiled
 
 ONEDNN = "mkldnn_reorder_linear_weight: bf16 path needs the cpu support avx512bw"

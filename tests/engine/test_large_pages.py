@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from node.engine.kvcache import KVStore, SequenceKV
+from node.engine.kv.cache import KVStore, SequenceKV
 from node.engine.native import arena
 
 pytestmark = pytest.mark.no_kernel

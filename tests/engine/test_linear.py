@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from node.engine import machine
-from node.engine.kernel_probe import refusal
-from node.engine.linear import BUCKETS, KERNELS, agreeing_buckets, bucket_for, pack, pack_siblings, siblings
+from node.engine.kernels import machine
+from node.engine.kernels.kernel_probe import refusal
+from node.engine.model.linear import BUCKETS, KERNELS, agreeing_buckets, bucket_for, pack, pack_siblings, siblings
 from tests.engine.offered import FLOAT32, needs, offered
 
 EVERY = offered(*KERNELS)

@@ -12,10 +12,10 @@ import pytest
 from mesh.errors import BadRequest
 from mesh.view import is_exact
 from node.engine import loading, selfcheck
-from node.engine.checkpoint import read_checkpoint
-from node.engine.kernel_choice import KernelChoice
-from node.engine.linear import KERNELS
-from node.engine.parallel.crew import WorkersLost
+from node.engine.kernels.kernel_choice import KernelChoice
+from node.engine.model.checkpoint import read_checkpoint
+from node.engine.model.linear import KERNELS
+from node.engine.parallel.worker_group import WorkersLost
 
 pytestmark = pytest.mark.no_kernel
 

@@ -14,17 +14,17 @@ from safetensors.torch import load_file, save_file
 
 from mesh.errors import BadRequest
 from mesh.view import is_exact
+from node.checkpoints.safetensors_header import weight_files
 from node.engine import loading, selfcheck
-from node.engine.checkpoint import read_checkpoint
-from node.engine.kernel_choice import KernelChoice
-from node.engine.linear import KERNELS, linear_modules
+from node.engine.kernels.kernel_choice import KernelChoice
 from node.engine.loading import load_stage
-from node.engine.mapped import MappedTensors
+from node.engine.model.checkpoint import read_checkpoint
+from node.engine.model.linear import KERNELS, linear_modules
+from node.engine.model.mapped import MappedTensors
+from node.engine.model.packing import Packing
+from node.engine.model.stage import Stage
 from node.engine.native.library import absence
-from node.engine.packing import Packing
 from node.engine.selfcheck import Probe, run_together
-from node.engine.stage import Stage
-from node.safetensors_header import weight_files
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.offered import FLOAT32, needs_compiled, offered
 

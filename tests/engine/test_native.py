@@ -11,19 +11,19 @@ import torch
 import torch.nn.functional as F
 
 from mesh.view import is_exact
-from node.engine import kernel_choice, machine
-from node.engine.attention import Segment
-from node.engine.checkpoint import read_checkpoint
-from node.engine.kernel_probe import refusal
-from node.engine.linear import KERNELS, linear_modules
+from node.engine.kernels import kernel_choice, machine
+from node.engine.kernels.kernel_probe import refusal
 from node.engine.loading import load_stage
+from node.engine.model.attention import Segment
+from node.engine.model.checkpoint import read_checkpoint
+from node.engine.model.compiled_layers import Interleaved, NativeLayers
+from node.engine.model.linear import KERNELS, linear_modules
+from node.engine.model.stage import Stage
 from node.engine.native import build, product
 from node.engine.native.build import CannotBuild, built
-from node.engine.native.layers import Interleaved, NativeLayers
 from node.engine.native.library import Isa, Kind, Library, native
 from node.engine.native.product import NativeProduct, int4_of, int8_of
 from node.engine.selfcheck import difference, plain_output
-from node.engine.stage import Stage
 from tests.engine.offered import FLOAT32, needs_compiled
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from node.engine.attention import Segment
-from node.engine.checkpoint import read_checkpoint
-from node.engine.linear import KERNELS
-from node.engine.native.layers import NativeLayers
+from node.engine.model.attention import Segment
+from node.engine.model.checkpoint import read_checkpoint
+from node.engine.model.compiled_layers import NativeLayers
+from node.engine.model.linear import KERNELS
+from node.engine.model.stage import Stage
 from node.engine.native.library import Isa, Library, native
-from node.engine.stage import Stage
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.offered import needs_compiled
 

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from node.engine.attention import Segment
-from node.engine.checkpoint import read_checkpoint
-from node.engine.linear import KERNELS
-from node.engine.native import build, layers, product
+from node.engine.model import compiled_layers
+from node.engine.model.attention import Segment
+from node.engine.model.checkpoint import read_checkpoint
+from node.engine.model.linear import KERNELS
+from node.engine.model.stage import Stage
+from node.engine.native import build, product
 from node.engine.native.build import AVX2, AVX512, PARTS, Part, compiled, compilers
 from node.engine.native.library import Isa, Library, native
 from node.engine.native.product import NativeProduct
-from node.engine.stage import Stage
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.offered import needs_compiled
 
@@ -85,7 +86,7 @@ def test_layers_with_imitated_tiles_have_the_bits_of_avx2(
     ids = torch.randint(0, 500, (400,), generator=torch.Generator().manual_seed(1)).tolist()
     said = []
     for library in (built_library, imitated):
-        monkeypatch.setattr(layers, "native", lambda library=library: library)
+        monkeypatch.setattr(compiled_layers, "native", lambda library=library: library)
         monkeypatch.setattr(product, "native", lambda library=library: library)
         for quantize in ("none", "int8"):
             stage = Stage(checkpoint, 0, 2, KERNELS["mesh-bf16" if quantize == "none" else "mesh-int8"], threads=1)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from node.engine.activations import all_finite, finite_rows
-from node.engine.attention import Segment
-from node.engine.stage import Stage
+from node.engine.faults import all_finite, finite_rows
+from node.engine.model.attention import Segment
+from node.engine.model.stage import Stage
 from tests.engine.devices import kernels, stage_on
 from tests.engine.offered import FLOAT32
 

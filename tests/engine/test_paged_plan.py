@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.errors import BadRequest
-from node.engine import device, machine
-from node.engine.linear import KERNELS
+from node.engine import device
+from node.engine.kernels import machine
+from node.engine.model.linear import KERNELS
 from node.engine.paged.attention import PagedStep, flash, tiled
 from node.engine.paged.kv import PagedKV, PagedStore
 from node.engine.paged.plan import PAGE_TOKENS, TILE_ROWS, Part, padded_decode, pages_for, plan_step, shapes

@@ -12,16 +12,16 @@ import torch
 
 from mesh.view import Span, is_exact
 from node.engine import loading, selfcheck
-from node.engine.attention import Segment
-from node.engine.blocks import BLOCK_TOKENS
-from node.engine.checkpoint import read_checkpoint
 from node.engine.device import CPU
-from node.engine.kernel_choice import KernelChoice
-from node.engine.linear import KERNELS
+from node.engine.kernels.kernel_choice import KernelChoice
+from node.engine.kv.blocks import BLOCK_TOKENS
 from node.engine.loading import load_stage
+from node.engine.model.attention import Segment
+from node.engine.model.checkpoint import read_checkpoint
+from node.engine.model.linear import KERNELS
+from node.engine.model.paged_stage import DeviceStage
 from node.engine.paged.kv import FIRST_PAGES
 from node.engine.paged.plan import PAGE_TOKENS
-from node.engine.paged.stage import DeviceStage
 from tests.engine.devices import DEVICE, needs_gpu, no_gpu, recorder, stage_on
 from tests.engine.offered import FLOAT32
 from tests.engine.test_exactness import Sequence, assert_same, continued, generate, load, prompt, step

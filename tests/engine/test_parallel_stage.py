@@ -17,22 +17,22 @@ from safetensors.torch import load_file, save_file
 from mesh.errors import BadRequest
 from mesh.ids import ModelId
 from mesh.view import Span
-from node.engine import selfcheck
-from node.engine.attention import Segment
-from node.engine.checkpoint import read_checkpoint
-from node.engine.kept_pages import KeptPages
-from node.engine.linear import KERNELS
-from node.engine.parallel import oracle, shard
-from node.engine.parallel.crew import WorkersLost
+from node.engine import parallel_selfcheck, selfcheck
+from node.engine.kv.page_store import KeptPages
+from node.engine.model import tensor_shard
+from node.engine.model.all_reduce import GroupSum, SharedEmbedding, SummedProduct
+from node.engine.model.attention import Segment
+from node.engine.model.checkpoint import read_checkpoint
+from node.engine.model.linear import KERNELS
+from node.engine.model.stage import Stage
+from node.engine.model.tensor_shard import Shard, cutting_of
 from node.engine.parallel.messages import Forget, Keep, Restore, Step
-from node.engine.parallel.shard import Shard, cutting_of
 from node.engine.parallel.stage import ParallelStage, SharedPage
-from node.engine.parallel.summing import GroupSum, SharedEmbedding, SummedProduct
-from node.engine.stage import Stage
+from node.engine.parallel.worker_group import WorkersLost
 from tests.engine.checkpoints import make_checkpoint
-from tests.engine.crews import ThreadCrew, parallel
 from tests.engine.offered import FLOAT32, offered
 from tests.engine.test_exactness import Sequence, assert_same, generate, load, prompt, step
+from tests.engine.worker_groups import ThreadCrew, parallel
 
 pytestmark = pytest.mark.torchs_kernel
 CUT = ("llama_tied", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "gpt_neox", "granite", "cohere", "smollm3")
@@ -72,7 +72,7 @@ def test_tokens_and_logits_are_bit_equal_however_a_sequence_is_computed(
 @pytest.mark.parametrize("name", CUT)
 def test_architectures_that_can_be_cut_compute_what_the_plain_model_does(name: str, checkpoint_of: Callable[[str], Path]) -> None:
     directory, kernel = checkpoint_of(name), KERNELS[FLOAT32]
-    plain = oracle.plain_output(read_checkpoint(directory), 0, 4, kernel, 1)
+    plain = parallel_selfcheck.plain_output(read_checkpoint(directory), 0, 4, kernel, 1)
     with ranks_of(directory, 2, FLOAT32) as stage:
         assert selfcheck.difference(stage, plain) < 1e-5
         assert selfcheck.looks_through_its_window(stage)
@@ -85,7 +85,7 @@ def test_the_oracle_computes_layer_by_layer_what_the_plain_stage_computes_at_onc
     checkpoint, kernel = read_checkpoint(checkpoint_of("gemma2")), KERNELS["aten-bf16"]
     for start, end in ((0, 4), (1, 3)):
         at_once = selfcheck.plain_output(Stage(checkpoint, start, end, kernel, 1))
-        assert torch.equal(oracle.plain_output(checkpoint, start, end, kernel, 1), at_once)
+        assert torch.equal(parallel_selfcheck.plain_output(checkpoint, start, end, kernel, 1), at_once)
 
 
 def test_other_numbers_of_ranks_round_otherwise(checkpoint_of: Callable[[str], Path]) -> None:
@@ -152,7 +152,7 @@ def test_a_rank_reads_its_own_part_of_the_span_alone(
     checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_bytes: list[int] = []
-    real = shard.safe_open
+    real = tensor_shard.safe_open
 
     class Counted:
         def __init__(self, *given: Any) -> None:
@@ -164,7 +164,7 @@ def test_a_rank_reads_its_own_part_of_the_span_alone(
         def get_slice(self, name: str) -> CountedSlice:
             return CountedSlice(self._file.get_slice(name), read_bytes)
 
-    monkeypatch.setattr(shard, "safe_open", Counted)
+    monkeypatch.setattr(tensor_shard, "safe_open", Counted)
     checkpoint = read_checkpoint(checkpoint_of("llama"))
     kernel = KERNELS[FLOAT32]
     whole = sum(tensor.nbytes for tensor in Stage(checkpoint, 0, 4, kernel, 1).model.parameters())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from node.engine import portable
+from node.engine.native import portable
 
 POINTS = np.random.Generator(np.random.Philox(4)).uniform(-1, 1, 20_000)
 

@@ -13,9 +13,9 @@ from msgspec.structs import replace
 from mesh.prefix import PAGE_TOKENS, further_names, prefix_salt
 from mesh.view import Span
 from node.engine.api import EngineOutput, HiddenOut, OpenSequence, Prefix, SequenceKey, TokenOut
-from node.engine.blocks import BLOCK_TOKENS
-from node.engine.kvcache import SequenceKV
-from node.engine.pages import PAGES_PER_BLOCK
+from node.engine.kv.blocks import BLOCK_TOKENS
+from node.engine.kv.cache import SequenceKV
+from node.engine.kv.prefix_index import PAGES_PER_BLOCK
 from tests.engine.test_worker import MODEL, Running, opening, running, wait_until
 
 SALT = prefix_salt(b"secret", "tenant", "weights")
@@ -34,7 +34,7 @@ def ask(name: str, tokens: tuple[int, ...], start: int = 0, end: int = 4, salt: 
 
 
 class SplitPath:
-    """Stages one after another, as `node.stages` joins them."""
+    """Stages one after another, as `node.serving.stages` joins them."""
 
     def __init__(self, *stages: tuple[Running, int, int]) -> None:
         self.stages = stages

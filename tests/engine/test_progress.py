@@ -14,9 +14,9 @@ from mesh.ids import ModelId
 from mesh.view import Span
 from node.engine import worker
 from node.engine.api import EngineConfig
-from node.engine.checkpoint import read_checkpoint
 from node.engine.loading import load_stage
-from node.engine.progress import BEGINS_AT, TELL_EVERY_S, LoadProgress, LoadWatch, Phase
+from node.engine.model.checkpoint import read_checkpoint
+from node.engine.model.progress import BEGINS_AT, TELL_EVERY_S, LoadProgress, LoadWatch, Phase
 from node.engine.worker import TorchEngine
 from tests.engine.offered import FLOAT32, offered
 
@@ -93,7 +93,7 @@ def test_a_load_is_seen_tensor_by_tensor_and_layer_by_layer(
     name: str, kernel: str, checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[LoadProgress] = []
-    monkeypatch.setattr("node.engine.progress.TELL_EVERY_S", 0.0)
+    monkeypatch.setattr("node.engine.model.progress.TELL_EVERY_S", 0.0)
     watch = LoadWatch(2, told.append)
     loaded = load_stage(read_checkpoint(checkpoint_of(name)), 1, 3, kernel, threads=1, watch=watch)
 

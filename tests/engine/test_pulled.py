@@ -5,8 +5,8 @@ import torch
 
 from mesh.errors import BadRequest
 from node.engine import selfcheck
-from node.engine.checkpoint import read_checkpoint
 from node.engine.loading import load_stage
+from node.engine.model.checkpoint import read_checkpoint
 from node.weights.catalogue import identify
 from node.weights.fetching import _of_span
 from node.weights.hashing import HashingProgress

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from node.engine.checkpoint import read_checkpoint
+from node.engine.model.checkpoint import read_checkpoint
 
 WEIGHTS_SHA256 = "4a4d52fdf7bb23d8"
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from node.engine.sampler import draw, mixed, uniforms
+from node.engine.sampling.sampler import draw, mixed, uniforms
 from node.requests import SamplingParams
 
 VOCAB = 50

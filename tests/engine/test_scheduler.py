@@ -10,13 +10,12 @@ from msgspec.structs import replace
 from mesh.errors import BadRequest, LocalError, Refused
 from mesh.ids import ModelId, StreamId
 from mesh.view import Span
-from node.engine.api import HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
-from node.engine.blocks import BLOCK_TOKENS, BlockPool
-from node.engine.pipelining import Groups
-from node.engine.row import Lane
-from node.engine.rows import Drawn, HeldSpan, StepPlan
-from node.engine.scheduler import Scheduler
-from node.engine.sharing import AGEING_STEPS
+from node.engine.api import HiddenOut, Lane, OpenSequence, SequenceKey, SequenceLost, TokenOut
+from node.engine.kv.blocks import BLOCK_TOKENS, BlockPool
+from node.engine.scheduling.microbatches import Groups
+from node.engine.scheduling.scheduler import Scheduler
+from node.engine.scheduling.step_plan import Drawn, HeldSpan, StepPlan
+from node.engine.scheduling.token_budget import AGEING_STEPS
 from node.requests import SamplingParams
 
 pytestmark = pytest.mark.no_kernel

@@ -17,10 +17,10 @@ from mesh.errors import BadRequest, Refused
 from mesh.prefix import PAGE_TOKENS, further_names
 from mesh.view import Span
 from node.engine.api import OpenSequence, Prefix, SequenceKey, SequenceLost, TokenOut
-from node.engine.blocks import BLOCK_TOKENS
-from node.engine.pages import PageName
-from node.engine.rows import Drawn, Piece, StepPlan
-from node.engine.scheduler import Scheduler
+from node.engine.kv.blocks import BLOCK_TOKENS
+from node.engine.kv.prefix_index import PageName
+from node.engine.scheduling.scheduler import Scheduler
+from node.engine.scheduling.step_plan import Drawn, Piece, StepPlan
 from tests.engine.test_scheduler import EARLY, LATE, WHOLE, held, push, sequence
 
 pytestmark = pytest.mark.no_kernel

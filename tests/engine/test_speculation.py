@@ -14,10 +14,10 @@ import pytest
 from mesh.ids import ModelId, StreamId
 from mesh.view import Span
 from node.engine.api import HiddenOut, OpenSequence, SequenceLost, TokenOut
-from node.engine.blocks import BlockPool
-from node.engine.rows import Drawn, HeldSpan, Piece, StepPlan
-from node.engine.scheduler import Scheduler
-from node.engine.speculation import FIRST_GUESS, LONGEST_GUESS, LONGEST_REST, Lookup, Pace, StepCosts
+from node.engine.kv.blocks import BlockPool
+from node.engine.scheduling.scheduler import Scheduler
+from node.engine.scheduling.speculation import FIRST_GUESS, LONGEST_GUESS, LONGEST_REST, Lookup, Pace, StepCosts
+from node.engine.scheduling.step_plan import Drawn, HeldSpan, Piece, StepPlan
 from node.requests import SamplingParams
 
 pytestmark = pytest.mark.no_kernel

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.errors import BadRequest
-from node.engine.spill import TAG_BYTES, Damaged, Spill
+from node.engine.kv.spill import TAG_BYTES, Damaged, Spill
 
 pytestmark = pytest.mark.no_kernel
 

@@ -10,7 +10,7 @@ import pytest
 
 from mesh.view import Span
 from node.engine.api import TokenOut
-from node.engine.blocks import BLOCK_TOKENS
+from node.engine.kv.blocks import BLOCK_TOKENS
 from tests.engine.test_prefix_cache import SplitPath, ask, bits, numbers
 from tests.engine.test_worker import MODEL, running, wait_until
 

@@ -16,12 +16,12 @@ from transformers.models.falcon import modeling_falcon
 from mesh.errors import BadRequest
 from mesh.view import is_exact
 from node.engine import selfcheck
-from node.engine.attention import NAME, Segment, mesh_attention
-from node.engine.checkpoint import read_checkpoint
-from node.engine.kvcache import SequenceKV
-from node.engine.linear import KERNELS
+from node.engine.kv.cache import SequenceKV
 from node.engine.loading import load_stage
-from node.engine.stage import Stage
+from node.engine.model.attention import NAME, Segment, mesh_attention
+from node.engine.model.checkpoint import read_checkpoint
+from node.engine.model.linear import KERNELS
+from node.engine.model.stage import Stage
 from tests.engine.checkpoints import COMMON, EXACT, make_checkpoint
 from tests.engine.offered import FLOAT32
 
@@ -158,7 +158,7 @@ def test_a_window_that_does_not_reach_the_attention_is_refused_though_the_probe_
         return mesh_attention(*given, **more)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, forgetful)
-    monkeypatch.setattr("node.engine.packing.lean_form", lambda *span: None)
+    monkeypatch.setattr("node.engine.model.packing.lean_form", lambda *span: None)
     with pytest.raises(BadRequest, match=f"{name}.*its sliding window does not reach the attention"):
         load_stage(checkpoint, 0, 4, FLOAT32, threads=1)
 

@@ -17,11 +17,11 @@ from transformers import AutoConfig
 from mesh.errors import BadRequest
 from mesh.view import is_exact
 from node.engine.api import EngineConfig
-from node.engine.attention import mesh_attention
-from node.engine.checkpoint import read_checkpoint
 from node.engine.loading import kv_token_bytes, load_stage
-from node.engine.structure import _structure, structure_of
-from node.engine.unservable import Unservable
+from node.engine.model.attention import mesh_attention
+from node.engine.model.checkpoint import read_checkpoint
+from node.engine.model.structure import _structure, structure_of
+from node.engine.model.unservable import Unservable
 from node.engine.worker import TorchEngine
 from tests.engine.checkpoints import COMMON, EXACT, NOT_SERVED, SHAPES, WHOLE_ONLY
 from tests.engine.test_worker import MODEL, opening, running

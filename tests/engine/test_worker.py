@@ -17,10 +17,10 @@ import torch
 
 from mesh.errors import BadRequest, LocalError, Refused
 from mesh.ids import ModelId, StreamId
+from mesh.manifest import is_identity
 from mesh.view import Span, is_exact
-from mesh.weights import is_identity
-from node.engine import timing
 from node.engine.api import EngineConfig, EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
+from node.engine.scheduling import step_timing
 from node.engine.worker import TorchEngine
 from node.requests import SamplingParams
 
@@ -256,7 +256,7 @@ def test_a_step_that_hangs_is_overdue_and_one_that_ends_is_not(
             return forward(*args, **kwargs)
 
         monkeypatch.setattr(stage, "forward", hang)
-        monkeypatch.setattr(timing, "STALL_AFTER_S", 0.0)
+        monkeypatch.setattr(step_timing, "STALL_AFTER_S", 0.0)
         one.engine.open(opening("b"))
         assert computing.wait(WAIT_S)
         wait_until(lambda: one.engine.overdue_s() > 0)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from mesh.ids import ModelId, NodeId
 from mesh.view import Facts, Load, Loading, ModelCard, Peer, PeerState, Span, View
 from node.http import dashboard
-from node.status import status
+from node.ops.status import status
 from rag.types import StoreInfo
 from routing.loading import BeingLoaded
 

@@ -17,15 +17,15 @@ from random import Random
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from membership.core import MembershipCore
-from membership.effects import Effect, Exchange, MemberChanged, PingStream, Send, TryConnect
-from membership.members import Member
-from mesh.gossip import REFUSED, TIMEOUT, Alive, Claim, Dead, Gossip, Suspect
-from mesh.gossip_wire import decode, encode
+from membership.core.core import MembershipCore
+from membership.core.effects import Effect, Exchange, MemberChanged, PingStream, Send, TryConnect
+from membership.core.members import Member
 from mesh.ids import Address, NodeId
-from mesh.sync import decode_sync, decode_synced
-from mesh.sync import encode as encode_sync
 from mesh.view import PeerState
+from mesh.wire.datagram_codec import decode, encode
+from mesh.wire.gossip import REFUSED, TIMEOUT, Alive, Claim, Dead, Gossip, Suspect
+from mesh.wire.sync import decode_sync, decode_synced
+from mesh.wire.sync import encode as encode_sync
 from tests.membership.pieces import CONFIG, address_of, alive, core_of, peer_id
 
 NODES = 4

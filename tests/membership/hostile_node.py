@@ -12,13 +12,14 @@ from random import Random
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from membership.allowance import ACCOUNTS_MAX
-from membership.config import MembershipConfig
-from membership.core import MembershipCore
-from membership.effects import Effect, Send, TryConnect
-from membership.evidence import ERRANDS_MAX
-from mesh import gossip_wire, sync
-from mesh.gossip import (
+from membership.core.allowance import ACCOUNTS_MAX
+from membership.core.config import MembershipConfig
+from membership.core.core import MembershipCore
+from membership.core.effects import Effect, Send, TryConnect
+from membership.core.evidence import ERRANDS_MAX
+from mesh.ids import Address
+from mesh.wire import datagram_codec, sync
+from mesh.wire.gossip import (
     MAX_MESSAGE_BYTES,
     Ack,
     Alive,
@@ -33,7 +34,6 @@ from mesh.gossip import (
     PingReq,
     Suspect,
 )
-from mesh.ids import Address
 from tests.membership.pieces import ME, core_of, left, only, peer_id, sender, signed
 
 MEMBERS_MAX = 40
@@ -96,9 +96,9 @@ class HostileNode(RuleBasedStateMachine):
     def _carry_out(self, effects: list[Effect]) -> None:
         self.asked = [*self.asked, *effects][-50:]
         for send in only(Send, effects):
-            datagram = gossip_wire.encode(send.message)
+            datagram = datagram_codec.encode(send.message)
             assert len(datagram) <= MAX_MESSAGE_BYTES, f"M8: a datagram of {len(datagram)} bytes"
-            assert len(datagram) == gossip_wire.encoded_bytes(send.message), "M9: what is counted is what is sent"
+            assert len(datagram) == datagram_codec.encoded_bytes(send.message), "M9: what is counted is what is sent"
             self.went[send.to] += len(datagram)
             if send.to in STRANGERS:
                 went, came = self.went[send.to], self.came[send.to]
@@ -108,13 +108,13 @@ class HostileNode(RuleBasedStateMachine):
         self.came[source] += len(datagram)
         before = self._picture()
         try:
-            message = gossip_wire.decode(datagram)
+            message = datagram_codec.decode(datagram)
         except BadDatagram:
             assert self._picture() == before, "M10: what is refused changes nothing"
             return
         except Exception as error:
             raise AssertionError(f"M10: {datagram.hex()} is neither message nor BadDatagram") from error
-        assert gossip_wire.decode(gossip_wire.encode(message)) == message, f"M10: no message of ours: {message}"
+        assert datagram_codec.decode(datagram_codec.encode(message)) == message, f"M10: no message of ours: {message}"
         self._carry_out(self.core.receive(source, message, self.now))
 
     def _picture(self) -> object:
@@ -127,21 +127,21 @@ class HostileNode(RuleBasedStateMachine):
     @rule(by=members, message=said)
     def a_member_speaks(self, by: int, message: Message) -> None:
         """From its own address; in anybody's name."""
-        self._arrive(address_of(by), gossip_wire.encode(message))
+        self._arrive(address_of(by), datagram_codec.encode(message))
 
     @rule(by=members, first=st.integers(FIRST, 40), count=st.integers(5, 20))
     def a_member_tells_of_a_crowd(self, by: int, first: int, count: int) -> None:
         for number in range(first, first + count, 5):
-            self._arrive(address_of(by), gossip_wire.encode(Gossip(sender(by), tuple(map(wordy, range(number, number + 5))))))
+            self._arrive(address_of(by), datagram_codec.encode(Gossip(sender(by), tuple(map(wordy, range(number, number + 5))))))
 
     @rule(source=st.sampled_from(STRANGERS), message=said)
     def a_stranger_speaks(self, source: Address, message: Message) -> None:
-        self._arrive(source, gossip_wire.encode(message))
+        self._arrive(source, datagram_codec.encode(message))
 
     @rule(source=st.sampled_from([address_of(1), STRANGERS[0]]), message=said, wound=wounds)
     def a_wounded_message_comes(self, source: Address, message: Message, wound: Wound) -> None:
         overwritten, cut_bytes, more = wound
-        raw = bytearray(gossip_wire.encode(message))
+        raw = bytearray(datagram_codec.encode(message))
         for at, value in overwritten:
             raw[at % len(raw)] = value
         self._arrive(source, bytes(raw[: len(raw) - cut_bytes] + more)[:MAX_MESSAGE_BYTES])
@@ -152,7 +152,7 @@ class HostileNode(RuleBasedStateMachine):
         bad=st.sampled_from([b"\xff\xff", b"\x7f\x80\x00\x00", b"\x7c\x00", b"\x80\x00", bytes(4)]),
     )
     def a_head_of_odd_numbers_comes(self, message: Message, at: int, bad: bytes) -> None:
-        raw = gossip_wire.encode(message)
+        raw = datagram_codec.encode(message)
         self._arrive(address_of(2), raw[:at] + bad + raw[at + len(bad) :])
 
     @rule(raw=st.binary(max_size=60))
@@ -195,7 +195,7 @@ class HostileNode(RuleBasedStateMachine):
             ):
                 member = self.core.swim.members[effect.message.target]
                 by = sender(int(member.node, 16), member.incarnation, member.epoch)
-                self._arrive(member.address, gossip_wire.encode(Ack(by, effect.message.seq)))
+                self._arrive(member.address, datagram_codec.encode(Ack(by, effect.message.seq)))
 
     # what holds at any time
 
@@ -208,5 +208,7 @@ class HostileNode(RuleBasedStateMachine):
         assert len(swim._errands) <= ERRANDS_MAX and len(self.core.allowance._accounts) <= ACCOUNTS_MAX, "M8"
         largest = Ping(swim.sender(self.now), 2**32 - 1, peer_id(1), where=bytes(32))
         for rumour in swim.rumours.by_node.values():
-            assert len(gossip_wire.claim_bytes(rumour.claim)) == rumour.size_bytes, "M8: a rumour is as long as it is taken for"
-            assert rumour.size_bytes <= gossip_wire.claim_budget_bytes(largest), f"M8: {rumour.claim} can never be told"
+            assert len(datagram_codec.claim_bytes(rumour.claim)) == rumour.size_bytes, (
+                "M8: a rumour is as long as it is said to be"
+            )
+            assert rumour.size_bytes <= datagram_codec.claim_budget_bytes(largest), f"M8: {rumour.claim} can never be told"

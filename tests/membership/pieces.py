@@ -7,15 +7,15 @@ from typing import TypeVar
 
 import msgspec
 
-from membership.config import MembershipConfig
-from membership.core import MembershipCore
-from membership.effects import Effect, Send
+from membership.core.config import MembershipConfig
+from membership.core.core import MembershipCore
+from membership.core.effects import Effect, Send
 from membership.simulation.signer import StandInSigner
-from mesh.gossip import Ack, Alive, Claim, Gossip, Left, Ping, Sender
 from mesh.ids import Address, NodeId
-from mesh.statements import alive_statement, left_statement
-from mesh.sync import MemberRecord, decode_sync, decode_synced, encode
 from mesh.view import PeerState
+from mesh.wire.gossip import Ack, Alive, Claim, Gossip, Left, Ping, Sender
+from mesh.wire.statements import alive_statement, left_statement
+from mesh.wire.sync import MemberRecord, decode_sync, decode_synced, encode
 
 CONFIG = MembershipConfig()
 ME = NodeId("0" * 16)

@@ -7,13 +7,13 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from membership.allowance import ACCOUNTS_MAX, KEPT_S
-from membership.core import MembershipCore
-from membership.effects import Effect, TryConnect
-from mesh.gossip import Ack, Claim, Dead, Gossip, Knock, Message, Nack, Ping, PingReq, Suspect
-from mesh.gossip_wire import encoded_bytes
+from membership.core.allowance import ACCOUNTS_MAX, KEPT_S
+from membership.core.core import MembershipCore
+from membership.core.effects import Effect, TryConnect
 from mesh.ids import Address, NodeId
 from mesh.view import PeerState
+from mesh.wire.datagram_codec import encoded_bytes
+from mesh.wire.gossip import Ack, Claim, Dead, Gossip, Knock, Message, Nack, Ping, PingReq, Suspect
 from tests.membership.pieces import ME, address_of, alive, gossip, messages, node_among, only, peer_id, sender, state
 
 STRANGERS: list[Address] = [("6.6.6.6", 6000 + n) for n in range(3)]

@@ -6,12 +6,12 @@ from random import Random
 
 import pytest
 
-from membership.core import MembershipCore
-from membership.effects import Effect, Send
-from membership.hearing import Hearing
-from mesh.gossip import Ack, Gossip, Message, Ping
+from membership.core.claims import Hearing
+from membership.core.core import MembershipCore
+from membership.core.effects import Effect, Send
 from mesh.ids import Address
 from mesh.view import PeerState
+from mesh.wire.gossip import Ack, Gossip, Message, Ping
 from tests.membership.pieces import (
     CONFIG,
     address_of,

@@ -7,14 +7,14 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from membership.core import MembershipCore
-from membership.effects import Send
-from membership.fingerprint import Fingerprint
-from membership.members import SEVERITY, standing_of
-from mesh.gossip import MAX_MESSAGE_BYTES, Ack, Alive, Claim, Dead, Gossip, Left, Message, Ping, PingReq, Suspect
-from mesh.gossip_wire import encoded_bytes
+from membership.core.core import MembershipCore
+from membership.core.effects import Send
+from membership.core.members import SEVERITY, standing_of
+from membership.facts.fingerprint import Fingerprint
 from mesh.ids import NodeId
 from mesh.view import PeerState
+from mesh.wire.datagram_codec import encoded_bytes
+from mesh.wire.gossip import MAX_MESSAGE_BYTES, Ack, Alive, Claim, Dead, Gossip, Left, Message, Ping, PingReq, Suspect
 from tests.membership.pieces import CONFIG, ME, address_of, alive, core_of, exchange, left, node_among, peer_id, sender, signed
 
 subjects = st.integers(1, 3).map(peer_id)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from membership.coordinates import (
+from membership.core.coordinates import (
     COORDINATE_BYTES,
     DIMENSIONS,
     ERROR_MAX,

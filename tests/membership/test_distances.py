@@ -7,12 +7,12 @@ from random import Random
 
 import pytest
 
-from membership.coordinates import Coordinate, pack
-from membership.core import MembershipCore
-from membership.distances import Distances
+from membership.core.coordinates import Coordinate, pack
+from membership.core.core import MembershipCore
+from membership.core.distances import Distances
 from membership.simulation.network import Network
-from mesh.gossip import Ack, Alive, Ping, PingReq
-from mesh.sync import Sync
+from mesh.wire.gossip import Ack, Alive, Ping, PingReq
+from mesh.wire.sync import Sync
 from tests.membership.pieces import CONFIG, ME, address_of, alive, gossip, messages, node_among, peer_id, sender, signed
 
 THERE = Coordinate((0.03, *[0.0] * 7), error=0.1)

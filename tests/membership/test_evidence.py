@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from membership.effects import Effect, TryConnect, Watch
-from membership.evidence import ERRANDS_MAX
-from mesh.gossip import REFUSED, Dead, Knock, Knocked, Suspect
+from membership.core.effects import Effect, TryConnect, Watch
+from membership.core.evidence import ERRANDS_MAX
 from mesh.view import PeerState
+from mesh.wire.gossip import REFUSED, Dead, Knock, Knocked, Suspect
 from tests.membership.pieces import ME, address_of, alive, gossip, messages, node_among, only, peer_id, sender, state
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from membership.config import MembershipConfig
-from membership.effects import Exchange
-from membership.exchanges import Exchanges
-from mesh.gossip import Gossip
+from membership.core.config import MembershipConfig
+from membership.core.effects import Exchange
+from membership.core.exchanges import Exchanges
+from mesh.wire.gossip import Gossip
 from tests.membership.pieces import CONFIG, ME, address_of, alive, gossip, node_among, only, sender
 
 

@@ -6,12 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from membership.core import MembershipCore
-from membership.effects import FactsChanged, MemberChanged, Push
+from membership.core.core import MembershipCore
+from membership.core.effects import FactsChanged, MemberChanged, Push
 from mesh.errors import LocalError
-from mesh.facts_map import keys_of
-from mesh.gossip import Dead, Gossip
-from mesh.sync import (
+from mesh.view import Facts, ModelCard, ModelId, PeerState, Span
+from mesh.wire.facts_map import keys_of
+from mesh.wire.gossip import Dead, Gossip
+from mesh.wire.sync import (
     MAX_OWNER_BYTES,
     BadSync,
     FactsDelta,
@@ -22,7 +23,6 @@ from mesh.sync import (
     decode_synced,
     encode,
 )
-from mesh.view import Facts, ModelCard, ModelId, PeerState, Span
 from tests.membership.pieces import (
     ME,
     address_of,

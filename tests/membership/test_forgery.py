@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from membership.config import MembershipConfig
-from membership.core import MembershipCore
-from membership.effects import Exchange, Renewed
-from mesh.gossip import REFUSED, Alive, Claim, Dead, Gossip, Left, Suspect
+from membership.core.config import MembershipConfig
+from membership.core.core import MembershipCore
+from membership.core.effects import Exchange, Renewed
 from mesh.ids import NodeId
-from mesh.signing import IdentityKey
-from mesh.statements import alive_statement, left_statement
-from mesh.sync import MemberRecord, Sync
+from mesh.keys.signing import IdentityKey
 from mesh.view import PeerState
+from mesh.wire.gossip import REFUSED, Alive, Claim, Dead, Gossip, Left, Suspect
+from mesh.wire.statements import alive_statement, left_statement
+from mesh.wire.sync import MemberRecord, Sync
 from tests.membership.pieces import (
     ME,
     address_of,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mesh.gossip import Ack, BadDatagram, Gossip, Knock, Knocked, Nack, Ping, PingReq
-from mesh.gossip_wire import decode
+from mesh.wire.datagram_codec import decode
+from mesh.wire.gossip import Ack, BadDatagram, Gossip, Knock, Knocked, Nack, Ping, PingReq
 from tools import fuzz_gossip
 from tools.fuzz_gossip import CORPUS, Subject, fuzz, nasty_messages, seeds
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from membership.effects import PingStream
-from membership.health import LAG_MAX_S, SCORE_MAX, LocalHealth, missed_nacks
-from mesh.gossip import Ack, Gossip, Nack, Ping, PingReq, Sender
+from membership.core.effects import PingStream
+from membership.core.health import LAG_MAX_S, SCORE_MAX, LocalHealth, missed_nacks
 from mesh.view import PeerState
+from mesh.wire.gossip import Ack, Gossip, Nack, Ping, PingReq, Sender
 from tests.membership.pieces import ME, address_of, gossip, messages, node_among, only, peer_id, run_to, sender, state
 
 

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
-from membership import allowance, dissemination, evidence, exchanges, fingerprint, hearing, members, suspicion, swim
-from membership.effects import Effect
-from membership.members import Member
-from mesh import gossip_wire
-from mesh.gossip import REFUSED, Alive, Claim, Dead, Left, Suspect
+from membership.core import allowance, claims, dissemination, evidence, exchanges, members, suspicion, swim
+from membership.core.effects import Effect
+from membership.core.members import Member
+from membership.facts import fingerprint
 from mesh.ids import NodeId
 from mesh.view import PeerState
+from mesh.wire import datagram_codec
+from mesh.wire.gossip import REFUSED, Alive, Claim, Dead, Left, Suspect
 from tests.membership.hostile_mesh import HostileMesh
 from tests.membership.hostile_node import HostileNode
 
@@ -38,7 +39,7 @@ def as_it_is_said(claim: Claim, *_: object) -> Claim:
     return claim
 
 
-def deaf(self: hearing.Hearing, *_: object) -> list[Claim]:
+def deaf(self: claims.Hearing, *_: object) -> list[Claim]:
     return []
 
 
@@ -47,12 +48,12 @@ def convicts_at_once(self: evidence.Evidence, member: Member, now: float, *, hea
     return []
 
 
-def believes(self: hearing.Hearing, member: Member, claim: Dead, now: float) -> list[Claim]:
+def believes(self: claims.Hearing, member: Member, claim: Dead, now: float) -> list[Claim]:
     self._become(member, claim, now, by=claim.by)
     return []
 
 
-def believes_the_past(self: hearing.Hearing, claim: Claim, now: float, words: Alive | Left | None = None) -> list[Claim]:
+def believes_the_past(self: claims.Hearing, claim: Claim, now: float, words: Alive | Left | None = None) -> list[Claim]:
     member = self.members.get(claim.node)
     if member is None or claim.node == self.me or not isinstance(claim, Suspect) or claim.incarnation >= member.incarnation:
         return _hear(self, claim, now, words)
@@ -84,12 +85,12 @@ def planted(target: object, name: str, value: object) -> Mutation:
 
 
 _live = fingerprint.Fingerprint.live
-_hear = hearing.Hearing.hear
+_hear = claims.Hearing.hear
 FAULTS: list[tuple[str, str, type[RuleBasedStateMachine], Mutation]] = [
-    ("M1", "accusations go as high as anybody says", HostileMesh, planted(hearing, "within_words", as_it_is_said)),
-    ("M1", "signatures are not looked at", HostileMesh, planted(hearing.Words, "hold", lambda *_: True)),
-    ("M2", "a stale suspicion is believed", HostileMesh, planted(hearing.Hearing, "hear", believes_the_past)),
-    ("M3", "nobody refutes", HostileMesh, planted(hearing.Hearing, "_hear_of_myself", deaf)),
+    ("M1", "accusations go as high as anybody says", HostileMesh, planted(claims, "within_words", as_it_is_said)),
+    ("M1", "signatures are not looked at", HostileMesh, planted(claims.Words, "hold", lambda *_: True)),
+    ("M2", "a stale suspicion is believed", HostileMesh, planted(claims.Hearing, "hear", believes_the_past)),
+    ("M3", "nobody refutes", HostileMesh, planted(claims.Hearing, "_hear_of_myself", deaf)),
     ("M4: ended", "a failed probe accuses nobody", HostileMesh, planted(swim.Swim, "_probe_failed", lambda *_: None)),
     ("M4: .* ended,", "suspicions never end", HostileMesh, planted(suspicion.Suspicion, "deadline", property(lambda self: 1e9))),
     ("M[35]", "nothing is told or compared afterwards", HostileMesh, silenced),
@@ -100,14 +101,14 @@ FAULTS: list[tuple[str, str, type[RuleBasedStateMachine], Mutation]] = [
         planted(fingerprint.Fingerprint, "live", keeps_to_the_first),
     ),
     ("M6", "a verdict overrides a goodbye", HostileMesh, swapped),
-    ("M7", "hearsay kills", HostileMesh, planted(hearing.Hearing, "_hear_of_death", believes)),
+    ("M7", "hearsay kills", HostileMesh, planted(claims.Hearing, "_hear_of_death", believes)),
     ("M7: no host", "an end of a link is proof enough", HostileMesh, planted(evidence.Evidence, "open_case", convicts_at_once)),
-    ("M8: a datagram", "claims beyond the frame", HostileNode, planted(hearing, "claim_budget_bytes", lambda bare: 1600)),
+    ("M8: a datagram", "claims beyond the frame", HostileNode, planted(claims, "claim_budget_bytes", lambda bare: 1600)),
     ("M8: .* members", "the table has no bound", HostileNode, planted(members.Members, "__len__", lambda self: 2)),
-    ("M9: .* quiet", "rumours are told for ever", HostileMesh, planted(hearing, "transmit_limit", lambda *_: 10**9)),
+    ("M9: .* quiet", "rumours are told for ever", HostileMesh, planted(claims, "transmit_limit", lambda *_: 10**9)),
     ("M9: .* stranger", "answers are not counted", HostileNode, planted(allowance.Allowance, "covered", lambda self, sent: sent)),
-    ("M10: .* neither", "the decoder raises what it likes", HostileNode, planted(gossip_wire, "_decoded", leaks)),
-    ("M10: no message", "loads are not looked at", HostileNode, planted(gossip_wire, "load_is_sane", lambda load: True)),
+    ("M10: .* neither", "the decoder raises what it likes", HostileNode, planted(datagram_codec, "_decoded", leaks)),
+    ("M10: no message", "loads are not looked at", HostileNode, planted(datagram_codec, "load_is_sane", lambda load: True)),
 ]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from membership.config import MembershipConfig
-from membership.dissemination import transmit_limit
-from membership.effects import MemberForgotten, Send
-from mesh.gossip import Ping, Suspect
+from membership.core.config import MembershipConfig
+from membership.core.dissemination import transmit_limit
+from membership.core.effects import MemberForgotten, Send
 from mesh.view import PeerState
+from mesh.wire.gossip import Ping, Suspect
 from tests.membership.pieces import CONFIG, address_of, alive, gossip, messages, node_among, only, peer_id, run_to, state
 
 HOUR_S = 3600.0

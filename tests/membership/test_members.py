@@ -6,8 +6,8 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from membership.fingerprint import Fingerprint
-from membership.members import Common, Member, Members, description_of
+from membership.core.members import Common, Member, Members, description_of
+from membership.facts.fingerprint import Fingerprint
 from mesh.ids import NodeId
 from mesh.view import PeerState
 from tests.membership.pieces import alive, peer_id

@@ -7,10 +7,10 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from membership.effects import Cut, Effect, Froze, MemberChanged
-from membership.outlook import FROZEN_SETTLE_S, PATIENCE_S, RESIGNED_S, SETTLE_S, SETTLED_S
-from mesh.gossip import REFUSED, Dead, Suspect
+from membership.core.effects import Cut, Effect, Froze, MemberChanged
+from membership.core.outlook import FROZEN_SETTLE_S, PATIENCE_S, RESIGNED_S, SETTLE_S, SETTLED_S
 from mesh.view import PeerState
+from mesh.wire.gossip import REFUSED, Dead, Suspect
 from tests.membership.pieces import ME, address_of, alive, gossip, left, node_among, only, peer_id, run_to
 
 ALIVE, SUSPECT, DEAD = PeerState.ALIVE, PeerState.SUSPECT, PeerState.DEAD

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from membership.facts import FactsBook
-from membership.fingerprint import Fingerprint
-from membership.owner_map import TOLERATED, TOMBSTONES_KEPT, Outcome, OwnerMap
+from membership.facts.facts import FactsBook
+from membership.facts.fingerprint import Fingerprint
+from membership.facts.owner_map import TOLERATED, TOMBSTONES_KEPT, Outcome, OwnerMap
 from mesh.errors import LocalError
-from mesh.facts_map import DOCUMENT_DEPTH, ShownFacts, keys_of
 from mesh.ids import ModelId, NodeId
-from mesh.sync import MAX_OWNER_BYTES, FactsDelta, FactsEntry, Sync, encode, entry_bytes
 from mesh.view import Facts, Loading, ModelCard, Readiness, Span
+from mesh.wire.facts_map import DOCUMENT_DEPTH, ShownFacts, keys_of
+from mesh.wire.sync import MAX_OWNER_BYTES, FactsDelta, FactsEntry, Sync, encode, entry_bytes
 
 OWNER = NodeId("a" * 16)
 OTHER = NodeId("b" * 16)

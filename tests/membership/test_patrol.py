@@ -8,10 +8,10 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from membership.fingerprint import Fingerprint
-from membership.members import Members
-from membership.regions import Patrol, Round
-from membership.roster import Roster
+from membership.core.members import Members
+from membership.core.regions import Patrol, Round
+from membership.core.roster import Roster
+from membership.facts.fingerprint import Fingerprint
 from mesh.view import PeerState
 from tests.membership.pieces import ME, peer_id
 from tests.membership.test_members import member

@@ -8,7 +8,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from membership.roster import Roster, some_of
+from membership.core.roster import Roster, some_of
 from tests.membership.pieces import peer_id
 
 NUMBERS = st.integers(0, 30)

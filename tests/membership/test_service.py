@@ -12,18 +12,18 @@ import pytest
 import trio
 import trio.testing
 
-from membership.config import MembershipConfig
-from membership.events import Cut, JoinFailed, MemberEvent
-from membership.service import Membership
+from membership.core.config import MembershipConfig
+from membership.shell.events import Cut, JoinFailed, MemberEvent
+from membership.shell.service import Membership
 from membership.simulation.signer import StandInSigner
-from mesh.calls import Header, Reply
 from mesh.errors import BadRequest, LocalError, PeerLost
-from mesh.gossip import MAX_DATAGRAM_BYTES, Ack, Alive, Gossip, Ping, Sender
-from mesh.gossip_wire import decode, encode
 from mesh.ids import Address, NodeId, format_address
-from mesh.seal import KeySeal, PlainSeal, Seal
-from mesh.sync import SYNC_KIND
+from mesh.keys.seal import KeySeal, PlainSeal, Seal
 from mesh.view import Facts, Load, PeerState
+from mesh.wire.calls import Header, Reply
+from mesh.wire.datagram_codec import decode, encode
+from mesh.wire.gossip import MAX_DATAGRAM_BYTES, Ack, Alive, Gossip, Ping, Sender
+from mesh.wire.sync import SYNC_KIND
 from tests.membership.pieces import signed
 
 
@@ -110,7 +110,7 @@ class Mesh:
 def arrivals_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel stamps arrivals in real time. While the clock jumps, what a busy machine takes to read them would be seconds
     of lag that the nodes admit, and wait for one another longer."""
-    monkeypatch.setattr("membership.datagrams.waited_s", lambda ancillary, now_ns: 0.0)
+    monkeypatch.setattr("membership.shell.datagrams.waited_s", lambda ancillary, now_ns: 0.0)
 
 
 @asynccontextmanager

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from membership.config import MembershipConfig
-from membership.core import MembershipCore
-from membership.effects import MemberChanged, MemberForgotten, TryConnect
-from mesh.gossip import REFUSED, Dead, Suspect
-from mesh.sync import Sync
+from membership.core.config import MembershipConfig
+from membership.core.core import MembershipCore
+from membership.core.effects import MemberChanged, MemberForgotten, TryConnect
 from mesh.view import PeerState
+from mesh.wire.gossip import REFUSED, Dead, Suspect
+from mesh.wire.sync import Sync
 from tests.membership.pieces import (
     ME,
     address_of,

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from membership.config import MembershipConfig
-from membership.dissemination import Rumours, transmit_limit
-from membership.suspicion import Suspicion, expected_confirmations, minimum_s, remaining_s
-from mesh.gossip import Alive, Dead, Suspect
-from mesh.gossip_wire import claim_bytes
+from membership.core.config import MembershipConfig
+from membership.core.dissemination import Rumours, transmit_limit
+from membership.core.suspicion import Suspicion, expected_confirmations, minimum_s, remaining_s
+from mesh.wire.datagram_codec import claim_bytes
+from mesh.wire.gossip import Alive, Dead, Suspect
 from tests.membership.pieces import alive, peer_id
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from membership.config import MembershipConfig
-from membership.core import MembershipCore
-from membership.effects import Exchange, FactsChanged, Measured, MemberChanged, MemberForgotten, Push, Renewed
-from mesh.gossip import Ack, Dead, Gossip, Ping, PingReq, Sender, Suspect
-from mesh.sync import Synced
+from membership.core.config import MembershipConfig
+from membership.core.core import MembershipCore
+from membership.core.effects import Exchange, FactsChanged, Measured, MemberChanged, MemberForgotten, Push, Renewed
 from mesh.view import Facts, Load, PeerState
+from mesh.wire.gossip import Ack, Dead, Gossip, Ping, PingReq, Sender, Suspect
+from mesh.wire.sync import Synced
 from tests.membership.pieces import (
     CONFIG,
     ME,

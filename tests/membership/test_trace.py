@@ -10,18 +10,18 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from membership import trace
-from membership.config import MembershipConfig
-from membership.core import MembershipCore
-from membership.recording import RecordedCore
-from membership.replay import Replay, replay
+from membership.core.config import MembershipConfig
+from membership.core.core import MembershipCore
 from membership.simulation.network import Network
 from membership.simulation.signer import StandInSigner, StandInVerifier
-from membership.trace import MAGIC, BadTrace, Trace, read
-from mesh.gossip import Alive
+from membership.trace import trace_format
+from membership.trace.recording import RecordedCore
+from membership.trace.replay import Replay, replay
+from membership.trace.trace_format import MAGIC, BadTrace, Trace, read
 from mesh.ids import NodeId
-from mesh.signing import Signer
+from mesh.keys.signing import Signer
 from mesh.view import Facts, PeerState
+from mesh.wire.gossip import Alive
 from tests.membership.pieces import ME, alive, core_of, exchange
 from tests.membership.test_service import a_mesh, until_state
 
@@ -73,7 +73,7 @@ def test_a_recorded_run_is_replayed_to_the_last_effect(seed: int) -> None:
 
 def test_a_core_with_another_rule_is_told_apart_at_the_first_input_it_answers_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     kept, _, _ = recorded_run(1)
-    monkeypatch.setattr("membership.swim._NACK_SHARE", 0.5)
+    monkeypatch.setattr("membership.core.swim._NACK_SHARE", 0.5)
     found = replayed(kept)
     assert found.differs_at is not None and 0 < found.differs_at < found.inputs and found.agreed < found.inputs
 
@@ -93,7 +93,7 @@ def test_segments_do_not_break_an_exact_replay() -> None:
     assert kept.dropped_records == 0
     found = replayed(kept)
     assert found.exact and found.inputs == found.agreed
-    assert sum(isinstance(record.input, trace.Checkpoint) for record in read(kept.dump())) >= 1
+    assert sum(isinstance(record.input, trace_format.Checkpoint) for record in read(kept.dump())) >= 1
 
 
 def test_a_checkpoint_changes_no_answer_of_the_replay_when_not_everything_fits_into_one() -> None:
@@ -108,7 +108,7 @@ def test_a_checkpoint_changes_no_answer_of_the_replay_when_not_everything_fits_i
     for step in range(3):
         synced, _ = core.answer(newcomer.me, newcomer.ask(), 2.0 + step)
         assert synced.more
-    assert sum(isinstance(record.input, trace.Checkpoint) for record in read(kept.dump())) == 1
+    assert sum(isinstance(record.input, trace_format.Checkpoint) for record in read(kept.dump())) == 1
     found = replayed(kept)
     assert found.exact and found.inputs == found.agreed, found.differs_at
 
@@ -137,7 +137,7 @@ async def test_a_real_node_on_loopback_is_replayed_to_the_last_effect(autojump_c
 def test_what_no_core_would_tell_is_not_in_it() -> None:
     kept, _, _ = recorded_run(1)
     assert b"node-4" in kept.dump(), "names are"
-    fields = {name for kind in trace.Input.__args__ for name in kind.__struct_fields__}
+    fields = {name for kind in trace_format.Input.__args__ for name in kind.__struct_fields__}
     assert not any("secret" in name or "private" in name or name in ("key", "prompt") for name in fields)
 
 

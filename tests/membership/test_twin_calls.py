@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import trio
 
-from membership.config import MembershipConfig
-from membership.recording import RecordedCore
-from membership.replay import replay
+from membership.core.config import MembershipConfig
 from membership.simulation.network import Network
 from membership.simulation.signer import StandInVerifier
-from membership.trace import Trace, read
+from membership.trace.recording import RecordedCore
+from membership.trace.replay import replay
+from membership.trace.trace_format import Trace, read
 from mesh.errors import BadRequest
 from mesh.ids import NodeId
-from mesh.signing import Signer
-from mesh.twin import TWIN_KIND, WHERE_KIND, Run
+from mesh.keys.signing import Signer
 from mesh.view import PeerState
+from mesh.wire.twin import TWIN_KIND, WHERE_KIND, Run
 from tests.membership.test_service import a_mesh, arrivals_take_no_time, until_state
 
 __all__ = ["arrivals_take_no_time"]  # a fixture for all tests here
@@ -105,7 +105,7 @@ def test_a_run_with_a_twin_in_it_is_replayed_to_the_last_effect(seed: int) -> No
     traces = {"node-2": Trace(1 << 24), "node-5": Trace(1 << 24)}
 
     def core(me: Any, signer: Signer, config: MembershipConfig, rng: Any, now: float) -> Any:
-        from membership.core import MembershipCore
+        from membership.core.core import MembershipCore
 
         kept = traces.get(me.name)
         return RecordedCore(me, signer, config, rng, now, kept) if kept else MembershipCore(me, signer, config, rng, now)

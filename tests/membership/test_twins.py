@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from membership.effects import Displaced, FindTwin, MemberChanged, Renewed, TwinSeen
-from membership.twins import ASK_AGAIN_S, ASKING_S, Twins
-from mesh.gossip import Alive, Dead, Suspect
+from membership.core.effects import Displaced, FindTwin, MemberChanged, Renewed, TwinSeen
+from membership.core.twins import ASK_AGAIN_S, ASKING_S, Twins
 from mesh.ids import Address
-from mesh.sync import Sync
-from mesh.twin import ANSWERER, ASKER, Answer, Run
 from mesh.view import PeerState
+from mesh.wire.gossip import Alive, Dead, Suspect
+from mesh.wire.sync import Sync
+from mesh.wire.twin import ANSWERER, ASKER, Answer, Run
 from tests.membership.pieces import ME, address_of, alive, gossip, member_record, node_among, only, peer_id, signed
 
 HERE, THERE = ("10.0.0.1", 7000), ("10.0.0.2", 7000)

@@ -9,8 +9,8 @@ import sys
 import pytest
 import trio
 
-from mesh.arrival import ANCILLARY_BYTES, stamp_arrivals, waited_s
-from mesh.knock import is_refused
+from mesh.links.arrival import ANCILLARY_BYTES, stamp_arrivals, waited_s
+from mesh.links.connect_check import is_refused
 
 NOW_NS = 1_700_000_000_000_000_000
 

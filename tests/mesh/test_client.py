@@ -10,10 +10,10 @@ import openai
 import pytest
 
 from mesh import AsyncClient, Client
-from mesh.answers import text_of
-from mesh.client import read_documents
-from mesh.client_api import Document, citations
-from mesh.client_flow import NoNodeAnswers
+from mesh.client.answers import text_of
+from mesh.client.api import Document, citations
+from mesh.client.client import read_documents
+from mesh.client.flow import NoNodeAnswers
 from mesh.errors import BadRequest, PeerLost, RemoteError
 from tests.cli.fake_mesh import CITATION, FakeMesh, error, fake_mesh, texts
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from mesh.client_flow import (
+from mesh.client.event_stream import Progress
+from mesh.client.flow import (
     Answer,
     Broken,
     Budget,
@@ -26,7 +27,6 @@ from mesh.client_flow import (
     retry_after_s,
 )
 from mesh.errors import BadRequest, DeadlineExceeded, PeerLost, Refused, RemoteError
-from mesh.event_stream import Progress
 
 A, B, C = "http://a:1", "http://b:1", "http://c:1"
 

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from mesh import AsyncClient, Client
-from mesh.client_api import chat_body, completion_body, question_body
-from mesh.client_params import CHAT_PARAMS, COMPLETION_PARAMS, EXTRA
+from mesh.client.api import chat_body, completion_body, question_body
+from mesh.client.params import CHAT_PARAMS, COMPLETION_PARAMS, EXTRA
 from node.http.openai import UNSUPPORTED
 from node.http.schema import ChatBody, CompletionBody
 from tests.cli.fake_mesh import fake_mesh

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh import event_stream
+from mesh.client import event_stream
+from mesh.client.event_stream import EventDecoder, Progress
 from mesh.errors import RemoteError
-from mesh.event_stream import EventDecoder, Progress
 
 WIRE = ': ping\ndata: {"a": 1}\n\ndata:two\ndata: lines\r\n\r\nevent: x\nid: 3\ndata: ü\n\n'.encode()
 EVENTS = ['{"a": 1}', "two\nlines", "ü"]

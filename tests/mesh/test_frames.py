@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.frames import Frame, FrameError, FrameReader, encode
 from mesh.view import Load
+from mesh.wire.frames import Frame, FrameError, FrameReader, encode
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.text(max_size=20) | st.binary(max_size=20),

@@ -10,7 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh.gossip import (
+from mesh.ids import NodeId
+from mesh.keys.seal import KeySeal, PlainSeal
+from mesh.view import Load
+from mesh.wire.datagram_codec import claim_budget_bytes, claim_bytes, decode, encode, encoded_bytes
+from mesh.wire.gossip import (
     COUNTER_MAX,
     MAX_CLAIM_BYTES,
     MAX_DATAGRAM_BYTES,
@@ -31,11 +35,7 @@ from mesh.gossip import (
     Sender,
     Suspect,
 )
-from mesh.gossip_wire import claim_budget_bytes, claim_bytes, decode, encode, encoded_bytes
-from mesh.ids import NodeId
-from mesh.load_wire import LOAD_BYTES, pack_load, unpack_load
-from mesh.seal import KeySeal, PlainSeal
-from mesh.view import Load
+from mesh.wire.load import LOAD_BYTES, pack_load, unpack_load
 
 A, B = NodeId("a" * 16), NodeId("b" * 16)
 SENDER = Sender(A, 1, 2, 2**64 - 1, Load(1, 2, 3, 4, 5, 6.5, 7.5), 12)

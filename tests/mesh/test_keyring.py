@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.keyring import (
+from mesh.keys.keyring import (
     MAX_KEYS,
     Keyring,
     KeyTag,
@@ -20,7 +20,7 @@ from mesh.keyring import (
     unwrap,
     wrap,
 )
-from mesh.keys import BadKeyFile, encode_key, new_key
+from mesh.keys.mesh_key import BadKeyFile, encode_key, new_key
 
 OLD, NEW, NEWER = (RingKey(serial, bytes([serial + 1]) * 32) for serial in range(3))
 RING = Keyring((OLD,))

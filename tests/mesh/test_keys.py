@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mesh.keyring import load_keyring
-from mesh.keys import BadKeyFile, derive, encode_key, new_key, save_key
+from mesh.keys.keyring import load_keyring
+from mesh.keys.mesh_key import BadKeyFile, derive, encode_key, new_key, save_key
 
 
 def load_key(path: Path) -> bytes:

@@ -9,14 +9,14 @@ import trio
 import trio.testing
 
 from mesh.errors import BadRequest, DeadlineExceeded, PeerLost, Refused, RemoteError
-from mesh.frames import Frame, encode
 from mesh.ids import NodeId
-from mesh.keys import new_key
-from mesh.link import PROTOCOL_VERSION
-from mesh.links import CALLS_AT_ONCE, LinkConfig, Links
-from mesh.signing import IdentityKey
-from mesh.tls import PeerTls
+from mesh.keys.mesh_key import new_key
+from mesh.keys.signing import IdentityKey
+from mesh.links.link import PROTOCOL_VERSION
+from mesh.links.links import CALLS_AT_ONCE, LinkConfig, Links
+from mesh.links.tls import PeerTls
 from mesh.view import Load
+from mesh.wire.frames import Frame, encode
 
 
 async def start(nursery, name, cluster="mesh", **more):

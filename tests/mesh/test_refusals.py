@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.refusals import COUNTED_MAX, SOURCES_MAX, WINDOW_S, Refusal, Refusals
+from mesh.links.refusals import COUNTED_MAX, SOURCES_MAX, WINDOW_S, Refusal, Refusals
 
 
 def test_the_first_of_a_source_and_reason_is_worth_a_line_and_the_next_after_a_minute() -> None:

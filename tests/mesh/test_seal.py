@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.seal import NONCES_REMEMBERED, REPLAY_WINDOW_S, KeySeal, PlainSeal, Seal, SealBroken, SealFault, _key_id
+from mesh.keys.seal import NONCES_REMEMBERED, REPLAY_WINDOW_S, KeySeal, PlainSeal, Seal, SealBroken, SealFault, _key_id
 
 KEY, OTHER = b"k" * 32, b"o" * 32
 

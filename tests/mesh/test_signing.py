@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh.gossip import Alive, Left
-from mesh.signing import Ed25519Verifier, IdentityKey, node_of
-from mesh.statements import alive_statement, left_statement
+from mesh.keys.signing import Ed25519Verifier, IdentityKey, node_of
+from mesh.wire.gossip import Alive, Left
+from mesh.wire.statements import alive_statement, left_statement
 
 ONE, OTHER = IdentityKey(b"1" * 32), IdentityKey(b"2" * 32)
 VERIFIER = Ed25519Verifier()

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from cli.load.plan import file_prompts
 from mesh.errors import BadRequest
-from mesh.keyring import load_keyring
-from mesh.keys import BadKeyFile, encode_key
+from mesh.keys.keyring import load_keyring
+from mesh.keys.mesh_key import BadKeyFile, encode_key
 from mesh.text_files import text_of
 from node.config import NodeConfig
 from node.http.auth import new_api_key

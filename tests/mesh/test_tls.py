@@ -10,8 +10,8 @@ import trio.testing
 from cryptography import x509
 
 from mesh.errors import RemoteError
-from mesh.signing import IdentityKey
-from mesh.tls import Authority, PeerTls, authority, mint, peer_node, why_impostor
+from mesh.keys.signing import IdentityKey
+from mesh.links.tls import Authority, PeerTls, authority, mint, peer_node, why_impostor
 
 KEY, OTHER = b"k" * 32, b"o" * 32
 SERVER, CLIENT, LIAR = IdentityKey(b"5" * 32), IdentityKey(b"c" * 32), IdentityKey(b"x" * 32)

@@ -1,10 +1,10 @@
-"""How tests hand a fixed set of models to `node.prompts.Prompts`."""
+"""How tests hand a fixed set of models to `node.entry.prompts.Prompts`."""
 
 from __future__ import annotations
 
 from mesh.ids import ModelId
-from node.models import Models, ServedModel
-from node.prompts import FindModel
+from node.entry.prompts import FindModel
+from node.serving.models import Models, ServedModel
 
 
 def finder(models: Models) -> FindModel:

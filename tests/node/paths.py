@@ -16,20 +16,20 @@ from typing import Any
 
 import trio
 
-from membership.events import MemberEvent
+from membership.shell.events import MemberEvent
 from mesh.errors import Refused
 from mesh.ids import Address, ModelId, NodeId, StreamId
-from mesh.link import Link, LinkConfig
-from mesh.links import Links
+from mesh.links.link import Link, LinkConfig
+from mesh.links.links import Links
 from mesh.view import Facts, Load, ModelCard, Peer, PeerState, Readiness, Span, View
 from node.engine.api import EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
-from node.entry import Entry
+from node.entry.entry import Entry
+from node.entry.planning import Planning
+from node.entry.prompts import Prompt
+from node.entry.run import EntryNode
 from node.losses import Losses
-from node.planning import Planning
-from node.prompts import Prompt
-from node.request_run import EntryNode
 from node.requests import GenerateRequest, SamplingParams
-from node.stages import Stages
+from node.serving.stages import Stages
 
 MODEL = ModelId("counting")
 LAYERS = 6

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import trio
 
-from mesh.refusals import BAD_ACTIVATIONS
+from mesh.links.refusals import BAD_ACTIVATIONS
 from mesh.view import PeerState
-from node.doctor import PROBLEM, Look, diagnosis
 from node.engine.api import SequenceKey
+from node.ops.doctor import PROBLEM, Look, diagnosis
 from tests.node.paths import SmallMesh, a_request, small_mesh
 from tests.node.test_paths import EXPECTED, at_rest, run, tokens
 

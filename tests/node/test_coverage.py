@@ -6,9 +6,9 @@ import trio
 
 from mesh.ids import ModelId, NodeId
 from mesh.view import Facts, ModelCard, Peer, PeerState, Span, View
-from node.coverage import CoverageWatch
 from node.http.metrics import render
-from node.status import status
+from node.ops.status import status
+from node.serving.coverage import CoverageWatch
 from routing.coverage import CoverageChanged
 
 MODEL = ModelId("m")

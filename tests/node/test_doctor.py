@@ -8,11 +8,11 @@ from types import MappingProxyType
 import pytest
 
 from mesh.ids import ModelId, NodeId
-from mesh.refusals import FOREIGN_WORD, Refusal
-from mesh.seal import SealFault
+from mesh.keys.seal import SealFault
+from mesh.links.refusals import FOREIGN_WORD, Refusal
 from mesh.view import Facts, Loading, ModelCard, Peer, PeerState, Readiness, Span, View
-from node.doctor import NOTE, PROBLEM, Finding, Look, diagnosis
-from node.uncompiled import BY_NAME, COSTS, NO_COMPILER
+from node.host.uncompiled import BY_NAME, COSTS, NO_COMPILER
+from node.ops.doctor import NOTE, PROBLEM, Finding, Look, diagnosis
 from rag.types import StoreInfo
 
 MODEL = ModelId("tiny")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from mesh.errors import BadRequest, DeadlineExceeded, NoPath, Refused
 from mesh.ids import ModelId, NodeId
-from node.generation import Generation, Phase
-from node.generation_events import (
+from node.entry.generation import Generation, Phase
+from node.entry.generation_events import (
     Cancelled,
     ClosePath,
     Doubt,

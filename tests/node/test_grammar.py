@@ -12,10 +12,10 @@ import trio
 from mesh.errors import BadRequest
 from mesh.ids import ModelId, StreamId
 from mesh.view import ModelCard
-from node.grammar import MAX_DEPTH, GrammarCheck, check_schema
-from node.models import Models, ServedModel
-from node.prompts import Prompts
+from node.entry.prompts import Prompts
 from node.requests import GenerateRequest, Grammar, SamplingParams
+from node.serving.models import Models, ServedModel
+from node.text.grammar import MAX_DEPTH, GrammarCheck, check_schema
 from tests.node.found_models import finder
 from tests.node.paths import CountingText
 
@@ -94,7 +94,7 @@ def test_a_refusal_does_not_tell_the_grammars_inner_state() -> None:
 
 
 def test_the_check_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("node.grammar.REMEMBERED", 2)
+    monkeypatch.setattr("node.text.grammar.REMEMBERED", 2)
     check = GrammarCheck()
     grammars = [Grammar("regex", text) for text in "abc"]
     for grammar in grammars:

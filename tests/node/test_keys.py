@@ -15,15 +15,15 @@ import trio.testing
 
 from mesh.errors import BadRequest, MeshError, PeerLost, Refused
 from mesh.ids import NodeId
-from mesh.keyring import Keyring, RingKey, load_keyring, save_keyring
-from mesh.link import LinkConfig
-from mesh.links import Links
-from mesh.seal import KeySeal, SealBroken, SealFault
-from mesh.signing import IdentityKey
-from mesh.tls import PeerTls
+from mesh.keys.keyring import Keyring, RingKey, load_keyring, save_keyring
+from mesh.keys.seal import KeySeal, SealBroken, SealFault
+from mesh.keys.signing import IdentityKey
+from mesh.links.link import LinkConfig
+from mesh.links.links import Links
+from mesh.links.tls import PeerTls
 from mesh.view import Peer, PeerState, View
-from node import keys as module
-from node.keys import KIND, MeshKeys
+from node.ops import keys as module
+from node.ops.keys import KIND, MeshKeys
 
 OLD = RingKey(0, b"o" * 32)
 ECHO = "echo"

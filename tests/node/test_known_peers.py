@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from mesh.ids import NodeId
 from mesh.view import Peer, PeerState, View
-from node.known_peers import FILE, FORGET_S, PEERS_MAX, KnownPeers
+from node.host.known_peers import FILE, FORGET_S, PEERS_MAX, KnownPeers
 
 ME = NodeId("0" * 16)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import structlog
 
-from node.logs import FRAMES_MAX, configure
+from node.host.logs import FRAMES_MAX, configure
 
 SECRET = "my-account-is-4711"
 

@@ -5,11 +5,11 @@ from random import Random
 import pytest
 import trio
 
-from membership.events import MemberEvent
+from membership.shell.events import MemberEvent
 from mesh.ids import NodeId, StreamId
 from mesh.view import PeerState, Readiness
 from node.engine.api import TokenOut
-from node.generation import Patience
+from node.entry.generation import Patience
 from node.requests import ChoiceDone, TextDelta
 from tests.node.paths import a_request, small_mesh, token_at
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from types import MappingProxyType
 
-from membership.events import MembershipStatistics
-from membership.swim import SwimStatistics
+from membership.core.swim import SwimStatistics
+from membership.shell.events import MembershipStatistics
 from node.http.metrics import render
 from rag.report import DocumentStatistics
 

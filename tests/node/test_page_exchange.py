@@ -12,16 +12,16 @@ import trio
 from msgspec.structs import replace
 from trio.testing import MockClock
 
-from mesh.calls import Header, Reply
 from mesh.errors import PeerLost, RemoteError
 from mesh.ids import Address, ModelId, NodeId, StreamId
 from mesh.prefix import PAGE_TOKENS
 from mesh.view import Load
+from mesh.wire.calls import Header, Reply
 from node.engine.api import OpenSequence, PageAsk, PagesWanted, Prefix
-from node.page_exchange import MOST_WAIT_S, PAGES_KIND, PageExchange
-from node.page_gate import PROBE_PAGES
 from node.requests import SamplingParams
-from node.stages import OpenStage, Stages
+from node.serving.page_exchange import MOST_WAIT_S, PAGES_KIND, PageExchange
+from node.serving.page_gate import PROBE_PAGES
+from node.serving.stages import OpenStage, Stages
 
 PEER: Address = ("127.0.0.1", 7)
 PAGE = 1 << 20

@@ -9,8 +9,8 @@ import pytest
 
 from mesh.ids import ModelId, NodeId
 from mesh.view import Facts, ModelCard, Peer, PeerState, Readiness, Span, View
-from node.generation_events import StageAt
-from node.planning import Planning
+from node.entry.generation_events import StageAt
+from node.entry.planning import Planning
 
 MODEL = ModelId("m")
 CARD = ModelCard(MODEL, 4, 64, "w", "n")

@@ -7,7 +7,7 @@ import trio
 from mesh.errors import BadRequest, NoPath, RemoteError
 from node.engine.api import TokenOut
 from node.requests import ChoiceDone, Finished, Started, TextDelta
-from node.stages import OpenStage
+from node.serving.stages import OpenStage
 from tests.node.paths import a_request, small_mesh, token_at
 
 SPLIT = {"entry": (), "a": ((0, 4),), "b": ((2, 6),), "c": ((0, 2), (4, 6))}

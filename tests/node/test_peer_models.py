@@ -11,17 +11,17 @@ import msgspec
 import pytest
 import trio
 
-from mesh.client_flow import SILENCE_S
+from mesh.client.flow import SILENCE_S
 from mesh.errors import BadRequest, ModelLoading, NoPath, Refused
 from mesh.ids import ModelId, NodeId
 from mesh.view import Facts, ModelCard, Peer, Span
 from node.engine.default_model import DIRECTORY, LAYERS
-from node.model_text import ModelText
-from node.models import Models, ServedModel
-from node.peer_models import MAX_MODELS, WAIT_S, PeerModels
+from node.serving.library import Library
+from node.serving.models import Models, ServedModel
+from node.serving.peer_models import MAX_MODELS, WAIT_S, PeerModels
+from node.text.tokenizer import ModelText
 from node.weights.catalogue import Catalogue, identify
 from node.weights.hashing import HashingProgress
-from node.weights.library import Library
 from tests.weights.test_fetching import ME, Network
 
 CARD = ModelCard(ModelId("second"), LAYERS, 2048, "", "n")
@@ -143,7 +143,7 @@ async def test_a_slow_peer_costs_a_request_a_bounded_wait_and_the_fetch_goes_on(
     mesh: Mesh, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert 0 < WAIT_S < SILENCE_S, "a client that waits longer takes the node for dead"
-    monkeypatch.setattr("node.peer_models.WAIT_S", 0.0)
+    monkeypatch.setattr("node.serving.peer_models.WAIT_S", 0.0)
     mesh.peer_serves("a", catalogue)
     call, slow = mesh.network.call, trio.Event()
 
@@ -156,7 +156,7 @@ async def test_a_slow_peer_costs_a_request_a_bounded_wait_and_the_fetch_goes_on(
         with pytest.raises(ModelLoading, match="being fetched from a: 0% done"):
             await models.get(CARD.id)
         slow.set()
-        monkeypatch.setattr("node.peer_models.WAIT_S", 60.0)
+        monkeypatch.setattr("node.serving.peer_models.WAIT_S", 60.0)
         assert (await models.get(CARD.id)).card.id == CARD.id
 
 
@@ -178,7 +178,7 @@ async def test_other_files_under_the_same_name_are_fetched_anew(mesh: Mesh, cata
 async def test_text_files_beyond_the_bound_are_refused_for_a_while(
     mesh: Mesh, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("node.peer_models.MAX_TEXT_BYTES", 1000)
+    monkeypatch.setattr("node.serving.peer_models.MAX_TEXT_BYTES", 1000)
     mesh.peer_serves("a", catalogue)
     async with running(mesh) as models:
         for _ in range(2):
@@ -252,8 +252,8 @@ async def test_where_other_weights_answer_their_own_text_side_is_fetched(
 async def test_weights_whose_text_side_cannot_be_had_are_not_answered_by_others(
     mesh: Mesh, catalogue: Catalogue, other: Catalogue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("node.peer_models.WAIT_S", 0.05)
-    monkeypatch.setattr("node.peer_models.RETRY_S", 0.01)
+    monkeypatch.setattr("node.serving.peer_models.WAIT_S", 0.05)
+    monkeypatch.setattr("node.serving.peer_models.RETRY_S", 0.01)
     holds_own(mesh, catalogue.id)
     for name in "ab":
         mesh.peer_serves(name, other)
@@ -261,7 +261,7 @@ async def test_weights_whose_text_side_cannot_be_had_are_not_answered_by_others(
     async with running(mesh) as models:
         with pytest.raises(ModelLoading, match="second's tokenizer is being fetched from a, b"):
             await models.get(CARD.id)
-        monkeypatch.setattr("node.peer_models.WAIT_S", 60.0)
+        monkeypatch.setattr("node.serving.peer_models.WAIT_S", 60.0)
         mesh.network.sources["b"].add(other)
         assert (await models.get(CARD.id)).card.weights == other.id, "asked again until a peer gave them"
 

@@ -11,9 +11,9 @@ import pytest
 from membership.simulation.network import Network
 from mesh.ids import ModelId, NodeId
 from mesh.view import Facts, Load, ModelCard, PeerState, Readiness, Span, View
-from node.own_facts import OwnFacts
-from node.pulse import LOOK_EVERY_S, Pulse
-from node.status import status
+from node.ops.status import status
+from node.serving.own_facts import OwnFacts
+from node.serving.readiness_monitor import LOOK_EVERY_S, Pulse
 from routing.path import plan
 from routing.policies import policy_named
 

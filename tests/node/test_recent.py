@@ -3,8 +3,8 @@
 from random import Random
 
 from mesh.ids import NodeId, StreamId
-from node.generation import Generation
-from node.recent import REMEMBERED, RecentRequests, RequestRecord
+from node.entry.generation import Generation
+from node.entry.recent import REMEMBERED, RecentRequests, RequestRecord
 
 
 def record(stream="s1", request_id="", *histories):

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.ids import NodeId
-from mesh.keyring import Keyring, KeyTag, RingError, RingKey
-from node.rotation import Phase, Step, Tags, next_step, unfinished
+from mesh.keys.keyring import Keyring, KeyTag, RingError, RingKey
+from node.ops.rotation import Phase, Step, Tags, next_step, unfinished
 
 OLD = RingKey(0, b"o" * 32)
 NEW = RingKey(1, b"n" * 32)

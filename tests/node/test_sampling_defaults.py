@@ -13,12 +13,12 @@ from mesh.ids import ModelId, StreamId
 from mesh.view import ModelCard
 from node.config import NodeConfig
 from node.engine.default_model import DIRECTORY
+from node.entry.prompts import Prompts
 from node.http.openai import parse_chat
-from node.model_text import ModelText
-from node.models import Models, ServedModel
-from node.prompts import Prompts
 from node.requests import GenerateRequest, SamplingParams
-from node.sampling_defaults import FILE, RANGES, end_tokens, generation_config, sampling_defaults, settled
+from node.serving.models import Models, ServedModel
+from node.text.sampling_defaults import FILE, RANGES, end_tokens, generation_config, sampling_defaults, settled
+from node.text.tokenizer import ModelText
 from tests.node.found_models import finder
 
 SAID = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1}

@@ -7,12 +7,12 @@ import pytest
 
 from mesh.errors import BadRequest
 from mesh.view import Facts, ModelCard, Span
-from node.capacity import layers_that_fit, parameters
+from node.checkpoints.capacity import layers_that_fit, parameters
 from node.config import NodeConfig, pinned_spans
-from node.identity import take_free_identity, take_identity
-from node.models import Models, parse_reference
-from node.own_facts import OwnFacts
-from node.sockets import open_listener, open_peer_sockets, reachable
+from node.host.identity import take_free_identity, take_identity
+from node.host.sockets import open_listener, open_peer_sockets, reachable
+from node.serving.models import Models, parse_reference
+from node.serving.own_facts import OwnFacts
 
 
 @pytest.mark.parametrize(("layers", "spans"), [("auto", None), ("none", ()), ("0:4", ((0, 4),)), ("0:2,4:6", ((0, 2), (4, 6)))])

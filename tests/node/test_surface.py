@@ -8,13 +8,13 @@ import pytest
 
 from mesh.ids import ModelId, NodeId
 from mesh.view import APPROXIMATE, Facts, Loading, ModelCard, Peer, PeerState, Span, View
-from node.engine.kernel_choice import KernelChoice
-from node.engine.linear import KERNELS
-from node.engine.progress import LoadProgress, Phase
-from node.models import Models
-from node.status import status
+from node.engine.kernels.kernel_choice import KernelChoice
+from node.engine.model.linear import KERNELS
+from node.engine.model.progress import LoadProgress, Phase
+from node.host.uncompiled import COSTS, TURNED_OFF, remedy
+from node.ops.status import status
+from node.serving.models import Models
 from node.surface import Surface
-from node.uncompiled import COSTS, TURNED_OFF, remedy
 from rag.service import Documents
 from routing.loading import being_loaded
 

@@ -17,14 +17,14 @@ from transformers import PreTrainedTokenizerFast
 from mesh.errors import BadRequest
 from mesh.ids import ModelId, StreamId
 from mesh.view import ModelCard
-from node.engine.constraints import GrammarBook
-from node.grammar import compiled
-from node.model_text import ModelText
-from node.models import Models, ServedModel
-from node.prompts import Prompt, Prompts
+from node.engine.sampling.constraints import GrammarBook
+from node.entry.prompts import Prompt, Prompts
 from node.requests import GenerateRequest, Grammar, ToolUse
-from node.tool_calls import CallArguments, CallStarted, Said, ToolCallParser, ToolEvent, call_id
-from node.tool_styles import HERMES, LLAMA, MISTRAL, PLAIN, STYLES, ToolStyle, conversation, grammar_for, style_of
+from node.serving.models import Models, ServedModel
+from node.text.grammar import compiled
+from node.text.tokenizer import ModelText
+from node.text.tool_calls import CallArguments, CallStarted, Said, ToolCallParser, ToolEvent, call_id
+from node.text.tool_styles import HERMES, LLAMA, MISTRAL, PLAIN, STYLES, ToolStyle, conversation, grammar_for, style_of
 from tests.node.found_models import finder
 
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"], "additionalProperties": False}

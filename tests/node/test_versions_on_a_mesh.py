@@ -9,9 +9,9 @@ import trio
 from mesh.ids import NodeId
 from mesh.versions import versions
 from mesh.view import Facts, ModelCard, Peer, Span, View
-from node.generation import Phase
+from node.entry.generation import Phase
 from node.requests import TextDelta
-from node.stages import OpenStage
+from node.serving.stages import OpenStage
 from tests.node.paths import CARD, MODEL, SmallMesh, a_request, small_mesh
 from tests.node.test_paths import EXPECTED, run, tokens
 

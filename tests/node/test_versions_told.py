@@ -13,14 +13,14 @@ from structlog.testing import capture_logs
 
 from mesh.ids import ModelId, NodeId
 from mesh.view import Facts, Load, ModelCard, Peer, PeerState, Readiness, Span, View
-from node.doctor import NOTE, PROBLEM, Finding, Look, diagnosis
+from node.entry.canary import Readiness as ReadinessCheck
 from node.http.surface import model_object
-from node.models import Models, ServedModel
-from node.peer_models import PeerModels
-from node.pulse import readiness_of
-from node.readiness import Readiness as ReadinessCheck
-from node.status import status
-from node.version_watch import VersionWatch
+from node.ops.doctor import NOTE, PROBLEM, Finding, Look, diagnosis
+from node.ops.status import status
+from node.serving.models import Models, ServedModel
+from node.serving.peer_models import PeerModels
+from node.serving.readiness_monitor import readiness_of
+from node.serving.version_watch import VersionWatch
 
 A, B = "a" * 64, "b" * 64
 TINY = ModelId("tiny")

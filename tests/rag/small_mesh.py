@@ -13,11 +13,11 @@ from typing import Any
 import msgspec
 import trio
 
-from mesh.call_errors import error_from_header, error_to_header
-from mesh.calls import Reply
 from mesh.errors import DeadlineExceeded, MeshError, PeerLost
 from mesh.ids import Address, NodeId
+from mesh.links.call_errors import error_from_header, error_to_header
 from mesh.view import Facts, Peer, PeerState, View
+from mesh.wire.calls import Reply
 from rag.embed import Embedder
 from rag.service import Documents
 from tests.rag.fakes import HashingEmbedder

@@ -6,9 +6,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.calls import Header, Reply
 from mesh.ids import Address, NodeId
 from mesh.view import Peer, PeerState, View
+from mesh.wire.calls import Header, Reply
 from rag import place
 from rag.local import LocalStores
 from rag.peers import Peers

@@ -11,13 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
+from membership.core.swim import Swim
 from membership.simulation.checkers import all_see, converged
 from membership.simulation.disturbances import AWAY_S, Churn, Partition, cut_some_ways
 from membership.simulation.network import Network
 from membership.simulation.scenario import Scenario, _wronged, simulate
-from membership.swim import Swim
-from mesh.gossip import REFUSED, Dead, Gossip
 from mesh.view import PeerState
+from mesh.wire.gossip import REFUSED, Dead, Gossip
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,15 @@ from random import Random
 
 import pytest
 
-from membership import allowance, coordinates, evidence, health, hearing, outlook, regions, suspicion, swim, words
-from membership.effects import Effect, Send
-from membership.fingerprint import Fingerprint
-from membership.members import Member, Members
+from membership.core import allowance, claim_verifier, claims, coordinates, evidence, health, outlook, regions, suspicion, swim
+from membership.core.effects import Effect, Send
+from membership.core.members import Member, Members
+from membership.facts.fingerprint import Fingerprint
 from membership.simulation.checkers import all_see, converged, deaths_of, detection_s
 from membership.simulation.network import Network
-from mesh import gossip_wire
-from mesh.gossip import Gossip
 from mesh.view import PeerState
+from mesh.wire import datagram_codec
+from mesh.wire.gossip import Gossip
 from tests.membership.pieces import peer_id
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
@@ -110,7 +110,7 @@ def round_trips_are_told_without_asking(seed: int = 1) -> bool:
 def nobody_speaks_for_another(seed: int = 1) -> bool:
     network = Network(seed)
     ids = network.grow(5)
-    forged = hearing.Alive(ids[4], 1, 7, "evil", "6.6.6.6", 6, "", b"forged", b"")
+    forged = claims.Alive(ids[4], 1, 7, "evil", "6.6.6.6", 6, "", b"forged", b"")
     it, liar = network.nodes[ids[0]], network.nodes[ids[1]]
     said = Gossip(liar.core.swim.sender(network.now), (forged,))
     network.carry_out(it, it.core.receive(liar.address, said, network.now))
@@ -134,8 +134,8 @@ def strangers_draw_no_more_than_they_give(seed: int = 1) -> bool:
     ids = network.grow(12, settle_s=0.05)
     ping = swim.Ping(network.nodes[ids[1]].core.swim.sender(network.now), 1, ids[0])
     answers = network.nodes[ids[0]].core.receive(("6.6.6.6", 6), ping, network.now)
-    sent = [gossip_wire.encoded_bytes(send.message) for send in answers if isinstance(send, Send) and send.to[0] == "6.6.6.6"]
-    return 0 < sum(sent) <= gossip_wire.encoded_bytes(ping)
+    sent = [datagram_codec.encoded_bytes(send.message) for send in answers if isinstance(send, Send) and send.to[0] == "6.6.6.6"]
+    return 0 < sum(sent) <= datagram_codec.encoded_bytes(ping)
 
 
 def three_of_four_probes_stay_at_home() -> bool:
@@ -169,7 +169,7 @@ def mutant(target: object, name: str, value: object) -> Mutation:
 
 MUTANTS: list[tuple[str, Mutation, Callable[[], bool]]] = [
     ("links are not watched", mutant(evidence.Evidence, "watch", lambda self, again=False: []), crash_is_known_soon),
-    ("refused deaths are heard like silent ones", mutant(hearing, "REFUSED", "never"), crash_is_known_soon),
+    ("refused deaths are heard like silent ones", mutant(claims, "REFUSED", "never"), crash_is_known_soon),
     (
         "an end of a link is proof enough",
         mutant(evidence.Evidence, "open_case", convicted_at_once),
@@ -202,10 +202,10 @@ MUTANTS: list[tuple[str, Mutation, Callable[[], bool]]] = [
         mutant(coordinates.Position, "observe", lambda self, node, theirs, rtt_s: True),
         round_trips_are_told_without_asking,
     ),
-    ("all words hold", mutant(words.Words, "hold", lambda self, said, key: True), nobody_speaks_for_another),
+    ("all words hold", mutant(claim_verifier.Words, "hold", lambda self, said, key: True), nobody_speaks_for_another),
     (
         "accusations count as far as they are aimed",
-        mutant(hearing, "within_words", lambda claim, *known: claim),
+        mutant(claims, "within_words", lambda claim, *known: claim),
         nobody_accuses_beyond_what_was_said,
     ),
     (

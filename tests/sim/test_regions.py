@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from membership import regions
+from membership.core import regions
 from membership.simulation.checkers import all_see, converged, deaths_of, detection_s, percentile
 from membership.simulation.network import Network
 from mesh.ids import NodeId

@@ -45,13 +45,13 @@ from pathlib import Path
 
 import pytest
 
-from membership.config import MembershipConfig
+from membership.core.config import MembershipConfig
 from membership.simulation.checkers import all_see, converged, deaths_of
 from membership.simulation.network import Network
-from mesh.gossip import REFUSED, TIMEOUT, Dead, Gossip, Suspect
 from mesh.ids import NodeId
-from mesh.seal import KeySeal
+from mesh.keys.seal import KeySeal
 from mesh.view import Facts, PeerState
+from mesh.wire.gossip import REFUSED, TIMEOUT, Dead, Gossip, Suspect
 from tests.membership.pieces import alive, gossip, node_among
 
 SEEDS = range(3)

@@ -11,13 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
-from membership.config import MembershipConfig
-from membership.core import MembershipCore
-from membership.recording import RecordedCore
+from membership.core.config import MembershipConfig
+from membership.core.core import MembershipCore
 from membership.simulation.scenario import Scenario, simulate
-from membership.trace import Trace
-from mesh.gossip import Alive
-from mesh.signing import IdentityKey
+from membership.trace.recording import RecordedCore
+from membership.trace.trace_format import Trace
+from mesh.keys.signing import IdentityKey
+from mesh.wire.gossip import Alive
 
 
 @pytest.mark.parametrize("silent", [False, True])
@@ -94,7 +94,7 @@ def test_a_trace_of_a_real_node_is_replayed_by_the_command(tmp_path: Path, monke
     told = json.loads(runner.invoke(app, ["simulate", "--replay", str(path), "--json"]).output)
     assert told["exact"] and told["inputs"] == told["agreed"]
     assert [event["after"] for event in told["events"]] == ["alive", "suspect", "dead"]
-    monkeypatch.setattr("membership.hearing.minimum_s", lambda *given: 1.0)
+    monkeypatch.setattr("membership.core.claims.minimum_s", lambda *given: 1.0)
     otherwise = runner.invoke(app, ["simulate", "--replay", str(path)])
     assert otherwise.exit_code == 1 and "answered otherwise" in otherwise.output
 

@@ -6,8 +6,8 @@ import pytest
 
 from membership.simulation.network import Network
 from mesh.ids import NodeId
-from mesh.sync import MAX_OWNER_BYTES
 from mesh.view import Facts
+from mesh.wire.sync import MAX_OWNER_BYTES
 
 LARGE = Facts(
     http="large", documents={f"store-{n}": {"0": "x" * 1000} for n in range(900)}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from membership import hearing, members
+from membership.core import claims, members
 from membership.simulation.storm import Storm
-from mesh.gossip import Claim
 from mesh.view import PeerState
+from mesh.wire.gossip import Claim
 
 BLOCKS, SEEDS_A_BLOCK = 4, 25
 
@@ -27,10 +27,10 @@ def test_a_seed_is_one_storm() -> None:
 
 
 def test_storms_catch_a_node_that_never_refutes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def deaf(self: hearing.Hearing, claim: Claim, words: object, now: float) -> list[Claim]:
+    def deaf(self: claims.Hearing, claim: Claim, words: object, now: float) -> list[Claim]:
         return []
 
-    monkeypatch.setattr(hearing.Hearing, "_hear_of_myself", deaf)
+    monkeypatch.setattr(claims.Hearing, "_hear_of_myself", deaf)
     assert any(Storm(seed).faults() for seed in range(20))
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from node.engine.kernel_probe import refusal
-from node.engine.linear import KERNELS
+from node.engine.kernels.kernel_probe import refusal
+from node.engine.model.linear import KERNELS
 from tools import kernels
 
 

@@ -7,9 +7,9 @@ import random
 from pathlib import Path
 
 from mesh.ids import ModelId
+from mesh.manifest import TensorEntry
 from mesh.view import ModelCard
-from mesh.weights import TensorEntry
-from node.safetensors_header import make_header
+from node.checkpoints.safetensors_header import make_header
 from node.weights.catalogue import Catalogue, identify
 from node.weights.hashing import HashingProgress
 

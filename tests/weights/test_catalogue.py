@@ -4,8 +4,8 @@ import msgspec
 import pytest
 
 from mesh.errors import BadRequest
-from mesh.weights import PIECE_BYTES, FileEntry, encode, pieces_of
-from node.safetensors_header import read_header, weight_files
+from mesh.manifest import PIECE_BYTES, FileEntry, encode, pieces_of
+from node.checkpoints.safetensors_header import read_header, weight_files
 from node.weights import catalogue, hashing
 from node.weights.catalogue import Catalogue, identify
 from node.weights.hashing import HashingProgress, HashingStopped, stamps_of

@@ -11,8 +11,8 @@ import trio
 
 from mesh.errors import BadRequest, PeerLost, Refused
 from mesh.ids import ModelId, NodeId
+from mesh.manifest import PIECE_KIND
 from mesh.view import Facts, Peer, PeerState, Span, View
-from mesh.weights import PIECE_KIND
 from node.weights.fetching import Fetching, announced
 from node.weights.source import WeightsSource
 from node.weights.store import PulledModel

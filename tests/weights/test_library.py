@@ -13,10 +13,10 @@ from structlog.testing import capture_logs
 from mesh.errors import BadRequest
 from mesh.ids import ModelId, NodeId
 from mesh.view import View
-from node.models import ServedModel
-from node.weights import library as module
+from node.serving import library as module
+from node.serving.library import Library
+from node.serving.models import ServedModel
 from node.weights.hashing import HashingProgress
-from node.weights.library import Library
 from node.weights.store import PulledModel
 from tests.weights.models import CARD, tensors, whole_catalogue, write_model
 

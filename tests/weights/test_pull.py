@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh.weights import Piece
+from mesh.manifest import Piece
 from node.weights.pull import (
     ASK_TIMEOUT_S,
     ASKS_IN_ALL,

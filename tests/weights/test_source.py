@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mesh.errors import BadRequest, Refused, RemoteError
 from mesh.ids import NodeId
-from mesh.weights import MANIFEST_KIND, NOT_HELD, PIECE_KIND
+from mesh.manifest import MANIFEST_KIND, NOT_HELD, PIECE_KIND
 from node.weights import source as module
 from node.weights.pace import BURST_S, Pace
 from node.weights.source import WeightsSource

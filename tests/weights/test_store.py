@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mesh.errors import BadRequest
-from node.safetensors_header import INDEX, read_header, weight_files
+from node.checkpoints.safetensors_header import INDEX, read_header, weight_files
 from node.weights.store import MANIFEST, MARK, PART, PulledModel, WrongPiece
 from tests.weights.models import contents, tensors, whole_catalogue, write_model
 

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import structlog
 
-from node.config import child_environment
-from node.uncompiled import COMPILER_FAILED, NO_COMPILER
+from node.host.environment import child_environment
+from node.host.uncompiled import COMPILER_FAILED, NO_COMPILER
 
 SOURCES = Path(__file__).parent
 COMPILERS = ("cc", "gcc", "clang")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import structlog
 
-from node.config import cache_home, cpu_isa
 from node.engine.native.build import CannotBuild, built
-from node.uncompiled import COSTS, TURNED_OFF, remedy
+from node.host.environment import cache_home, cpu_isa
+from node.host.uncompiled import COSTS, TURNED_OFF, remedy
 
 log = structlog.get_logger()
 

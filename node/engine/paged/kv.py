@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from node.engine.kvcache import Page
+from node.engine.kv.cache import Page
 from node.engine.paged.plan import PAGE_TOKENS, pages_for, slots_of
 
 FIRST_PAGES = 16

@@ -11,13 +11,13 @@ import signal
 import socket
 import sys
 
-from node import leash
+from node.host import parent_watch
 
 
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    leash.hold(int(sys.argv[2]))
+    parent_watch.hold(int(sys.argv[2]))
     from node.engine.parallel.messages import Channel
     from node.engine.parallel.rank import serve  # imports torch
 

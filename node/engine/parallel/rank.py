@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 
 from mesh.errors import BadRequest
-from node.engine.attention import Segment
-from node.engine.checkpoint import read_checkpoint
-from node.engine.kvcache import Page, SequenceKV
-from node.engine.linear import KERNELS
+from node.engine.kv.cache import Page, SequenceKV
+from node.engine.model.all_reduce import join_group
+from node.engine.model.attention import Segment
+from node.engine.model.checkpoint import read_checkpoint
+from node.engine.model.linear import KERNELS
+from node.engine.model.stage import Stage
+from node.engine.model.tensor_shard import Shard, cutting_of
 from node.engine.parallel.messages import Begin, Change, Channel, Done, Join, Joined, Keep, Loaded, Restore, Step
-from node.engine.parallel.shard import Shard, cutting_of
-from node.engine.parallel.summing import join_group
-from node.engine.stage import Stage
 
 
 class Rank:

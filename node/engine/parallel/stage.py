@@ -1,4 +1,4 @@
-"""A stage whose span several worker processes compute together: to the engine it looks like `node.engine.stage.Stage`.
+"""A stage whose span several worker processes compute together: to the engine it looks like `node.engine.model.stage.Stage`.
 
 Every rank does every step, on its part of the heads and of the MLP; what a step needs is told to all of them alike. Keys
 and values stay with the ranks: here are only their numbers, and what is dropped here is forgotten there with the next step.
@@ -19,12 +19,12 @@ from typing import Any, cast
 import torch
 
 from mesh.errors import BadRequest
-from node.engine.attention import Segment
-from node.engine.checkpoint import Checkpoint
-from node.engine.linear import Kernel
-from node.engine.parallel.crew import Crew, WorkersLost
+from node.engine.model.attention import Segment
+from node.engine.model.checkpoint import Checkpoint
+from node.engine.model.linear import Kernel
+from node.engine.model.tensor_shard import cutting_of
 from node.engine.parallel.messages import Begin, Change, Done, Forget, Join, Joined, Keep, Loaded, Restore, Rows, Step
-from node.engine.parallel.shard import cutting_of
+from node.engine.parallel.worker_group import Crew, WorkersLost
 
 LOAD_TIMEOUT_S = 1800.0  # a part of a large model from a slow disk; a rank that dies meanwhile is noticed at once
 STEP_TIMEOUT_S = 60.0  # of a step, and of each sum within it: far beyond any, for the node is passed over as stalled long before

@@ -1,0 +1,80 @@
+"""No more bytes go to an address that has proved nothing than came from it: no node is made to flood a stranger.
+
+Where a datagram says that it comes from can be made up, and answers carry news: a question of 40 bytes may draw 1,400. So an
+address is unproven unless some member says, under its signature, that it lives there. What comes from an unproven one is
+credited to it, whatever is sent there is debited, and news that its account does not cover is left out; an answer that
+does not fit at all is not sent. An honest node that is not known yet loses nothing it needs: an ack is shorter than its ping.
+Source: the anti-amplification limit of QUIC (RFC 9000, section 8.1), with a factor of 1.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from membership.core.effects import Effect, Send
+from mesh.wire.datagram_codec import encoded_bytes
+
+if TYPE_CHECKING:
+    from membership.core.members import Members
+    from mesh.ids import Address
+    from mesh.wire.gossip import Message
+
+ACCOUNTS_MAX = 1024
+KEPT_S = 30.0  # longer than any answer takes that others are asked for first
+
+
+@dataclass(slots=True)
+class Account:
+    left_bytes: int
+    at: float  # of the last datagram from there
+
+
+class Allowance:
+    """What each unproven address may still be sent."""
+
+    def __init__(self, members: Members) -> None:
+        self._members = members
+        self._accounts: dict[Address, Account] = {}
+        self.dropped: Counter[str] = Counter()  # "strangers": from one address too many; "uncovered": an answer not sent
+
+    def credit(self, source: Address, message: Message, now: float) -> bool:
+        """False: too many unproven addresses have spoken of late; this one is not to be listened to."""
+        member = self._members.get(message.sender.node)
+        if member is not None and member.address == source:
+            if self._accounts:
+                self._accounts.pop(source, None)
+            return True
+        account = self._accounts.get(source)
+        if account is None:
+            if len(self._accounts) >= ACCOUNTS_MAX:
+                self._accounts = {at: kept for at, kept in self._accounts.items() if now - kept.at < KEPT_S}
+                if len(self._accounts) >= ACCOUNTS_MAX:
+                    self.dropped["strangers"] += 1
+                    return False
+            account = self._accounts[source] = Account(0, now)
+        account.left_bytes += encoded_bytes(message)
+        account.at = now
+        return True
+
+    def covered(self, effects: list[Effect]) -> list[Effect]:
+        """The effects without what no account covers."""
+        if not self._accounts:
+            return effects
+        return [kept for effect in effects if (kept := self._covered(effect)) is not None]
+
+    def _covered(self, effect: Effect) -> Effect | None:
+        account = self._accounts.get(effect.to) if isinstance(effect, Send) else None
+        if not isinstance(effect, Send) or account is None or any(member.address == effect.to for member in self._members):
+            return effect
+        message = effect.message
+        while message.claims and encoded_bytes(message) > account.left_bytes:
+            message = msgspec.structs.replace(message, claims=message.claims[:-1])
+        if (size_bytes := encoded_bytes(message)) > account.left_bytes:
+            self.dropped["uncovered"] += 1
+            return None
+        account.left_bytes -= size_bytes
+        return Send(effect.to, message)

@@ -1,0 +1,264 @@
+"""Membership as one state machine: SWIM, the facts book, and the exchanges that keep both equal everywhere.
+
+The shell is `membership.shell.service`; `tests/sim` drives the same class by the hundred on a virtual clock.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from membership.core.allowance import Allowance
+from membership.core.config import MembershipConfig
+from membership.core.effects import Effect, FactsChanged, MemberChanged, MemberForgotten, Push, Renewed
+from membership.core.members import SEVERITY, Member
+from membership.core.outlook import Outlook
+from membership.core.regions import some_to_tell
+from membership.core.swim import Swim
+from membership.facts.facts import DELTAS_BYTES, FactsBook
+from membership.facts.fingerprint import Fingerprint
+from membership.facts.owner_map import Outcome
+from mesh.ids import Address, NodeId
+from mesh.keys.signing import Signer
+from mesh.view import Facts, Load, Peer
+from mesh.wire.gossip import Alive, Message, Suspect
+from mesh.wire.sync import MAX_SYNC_BYTES, DigestEntry, FactsDelta, Known, MemberRecord, Sync, Synced, Want
+from mesh.wire.twin import Answer, Run
+
+if TYPE_CHECKING:
+    from random import Random
+
+_RECORD_BYTES = 280  # upper bound of one member record on the wire
+_MEMBERS_MAX = (MAX_SYNC_BYTES - DELTAS_BYTES - 400_000) // _RECORD_BYTES  # leaves room for deltas and the list of what is wanted
+# What the facts book and the outlook follow. Asked of every effect, so by its very type: `isinstance` costs ten times as much.
+_FOLLOWED = frozenset((MemberChanged, MemberForgotten, Renewed))
+_PASS_ON_MAX = 8  # records of one exchange passed on at once: more means that we, not the others, were behind
+
+
+class MembershipCore:
+    """One node's share of the mesh's common knowledge."""
+
+    def __init__(self, me: Alive, signer: Signer, config: MembershipConfig, rng: Random, now: float) -> None:
+        """`me`: as this run of the node is described; it is signed here."""
+        fingerprint = Fingerprint()
+        self.me: NodeId = me.node
+        self.config = config
+        self.rng = rng
+        self.swim = Swim(me, signer, config, rng, now, fingerprint)
+        self.facts = FactsBook(me.node, me.epoch, fingerprint)
+        self.outlook = Outlook(self.swim.members, now)
+        self.allowance = Allowance(self.swim.members)
+
+    @property
+    def deadline(self) -> float:
+        return self.swim.deadline if self.swim.left else min(self.swim.deadline, self.outlook.deadline)
+
+    @property
+    def fingerprint(self) -> int:
+        return self.swim.members.fingerprint.value
+
+    def receive(self, source: Address, message: Message, now: float, arrived_at: float | None = None) -> list[Effect]:
+        if not self.allowance.credit(source, message, now):
+            return []
+        return self._settled(self.swim.receive(source, message, now, arrived_at), now)
+
+    def tick(self, now: float) -> list[Effect]:
+        effects = self._settled(self.swim.tick(now), now)
+        return effects if self.swim.left else effects + self.outlook.tick(now)
+
+    def lost(self, node: NodeId, now: float, *, proven: bool = False) -> list[Effect]:
+        return self._settled(self.swim.lost(node, now, proven=proven), now)
+
+    def linked(self, node: NodeId) -> None:
+        self.swim.link_made(node)
+
+    def stream_answered(self, seq: int, by: NodeId, now: float) -> list[Effect]:
+        return self._settled(self.swim.stream_answered(seq, by, now), now)
+
+    def tried(self, number: int, refused: bool | None, now: float) -> list[Effect]:
+        return self._settled(self.swim.tried(number, refused, now), now)
+
+    def remember_seed(self, address: Address) -> None:
+        """Keeps trying this address for as long as no live member has it."""
+        self.swim.remember_seed(address)
+
+    def twin_asked(self, by: Run, now: float) -> tuple[Answer, list[Effect]]:
+        """A process with this node's identity asks: what to answer it."""
+        return self.swim.twin_asked(by, now)
+
+    def twin_found(self, place: Address, answer: Answer | None, now: float) -> list[Effect]:
+        """What came of a `FindTwin`: the proven answer of a process with this node's identity, or none."""
+        return self._settled(self.swim.twin_found(place, answer, now) + self.swim.spread(now), now)
+
+    def leave(self, now: float) -> list[Effect]:
+        return self.swim.leave(now)
+
+    def set_load(self, load: Load, now: float) -> None:
+        self.swim.set_load(load, now)
+
+    def note_load(self, node: NodeId, load: Load, now: float) -> bool:
+        """Load heard by another way, in a peer's answer; True when it is newer than what was known."""
+        member = self.swim.members.get(node)
+        if member is None or not member.live or node == self.me:
+            return False
+        member.load, member.load_at, member.heard_at = load, now, now
+        return True
+
+    def publish(self, facts: Facts, now: float) -> list[Effect]:
+        """Raises LocalError when they are larger than peers accept."""
+        news = self.facts.publish(facts)
+        return [] if news is None else [FactsChanged(self.me), *self._pushes((news,), now, ())]
+
+    def peer(self, node: NodeId) -> Peer | None:
+        """The node as the view shows it; None once it was forgotten."""
+        member = self.swim.members.get(node)
+        if member is None:
+            return None
+        load, load_at = (self.swim.load, self.swim.load_at) if node == self.me else (member.load, member.load_at)
+        return Peer(
+            member.node,
+            member.name,
+            member.address,
+            member.region,
+            member.state,
+            member.epoch,
+            member.incarnation,
+            self.facts.of(node, member.epoch),
+            load,
+            load_at,
+            member.rtt_s,
+            self.swim.distances.estimate_s(member) if node != self.me else None,
+            member.cause,
+        )
+
+    # exchanges: ask -> answer -> learn -> answer -> learn
+
+    def ask(self) -> Sync:
+        """The opening of an exchange: a digest of everything."""
+        return Sync(digest=tuple(self._entry(member) for member in self.swim.members))
+
+    def answer(self, asker: NodeId, sync: Sync, now: float) -> tuple[Synced, list[Effect]]:
+        """A peer opened an exchange, brought what we wanted, or pushes news."""
+        effects = self._learn(asker, sync.members, sync.deltas, now, pushed=not sync.digest)
+        if not sync.digest or self.swim.left:
+            return Synced(self.me), effects
+        mine = {entry.node: entry for entry in sync.digest}
+        self._hear_verdict_on_me(asker, mine.get(self.me), now)
+        effects += self._settled(self.swim.spread(now), now)
+        wanted: list[Want] = []
+        members: list[MemberRecord] = []
+        behind: dict[NodeId, Known] = {}
+        for node in sorted({*mine, *(member.node for member in self.swim.members)}):
+            theirs, member = mine.get(node), self.swim.members.peek(node)
+            ours = self._entry(member) if member is not None else None
+            if theirs is not None and (ours is None or _is_ahead(theirs, ours)):
+                wanted.append(Want(node, *self.facts.known(node)))
+            if member is not None and ours is not None and (theirs is None or _is_ahead(ours, theirs)):
+                members.append(member.record(now))
+                if (known := _facts_of(theirs) if theirs is not None else (0, 0)) < _facts_of(ours):
+                    behind[node] = known
+        deltas, cut = self.facts.deltas(behind)
+        more = cut or len(members) > _MEMBERS_MAX
+        return Synced(self.me, tuple(members[:_MEMBERS_MAX]), tuple(deltas), tuple(wanted), more), effects
+
+    def learn(self, source: Address, synced: Synced, now: float) -> tuple[Sync | None, list[Effect]]:
+        """The answer of `source` came: what it brings, and what to send next, if anything is wanted or there is more."""
+        self.swim.met_seed(source, synced.node)
+        effects = self._learn(synced.node, synced.members, synced.deltas, now, pushed=False)
+        if self.swim.left or not (synced.wanted or synced.more):
+            return None, effects
+        behind = {want.node: (want.facts_epoch, want.facts_version) for want in synced.wanted if want.node in self.swim.members}
+        # With the question for the rest goes half as much.
+        half = 2 if synced.more else 1
+        members = tuple(self.swim.members[node].record(now) for node in list(behind)[: _MEMBERS_MAX // half])
+        deltas, _ = self.facts.deltas(behind, DELTAS_BYTES // half)
+        return Sync(self.ask().digest if synced.more else (), members, tuple(deltas)), effects
+
+    def farewell(self, now: float) -> Sync:
+        """The push that tells a peer we left, for `leave` over a stream."""
+        return Sync(members=(self.swim.myself.record(now),))
+
+    def _learn(
+        self,
+        teller: NodeId,
+        members: tuple[MemberRecord, ...],
+        deltas: tuple[FactsDelta, ...],
+        now: float,
+        *,
+        pushed: bool,
+    ) -> list[Effect]:
+        if self.swim.left:
+            return []
+        newcomers = sum(member.node not in self.swim.members for member in members)
+        for member in members:
+            tell = newcomers <= _PASS_ON_MAX or member.node == teller
+            self.swim.hear_record(member, now, tell=tell)
+        news, gap = self._accept(deltas)
+        if gap and teller in self.swim.members:
+            self.swim.want_exchange(self.swim.members[teller].address, now)
+        effects: list[Effect] = [FactsChanged(owner) for owner in news]
+        passed_on = news if pushed or len(news) <= _PASS_ON_MAX else {owner: news[owner] for owner in news if owner == teller}
+        effects = self._settled(self.swim.spread(now), now) + effects
+        # A teller who was ahead of us about ourselves hears the outcome too; else it knows what it told.
+        current = tuple(delta for owner, delta in passed_on.items() if delta is not None and self.swim.members[owner].live)
+        return effects + self._pushes(current, now, () if self.me in passed_on else (teller,))
+
+    def _accept(self, deltas: tuple[FactsDelta, ...]) -> tuple[dict[NodeId, FactsDelta | None], bool]:
+        """Takes in what was told of members: the news of each owner, to pass on, and whether something before it is missing."""
+        news: dict[NodeId, FactsDelta | None] = {}
+        gap = False
+        for delta in deltas:
+            if delta.owner in self.swim.members:
+                outcome, passed_on = self.facts.accept(delta)
+                gap |= outcome is Outcome.GAP
+                if outcome is Outcome.NEWS:
+                    news[delta.owner] = passed_on
+        return news, gap
+
+    def _hear_verdict_on_me(self, asker: NodeId, entry: DigestEntry | None, now: float) -> None:
+        """The asker's digest may call us dead: we refute before we answer, so that the answer sets it right."""
+        if entry is not None and SEVERITY[entry.state] > 0:
+            self.swim.hear(Suspect(self.me, entry.epoch, entry.incarnation, asker), now)
+
+    def _pushes(self, news: tuple[FactsDelta, ...], now: float, without: tuple[NodeId, ...]) -> list[Effect]:
+        """The news for a few peers, as far as one message should grow: exchanges bring the rest."""
+        kept: list[FactsDelta] = []
+        left_bytes = DELTAS_BYTES
+        for delta in news:
+            if (left_bytes := left_bytes - delta.size_bytes) >= 0:
+                kept.append(delta)
+        if not kept:
+            return []
+        # With its member record: news of a newcomer may overtake the datagram that announces it.
+        members = tuple(self.swim.members[delta.owner].record(now) for delta in kept)
+        sync = Sync(members=members, deltas=tuple(kept))
+        owners = (kept[0].owner,) if len(kept) == 1 else ()
+        peers = some_to_tell(self.swim.members, self.config.push_peers, self.rng, (*without, *owners))
+        return [Push(self.swim.members.address_of(peer), sync) for peer in peers]
+
+    def _entry(self, member: Member) -> DigestEntry:
+        return DigestEntry(member.node, member.epoch, member.incarnation, member.state, *self.facts.known(member.node))
+
+    def _settled(self, effects: list[Effect], now: float) -> list[Effect]:
+        """Lets the facts book and the outlook follow what happened to the members, and holds back what is not covered."""
+        notices = [effect for effect in effects if type(effect) in _FOLLOWED]
+        if not notices:
+            return self.allowance.covered(effects)
+        outlook = self.outlook.follow(notices, now)
+        for effect in notices:
+            match effect:
+                case MemberForgotten(node=node):
+                    self.facts.forget(node)
+                case Renewed(epoch=epoch):
+                    if (news := self.facts.renew(epoch)) is not None:
+                        effects = [*effects, FactsChanged(self.me), *self._pushes((news,), now, ())]
+        return self.allowance.covered(effects) + outlook
+
+
+def _facts_of(entry: DigestEntry) -> tuple[int, int]:
+    return entry.facts_epoch, entry.facts_version
+
+
+def _is_ahead(one: DigestEntry, other: DigestEntry) -> bool:
+    """Does the first know something of the node that the second does not?"""
+    standing = (one.epoch, one.incarnation, SEVERITY[one.state])
+    return standing > (other.epoch, other.incarnation, SEVERITY[other.state]) or _facts_of(one) > _facts_of(other)

@@ -1,0 +1,87 @@
+"""How far each member is: measured, else told from its point, else as far as its region is.
+
+Points ride on pings, and on the acks of such pings: on each while this node's place does not explain what it measures, then on
+every sixteenth, which costs 6 bytes a second; in a LAN that is soon. An exchange brings the points of all to a newcomer at once.
+Source: Serf carries its coordinates in acks; the rest is our own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from membership.core.coordinates import Coordinate, Position, pack
+from membership.core.members import Member
+
+if TYPE_CHECKING:
+    from random import Random
+
+FIRST_SAMPLES = 8
+SETTLED_EVERY = 16  # pings
+LOST_EVERY = 4  # pings of a node that cannot find its place
+LOST_SAMPLES = 512  # after so many it is taken for one
+VAGUE_ERROR = 0.5  # relative; of points that tell less than the average of a named region
+_REGIONS_MAX = 256
+_REGION_SHARE = 0.125  # of one measured round trip in its region's average
+
+
+class Distances:
+    """This node's place, and what was measured of the ways to others."""
+
+    def __init__(self, rng: Random) -> None:
+        self.position = Position(rng)
+        self._pings = 0
+        self._packed: tuple[Coordinate | None, bytes] = None, b""
+        self._region_s: dict[str, float] = {}
+
+    def told_with_ping(self) -> bytes | None:
+        """What the next ping says of where this node is."""
+        self._pings += 1
+        samples, settled = self.position.samples, self.position.settled
+        every = 1 if samples < FIRST_SAMPLES else SETTLED_EVERY if settled else 1 if samples < LOST_SAMPLES else LOST_EVERY
+        return None if self._pings % every else self._here()
+
+    def told_with_ack(self, asked: bytes | None) -> bytes | None:
+        """Whoever says where it is wants to hear where we are."""
+        return None if asked is None else self._here()
+
+    def _here(self) -> bytes:
+        point, packed = self._packed
+        if point is not self.position.point:  # it stays where it is for several pings and acks
+            point, packed = self._packed = self.position.point, pack(self.position.point)
+        return packed
+
+    def heard(self, member: Member, where: bytes | None) -> None:
+        """The member said, or somebody said of it, where it is."""
+        if where is not None and (point := self.position.told(where)) is not None:
+            member.point = point
+
+    def measured(self, member: Member, rtt_s: float, where: bytes | None, *, lagging: bool) -> None:
+        """An ack came straight from the member. `lagging`: it, or we, were late for reasons other than the way."""
+        member.rtt_s = rtt_s
+        self.heard(member, where)
+        if lagging:
+            return
+        if member.region in self._region_s or len(self._region_s) < _REGIONS_MAX:
+            before_s = self._region_s.get(member.region, rtt_s)
+            self._region_s[member.region] = before_s + _REGION_SHARE * (rtt_s - before_s)
+        if where is not None and member.point is not None:
+            self.position.observe(member.node, member.point, rtt_s)
+
+    def forget(self, member: Member) -> None:
+        """It runs elsewhere now, or is gone: nothing measured before holds."""
+        member.rtt_s = member.point = None
+        self.position.forget(member.node)
+
+    def estimate_s(self, member: Member) -> float | None:
+        """The round trip to be expected without asking: by the points, else by others of its region. None: nobody knows."""
+        point, average_s = member.point, self._region_s.get(member.region)
+        if point is None or not self.position.samples:
+            return average_s
+        vague = member.region and max(point.error, self.position.point.error) > VAGUE_ERROR
+        return average_s if vague and average_s is not None else self.position.point.distance_s(point)
+
+    def expected_s(self, member: Member) -> float:
+        """Measured, else estimated; 0 without either."""
+        if member.rtt_s is not None:
+            return member.rtt_s
+        return self.estimate_s(member) or 0.0

@@ -1,0 +1,126 @@
+"""What the cores of membership ask of the shell. Frozen, so that a test compares them with `==`."""
+
+from __future__ import annotations
+
+import msgspec
+
+from mesh.ids import Address, NodeId
+from mesh.view import Load, PeerState
+from mesh.wire.gossip import Message
+from mesh.wire.sync import Sync
+from mesh.wire.twin import Run
+
+
+class Send(msgspec.Struct, frozen=True, gc=False):
+    """One datagram; may be lost."""
+
+    to: Address
+    message: Message
+
+
+class Exchange(msgspec.Struct, frozen=True):
+    """Compare notes with whoever answers at `to`: a `membership.sync` call with a digest."""
+
+    to: Address
+
+
+class Push(msgspec.Struct, frozen=True):
+    """Tell news that no datagram holds: a `membership.sync` call without a digest."""
+
+    to: Address
+    sync: Sync
+
+
+class TryConnect(msgspec.Struct, frozen=True):
+    """Find out whether anybody listens at `to`, and tell the core with `tried(number, refused)`; None: no answer."""
+
+    number: int
+    to: Address
+
+
+class PingStream(msgspec.Struct, frozen=True):
+    """Ping over a link, where datagrams got no answer: an empty `membership.sync` call. Tell `stream_answered(seq, node)`."""
+
+    seq: int
+    to: Address
+
+
+class Watch(msgspec.Struct, frozen=True):
+    """Keep links open to exactly these, so that the end of one of them is noticed at once. Others may stay open."""
+
+    addresses: tuple[Address, ...]
+
+
+class FindTwin(msgspec.Struct, frozen=True):
+    """Words of this identity came from `to` that this process never said: find out who lives there, and tell `twin_found`."""
+
+    to: Address
+
+
+class MemberChanged(msgspec.Struct, frozen=True):
+    """A member is not as it was: state, standing, name, address or region. `before` is None for a newcomer.
+
+    `stalled`: silent for as long as a death takes, but its process exists.
+    `restarted`: it came back with a higher epoch, so whatever ran there is gone even if it was never seen dead.
+    """
+
+    node: NodeId
+    before: PeerState | None
+    after: PeerState
+    restarted: bool = False
+    stalled: bool = False
+
+
+class MemberForgotten(msgspec.Struct, frozen=True):
+    """A tombstone was dropped: nothing is known of the node any more."""
+
+    node: NodeId
+
+
+class FactsChanged(msgspec.Struct, frozen=True):
+    node: NodeId
+
+
+class Measured(msgspec.Struct, frozen=True, gc=False):
+    """A datagram came straight from `node`: its load as of `load_at`, and the round trip if this one timed it."""
+
+    node: NodeId
+    load: Load
+    load_at: float
+    rtt_s: float | None
+
+
+class Cut(msgspec.Struct, frozen=True):
+    """All that went within one short while, sorted: what ran on any of these is lost, or moved away by those who left."""
+
+    lost: tuple[NodeId, ...]
+    left: tuple[NodeId, ...] = ()
+
+
+class Froze(msgspec.Struct, frozen=True):
+    """Much of the last stable view is missing: nothing is to be moved; or, not `frozen`, it may be again."""
+
+    frozen: bool
+
+
+class Renewed(msgspec.Struct, frozen=True):
+    """Somebody knew a later run of this node than this one; it now counts as run `epoch`. Worth keeping on disk."""
+
+    epoch: int
+
+
+class TwinSeen(msgspec.Struct, frozen=True):
+    """Another live process has this node's identity. Its key answered for it."""
+
+    run: Run
+
+
+class Displaced(msgspec.Struct, frozen=True):
+    """This process is to stop, and has fallen silent: an older one has its identity."""
+
+    by: Run
+
+
+Request = Send | Exchange | Push | PingStream | TryConnect | Watch | FindTwin
+Notice = MemberChanged | MemberForgotten | FactsChanged | Measured | Cut | Froze | Renewed | TwinSeen | Displaced
+Effect = Request | Notice

@@ -1,0 +1,303 @@
+"""The table of members and the order of claims: which of two statements about a node is the later one.
+
+(epoch, incarnation, severity) grows only: a restart beats anything said of the run before, a refutation beats
+any accusation of its incarnation, and among equals the graver claim wins. What a node is called and where
+it lives has an order of its own, that of its own Alive claims. Both are maxima, so members that heard the same
+claims agree whatever the order, the number of copies, or the way they came.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from membership.core.coordinates import Coordinate, pack
+from membership.core.roster import Roster, some_of
+from membership.core.suspicion import Suspicion
+from membership.facts.fingerprint import Fingerprint
+from mesh.ids import Address, NodeId
+from mesh.view import Load, PeerState
+from mesh.wire.gossip import LISTENS, TIMEOUT, ZERO_LOAD, Alive, Claim, Dead, Left, Suspect
+from mesh.wire.sync import MemberRecord
+
+if TYPE_CHECKING:
+    from random import Random
+
+SEVERITY = {PeerState.ALIVE: 0, PeerState.SUSPECT: 1, PeerState.DEAD: 2, PeerState.LEFT: 3}
+LIVE = (PeerState.ALIVE, PeerState.SUSPECT)
+_STATE_OF: dict[type, PeerState] = {
+    Alive: PeerState.ALIVE,
+    Suspect: PeerState.SUSPECT,
+    Dead: PeerState.DEAD,
+    Left: PeerState.LEFT,
+}
+
+Standing = tuple[int, int, int]
+"""(epoch, incarnation, severity): compares as tuples do."""
+
+Description = tuple[int, int, str, str, int, str]
+"""(epoch, incarnation, name, host, port, region): likewise; the tail only breaks ties between liars."""
+
+
+def state_of(claim: Claim) -> PeerState:
+    return _STATE_OF[type(claim)]
+
+
+def standing_of(claim: Claim) -> Standing:
+    return claim.epoch, claim.incarnation, SEVERITY[state_of(claim)]
+
+
+def description_of(claim: Alive | MemberRecord) -> Description:
+    return claim.epoch, claim.incarnation, claim.name, claim.host, claim.port, claim.region
+
+
+@dataclass(slots=True)
+class Member:
+    """A peer as membership records it; also this node itself."""
+
+    node: NodeId
+    description: Description
+    epoch: int
+    incarnation: int
+    state: PeerState
+    since: float  # when it came into this state, local monotonic seconds
+    heard_at: float = -math.inf  # last datagram or answer of its own
+    suspicion: Suspicion | None = None
+    load: Load = ZERO_LOAD
+    load_at: float = 0.0
+    rtt_s: float | None = None  # last measured
+    point: Coordinate | None = None  # where it is, as it said last
+    cause: str = ""  # of its death, or of a suspicion that says more than silence
+    lag_s: float = 0.0  # as it admits
+    key: bytes = b""  # the first heard, for good
+    signature: bytes = b""  # its own: under its goodbye once it has left, else under its description
+    listed_in: str | None = None  # the region on whose list of the living it is
+    put_right: tuple[float, list[Claim]] | None = None  # when it was last told unasked that it is behind, and what
+
+    @property
+    def standing(self) -> Standing:
+        return self.epoch, self.incarnation, SEVERITY[self.state]
+
+    @property
+    def name(self) -> str:
+        return self.description[2]
+
+    @property
+    def address(self) -> Address:
+        return self.description[3], self.description[4]
+
+    @property
+    def region(self) -> str:
+        return self.description[5]
+
+    @property
+    def live(self) -> bool:
+        return self.state in LIVE
+
+    def alive_claim(self) -> Alive:
+        """Its latest own words about itself, as far as they were heard."""
+        key = self.key if self.description[1] == 0 else b""
+        return Alive(self.node, *self.description, self.signature, key)
+
+    def claim(self, me: NodeId) -> Claim:
+        """What this node would tell of it now."""
+        match self.state:
+            case PeerState.ALIVE:
+                return self.alive_claim()
+            case PeerState.SUSPECT:
+                # Its own name stands for an accuser that is not known.
+                first = self.suspicion.first if self.suspicion else None
+                listens = self.suspicion is not None and self.suspicion.listens
+                return Suspect(self.node, self.epoch, self.incarnation, first or self.node, listens)
+            case PeerState.DEAD:
+                return Dead(self.node, self.epoch, self.incarnation, me, self.cause or TIMEOUT)
+            case PeerState.LEFT:
+                return Left(self.node, self.epoch, self.incarnation, self.signature)
+
+    def is_to_hear(self, corrections: list[Claim], now: float, gap_s: float) -> bool:
+        """Not when it was told the very same a moment ago: two who put one another right in vain would fill the wire."""
+        if self.put_right is not None and self.put_right[1] == corrections and now - self.put_right[0] < gap_s:
+            return False
+        self.put_right = now, corrections
+        return True
+
+    def record(self, now: float) -> MemberRecord:
+        _, _, name, host, port, region = self.description
+        age_s = max(0.0, now - self.since)
+        return MemberRecord(
+            self.node,
+            self.epoch,
+            self.incarnation,
+            self.state,
+            name,
+            host,
+            port,
+            region,
+            age_s,
+            LISTENS if self.suspicion is not None and self.suspicion.listens else self.cause,
+            pack(self.point) if self.point is not None else None,
+            self.key,
+            self.signature,
+        )
+
+
+_NOBODY = Roster()
+
+
+class Common:
+    """What many simulated nodes know alike from the start: shared by all, and copied by whoever learns more of one of them."""
+
+    def __init__(self, members: Iterable[Member]) -> None:
+        """`members`: alive, and never touched again."""
+        self.members = {member.node: member for member in members}
+        by_region: dict[str, list[NodeId]] = {}
+        for member in self.members.values():
+            member.listed_in = member.region
+            by_region.setdefault(member.region, []).append(member.node)
+        self.regions = {region: Roster(nodes) for region, nodes in by_region.items()}
+        self.roster = Roster(self.members) if len(self.regions) > 1 else next(iter(self.regions.values()))
+        self.standings = {member.node: (member.epoch, member.incarnation) for member in self.members.values()}
+        self.share = Fingerprint(self.standings).value
+
+
+class Members:
+    """All members by id, this node included, with what probing needs of them at hand."""
+
+    def __init__(self, myself: Member, fingerprint: Fingerprint) -> None:
+        self.me = myself.node
+        self.fingerprint = fingerprint
+        self._own: dict[NodeId, Member] = {}
+        self._common: dict[NodeId, Member] = {}  # of those never looked at; a node of flesh and blood has none
+        self._forgotten: set[NodeId] = set()  # of the common ones
+        self.region = myself.region
+        self.roster = self.near = _NOBODY  # the live, and those in this node's own region; this node included
+        self.abroad: dict[str, Roster] = {}  # those of other regions, by region; none is empty
+        self.suspects: set[NodeId] = set()
+        self.gone: set[NodeId] = set()  # dead, or left
+        self.put(myself)
+
+    def found(self, common: Common) -> None:
+        """Knows these too, from the start; this node is one of them."""
+        self._common, self.roster = common.members, common.roster
+        self.abroad = dict(common.regions)
+        self.near = self.abroad.pop(self.region)
+        self.fingerprint.found(common.standings, common.share)
+
+    def __len__(self) -> int:
+        if not self._common:
+            return len(self._own)
+        return len(self._common) - len(self._forgotten) + sum(node not in self._common for node in self._own)
+
+    def __iter__(self) -> Iterator[Member]:
+        """To be read only: those never looked at are shared."""
+        yield from self._own.values()
+        for node, member in self._common.items():
+            if node not in self._own and node not in self._forgotten:
+                yield member
+
+    def __contains__(self, node: NodeId) -> bool:
+        return node in self._own or (node in self._common and node not in self._forgotten)
+
+    def get(self, node: NodeId) -> Member | None:
+        member = self._own.get(node)
+        if member is None and node in self._common and node not in self._forgotten:
+            member = self._own[node] = _fresh(self._common[node])
+        return member
+
+    def __getitem__(self, node: NodeId) -> Member:
+        member = self.get(node)
+        if member is None:
+            raise KeyError(node)
+        return member
+
+    def peek(self, node: NodeId) -> Member | None:
+        """To be read only: it may be shared."""
+        member = self._own.get(node)
+        return member if member is not None or node in self._forgotten else self._common.get(node)
+
+    def address_of(self, node: NodeId) -> Address:
+        """Of a member; it is not looked at any closer."""
+        member = self.peek(node)
+        if member is None:
+            raise KeyError(node)
+        return member.address
+
+    def put(self, member: Member) -> None:
+        """Records a newcomer, or that a known member's state, standing or region changed."""
+        if (before := self.peek(member.node)) is not None:
+            member.listed_in = before.listed_in
+        self._own[member.node] = member
+        self._forgotten.discard(member.node)
+        self._list(member, member.region if member.live else None)
+        if member.state is PeerState.SUSPECT:
+            self.suspects.add(member.node)
+        else:
+            self.suspects.discard(member.node)
+        if member.live:
+            self.gone.discard(member.node)
+            self.fingerprint.live(member.node, member.epoch, member.incarnation)
+        else:
+            self.gone.add(member.node)
+            self.fingerprint.gone(member.node)
+
+    def forget(self, node: NodeId) -> None:
+        if (member := self.get(node)) is not None:
+            self._list(member, None)
+        self._own.pop(node, None)
+        if node in self._common:
+            self._forgotten.add(node)
+        self.suspects.discard(node)
+        self.gone.discard(node)
+        self.fingerprint.forget(node)
+
+    @property
+    def live_count(self) -> int:
+        """This node included."""
+        return len(self.roster)
+
+    def in_regions(self, regions: Iterable[str]) -> list[Roster]:
+        """The lists of these other regions, in the order of their names."""
+        return [self.abroad[region] for region in sorted(regions) if region in self.abroad]
+
+    def some_peers(
+        self, count: int, rng: Random, without: tuple[NodeId, ...] = (), among: Sequence[Roster] | None = None
+    ) -> list[NodeId]:
+        """Up to `count` different live peers, or of those `among`, uniformly at random, none of `without`, nor this node."""
+        return some_of((self.roster,) if among is None else among, count, rng, (self.me, *without))
+
+    def _list(self, member: Member, region: str | None) -> None:
+        """Puts the member on the list of this region, and on no other. None: it does not live."""
+        node, before = member.node, member.listed_in
+        if before == region:
+            return
+        member.listed_in = region
+        if before is not None:
+            self._relist(before, self._regional(before).lacking(node))
+        if region is not None:
+            self._relist(region, self._regional(region).having(node))
+        self.roster = self.roster.lacking(node) if region is None else self.roster.having(node)
+
+    def _regional(self, region: str) -> Roster:
+        return self.near if region == self.region else self.abroad.get(region) or _NOBODY
+
+    def _relist(self, region: str, roster: Roster) -> None:
+        if region == self.region:
+            self.near = roster
+        elif len(roster):
+            self.abroad[region] = roster
+        else:
+            del self.abroad[region]
+
+    def oldest_tombstone(self) -> NodeId | None:
+        gone = [self[node] for node in self.gone if node != self.me]
+        return min(gone, key=lambda m: (m.since, m.node)).node if gone else None
+
+
+def _fresh(member: Member) -> Member:
+    """One of its own of a shared record, which nothing was ever measured of."""
+    standing = member.epoch, member.incarnation, member.state
+    own = Member(member.node, member.description, *standing, member.since, key=member.key, signature=member.signature)
+    own.listed_in = member.listed_in
+    return own

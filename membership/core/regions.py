@@ -1,0 +1,167 @@
+"""Whom to probe and tell when the mesh spans regions: mostly neighbours, and each other region by a few of us.
+
+A probe across an ocean costs more and says less, so three of four go to the own region. Towards each other region a few
+nodes of every region stand watch, and the others look there now and then to know how far it is, newcomers at once; that keeps
+an eye on a region that is lost as a whole, where nobody is left to tell. As soon as anybody there is suspected, all look there
+at every second probe. News goes to neighbours first, but always abroad as well.
+A mesh whose nodes name no region, or one, is probed and told as if there were none.
+Source: the budget and the neighbour's turn are our own; round-robin in random order is SWIM's (section 4.3).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+from zlib import crc32
+
+from membership.core.members import Member, Members
+from membership.core.roster import Roster
+from mesh.ids import NodeId
+
+if TYPE_CHECKING:
+    from random import Random
+
+WATCHERS = 3  # of each region towards each other region
+ABROAD_EVERY = 4  # of a watcher's probes
+MEASURE_EVERY = 16  # of everybody else's: so that all know how far it is
+DOUBT_EVERY = 2  # of everybody's probes, while somebody abroad is suspected
+NEIGHBOURS = 4  # on the ring, of whom the first that is not suspected already is looked after
+NEAR_OF_THREE = 2  # of the peers that are told something at once
+
+
+class Round:
+    """Everybody once, then again: it bounds the time until everyone had a turn, as drawing at random does not.
+
+    The order is that of the multiples of a stride that has no divisor with their number in common. So it takes no list of its
+    own, and neither do ten thousand of them in a simulated mesh.
+    """
+
+    def __init__(self, rng: Random) -> None:
+        self._rng = rng
+        self._rosters: tuple[Roster, ...] = ()  # that the round began with
+        self._length = self._left = self._at = 0
+        self._stride = 1
+        self._newcomers: list[NodeId] = []
+        self._known_newcomers: set[NodeId] = set()
+
+    def joined(self, node: NodeId) -> None:
+        """A newcomer gets a random place in the round that is under way."""
+        if node not in self._known_newcomers:
+            self._known_newcomers.add(node)
+            self._newcomers.append(node)
+
+    def following(self, rosters: Sequence[Roster], me: NodeId) -> NodeId | None:
+        """The next one of these; others are passed over, and so is `me`. None: there are none."""
+        as_begun = self._length > 0 and self._rosters == tuple(rosters)
+        if not as_begun and sum(len(roster) - (me in roster) for roster in rosters) == 0:
+            return None
+        as_begun = as_begun and not self._known_newcomers  # then nobody of the round can have gone meanwhile
+        while True:
+            node = self._next()
+            if node is None:
+                self._begin(rosters)
+            elif node != me and (as_begun or any(node in roster for roster in rosters)):
+                return node
+
+    def _begin(self, rosters: Sequence[Roster]) -> None:
+        self._rosters = tuple(rosters)
+        self._newcomers, self._known_newcomers = [], set()
+        self._left = self._length = length = sum(len(roster) for roster in rosters)
+        self._at = self._rng.randrange(length)
+        self._stride = self._rng.randrange(1, length) if length > 1 else 1
+        while math.gcd(self._stride, length) != 1:
+            self._stride = self._rng.randrange(1, length)
+
+    def _next(self) -> NodeId | None:
+        """None: that was the last."""
+        waiting = len(self._newcomers)
+        if waiting and self._rng.random() * (self._left + waiting) < waiting:
+            return self._newcomers.pop(self._rng.randrange(waiting))
+        if not self._left:
+            return None
+        at = self._at
+        self._left, self._at = self._left - 1, (at + self._stride) % self._length
+        for roster in self._rosters:
+            if at < len(roster):
+                return roster.ids[at]
+            at -= len(roster)
+        raise AssertionError("a place beyond the end")
+
+
+class Patrol:
+    """Whose turn it is to be probed by this node.
+
+    At home every other turn is that of the next one on the ring: so each is probed by its neighbour every two periods, whatever
+    chance does. Without that, one host in a hundred that falls silent would wait for its first probe for five periods.
+    """
+
+    def __init__(self, rng: Random) -> None:
+        self._near, self._abroad, self._doubted = Round(rng), Round(rng), Round(rng)
+        self._turn = 0
+        self._neighbours_turn = False
+        self._looked: set[str] = set()  # regions where a first probe went
+
+    def joined(self, member: Member, members: Members) -> None:
+        (self._near if member.region == members.region else self._abroad).joined(member.node)
+
+    def next_target(self, members: Members) -> NodeId | None:
+        """None: there is nobody."""
+        if not members.abroad:
+            return self._at_home(members)
+        self._turn += 1
+        doubted = {members[node].region for node in members.suspects} - {members.region}
+        if doubted and self._turn % DOUBT_EVERY == 0:
+            return self._doubted.following(members.in_regions(doubted), members.me)
+        if len(members.near) < 2:
+            return self._abroad.following(members.in_regions(members.abroad), members.me)
+        if self._turn < MEASURE_EVERY and self._turn % 2 == 0 and (unseen := sorted(set(members.abroad) - self._looked)):
+            self._looked.add(unseen[0])  # a newcomer first sees how far each region is
+            return self._abroad.following(members.in_regions(unseen[:1]), members.me)
+        mine = watched(members)
+        if mine and self._turn % ABROAD_EVERY == 0:
+            return self._abroad.following(members.in_regions(mine), members.me)
+        if not mine and self._turn % MEASURE_EVERY == 0:
+            return self._abroad.following(members.in_regions(members.abroad), members.me)
+        return self._at_home(members)
+
+    def _at_home(self, members: Members) -> NodeId | None:
+        if len(members.near) < 2:
+            return None
+        self._neighbours_turn = not self._neighbours_turn
+        if self._neighbours_turn:
+            if not members.suspects:
+                return members.near.after(members.me, 1)[0]
+            neighbours = members.near.after(members.me, NEIGHBOURS)
+            return next((node for node in neighbours if node not in members.suspects), neighbours[0])
+        return self._near.following((members.near,), members.me)
+
+
+def watched(members: Members) -> set[str]:
+    """The regions that this node watches for its own: of the ids here, `WATCHERS` from a place set by the region's name."""
+    here, place = len(members.near), bisect_left(members.near.ids, members.me)
+    return {region for region in members.abroad if (place - crc32(region.encode())) % here < WATCHERS}
+
+
+def some_to_tell(members: Members, count: int, rng: Random, without: tuple[NodeId, ...] = ()) -> list[NodeId]:
+    """Up to `count` peers at random, two of three in the own region where both kinds exist."""
+    if not members.abroad:
+        return members.some_peers(count, rng, without)
+    here, elsewhere = (members.near,), members.in_regions(members.abroad)
+    near = members.some_peers(count * NEAR_OF_THREE // 3, rng, without, here)
+    abroad = members.some_peers(count - len(near), rng, without, elsewhere)
+    if missing := count - len(near) - len(abroad):
+        near += members.some_peers(missing, rng, (*without, *near), here)
+    return near + abroad
+
+
+def some_relays(members: Members, count: int, rng: Random, target: NodeId) -> list[NodeId]:
+    """Up to `count` peers to ask about `target`, of as many regions as can be: what is broken here may not be broken there."""
+    if not members.abroad:
+        return members.some_peers(count, rng, without=(target,))
+    regions = [members.near, *members.in_regions(members.abroad)]
+    rng.shuffle(regions)
+    drawn = [members.some_peers(count, rng, (target,), (region,)) for region in regions]
+    return [node for turn in zip_longest(*drawn) for node in turn if node is not None][:count]

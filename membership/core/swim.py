@@ -1,0 +1,398 @@
+"""Failure detection and the spread of news: SWIM as a state machine. Datagrams and time in, effects out.
+
+One member is probed each period; one that does not answer is probed through others; one that answers nobody is
+suspected, and declared dead when its suspicion runs out. Whoever hears itself accused speaks up with a higher
+incarnation. News goes to a few peers at once, then rides on whatever is sent, a bounded number of times.
+How a claim changes what is known is in `membership.core.claims`, which this class extends.
+Source: SWIM (DSN 2002), section 4; Lifeguard (arXiv 1707.00788) for suspicion and the buddy on the ping.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from membership.core.config import MembershipConfig
+from membership.core.effects import Effect, Exchange, Measured, MemberChanged, PingStream, Send
+from membership.core.evidence import Evidence
+from membership.core.health import LAG_MAX_S, missed_nacks
+from membership.core.members import Member
+from membership.core.probing import Probe, Probes
+from membership.core.regions import Patrol, some_relays, some_to_tell
+from membership.facts.fingerprint import Fingerprint
+from mesh.ids import Address, NodeId
+from mesh.keys.signing import Signer
+from mesh.view import PeerState
+from mesh.wire.gossip import (
+    STALLED,
+    Ack,
+    Alive,
+    Claim,
+    Dead,
+    Gossip,
+    Knock,
+    Knocked,
+    Message,
+    Nack,
+    Ping,
+    PingReq,
+    Sender,
+    Suspect,
+)
+
+if TYPE_CHECKING:
+    from random import Random
+
+_SEEDS_MAX = 64
+_NACK_SHARE = 0.8  # of the probe timeout, after which a relay says that it heard us at least (Lifeguard, section IV-A)
+_RELAYED_FACTOR = 1.25  # a relayed answer waits so much longer than what is to be expected
+_REDIALLERS = 16  # nodes that try the gone each period, and one more for each of the gone
+_FAREWELLS = 32  # peers told directly when this node leaves; they tell the others
+
+
+@dataclass(frozen=True, slots=True)
+class SwimStatistics:
+    """Counts since the start; `rumours` and `suspects` are as of now."""
+
+    probes_total: int
+    probes_failed_total: int
+    refutations_total: int
+    conflicts_total: int
+    sleeps_total: int
+    unknown_claims_total: int
+    refused_newcomers_total: int
+    forged_claims_total: int
+    rumours: int
+    suspects: int
+    refused_deaths_total: int
+    health_score: int  # 0: well, 8: what this node sees of others is not to be trusted
+    lag_s: float
+
+
+class Swim(Evidence):
+    """The failure detector of one node."""
+
+    def __init__(
+        self, me: Alive, signer: Signer, config: MembershipConfig, rng: Random, now: float, fingerprint: Fingerprint
+    ) -> None:
+        super().__init__(me, signer, config, rng, now, fingerprint)
+        self._probes = Probes(rng)
+        self._patrol = Patrol(rng)
+        self._seeds: dict[Address, NodeId | None] = {}  # and who was last met there
+        # A random phase: nodes started together do not probe in step.
+        self._next_probe_at = now + config.probe_period_s * rng.random()
+        self._next_redial_at = now + config.redial_period_s * (0.5 + rng.random())
+        self._probed = self._failed = self._sleeps = 0
+
+    @property
+    def deadline(self) -> float:
+        """When `tick` next has something to do, in local monotonic seconds; infinite after `leave`."""
+        if self.left:
+            return math.inf
+        at = self._next_probe_at  # asked after every datagram: what is not there costs nothing
+        if self._probes.under_way or self._probes.nacks_due:
+            at = min(at, self._probes.deadline)
+        if self.members.gone or self._seeds:  # else links are looked after when the next probe is due anyway
+            at = min(at, self._next_redial_at)
+        if self.rumours.by_node:
+            at = min(at, self.next_gossip_at)
+        if self.members.suspects:
+            at = min(at, *(m.suspicion.deadline for m in self.suspected() if m.suspicion))
+        return at
+
+    def remember_seed(self, address: Address) -> None:
+        """Keeps trying this address for as long as no live member has it."""
+        if len(self._seeds) < _SEEDS_MAX:
+            self._seeds.setdefault(address, None)
+
+    def met_seed(self, address: Address, node: NodeId) -> None:
+        """This node answered there. A seed may be a host name, so its address alone does not say whose it is."""
+        if address in self._seeds:
+            self._seeds[address] = node
+
+    def receive(self, source: Address, message: Message, now: float, arrived_at: float | None = None) -> list[Effect]:
+        """One datagram that came from `source`; `arrived_at`: when it reached this host, by the kernel's stamp, if earlier."""
+        sender = message.sender
+        if self.left or sender.node == self.me:
+            return []
+        arrived_at = now if arrived_at is None else min(now, arrived_at)
+        if arrived_at < now:
+            self.health.lagged(now - arrived_at, now)
+        peer = self.members.get(sender.node)
+        corrections = self._greet(peer, source, sender, now, arrived_at)
+        if message.claims:
+            corrections += self.hear_all(source, message.claims, now)
+            peer = self.members.get(sender.node)
+        if peer is not None and peer.live:
+            self.compare(sender.fingerprint, peer.address, now)  # after what came along: it may be the difference
+        effects: list[Effect] = []
+        rtt_s = None  # of the ack, if it times one
+        match message:
+            case Ping(seq=seq, target=target, where=where):
+                # Somebody else lived at this address before us: the asker is told who does now, and gets no ack.
+                wanted = target == self.me
+                claims = corrections if wanted else [self.myself.alive_claim(), *corrections]
+                answer = self.distances.told_with_ack(where)
+                bare = Ack(self.sender(now), seq, where=answer) if wanted else Gossip(self.sender(now))
+                if peer is not None:
+                    self.distances.heard(peer, where)
+                effects.append(self._send(source, bare, claims))
+                corrections = []
+            case Ack(seq=seq):
+                rtt_s = self._on_ack(seq, sender.node, now, arrived_at, effects)
+            case Nack(seq=seq):
+                self._probes.nacked(seq, sender.node)
+            case PingReq(seq=seq, target=target):
+                effects += self._relay(source, seq, target, now)
+            case Knock():
+                effects += self.on_knock(source, message, now)
+            case Knocked():
+                self.on_knocked(message, now)
+            case Gossip():
+                pass
+        if corrections and (
+            peer is None or peer.is_to_hear(corrections, now, self.config.exchange_gap_s)
+        ):  # strangers: as bytes allow
+            effects.append(self._send(source, Gossip(self.sender(now)), corrections))
+        if peer is not None and peer.live:
+            if rtt_s is not None and isinstance(message, Ack):
+                lagging = max(self.health.lag_s(now), peer.lag_s) > 0
+                self.distances.measured(peer, rtt_s, message.where, lagging=lagging)
+            effects.append(self._measure(peer, sender, now, rtt_s))
+        return effects + self.spread(now, without=(sender.node,))
+
+    def tick(self, now: float) -> list[Effect]:
+        """Does all that is due at `now` and moves the deadline past it."""
+        if self.left:
+            return []
+        # Not measured by suspicions: a confirmation may move the end of one into the past.
+        due_at = min(self._next_probe_at, self._probes.deadline)
+        if (late_s := now - due_at) > self.config.lag_tolerance_s:
+            self._forgive(late_s, now)
+            self.health.lagged(late_s, now)
+        effects: list[Effect] = []
+        for probe in list(self._probes.under_way.values()):
+            if now >= probe.ends_at:
+                del self._probes.under_way[probe.seq]
+                self._probe_failed(probe, now)
+            elif now >= probe.indirect_at:
+                effects += self._ask_others(probe, now)
+        for relay in self._probes.take_nacks_due(now) if self._probes.nacks_due else ():
+            effects.append(self._send(relay.asker, Nack(self.sender(now), relay.asker_seq), ()))
+        for member in self.suspected():
+            if member.suspicion is None or now >= member.suspicion.deadline:
+                self._convict(member, now)
+        if now >= self._next_probe_at:
+            self._next_probe_at = now + self.config.probe_period_s * self.health.factor
+            if (target := self._patrol.next_target(self.members)) is not None:
+                effects += self._probe(self.members[target], now)
+        if now >= self.next_gossip_at and self.rumours.by_node:
+            self.next_gossip_at = now + self.config.gossip_period_s
+            for peer in some_to_tell(self.members, self.config.gossip_peers, self.rng):
+                effects.append(self._send(self.members.address_of(peer), Gossip(self.sender(now)), ()))
+        if now >= self._next_redial_at:
+            self._next_redial_at = now + self.config.redial_period_s * (0.75 + 0.5 * self.rng.random())
+            effects += self._redial(now)
+            effects += self.watch(again=True) + self.look_again(now)
+        return effects + self.spread(now)
+
+    def _convict(self, member: Member, now: float) -> None:
+        """Its suspicion ran out. One whose process exists is stalled, and gets more time."""
+        suspicion = member.suspicion
+        if suspicion is not None and suspicion.listens and not suspicion.stalled and suspicion.stall_patience_s > 0:
+            suspicion.stalled, member.cause = True, STALLED
+            self.note_change(MemberChanged(member.node, PeerState.SUSPECT, PeerState.SUSPECT, stalled=True))
+        else:
+            self.declare(Dead(member.node, member.epoch, member.incarnation, self.me), now)
+
+    def stream_answered(self, seq: int, by: NodeId, now: float) -> list[Effect]:
+        """A `PingStream` was answered: datagrams to that node, or from it, get lost, but it lives."""
+        probe = self._probes.under_way.get(seq)
+        if not self.left and probe is not None and by == probe.target and self._probes.answered(seq, by) is not None:
+            self._alive_after_all(probe, now)
+        return self.spread(now)
+
+    def lost(self, node: NodeId, now: float, *, proven: bool = False) -> list[Effect]:
+        """A link to `node` broke: probe it now, directly and through others at once.
+
+        `proven`: its handshake had named `node`, and it was told by `link_made`; its end may be the end of a process.
+        """
+        if proven and (left := self.linked.pop(node, 1) - 1) > 0:
+            self.linked[node] = left
+        member = self.members.get(node)
+        if self.left or member is None or not member.live or node == self.me:
+            return []
+        effects = self.open_case(member, now) if proven else []
+        if not any(p.target == node and p.indirect_at == math.inf for p in self._probes.under_way.values()):
+            effects += self._probe(member, now, urgent=True)  # else that question is being asked already
+        return effects + self.spread(now)
+
+    def tried(self, number: int, refused: bool | None, now: float) -> list[Effect]:
+        """What came of a `TryConnect`."""
+        return [] if self.left else self.on_tried(number, refused, now) + self.spread(now)
+
+    def leave(self, now: float) -> list[Effect]:
+        """Says goodbye to live peers and falls silent for good."""
+        if self.left:
+            return []
+        me = self.myself
+        farewell = self.words.farewell(self.me, me.epoch, me.incarnation)
+        me.signature = farewell.signature
+        self.declare(farewell, now)
+        sender = self.sender(now)
+        peers = self.members.some_peers(_FAREWELLS, self.rng)
+        self.left = True
+        return [*self.take_changes(), *(Send(self.members.address_of(peer), Gossip(sender, (farewell,))) for peer in peers)]
+
+    def statistics(self, now: float) -> SwimStatistics:
+        return SwimStatistics(
+            self._probed,
+            self._failed,
+            self.refutations,
+            self.conflicts,
+            self._sleeps,
+            self.unknown_claims,
+            self.refused_newcomers,
+            self.words.forged,
+            len(self.rumours),
+            len(self.members.suspects),
+            self.refused_deaths,
+            self.health.score,
+            self.health.lag_s(now),
+        )
+
+    def on_newcomer(self, node: NodeId) -> None:
+        self._patrol.joined(self.members[node], self.members)
+
+    def _greet(self, member: Member | None, source: Address, sender: Sender, now: float, arrived_at: float) -> list[Claim]:
+        """Takes note of who speaks; what it should be told about itself, if it does not know how it is seen."""
+        if member is None or (sender.epoch, sender.incarnation) > (member.epoch, member.incarnation):
+            self.want_exchange(source, now)
+            return []
+        if (sender.epoch, sender.incarnation) == (member.epoch, member.incarnation):
+            member.heard_at = max(member.heard_at, arrived_at)
+            member.lag_s = sender.lag_ms / 1000
+        if member.state is PeerState.ALIVE:
+            return []
+        # The buddy: a suspect that speaks to us hears of it from us, first of all. One that has lost count of its runs is
+        # shown its own later words: it believes nobody else's, and only knowing them it can speak louder.
+        behind = (sender.epoch, sender.incarnation) < member.description[:2]
+        return [member.alive_claim() if behind else member.claim(self.me)]
+
+    def _measure(self, peer: Member, sender: Sender, now: float, rtt_s: float | None) -> Measured:
+        load_at = now - sender.load_age_ms / 1000
+        if load_at >= peer.load_at or peer.load_at > now:
+            peer.load, peer.load_at = sender.load, load_at
+        return Measured(peer.node, peer.load, peer.load_at, rtt_s)
+
+    def _send(self, to: Address, bare: Message, first: Sequence[Claim]) -> Send:
+        return Send(to, self.filled(bare, first))
+
+    def _probe(self, member: Member, now: float, *, urgent: bool = False) -> list[Effect]:
+        self._probed += 1
+        slack_s, factor = self.slack_s(member, now), self.health.factor
+        round_s, timeout_s = self.config.probe_round_s * factor + slack_s, self.config.probe_timeout_s * factor + slack_s
+        ends_at = now + (2 * timeout_s if urgent else round_s)
+        probe = self._probes.start(member.node, now, now if urgent else now + timeout_s, ends_at)
+        first = [member.claim(self.me)] if member.state is PeerState.SUSPECT else []
+        ping = Ping(self.sender(now), probe.seq, member.node, where=self.distances.told_with_ping())
+        effects: list[Effect] = [self._send(member.address, ping, first)]
+        return effects + self._ask_others(probe, now) if urgent else effects
+
+    def _ask_others(self, probe: Probe, now: float) -> list[Effect]:
+        probe.indirect_at = math.inf
+        relays = some_relays(self.members, self.config.indirect_peers, self.rng, probe.target)
+        probe.relays |= frozenset(relays)
+        probe.ends_at = max(probe.ends_at, now + self._relay_s(relays, probe.target))
+        asked: list[Effect] = [
+            self._send(self.members.address_of(relay), PingReq(self.sender(now), probe.seq, probe.target), ()) for relay in relays
+        ]
+        return [*asked, PingStream(probe.seq, self.members[probe.target].address)] if probe.target in self.members else asked
+
+    def _relay_s(self, relays: list[NodeId], target: NodeId) -> float:
+        """How long an answer through relays, or their nack, may take: their way to the target is no longer than by here."""
+        way_s = max((self.distances.expected_s(self.members[relay]) for relay in relays), default=0.0)
+        there_s = self.distances.expected_s(self.members[target]) if target in self.members else 0.0
+        nack_s = way_s + _NACK_SHARE * self.config.probe_timeout_s
+        return min(LAG_MAX_S, _RELAYED_FACTOR * max(2 * way_s + there_s, nack_s))
+
+    def _relay(self, asker: Address, asker_seq: int, target: NodeId, now: float) -> list[Effect]:
+        # Only to members, at the address we know: nobody can make us ping strangers.
+        member = self.members.get(target)
+        if member is None or target == self.me:
+            return []
+        nack_at = now + _NACK_SHARE * self.config.probe_timeout_s
+        expires_at = now + self.config.probe_round_s + LAG_MAX_S
+        seq = self._probes.relay(target, asker, asker_seq, now, nack_at, expires_at)
+        if seq is None:
+            return []
+        first = [] if member.state is PeerState.ALIVE else [member.claim(self.me)]
+        return [self._send(member.address, Ping(self.sender(now), seq, target), first)]
+
+    def _on_ack(self, seq: int, by: NodeId, now: float, arrived_at: float, effects: list[Effect]) -> float | None:
+        """The round trip in seconds when the target itself answered a probe of ours; a clock that stood still timed none."""
+        if (relay := self._probes.relayed(seq, by, now)) is not None:
+            first = [self.members[by].claim(self.me)] if by in self.members else []
+            effects.append(self._send(relay.asker, Ack(self.sender(now), relay.asker_seq), first))
+            return None
+        probe = self._probes.answered(seq, by)
+        if probe is None:
+            return None
+        self._alive_after_all(probe, arrived_at)
+        rtt_s = arrived_at - probe.sent_at
+        return rtt_s if by == probe.target and rtt_s > 0 else None
+
+    def _alive_after_all(self, probe: Probe, at: float) -> None:
+        self.health.note(-1)
+        if (target := self.members.get(probe.target)) is not None:
+            target.heard_at = max(target.heard_at, at)
+        if (case := self.cases.get(probe.target)) is not None and probe.sent_at >= case.opened_at:
+            self.close_case(probe.target)
+
+    def _probe_failed(self, probe: Probe, now: float) -> None:
+        member = self.members.get(probe.target)
+        if member is None or not member.live or member.heard_at > probe.sent_at:
+            return
+        self._failed += 1
+        self.health.note(missed_nacks(len(probe.relays), len(probe.nacks)))
+        self.declare(Suspect(member.node, member.epoch, member.incarnation, self.me), now)
+
+    def _forgive(self, late_s: float, now: float) -> None:
+        """We slept (SIGSTOP, a starved machine): time did not pass for what we wait for."""
+        self._sleeps += 1
+        self._probes.delay(late_s, now)
+        for member in self.suspected():
+            if member.suspicion is not None:
+                # What began since we woke up, from input that had waited, has not slept.
+                member.suspicion.started_at = min(now, member.suspicion.started_at + late_s)
+
+    def _absent_seeds(self) -> list[Address]:
+        """Seeds where no live member is known to be."""
+        met = {address: node for address, node in self._seeds.items() if node is None or not self._lives(node)}
+        taken = {m.address for m in self.members if m.live} if met else set()
+        return sorted(address for address in met if address not in taken)
+
+    def _lives(self, node: NodeId) -> bool:
+        return (member := self.members.get(node)) is not None and member.live
+
+    def _redial(self, now: float) -> list[Effect]:
+        """Tries one address where somebody was, so that a mesh that was cut in two becomes one again."""
+        effects: list[Effect] = []
+        gone = [self.members[node] for node in sorted(self.members.gone)]
+        for member in gone:
+            if member.node != self.me and now - member.since > self.config.forget_s:
+                self.forget(member)
+        dead = [member.node for member in gone if member.state is PeerState.DEAD and member.node in self.members]
+        # In a large mesh some of us are enough: one dead host would hear from ten thousand. A seed may be known to us alone.
+        if self.rng.random() * self.members.live_count > len(dead) + _REDIALLERS:
+            dead = []
+        seeds = self._absent_seeds()
+        if not (choices := len(dead) + len(seeds)):
+            return effects
+        if (choice := self.rng.randrange(choices)) < len(dead):
+            member = self.members[dead[choice]]
+            ping = Ping(self.sender(now), self._probes.next_seq(), member.node)
+            return [*effects, self._send(member.address, ping, [member.claim(self.me)])]
+        return [*effects, Exchange(seeds[choice - len(dead)])]

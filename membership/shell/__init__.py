@@ -1,0 +1,1 @@
+"""The I/O of membership: sockets, clock and peer calls around the core."""

@@ -1,0 +1,1 @@
+"""Records what a membership core received and replays it."""

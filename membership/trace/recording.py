@@ -1,0 +1,153 @@
+"""A membership core that writes down what comes in, for `membership.trace.replay`. It decides nothing of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, TypeVar
+
+from membership.core.config import MembershipConfig
+from membership.core.core import MembershipCore
+from membership.core.effects import Effect
+from membership.trace import trace_format
+from membership.trace.trace_format import Record, Trace, answer_hash
+from mesh.ids import Address, NodeId
+from mesh.keys.signing import Signer, Verifier
+from mesh.view import Facts, Load, PeerState
+from mesh.wire.gossip import Alive, Message
+from mesh.wire.sync import DigestEntry, Sync, Synced
+from mesh.wire.twin import Answer, Run
+
+if TYPE_CHECKING:
+    from random import Random
+
+T = TypeVar("T")
+
+
+class RecordedSigner:
+    """Signs as another does, and keeps the signatures until they are taken."""
+
+    def __init__(self, signer: Signer) -> None:
+        self._signer = signer
+        self._made: list[bytes] = []
+
+    @property
+    def public_key(self) -> bytes:
+        return self._signer.public_key
+
+    @property
+    def verifier(self) -> Verifier:
+        return self._signer.verifier
+
+    def sign(self, statement: bytes) -> bytes:
+        self._made.append(self._signer.sign(statement))
+        return self._made[-1]
+
+    def taken(self) -> tuple[bytes, ...]:
+        made, self._made = tuple(self._made), []
+        return made
+
+
+class RecordedCore(MembershipCore):
+    """`rng` is sown anew, with a seed that the trace tells, here and at the start of each segment."""
+
+    def __init__(self, me: Alive, signer: Signer, config: MembershipConfig, rng: Random, now: float, kept: Trace) -> None:
+        self._kept, self._signer = kept, RecordedSigner(signer)
+        self._seeds_known: dict[Address, None] = {}
+        seed = self._sown(rng)
+        super().__init__(me, self._signer, config, rng, now)
+        self._keep(trace_format.Started(now, me, signer.public_key, asdict(config), seed), None)
+
+    def receive(self, source: Address, message: Message, now: float, arrived_at: float | None = None) -> list[Effect]:
+        receive = super().receive
+        return self._played(
+            trace_format.Heard(now, source, message, arrived_at), lambda: receive(source, message, now, arrived_at)
+        )
+
+    def tick(self, now: float) -> list[Effect]:
+        tick = super().tick
+        return self._played(trace_format.Ticked(now), lambda: tick(now))
+
+    def lost(self, node: NodeId, now: float, *, proven: bool = False) -> list[Effect]:
+        lost = super().lost
+        return self._played(trace_format.Lost(now, node, proven), lambda: lost(node, now, proven=proven))
+
+    def linked(self, node: NodeId) -> None:
+        linked = super().linked
+        self._played(trace_format.Linked(0.0, node), lambda: linked(node))
+
+    def stream_answered(self, seq: int, by: NodeId, now: float) -> list[Effect]:
+        stream_answered = super().stream_answered
+        return self._played(trace_format.StreamAnswered(now, seq, by), lambda: stream_answered(seq, by, now))
+
+    def tried(self, number: int, refused: bool | None, now: float) -> list[Effect]:
+        tried = super().tried
+        return self._played(trace_format.Tried(now, number, refused), lambda: tried(number, refused, now))
+
+    def twin_asked(self, by: Run, now: float) -> tuple[Answer, list[Effect]]:
+        twin_asked = super().twin_asked
+        return self._played(trace_format.TwinAsked(now, by), lambda: twin_asked(by, now))
+
+    def twin_found(self, place: Address, answer: Answer | None, now: float) -> list[Effect]:
+        twin_found = super().twin_found
+        return self._played(trace_format.TwinFound(now, place, answer), lambda: twin_found(place, answer, now))
+
+    def leave(self, now: float) -> list[Effect]:
+        leave = super().leave
+        return self._played(trace_format.Leaving(now), lambda: leave(now))
+
+    def set_load(self, load: Load, now: float) -> None:
+        set_load = super().set_load
+        self._played(trace_format.Loaded(now, load), lambda: set_load(load, now))
+
+    def note_load(self, node: NodeId, load: Load, now: float) -> bool:
+        note_load = super().note_load
+        return self._played(trace_format.LoadNoted(now, node, load), lambda: note_load(node, load, now))
+
+    def publish(self, facts: Facts, now: float) -> list[Effect]:
+        publish = super().publish
+        return self._played(trace_format.Published(now, facts), lambda: publish(facts, now))
+
+    def answer(self, asker: NodeId, sync: Sync, now: float) -> tuple[Synced, list[Effect]]:
+        answer = super().answer
+        return self._played(trace_format.Asked(now, asker, sync), lambda: answer(asker, sync, now))
+
+    def learn(self, source: Address, synced: Synced, now: float) -> tuple[Sync | None, list[Effect]]:
+        learn = super().learn
+        return self._played(trace_format.Answered(now, source, synced), lambda: learn(source, synced, now))
+
+    def remember_seed(self, address: Address) -> None:
+        remember_seed = super().remember_seed
+        self._seeds_known[address] = None
+        self._played(trace_format.SeedKnown(0.0, address), lambda: remember_seed(address))
+
+    def _played(self, given: trace_format.Input, play: Callable[[], T]) -> T:
+        if self._kept.full and given.now > 0:
+            self._checkpoint(given.now)
+        answer = play()
+        self._keep(given, answer)
+        return answer
+
+    def _keep(self, given: trace_format.Input, answer: object) -> None:
+        self._kept.add(Record(given, self._signer.taken(), answer_hash(answer)))
+
+    def _checkpoint(self, now: float) -> None:
+        """What a newcomer would be told, and the rest that a successor of this core needs."""
+        me = self.swim.myself
+        known = told_to_a_newcomer(self, now)
+        links = tuple(node for node, count in sorted(self.swim.linked.items()) for _ in range(count))
+        self._kept.begin_segment()
+        words, seed = me.alive_claim(), self._sown(self.rng)
+        self._keep(trace_format.Checkpoint(now, words, seed, known, links, tuple(self._seeds_known)), None)
+
+    def _sown(self, rng: Random) -> int:
+        seed = rng.getrandbits(62)
+        rng.seed(seed)
+        return seed
+
+
+def told_to_a_newcomer(core: MembershipCore, now: float) -> Synced:
+    """All that goes into one answer. A replay asks for it too: what is told first next time depends on it."""
+    me = core.swim.myself
+    own = DigestEntry(core.me, me.epoch, me.incarnation, PeerState.ALIVE, *core.facts.known(core.me))
+    return MembershipCore.answer(core, core.me, Sync(digest=(own,)), now)[0]

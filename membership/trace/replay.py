@@ -1,0 +1,165 @@
+"""A core led through a trace again: the events it sees, and whether it answered each input as it did the first time."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from random import Random
+
+from membership.core.config import MembershipConfig
+from membership.core.core import MembershipCore
+from membership.core.effects import Effect, MemberChanged
+from membership.trace import trace_format
+from membership.trace.recording import told_to_a_newcomer
+from membership.trace.trace_format import BadTrace, Record, answer_hash
+from mesh.errors import MeshError
+from mesh.ids import Address, NodeId
+from mesh.keys.signing import Ed25519Verifier, Verifier
+from mesh.view import PeerState
+
+_NOWHERE: Address = ("", 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A change in the node's view. `at_s`: by its own clock."""
+
+    at_s: float
+    node: NodeId
+    name: str
+    before: PeerState | None
+    after: PeerState
+    cause: str
+
+
+@dataclass(slots=True)
+class Replay:
+    """`exact`: it began with the node's first input. `differs_at`: then, the first input answered otherwise."""
+
+    exact: bool
+    inputs: int = 0
+    agreed: int = 0
+    differs_at: int | None = None
+    began_s: float = 0.0
+    ended_s: float = 0.0
+    events: list[Event] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class ToldSigner:
+    """Gives out the signatures that the trace holds; it has no key."""
+
+    public_key: bytes
+    verifier: Verifier
+    told: deque[bytes] = field(default_factory=deque)
+
+    def sign(self, statement: bytes) -> bytes:
+        return self.told.popleft() if self.told else bytes(64)
+
+
+def replay(records: list[Record], verifier: Verifier | None = None) -> Replay:
+    """Leads a new core through them. `verifier`: of the signatures in it, unless they are the nodes' real ones.
+
+    Raises:
+        BadTrace: it begins with neither a start nor a checkpoint, or holds what no core survives.
+    """
+    try:
+        return _replayed(records, verifier or Ed25519Verifier())
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, MeshError, TypeError, ValueError) as error:
+        raise BadTrace(f"the trace leads its core astray: {error!r}") from None
+
+
+def _replayed(records: list[Record], verifier: Verifier) -> Replay:
+    first = records[0]
+    signer = ToldSigner(b"", verifier, deque(first.signatures))
+    core = _made(first.input, signer)
+    found = Replay(isinstance(first.input, trace_format.Started), 1, 1, None, first.input.now, first.input.now)
+    for number, record in enumerate(records[1:], 1):
+        signer.told = deque(record.signatures)
+        answer, effects = _play(core, record.input)
+        found.inputs += 1
+        if answer_hash(answer) == record.answer:
+            found.agreed += 1
+        elif found.exact and found.differs_at is None:
+            found.differs_at = number
+        found.ended_s = max(found.ended_s, record.input.now)
+        found.events += _events(core, effects, found.ended_s)
+    return found
+
+
+def _made(first: trace_format.Input, signer: ToldSigner) -> MembershipCore:
+    match first:
+        case trace_format.Started(now=now, me=me, public_key=public_key, config=config, seed=seed):
+            signer.public_key = public_key
+            return MembershipCore(me, signer, _config(config), Random(seed), now)
+        case trace_format.Checkpoint(now=now, me=me, seed=seed, known=known, linked=linked, seeds=seeds):
+            signer.public_key = me.key
+            core = MembershipCore(me, signer, MembershipConfig(), Random(seed), now)
+            core.learn(_NOWHERE, known, now)
+            for node in linked:
+                core.linked(node)
+            for address in seeds:
+                core.remember_seed(address)
+            core.rng.seed(seed)
+            return core
+        case _:
+            raise BadTrace("expected a trace that begins with a start or a checkpoint")
+
+
+def _config(told: dict[str, float]) -> MembershipConfig:
+    """Raises TypeError for a field that this version does not know, ValueError for one out of bounds."""
+    whole = {name: int(value) if isinstance(getattr(MembershipConfig(), name), int) else value for name, value in told.items()}
+    return MembershipConfig(**whole)  # type: ignore[arg-type]
+
+
+def _play(core: MembershipCore, given: trace_format.Input) -> tuple[object, list[Effect]]:
+    """What the core answers, and the effects in it."""
+    answer: object = None
+    effects: list[Effect] = []
+    match given:
+        case trace_format.Heard(now=now, source=source, message=message, arrived_at=arrived_at):
+            answer = effects = core.receive(source, message, now, arrived_at)
+        case trace_format.Ticked(now=now):
+            answer = effects = core.tick(now)
+        case trace_format.Loaded(now=now, load=load):
+            core.set_load(load, now)
+        case trace_format.LoadNoted(now=now, node=node, load=load):
+            answer = core.note_load(node, load, now)
+        case trace_format.Linked(node=node):
+            core.linked(node)
+        case trace_format.Lost(now=now, node=node, proven=proven):
+            answer = effects = core.lost(node, now, proven=proven)
+        case trace_format.StreamAnswered(now=now, seq=seq, by=by):
+            answer = effects = core.stream_answered(seq, by, now)
+        case trace_format.Tried(now=now, number=number, refused=refused):
+            answer = effects = core.tried(number, refused, now)
+        case trace_format.Published(now=now, facts=facts):
+            answer = effects = core.publish(facts, now)
+        case trace_format.Asked(now=now, asker=asker, sync=sync):
+            answer = synced, effects = core.answer(asker, sync, now)
+        case trace_format.Answered(now=now, source=source, synced=synced):
+            answer = _, effects = core.learn(source, synced, now)
+        case trace_format.SeedKnown(address=address):
+            core.remember_seed(address)
+        case trace_format.TwinAsked(now=now, by=by):
+            answer = _, effects = core.twin_asked(by, now)
+        case trace_format.TwinFound(now=now, place=place, answer=found):
+            answer = effects = core.twin_found(place, found, now)
+        case trace_format.Leaving(now=now):
+            answer = effects = core.leave(now)
+        case trace_format.Checkpoint(now=now, seed=seed):
+            told_to_a_newcomer(core, now)
+            core.rng.seed(seed)
+        case trace_format.Started():
+            raise BadTrace("expected one start, at the beginning")
+    return answer, effects
+
+
+def _events(core: MembershipCore, effects: list[Effect], at_s: float) -> list[Event]:
+    events = []
+    for effect in effects:
+        if isinstance(effect, MemberChanged) and (effect.before is not effect.after or effect.restarted or effect.stalled):
+            member = core.swim.members.get(effect.node)
+            name, cause = (member.name, member.cause) if member is not None else ("", "")
+            events.append(Event(at_s, effect.node, name, effect.before, effect.after, cause))
+    return events

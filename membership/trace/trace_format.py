@@ -1,0 +1,229 @@
+"""What came into one node's membership core, in order, so that the same core can be led through it again.
+
+A bounded ring of inputs in memory, each with the signatures made for it and a hash of what the core answered; a dump of it
+is a file for `mesh simulate --replay`. The ring is made of segments: when it is full its oldest segment goes, and each segment
+begins with a checkpoint of what was known. From the node's first input on a replay is exact, from a checkpoint it is close.
+No key is in it, and nothing of any request: membership knows of neither. Names, addresses, loads and facts are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from mesh.view import Facts, Load
+from mesh.wire.gossip import Alive, Host, Id, Message, Port
+from mesh.wire.sync import MAX_SYNC_BYTES, Sync, Synced
+from mesh.wire.twin import Answer, Run
+
+MAGIC = b"mesh membership trace 1\n"
+SEGMENTS = 4
+MAX_RECORD_BYTES = 2 * MAX_SYNC_BYTES
+
+At = tuple[Host, Port]
+Seed = Annotated[int, Meta(ge=0, le=2**62)]
+Signatures = tuple[bytes, ...]
+
+
+class BadTrace(ValueError):
+    """The file is no trace of ours, or of another version; the text says why."""
+
+
+class _Input(msgspec.Struct, frozen=True, array_like=True):
+    now: float
+
+
+class Started(_Input, frozen=True, array_like=True, tag="start"):
+    """The node as it began, and the seed of all its chance."""
+
+    me: Alive
+    public_key: bytes
+    config: dict[str, float]
+    seed: Seed
+
+
+class Checkpoint(_Input, frozen=True, array_like=True, tag="check"):
+    """A segment begins: what was known, in case all before it is gone. Chance goes on from `seed`."""
+
+    me: Alive
+    seed: Seed
+    known: Synced
+    linked: tuple[Id, ...]
+    seeds: tuple[At, ...]
+
+
+class Heard(_Input, frozen=True, array_like=True, tag="heard"):
+    source: At
+    message: Message
+    arrived_at: float | None
+
+
+class Ticked(_Input, frozen=True, array_like=True, tag="tick"): ...
+
+
+class Loaded(_Input, frozen=True, array_like=True, tag="load"):
+    load: Load
+
+
+class LoadNoted(_Input, frozen=True, array_like=True, tag="noted"):
+    node: Id
+    load: Load
+
+
+class Linked(_Input, frozen=True, array_like=True, tag="linked"):
+    node: Id
+
+
+class Lost(_Input, frozen=True, array_like=True, tag="lost"):
+    node: Id
+    proven: bool
+
+
+class StreamAnswered(_Input, frozen=True, array_like=True, tag="stream"):
+    seq: int
+    by: Id
+
+
+class Tried(_Input, frozen=True, array_like=True, tag="tried"):
+    number: int
+    refused: bool | None
+
+
+class Published(_Input, frozen=True, array_like=True, tag="facts"):
+    facts: Facts
+
+
+class Asked(_Input, frozen=True, array_like=True, tag="asked"):
+    asker: Id
+    sync: Sync
+
+
+class Answered(_Input, frozen=True, array_like=True, tag="answered"):
+    source: At
+    synced: Synced
+
+
+class SeedKnown(_Input, frozen=True, array_like=True, tag="seed"):
+    address: At
+
+
+class TwinAsked(_Input, frozen=True, array_like=True, tag="twin asked"):
+    by: Run
+
+
+class TwinFound(_Input, frozen=True, array_like=True, tag="twin found"):
+    place: At
+    answer: Answer | None
+
+
+class Leaving(_Input, frozen=True, array_like=True, tag="leave"): ...
+
+
+Input = (
+    Started
+    | Checkpoint
+    | Heard
+    | Ticked
+    | Loaded
+    | LoadNoted
+    | Linked
+    | Lost
+    | StreamAnswered
+    | Tried
+    | Published
+    | Asked
+    | Answered
+    | SeedKnown
+    | TwinAsked
+    | TwinFound
+    | Leaving
+)
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True):
+    """One input, the signatures that were made while it was dealt with, and the hash of the answer."""
+
+    input: Input
+    signatures: Signatures
+    answer: bytes
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Record)
+
+
+def answer_hash(answer: object) -> bytes:
+    """Eight bytes of whatever the core returned: effects, and all else that is made of frozen values, print the same twice."""
+    return hashlib.blake2b(repr(answer).encode(), digest_size=8).digest()
+
+
+@dataclass(slots=True)
+class Segment:
+    records: list[bytes] = field(default_factory=list)
+    size_bytes: int = 0
+
+
+class Trace:
+    """The latest `limit_bytes` of records, by segment."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._segment_bytes = max(1, limit_bytes // SEGMENTS)
+        self._segments: deque[Segment] = deque([Segment()])
+        self.dropped_records = 0
+
+    @property
+    def full(self) -> bool:
+        """The segment under way is; the next record must begin another one with a checkpoint."""
+        return self._segments[-1].size_bytes >= self._segment_bytes
+
+    def begin_segment(self) -> None:
+        self._segments.append(Segment())
+        while len(self._segments) > SEGMENTS:
+            self.dropped_records += len(self._segments.popleft().records)
+
+    def add(self, record: Record) -> None:
+        raw = _encoder.encode(record)
+        segment = self._segments[-1]
+        segment.records.append(raw)
+        segment.size_bytes += len(raw) + 4
+
+    def dump(self) -> bytes:
+        """The file: a line that says what it is, then each record after its length in four bytes."""
+        records = (raw for segment in self._segments for raw in segment.records)
+        return MAGIC + b"".join(part for raw in records for part in (len(raw).to_bytes(4, "big"), raw))
+
+
+def read(raw: bytes) -> list[Record]:
+    """The records of a dump.
+
+    Raises:
+        BadTrace: another file, cut off, or records of another shape.
+    """
+    if not raw.startswith(MAGIC):
+        raise BadTrace(f"expected a membership trace, which begins with {MAGIC.decode().strip()!r}")
+    records = [_decoded(part) for part in _parts(memoryview(raw)[len(MAGIC) :])]
+    if not records or not isinstance(records[0].input, Started | Checkpoint):
+        raise BadTrace("expected a trace that begins with a start or a checkpoint")
+    return records
+
+
+def _parts(rest: memoryview) -> Iterable[memoryview]:
+    while rest:
+        length = int.from_bytes(rest[:4], "big")
+        if len(rest) < 4 + length or length > MAX_RECORD_BYTES:
+            raise BadTrace("the trace is cut off, or damaged")
+        yield rest[4 : 4 + length]
+        rest = rest[4 + length :]
+
+
+def _decoded(raw: memoryview) -> Record:
+    try:
+        return _decoder.decode(raw)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise BadTrace(f"a record of another version, or damaged: {error}") from None

@@ -1,0 +1,233 @@
+"""What a client can ask of a mesh, as flows: the bodies it sends and what it takes from the answers. No I/O."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from mesh.client.flow import ANSWER_S, LOOK_S, Caller, Flow
+from mesh.client.params import CHAT_PARAMS, COMPLETION_PARAMS, fields_of
+from mesh.errors import BadRequest
+
+Messages = str | Sequence[Mapping[str, Any]]
+Reply = dict[str, Any]
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+SEARCH_S = 60.0
+DOCTOR_S = 20.0  # it waits for a token and for peers
+ROTATE_S = 120.0  # it waits for every live node
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A file to be added. One found while walking a folder may be of a type that is not read: it is skipped, not an error."""
+
+    name: str
+    content: bytes
+    found: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What became of one document: `outcome` is "added", "replaced" (an older one of the same name), "unchanged" or "skipped"."""
+
+    name: str
+    outcome: str
+    file_id: str = ""
+    reason: str = ""
+
+
+def chat_body(messages: Messages, params: Mapping[str, Any]) -> dict[str, Any]:
+    """A text is one message of the user. Raises TypeError: a parameter of another name."""
+    return _chat(messages, fields_of("chat", params, CHAT_PARAMS))
+
+
+def _chat(messages: Messages, fields: Mapping[str, Any]) -> dict[str, Any]:
+    said = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(message) for message in messages]
+    return {"messages": said, **fields}
+
+
+def completion_body(prompt: str | Sequence[int], params: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises TypeError: a parameter of another name."""
+    fields = fields_of("complete", params, COMPLETION_PARAMS)
+    return {"prompt": prompt if isinstance(prompt, str) else list(prompt), **fields}
+
+
+def question_body(question: str, store: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """`top_k` of the parameters is how many passages to retrieve; the sampling parameter of that name goes into `extra_body`.
+
+    Raises:
+        TypeError: a parameter of another name.
+    """
+    named = {name: value for name, value in params.items() if name not in ("top_k", "mesh")}
+    mesh = {**(params.get("mesh") or {}), "store": store, "top_k": params.get("top_k", 5)}
+    return _chat(question, {"mesh": mesh, **fields_of("ask", named, CHAT_PARAMS)})
+
+
+def encoded(body: Mapping[str, Any], *, stream: bool = False) -> bytes:
+    """Raises BadRequest when a parameter is not plain JSON."""
+    try:
+        return json.dumps({**body, "stream": True} if stream else body, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise BadRequest(f"expected parameters that are plain JSON: {error}") from None
+
+
+def ask_json(
+    caller: Caller, method: str, path: str, body: Mapping[str, Any] | None = None, silence_s: float = LOOK_S
+) -> Flow[Any]:
+    content_type = "application/json" if body is not None else ""
+    answer = yield from caller.call(method, path, encoded(body) if body is not None else b"", content_type, silence_s)
+    return answer.json()
+
+
+def generate(caller: Caller, path: str, body: Mapping[str, Any]) -> Flow[Reply]:
+    return (yield from ask_json(caller, "POST", path, body, ANSWER_S))
+
+
+def status(caller: Caller) -> Flow[Reply]:
+    return (yield from ask_json(caller, "GET", "/mesh/status"))
+
+
+def models(caller: Caller) -> Flow[list[Reply]]:
+    return (yield from ask_json(caller, "GET", "/v1/models"))["data"]
+
+
+def why(caller: Caller, request_id: str) -> Flow[Reply]:
+    return (yield from ask_json(caller, "GET", f"/mesh/requests/{quote(request_id, safe='')}"))
+
+
+def doctor(caller: Caller) -> Flow[Reply]:
+    return (yield from ask_json(caller, "GET", "/mesh/doctor", silence_s=DOCTOR_S))
+
+
+def rotate_key(caller: Caller) -> Flow[Reply]:
+    return (yield from ask_json(caller, "POST", "/mesh/key/rotate", silence_s=ROTATE_S))
+
+
+def live_node(caller: Caller) -> Flow[str]:
+    """The URL of a node that answers now."""
+    answer = yield from caller.call("GET", "/health", silence_s=LOOK_S)
+    return answer.node
+
+
+def embed(caller: Caller, texts: Sequence[str], model: str | None) -> Flow[list[list[float]]]:
+    body = {"input": list(texts), "encoding_format": "float", **({"model": model} if model else {})}
+    reply = yield from ask_json(caller, "POST", "/v1/embeddings", body, SEARCH_S)
+    return [row["embedding"] for row in sorted(reply["data"], key=lambda row: row["index"])]
+
+
+def stores(caller: Caller) -> Flow[list[Reply]]:
+    return (yield from every(caller, "/v1/vector_stores"))
+
+
+def every(caller: Caller, path: str) -> Flow[list[Reply]]:
+    """All rows of a list that comes in pages."""
+    rows: list[Reply] = []
+    after = ""
+    while True:
+        reply = yield from ask_json(caller, "GET", f"{path}?limit=100{after}", silence_s=SEARCH_S)
+        rows += reply["data"]
+        if not reply.get("has_more") or not reply["data"]:
+            return rows
+        after = f"&after={quote(reply['data'][-1]['id'], safe='')}"
+
+
+def documents(caller: Caller, store: str) -> Flow[list[Reply]]:
+    """The files of a store, each with its `filename`, which the store's own list does not tell in OpenAI's form."""
+    rows = yield from every(caller, f"/v1/vector_stores/{quote(store, safe='')}/files")
+    if any("filename" not in row for row in rows):
+        files = yield from every(caller, "/v1/files")
+        known = {file["id"]: file for file in files}
+        rows = [{**known.get(row["id"], {}), **row} for row in rows]
+    return [{**row, "filename": row.get("filename", "")} for row in rows]
+
+
+def open_store(caller: Caller, store: str) -> Flow[None]:
+    """Makes the store unless it is there."""
+    try:
+        yield from ask_json(caller, "GET", f"/v1/vector_stores/{quote(store, safe='')}")
+    except BadRequest as error:
+        if error.status != 404:
+            raise
+        yield from ask_json(caller, "POST", "/v1/vector_stores", {"name": store}, SEARCH_S)
+
+
+def add_document(caller: Caller, store: str, document: Document, held: Mapping[str, str]) -> Flow[Added]:
+    """Uploads and indexes one document. `held`: name -> file id of what the store holds already.
+
+    A file's id is a digest of its name and bytes, so one that the store holds under the same id is unchanged.
+    """
+    body, content_type = multipart(document)
+    try:
+        file = yield from caller.call("POST", "/v1/files", body, content_type, SEARCH_S)
+        file_id = str(file.json()["id"])
+        if held.get(document.name) == file_id:
+            return Added(document.name, "unchanged", file_id)
+        path = f"/v1/vector_stores/{quote(store, safe='')}/files"
+        attached = yield from ask_json(caller, "POST", path, {"file_id": file_id}, SEARCH_S * 5)
+        failure = (attached.get("last_error") or {}).get("message") if attached.get("status") == "failed" else None
+        if failure:
+            raise BadRequest(f"{document.name}: {failure}", "file")
+    except BadRequest as error:
+        if document.found and error.status in (400, 413, 415):
+            return Added(document.name, "skipped", reason=str(error))
+        raise
+    if older := held.get(document.name):
+        yield from ask_json(caller, "DELETE", f"{path}/{older}", silence_s=SEARCH_S)
+        return Added(document.name, "replaced", file_id)
+    return Added(document.name, "added", file_id)
+
+
+def search(caller: Caller, store: str, query: str, top_k: int) -> Flow[list[Reply]]:
+    body = {"query": query, "max_num_results": top_k}
+    path = f"/v1/vector_stores/{quote(store, safe='')}/search"
+    return (yield from ask_json(caller, "POST", path, body, SEARCH_S))["data"]
+
+
+def remove(caller: Caller, store: str, names: Sequence[str]) -> Flow[list[str]]:
+    """Takes files, named by their name or id, out of the store; the ids removed.
+
+    Raises:
+        BadRequest: before anything was done, when the store holds no file of one of the names.
+    """
+    held = yield from documents(caller, store)
+    file_ids = []
+    for name in names:
+        matching = [row["id"] for row in held if name in (row["id"], row["filename"])]
+        if not matching:
+            raise BadRequest(
+                f"store {store} holds no document {name!r}; `mesh docs list --store {store}` names them", "file", status=404
+            )
+        file_ids += matching
+    for file_id in file_ids:
+        yield from ask_json(caller, "DELETE", f"/v1/vector_stores/{quote(store, safe='')}/files/{file_id}", silence_s=SEARCH_S)
+    return file_ids
+
+
+def multipart(document: Document) -> tuple[bytes, str]:
+    """An upload as `multipart/form-data` (RFC 7578); body and content type.
+
+    The boundary is a digest of the content, so equal uploads are equal bytes and it cannot occur inside by accident.
+    """
+    boundary = f"mesh-{hashlib.blake2b(document.content, digest_size=16).hexdigest()}"
+    name = document.name.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
+    head = (
+        f'--{boundary}\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nassistants\r\n'
+        f'--{boundary}\r\ncontent-disposition: form-data; name="file"; filename="{name}"\r\n'
+        "content-type: application/octet-stream\r\n\r\n"
+    )
+    return head.encode() + document.content + f"\r\n--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
+
+
+def citations(reply: Mapping[str, Any]) -> list[Reply]:
+    """The `annotations` of a whole answer or of the chunks of a stream, wherever in it they stand; each once, in order."""
+    found = list((reply.get("mesh") or {}).get("annotations") or ())
+    for choice in reply.get("choices") or ():
+        said = choice.get("message") or choice.get("delta") or {}
+        found += [annotation for annotation in said.get("annotations") or () if annotation not in found]
+    return found

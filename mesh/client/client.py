@@ -1,0 +1,379 @@
+"""The client of a mesh: `Client` with blocking calls, `AsyncClient` under trio.
+
+Both know several nodes, learn the rest, ask elsewhere when one fails, and go on with a stream that
+broke where a node can. All of that is decided in `mesh.client.flow`; what can be asked is in `mesh.client.api`. One
+client is for one thread, or for the tasks of one trio run.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
+
+from mesh.client import api as api
+from mesh.client.answers import AnswerStream, AsyncAnswerStream
+from mesh.client.api import Added, Document, Messages, Reply
+from mesh.client.flow import Budget, Caller, Flow, Nodes
+from mesh.client.openai_sdk import arguments, openai_module
+from mesh.client.params import ChatParams, CompletionParams
+from mesh.client.transport import BlockingIo, TrioIo, connection_limits, proxied
+from mesh.errors import BadRequest
+
+if TYPE_CHECKING:
+    import openai
+
+T = TypeVar("T")
+
+DEFAULT_NODE = "http://127.0.0.1:8000"
+UPLOAD_LIMIT_BYTES = 16 << 20  # a node's default limit on a body
+
+
+def default_nodes() -> list[str]:
+    """The nodes that `$MESH_NODE` names, separated by commas, else the one on this machine's default port."""
+    return os.environ.get("MESH_NODE", DEFAULT_NODE).split(",")
+
+
+def read_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
+    """Files, and folders with all their files but hidden and oversized ones; a file in a folder is named from the folder on.
+
+    Raises:
+        BadRequest: a path that is not there or cannot be read.
+    """
+    for given in paths:
+        path = Path(given)
+        if not path.is_dir():
+            yield Document(path.name, _content(path))
+            continue
+        root = path.resolve()
+        for file in sorted(root.rglob("*")):
+            inside = file.relative_to(root)
+            hidden = any(part.startswith(".") for part in inside.parts)
+            if not hidden and file.is_file() and file.stat().st_size < UPLOAD_LIMIT_BYTES:
+                yield Document(f"{root.name}/{inside.as_posix()}", _content(file), found=True)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadRequest(f"expected a file or folder that can be read, got {str(path)!r}: {error.strerror}", "path") from None
+
+
+def _caller(
+    nodes: Sequence[str] | str | None, api_key: str | None, budget: Budget, spread: bool, draw: Callable[[], float]
+) -> Caller:
+    urls = [nodes] if isinstance(nodes, str) else list(nodes) if nodes is not None else default_nodes()
+    return Caller(Nodes(urls, draw, spread=spread), api_key, budget, draw, lambda: uuid.uuid4().hex)
+
+
+class Client:
+    """A mesh, through blocking calls.
+
+    nodes: URLs of some of its nodes; None: `$MESH_NODE`, else the default port on this machine.
+    spread: begin each call at a random node, rather than at the last one that answered.
+    proxy: the URL of a proxy to go through; None: none, whatever the environment says, for nodes are near.
+
+    All calls raise: NoNodeAnswers, Refused (budget spent while the mesh was full), BadRequest (4xx; names the field),
+    DeadlineExceeded, RemoteError; streams also PeerLost, when one broke and no node can go on with it.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[str] | str | None = None,
+        api_key: str | None = None,
+        *,
+        budget: Budget = Budget(),  # noqa: B008  (frozen)
+        spread: bool = False,
+        draw: Callable[[], float] = random.random,
+        proxy: str | None = None,
+    ) -> None:
+        import httpx
+
+        self._caller = _caller(nodes, api_key, budget, spread, draw)
+        self._api_key, self._proxy = api_key, proxy
+        self._http = proxied(httpx.Client, proxy, limits=connection_limits())
+        self.docs = Docs(self)
+
+    def run(self, flow: Flow[T]) -> T:
+        """Carries a flow out to its answer."""
+        io = BlockingIo(self._http)
+        outcome: Any = None
+        try:
+            while True:
+                outcome = io.carry_out(flow.send(outcome))
+        except StopIteration as end:
+            return end.value
+        finally:
+            io.close()
+
+    @overload
+    def chat(self, messages: Messages, *, stream: Literal[True], **params: Unpack[ChatParams]) -> AnswerStream: ...
+    @overload
+    def chat(self, messages: Messages, *, stream: Literal[False] = False, **params: Unpack[ChatParams]) -> Reply: ...
+    def chat(self, messages: Messages, *, stream: bool = False, **params: Unpack[ChatParams]) -> Reply | AnswerStream:
+        """A chat completion; `params` are those of `POST /v1/chat/completions`. A text is one message of the user."""
+        return self._generate(api.CHAT, api.chat_body(messages, params), stream)
+
+    @overload
+    def ask(self, question: str, store: str, *, stream: Literal[True], **params: Unpack[ChatParams]) -> AnswerStream: ...
+    @overload
+    def ask(self, question: str, store: str, *, stream: Literal[False] = False, **params: Unpack[ChatParams]) -> Reply: ...
+    def ask(self, question: str, store: str, *, stream: bool = False, **params: Unpack[ChatParams]) -> Reply | AnswerStream:
+        """A chat completion over the `top_k` best passages of a store; `client_api.citations` reads its citations."""
+        return self._generate(api.CHAT, api.question_body(question, store, params), stream)
+
+    @overload
+    def complete(
+        self, prompt: str | Sequence[int], *, stream: Literal[True], **params: Unpack[CompletionParams]
+    ) -> AnswerStream: ...
+    @overload
+    def complete(
+        self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **params: Unpack[CompletionParams]
+    ) -> Reply: ...
+    def complete(
+        self, prompt: str | Sequence[int], *, stream: bool = False, **params: Unpack[CompletionParams]
+    ) -> Reply | AnswerStream:
+        """A completion of a text, or of token ids; `params` are those of `POST /v1/completions`."""
+        return self._generate(api.COMPLETIONS, api.completion_body(prompt, params), stream)
+
+    def _generate(self, path: str, body: Mapping[str, Any], stream: bool) -> Reply | AnswerStream:
+        if stream:
+            return AnswerStream(self._caller, self._http, path, body)
+        return self.run(api.generate(self._caller, path, body))
+
+    def embed(self, texts: str | Sequence[str], *, model: str | None = None) -> list[list[float]]:
+        """One vector for each text, in order."""
+        return self.run(api.embed(self._caller, [texts] if isinstance(texts, str) else texts, model))
+
+    def status(self) -> Reply:
+        """The mesh as the asked node sees it: `self, nodes, models, stores`."""
+        return self.run(api.status(self._caller))
+
+    def models(self) -> list[Reply]:
+        return self.run(api.models(self._caller))
+
+    def why(self, request_id: str) -> Reply:
+        """What is known of a request, by stream id or x-request-id."""
+        return self.run(api.why(self._caller, request_id))
+
+    def doctor(self) -> Reply:
+        """What is wrong with the mesh as the asked node sees it: `healthy`, and `findings`."""
+        return self.run(api.doctor(self._caller))
+
+    def rotate_key(self) -> Reply:
+        """Gives the mesh a new key, or ends a rotation that was begun: `key` (its name), `nodes`, `not_saved`."""
+        return self.run(api.rotate_key(self._caller))
+
+    def live_node(self) -> str:
+        """The URL of a node that answers now."""
+        return self.run(api.live_node(self._caller))
+
+    def nodes(self) -> list[str]:
+        """The URLs of all nodes known so far, the next to be asked first."""
+        return list(self._caller.nodes.urls)
+
+    def openai(self, **options: Any) -> openai.OpenAI:
+        """The official client, pointed at a node that answers now. It does not change nodes by itself. `options` are its own.
+
+        Raises:
+            LocalError: the `openai` package is not installed.
+        """
+        module = openai_module()
+        given = arguments(self.live_node(), self._api_key, module.DefaultHttpxClient, self._proxy, options)
+        official: openai.OpenAI = module.OpenAI(**given)
+        return official
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Docs:
+    """The document stores of a mesh."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def add(
+        self, paths: str | Path | Iterable[str | Path], store: str, progress: Callable[[Added], None] = lambda added: None
+    ) -> list[Added]:
+        """Adds files and folders; what is unchanged is left alone, an older file of the same name is replaced."""
+        documents = read_documents([paths] if isinstance(paths, str | Path) else paths)
+        return self.add_documents(documents, store, progress)
+
+    def add_documents(
+        self, documents: Iterable[Document], store: str, progress: Callable[[Added], None] = lambda added: None
+    ) -> list[Added]:
+        caller, run = self._client._caller, self._client.run
+        run(api.open_store(caller, store))
+        held = {row["filename"]: row["id"] for row in run(api.documents(caller, store))}
+        outcomes = []
+        for document in documents:
+            outcomes.append(run(api.add_document(caller, store, document, held)))
+            progress(outcomes[-1])
+        return outcomes
+
+    def stores(self) -> list[Reply]:
+        return self._client.run(api.stores(self._client._caller))
+
+    def list(self, store: str) -> Sequence[Reply]:
+        """The documents of a store, each with `id` and `filename`."""
+        return self._client.run(api.documents(self._client._caller, store))
+
+    def search(self, store: str, query: str, *, top_k: int = 5) -> Sequence[Reply]:
+        """The best passages: `file_id, filename, score, content`."""
+        return self._client.run(api.search(self._client._caller, store, query, top_k))
+
+    def remove(self, store: str, names: str | Sequence[str]) -> Sequence[str]:
+        """Takes documents, named by file name or id, out of a store; the ids removed."""
+        return self._client.run(api.remove(self._client._caller, store, [names] if isinstance(names, str) else names))
+
+
+class AsyncClient:
+    """`Client` under trio: the same methods with `await`; streams are read with `async for` inside `async with`."""
+
+    def __init__(
+        self,
+        nodes: Sequence[str] | str | None = None,
+        api_key: str | None = None,
+        *,
+        budget: Budget = Budget(),  # noqa: B008  (frozen)
+        spread: bool = False,
+        draw: Callable[[], float] = random.random,
+        proxy: str | None = None,
+    ) -> None:
+        import httpx
+
+        self._caller = _caller(nodes, api_key, budget, spread, draw)
+        self._api_key, self._proxy = api_key, proxy
+        self._http = proxied(httpx.AsyncClient, proxy, limits=connection_limits())
+        self.docs = AsyncDocs(self)
+
+    async def run(self, flow: Flow[T]) -> T:
+        """Carries a flow out to its answer."""
+        io = TrioIo(self._http)
+        outcome: Any = None
+        try:
+            while True:
+                outcome = await io.carry_out(flow.send(outcome))
+        except StopIteration as end:
+            return end.value
+        finally:
+            await io.aclose()
+
+    @overload
+    async def chat(self, messages: Messages, *, stream: Literal[True], **params: Unpack[ChatParams]) -> AsyncAnswerStream: ...
+    @overload
+    async def chat(self, messages: Messages, *, stream: Literal[False] = False, **params: Unpack[ChatParams]) -> Reply: ...
+    async def chat(self, messages: Messages, *, stream: bool = False, **params: Unpack[ChatParams]) -> Reply | AsyncAnswerStream:
+        """A chat completion; `params` are those of `POST /v1/chat/completions`. A text is one message of the user."""
+        return await self._generate(api.CHAT, api.chat_body(messages, params), stream)
+
+    @overload
+    async def ask(
+        self, question: str, store: str, *, stream: Literal[True], **params: Unpack[ChatParams]
+    ) -> AsyncAnswerStream: ...
+    @overload
+    async def ask(self, question: str, store: str, *, stream: Literal[False] = False, **params: Unpack[ChatParams]) -> Reply: ...
+    async def ask(
+        self, question: str, store: str, *, stream: bool = False, **params: Unpack[ChatParams]
+    ) -> Reply | AsyncAnswerStream:
+        """A chat completion over the `top_k` best passages of a store; `client_api.citations` reads its citations."""
+        return await self._generate(api.CHAT, api.question_body(question, store, params), stream)
+
+    @overload
+    async def complete(
+        self, prompt: str | Sequence[int], *, stream: Literal[True], **params: Unpack[CompletionParams]
+    ) -> AsyncAnswerStream: ...
+    @overload
+    async def complete(
+        self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **params: Unpack[CompletionParams]
+    ) -> Reply: ...
+    async def complete(
+        self, prompt: str | Sequence[int], *, stream: bool = False, **params: Unpack[CompletionParams]
+    ) -> Reply | AsyncAnswerStream:
+        """A completion of a text, or of token ids; `params` are those of `POST /v1/completions`."""
+        return await self._generate(api.COMPLETIONS, api.completion_body(prompt, params), stream)
+
+    async def _generate(self, path: str, body: Mapping[str, Any], stream: bool) -> Reply | AsyncAnswerStream:
+        if stream:
+            return AsyncAnswerStream(self._caller, self._http, path, body)
+        return await self.run(api.generate(self._caller, path, body))
+
+    async def embed(self, texts: str | Sequence[str], *, model: str | None = None) -> list[list[float]]:
+        return await self.run(api.embed(self._caller, [texts] if isinstance(texts, str) else texts, model))
+
+    async def status(self) -> Reply:
+        return await self.run(api.status(self._caller))
+
+    async def models(self) -> list[Reply]:
+        return await self.run(api.models(self._caller))
+
+    async def why(self, request_id: str) -> Reply:
+        return await self.run(api.why(self._caller, request_id))
+
+    async def doctor(self) -> Reply:
+        return await self.run(api.doctor(self._caller))
+
+    async def rotate_key(self) -> Reply:
+        return await self.run(api.rotate_key(self._caller))
+
+    async def live_node(self) -> str:
+        return await self.run(api.live_node(self._caller))
+
+    def nodes(self) -> list[str]:
+        return list(self._caller.nodes.urls)
+
+    async def openai(self, **options: Any) -> openai.AsyncOpenAI:
+        module = openai_module()
+        given = arguments(await self.live_node(), self._api_key, module.DefaultAsyncHttpxClient, self._proxy, options)
+        official: openai.AsyncOpenAI = module.AsyncOpenAI(**given)
+        return official
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.aclose()
+
+
+class AsyncDocs:
+    """`Docs` under trio."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def add(self, paths: str | Path | Iterable[str | Path], store: str) -> list[Added]:
+        import trio
+
+        given = [paths] if isinstance(paths, str | Path) else list(paths)
+        documents = await trio.to_thread.run_sync(lambda: list(read_documents(given)))
+        caller, run = self._client._caller, self._client.run
+        await run(api.open_store(caller, store))
+        held = {row["filename"]: row["id"] for row in await run(api.documents(caller, store))}
+        return [await run(api.add_document(caller, store, document, held)) for document in documents]
+
+    async def stores(self) -> list[Reply]:
+        return await self._client.run(api.stores(self._client._caller))
+
+    async def list(self, store: str) -> Sequence[Reply]:
+        return await self._client.run(api.documents(self._client._caller, store))
+
+    async def search(self, store: str, query: str, *, top_k: int = 5) -> Sequence[Reply]:
+        return await self._client.run(api.search(self._client._caller, store, query, top_k))
+
+    async def remove(self, store: str, names: str | Sequence[str]) -> Sequence[str]:
+        return await self._client.run(api.remove(self._client._caller, store, [names] if isinstance(names, str) else names))

@@ -1,0 +1,167 @@
+"""Carries out what `mesh.client.flow` decides, with httpx: once with blocking calls, once under trio. No decisions here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mesh.client.flow import Answer, Broken, Effect, Pause, Read, Send
+from mesh.errors import LocalError
+
+if TYPE_CHECKING:
+    import httpx
+
+CONNECT_S = 5.0
+
+T = TypeVar("T")
+
+
+def connection_limits() -> httpx.Limits:
+    """As many connections as a load test needs; idle ones are closed before a node would close them."""
+    import httpx
+
+    return httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=4.0)
+
+
+def proxied(kind: Callable[..., T], proxy: str | None, **options: Any) -> T:
+    """An HTTP client that goes through `proxy`, or, whatever the environment says, through none.
+
+    Raises:
+        LocalError: a kind of proxy that is not known, or that needs a package.
+    """
+    try:
+        return kind(trust_env=False, **({"proxy": proxy} if proxy else {}), **options)
+    except ImportError:
+        raise LocalError(f"the proxy {proxy!r} needs a package; install it with: pip install 'httpx[socks]'") from None
+    except ValueError as error:
+        raise LocalError(f"expected the URL of a proxy such as http://127.0.0.1:3128, got {proxy!r}: {error}") from None
+
+
+def request_of(http: httpx.Client | httpx.AsyncClient, effect: Send) -> httpx.Request:
+    import httpx
+
+    timeout = httpx.Timeout(effect.silence_s, connect=min(CONNECT_S, effect.silence_s), pool=None)
+    content = effect.body if effect.body or effect.method == "POST" else None
+    return http.build_request(effect.method, effect.node + effect.path, content=content, headers=effect.headers, timeout=timeout)
+
+
+def reason_of(error: Exception) -> str:
+    """Why a request did not come through, in words for a person."""
+    import httpx
+
+    match error:
+        case httpx.ConnectTimeout():
+            return f"no connection within {CONNECT_S:.0f} s"
+        case httpx.ConnectError():
+            return "connection refused" if _refused(error) else f"cannot connect ({error})"
+        case httpx.TimeoutException():
+            return "no answer in time"
+        case httpx.RemoteProtocolError() | httpx.ReadError():
+            return "the connection broke off"
+    return str(error) or type(error).__name__
+
+
+def _refused(error: BaseException | None) -> bool:
+    """Whether the system said "connection refused", however deep the libraries wrapped it."""
+    while error is not None and not isinstance(error, ConnectionRefusedError):
+        error = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error.__cause__ or error.__context__
+    return error is not None
+
+
+class BlockingIo:
+    """At most one open answer at a time."""
+
+    def __init__(self, http: httpx.Client) -> None:
+        self._http = http
+        self._open: httpx.Response | None = None
+        self._received: Any = None
+
+    def carry_out(self, effect: Effect) -> Answer | Broken | bytes | None:
+        import httpx
+
+        try:
+            match effect:
+                case Send():
+                    return self._send(effect)
+                case Read():
+                    return next(self._received, b"")
+                case Pause():
+                    time.sleep(effect.seconds)
+                    return None
+        except httpx.TransportError as error:
+            return Broken(reason_of(error))
+        except httpx.InvalidURL as error:
+            return Broken(f"not a usable address ({error})")
+        raise LocalError(f"not an effect of a client: {effect!r}")
+
+    def _send(self, effect: Send) -> Answer:
+        self.close()
+        response = self._http.send(request_of(self._http, effect), stream=True)
+        self._open = response
+        if effect.streaming and response.status_code < 300:
+            self._received = response.iter_bytes()
+            return Answer(effect.node, response.status_code, response.headers)
+        body = response.read()
+        self.close()
+        return Answer(effect.node, response.status_code, response.headers, body)
+
+    def close(self) -> None:
+        """Hangs up on the open answer, if there is one."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+
+class TrioIo:
+    """`BlockingIo` under trio."""
+
+    def __init__(self, http: httpx.AsyncClient) -> None:
+        self._http = http
+        self._open: httpx.Response | None = None
+        self._received: Any = None
+
+    async def carry_out(self, effect: Effect) -> Answer | Broken | bytes | None:
+        import httpx
+        import trio
+
+        try:
+            match effect:
+                case Send():
+                    return await self._send(effect)
+                case Read():
+                    return await anext(self._received, b"")
+                case Pause():
+                    await trio.sleep(effect.seconds)
+                    return None
+        except httpx.TransportError as error:
+            return Broken(reason_of(error))
+        except httpx.InvalidURL as error:
+            return Broken(f"not a usable address ({error})")
+        raise LocalError(f"not an effect of a client: {effect!r}")
+
+    async def _send(self, effect: Send) -> Answer:
+        await self.aclose()
+        response = await self._http.send(request_of(self._http, effect), stream=True)
+        self._open = response
+        if effect.streaming and response.status_code < 300:
+            self._received = response.aiter_bytes()
+            return Answer(effect.node, response.status_code, response.headers)
+        body = await response.aread()
+        await self.aclose()
+        return Answer(effect.node, response.status_code, response.headers, body)
+
+    async def aclose(self) -> None:
+        """Hangs up on the open answer, if there is one."""
+        import httpx
+
+        if self._open is not None:
+            received, response, self._received, self._open = self._received, self._open, None, None
+            await response.aclose()
+            if received is not None:
+                # httpx nests generators and closes only the outermost; reading on from the closed connection ends them all.
+                try:
+                    async for _ in received:
+                        pass
+                except (httpx.HTTPError, httpx.StreamError):
+                    pass

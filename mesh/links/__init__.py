@@ -1,0 +1,1 @@
+"""Authenticated connections between nodes, and the calls that travel over them."""

@@ -1,0 +1,269 @@
+"""Links: long-lived, multiplexed streams between this node and its peers.
+
+A node dials each peer it talks to once and keeps the stream; calls and one-way frames of all
+requests share it, and answers come back on it. Every frame carries the sender's load. A link that
+breaks fails everything that waits on it with `PeerLost` at once, and says so to `on_lost`: failover
+starts from there, not from a timer. No retries here: they have one place and one budget, in routing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import structlog
+import trio
+
+from mesh.errors import BadRequest, DeadlineExceeded, LocalError, MeshError
+from mesh.ids import Address, NodeId, format_address
+from mesh.links.call_errors import error_to_header
+from mesh.links.link import HANDSHAKE_TIMEOUT_S, PROTOCOL_VERSION, Link, LinkConfig, LinkStatistics
+from mesh.links.refusals import WINDOW_S, Refusals
+from mesh.links.tls import why_impostor
+from mesh.view import Load
+from mesh.wire.calls import Handlers, Header, Receivers, Reply
+from mesh.wire.frame_stream import CLOSED, COALESCE_BYTES, FrameSource, send
+from mesh.wire.frames import Frame, encode
+
+CALLS_AT_ONCE = 512  # handlers running for one inbound link; beyond it we stop reading, and TCP tells the peer
+
+OTHER_KEY = "it has another mesh key, or one that was rotated away"
+
+log = structlog.get_logger()
+
+
+OnLost = Callable[[NodeId | None, Address | None, str], None]
+"""Told of every link that ended: the peer's id unless the handshake never came so far; its address where we dialled it;
+why. A link that was only to be kept and never came about is nobody's loss."""
+
+
+class Links:
+    """All links of one node. `handlers` answer calls, `receivers` take one-way frames; both may be added to until `run`."""
+
+    def __init__(
+        self,
+        config: LinkConfig,
+        *,
+        load: Callable[[], Load] = Load,
+        on_load: Callable[[NodeId, Load], None] = lambda node, load: None,
+        on_lost: OnLost = lambda node, address, reason: None,
+        on_linked: Callable[[NodeId], None] = lambda node: None,
+    ) -> None:
+        """`on_linked`: told of every link, either way, whose handshake named the peer; `on_lost` follows once for each."""
+        self.config = config
+        self.handlers: dict[str, Any] = {}
+        self.receivers: dict[str, Any] = {}
+        self.load = load
+        self.on_load = on_load
+        self.on_lost = on_lost
+        self.on_linked = on_linked
+        self.counters = LinkStatistics()
+        self._nursery: trio.Nursery | None = None
+        self._links: dict[Address, Link] = {}
+        self.refusals = Refusals()
+
+    def statistics(self) -> LinkStatistics:
+        return replace(self.counters)
+
+    def add(self, handlers: Handlers | None = None, receivers: Receivers | None = None) -> None:
+        """Raises LocalError when a kind is already taken."""
+        for table, new in ((self.handlers, handlers or {}), (self.receivers, receivers or {})):
+            for kind, function in new.items():
+                if kind in self.handlers or kind in self.receivers:
+                    raise LocalError(f"frame kind {kind!r} is registered twice")
+                table[kind] = function
+
+    async def run(self, listener: trio.SocketListener, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serves peers on `listener` and owns all outgoing links, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await trio.serve_listeners(self._serve_peer, [listener], handler_nursery=nursery)
+
+    async def call(self, to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> Reply:
+        """See `mesh.wire.calls.Call`."""
+        if to == self.config.address:
+            return await self.handlers[kind](self.config.me, header, tail)
+        with trio.move_on_after(timeout_s) as scope:
+            return await self._link_to(to).call(kind, header, tail)
+        assert scope.cancelled_caught
+        raise DeadlineExceeded(f"{kind} to {format_address(to)} had no answer within {timeout_s:g} s")
+
+    def post(self, to: Address, kind: str, header: Header, tail: bytes = b"") -> None:
+        """See `mesh.wire.calls.Post`."""
+        if to == self.config.address:
+            self.receivers[kind](self.config.me, header, tail)
+        else:
+            self._link_to(to).enqueue(Frame(kind, header, tail))
+
+    def keep(self, addresses: Iterable[Address]) -> None:
+        """Dials those that are not linked yet. A link is never closed for being idle: its end tells of its peer's."""
+        for address in addresses:
+            if address != self.config.address and self._nursery is not None:
+                self._link_to(address)
+
+    def _link_to(self, to: Address) -> Link:
+        link = self._links.get(to)
+        if link is None:
+            if self._nursery is None:
+                raise LocalError("Links.run must be running before a call")
+            link = self._links[to] = Link(to, self.config, self.counters, self.load, self.on_load, self.on_linked)
+            self._nursery.start_soon(self._keep_link, link)
+        return link
+
+    async def _keep_link(self, link: Link) -> None:
+        """One link's life, from dialling to its loss."""
+        reason = await link.run()
+        if self._links.get(link.to) is link:
+            del self._links[link.to]
+        link.fail(reason)
+        self.counters.links_lost_total += 1
+        if link.refused:
+            self._note_refusal(link.to[0], reason)
+        if link.used or link.peer is not None:
+            self.on_lost(link.peer, link.to, reason)
+
+    async def _serve_peer(self, stream: trio.SocketStream) -> None:
+        """One inbound link: handshake, then answer until it ends."""
+        connection: trio.abc.Stream = stream
+        if self.config.tls is not None:
+            connection = trio.SSLStream(stream, self.config.tls.server, server_side=True)
+        frames = FrameSource(connection)
+        peer: NodeId | None = None
+        host = _host_of(stream)
+        try:
+            with trio.move_on_after(HANDSHAKE_TIMEOUT_S):
+                peer = await self._greet_caller(connection, frames)
+            if peer is None:
+                self.counters.handshakes_refused_total += 1
+            else:
+                self.on_linked(peer)
+                await self._answer(peer, connection, frames)
+        finally:
+            self.counters.frames_rejected_total += frames.broke_the_protocol
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(connection)
+        if peer is not None:
+            self.on_lost(peer, None, frames.end_reason)
+        elif self.config.tls is not None and self.config.tls.asked_for_another_key(connection):
+            self._note_refusal(host, OTHER_KEY)
+        elif frames.end_reason != CLOSED:  # who knocks and goes, to see whether we listen, did nothing wrong
+            self._note_refusal(host, frames.end_reason or "the handshake was not finished in time")
+
+    async def _greet_caller(self, connection: trio.abc.Stream, frames: FrameSource) -> NodeId | None:
+        hello = await frames.next()
+        if hello is None:
+            return None
+        refusal = self._why_refuse(hello)
+        if refusal is None and self.config.tls is not None:
+            refusal = why_impostor(connection, hello.header["node"])
+        answer: Header = {"node": self.config.me, "refused": refusal}
+        if not await send(connection, encode(Frame("hello", answer, is_reply=True))):
+            return None
+        if refusal is None:
+            frames.greeted()
+            return NodeId(hello.header["node"])
+        frames.end_reason = refusal
+        return None
+
+    def _note_refusal(self, host: str, reason: str) -> None:
+        if self.refusals.note(host, reason[:200], trio.current_time()):
+            log.warning("link.refused", host=host, reason=reason, next_in_s=WINDOW_S)
+
+    def _why_refuse(self, hello: Frame) -> str | None:
+        header = hello.header
+        if hello.kind != "hello" or not isinstance(header.get("node"), str):
+            return "expected a hello frame with a node id"
+        if header.get("version") != PROTOCOL_VERSION:
+            theirs = repr(header.get("version"))[:100]
+            return f"protocol version {theirs}, here {PROTOCOL_VERSION}: run the same release on both nodes"
+        if header.get("cluster") != self.config.cluster:
+            theirs = repr(header.get("cluster"))[:100]
+            return f"cluster label {theirs}, here {self.config.cluster!r}: these are two meshes"
+        return None
+
+    async def _answer(self, peer: NodeId, connection: trio.abc.Stream, frames: FrameSource) -> None:
+        replies_in, replies = trio.open_memory_channel[bytes](CALLS_AT_ONCE)
+        slots = trio.Semaphore(CALLS_AT_ONCE)
+        async with trio.open_nursery() as link_nursery:
+            link_nursery.start_soon(self._write_replies, connection, replies, link_nursery.cancel_scope)
+            while (frame := await frames.next()) is not None:
+                self.counters.frames_received_total += 1
+                self.counters.bytes_received_total += len(frame.tail)
+                self._note_load(peer, frame)
+                if frame.number == 0:
+                    self._receive(peer, frame)
+                else:
+                    await slots.acquire()
+                    link_nursery.start_soon(self._answer_call, peer, frame, replies_in, slots)
+            link_nursery.cancel_scope.cancel()
+
+    def _note_load(self, peer: NodeId, frame: Frame) -> None:
+        if frame.load is not None:
+            self.on_load(peer, frame.load)
+
+    def _receive(self, peer: NodeId, frame: Frame) -> None:
+        receiver = self.receivers.get(frame.kind)
+        if receiver is None:
+            self.counters.frames_rejected_total += 1
+            return
+        try:
+            receiver(peer, frame.header, frame.tail)
+        except Exception as error:  # noqa: BLE001  # supervised: one peer frame; a malformed one must not end the node
+            self.counters.frames_rejected_total += 1
+            log.warning("link.frame_rejected", kind=frame.kind[:100], peer=peer, error=f"{type(error).__name__}: {error}"[:300])
+
+    async def _answer_call(
+        self, peer: NodeId, frame: Frame, replies: trio.MemorySendChannel[bytes], slots: trio.Semaphore
+    ) -> None:
+        """Holds its slot until the answer is in the channel: answers that the peer does not read stop its calls."""
+        try:
+            await replies.send(await self._reply_to(peer, frame))
+        finally:
+            slots.release()
+
+    async def _reply_to(self, peer: NodeId, frame: Frame) -> bytes:
+        try:
+            handler = self.handlers.get(frame.kind)
+            if handler is None:
+                raise BadRequest(f"this node answers no {frame.kind[:100]!r} call; are both nodes of one release?")
+            header, tail = await handler(peer, frame.header, frame.tail)
+            return self._encode_reply(frame, header, tail)
+        except Exception as error:  # supervised: one peer call
+            if not isinstance(error, MeshError):
+                self.counters.handler_failures_total += 1
+                log.error("call.failed", kind=frame.kind[:100], peer=peer, exc_info=error)
+            return self._encode_reply(frame, {"error": error_to_header(error)})
+
+    def _encode_reply(self, call: Frame, header: Header, tail: bytes = b"") -> bytes:
+        return encode(Frame(call.kind, header, tail, call.number, is_reply=True, load=self.load()))
+
+    async def _write_replies(
+        self, connection: trio.abc.Stream, replies: trio.MemoryReceiveChannel[bytes], link_scope: trio.CancelScope
+    ) -> None:
+        async for data in replies:
+            batch = _drain(replies, data)
+            self.counters.frames_sent_total += len(batch)
+            self.counters.bytes_sent_total += sum(map(len, batch))
+            if not await send(connection, b"".join(batch)):
+                link_scope.cancel()
+                return
+
+
+def _host_of(stream: trio.SocketStream) -> str:
+    try:
+        return str(stream.socket.getpeername()[0])
+    except OSError:  # it is gone already
+        return "unknown"
+
+
+def _drain(channel: trio.MemoryReceiveChannel[bytes], first: bytes) -> list[bytes]:
+    batch, size = [first], len(first)
+    while size < COALESCE_BYTES:
+        try:
+            batch.append(channel.receive_nowait())
+        except trio.WouldBlock:
+            break
+        size += len(batch[-1])
+    return batch

@@ -1,0 +1,1 @@
+"""The messages that nodes exchange and their encodings. No I/O."""

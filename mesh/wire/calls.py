@@ -1,0 +1,49 @@
+"""The shape of a call between two nodes, apart from how it travels (`mesh.links.links`).
+
+A frame is a kind, a MessagePack header and a raw tail (tensors, files: never inside the header).
+Cores and services are handed these callables, so tests give them a network of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
+
+from mesh.ids import Address, NodeId
+
+Header = dict[str, Any]
+"""Plain MessagePack values with string keys."""
+
+Reply = tuple[Header, bytes]
+
+Handler = Callable[[NodeId, Header, bytes], Awaitable[Reply]]
+"""Answers one call of `sender`. What it raises (`Refused`, `BadRequest`, `RemoteError`) reaches the caller as the same error."""
+
+Receiver = Callable[[NodeId, Header, bytes], None]
+"""Takes one one-way frame; runs in the link's reader, so it must not block."""
+
+
+class Call(Protocol):
+    """Ask a peer and wait for its answer.
+
+    Raises:
+        PeerLost: the link broke or could not be made before the answer came.
+        DeadlineExceeded: `timeout_s` passed first.
+        Refused, BadRequest, RemoteError: what the peer answered.
+    """
+
+    async def __call__(self, to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> Reply: ...
+
+
+class Post(Protocol):
+    """Send a one-way frame through a bounded outbox; frames to one peer keep their order.
+
+    Raises:
+        PeerLost: there is no link and none could be made, or the outbox is full (the peer does not read).
+    """
+
+    def __call__(self, to: Address, kind: str, header: Header, tail: bytes = b"") -> None: ...
+
+
+Handlers = Mapping[str, Handler]
+Receivers = Mapping[str, Receiver]

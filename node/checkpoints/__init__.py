@@ -1,0 +1,1 @@
+"""Model directories on disk: which files, which headers, how much memory they need."""

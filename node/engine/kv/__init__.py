@@ -1,0 +1,1 @@
+"""Keys and values: blocks, the prefix cache and what is spilled."""

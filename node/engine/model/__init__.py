@@ -1,0 +1,1 @@
+"""Layers of a checkpoint as modules that compute with packed weights."""

@@ -1,0 +1,184 @@
+"""One rank's part of a model: smaller matrices put into the model's own modules, of which only these parts are read.
+
+The model's class is pruned to the span as ever (`node.engine.model.stage`); then each module that is cut is told its own, smaller
+shape. Weights come through the ordinary loader, which takes each tensor as a slice of its file; here the slice is the
+rank's. Biases of matrices that are cut by inputs belong to the sum once, so only the first rank has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from mesh.errors import BadRequest
+from node.checkpoints.safetensors_header import weight_files
+from node.engine.model.all_reduce import SharedEmbedding, SummedProduct, Summing
+from node.engine.model.checkpoint import Checkpoint
+from node.engine.model.linear import PackedLinear
+from node.engine.model.shard_plan import Cut, Cutting, Shape, cutting_for
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a rank holds of a tensor: `range` of dimension `dim`, or zeros in its place."""
+
+    dim: int
+    range: range
+    absent: bool = False
+
+    def of(self, stored: Any) -> torch.Tensor:
+        """Reads it from a slice of a safetensors file."""
+        here = slice(self.range.start, self.range.stop)
+        taken: torch.Tensor = stored[here] if self.dim == 0 else stored[:, here]
+        return torch.zeros_like(taken) if self.absent else taken
+
+
+class StoredPart:
+    """Stands for a tensor in a file; the loader reads it by indexing, and gets the rank's part."""
+
+    def __init__(self, stored: Any, part: Callable[[], Part | None]) -> None:
+        self._stored = stored
+        self._part = part
+
+    def get_shape(self) -> list[int]:
+        shape: list[int] = self._stored.get_shape()
+        return shape
+
+    def get_dtype(self) -> str:
+        dtype: str = self._stored.get_dtype()
+        return dtype
+
+    def __getitem__(self, everything: Any) -> torch.Tensor:
+        part = self._part()
+        whole: torch.Tensor = self._stored[everything] if part is None else part.of(self._stored)
+        return whole
+
+
+def cutting_of(checkpoint: Checkpoint, ranks: int) -> Cutting:
+    """Raises BadRequest, as `cutting_for`."""
+    config: Any = checkpoint.config
+    heads = int(getattr(config, "num_attention_heads", None) or 1)
+    return cutting_for(
+        Shape(
+            name=checkpoint.directory.name,
+            kind=config.model_type,
+            plan=getattr(config, "base_model_tp_plan", None) or {},
+            heads=heads,
+            kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+            mixture=checkpoint.mixture,
+        ),
+        ranks,
+    )
+
+
+class Shard:
+    """Rank `rank` of those that share a span."""
+
+    def __init__(self, cutting: Cutting, rank: int) -> None:
+        self.cutting = cutting
+        self.rank = rank
+        self._parts: dict[str, Part] = {}
+        self._prefix = ""
+        self._renamings: list[Any] = []
+        self._names: dict[str, Any] = {}
+        self._first_token = 0
+
+    # ---- before the weights are read
+
+    def narrow(self, model: Any) -> None:
+        """Gives the modules of a model without weights their shapes on this rank.
+
+        Raises:
+            BadRequest: a part of the model cannot be cut.
+        """
+        self._prefix = model.base_model_prefix
+        self._renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+        self._names = model.state_dict()
+        edges = model.get_input_embeddings(), model.get_output_embeddings()
+        for name, module in model.named_modules():
+            if any(module is edge for edge in edges):
+                self._narrow_vocabulary(name, module)
+            elif isinstance(module, nn.Linear) and (cut := self.cutting.cut(name)) is not None:
+                self._narrow_linear(name, module, cut)
+            elif ".layers." in f".{name}" and any(tensor.dim() > 1 for tensor in module.parameters(recurse=False)):
+                raise self._uncut(name, f"it is a {type(module).__name__} that no plan names")
+
+    def _narrow_linear(self, name: str, layer: nn.Linear, cut: Cut) -> None:
+        try:
+            if cut is Cut.INPUTS:
+                part = self.cutting.part(cut, layer.in_features, self.rank)
+                layer.in_features = len(part)
+                self._resize(name, layer, "weight", Part(1, part))
+                if layer.bias is not None:
+                    self._parts[f"{name}.bias"] = Part(0, range(layer.out_features), absent=self.rank > 0)
+            else:
+                part = self.cutting.part(cut, layer.out_features, self.rank)
+                layer.out_features = len(part)
+                for tensor in ("weight", "bias"):
+                    self._resize(name, layer, tensor, Part(0, part))
+        except ValueError as error:
+            raise self._uncut(name, str(error)) from None
+
+    def _narrow_vocabulary(self, name: str, module: Any) -> None:
+        if not isinstance(module, (nn.Linear, nn.Embedding)):
+            return  # the span ends before it, or begins behind it
+        part = self.cutting.vocabulary(module.weight.shape[0], self.rank)
+        for tensor in ("weight", "bias"):
+            self._resize(name, module, tensor, Part(0, part))
+        if isinstance(module, nn.Embedding):
+            module.num_embeddings = len(part)
+            module.padding_idx = None  # of no use without training, and maybe in another rank's part
+            self._first_token = part.start
+        else:
+            module.out_features = len(part)
+
+    def _resize(self, name: str, module: nn.Module, tensor: str, part: Part) -> None:
+        before = getattr(module, tensor, None)
+        if before is None:
+            return
+        shape = [len(part.range) if dim == part.dim else size for dim, size in enumerate(before.shape)]
+        setattr(module, tensor, nn.Parameter(before.new_empty(shape), requires_grad=False))
+        self._parts[f"{name}.{tensor}"] = part
+
+    def _uncut(self, module: str, reason: str) -> BadRequest:
+        return BadRequest(
+            f"{module} cannot be computed by {self.cutting.ranks} workers ({reason}); take another number, or leave "
+            "--tensor-parallel out",
+            param="tensor_parallel",
+            code="model_not_servable",
+        )
+
+    # ---- as they are read
+
+    def tensors(self, directory: Path) -> dict[str, StoredPart]:
+        """Every tensor of the checkpoint by its name; nothing is read yet."""
+        found: dict[str, StoredPart] = {}
+        for file in weight_files(directory):
+            opened: Any = safe_open(file, "pt")
+            for name in opened.keys():  # noqa: SIM118 - no mapping
+                found[name] = StoredPart(opened.get_slice(name), lambda name=name: self._part_of(name))  # type: ignore[misc]
+        return found
+
+    def _part_of(self, name: str) -> Part | None:
+        """Checkpoints of some architectures have older names, or leave the base model's prefix out."""
+        renamed, _ = rename_source_key(name, self._renamings, [], self._prefix, self._names)
+        return self._parts.get(renamed)
+
+    # ---- once they are packed
+
+    def join(self, model: Any, summing: Summing) -> None:
+        """Sums over the ranks behind what was cut by inputs, and in the embedding."""
+        for name, module in list(model.named_modules()):
+            if isinstance(module, PackedLinear) and self.cutting.cut(name) is Cut.INPUTS:
+                module.product = SummedProduct(module.product, summing)
+        embedding = model.get_input_embeddings()
+        if isinstance(embedding, nn.Embedding):
+            model.set_input_embeddings(SharedEmbedding(embedding, self._first_token, summing))

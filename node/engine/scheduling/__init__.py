@@ -1,0 +1,1 @@
+"""Decides what each engine step computes. No torch."""

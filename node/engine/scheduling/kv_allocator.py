@@ -1,0 +1,176 @@
+"""The memory of the loaded spans: blocks and pages that sequences hold, get and give back. Counting only, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mesh.errors import LocalError
+from mesh.prefix import PAGE_TOKENS
+from mesh.view import Span
+from node.engine.api import OpenSequence
+from node.engine.kv.blocks import BLOCK_TOKENS, BlockPool, blocks_for
+from node.engine.kv.prefix_index import PageIndex, PageName, PageStore
+from node.engine.scheduling.sequence import Row
+from node.engine.scheduling.step_plan import HeldSpan, Piece
+
+
+class Rooms:
+    def __init__(self) -> None:
+        self.spans: dict[Span, HeldSpan] = {}
+        self._pages: dict[Span, PageIndex] = {}
+        self._stores: list[PageStore] = []
+        self._held_by_step: list[tuple[BlockPool, list[int]]] = []
+
+    # ---- spans
+
+    def add(self, span: Span, held: HeldSpan) -> None:
+        if span not in self.spans:
+            self.spans[span] = held
+            self._pages[span] = PageIndex(held.pool)
+
+    def drop(self, span: Span) -> None:
+        self.spans.pop(span, None)
+        self._pages.pop(span, None)
+
+    def fit(self, spill_rooms: Mapping[Span, int]) -> None:
+        """The pools have other sizes now, and so many pages of each span may be spilled."""
+        for span, pages in self._pages.items():
+            pages.fit(spill_rooms.get(span, 0))
+
+    def span_for(self, sequence: OpenSequence) -> Span:
+        """The span with most room that holds the layers asked for. Raises LocalError: there is none."""
+        fitting = [
+            span
+            for span, held in self.spans.items()
+            if span.model == sequence.model
+            and span.start <= sequence.start < sequence.end <= span.end
+            and sequence.weights in ("", held.weights)
+        ]
+        if not fitting:
+            of = f"{sequence.model} with weights {sequence.weights[:16]}" if sequence.weights else sequence.model
+            raise LocalError(f"no loaded span holds layers {sequence.start}:{sequence.end} of {of}")
+        return max(fitting, key=lambda span: (self.free(span), -span.start, -span.end))
+
+    def free(self, span: Span) -> int:
+        """Blocks that no sequence holds."""
+        return self.spans[span].pool.free + self._pages[span].blocks
+
+    @property
+    def used(self) -> int:
+        """Blocks that sequences hold."""
+        return sum(held.pool.used for held in self.spans.values()) - sum(pages.blocks for pages in self._pages.values())
+
+    @property
+    def total(self) -> int:
+        return sum(held.pool.total for held in self.spans.values())
+
+    @property
+    def pages(self) -> int:
+        return sum(map(len, self._pages.values()))
+
+    @property
+    def spilled_pages(self) -> int:
+        return sum(pages.spilled for pages in self._pages.values())
+
+    # ---- a row's memory
+
+    def give(self, row: Row) -> bool:
+        """Blocks for the tokens known so far, and the pages that hold their beginning; False: there is no room."""
+        pages, prefix = self._pages[row.lane.span], row.opened.prefix
+        names = [row.page_name(page) for page in range(min(len(row.names), (row.known - 1) // PAGE_TOKENS))]
+        pages.find(names)  # those it wants are now the last to go
+        blocks = pages.take(blocks_for(row.known + 1))
+        if blocks is None:
+            return False
+        row.blocks = blocks
+        found = pages.find(names)
+        if row.first and prefix is not None and prefix.elsewhere is not None:
+            found = found[: prefix.elsewhere]
+        pages.pin(found)
+        row.offered = found
+        if row.first:
+            self.begin(row, len(found) * PAGE_TOKENS)
+        return True
+
+    def begin(self, row: Row, position: int) -> None:
+        """It computes from `position` on, and takes what is before from the pages it was offered."""
+        count = position // PAGE_TOKENS
+        self._pages[row.lane.span].unpin(row.offered[count:])
+        row.restoring, row.offered = row.offered[:count], []
+        row.computed = row.pushed_end = position
+        row.pages_kept = count
+
+    def may_give(self, row: Row) -> bool:
+        """Whether `give` is worth trying."""
+        return blocks_for(row.known + 1) <= self.free(row.lane.span)
+
+    def grow(self, row: Row, tokens: int) -> bool:
+        """More blocks, so that `tokens` fit; False: there are none."""
+        missing = blocks_for(min(tokens, row.limit)) - len(row.blocks)
+        more = self._pages[row.lane.span].take(missing) if missing > 0 else []
+        if more is None:
+            return False
+        row.blocks += more
+        return True
+
+    @staticmethod
+    def spare(row: Row) -> int:
+        """Guesses that fit into the blocks it has: none is worth another's block."""
+        return len(row.blocks) * BLOCK_TOKENS - row.known - 1
+
+    def give_up(self, row: Row) -> None:
+        self._pages[row.lane.span].unpin([*row.offered, *row.restoring])
+        self.spans[row.lane.span].pool.release(row.blocks)
+        row.blocks, row.offered, row.restoring = [], [], []
+
+    # ---- a step's memory
+
+    def hold(self, piece: Piece) -> None:
+        """The step computes on these blocks until `end_step`, whatever becomes of the sequence."""
+        pool = self.spans[piece.row.lane.span].pool
+        pool.retain(piece.row.blocks)
+        self._held_by_step.append((pool, list(piece.row.blocks)))
+
+    def end_step(self) -> None:
+        for pool, blocks in self._held_by_step:
+            pool.release(blocks)
+        self._held_by_step = []
+
+    def keep_pages(self, row: Row) -> None:
+        """The row's first piece has read what it restores; has the pages kept that have become whole, if there is room."""
+        pages = self._pages[row.lane.span]
+        pages.unpin(row.restoring)
+        row.restoring = []
+        row.learn_names()
+        before = row.pages_kept
+        while row.pages_kept < min(len(row.names), row.settled // PAGE_TOKENS):
+            name = row.page_name(row.pages_kept)
+            number = pages.add(name)
+            if number is not None:
+                self._stores.append(PageStore(row.key, row.lane, row.pages_kept * PAGE_TOKENS, number))
+            elif name not in pages:
+                break
+            row.pages_kept += 1
+        if row.pages_kept > before:
+            pages.find([row.page_name(page) for page in range(row.pages_kept)])  # its beginning is the last to go
+
+    def pages_to_store(self) -> list[PageStore]:
+        """What is to be copied before the next plan."""
+        stores, self._stores = self._stores, []
+        return stores
+
+    def find_pages(self, span: Span, names: Sequence[PageName]) -> list[int]:
+        return self._pages[span].find(names) if span in self._pages else []
+
+    def add_page(self, span: Span, name: PageName) -> int | None:
+        return self._pages[span].add(name) if span in self._pages else None
+
+    def drop_page(self, span: Span, number: int) -> None:
+        if span in self._pages:
+            self._pages[span].drop(number)
+
+    def spilling_pages(self) -> tuple[tuple[Span, int], ...]:
+        return tuple((span, number) for span, pages in self._pages.items() for number in pages.spilling())
+
+    def dropped_pages(self) -> tuple[tuple[Span, int], ...]:
+        return tuple((span, number) for span, pages in self._pages.items() for number in pages.dropped())

@@ -1,0 +1,86 @@
+"""Which rows of a lane a step takes, and how many positions of each: the shares, the groups, and the guesses that pay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from mesh.view import Span
+from node.engine.api import Lane
+from node.engine.scheduling.microbatches import Groups
+from node.engine.scheduling.sequence import Row
+from node.engine.scheduling.speculation import LONGEST_GUESS, StepCosts
+from node.engine.scheduling.token_budget import share
+
+
+class Choosing:
+    def __init__(self, step_tokens: int, speculates: bool) -> None:
+        self.step_tokens = step_tokens
+        self.speculates = speculates
+        self.costs = StepCosts()
+        self.guessed_tokens = 0
+        self._groups: dict[Lane, Groups] = {}
+        self._came_back: dict[Lane, int] = {}  # tokens since the lane's last step
+
+    def came_back(self, row: Row, now: float) -> None:
+        """The token drawn for a first stage's row that is not also the last."""
+        self._came_back[row.lane] = self._came_back.get(row.lane, 0) + 1
+        self._groups_of(row).was_away(now - row.planned_s)
+
+    def forget(self, span: Span) -> None:
+        """What was learnt of its lanes; they outlast their sequences, and are as few as a span has parts."""
+        self._groups = {lane: groups for lane, groups in self._groups.items() if lane.span != span}
+        self._came_back = {lane: tokens for lane, tokens in self._came_back.items() if lane.span != span}
+
+    def rows(self, lane: Lane, rows: Iterable[Row], step: int, now: float) -> list[tuple[Row, int]]:
+        """Of the lane's rows those that step number `step` computes, with their counts of positions. No guesses yet."""
+        rows = list(rows)
+        ready = [row for row in rows if row.ready > 0]
+        suspects = [row for row in ready if row.alone]
+        return list(share(suspects[:1] or ready, self.step_tokens, step, self._most_decodes(lane, rows, now)))
+
+    def begins_s(self, rows: list[Row], now: float) -> float:
+        """When a step of a lane's rows may begin, of which some are ready, if nothing else happens until then."""
+        if not rows[0].first or rows[0].last:
+            return now
+        ready = [row for row in rows if row.ready > 0]
+        if not all(row.decodes for row in ready) or any(row.alone for row in ready):
+            return now
+        return self._groups_of(rows[0]).hold_until_s(len(ready), sum(map(_answers, rows)), now)
+
+    def _most_decodes(self, lane: Lane, rows: list[Row], now: float) -> int:
+        if not rows or lane.start > 0 or rows[0].last:
+            return len(rows)
+        answering = sum(map(_answers, rows))
+        groups = self._groups_of(rows[0])
+        groups.came_back(self._came_back.pop(lane, 0), answering, now)
+        groups.begun()
+        return groups.most_rows(answering)
+
+    def _groups_of(self, row: Row) -> Groups:
+        lane = row.lane
+        if lane not in self._groups:
+            self._groups[lane] = Groups(stages=-(-row.layers // (lane.end - lane.start)))
+        return self._groups[lane]
+
+    def with_guesses(self, chosen: list[tuple[Row, int]], spare: Callable[[Row], int]) -> list[tuple[Row, int]]:
+        """For a first stage whose path is exact: guesses where they pay. `spare`: how many there is room for."""
+        if not self.speculates:
+            return chosen
+        rows, tokens = sum(count for _, count in chosen), float(len(chosen))
+        with_guesses = []
+        for row, count in chosen:
+            if row.decodes and not row.alone:
+                guess = row.guess(min(LONGEST_GUESS, self.step_tokens - rows, spare(row)))
+                likely = row.pace.rate * len(guess)
+                if guess and self.costs.pays(rows, tokens, len(guess), likely):
+                    row.draft, row.guessed = list(guess), len(guess)
+                    self.guessed_tokens += len(guess)
+                    count += len(guess)
+                    rows, tokens = rows + len(guess), tokens + likely
+            with_guesses.append((row, count))
+        return with_guesses
+
+
+def _answers(row: Row) -> bool:
+    """Whether its prefill is done, or all but its last token: one of a single token decodes from the first."""
+    return row.computed >= row.opened.known - 1 and not row.waiting

@@ -1,0 +1,1 @@
+"""What the entry does for a request: prompt, path, attempts, answer."""

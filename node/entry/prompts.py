@@ -1,0 +1,203 @@
+"""From a request to the tokens that an engine sees: retrieval, chat template, limits, seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from random import SystemRandom
+from typing import Any
+
+import msgspec
+import trio
+
+from mesh.errors import BadRequest
+from mesh.ids import ModelId
+from node.requests import Citation, GenerateRequest, Grammar, RetrievalReport, SamplingParams
+from node.serving.models import ServedModel
+from node.text.detokenize import Decode
+from node.text.grammar import GrammarCheck
+from node.text.sampling_defaults import settled
+from node.text.tool_styles import conversation, grammar_for, knows_tools, style_of
+from rag.context import build, citations
+from rag.service import Documents
+from rag.types import SearchResult
+
+COMPILE_TIMEOUT_S = 5.0  # of a grammar, the wait for others' included; its own limits end it within a second
+MOST_SHRINKING = 4  # characters that one of the longest tokens may stand for, beside its own: normalisers drop some
+CONTEXT_SHARE = 0.6  # of the model's context that passages may fill; the rest is the question's and the answer's
+
+
+FindModel = Callable[[ModelId | None], Awaitable[ServedModel]]  # as `PeerModels.get`
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    model: ServedModel
+    tokens: tuple[int, ...]
+    sampling: SamplingParams  # max_tokens, seed and end tokens settled
+    seed: int
+    asked_as: ModelId | None = None  # the name that the request gave the model; None: the model's id
+    retrieved: SearchResult | None = None
+    tool_style: str = ""  # of the model, where the request offers tools
+    markers: frozenset[int] = frozenset()  # special tokens that belong to the text: they begin a tool call
+
+    @property
+    def name(self) -> ModelId:
+        """What the answer calls the model."""
+        return self.asked_as or self.model.card.id
+
+    @property
+    def decode(self) -> Decode:
+        return self.model.text.decode_with(self.markers) if self.markers else self.model.text.decode
+
+    def choice_sampling(self, choice: int) -> SamplingParams:
+        """Choice 0 draws with the request's seed; the others with seeds that follow from it."""
+        if choice == 0:
+            return self.sampling
+        digest = hashlib.blake2b(f"{self.seed}:{choice}".encode(), digest_size=8).digest()
+        return msgspec.structs.replace(self.sampling, seed=int.from_bytes(digest, "big") >> 1)
+
+    def stage_sampling(self, choice: int, *, last: bool) -> SamplingParams:
+        """`choice_sampling` as a stage needs it: only the last one draws, so only there the grammar goes."""
+        sampling = self.choice_sampling(choice)
+        return sampling if last or sampling.grammar is None else msgspec.structs.replace(sampling, grammar=None)
+
+    def retrieval_report(self, texts: Sequence[str]) -> RetrievalReport | None:
+        if self.retrieved is None:
+            return None
+        result = self.retrieved
+        cited = {c.number: c for text in texts for c in citations(text, result.passages)}
+        if not cited:  # an answer that names no source rests, as far as anybody can tell, on all it was given
+            numbers = " ".join(f"[{number}]" for number in range(1, len(result.passages) + 1))
+            cited = {c.number: c for c in citations(numbers, result.passages)}
+        return RetrievalReport(
+            result.store,
+            result.digest,
+            result.shards_ok,
+            result.shards_total,
+            tuple(Citation(c.number, c.file_id, c.filename, c.quote, c.start, c.end) for _, c in sorted(cited.items())),
+        )
+
+
+class Prompts:
+    def __init__(self, find_model: FindModel, documents: Documents, *, models_defaults: bool = True) -> None:
+        """`models_defaults`: what a request leaves unset is taken from the model's generation config."""
+        self._find_model = find_model
+        self._models_defaults = models_defaults
+        self._documents = documents
+        self._grammars = GrammarCheck()
+        self._compiling = trio.CapacityLimiter(1)  # one at a time: a burst of large grammars must not take every core
+
+    async def prepare(self, request: GenerateRequest) -> Prompt:
+        """Raises BadRequest: unknown model or store, a prompt that does not fit, tokens out of range; and as `FindModel` does."""
+        model = await self._find_model(request.model)
+        retrieved = None
+        if request.retrieval is not None and request.messages is not None:
+            request, retrieved = await self._with_passages(request, model)
+        _refuse_hopeless(request, model)
+        tokens = await trio.to_thread.run_sync(encode, request, model)
+        if not tokens:
+            raise BadRequest("the prompt is empty: at least one token is needed", _prompt_field(request))
+        room = model.card.max_model_len - len(tokens)
+        if room < 1 or (request.max_tokens or 0) > room:
+            raise BadRequest(
+                f"the context of {model.card.id} is {model.card.max_model_len} tokens; the prompt has {len(tokens)}"
+                + (f" and max_tokens asks for {request.max_tokens} more" if request.max_tokens else "")
+                + "; shorten the prompt"
+                + (" or lower max_tokens" if request.max_tokens else ""),
+                _prompt_field(request),
+                "context_length_exceeded",
+            )
+        _check_vocabulary(tokens, model, request)
+        grammar, style, markers = _tool_form(request, model)
+        if grammar is not None:
+            await self._check_grammar(grammar)
+        seed = request.seed if request.seed is not None else SystemRandom().getrandbits(53)  # 53 bits: exact in JSON
+        ends = () if request.sampling.ignore_eos else model.text.end_tokens
+        defaults = model.text.sampling_defaults if self._models_defaults else {}
+        sampling = msgspec.structs.replace(
+            settled(request.sampling, request.unset, defaults),
+            seed=seed,
+            max_tokens=request.max_tokens or room,
+            stop_token_ids=tuple(sorted({*request.sampling.stop_token_ids, *ends})),
+            grammar=grammar,
+        )
+        return Prompt(model, tokens, sampling, seed, request.model, retrieved, style, markers)
+
+    async def _check_grammar(self, grammar: Grammar) -> None:
+        """Raises BadRequest: it does not compile, or not in time."""
+        if self._grammars.knows(grammar):
+            return
+        with trio.move_on_after(COMPILE_TIMEOUT_S):
+            await trio.to_thread.run_sync(self._grammars.check, grammar, limiter=self._compiling, abandon_on_cancel=True)
+            return
+        raise BadRequest(f"{grammar.param}: took more than {COMPILE_TIMEOUT_S:g} s to compile; make it simpler", grammar.param)
+
+    async def _with_passages(self, request: GenerateRequest, model: ServedModel) -> tuple[GenerateRequest, SearchResult]:
+        """Puts what the store knows of the last user message in front of it."""
+        assert request.retrieval is not None and request.messages is not None
+        messages = [dict(message) for message in request.messages]
+        asked = next((m for m in reversed(messages) if m.get("role") == "user"), None)
+        if asked is None:
+            raise BadRequest("retrieval needs a user message to search for", "messages")
+        question = str(asked["content"])
+        result = await self._documents.search(request.retrieval.store, question, request.retrieval.top_k)
+        budget_tokens = int(CONTEXT_SHARE * (model.card.max_model_len - (request.max_tokens or 0)))
+        context = await trio.to_thread.run_sync(
+            build, question, result.passages, budget_tokens, lambda text: len(model.text.encode(text))
+        )
+        asked["content"] = context.prompt
+        return replace(request, messages=tuple(messages)), replace(result, passages=context.passages)
+
+
+def _refuse_hopeless(request: GenerateRequest, model: ServedModel) -> None:
+    """Refuses unread what no tokenizer makes fit: to read megabytes takes a minute of a core."""
+    texts = [message.get("content") for message in request.messages or ()] if request.prompt is None else [request.prompt]
+    characters = sum(len(text) for text in texts if isinstance(text, str))
+    if characters > MOST_SHRINKING * model.text.longest_token * model.card.max_model_len:
+        raise BadRequest(
+            f"the context of {model.card.id} is {model.card.max_model_len} tokens; "
+            f"a prompt of {characters} characters is far beyond it; shorten the prompt",
+            _prompt_field(request),
+            "context_length_exceeded",
+        )
+
+
+def encode(request: GenerateRequest, model: ServedModel) -> tuple[int, ...]:
+    """The request's tokens (*blocking*, milliseconds for a long prompt)."""
+    if request.prompt_ids is not None:
+        return request.prompt_ids
+    if request.messages is not None:
+        use, template = request.tools, model.text.template
+        offered = use.tools if use is not None and use.choice != "none" else None
+        messages = conversation(request.messages, use, template)
+        return model.text.encode_chat(messages, offered if knows_tools(template) else None)
+    return model.text.encode(request.prompt or "")
+
+
+def _tool_form(request: GenerateRequest, model: ServedModel) -> tuple[Grammar | None, str, frozenset[int]]:
+    """What the answer must be, the style of the calls in it, and the special tokens that are part of them."""
+    use, grammar = request.tools, request.sampling.grammar
+    if use is None or use.choice == "none":
+        return grammar, "", frozenset()
+    style = style_of(model.text.template)
+    markers = (model.text.special_id(marker) for marker in (style.opening, style.closing))
+    kept = frozenset(marker for marker in markers if marker is not None)
+    return grammar_for(use, style, model.text.special_id, grammar), style.name, kept
+
+
+def _prompt_field(request: GenerateRequest) -> str:
+    return "messages" if request.messages is not None else "prompt"
+
+
+def _check_vocabulary(tokens: tuple[int, ...], model: ServedModel, request: GenerateRequest) -> None:
+    """Raises BadRequest for a token id that the model does not have."""
+    bad: Any = next((token for token in tokens if not 0 <= token < model.text.vocab_size), None)
+    if bad is not None:
+        raise BadRequest(
+            f"token {bad} is not in the vocabulary of {model.card.id} (0 to {model.text.vocab_size - 1})", _prompt_field(request)
+        )
+    for token in request.sampling.logit_bias:
+        if not 0 <= token < model.text.vocab_size:
+            raise BadRequest(f"token {token} is not in the vocabulary of {model.card.id}", "logit_bias")

@@ -1,0 +1,97 @@
+"""What became of recent requests: for `GET /mesh/requests/{id}` and `mesh why`. Bounded, in memory, no prompts."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+from mesh.ids import NodeId, StreamId
+from node.entry.generation import Generation, Phase
+from node.entry.generation_events import Stages
+
+REMEMBERED = 4096
+
+_STATE = {
+    Phase.NEW: "queued",
+    Phase.PLANNING: "queued",
+    Phase.WAITING: "queued",
+    Phase.OPENING: "queued",
+    Phase.RUNNING: "running",
+    Phase.DONE: "done",
+    Phase.FAILED: "failed",
+    Phase.CANCELLED: "cancelled",
+}
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One request at its entry node, alive while it runs and kept for a while after."""
+
+    stream: StreamId
+    request_id: str
+    entry: NodeId
+    seq: int = 0
+    generations: dict[int, Generation] = field(default_factory=dict)
+    last_paths: dict[int, Stages] = field(default_factory=dict)
+    why: list[dict[str, Any]] = field(default_factory=list)  # one entry a plan: candidates and scores
+    _final_state: str | None = None
+    _final_attempts: int = 1
+
+    def path(self) -> list[dict[str, Any]]:
+        stages = self.last_paths.get(0, ())
+        return [{"node": stage.node, "start": stage.start, "end": stage.end} for stage in stages]
+
+    def state(self) -> str:
+        if self._final_state is not None:
+            return self._final_state
+        states = [_STATE[generation.phase] for generation in self.generations.values()]
+        for state in ("running", "queued", "failed", "cancelled", "done"):
+            if state in states:
+                return state
+        return "queued"
+
+    @property
+    def attempts(self) -> int:
+        """1 when undisturbed, one more for each path that was lost; of several choices, that of the one that lost most."""
+        lost = (len(generation.history) for generation in self.generations.values())
+        return max(self._final_attempts, 1 + max(lost, default=0))
+
+    def close(self) -> None:
+        """The request has ended: what it held of its answer is let go, what became of it stays."""
+        self._final_state, self._final_attempts = self.state(), self.attempts
+        self.generations = {}
+
+    def report(self) -> dict[str, Any]:
+        """The body of `GET /mesh/requests/{id}`; nodes by their id."""
+        return {
+            "id": self.stream,
+            "entry": self.entry,
+            "state": self.state(),
+            "seq": self.seq,
+            "attempts": self.attempts,
+            "path": self.path(),
+            "journal": [],
+            "why": self.why,
+        }
+
+
+class RecentRequests:
+    """Found by stream id, else by x-request-id (the newest of that name)."""
+
+    def __init__(self) -> None:
+        self._by_stream: OrderedDict[StreamId, RequestRecord] = OrderedDict()
+        self._by_request_id: dict[str, StreamId] = {}
+
+    def add(self, record: RequestRecord) -> None:
+        self._by_stream[record.stream] = record
+        if record.request_id:
+            self._by_request_id[record.request_id] = record.stream
+        while len(self._by_stream) > REMEMBERED:
+            _, oldest = self._by_stream.popitem(last=False)
+            if self._by_request_id.get(oldest.request_id) == oldest.stream:
+                del self._by_request_id[oldest.request_id]
+
+    def find(self, name: str) -> RequestRecord | None:
+        known = self._by_stream.get(StreamId(name))  # a client chooses its x-request-id, but no stream's id
+        return known or self._by_stream.get(self._by_request_id.get(name, StreamId("")))

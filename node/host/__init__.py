@@ -1,0 +1,1 @@
+"""The node as a process on its machine: identity, environment, sockets, logs."""

@@ -1,0 +1,1 @@
+"""What this node serves: models, their layers, and the stages of other entries' requests."""

@@ -1,0 +1,396 @@
+"""The shell between peers and the engine: opens sequences for others, and carries what steps bring.
+
+Activations go straight to the next stage; a token goes to the entry node and back to the first
+stage, which decodes on without waiting for the entry. What the engine gives in one step for one
+peer shares a frame. No decision is made here: which path, which token, when to try again is the
+generation's (`node.entry.generation`), at the entry.
+
+A link proves which node is at its other end, and of a sequence each node is believed in its own part alone: activations come
+from the stage before, tokens from the last stage, opens and closes from the entry. Holding the mesh key is not enough.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, Protocol
+
+import msgspec
+import structlog
+import trio
+from msgspec import Meta
+from msgspec.structs import replace as changed
+
+from mesh.errors import BadRequest, MeshError, PeerLost, Refused, RemoteError
+from mesh.ids import Address, NodeId, StreamId, format_address
+from mesh.links.refusals import BAD_ACTIVATIONS, FOREIGN_WORD, WINDOW_S, Refusals
+from mesh.prefix import NAME_BYTES
+from mesh.wire.calls import Call, Header, Post, Reply
+from node.engine.api import Engine, EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, SpanLost, TokenOut
+
+IDLE_S = 120.0  # a sequence that nothing came for: its close was lost with a link; longer than any wait for a step
+GRAMMARS_AT_ONCE = 2  # compiled side by side; each is a thread that takes up to a second, beside the engine's own
+TAKEN_RETRY_S = 1.0  # a client that asks two nodes under one id: the first may be done by then
+CLOSED_REMEMBERED = 8192  # an open that was overtaken by its close must find it here; seconds of requests
+
+log = structlog.get_logger()
+
+# Rows of one-way frames, as peers may send them: types and ranges are checked before anything believes them.
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Key = tuple[StreamId, Count, Count]  # stream, choice, attempt
+Names = tuple[Annotated[bytes, Meta(min_length=NAME_BYTES, max_length=NAME_BYTES)], ...]
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Draft = tuple[Count, ...]
+HiddenRow = tuple[StreamId, Count, Count, Count, Positive, Count, Names, Draft, Count]  # key, then `HiddenOut` with data's size
+Top = tuple[tuple[Count, float], ...]
+TokenRow = tuple[StreamId, Count, Count, Count, Count, Literal["stop", "length"] | None, float | None, Top, Count]
+
+
+class StageOpened(msgspec.Struct, frozen=True):
+    """The answer to `stage.open`."""
+
+    pages: Count = 0  # of the sequence's, kept at the stage
+
+
+class LostStage(msgspec.Struct, frozen=True):
+    """The frame `stage.lost`. `address`: of the stage to blame; None: not known."""
+
+    key: Key
+    reason: str
+    retryable: bool
+    address: Address | None
+
+
+class OpenStage(msgspec.Struct, frozen=True):
+    """The call `stage.open`: compute `sequence` for `entry`; where its activations and tokens go."""
+
+    sequence: OpenSequence
+    entry: NodeId
+    previous: NodeId | None  # whose activations are computed here; None: this is the first stage
+    last: NodeId  # whose tokens the first stage goes on with
+    entry_address: Address
+    first_address: Address
+    next_address: Address | None  # None: this is the last stage
+    pages_from: Address | None = None  # of a node that was sent more of this sequence's beginning; None: none is known
+    previous_address: Address | None = None  # None: this is the first stage
+
+
+FetchPages = Callable[[OpenSequence, Address], Awaitable[None]]
+
+
+class TokenSink(Protocol):
+    """What the entry node hears of its own generations; False: of one that runs, and it was not for the sender to say."""
+
+    def token(self, token: TokenOut, sender: NodeId) -> bool: ...
+
+    def lost(self, lost: SequenceLost, address: Address | None, sender: NodeId) -> bool:
+        """`address`: of the stage to blame; None: not known."""
+
+
+@dataclass(slots=True)
+class StagesStatistics:
+    """Counters since the start."""
+
+    opened_total: int = 0
+    refused_total: int = 0
+    hidden_frames_total: int = 0
+    token_frames_total: int = 0
+    rejected_rows_total: int = 0
+    lost_to_peers_total: int = 0
+    foreign_words_total: int = 0  # of what runs here, from nodes whose word on it is not taken
+    bad_activations_total: int = 0  # sequences for which the stage before sent what is no finite number
+
+
+class Stages:
+    """Serves this node's spans to every entry, its own included."""
+
+    def __init__(
+        self,
+        address: Address,
+        engine: Engine,
+        post: Post,
+        sink: TokenSink,
+        span_lost: Callable[[SpanLost], None] | None = None,
+        fetch_pages: FetchPages | None = None,
+    ) -> None:
+        """`fetch_pages`: has pages of a sequence here that the node at an address has; None: they are computed."""
+        self._address = address
+        self._fetch_pages = fetch_pages
+        self._span_lost = span_lost
+        self.handlers = {"stage.open": self._on_open}
+        self.receivers = {
+            "stage.hidden": self._on_hidden,
+            "stage.tokens": self._on_tokens,
+            "stage.lost": self._on_lost,
+            "stage.close": self._on_close,
+        }
+        self._engine = engine
+        self._post = post
+        self._sink = sink
+        self._routes: dict[SequenceKey, OpenStage] = {}
+        self._heard_at: dict[SequenceKey, float] = {}
+        self._closed: OrderedDict[tuple[SequenceKey, NodeId], None] = OrderedDict()  # with its entry: others close theirs
+        self.refusals = Refusals()  # of foreign words and bad activations, by the node that sent them
+        self._compiling = trio.CapacityLimiter(GRAMMARS_AT_ONCE)
+        self._counters = StagesStatistics()
+
+    def statistics(self) -> StagesStatistics:
+        return replace(self._counters)
+
+    def deliverer(self, token: trio.lowlevel.TrioToken) -> Callable[[list[EngineOutput]], None]:
+        """The engine thread's way back into trio; outputs of one step are carried as one."""
+
+        def deliver(outputs: list[EngineOutput]) -> None:
+            try:
+                token.run_sync_soon(self.carry, outputs)
+            except trio.RunFinishedError:
+                pass  # the node has stopped; so will the engine
+
+        return deliver
+
+    # --- what the engine brings
+
+    def carry(self, outputs: list[EngineOutput]) -> None:
+        """Sends the outputs of one engine step on their ways, one frame a peer."""
+        hidden: defaultdict[Address, list[HiddenOut]] = defaultdict(list)
+        tokens: defaultdict[Address, list[TokenOut]] = defaultdict(list)
+        for output in outputs:
+            if isinstance(output, SpanLost):
+                if self._span_lost is not None:
+                    self._span_lost(output)
+                continue
+            route = self._routes.get(output.key)
+            if route is None:
+                continue  # closed while the step ran
+            self._heard_at[output.key] = trio.current_time()
+            if isinstance(output, HiddenOut):
+                if route.next_address is not None:
+                    hidden[route.next_address].append(output)
+            elif isinstance(output, TokenOut):
+                for address in {route.entry_address, route.first_address}:
+                    tokens[address].append(output)
+                if output.finish is not None:
+                    self._forget(output.key)
+            elif output.by_previous:
+                self._note_bad_activations(route)
+                self._give_up(route, output, route.previous_address)
+            else:
+                self._give_up(route, output, self._address)
+        for address, rows in hidden.items():
+            self._send_hidden(address, rows)
+        for address, drawn in tokens.items():
+            self._send_tokens(address, drawn)
+
+    def _send_hidden(self, address: Address, rows: list[HiddenOut]) -> None:
+        header = {"rows": [[*row.key, row.position, row.count, len(row.data), row.names, row.draft, row.rewinds] for row in rows]}
+        try:
+            self._post(address, "stage.hidden", header, b"".join(row.data for row in rows))
+            self._counters.hidden_frames_total += 1
+        except PeerLost as error:
+            self._lose({row.key for row in rows}, address, error.reason)
+
+    def _send_tokens(self, address: Address, drawn: list[TokenOut]) -> None:
+        header = {"tokens": [[*t.key, t.position, t.token, t.finish, t.logprob, t.top, t.cached] for t in drawn]}
+        try:
+            self._post(address, "stage.tokens", header)
+            self._counters.token_frames_total += 1
+        except PeerLost as error:
+            self._lose({token.key for token in drawn}, address, error.reason)
+
+    def _lose(self, keys: set[SequenceKey], address: Address, reason: str) -> None:
+        for key in keys:
+            route = self._routes.get(key)
+            if route is not None:
+                self._counters.lost_to_peers_total += 1
+                self._engine.close(key)
+                self._give_up(route, SequenceLost(key, f"the link to {format_address(address)} is lost: {reason}"), address)
+
+    def _give_up(self, route: OpenStage, lost: SequenceLost, address: Address | None) -> None:
+        self._forget(lost.key)
+        header = {"key": list(lost.key), "reason": lost.reason, "retryable": lost.retryable, "address": address}
+        try:
+            self._post(route.entry_address, "stage.lost", header)
+        except PeerLost:
+            pass  # the entry is gone too: nobody waits
+
+    def _note_bad_activations(self, route: OpenStage) -> None:
+        self._counters.bad_activations_total += 1
+        peer = route.previous or ""
+        if self.refusals.note(peer, BAD_ACTIVATIONS, trio.current_time()):
+            log.warning("stage.bad_activations", peer=peer, next_in_s=WINDOW_S)
+
+    # --- what peers bring
+
+    async def _on_open(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
+        stage = _decode_open(sender, tail)
+        key = stage.sequence.key
+        if stage.entry != sender:
+            raise BadRequest(f"a sequence is opened by its entry, {stage.entry}; this came from {sender}")
+        if stage.sequence.sampling.grammar is not None:
+            await trio.to_thread.run_sync(self._engine.prepare, stage.sequence, limiter=self._compiling)
+        if stage.pages_from is not None and self._fetch_pages is not None and key not in self._routes:
+            await self._fetch_pages(stage.sequence, stage.pages_from)
+        if (key, sender) in self._closed:  # perhaps while its grammar was compiled, or its pages came
+            raise RemoteError(sender, "closed before it was opened")
+        if key in self._routes and self._routes[key].entry != sender:
+            raise Refused(f"stream {key.stream} is computed here for another entry", TAKEN_RETRY_S)
+        pages = 0
+        if key not in self._routes:  # a repeat changes nothing; that it offers no page costs no more than computing them
+            self._routes[key] = stage
+            self._heard_at[key] = trio.current_time()
+            try:
+                pages = self._engine.open(stage.sequence)
+            except MeshError:
+                self._forget(key)
+                self._counters.refused_total += 1
+                raise
+            self._counters.opened_total += 1
+        return {"pages": pages}, b""
+
+    def _on_hidden(self, sender: NodeId, header: Header, tail: bytes) -> None:
+        offset = 0
+        arrived: list[HiddenOut] = []
+        rows = msgspec.convert(header["rows"], list[HiddenRow])
+        for stream, choice, attempt, position, count, size_bytes, names, draft, rewinds in rows:
+            if size_bytes > len(tail) - offset:
+                raise RemoteError(sender, "activations shorter than their header says")
+            key = SequenceKey(stream, choice, attempt)
+            data = tail[offset : offset + size_bytes]
+            offset += size_bytes
+            route = self._routes.get(key)
+            if route is not None and route.previous != sender:
+                self._disbelieve(sender, "stage.hidden")
+            elif route is not None:
+                arrived.append(HiddenOut(key, position, count, data, names, draft, rewinds))
+            else:
+                self._counters.rejected_rows_total += 1
+        self._engine.push(*arrived)
+
+    def _on_tokens(self, sender: NodeId, header: Header, tail: bytes) -> None:
+        rows = msgspec.convert(header["tokens"], list[TokenRow])
+        drawn = [TokenOut(SequenceKey(*row[:3]), *row[3:]) for row in rows]
+        believed = [each for each in drawn if self._may_draw(sender, each.key)]
+        self._engine.token(*(each for each in believed if each.finish is None and self._decodes_on(each.key)))
+        for each in believed:
+            if not self._sink.token(each, sender):
+                self._disbelieve(sender, "stage.tokens")
+
+    def _may_draw(self, sender: NodeId, key: SequenceKey) -> bool:
+        """Whether the sender is the last stage of the path, as far as that is known here."""
+        route = self._routes.get(key)
+        foreign = route is not None and route.last != sender
+        if foreign:
+            self._disbelieve(sender, "stage.tokens")
+        return not foreign
+
+    def _decodes_on(self, key: SequenceKey) -> bool:
+        """Whether the first stage of a path is here, and the last one elsewhere."""
+        route = self._routes.get(key)
+        return route is not None and route.sequence.start == 0 and route.next_address is not None
+
+    def _on_lost(self, sender: NodeId, header: Header, tail: bytes) -> None:
+        lost = msgspec.convert(header, LostStage)
+        if not self._sink.lost(SequenceLost(SequenceKey(*lost.key), lost.reason[:500], lost.retryable), lost.address, sender):
+            self._disbelieve(sender, "stage.lost")
+
+    def _on_close(self, sender: NodeId, header: Header, tail: bytes) -> None:
+        for row in msgspec.convert(header["keys"], list[Key]):
+            key = SequenceKey(*row)
+            route = self._routes.get(key)
+            self._note_closed(key, sender)
+            if route is not None and route.entry != sender:
+                self._disbelieve(sender, "stage.close")
+            else:
+                self._forget(key)
+                self._engine.close(key)
+
+    def _disbelieve(self, sender: NodeId, kind: str) -> None:
+        self._counters.foreign_words_total += 1
+        if self.refusals.note(sender, FOREIGN_WORD, trio.current_time()):
+            log.warning("stage.foreign_word", kind=kind, peer=sender, next_in_s=WINDOW_S)
+
+    # --- what ends a sequence
+
+    def _forget(self, key: SequenceKey) -> None:
+        route = self._routes.pop(key, None)
+        self._heard_at.pop(key, None)
+        if route is not None:
+            self._note_closed(key, route.entry)
+
+    def _note_closed(self, key: SequenceKey, entry: NodeId) -> None:
+        self._closed[key, entry] = None
+        while len(self._closed) > CLOSED_REMEMBERED:
+            self._closed.popitem(last=False)
+
+    def entry_lost(self, node: NodeId, reason: str) -> None:
+        """The entry `node` is gone, or its opens and closes may have been lost: what was computed for it is freed.
+
+        It is told, for it may only have slept, or its link alone have broken.
+        """
+        for key, route in [(key, route) for key, route in self._routes.items() if route.entry == node]:
+            self._engine.close(key)
+            self._give_up(route, SequenceLost(key, f"its stage lost the entry: {reason}"), None)
+
+    def link_lost(self, address: Address, reason: str) -> None:
+        """A link broke: sequences whose activations or tokens went over it are given up here."""
+        over = {
+            key
+            for key, route in self._routes.items()
+            if address in (route.next_address, route.first_address, route.entry_address)
+        }
+        self._lose(over, address, reason)
+
+    def sweep(self, now: float) -> None:
+        """Frees sequences that nothing has come for since `IDLE_S`."""
+        for key in [key for key, heard_at in self._heard_at.items() if now - heard_at > IDLE_S]:
+            route = self._routes[key]
+            self._engine.close(key)
+            self._give_up(route, SequenceLost(key, f"nothing came for it for {IDLE_S:g} s"), None)
+
+    @property
+    def open_sequences(self) -> int:
+        return len(self._routes)
+
+
+def _decode_open(sender: NodeId, tail: bytes) -> OpenStage:
+    try:
+        return msgspec.msgpack.decode(tail, type=OpenStage)
+    except msgspec.MsgspecError as error:
+        raise BadRequest(f"stage.open from {sender}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFailure:
+    address: Address
+    error: MeshError
+
+
+async def open_path(call: Call, stages: list[tuple[Address, OpenStage]], *, timeout_s: float) -> OpenFailure | None:
+    """Opens all stages but the first together, then the first, which begins to compute at once.
+
+    The first is told how many pages all others have, so that it begins behind what the whole path has. On a failure some
+    stages may be open: the caller closes them all.
+    """
+    failures: list[OpenFailure] = []
+    pages: list[int] = []
+
+    async def open_one(address: Address, stage: OpenStage) -> None:
+        try:
+            header, _ = await call(address, "stage.open", {}, msgspec.msgpack.encode(stage), timeout_s=timeout_s)
+            pages.append(msgspec.convert(header, StageOpened).pages)
+        except MeshError as error:
+            failures.append(OpenFailure(address, error))
+        except msgspec.ValidationError as error:
+            failures.append(OpenFailure(address, RemoteError(format_address(address), f"no answer to stage.open: {error}")))
+
+    (first_address, first), *others = stages
+    async with trio.open_nursery() as nursery:
+        for address, stage in others:
+            nursery.start_soon(open_one, address, stage)
+    if not failures:
+        if others and first.sequence.prefix is not None:
+            prefix = changed(first.sequence.prefix, elsewhere=min(pages))
+            first = changed(first, sequence=changed(first.sequence, prefix=prefix))
+        await open_one(first_address, first)
+    return failures[0] if failures else None

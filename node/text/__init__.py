@@ -1,0 +1,1 @@
+"""Text and tokens: tokenizer, detokenisation, tool calls, grammars, sampling defaults."""
