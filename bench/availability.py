@@ -29,7 +29,7 @@ from bench.machine import machine
 from bench.violence import ENTRY, STAGES, Strike, Violence
 from cli.local_mesh import LocalMesh
 from mesh.client.client import AsyncClient
-from mesh.client.flow import Budget
+from mesh.client.flow import RetryBudget
 from mesh.errors import MeshError
 
 HANG_UP_SHARE = 0.1
@@ -267,7 +267,7 @@ async def measure(
     process = psutil.Process(entry.pid)
     async with (
         httpx.AsyncClient(timeout=30.0, trust_env=False) as http,
-        AsyncClient([entry.http], budget=Budget(retries=0)) as client,
+        AsyncClient([entry.http], budget=RetryBudget(retries=0)) as client,
     ):
         violence = Violence(mesh, entry, stages, http, rng)
         await violence.whole()

@@ -54,7 +54,7 @@ from mesh.errors import BadRequest
 from mesh.view import is_exact
 from node.engine import device
 from node.engine.kernels.machine import named
-from node.engine.loading import Loaded, load_stage
+from node.engine.loading import LoadedStage, load_stage
 from node.engine.model.checkpoint import Checkpoint, read_checkpoint
 from node.engine.model.linear import KERNELS
 from node.engine.model.stage import Stage
@@ -66,7 +66,7 @@ QUICK_QUANTISED_BATCHES = (1, 8)
 SAME = ("shape", "threads", "commit", "capped")  # in a report that others' parts may be added to
 
 
-def inexact_stages(checkpoint: Checkpoint, loaded: Loaded, threads: int) -> dict[str, Stage]:
+def inexact_stages(checkpoint: Checkpoint, loaded: LoadedStage, threads: int) -> dict[str, Stage]:
     """Other products that could serve if nothing had to be exact: oneDNN's reordered weights in the same arithmetic."""
     name = {torch.bfloat16: "onednn-bf16", torch.float32: "onednn-fp32"}[loaded.stage.kernel.dtype]
     if loaded.stage.kernel.name == name:
@@ -107,7 +107,7 @@ class Bench:
         }
 
     @functools.cached_property
-    def _loaded(self) -> tuple[Checkpoint, Loaded, float]:
+    def _loaded(self) -> tuple[Checkpoint, LoadedStage, float]:
         checkpoint = read_checkpoint(self._directory)
         began_s = time.perf_counter()
         loaded = load_stage(checkpoint, 0, checkpoint.layers, "auto", self._threads)

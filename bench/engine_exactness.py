@@ -23,7 +23,7 @@ from node.engine.model.stage import Stage
 SHORT_TOKENS, LONG_TOKENS = 70, 600  # neither fills a stretch of 128
 BATCH = 32
 CHUNK_TOKENS = 256
-LEAST_ROUNDS = 3
+MIN_ROUNDS = 3
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def overhead(exact: Stage, others: dict[str, Stage], context: int, rounds: int, 
     taken: dict[str, list[Step]] = {name: [] for name in sides}
     ends_at = time.monotonic() + budget_s
     for number in range(rounds + 1):
-        if number > LEAST_ROUNDS and time.monotonic() > ends_at:
+        if number > MIN_ROUNDS and time.monotonic() > ends_at:
             break
         for name, side in sides.items():
             if name == "exact":

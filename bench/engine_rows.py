@@ -27,7 +27,7 @@ from node.engine.model.stage import Stage
 
 BATCHES = (1, 8, 32)
 ROUNDS, QUICK_ROUNDS = 12, 4
-LEAST_ROUNDS = 2
+MIN_ROUNDS = 2
 STEPS = 5  # a turn, of which the first does not count
 CONTINUOUS_ROUNDS = 2  # of generate_batch, which reads its prompts anew in each
 TRIAL_STEPS = 2
@@ -65,7 +65,7 @@ def interleaved(
     taken: dict[str, list[Step]] = {name: [] for name in (*sides, *rare)}
     ends_at = time.monotonic() + budget_s
     for number in range(rounds):
-        if number >= LEAST_ROUNDS and time.monotonic() > ends_at:
+        if number >= MIN_ROUNDS and time.monotonic() > ends_at:
             break
         each_round()
         for name, side in sides.items():

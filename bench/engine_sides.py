@@ -24,7 +24,7 @@ from bench.engine_shapes import PROMPT_TOKENS, prompts
 from node.engine.model.attention import Segment
 from node.engine.model.stage import Stage
 
-PAGE_TOKENS = 256
+PREFIX_PAGE_TOKENS = 256
 TRIAL_TOKENS = 4  # of each prompt: float32 reads long ones slowly, and what is asked is how fast it decodes
 
 
@@ -123,7 +123,7 @@ class GenerateBatch:
         self._model = model
         self._prompts = prompts(batch, model.config.vocab_size)
         self._config = ContinuousBatchingConfig(
-            page_size=PAGE_TOKENS,
+            page_size=PREFIX_PAGE_TOKENS,
             num_blocks=2 * batch + 2,
             max_batch_tokens=batch * PROMPT_TOKENS,
             allow_block_sharing=False,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import httpx
 
     from cli.local_mesh import LocalMesh, LocalNode
-    from mesh.client.api import Document
+    from mesh.client.api import DocumentFile
     from mesh.client.client import Client
 
 STORE = "demo"
@@ -39,7 +39,7 @@ QUESTIONS = (
 )
 PASSAGES = 2  # of few sentences the default model finds the right one more often
 KILL_AFTER_TOKENS = 3  # answers are a sentence long: the kill must fall well before its end
-LONGEST_TOKENS = 160  # a sentence is shorter
+MAX_TOKENS = 160  # a sentence is shorter
 READY_TIMEOUT_S = 60.0
 
 
@@ -48,7 +48,7 @@ class DemoFailed(MeshError):
 
 
 @dataclass(slots=True)
-class Run:
+class DemoAnswer:
     """One streamed answer. Times in seconds since the request."""
 
     question: str = ""
@@ -79,9 +79,9 @@ def pinned_layers(layers: int) -> tuple[str, str, str]:
     return f"0:{two_thirds}", f"{third}:{layers}", f"0:{third},{two_thirds}:{layers}"
 
 
-def project_documents() -> Iterator[Document]:
+def project_documents() -> Iterator[DocumentFile]:
     """README.md and docs/**/*.md of the checkout; of an installed package the README, which its metadata carries."""
-    from mesh.client.api import Document
+    from mesh.client.api import DocumentFile
     from mesh.client.client import read_documents
 
     root = Path(__file__).resolve().parent.parent
@@ -92,18 +92,18 @@ def project_documents() -> Iterator[Document]:
         return
     from importlib.metadata import metadata
 
-    yield Document("README.md", str(metadata("gossip-mesh").json.get("description", "")).encode())
+    yield DocumentFile("README.md", str(metadata("gossip-mesh").json.get("description", "")).encode())
 
 
-def ask_once(client: Client, question: str, watch: Callable[[Run], None] = lambda run: None) -> Run:
+def ask_once(client: Client, question: str, watch: Callable[[DemoAnswer], None] = lambda run: None) -> DemoAnswer:
     """Asks and reads the answer, each time the likeliest token; `watch` is called after each chunk."""
     from mesh.client.answers import text_of
     from mesh.client.api import citations
 
-    run = Run(question)
+    run = DemoAnswer(question)
     begun = time.monotonic()
     with client.ask(
-        question, STORE, top_k=PASSAGES, stream=True, temperature=0, max_tokens=LONGEST_TOKENS, return_token_ids=True
+        question, STORE, top_k=PASSAGES, stream=True, temperature=0, max_tokens=MAX_TOKENS, return_token_ids=True
     ) as stream:
         for chunk in stream:
             listed = [token for choice in chunk.get("choices") or () for token in choice.get("token_ids") or ()]
@@ -184,7 +184,7 @@ class Killer:
     at_token: int = 0
     layers: str = ""
 
-    def __call__(self, run: Run) -> None:
+    def __call__(self, run: DemoAnswer) -> None:
         if self.victim is not None or len(run.token_ids) < KILL_AFTER_TOKENS:
             return
         for stage in self.client.why(run.stream)["path"]:
@@ -197,7 +197,7 @@ class Killer:
         raise DemoFailed("expected a path over two nodes, got one that only the entry is on")
 
 
-def describe_path(client: Client, run: Run) -> str:
+def describe_path(client: Client, run: DemoAnswer) -> str:
     names = {seen["id"]: seen["name"] for seen in client.status()["nodes"]}
     stages = (
         f"{names.get(stage['node'], stage['node'])} [{stage['start']}:{stage['end']}]" for stage in run.mesh.get("path", ())
@@ -205,7 +205,7 @@ def describe_path(client: Client, run: Run) -> str:
     return " -> ".join(stages)
 
 
-def compare(reference: Run, disturbed: Run, killer: Killer) -> None:
+def compare(reference: DemoAnswer, disturbed: DemoAnswer, killer: Killer) -> None:
     """Raises DemoFailed unless both runs gave the same tokens and the kill fell into the second."""
     if killer.victim is None:
         raise DemoFailed(f"the answer ended after {len(disturbed.token_ids)} tokens, before a node could be killed")
@@ -221,14 +221,14 @@ def compare(reference: Run, disturbed: Run, killer: Killer) -> None:
         raise DemoFailed("equal tokens, but the kill came too late to disturb the answer; ask something with a longer answer")
 
 
-def ask_until_quoted(story: output.Story, node: LocalNode, questions: Iterator[str], client: Client) -> list[Run]:
+def ask_until_quoted(story: output.Story, node: LocalNode, questions: Iterator[str], client: Client) -> list[DemoAnswer]:
     """Asks the node the next of `questions`, and further ones until an answer is a sentence of a document.
 
     A change of the documents may take the model's answer to a question away from it. All answers are shown and returned.
     """
     from mesh.client.client import Client
 
-    runs: list[Run] = []
+    runs: list[DemoAnswer] = []
     with Client([node.http]) as asked:
         for question in questions:
             story.step(f"A question to {node.name}: {question}")
@@ -243,7 +243,7 @@ def ask_until_quoted(story: output.Story, node: LocalNode, questions: Iterator[s
     return runs
 
 
-def tell_sources(story: output.Story, run: Run) -> bool:
+def tell_sources(story: output.Story, run: DemoAnswer) -> bool:
     """Shows the passages that the answer cites; whether it quotes one of them word for word.
 
     Raises:

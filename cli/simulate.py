@@ -12,7 +12,7 @@ from cli import options, output
 from mesh.errors import BadRequest
 
 if TYPE_CHECKING:
-    from membership.simulation.scenario import Death, Outcome, Scenario
+    from membership.simulation.scenario import Death, Scenario, ScenarioResult
 
 
 _LARGE = 2000  # nodes: whoever waits for so many is told how far it is
@@ -55,7 +55,7 @@ def replayed(path: Path, json: bool) -> None:
         raise typer.Exit(1)
 
 
-def told(scenario: Scenario, outcome: Outcome) -> None:
+def told(scenario: Scenario, outcome: ScenarioResult) -> None:
     """The deaths as a table, and what became of the rest. From "SUSPECT S" on nobody gives the node new work."""
     rows = [
         (

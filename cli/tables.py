@@ -18,7 +18,7 @@ WRAPPED_LEAST = 16  # characters that a column of words keeps, where it has so m
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class TableLine:
     text: str
     is_head: bool = False
 
@@ -50,7 +50,7 @@ def table_lines(
     *,
     keys: int = 1,
     wraps: Collection[str] = (),
-) -> list[Line]:
+) -> list[TableLine]:
     """The lines of a table, at most `width` cells wide as far as unbroken cells allow; None: as wide as they are.
 
     keys: columns, the first ones, that say which row it is; wraps: columns that hold words. Numbers stand on the right.
@@ -61,9 +61,9 @@ def table_lines(
     groups = _groups(made, width, keys)
     if groups is None:
         return _row_by_row(made)
-    lines: list[Line] = []
+    lines: list[TableLine] = []
     for group in groups:
-        lines += [*([Line("")] if lines else []), *_one_table(group, _widths(group, width))]
+        lines += [*([TableLine("")] if lines else []), *_one_table(group, _widths(group, width))]
     return lines
 
 
@@ -109,11 +109,11 @@ def _widths(columns: Sequence[_Column], width: int) -> list[int]:
     return widths
 
 
-def _one_table(columns: Sequence[_Column], widths: Sequence[int]) -> list[Line]:
-    lines = [Line(_joined([column.head for column in columns], columns, widths), is_head=True)]
+def _one_table(columns: Sequence[_Column], widths: Sequence[int]) -> list[TableLine]:
+    lines = [TableLine(_joined([column.head for column in columns], columns, widths), is_head=True)]
     for cells in zip(*(column.cells for column in columns)):
         parts = [wrapped(cell, size) if column.wraps else [cell] for cell, column, size in zip(cells, columns, widths)]
-        lines += [Line(_joined(row, columns, widths)) for row in zip_longest(*parts, fillvalue="")]
+        lines += [TableLine(_joined(row, columns, widths)) for row in zip_longest(*parts, fillvalue="")]
     return lines
 
 
@@ -125,12 +125,12 @@ def _joined(cells: Sequence[str], columns: Sequence[_Column], widths: Sequence[i
     return GAP.join(shown).rstrip()
 
 
-def _row_by_row(columns: Sequence[_Column]) -> list[Line]:
+def _row_by_row(columns: Sequence[_Column]) -> list[TableLine]:
     """Each row as lines of its own: the first cell, then `COLUMN  cell` for the others, unbroken however long."""
     name, *others = columns
     label = max((cell_len(column.head) for column in others), default=0)
-    lines: list[Line] = []
+    lines: list[TableLine] = []
     for row, first in enumerate(name.cells):
-        lines.append(Line(first, is_head=True))
-        lines += [Line(f"{GAP}{column.head:<{label}}{GAP}{column.cells[row]}") for column in others]
+        lines.append(TableLine(first, is_head=True))
+        lines += [TableLine(f"{GAP}{column.head:<{label}}{GAP}{column.cells[row]}") for column in others]
     return lines

@@ -71,7 +71,7 @@ class BadManifest(ValueError):
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Piece:
+class WeightPiece:
     """Bytes `[offset, offset + size_bytes)` of the tensor or file `name`."""
 
     name: str
@@ -180,11 +180,11 @@ def _check(manifest: Manifest) -> None:
             raise BadManifest(f"{entry.name[:64]!r} has {len(entry.digests)} bytes of hashes for {entry.size_bytes} bytes")
 
 
-def pieces_of(entry: Entry) -> Iterator[Piece]:
+def pieces_of(entry: Entry) -> Iterator[WeightPiece]:
     for number, offset in enumerate(range(0, entry.size_bytes, PIECE_BYTES)):
         size_bytes = min(PIECE_BYTES, entry.size_bytes - offset)
         digest = entry.digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
-        yield Piece(entry.name, number, offset, size_bytes, digest)
+        yield WeightPiece(entry.name, number, offset, size_bytes, digest)
 
 
 def digest_of(content: bytes) -> bytes:

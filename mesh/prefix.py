@@ -12,11 +12,11 @@ import struct
 from collections.abc import Sequence
 from hashlib import blake2b
 
-PAGE_TOKENS = 32
+PREFIX_PAGE_TOKENS = 32
 """Tokens of one page. Smaller pages leave less to recompute behind a hit (half a page on average), and cost more names."""
 
 NAME_BYTES = 16
-_PAGE = struct.Struct(f"<{PAGE_TOKENS}I")
+_PAGE = struct.Struct(f"<{PREFIX_PAGE_TOKENS}I")
 
 
 def prefix_salt(secret: bytes, tenant: str, weights: str) -> bytes:
@@ -31,8 +31,8 @@ def further_names(salt: bytes, known: Sequence[bytes], tokens: Sequence[int]) ->
     """The names of the whole pages of `tokens` behind those whose names are `known`."""
     names = []
     last = known[-1] if known else b""
-    for page in range(len(known), len(tokens) // PAGE_TOKENS):
-        packed = _PAGE.pack(*tokens[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS])
+    for page in range(len(known), len(tokens) // PREFIX_PAGE_TOKENS):
+        packed = _PAGE.pack(*tokens[page * PREFIX_PAGE_TOKENS : (page + 1) * PREFIX_PAGE_TOKENS])
         last = blake2b(last + packed, key=salt, digest_size=NAME_BYTES).digest()
         names.append(last)
     return names

@@ -12,7 +12,7 @@ from pathlib import Path
 from mesh.errors import BadRequest
 from mesh.ids import Address, is_ip
 from mesh.wire.gossip import check_description
-from node.engine.model.shard_plan import MOST_RANKS
+from node.engine.model.shard_plan import MAX_RANKS
 from node.host.environment import cpu_isa
 
 KERNEL_NAMES = (  # of node.engine.model.linear, which imports torch: what --dtype may name
@@ -73,8 +73,8 @@ class NodeConfig:
             raise BadRequest(f"--generation-config: expected auto or none, got {self.generation_config!r}", "generation_config")
         if not 0 <= self.trace_mb <= 4096:
             raise BadRequest(f"--trace-mb: expected 0 to 4096, got {self.trace_mb}", "trace_mb")
-        if not 1 <= self.tensor_parallel <= MOST_RANKS:
-            said = f"--tensor-parallel: expected 1 to {MOST_RANKS} workers, got {self.tensor_parallel}"
+        if not 1 <= self.tensor_parallel <= MAX_RANKS:
+            said = f"--tensor-parallel: expected 1 to {MAX_RANKS} workers, got {self.tensor_parallel}"
             raise BadRequest(said, "tensor_parallel")
         if self.memory_bytes is not None and self.memory_bytes < 16 << 20:
             raise BadRequest(f"--memory: expected at least 16MiB, got {self.memory_bytes} bytes", "memory")

@@ -19,16 +19,16 @@ from node.entry.planning import Planning
 from node.serving.stages import Stages
 
 
-class Doubter(Protocol):
+class DoubtPeer(Protocol):
     """Membership looks at the node at once; `proven`: a link with it had been made, so its host is asked too."""
 
     def __call__(self, node: NodeId, *, proven: bool = False) -> None: ...
 
 
-class Losses:
+class LossHandling:
     """`doubt`: told of a peer whose link ended, so that membership looks at it at once."""
 
-    def __init__(self, view: Callable[[], View], entry: Entry, stages: Stages, planning: Planning, doubt: Doubter) -> None:
+    def __init__(self, view: Callable[[], View], entry: Entry, stages: Stages, planning: Planning, doubt: DoubtPeer) -> None:
         self._view = view
         self._entry = entry
         self._stages = stages

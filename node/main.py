@@ -30,7 +30,7 @@ from node.host.logs import configure
 from node.host.sockets import open_listener, open_peer_sockets
 from node.http.auth import ApiKeys
 from node.process import Node
-from node.serving.models import Holdings, Models, ServedModel, split_references
+from node.serving.models import InitialModels, ServedModel, ServedModels, split_references
 from node.text.tokenizer import ModelText
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -122,7 +122,7 @@ def _take_identity(config: NodeConfig) -> Identity:
     return take_free_identity(data_home(), new=config.new_identity)
 
 
-def _prepare(config: NodeConfig, directory: Path, budget_bytes: int) -> tuple[Engine, Holdings]:
+def _prepare(config: NodeConfig, directory: Path, budget_bytes: int) -> tuple[Engine, InitialModels]:
     """Reads the models' configs and tokenizers, before any weights (*blocking*, seconds: torch is imported here)."""
     references, wanted = split_references(config.models, joins=bool(config.join))
     for _, directory_of_model in references:
@@ -144,7 +144,7 @@ def _prepare(config: NodeConfig, directory: Path, budget_bytes: int) -> tuple[En
             spill_folder=directory / "kv-spill",
         )
     )
-    models, capacity = Models(), {}
+    models, capacity = ServedModels(), {}
     if not references and not wanted:
         references = [(ModelId(MODEL_ID), DIRECTORY)]
     share_bytes = budget_bytes // (len(references) + len(wanted))
@@ -154,7 +154,7 @@ def _prepare(config: NodeConfig, directory: Path, budget_bytes: int) -> tuple[En
             log.info("model.whole_only", model=model, why=card.whole_only)
         models.add(ServedModel(card, directory, ModelText.load(directory)))
         capacity[model] = layers_that_fit(directory, card.layers, share_bytes)
-    return engine, Holdings(models, capacity, tuple(wanted), share_bytes)
+    return engine, InitialModels(models, capacity, tuple(wanted), share_bytes)
 
 
 def _load_keyring(config: NodeConfig) -> Keyring | None:

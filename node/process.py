@@ -17,12 +17,12 @@ from random import Random
 import structlog
 import trio
 
-from membership.shell.events import Cut, JoinFailed, MemberEvent
+from membership.shell.events import JoinFailed, LossBatch, MemberEvent
 from membership.shell.service import Membership
 from mesh.ids import Address, format_address
 from mesh.keys.keyring import Keyring
 from mesh.keys.mesh_key import derive
-from mesh.keys.seal import KeySeal, PlainSeal
+from mesh.keys.seal import KeySeal, PlainSeal, Seal
 from mesh.links.link import LinkConfig
 from mesh.links.links import Links
 from mesh.links.refusals import Refusal
@@ -30,7 +30,7 @@ from mesh.links.tls import PeerTls
 from mesh.view import Facts, Load, Span, View
 from node.config import NodeConfig
 from node.engine.api import Engine
-from node.entry.canary import Readiness
+from node.entry.canary import Canary
 from node.entry.entry import Entry
 from node.entry.planning import Planning
 from node.entry.prompts import Prompts
@@ -41,20 +41,20 @@ from node.host.sockets import PeerSockets, reachable
 from node.http.app import make_app
 from node.http.auth import ApiKeys
 from node.http.server import Server, serve
-from node.losses import Losses
+from node.losses import LossHandling
 from node.ops.examination import Examination
-from node.ops.identity_conflict import IdentityInUse, TwinWatch
+from node.ops.identity_conflict import IdentityInUse, IdentityWatch
 from node.ops.keys import MeshKeys
 from node.ops.trace_file import TraceFile
 from node.serving.coverage import CoverageWatch
-from node.serving.library import Library
-from node.serving.load_state import LoadWatch, SpanProgress
-from node.serving.models import Holdings
+from node.serving.library import ModelLibrary
+from node.serving.load_state import LoadState, SpanProgress
+from node.serving.models import InitialModels
 from node.serving.own_facts import OwnFacts
 from node.serving.page_exchange import PageExchange
 from node.serving.peer_models import PeerModels
-from node.serving.placement import Placing
-from node.serving.readiness_monitor import Pulse
+from node.serving.placement import Placement
+from node.serving.readiness_monitor import ReadinessMonitor
 from node.serving.stages import Stages
 from node.serving.version_watch import VersionWatch
 from node.surface import Surface
@@ -80,7 +80,7 @@ class Node:
         sockets: PeerSockets,
         http_listener: trio.SocketListener,
         engine: Engine,
-        holdings: Holdings,
+        holdings: InitialModels,
         keyring: Keyring | None,
         api_keys: ApiKeys | None,
     ) -> None:
@@ -100,20 +100,7 @@ class Node:
             on_lost=lambda node, address, reason: self._losses.link_lost(node, address, reason),
             on_linked=lambda node: self._membership.linked(node),
         )
-        self._membership = Membership(
-            identity.id,
-            self.name,
-            config.region,
-            identity.epoch,
-            signer=identity.key,
-            socket=sockets.datagrams,
-            address=sockets.address,
-            seal=seal,
-            call=self._links.call,
-            load=self._load,
-            keep_links=self._links.keep,
-            trace_bytes=config.trace_mb << 20,
-        )
+        self._membership = self._make_membership(seal)
         self._membership.on_renewed = identity.renew
         self._keys: MeshKeys | None = None
         if keyring and tls and isinstance(seal, KeySeal) and config.key_file:
@@ -130,19 +117,37 @@ class Node:
         self._entry = self._make_entry(rng)
         self._pages = PageExchange(engine, self._links.call)
         self._stages = self._make_stages()
-        self._losses = Losses(self._view, self._entry, self._stages, self._planning, self._membership.lost)
-        self._coverage, self._pulse = CoverageWatch(self._membership.changed), Pulse(self._facts, self._load, engine.overdue_s)
-        self._readiness = Readiness(self._view, self._models, self._entry, self._library.hashing)
+        self._losses = LossHandling(self._view, self._entry, self._stages, self._planning, self._membership.lost)
+        self._coverage = CoverageWatch(self._membership.changed)
+        self._readiness_monitor = ReadinessMonitor(self._facts, self._load, engine.overdue_s)
+        self._canary = Canary(self._view, self._models, self._entry, self._library.hashing)
         self._versions = VersionWatch(self._membership.changed, holdings.models)
-        self._placing = Placing(config.layers, engine, holdings, self._facts, self._membership, self._library)
-        self._load_watch = LoadWatch(self._facts, self._spans_loading, self._library.share_ready)
+        self._placement = Placement(config.layers, engine, holdings, self._facts, self._membership, self._library)
+        self._load_state = LoadState(self._facts, self._spans_loading, self._library.share_ready)
         self._examination = self._make_examination()
         asked = self.statistics, self._examination.examine, self._keys
-        self._surface = Surface(self._view, self._models, self._entry, self._readiness, self._documents, embedder, *asked)
+        self._surface = Surface(self._view, self._models, self._entry, self._canary, self._documents, embedder, *asked)
         self._app = make_app(self._surface, auth=api_keys, bound=self._http_address)
         self._server: Server | None = None
         self._membership_runs = False
         self._wire()
+
+    def _make_membership(self, seal: Seal) -> Membership:
+        config, identity = self._config, self._identity
+        return Membership(
+            identity.id,
+            self.name,
+            config.region,
+            identity.epoch,
+            signer=identity.key,
+            socket=self._sockets.datagrams,
+            address=self._sockets.address,
+            seal=seal,
+            call=self._links.call,
+            load=self._load,
+            keep_links=self._links.keep,
+            trace_bytes=config.trace_mb << 20,
+        )
 
     def _wire(self) -> None:
         for part in (self._membership, self._documents, self._stages, self._pages, self._library, self._examination):
@@ -151,7 +156,7 @@ class Node:
         self._membership.subscribe(self._on_member)
         self._membership.on_cut = self._on_cut
         twins = self._membership.twins
-        watch = self._twin_watch = TwinWatch(self._identity.id, self._facts)
+        watch = self._twin_watch = IdentityWatch(self._identity.id, self._facts)
         twins.on_seen, twins.on_displaced = watch.seen, watch.displaced
 
     def _make_entry(self, rng: Random) -> Entry:
@@ -167,7 +172,7 @@ class Node:
             self._engine,
             self._links.post,
             self._entry,
-            span_lost=lambda lost: self._placing.lost(lost),
+            span_lost=lambda lost: self._placement.lost(lost),
             fetch_pages=self._pages.fetch,
         )
 
@@ -190,14 +195,14 @@ class Node:
             self._identity.directory,
             refusals=self._refused,
             stores=self._documents.stores,
-            missing_layers=self._readiness.missing_layers,
-            ready=self._readiness.why_not,
+            missing_layers=self._canary.missing_layers,
+            ready=self._canary.why_not,
             keys=self._keys,
             changed_files=self._library.faults,
         )
 
-    def _make_library(self) -> Library:
-        return Library(
+    def _make_library(self) -> ModelLibrary:
+        return ModelLibrary(
             self._view,
             self._membership.changed,
             self._links.call,
@@ -268,7 +273,7 @@ class Node:
         )
         self._losses.member_changed(event)
 
-    def _on_cut(self, cut: Cut) -> None:
+    def _on_cut(self, cut: LossBatch) -> None:
         log.info(
             "cut", lost=len(cut.lost), left=len(cut.left), nodes=[*cut.lost, *cut.left][:NAMED_MAX], frozen=self._view().frozen
         )
@@ -310,14 +315,14 @@ class Node:
             nursery.start_soon(self._keys.run, self._membership.refused)
         nursery.start_soon(self._sweep)
         nursery.start_soon(self._trace_file().run)
-        nursery.start_soon(self._pulse.run)
+        nursery.start_soon(self._readiness_monitor.run)
         nursery.start_soon(self._coverage.run)
         nursery.start_soon(self._versions.run)
         nursery.start_soon(self._watch_stalls)
-        await nursery.start(self._placing.run)  # what will be loaded is told before the first request can ask for it
+        await nursery.start(self._placement.run)  # what will be loaded is told before the first request can ask for it
         self._server = await nursery.start(serve, self._app, [self._http_listener])
         announce(f"mesh node {self.name} up: {self._facts.now.http} gossip {format_address(self._sockets.address)}")
-        nursery.start_soon(self._load_watch.run)
+        nursery.start_soon(self._load_state.run)
 
     async def _end_as_a_copy(self) -> None:
         """Before a word is said under this identity. Raises IdentityInUse: a process that the seeds know lives with it."""

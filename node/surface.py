@@ -13,7 +13,7 @@ from mesh.errors import BadRequest
 from mesh.ids import ModelId, NodeId, StreamId
 from mesh.versions import named, versions
 from mesh.view import ModelCard, View
-from node.entry.canary import Readiness
+from node.entry.canary import Canary
 from node.entry.entry import Entry
 from node.ops.keys import MeshKeys
 from node.ops.status import status
@@ -36,7 +36,7 @@ class Surface:
         view: Callable[[], View],
         models: PeerModels,
         entry: Entry,
-        readiness: Readiness,
+        readiness: Canary,
         documents: Documents,
         embedder: Embedder,
         statistics: Callable[[], Mapping[str, object]],

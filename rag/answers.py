@@ -9,8 +9,8 @@ from mesh.wire.calls import Handler, Header, Reply
 from rag import wire
 from rag.local import LocalStores
 from rag.peers import Peers
-from rag.registry import Entry
-from rag.replica import Listed
+from rag.registry import StoreEntry
+from rag.replica import ListingEntry
 
 MAX_DEPTH = 1000
 
@@ -53,7 +53,7 @@ class Answers:
         call = wire.call_of(wire.ListingCall, header)
         wire.check_shards([call.shard])
         replica = self._local.replica(call.entry.id)
-        lines: list[Listed] = [] if replica is None else replica.listing(call.shard)
+        lines: list[ListingEntry] = [] if replica is None else replica.listing(call.shard)
         return {}, wire.ENCODER.encode(lines)
 
     async def _fetch(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
@@ -78,7 +78,7 @@ class Answers:
         answer = await self._local.search(call.entry.id, shards, query, call.terms_of, min(call.depth, MAX_DEPTH))
         return wire.header_of(wire.ShardsReply(shards)), wire.ENCODER.encode(answer)
 
-    async def _fit(self, entry: Entry, shards: list[int], stale_too: bool) -> list[int]:
+    async def _fit(self, entry: StoreEntry, shards: list[int], stale_too: bool) -> list[int]:
         """The shards that this node may answer for: not those it is behind in, unless asked to."""
         await self._local.register([entry])
         return [shard for shard in wire.check_shards(shards) if stale_too or not self._peers.is_behind(entry.id, shard)]

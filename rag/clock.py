@@ -16,7 +16,7 @@ COUNTER_BITS = 16
 MAX_AHEAD_S = 60.0
 
 
-class Stamp(msgspec.Struct, frozen=True, order=True, array_like=True):
+class HybridTimestamp(msgspec.Struct, frozen=True, order=True, array_like=True):
     """When, and by whom, something was written. Ordered: the greater stamp wins everywhere."""
 
     hlc: int
@@ -48,7 +48,7 @@ class HybridClock:
         """Takes note of a stamp that was accepted, or found on disk at start."""
         self.latest = max(self.latest, hlc)
 
-    def next(self, now_s: float) -> Stamp:
+    def next(self, now_s: float) -> HybridTimestamp:
         """A stamp greater than every one issued or observed before."""
         self.latest = max(self.latest + 1, hlc_of(now_s))
-        return Stamp(self.latest, self.node)
+        return HybridTimestamp(self.latest, self.node)

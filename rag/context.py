@@ -32,7 +32,7 @@ class Context:
 
 
 @dataclass(frozen=True, slots=True)
-class Cited:
+class CitedPassage:
     number: int
     file_id: str
     filename: str
@@ -56,7 +56,7 @@ def build(question: str, passages: Sequence[Passage], budget_tokens: int, count_
     return Context(prompt, tuple(taken), count_tokens(prompt))
 
 
-def citations(text: str, passages: Sequence[Passage]) -> list[Cited]:
+def citations(text: str, passages: Sequence[Passage]) -> list[CitedPassage]:
     """The passages that an answer refers to, in the order it first does. Numbers that stand for no passage are ignored."""
     numbers: list[int] = []
     for match in _REFERENCE.finditer(text):
@@ -65,7 +65,7 @@ def citations(text: str, passages: Sequence[Passage]) -> list[Cited]:
     for number in dict.fromkeys(numbers):
         if 1 <= number <= len(passages):
             passage = passages[number - 1]
-            cited.append(Cited(number, passage.file_id, passage.filename, passage.text, passage.start, passage.end))
+            cited.append(CitedPassage(number, passage.file_id, passage.filename, passage.text, passage.start, passage.end))
     return cited
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag import search
-from rag.search import Answer, Candidate, ShardStats
+from rag.search import ChunkCandidate, ShardResult, ShardStats
 from rag.store import TOKENIZER, connect, storage_errors
 
 MAX_TERMS = 64  # of a query; further ones add cost and no meaning
@@ -69,7 +69,7 @@ class Index:
         self._db.close()
         self._tokenizer.close()
 
-    def search(self, shards: Sequence[int], query: NDArray[np.float32] | None, text: str, depth: int) -> Answer:
+    def search(self, shards: Sequence[int], query: NDArray[np.float32] | None, text: str, depth: int) -> ShardResult:
         """The best candidates of these shards: dense over all of them, lexical of each.
 
         `query` [dim] or None, and `text`, which may be empty, each leave their half out.
@@ -106,7 +106,7 @@ class Index:
         self._vectors = np.concatenate([self._vectors[keep], fresh])
         self._version = version
 
-    def _answer(self, shards: list[int], query: NDArray[np.float32] | None, text: str, depth: int) -> Answer:
+    def _answer(self, shards: list[int], query: NDArray[np.float32] | None, text: str, depth: int) -> ShardResult:
         terms = self._tokenizer.terms(text) if text else []
         dense = self._dense(shards, query, depth) if query is not None else {}
         counts = self._counts(terms)  # [chunks, terms]
@@ -119,7 +119,7 @@ class Index:
             stats.append(ShardStats(shard, len(inside), length, tuple(int(count) for count in holding)))
             lexical.update(self._lexical(inside, counts, holding, length, depth))
         rows = sorted(dense.keys() | lexical)
-        return Answer(tuple(terms), tuple(stats), tuple(self._candidates(rows, dense, lexical, counts)))
+        return ShardResult(tuple(terms), tuple(stats), tuple(self._candidates(rows, dense, lexical, counts)))
 
     def _dense(self, shards: list[int], query: NDArray[np.float32], depth: int) -> dict[int, float]:
         inside = np.flatnonzero(np.isin(self._shards, shards))
@@ -149,7 +149,7 @@ class Index:
 
     def _candidates(
         self, rows: list[int], dense: dict[int, float], lexical: set[int], counts: NDArray[np.int64]
-    ) -> list[Candidate]:
+    ) -> list[ChunkCandidate]:
         found = []
         for row in rows:
             name, start, end, text = self._db.execute(
@@ -158,7 +158,7 @@ class Index:
             ).fetchone()
             tally = tuple(counts[row].tolist()) if row in lexical else ()
             doc_id, ordinal = self._keys[row]
-            found.append(Candidate(doc_id, ordinal, name, start, end, text, dense.get(row), tally, int(self._lengths[row])))
+            found.append(ChunkCandidate(doc_id, ordinal, name, start, end, text, dense.get(row), tally, int(self._lengths[row])))
         return found
 
 

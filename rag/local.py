@@ -22,9 +22,9 @@ from mesh.errors import BadRequest
 from mesh.ids import NodeId
 from rag.clock import HybridClock
 from rag.index import Index
-from rag.registry import FILES, Entry, Registry
-from rag.replica import Digest, Replica
-from rag.search import Answer, ShardStats, from_wire
+from rag.registry import FILES, Registry, StoreEntry
+from rag.replica import Replica, ShardDigest
+from rag.search import ShardResult, ShardStats, from_wire
 from rag.store import StoreCorrupt, StoreFile, connect, storage_errors
 from rag.wire import Operation, Summary, flaw_of
 
@@ -32,7 +32,7 @@ log = structlog.get_logger()
 
 
 @dataclass(slots=True)
-class Shelf:
+class OpenStore:
     """One store as held here."""
 
     file: StoreFile
@@ -43,7 +43,7 @@ class Shelf:
 
 
 @dataclass(frozen=True, slots=True)
-class Applied:
+class ApplyResult:
     """`accepted` counts operations that are durable here, those that changed nothing included."""
 
     accepted: int
@@ -61,7 +61,7 @@ class LocalStores:
         self._embedder = embedder
         self._dim = dim
         self._now = now
-        self._shelves: dict[str, Shelf] = {}
+        self._shelves: dict[str, OpenStore] = {}
         self._registry_db: sqlite3.Connection | None = None
         self._registering = trio.Lock()
         self._opening = trio.Lock()
@@ -84,7 +84,7 @@ class LocalStores:
                 for digest in shelf.replica.digests().values():
                     self.clock.observe(digest.newest)
 
-    def _open_registry(self) -> list[Entry]:
+    def _open_registry(self) -> list[StoreEntry]:
         self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / "registry.sqlite"
         try:
@@ -98,14 +98,14 @@ class LocalStores:
                     Path(f"{self._path(entry.id)}{suffix}").unlink(missing_ok=True)
         return entries
 
-    def _read_registry(self, path: Path) -> list[Entry]:
+    def _read_registry(self, path: Path) -> list[StoreEntry]:
         with storage_errors(path):
             connection = connect(path)
             try:
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("CREATE TABLE IF NOT EXISTS stores (id TEXT PRIMARY KEY, entry BLOB NOT NULL)")
                 rows = connection.execute("SELECT entry FROM stores").fetchall()
-                entries = [msgspec.msgpack.decode(row[0], type=Entry) for row in rows]
+                entries = [msgspec.msgpack.decode(row[0], type=StoreEntry) for row in rows]
             except msgspec.MsgspecError as error:
                 connection.close()
                 raise StoreCorrupt(f"{path.name} is damaged: {error}") from error
@@ -118,7 +118,7 @@ class LocalStores:
     def _path(self, store: str) -> Path:
         return self._directory / f"{store}.sqlite"
 
-    async def _shelf(self, entry: Entry) -> Shelf:
+    async def _shelf(self, entry: StoreEntry) -> OpenStore:
         """The store's shelf; opened, or made, at first use."""
         async with self._opening:
             shelf = self._shelves.get(entry.id)
@@ -130,7 +130,7 @@ class LocalStores:
                 self.changes += 1
         return shelf
 
-    def _open_shelf(self, entry: Entry) -> Shelf:
+    def _open_shelf(self, entry: StoreEntry) -> OpenStore:
         path = self._path(entry.id)
         embedder = entry.embedder
         file = StoreFile(path, embedder)
@@ -141,7 +141,7 @@ class LocalStores:
             heads = file.open()
         if entry.died:
             file.forget_until(entry.died)
-        return Shelf(file, Replica(heads))
+        return OpenStore(file, Replica(heads))
 
     def _set_aside(self, path: Path, reason: str) -> None:
         number = 1
@@ -166,7 +166,7 @@ class LocalStores:
 
     # -- stores
 
-    async def register(self, entries: Iterable[Entry]) -> bool:
+    async def register(self, entries: Iterable[StoreEntry]) -> bool:
         """Takes in entries, durably; a store that was deleted is emptied here. True if anything changed."""
         changed = False
         async with self._registering:
@@ -184,12 +184,12 @@ class LocalStores:
                     await self._bury(merged)
         return changed
 
-    def _save_entry(self, entry: Entry) -> None:
+    def _save_entry(self, entry: StoreEntry) -> None:
         with storage_errors(self._directory / "registry.sqlite"):
             assert self._registry_db is not None, "open() comes first"
             self._registry_db.execute("INSERT OR REPLACE INTO stores VALUES (?, ?)", (entry.id, msgspec.msgpack.encode(entry)))
 
-    async def _bury(self, entry: Entry) -> None:
+    async def _bury(self, entry: StoreEntry) -> None:
         """Drops what the store held up to its deletion."""
         shelf = self._shelves.get(entry.id)
         if shelf is None:
@@ -204,12 +204,12 @@ class LocalStores:
         shelf = self._shelves.get(store)
         return None if shelf is None else shelf.replica
 
-    async def apply(self, entry: Entry, operations: Sequence[Operation]) -> Applied:
+    async def apply(self, entry: StoreEntry, operations: Sequence[Operation]) -> ApplyResult:
         """Stores what is new; on return all that is accepted is on disk."""
         await self.register([entry])
         held = self.registry.get(entry.id)
         if held is None:
-            return Applied(0, 0, ("a store that this node cannot take in",))
+            return ApplyResult(0, 0, ("a store that this node cannot take in",))
         now_s, rejected, sound = self._now(), [], []
         for operation in operations:
             flaw = flaw_of(operation, held, self._dim, now_s)
@@ -220,7 +220,7 @@ class LocalStores:
             else:
                 sound.append(operation)
         if not sound:
-            return Applied(0, 0, tuple(rejected))
+            return ApplyResult(0, 0, tuple(rejected))
         shelf = await self._shelf(held)
         async with shelf.writing:
             latest: dict[str, Operation] = {}
@@ -233,9 +233,9 @@ class LocalStores:
                     shelf.replica.merge(operation.head)
                     self.clock.observe(operation.head.hlc)
                 self.changes += 1
-        return Applied(len(sound), len(latest), tuple(rejected))
+        return ApplyResult(len(sound), len(latest), tuple(rejected))
 
-    async def forget(self, store: str, shard: int, known: Digest) -> int:
+    async def forget(self, store: str, shard: int, known: ShardDigest) -> int:
         """Drops a shard that other nodes hold whole, if it still is as `known`. Returns how many shards were dropped."""
         shelf = self._shelves.get(store)
         if shelf is None:
@@ -262,10 +262,12 @@ class LocalStores:
         async with shelf.writing:
             return await trio.to_thread.run_sync(shelf.file.operations, doc_ids, limit_bytes)
 
-    async def search(self, store: str, shards: Sequence[int], query: NDArray[np.float32] | None, text: str, depth: int) -> Answer:
+    async def search(
+        self, store: str, shards: Sequence[int], query: NDArray[np.float32] | None, text: str, depth: int
+    ) -> ShardResult:
         shelf = self._shelves.get(store)
         if shelf is None:
-            return Answer((), tuple(ShardStats(shard, 0, 0, ()) for shard in shards), ())
+            return ShardResult((), tuple(ShardStats(shard, 0, 0, ()) for shard in shards), ())
         async with shelf.reading:
             digests = {shard: shelf.replica.digest(shard) for shard in shards}
             if shelf.index is None:

@@ -20,9 +20,9 @@ from mesh.view import PeerState, View
 from mesh.wire.calls import Call, Reply
 from rag import place, wire
 from rag.local import LocalStores
-from rag.reading import A, Ask, Heads, Part
-from rag.registry import Entry
-from rag.replica import SHARDS, Digest, Head, shard_of
+from rag.reading import A, Ask, HeadsFound, ShardReply
+from rag.registry import StoreEntry
+from rag.replica import SHARDS, DocumentHead, ShardDigest, shard_of
 from rag.store import StoreCorrupt
 from rag.wire import Operation, Summary
 
@@ -126,11 +126,11 @@ class Peers:
                 table.pop(node)
         self.doubted = {copy for copy in self.doubted if copy[0] in known}
 
-    def digest_here(self, store: str, shard: int) -> Digest:
+    def digest_here(self, store: str, shard: int) -> ShardDigest:
         replica = self._local.replica(store)
-        return Digest() if replica is None else replica.digest(shard)
+        return ShardDigest() if replica is None else replica.digest(shard)
 
-    def digest_at(self, node: NodeId, store: str, shard: int) -> Digest:
+    def digest_at(self, node: NodeId, store: str, shard: int) -> ShardDigest:
         return self.digest_here(store, shard) if node == self.me else self.summary(node).digest(store, shard)
 
     def is_behind(self, store: str, shard: int) -> bool:
@@ -140,7 +140,7 @@ class Peers:
 
     # -- writes
 
-    async def write(self, entry: Entry, operation: Operation) -> int:
+    async def write(self, entry: StoreEntry, operation: Operation) -> int:
         """Puts one operation on the disks of its owners; returns how many nodes hold it.
 
         Raises:
@@ -170,7 +170,7 @@ class Peers:
 
     async def _send(
         self,
-        entry: Entry,
+        entry: StoreEntry,
         operation: Operation,
         tail: bytes,
         targets: Sequence[NodeId],
@@ -212,7 +212,7 @@ class Peers:
                     await progress.wait()
             nursery.cancel_scope.cancel()
 
-    async def register(self, entry: Entry) -> None:
+    async def register(self, entry: StoreEntry) -> None:
         """Makes a registry entry known to every live node.
 
         Raises:
@@ -258,14 +258,14 @@ class Peers:
 
         return sorted(owners + others, key=fullness)
 
-    async def read(self, entry: Entry, ask: Ask[A]) -> tuple[list[Part[A]], int]:
+    async def read(self, entry: StoreEntry, ask: Ask[A]) -> tuple[list[ShardReply[A]], int]:
         """Answers for the shards of a store from few nodes, no shard twice, and how many shards were answered.
 
         Owners that are not behind come first: others may hold a few entries that they keep for an owner, and no more.
         Where no such owner answers, the fullest copy is taken at its word.
         """
         left, lost = set(range(SHARDS)), set[NodeId]()
-        parts: list[Part[A]] = []
+        parts: list[ShardReply[A]] = []
 
         async def put(node: NodeId, shards: list[int], stale_too: bool) -> None:
             try:
@@ -298,7 +298,7 @@ class Peers:
                         nursery.start_soon(put, node, shards, stale_too)
         return parts, SHARDS - len(left)
 
-    async def heads(self, items: Sequence[tuple[str, str]]) -> Heads:
+    async def heads(self, items: Sequence[tuple[str, str]]) -> HeadsFound:
         """The latest head of each (store id, document id) that any live copy has.
 
         All live owners are asked, not one: with writes on two of three, the greatest stamp of any two is the last write
@@ -309,7 +309,7 @@ class Peers:
         for item in owners:
             for node in self.holders(item[0], shard_of(item[1])):
                 wanted.setdefault(node, []).append(item)
-        found = Heads({}, {item: set() for item in owners}, owners)
+        found = HeadsFound({}, {item: set() for item in owners}, owners)
         progress, waiting = trio.Event(), len(wanted)
 
         async def look(node: NodeId, lines: list[tuple[str, str]]) -> None:
@@ -335,18 +335,18 @@ class Peers:
             nursery.cancel_scope.cancel()
         return found
 
-    def heads_here(self, items: Iterable[tuple[str, str]]) -> list[Head | None]:
+    def heads_here(self, items: Iterable[tuple[str, str]]) -> list[DocumentHead | None]:
         replicas = ((self._local.replica(store), doc_id) for store, doc_id in items)
         return [None if replica is None else replica.get(doc_id) for replica, doc_id in replicas]
 
-    async def _heads_of(self, node: NodeId, items: list[tuple[str, str]]) -> list[Head | None]:
+    async def _heads_of(self, node: NodeId, items: list[tuple[str, str]]) -> list[DocumentHead | None]:
         _, tail = await self.ask(node, "documents.heads", wire.HeadsCall(items))
         found = wire.decoded(wire.HEADS, tail)
         if len(found) != len(items):
             raise RemoteError(node, f"expected {len(items)} heads, got {len(found)}")
         return found
 
-    async def operation(self, entry: Entry, head: Head) -> Operation | None:
+    async def operation(self, entry: StoreEntry, head: DocumentHead) -> Operation | None:
         """A document whole, as of this head or later, from whoever has it."""
         shard = shard_of(head.doc_id)
         ranked = sorted(self.holders(entry.id, shard), key=lambda node: node != self.me)
@@ -359,7 +359,7 @@ class Peers:
                 return found[0]
         return None
 
-    async def fetch(self, node: NodeId, entry: Entry, doc_ids: list[str]) -> list[Operation]:
+    async def fetch(self, node: NodeId, entry: StoreEntry, doc_ids: list[str]) -> list[Operation]:
         """Documents of a node, in the order asked, as many as one answer holds.
 
         Raises: as `ask`.

@@ -8,12 +8,12 @@ from typing import Generic, TypeVar
 
 from mesh.ids import NodeId
 from rag import place
-from rag.replica import Head
+from rag.replica import DocumentHead
 
 A = TypeVar("A")
 
 
-class Part(Generic[A]):
+class ShardReply(Generic[A]):
     """One node's answer, and the shards it is good for: those asked less those it knows itself to be behind in."""
 
     def __init__(self, answer: A, shards: Iterable[int]) -> None:
@@ -21,24 +21,24 @@ class Part(Generic[A]):
         self.shards = list(shards)
 
 
-Ask = Callable[[NodeId, list[int], bool], Awaitable[Part[A]]]
+Ask = Callable[[NodeId, list[int], bool], Awaitable[ShardReply[A]]]
 """Asks a node for shards; the flag lets it answer for those it is behind in too."""
 
 
 @dataclass(slots=True)
-class Heads:
+class HeadsFound:
     """What was found of some (store id, document id), and which owners have been heard of it."""
 
-    latest: dict[tuple[str, str], Head]
+    latest: dict[tuple[str, str], DocumentHead]
     heard: dict[tuple[str, str], set[NodeId]]
     owners: dict[tuple[str, str], set[NodeId]]
 
-    def take(self, node: NodeId, item: tuple[str, str], head: Head | None) -> None:
+    def take(self, node: NodeId, item: tuple[str, str], head: DocumentHead | None) -> None:
         self.heard[item].add(node)
         if head is not None and (item not in self.latest or head.stamp > self.latest[item].stamp):
             self.latest[item] = head
 
-    def get(self, store: str, doc_id: str) -> Head | None:
+    def get(self, store: str, doc_id: str) -> DocumentHead | None:
         return self.latest.get((store, doc_id))
 
     @property

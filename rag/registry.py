@@ -15,14 +15,14 @@ import msgspec
 
 from mesh.errors import BadRequest
 from mesh.ids import NodeId
-from rag.clock import Stamp
+from rag.clock import HybridTimestamp
 
 FILES_ID = "files"
 MAX_STORES = 1000  # entries, deleted ones included: every node holds and can send the whole map
 MAX_NAME_CHARS = 200
 
 
-class Entry(msgspec.Struct, frozen=True, array_like=True):
+class StoreEntry(msgspec.Struct, frozen=True, array_like=True):
     """One store. `embedder` names the vectors' space: passages of another space are refused."""
 
     id: str
@@ -38,7 +38,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
         return self.hlc > self.died
 
 
-FILES = Entry(FILES_ID, FILES_ID, 0, "", 1, NodeId(""))
+FILES = StoreEntry(FILES_ID, FILES_ID, 0, "", 1, NodeId(""))
 """The reserved store of uploaded files: not embedded, never deleted, known to all without gossip."""
 
 
@@ -57,19 +57,21 @@ def check_name(name: str) -> str:
     return name
 
 
-def joined(left: Entry, right: Entry) -> Entry:
+def joined(left: StoreEntry, right: StoreEntry) -> StoreEntry:
     """The entry that knows what both know."""
-    latest = max(left, right, key=lambda entry: (Stamp(entry.hlc, entry.node), entry.name, entry.embedder, entry.created_at))
+    latest = max(
+        left, right, key=lambda entry: (HybridTimestamp(entry.hlc, entry.node), entry.name, entry.embedder, entry.created_at)
+    )
     return msgspec.structs.replace(latest, died=max(left.died, right.died))
 
 
 class Registry:
-    def __init__(self, entries: Iterable[Entry] = ()) -> None:
-        self._entries: dict[str, Entry] = {}
+    def __init__(self, entries: Iterable[StoreEntry] = ()) -> None:
+        self._entries: dict[str, StoreEntry] = {}
         for entry in entries:
             self.merge(entry)
 
-    def news(self, entry: Entry) -> Entry | None:
+    def news(self, entry: StoreEntry) -> StoreEntry | None:
         """The entry as it would be held after `merge`; None if that changes nothing, or the entry cannot be right."""
         if entry.id == FILES_ID or entry.id != store_id(entry.name):
             return None
@@ -79,7 +81,7 @@ class Registry:
         merged = entry if held is None else joined(held, entry)
         return None if merged == held else merged
 
-    def merge(self, entry: Entry) -> bool:
+    def merge(self, entry: StoreEntry) -> bool:
         """Takes in what an entry adds. True if it changed something."""
         merged = self.news(entry)
         if merged is None:
@@ -87,11 +89,11 @@ class Registry:
         self._entries[entry.id] = merged
         return True
 
-    def get(self, identifier: str) -> Entry | None:
+    def get(self, identifier: str) -> StoreEntry | None:
         """By id alone, deleted ones too."""
         return FILES if identifier == FILES_ID else self._entries.get(identifier)
 
-    def find(self, store: str) -> Entry:
+    def find(self, store: str) -> StoreEntry:
         """The live store with this id or name.
 
         Raises:
@@ -102,8 +104,8 @@ class Registry:
             raise BadRequest(f"no store {store!r}; make one with: mesh docs add PATH --store NAME", "store", "not_found", 404)
         return entry
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[StoreEntry]:
         return [self._entries[identifier] for identifier in sorted(self._entries)]
 
-    def live(self) -> list[Entry]:
+    def live(self) -> list[StoreEntry]:
         return [entry for entry in self.entries() if entry.live]

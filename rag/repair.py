@@ -18,8 +18,8 @@ from mesh.ids import NodeId
 from rag import place, wire
 from rag.local import LocalStores
 from rag.peers import PEER_FAILURES, Peers
-from rag.registry import FILES, Entry
-from rag.replica import SHARDS, Listed, Replica
+from rag.registry import FILES, StoreEntry
+from rag.replica import SHARDS, ListingEntry, Replica
 from rag.wire import Operation, Summary
 
 log = structlog.get_logger()
@@ -85,7 +85,7 @@ class Repair:
         for entry, shard in self._differing(node, present):
             await self._reconcile(node, entry, shard)
 
-    def _differing(self, node: NodeId, summary: Summary) -> list[tuple[Entry, int]]:
+    def _differing(self, node: NodeId, summary: Summary) -> list[tuple[StoreEntry, int]]:
         """The shards that one of the two owns and in which they differ."""
         found = []
         for entry in (FILES, *self._local.registry.live()):
@@ -99,7 +99,7 @@ class Repair:
                     found.append((entry, shard))
         return found
 
-    async def _reconcile(self, node: NodeId, entry: Entry, shard: int) -> None:
+    async def _reconcile(self, node: NodeId, entry: StoreEntry, shard: int) -> None:
         theirs = await self._listing(node, entry, shard)
         owners = self._peers.owners(entry.id, shard)
         if self._me in owners:
@@ -110,7 +110,7 @@ class Repair:
             await self._push(node, entry, held.surplus(shard, theirs))
         self._peers.doubted.discard((node, entry.id, shard))
 
-    async def _pull(self, node: NodeId, entry: Entry, doc_ids: list[str]) -> None:
+    async def _pull(self, node: NodeId, entry: StoreEntry, doc_ids: list[str]) -> None:
         while doc_ids:
             operations = await self._peers.fetch(node, entry, doc_ids[: wire.MAX_FETCHED])
             if not operations:
@@ -119,7 +119,7 @@ class Repair:
             self.counts.pulled += applied.changed
             doc_ids = _after(doc_ids, operations)
 
-    async def _push(self, node: NodeId, entry: Entry, doc_ids: list[str]) -> None:
+    async def _push(self, node: NodeId, entry: StoreEntry, doc_ids: list[str]) -> None:
         while doc_ids:
             operations = await self._local.operations(entry.id, doc_ids[: wire.MAX_FETCHED], wire.BATCH_BYTES)
             if not operations:
@@ -141,7 +141,7 @@ class Repair:
                 dropped = await self._local.forget(entry.id, shard, before)
                 self.counts.dropped_shards += dropped
 
-    async def _is_safe_elsewhere(self, entry: Entry, shard: int) -> bool:
+    async def _is_safe_elsewhere(self, entry: StoreEntry, shard: int) -> bool:
         owners, live = self._peers.owners(entry.id, shard), set(self._peers.live())
         if self._me in owners or len(owners) < place.REPLICAS or not live.issuperset(owners):
             return False
@@ -155,7 +155,7 @@ class Repair:
                 return False
         return True
 
-    async def _listing(self, node: NodeId, entry: Entry, shard: int) -> list[Listed]:
+    async def _listing(self, node: NodeId, entry: StoreEntry, shard: int) -> list[ListingEntry]:
         _, tail = await self._peers.ask(node, "documents.listing", wire.ListingCall(entry, shard), timeout_s=10.0)
         return wire.decoded(wire.LISTING, tail)
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import msgspec
 
 from mesh.ids import NodeId
-from rag.clock import Stamp
+from rag.clock import HybridTimestamp
 
 SHARDS = 8
 _SUM_MASK = (1 << 64) - 1
@@ -27,7 +27,7 @@ def shard_of(doc_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(doc_id.encode(), digest_size=8).digest(), "big") % SHARDS
 
 
-class Head(msgspec.Struct, frozen=True, array_like=True):
+class DocumentHead(msgspec.Struct, frozen=True, array_like=True):
     """All of a document but its content: one entry of the register map."""
 
     doc_id: str
@@ -41,11 +41,11 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
     chunks: int = 0
 
     @property
-    def stamp(self) -> Stamp:
-        return Stamp(self.hlc, self.node)
+    def stamp(self) -> HybridTimestamp:
+        return HybridTimestamp(self.hlc, self.node)
 
 
-class Digest(msgspec.Struct, frozen=True, array_like=True):
+class ShardDigest(msgspec.Struct, frozen=True, array_like=True):
     """A shard in a few bytes. `entries` counts tombstones, `documents` does not."""
 
     entries: int = 0
@@ -54,11 +54,11 @@ class Digest(msgspec.Struct, frozen=True, array_like=True):
     chunks: int = 0
     newest: int = 0  # greatest hlc
 
-    def agrees(self, other: Digest) -> bool:
+    def agrees(self, other: ShardDigest) -> bool:
         return self.entries == other.entries and self.total == other.total
 
 
-class Listed(msgspec.Struct, frozen=True, array_like=True):
+class ListingEntry(msgspec.Struct, frozen=True, array_like=True):
     """One line of a shard's listing."""
 
     doc_id: str
@@ -66,10 +66,10 @@ class Listed(msgspec.Struct, frozen=True, array_like=True):
     node: NodeId
 
 
-EMPTY = Digest()
+EMPTY = ShardDigest()
 
 
-def entry_hash(head: Head) -> int:
+def entry_hash(head: DocumentHead) -> int:
     """64 bits of the entry: equal for equal documents at equal stamps, on every machine."""
     text = f"{head.doc_id}\0{head.hlc}\0{head.node}\0{int(head.deleted)}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
@@ -78,21 +78,21 @@ def entry_hash(head: Head) -> int:
 class Replica:
     """The heads of one store as this node holds them, by shard, with running digests."""
 
-    def __init__(self, heads: Iterable[Head] = ()) -> None:
-        self._heads: list[dict[str, Head]] = [{} for _ in range(SHARDS)]
-        self._digests: list[Digest] = [EMPTY] * SHARDS
+    def __init__(self, heads: Iterable[DocumentHead] = ()) -> None:
+        self._heads: list[dict[str, DocumentHead]] = [{} for _ in range(SHARDS)]
+        self._digests: list[ShardDigest] = [EMPTY] * SHARDS
         for head in heads:
             self.merge(head)
 
-    def get(self, doc_id: str) -> Head | None:
+    def get(self, doc_id: str) -> DocumentHead | None:
         return self._heads[shard_of(doc_id)].get(doc_id)
 
-    def is_news(self, head: Head) -> bool:
+    def is_news(self, head: DocumentHead) -> bool:
         """Whether merging would change anything."""
         held = self.get(head.doc_id)
         return held is None or head.stamp > held.stamp
 
-    def merge(self, head: Head) -> bool:
+    def merge(self, head: DocumentHead) -> bool:
         """Takes the entry if it is newer than the one held; the only way in. True if it changed something."""
         if not self.is_news(head):
             return False
@@ -100,7 +100,7 @@ class Replica:
         held = self._heads[shard].get(head.doc_id)
         self._heads[shard][head.doc_id] = head
         digest = self._digests[shard]
-        self._digests[shard] = Digest(
+        self._digests[shard] = ShardDigest(
             entries=digest.entries + (held is None),
             total=(digest.total + entry_hash(head) - (entry_hash(held) if held else 0)) & _SUM_MASK,
             documents=digest.documents + (not head.deleted) - (held is not None and not held.deleted),
@@ -119,22 +119,22 @@ class Replica:
         kept = [head for heads in self._heads for head in heads.values() if head.hlc > hlc]
         self.__init__(kept)  # type: ignore[misc]
 
-    def digest(self, shard: int) -> Digest:
+    def digest(self, shard: int) -> ShardDigest:
         return self._digests[shard]
 
-    def digests(self) -> dict[int, Digest]:
+    def digests(self) -> dict[int, ShardDigest]:
         """Digests of the shards that hold anything."""
         return {shard: digest for shard, digest in enumerate(self._digests) if digest.entries}
 
-    def documents(self, shards: Iterable[int]) -> list[Head]:
+    def documents(self, shards: Iterable[int]) -> list[DocumentHead]:
         """The live documents of these shards, by id."""
         heads = (head for shard in shards for head in self._heads[shard].values() if not head.deleted)
         return sorted(heads, key=lambda head: head.doc_id)
 
-    def listing(self, shard: int) -> list[Listed]:
-        return [Listed(head.doc_id, head.hlc, head.node) for head in self._heads[shard].values()]
+    def listing(self, shard: int) -> list[ListingEntry]:
+        return [ListingEntry(head.doc_id, head.hlc, head.node) for head in self._heads[shard].values()]
 
-    def wanted(self, shard: int, theirs: Iterable[Listed]) -> list[str]:
+    def wanted(self, shard: int, theirs: Iterable[ListingEntry]) -> list[str]:
         """Documents to ask of a peer with this listing, oldest first.
 
         Oldest first, so that our `newest` reaches theirs only once we have it all: until then we know that we are behind.
@@ -143,12 +143,12 @@ class Replica:
         news = [line for line in theirs if shard_of(line.doc_id) == shard and _newer(line, held.get(line.doc_id))]
         return [line.doc_id for line in sorted(news, key=lambda line: (line.hlc, line.node))]
 
-    def surplus(self, shard: int, theirs: Iterable[Listed]) -> list[str]:
+    def surplus(self, shard: int, theirs: Iterable[ListingEntry]) -> list[str]:
         """Documents that a peer with this listing lacks or holds older, oldest first."""
-        listed = {line.doc_id: Stamp(line.hlc, line.node) for line in theirs}
+        listed = {line.doc_id: HybridTimestamp(line.hlc, line.node) for line in theirs}
         ours = [head for head in self._heads[shard].values() if head.doc_id not in listed or head.stamp > listed[head.doc_id]]
         return [head.doc_id for head in sorted(ours, key=lambda head: head.stamp)]
 
 
-def _newer(line: Listed, held: Head | None) -> bool:
-    return held is None or Stamp(line.hlc, line.node) > held.stamp
+def _newer(line: ListingEntry, held: DocumentHead | None) -> bool:
+    return held is None or HybridTimestamp(line.hlc, line.node) > held.stamp

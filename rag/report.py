@@ -8,8 +8,8 @@ from typing import Any
 
 from rag import place, wire
 from rag.peers import Peers
-from rag.registry import FILES, Entry
-from rag.replica import SHARDS, Digest
+from rag.registry import FILES, StoreEntry
+from rag.replica import SHARDS, ShardDigest
 from rag.types import StoreInfo
 from rag.wire import Summary
 
@@ -49,7 +49,7 @@ def held_counts(summary: Summary, stores: int) -> dict[str, int]:
     }
 
 
-def store_info(entry: Entry, peers: Peers) -> StoreInfo:
+def store_info(entry: StoreEntry, peers: Peers) -> StoreInfo:
     """A store as far as this node and gossip know it: exact for shards held here."""
     live = set(peers.live())
     documents = chunks = 0
@@ -58,7 +58,7 @@ def store_info(entry: Entry, peers: Peers) -> StoreInfo:
         owners = [node for node in peers.owners(entry.id, shard) if node in live]
         digests = [peers.digest_at(node, entry.id, shard) for node in owners]
         here = peers.digest_here(entry.id, shard)
-        best = max([*digests, here], key=lambda digest: (digest.newest, digest.entries), default=Digest())
+        best = max([*digests, here], key=lambda digest: (digest.newest, digest.entries), default=ShardDigest())
         documents += best.documents
         chunks += best.chunks
         replicas = min(replicas, len(owners))

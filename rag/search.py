@@ -26,7 +26,7 @@ REPEAT_WEIGHT = 0.9  # of each further passage of a document that already has on
 OVERLAP_SHARE = 0.5  # of a passage that may already be in the answer
 
 
-class Candidate(msgspec.Struct, frozen=True, array_like=True):
+class ChunkCandidate(msgspec.Struct, frozen=True, array_like=True):
     """A chunk that may be in the answer. `dense` is None and `counts` empty where it was not picked on that ground."""
 
     doc_id: str
@@ -55,14 +55,14 @@ class ShardStats(msgspec.Struct, frozen=True, array_like=True):
     total: int = 0
 
 
-class Answer(msgspec.Struct, frozen=True, array_like=True):
+class ShardResult(msgspec.Struct, frozen=True, array_like=True):
     terms: tuple[str, ...]  # of the query, sorted
     stats: tuple[ShardStats, ...]
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[ChunkCandidate, ...]
 
 
 class Ranked(msgspec.Struct, frozen=True):
-    candidate: Candidate
+    candidate: ChunkCandidate
     score: float
 
 
@@ -130,12 +130,12 @@ def bm25_rows(
     return np.round(total, 9)
 
 
-def dense_ranking(answers: Iterable[Answer], depth: int) -> list[Candidate]:
+def dense_ranking(answers: Iterable[ShardResult], depth: int) -> list[ChunkCandidate]:
     found = [candidate for answer in answers for candidate in answer.candidates if candidate.dense is not None]
     return sorted(found, key=lambda candidate: (-(candidate.dense or 0.0), candidate.key))[:depth]
 
 
-def lexical_ranking(answers: Sequence[Answer], depth: int) -> list[Candidate]:
+def lexical_ranking(answers: Sequence[ShardResult], depth: int) -> list[ChunkCandidate]:
     stats = [shard for answer in answers for shard in answer.stats]
     chunks, length = sum(shard.chunks for shard in stats), sum(shard.length for shard in stats)
     holding: dict[str, int] = {}
@@ -153,12 +153,12 @@ def lexical_ranking(answers: Sequence[Answer], depth: int) -> list[Candidate]:
     return [candidate for _, candidate in scored[:depth]]
 
 
-def fuse(answers: Sequence[Answer], top_k: int, *, embedding_weight: float = 1.0, text_weight: float = 1.0) -> list[Ranked]:
+def fuse(answers: Sequence[ShardResult], top_k: int, *, embedding_weight: float = 1.0, text_weight: float = 1.0) -> list[Ranked]:
     """The best passages over all shards: `weight / (10 + rank)` summed over the two rankings, scaled to at most 1."""
     depth = depth_for(top_k)
     total = embedding_weight + text_weight
     scores: dict[tuple[str, int], float] = {}
-    candidates: dict[tuple[str, int], Candidate] = {}
+    candidates: dict[tuple[str, int], ChunkCandidate] = {}
     rankings = ((embedding_weight, dense_ranking(answers, depth)), (text_weight, lexical_ranking(answers, depth)))
     for weight, ranking in rankings:
         if weight <= 0:
@@ -195,7 +195,7 @@ def diverse(ranked: Sequence[Ranked], top_k: int) -> list[Ranked]:
     return sorted(taken, key=lambda item: (-item.score, item.candidate.key))
 
 
-def _overlaps(chunk: Candidate, other: Candidate) -> bool:
+def _overlaps(chunk: ChunkCandidate, other: ChunkCandidate) -> bool:
     if chunk.doc_id != other.doc_id:
         return False
     shared = min(chunk.end, other.end) - max(chunk.start, other.start)

@@ -25,12 +25,12 @@ from rag.answers import Answers
 from rag.embed import Embedder
 from rag.local import LocalStores
 from rag.peers import Peers
-from rag.reading import Part
-from rag.registry import FILES, MAX_STORES, Entry, check_name, store_id
+from rag.reading import ShardReply
+from rag.registry import FILES, MAX_STORES, StoreEntry, check_name, store_id
 from rag.repair import Repair
-from rag.replica import SHARDS, Head
+from rag.replica import SHARDS, DocumentHead
 from rag.report import DocumentStatistics, held_counts, published, store_info
-from rag.search import Answer
+from rag.search import ShardResult
 from rag.sweep import sweep
 from rag.types import FileInfo, Passage, SearchResult, StoreInfo
 from rag.wire import Operation
@@ -128,7 +128,7 @@ class Documents:
             stamp, now_s = self._local.clock.next(self._now()), self._now()
             died = held.died if held else 0
             await self._peers.register(
-                Entry(store_id(name), name, int(now_s), self._embedder.identity, stamp.hlc, stamp.node, died)
+                StoreEntry(store_id(name), name, int(now_s), self._embedder.identity, stamp.hlc, stamp.node, died)
             )
         return self.store(name)
 
@@ -194,10 +194,10 @@ class Documents:
                 await self._bury(entry, file_id)
         await self._bury(FILES, head.doc_id)
 
-    async def _bury(self, entry: Entry, doc_id: str) -> None:
+    async def _bury(self, entry: StoreEntry, doc_id: str) -> None:
         await self._write(entry, Operation(self._head(doc_id, deleted=True)))
 
-    async def _file_head(self, file_id: str) -> Head:
+    async def _file_head(self, file_id: str) -> DocumentHead:
         await self._open.wait()
         heads = await self._peers.heads([(FILES.id, file_id)])
         head = heads.get(FILES.id, file_id)
@@ -239,7 +239,7 @@ class Documents:
     def _chunks(self, name: str, content: bytes) -> list[chunk.Chunk]:
         return chunk.split(parse.text_of(name, content), self._embedder.count_tokens)
 
-    async def _undo_if_deleted(self, entry: Entry, file_id: str) -> None:
+    async def _undo_if_deleted(self, entry: StoreEntry, file_id: str) -> None:
         """Takes back what was attached while the file was being deleted elsewhere: the delete did not see it."""
         head = (await self._peers.heads([(FILES.id, file_id)])).get(FILES.id, file_id)
         if head is not None and head.deleted:
@@ -261,17 +261,17 @@ class Documents:
         await self._open.wait()
         return await self._list(self._local.registry.find(store))
 
-    async def _list(self, entry: Entry) -> list[FileInfo]:
+    async def _list(self, entry: StoreEntry) -> list[FileInfo]:
         await self._open.wait()
 
-        async def ask(node: NodeId, shards: list[int], stale_too: bool) -> Part[list[Head]]:
+        async def ask(node: NodeId, shards: list[int], stale_too: bool) -> ShardReply[list[DocumentHead]]:
             if node == self._me:
                 shards = self._fit(entry, shards, stale_too)
                 replica = self._local.replica(entry.id)
-                return Part([] if replica is None else replica.documents(shards), shards)
+                return ShardReply([] if replica is None else replica.documents(shards), shards)
             header, tail = await self._peers.ask(node, "documents.files", wire.FilesCall(entry, shards, stale_too))
             heads = [head for head in wire.decoded(wire.HEADS, tail) if head is not None]
-            return Part(heads, wire.call_of(wire.ShardsReply, header).shards)
+            return ShardReply(heads, wire.call_of(wire.ShardsReply, header).shards)
 
         parts, answered = await self._peers.read(entry, ask)
         if answered < SHARDS:
@@ -298,14 +298,14 @@ class Documents:
             raw = search.to_wire(await trio.to_thread.run_sync(self._embedder.embed, [query], limiter=self._querying))
         text, depth = (query if text_weight > 0 else ""), search.depth_for(top_k)
 
-        async def ask(node: NodeId, shards: list[int], stale_too: bool) -> Part[Answer]:
+        async def ask(node: NodeId, shards: list[int], stale_too: bool) -> ShardReply[ShardResult]:
             if node == self._me:
                 shards = self._fit(entry, shards, stale_too)
                 vector = self._local.query_vector(raw)
-                return Part(await self._local.search(entry.id, shards, vector, text, depth), shards)
+                return ShardReply(await self._local.search(entry.id, shards, vector, text, depth), shards)
             call = wire.SearchCall(entry, shards, stale_too, depth, text)
             header, tail = await self._peers.ask(node, "documents.search", call, raw)
-            return Part(wire.decoded(wire.ANSWER, tail), wire.call_of(wire.ShardsReply, header).shards)
+            return ShardReply(wire.decoded(wire.ANSWER, tail), wire.call_of(wire.ShardsReply, header).shards)
 
         parts, answered = await self._peers.read(entry, ask)
         answers = [part.answer for part in parts]
@@ -316,12 +316,12 @@ class Documents:
         passages = tuple(_passage(item) for item in ranked)
         return SearchResult(entry.name, passages, search.contents_digest(contents), answered, SHARDS)
 
-    def _fit(self, entry: Entry, shards: Iterable[int], stale_too: bool) -> list[int]:
+    def _fit(self, entry: StoreEntry, shards: Iterable[int], stale_too: bool) -> list[int]:
         return [shard for shard in shards if stale_too or not self._peers.is_behind(entry.id, shard)]
 
     # -- common
 
-    def _check_embedder(self, entry: Entry) -> None:
+    def _check_embedder(self, entry: StoreEntry) -> None:
         if entry.embedder != self._embedder.identity:
             raise BadRequest(
                 f"store {entry.name!r} holds vectors of {entry.embedder}, this node makes {self._embedder.identity}; "
@@ -331,12 +331,12 @@ class Documents:
                 409,
             )
 
-    def _head(self, doc_id: str, **fields: Any) -> Head:
+    def _head(self, doc_id: str, **fields: Any) -> DocumentHead:
         now_s = self._now()
         stamp = self._local.clock.next(now_s)
-        return Head(doc_id, stamp.hlc, stamp.node, created_at=int(now_s), **fields)
+        return DocumentHead(doc_id, stamp.hlc, stamp.node, created_at=int(now_s), **fields)
 
-    async def _write(self, entry: Entry, operation: Operation) -> None:
+    async def _write(self, entry: StoreEntry, operation: Operation) -> None:
         self._writes += 1
         try:
             await self._peers.write(entry, operation)
@@ -373,7 +373,7 @@ def _check_search(query: str, top_k: int, embedding_weight: float, text_weight: 
         raise BadRequest("expected two weights of 0 or more, one of them above 0", "ranking_options")
 
 
-def _info(head: Head) -> FileInfo:
+def _info(head: DocumentHead) -> FileInfo:
     return FileInfo(head.doc_id, head.name, head.size_bytes, head.created_at, head.rev, head.chunks)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mesh.errors import MeshError, Refused
 from mesh.ids import NodeId
-from rag.replica import Head, shard_of
+from rag.replica import DocumentHead, shard_of
 from rag.wire import Operation
 
 SCHEMA_VERSION = 1
@@ -92,7 +92,7 @@ class StoreFile:
         self._embedder = embedder
         self._connection: sqlite3.Connection | None = None
 
-    def open(self) -> list[Head]:
+    def open(self) -> list[DocumentHead]:
         """Opens or creates the file, checks it, and returns all its heads.
 
         Raises:
@@ -233,6 +233,6 @@ class StoreFile:
         )
 
 
-def _head(row: tuple[str, int, str, int, str, int, int, str, int]) -> Head:
+def _head(row: tuple[str, int, str, int, str, int, int, str, int]) -> DocumentHead:
     doc_id, hlc, node, deleted, name, size_bytes, created_at, rev, chunks = row
-    return Head(doc_id, hlc, NodeId(node), bool(deleted), name, size_bytes, created_at, rev, chunks)
+    return DocumentHead(doc_id, hlc, NodeId(node), bool(deleted), name, size_bytes, created_at, rev, chunks)

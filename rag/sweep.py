@@ -15,7 +15,7 @@ import trio
 
 from rag.local import LocalStores
 from rag.peers import PEER_FAILURES, Peers
-from rag.registry import FILES, Entry
+from rag.registry import FILES, StoreEntry
 from rag.replica import SHARDS
 
 log = structlog.get_logger()
@@ -24,7 +24,7 @@ SWEEP_EVERY_S = 2.0
 BATCH = 100  # documents looked into in one round
 
 
-def orphans(local: LocalStores) -> list[tuple[Entry, str]]:
+def orphans(local: LocalStores) -> list[tuple[StoreEntry, str]]:
     """Documents held here whose file is deleted, as far as is known here."""
     files = local.replica(FILES.id)
     if files is None:
@@ -39,7 +39,7 @@ def orphans(local: LocalStores) -> list[tuple[Entry, str]]:
     return found
 
 
-async def sweep(local: LocalStores, peers: Peers, bury: Callable[[Entry, str], Awaitable[None]]) -> None:
+async def sweep(local: LocalStores, peers: Peers, bury: Callable[[StoreEntry, str], Awaitable[None]]) -> None:
     """Runs until cancelled; looks again whenever anything has changed here, and while anything is left."""
     seen = -1
     while True:

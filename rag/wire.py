@@ -13,9 +13,9 @@ import msgspec
 
 from mesh.errors import BadRequest
 from rag.clock import is_too_far_ahead
-from rag.registry import FILES_ID, Entry
-from rag.replica import SHARDS, Digest, Head, Listed
-from rag.search import Answer, from_wire
+from rag.registry import FILES_ID, StoreEntry
+from rag.replica import SHARDS, DocumentHead, ListingEntry, ShardDigest
+from rag.search import ShardResult, from_wire
 
 BATCH_BYTES = 4 << 20  # of operations in one answer; a single larger one travels alone
 MAX_FETCHED = 500  # documents named in one call
@@ -25,7 +25,7 @@ MAX_ID_CHARS = 128
 class Operation(msgspec.Struct, frozen=True, array_like=True):
     """One write, whole: what an owner stores and what repair sends."""
 
-    head: Head
+    head: DocumentHead
     content: bytes = b""  # of an uploaded file
     spans: tuple[tuple[int, int, str], ...] = ()  # (start, end, text) of each chunk
     vectors: bytes = b""  # f16 [chunks, dim]
@@ -36,16 +36,16 @@ class Operation(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ApplyCall(msgspec.Struct, frozen=True):
-    entry: Entry
+    entry: StoreEntry
 
 
 class ListingCall(msgspec.Struct, frozen=True):
-    entry: Entry
+    entry: StoreEntry
     shard: int
 
 
 class FetchCall(msgspec.Struct, frozen=True):
-    entry: Entry
+    entry: StoreEntry
     docs: list[str]
 
 
@@ -60,7 +60,7 @@ class HeadsCall(msgspec.Struct, frozen=True):
 class FilesCall(msgspec.Struct, frozen=True):
     """`stale_too`: answer also for shards that a peer is known to hold newer entries of."""
 
-    entry: Entry
+    entry: StoreEntry
     shards: list[int]
     stale_too: bool
 
@@ -68,7 +68,7 @@ class FilesCall(msgspec.Struct, frozen=True):
 class SearchCall(msgspec.Struct, frozen=True):
     """The tail is the query's vector, f16 [dim]; empty leaves the dense half out."""
 
-    entry: Entry
+    entry: StoreEntry
     shards: list[int]
     stale_too: bool
     depth: int
@@ -76,18 +76,18 @@ class SearchCall(msgspec.Struct, frozen=True):
 
 
 class RegisterCall(msgspec.Struct, frozen=True):
-    entries: list[Entry]
+    entries: list[StoreEntry]
 
 
 class Summary(msgspec.Struct, frozen=True):
     """What a node tells of its stores: in gossip, and in full on request. `brief` set: too large, ask for it."""
 
-    stores: list[Entry] = []
-    digests: dict[str, dict[str, Digest]] = {}  # by store id and shard number
+    stores: list[StoreEntry] = []
+    digests: dict[str, dict[str, ShardDigest]] = {}  # by store id and shard number
     brief: str = ""
 
-    def digest(self, store: str, shard: int) -> Digest:
-        return self.digests.get(store, {}).get(str(shard), Digest())
+    def digest(self, store: str, shard: int) -> ShardDigest:
+        return self.digests.get(store, {}).get(str(shard), ShardDigest())
 
 
 class ShardsReply(msgspec.Struct, frozen=True):
@@ -98,10 +98,10 @@ class ShardsReply(msgspec.Struct, frozen=True):
 
 ENCODER = msgspec.msgpack.Encoder()
 OPERATIONS = msgspec.msgpack.Decoder(list[Operation])
-LISTING = msgspec.msgpack.Decoder(list[Listed])
-HEADS = msgspec.msgpack.Decoder(list[Head | None])
+LISTING = msgspec.msgpack.Decoder(list[ListingEntry])
+HEADS = msgspec.msgpack.Decoder(list[DocumentHead | None])
 SUMMARY = msgspec.msgpack.Decoder(Summary)
-ANSWER = msgspec.msgpack.Decoder(Answer)
+ANSWER = msgspec.msgpack.Decoder(ShardResult)
 
 T = TypeVar("T")
 
@@ -142,7 +142,7 @@ def file_id(name: str, content: bytes) -> str:
     return "file-" + digest.hexdigest()
 
 
-def flaw_of(operation: Operation, entry: Entry, dim: int, now_s: float) -> str | None:
+def flaw_of(operation: Operation, entry: StoreEntry, dim: int, now_s: float) -> str | None:
     """Why an operation must not be stored, whoever sent it; None if nothing is wrong with it."""
     head = operation.head
     if not 0 < len(head.doc_id) <= MAX_ID_CHARS or head.hlc <= 0 or head.hlc >= 1 << 63:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from mesh.errors import BadRequest, Refused
 
-SHORTEST_RETRY_S = 0.5
-LONGEST_RETRY_S = 60.0
+MIN_RETRY_S = 0.5
+MAX_RETRY_S = 60.0
 """The official clients obey `Retry-After` to the letter, and some give up on more than two minutes."""
 
 
@@ -60,4 +60,4 @@ def admit(
 
 def retry_after_s(expected_s: float) -> float:
     """When it is worth coming back: the expected time, within bounds."""
-    return min(LONGEST_RETRY_S, max(SHORTEST_RETRY_S, expected_s))
+    return min(MAX_RETRY_S, max(MIN_RETRY_S, expected_s))

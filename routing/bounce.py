@@ -15,35 +15,35 @@ from mesh.ids import NodeId
 if TYPE_CHECKING:
     from random import Random
 
-MOST_BOUNCES = 2
-SHORTEST_WAIT_S = 0.05
-LONGEST_WAIT_S = 2.0
+MAX_BOUNCES = 2
+MIN_WAIT_S = 0.05
+MAX_WAIT_S = 2.0
 """Of one wait; the request's deadline and admission bound their sum."""
 
 
 @dataclass(frozen=True, slots=True)
-class GoElsewhere:
+class PlanElsewhere:
     """Plan again, without these."""
 
     excluded: frozenset[NodeId]
 
 
 @dataclass(frozen=True, slots=True)
-class WaitHere:
+class WaitAtEntry:
     """Plan again after `wait_s`, with everybody; sooner when a peer's load record tells of room."""
 
     wait_s: float
 
 
-Bounced = GoElsewhere | WaitHere
+Bounced = PlanElsewhere | WaitAtEntry
 
 
-class Bounces:
+class RefusalHistory:
     """The refusals of one request, since it last waited or was taken."""
 
     def __init__(self) -> None:
         self._refused: list[NodeId] = []
-        self._soonest_s = LONGEST_WAIT_S
+        self._soonest_s = MAX_WAIT_S
         self._waits = 0
 
     @property
@@ -59,17 +59,17 @@ class Bounces:
         again = node in self._refused  # it was asked although it had refused: there is nobody else
         if not again:
             self._refused.append(node)
-        self._soonest_s = min(self._soonest_s, max(SHORTEST_WAIT_S, retry_after_s))
-        if others and not again and len(self._refused) <= MOST_BOUNCES:
-            return GoElsewhere(self.excluded)
+        self._soonest_s = min(self._soonest_s, max(MIN_WAIT_S, retry_after_s))
+        if others and not again and len(self._refused) <= MAX_BOUNCES:
+            return PlanElsewhere(self.excluded)
         self._waits += 1
-        wait_s = min(LONGEST_WAIT_S, self._soonest_s * 2.0 ** (min(self._waits, 16) - 1))
+        wait_s = min(MAX_WAIT_S, self._soonest_s * 2.0 ** (min(self._waits, 16) - 1))
         self._refused.clear()
-        self._soonest_s = LONGEST_WAIT_S
-        return WaitHere(wait_s * rng.uniform(0.5, 1.0))
+        self._soonest_s = MAX_WAIT_S
+        return WaitAtEntry(wait_s * rng.uniform(0.5, 1.0))
 
     def taken(self) -> None:
         """A path took the request: a later refusal, on a later attempt, starts anew."""
         self._refused.clear()
-        self._soonest_s = LONGEST_WAIT_S
+        self._soonest_s = MAX_WAIT_S
         self._waits = 0

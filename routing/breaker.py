@@ -17,7 +17,7 @@ from mesh.ids import NodeId
 
 FAILURES_TO_OPEN = 5
 FIRST_OPEN_S = 1.0
-LONGEST_OPEN_S = 30.0
+MAX_OPEN_S = 30.0
 PROBE_S = 30.0
 """A probe that has not reported by then is taken for lost, and another may go."""
 
@@ -62,7 +62,7 @@ class Breakers:
         if record.opened > 0 and not half_open:
             return  # late failures of what was sent before it opened
         record.opened += 1
-        record.open_until = now + min(LONGEST_OPEN_S, FIRST_OPEN_S * 2.0 ** (min(record.opened, 16) - 1))
+        record.open_until = now + min(MAX_OPEN_S, FIRST_OPEN_S * 2.0 ** (min(record.opened, 16) - 1))
         record.probe_until = 0.0
 
     def dispatched(self, node: NodeId, now: float) -> None:

@@ -14,11 +14,11 @@ from itertools import pairwise
 from mesh.ids import ModelId
 from mesh.versions import versions
 from mesh.view import ModelCard, View
-from routing.holders import Holder, holders
+from routing.holders import SpanHolder, holders
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class CoverageRun:
     """Layers `[start, end)` that are held by equally many."""
 
     start: int
@@ -31,7 +31,7 @@ class Run:
 class Coverage:
     """Of one model; the runs are in order and leave no layer out."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[CoverageRun, ...]
 
     @property
     def least_live(self) -> int:
@@ -42,7 +42,7 @@ class Coverage:
         return min((run.ready for run in self.runs), default=0)
 
     @property
-    def weakest(self) -> tuple[Run, ...]:
+    def weakest(self) -> tuple[CoverageRun, ...]:
         """Where the fewest ready copies are."""
         return tuple(run for run in self.runs if run.ready == self.least_ready)
 
@@ -88,23 +88,23 @@ def _of(view: View, card: ModelCard) -> Coverage:
     return Coverage(tuple(_runs(steps, ready_steps, card.layers)))
 
 
-def _runs(steps: Mapping[int, int], ready_steps: Mapping[int, int], layers: int) -> Iterator[Run]:
+def _runs(steps: Mapping[int, int], ready_steps: Mapping[int, int], layers: int) -> Iterator[CoverageRun]:
     live = ready = 0
-    open_run: Run | None = None
+    open_run: CoverageRun | None = None
     edges = sorted({0, layers, *steps})
     for start, end in pairwise(edges):
         live, ready = live + steps.get(start, 0), ready + ready_steps.get(start, 0)
         if open_run is not None and (open_run.live, open_run.ready) == (live, ready):
-            open_run = Run(open_run.start, end, live, ready)
+            open_run = CoverageRun(open_run.start, end, live, ready)
             continue
         if open_run is not None:
             yield open_run
-        open_run = Run(start, end, live, ready)
+        open_run = CoverageRun(start, end, live, ready)
     if open_run is not None:
         yield open_run
 
 
-def _merged(holder: Holder) -> list[tuple[int, int]]:
+def _merged(holder: SpanHolder) -> list[tuple[int, int]]:
     """Its spans as they cover layers: what two of them share counts once."""
     merged: list[tuple[int, int]] = []
     for start, end in holder.spans:
@@ -115,5 +115,5 @@ def _merged(holder: Holder) -> list[tuple[int, int]]:
     return merged
 
 
-def _is_ready(holder: Holder) -> bool:
+def _is_ready(holder: SpanHolder) -> bool:
     return holder.peer.usable and not holder.peer.overloaded

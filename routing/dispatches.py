@@ -37,7 +37,7 @@ class Dispatch:
 
 
 @dataclass(frozen=True, slots=True)
-class OwnWork:
+class DispatchedWork:
     """What this node knows of its own work at one peer, relative to a load record heard at some time."""
 
     added: int = 0  # dispatched since the record, still running: the record does not count them yet
@@ -58,7 +58,7 @@ class _PeerLedger:
     finished: float = 0.0
 
 
-NOTHING = OwnWork()
+NOTHING = DispatchedWork()
 
 
 class Dispatches:
@@ -103,14 +103,14 @@ class Dispatches:
         """The peer died, left or restarted: what ran there runs no more, and its past says nothing of its next life."""
         self._peers.pop(node, None)
 
-    def own(self, node: NodeId, record_at: float) -> OwnWork:
+    def own(self, node: NodeId, record_at: float) -> DispatchedWork:
         """Own work at `node` beside a load record heard at `record_at`."""
         ledger = self._peers.get(node)
         if ledger is None:
             return NOTHING
         fresh = [sent for sent in ledger.running.values() if sent.at >= record_at]
         ended = sum(1 for began, end in ledger.ended if began < record_at <= end)
-        return OwnWork(
+        return DispatchedWork(
             added=len(fresh),
             ended=ended,
             prefill_tokens=sum(sent.prefill_tokens for sent in fresh),

@@ -11,7 +11,7 @@ from mesh.view import Peer, PeerState, View
 
 
 @dataclass(frozen=True, slots=True)
-class Holder:
+class SpanHolder:
     """A peer and its spans of one model. A stage lies within one span: spans that touch are still two."""
 
     peer: Peer
@@ -30,7 +30,7 @@ class Holder:
 
 def holders(
     view: View, model: ModelId, layers: int, excluded: frozenset[NodeId] = frozenset(), weights: str | None = None
-) -> list[Holder]:
+) -> list[SpanHolder]:
     """Peers that may serve layers of one version of `model`: live, not draining, not excluded, with exactly these weights.
 
     weights: None for the version that answers to the model's id in this view.
@@ -53,11 +53,11 @@ def holders(
         )
         if spans:
             held = len({layer for start, end in spans for layer in range(start, end)})
-            found.append(Holder(peer, spans, held, own.numerics))
+            found.append(SpanHolder(peer, spans, held, own.numerics))
     return found
 
 
-def gaps(found: Iterable[Holder], layers: int) -> tuple[tuple[int, int], ...]:
+def gaps(found: Iterable[SpanHolder], layers: int) -> tuple[tuple[int, int], ...]:
     """Layers that none of them holds, as `(start, end)` runs in order."""
     open_from = 0
     missing = []
@@ -99,7 +99,7 @@ def connected(spans_of: Sequence[Sequence[tuple[int, int]]], layers: int) -> boo
     return leads_on(0, frozenset())
 
 
-def is_suspect(holder: Holder) -> bool:
+def is_suspect(holder: SpanHolder) -> bool:
     """Silent, or alive with an engine that makes no progress."""
     return holder.peer.state is PeerState.SUSPECT or holder.peer.stalled
 

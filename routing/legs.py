@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mesh.ids import NodeId
-from routing.holders import Holder
-from routing.policies import Candidate, Policy
-from routing.score import Work
+from routing.holders import SpanHolder
+from routing.policies import PeerCandidate, Policy
+from routing.score import RequestWork
 
 if TYPE_CHECKING:
     from random import Random
@@ -30,15 +30,15 @@ NEAR_FACTOR = 2.0
 NEAR_MS = 5.0
 """An option is near the best while the unloaded rest of its path costs at most twice the best one's, plus 5 ms."""
 
-MOST_EXPANSIONS = 20_000
+MAX_EXPANSIONS = 20_000
 """Bound on the walk's backtracking. It is only ever needed where nodes hold several spans that others do not."""
 
 
 @dataclass(frozen=True, slots=True)
-class Leg:
+class CandidateStage:
     """One stage of a path under consideration."""
 
-    holder: Holder
+    holder: SpanHolder
     start: int
     end: int
     idle_ms: float  # this stage and the cheapest rest, if nothing else ran
@@ -47,7 +47,7 @@ class Leg:
 
 
 @dataclass(frozen=True, slots=True)
-class Rate:
+class StageRate:
     """A holder's cost of a stage: `fixed + layers * per_layer`, ms; unloaded and loaded."""
 
     idle_fixed_ms: float
@@ -62,21 +62,21 @@ class Rate:
         return self.fixed_ms + layers * self.per_layer_ms
 
 
-Weigh = Callable[[Leg], Candidate]
+Weigh = Callable[[CandidateStage], PeerCandidate]
 """A leg as a candidate of the routing policy."""
 
 
-class LegSearch:
+class PathSearch:
     """One search over one set of holders. `walk` may be called once; it draws from `rng` and moves the policy's counters."""
 
     def __init__(
         self,
-        found: Sequence[Holder],
+        found: Sequence[SpanHolder],
         layers: int,
-        rates: dict[NodeId, Rate],
+        rates: dict[NodeId, StageRate],
         weigh: Weigh,
         policy: Policy,
-        work: Work,
+        work: RequestWork,
         rng: Random,
     ) -> None:
         self._found = found
@@ -94,19 +94,19 @@ class LegSearch:
         self._dead: set[tuple[int, frozenset[NodeId]]] = set()
         self._expansions = 0
         self.furthest = 0  # the layer up to which some path came
-        self.ranked: list[list[Candidate]] = []  # of each stage of the path, what the policy ranked
+        self.ranked: list[list[PeerCandidate]] = []  # of each stage of the path, what the policy ranked
 
-    def walk(self) -> list[Leg] | None:
+    def walk(self) -> list[CandidateStage] | None:
         """Stages that cover all layers, each node once; None: there are none (see `furthest`)."""
         return self._walk(0, frozenset())
 
-    def _walk(self, layer: int, used: frozenset[NodeId]) -> list[Leg] | None:
+    def _walk(self, layer: int, used: frozenset[NodeId]) -> list[CandidateStage] | None:
         self.furthest = max(self.furthest, layer)
         if layer == self._layers:
             return []
         # Of the nodes used, only those that hold layers further on can make a difference from here.
         state = (layer, frozenset(node for node in used if self._last_end[node] > layer))
-        if state in self._dead or self._expansions >= MOST_EXPANSIONS:
+        if state in self._dead or self._expansions >= MAX_EXPANSIONS:
             return None
         self._expansions += 1
         depth = len(self.ranked)
@@ -120,13 +120,13 @@ class LegSearch:
         self._dead.add(state)
         return None
 
-    def _options(self, layer: int, used: frozenset[NodeId], depth: int) -> Iterator[Leg]:
+    def _options(self, layer: int, used: frozenset[NodeId], depth: int) -> Iterator[CandidateStage]:
         """What the policy ranks first; after it, only in case that leads nowhere, everything else by cost."""
         legs = [leg for leg in self._legs(layer) if leg.holder.node not in used]
         if not legs:
             return
         limit_ms = NEAR_FACTOR * min(leg.idle_ms for leg in legs) + NEAR_MS
-        best: dict[NodeId, Leg] = {}
+        best: dict[NodeId, CandidateStage] = {}
         for leg in legs:
             rival = best.get(leg.holder.node)
             if leg.idle_ms <= limit_ms and (rival is None or (leg.loaded_ms, -leg.end) < (rival.loaded_ms, -rival.end)):
@@ -138,7 +138,7 @@ class LegSearch:
         tried = {id(leg) for leg in best.values()}
         yield from sorted((leg for leg in legs if id(leg) not in tried), key=lambda leg: leg.loaded_ms)
 
-    def _legs(self, layer: int) -> Iterator[Leg]:
+    def _legs(self, layer: int) -> Iterator[CandidateStage]:
         """All stages that begin at `layer` and from whose end some way leads on."""
         for holder in self._found:
             rate = self._rates[holder.node]
@@ -146,7 +146,7 @@ class LegSearch:
                 if self._idle_to_go[end] < math.inf:
                     count = end - layer
                     onward_ms = self._loaded_to_go[end]
-                    yield Leg(
+                    yield CandidateStage(
                         holder,
                         layer,
                         end,
@@ -155,7 +155,7 @@ class LegSearch:
                         onward_ms,
                     )
 
-    def _ends(self, layer: int, holder: Holder) -> list[int]:
+    def _ends(self, layer: int, holder: SpanHolder) -> list[int]:
         """Boundaries at which a stage of `holder` that begins at `layer` may end."""
         first = bisect_right(self._boundaries, layer)
         return self._boundaries[first : bisect_right(self._boundaries, holder.reach(layer))]

@@ -18,11 +18,11 @@ import msgspec
 from mesh.ids import Address, ModelId, NodeId
 from mesh.view import Peer, View
 from routing.dispatches import NOTHING, Dispatches
-from routing.holders import Holder, gaps, holders, is_suspect
-from routing.legs import Leg, LegSearch, Rate
+from routing.holders import SpanHolder, gaps, holders, is_suspect
+from routing.legs import CandidateStage, PathSearch, StageRate
 from routing.loading import no_path
-from routing.policies import Candidate, Policy
-from routing.score import DEFAULT_RESIDENCY_S, Costs, Work, costs, pool_of, terms
+from routing.policies import PeerCandidate, Policy
+from routing.score import DEFAULT_RESIDENCY_S, RequestWork, ScoreTerms, costs, pool_of, terms
 
 if TYPE_CHECKING:
     from random import Random
@@ -35,7 +35,7 @@ EXPLAINED_PER_STAGE = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class PathStage:
     """One peer's part: layers `[start, end)`."""
 
     node: NodeId
@@ -45,7 +45,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Considered:
+class ScoredCandidate:
     """A candidate that was ranked for a stage, with the terms of its score in ms, for people who ask why."""
 
     stage: int
@@ -58,13 +58,13 @@ class Considered:
 class Path:
     """Stages in order: the first starts at layer 0, each next one where the last ended."""
 
-    stages: tuple[Stage, ...]
+    stages: tuple[PathStage, ...]
     numerics: str  # the fingerprint all stages share; empty when they differ or have not told
     cost_ms: float  # expected time to completion
     wait_ms: float  # of it, the queues before the first own row is computed: what admission looks at
-    considered: tuple[Considered, ...] = ()
+    considered: tuple[ScoredCandidate, ...] = ()
 
-    def __iter__(self) -> Iterator[Stage]:
+    def __iter__(self) -> Iterator[PathStage]:
         return iter(self.stages)
 
     def __len__(self) -> int:
@@ -91,7 +91,7 @@ def plan(
     rng: Random,
     now: float,
     *,
-    work: Work | None = None,
+    work: RequestWork | None = None,
     dispatches: Dispatches | None = None,
     excluded: frozenset[NodeId] = frozenset(),
     avoided: frozenset[NodeId] = frozenset(),
@@ -111,7 +111,7 @@ def plan(
     missing = gaps(found, layers)
     if missing:
         raise no_path(view, model, missing, weights)
-    planner = _Planner(view, model, layers, found, policy, rng, now, work or Work(), dispatches or Dispatches(), avoided)
+    planner = _Planner(view, model, layers, found, policy, rng, now, work or RequestWork(), dispatches or Dispatches(), avoided)
     for groups in _tiers(found, planner.last_resort, numerics):
         path = planner.best(groups)
         if path is not None:
@@ -120,7 +120,7 @@ def plan(
     raise no_path(view, model, ((planner.furthest, layers),), weights)
 
 
-def _tiers(found: list[Holder], last_resort: frozenset[NodeId], numerics: str) -> Iterator[list[list[Holder]]]:
+def _tiers(found: list[SpanHolder], last_resort: frozenset[NodeId], numerics: str) -> Iterator[list[list[SpanHolder]]]:
     """Sets of holders to try one after another; each is a list of groups that are alternatives to each other."""
     healthy = [holder for holder in found if holder.node not in last_resort]
     free = [holder for holder in healthy if not holder.peer.overloaded]
@@ -137,8 +137,8 @@ def _tiers(found: list[Holder], last_resort: frozenset[NodeId], numerics: str) -
                 yield [[holder for group in groups for holder in group]]
 
 
-def _by_numerics(holders: list[Holder]) -> list[list[Holder]]:
-    groups: dict[str, list[Holder]] = {}
+def _by_numerics(holders: list[SpanHolder]) -> list[list[SpanHolder]]:
+    groups: dict[str, list[SpanHolder]] = {}
     for holder in holders:
         groups.setdefault(holder.numerics, []).append(holder)
     return list(groups.values())
@@ -152,11 +152,11 @@ class _Planner:
         view: View,
         model: ModelId,
         layers: int,
-        found: list[Holder],
+        found: list[SpanHolder],
         policy: Policy,
         rng: Random,
         now: float,
-        work: Work,
+        work: RequestWork,
         dispatches: Dispatches,
         avoided: frozenset[NodeId],
     ) -> None:
@@ -171,11 +171,11 @@ class _Planner:
         self._own = {holder.node: dispatches.own(holder.node, holder.peer.load_at) for holder in found}
         self._pool = pool_of((holder.peer for holder in found), model, dispatches.residency_s(DEFAULT_RESIDENCY_S))
         self._idle_pool = replace(self._pool, running=0.0, waiting=0.0, prefill_tokens_queued=0.0, kv_used_share=0.0)
-        self._rates: dict[NodeId, Rate] = {}
+        self._rates: dict[NodeId, StageRate] = {}
         self.last_resort = avoided | {holder.node for holder in found if is_suspect(holder)}
         self.furthest = 0
 
-    def best(self, groups: list[list[Holder]]) -> Path | None:
+    def best(self, groups: list[list[SpanHolder]]) -> Path | None:
         """The path of least cost over the groups, a whole replica first; None when no group covers the model."""
         whole = [holder for group in groups for holder in group if holder.reach(0) >= self._layers]
         roomy = [holder for holder in whole if not self._price(holder, self._layers, solo=True).memory]
@@ -186,17 +186,17 @@ class _Planner:
             return min(split, key=lambda path: path.cost_ms)
         return self._solo(whole) if whole else None
 
-    def _solo(self, whole: Sequence[Holder]) -> Path:
-        legs = {holder.node: Leg(holder, 0, self._layers, 0.0, 0.0, 0.0) for holder in whole}
+    def _solo(self, whole: Sequence[SpanHolder]) -> Path:
+        legs = {holder.node: CandidateStage(holder, 0, self._layers, 0.0, 0.0, 0.0) for holder in whole}
         candidates = [self._candidate(leg, solo=True) for leg in legs.values()]
         ranked = self._policy.pick(candidates, self._work, self._rng)
         return self._path([legs[ranked[0].node]], [ranked], solo=True)
 
-    def _split(self, group: list[Holder]) -> Path | None:
+    def _split(self, group: list[SpanHolder]) -> Path | None:
         for holder in group:
             if holder.node not in self._rates:
                 self._rates[holder.node] = self._rate(holder)
-        search = LegSearch(
+        search = PathSearch(
             group,
             self._layers,
             self._rates,
@@ -209,9 +209,9 @@ class _Planner:
         self.furthest = max(self.furthest, search.furthest)
         return self._path(legs, search.ranked, solo=False) if legs is not None else None
 
-    def _candidate(self, leg: Leg, *, solo: bool) -> Candidate:
+    def _candidate(self, leg: CandidateStage, *, solo: bool) -> PeerCandidate:
         peer, own = leg.holder.peer, self._own[leg.holder.node]
-        return Candidate(
+        return PeerCandidate(
             node=peer.id,
             price=lambda: self._price(leg.holder, leg.end - leg.start, solo=solo),
             load=peer.load.running + peer.load.waiting + own.added,
@@ -221,7 +221,7 @@ class _Planner:
             mine=peer.id == self._me,
         )
 
-    def _price(self, holder: Holder, layers: int, *, solo: bool, idle: bool = False) -> Costs:
+    def _price(self, holder: SpanHolder, layers: int, *, solo: bool, idle: bool = False) -> ScoreTerms:
         """The terms of a stage; `idle`: as if nothing ran anywhere and nothing had ever failed."""
         return costs(
             _at_rest(holder.peer) if idle else holder.peer,
@@ -236,28 +236,28 @@ class _Planner:
             solo=solo,
         )
 
-    def _rate(self, holder: Holder) -> Rate:
+    def _rate(self, holder: SpanHolder) -> StageRate:
         """The two lines through the costs of no layer and of one."""
         penalty_ms = LAST_RESORT_MS if holder.node in self.last_resort else 0.0
         fixed_ms, one_ms = (self._price(holder, layers, solo=False).total for layers in (0, 1))
         idle_fixed_ms, idle_one_ms = (self._price(holder, layers, solo=False, idle=True).total for layers in (0, 1))
-        return Rate(
+        return StageRate(
             idle_fixed_ms=idle_fixed_ms + penalty_ms,
             idle_per_layer_ms=idle_one_ms - idle_fixed_ms,
             fixed_ms=fixed_ms + penalty_ms,
             per_layer_ms=one_ms - fixed_ms,
         )
 
-    def _path(self, legs: Sequence[Leg], ranked: Sequence[Sequence[Candidate]], *, solo: bool) -> Path:
+    def _path(self, legs: Sequence[CandidateStage], ranked: Sequence[Sequence[PeerCandidate]], *, solo: bool) -> Path:
         priced = [self._price(leg.holder, leg.end - leg.start, solo=solo) for leg in legs]
         fingerprints = {leg.holder.numerics for leg in legs}
         considered = [
-            Considered(stage, rank, candidate.node, terms(candidate.costs))
+            ScoredCandidate(stage, rank, candidate.node, terms(candidate.costs))
             for stage, candidates in enumerate(ranked)
             for rank, candidate in enumerate(candidates[:EXPLAINED_PER_STAGE])
         ]
         return Path(
-            stages=tuple(Stage(leg.holder.node, leg.holder.peer.address, leg.start, leg.end) for leg in legs),
+            stages=tuple(PathStage(leg.holder.node, leg.holder.peer.address, leg.start, leg.end) for leg in legs),
             numerics=fingerprints.pop() if len(fingerprints) == 1 else "",
             cost_ms=sum(each.total for each in priced),
             wait_ms=sum(each.queue for each in priced),

@@ -24,7 +24,7 @@ from mesh.view import ModelCard, Peer, PeerState, Span, View
 from routing.holders import connected
 from routing.windows import SPARE_STEPS, Window, best_windows
 
-MOST_SPANS_WEIGHED = 4
+MAX_SPANS_WEIGHED = 4
 """Nodes with more spans of a model than this keep all or none of them in a move; else every subset is weighed."""
 
 Standing = tuple[int, ...]
@@ -32,7 +32,7 @@ Standing = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class PlacementMove:
     """What one node should do: drop, load and serve, drop. `epoch` names the situation that it is an answer to."""
 
     node: NodeId
@@ -73,7 +73,7 @@ def next_move(
     *,
     replicas_wanted: int = 2,
     card: ModelCard | None = None,
-) -> Move | None:
+) -> PlacementMove | None:
     """The one move that the mesh should make now, or None. The same on all nodes with the same view.
 
     card: names the version that it is about; None for the one that answers to the model's id. Each version is placed by
@@ -116,12 +116,12 @@ def _best_move(
     before: Standing,
     wanted: int,
     epoch: str,
-) -> Move | None:
+) -> PlacementMove | None:
     """The node's best change, if it makes the mesh's standing strictly better."""
     current = held[node]
     others = {other: spans for other, spans in held.items() if other != node}
     elsewhere = _copies(others.values(), card.layers)
-    options: list[tuple[Standing, int, int, Move]] = []
+    options: list[tuple[Standing, int, int, PlacementMove]] = []
     for kept in _subsets(current):
         dropped = tuple(span for span in current if span not in kept)
         taken = _to_take(kept, dropped, elsewhere, capacity, wanted, node)
@@ -132,7 +132,7 @@ def _best_move(
             continue
         after = _standing({**others, node: (*kept, *taken)}, card.layers, wanted)
         first, last = ((), dropped) if fits_beside else (dropped, ())
-        move = Move(node, _as_spans(first, card), _as_spans(taken, card), _as_spans(last, card), epoch)
+        move = PlacementMove(node, _as_spans(first, card), _as_spans(taken, card), _as_spans(last, card), epoch)
         options.append((after, _size(taken), len(dropped), move))
     if not options:
         return None
@@ -180,7 +180,7 @@ def _epoch(card: ModelCard, held: Mapping[NodeId, tuple[Window, ...]]) -> str:
 
 
 def _subsets(spans: tuple[Window, ...]) -> Iterator[tuple[Window, ...]]:
-    if len(spans) > MOST_SPANS_WEIGHED:
+    if len(spans) > MAX_SPANS_WEIGHED:
         yield from (spans, ())
         return
     for size in range(len(spans), -1, -1):

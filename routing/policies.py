@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from mesh.errors import BadRequest
 from mesh.ids import NodeId
 from mesh.rendezvous import owners
-from routing.score import Costs, Work
+from routing.score import RequestWork, ScoreTerms
 
 if TYPE_CHECKING:
     from random import Random
@@ -30,11 +30,11 @@ BOUND_ON_HOME = 1.25
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PeerCandidate:
     """One peer that could take the work. `price` is called once, and only by policies that ask for it."""
 
     node: NodeId
-    price: Callable[[], Costs]
+    price: Callable[[], ScoreTerms]
     load: float = 0.0  # sequences running and waiting there, as far as this node knows
     in_flight: int = 0  # of them our own
     response_ms: float = 0.0  # our own average there; 0: none yet
@@ -42,7 +42,7 @@ class Candidate:
     mine: bool = False  # this node itself
 
     @cached_property
-    def costs(self) -> Costs:
+    def costs(self) -> ScoreTerms:
         """The terms of the score, computed on first use."""
         return self.price()
 
@@ -54,7 +54,7 @@ class Candidate:
 class Policy(Protocol):
     name: str
 
-    def pick(self, candidates: Sequence[Candidate], work: Work, rng: Random) -> list[Candidate]:
+    def pick(self, candidates: Sequence[PeerCandidate], work: RequestWork, rng: Random) -> list[PeerCandidate]:
         """All candidates, best first: who refuses is followed by the next. Empty in, empty out."""
 
 
@@ -63,7 +63,7 @@ class MeshScore:
 
     name = "mesh"
 
-    def pick(self, candidates: Sequence[Candidate], work: Work, rng: Random) -> list[Candidate]:
+    def pick(self, candidates: Sequence[PeerCandidate], work: RequestWork, rng: Random) -> list[PeerCandidate]:
         shuffled = rng.sample(candidates, len(candidates))
         if len(shuffled) <= 1:
             return shuffled
@@ -83,7 +83,7 @@ class PowerOfTwo:
 
     name = "power_of_two"
 
-    def pick(self, candidates: Sequence[Candidate], work: Work, rng: Random) -> list[Candidate]:
+    def pick(self, candidates: Sequence[PeerCandidate], work: RequestWork, rng: Random) -> list[PeerCandidate]:
         shuffled = rng.sample(candidates, len(candidates))
         return sorted(shuffled[:2], key=lambda candidate: candidate.cost_ms) + shuffled[2:]
 
@@ -91,7 +91,7 @@ class PowerOfTwo:
 class RandomChoice:
     name = "random"
 
-    def pick(self, candidates: Sequence[Candidate], work: Work, rng: Random) -> list[Candidate]:
+    def pick(self, candidates: Sequence[PeerCandidate], work: RequestWork, rng: Random) -> list[PeerCandidate]:
         return rng.sample(candidates, len(candidates))
 
 
@@ -103,7 +103,7 @@ class RoundRobin:
     def __init__(self) -> None:
         self._last: NodeId | None = None
 
-    def pick(self, candidates: Sequence[Candidate], work: Work, rng: Random) -> list[Candidate]:
+    def pick(self, candidates: Sequence[PeerCandidate], work: RequestWork, rng: Random) -> list[PeerCandidate]:
         ring = sorted(candidates, key=lambda candidate: candidate.node)
         if not ring:
             return []
@@ -121,7 +121,7 @@ class LeastConnections:
 
     name = "least_connections"
 
-    def pick(self, candidates: Sequence[Candidate], work: Work, rng: Random) -> list[Candidate]:
+    def pick(self, candidates: Sequence[PeerCandidate], work: RequestWork, rng: Random) -> list[PeerCandidate]:
         return sorted(rng.sample(candidates, len(candidates)), key=lambda candidate: candidate.in_flight)
 
 
@@ -130,7 +130,7 @@ class WeightedResponseTime:
 
     name = "weighted_response_time"
 
-    def pick(self, candidates: Sequence[Candidate], work: Work, rng: Random) -> list[Candidate]:
+    def pick(self, candidates: Sequence[PeerCandidate], work: RequestWork, rng: Random) -> list[PeerCandidate]:
         known = [candidate.response_ms for candidate in candidates if candidate.response_ms > 0.0]
         mean_ms = sum(known) / len(known) if known else 1.0
         # Draws without replacement: the least of exponential variables with rate 1/response (Efraimidis & Spirakis 2006).
@@ -138,14 +138,14 @@ class WeightedResponseTime:
         return [candidate for _, candidate in sorted(arrivals, key=lambda arrival: (arrival[0], arrival[1].node))]
 
 
-def warmest(candidates: Sequence[Candidate], work: Work) -> list[NodeId]:
+def warmest(candidates: Sequence[PeerCandidate], work: RequestWork) -> list[NodeId]:
     """The candidate that holds most of the prompt in its cache, if any holds some."""
     warm = [(work.cached_tokens.get(candidate.node, 0), candidate.node) for candidate in candidates]
     tokens, node = max(warm, default=(0, NodeId("")))
     return [node] if tokens > 0 else []
 
 
-def home(candidates: Sequence[Candidate], work: Work) -> list[NodeId]:
+def home(candidates: Sequence[PeerCandidate], work: RequestWork) -> list[NodeId]:
     """The rendezvous home of the prompt's prefix, or the next in its order that is not overloaded.
 
     All entries agree on it without a word, so one peer gets to hold the prefix: 0.80 of prompt tokens were hits in

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from mesh.ids import ModelId, NodeId
 from mesh.view import Load, Peer
-from routing.dispatches import NOTHING, OwnWork
+from routing.dispatches import NOTHING, DispatchedWork
 
 DEFAULT_STEP_MS_PER_LAYER = 1.0
 """Of a peer when nobody has measured anything yet: equal for all, so that only its size against the network matters."""
@@ -49,7 +49,7 @@ PRIOR_FAILURES, PRIOR_OUTCOMES = 1.0, 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class RequestWork:
     """What a request will ask of the path, as the entry estimates it."""
 
     prompt_tokens: int = 0
@@ -60,7 +60,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class ScoreWeights:
     """How much each term counts. A policy is a vector of these; all 1 is time."""
 
     queue: float = 1.0
@@ -73,7 +73,7 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
-class Costs:
+class ScoreTerms:
     """The terms of one score, each in ms and already weighted; what `explain` prints."""
 
     queue: float = 0.0
@@ -89,11 +89,11 @@ class Costs:
         return self.queue + self.prefill + self.decode + self.network + self.redo + self.memory + self.region
 
 
-EVERY_TERM = Weights()
+EVERY_TERM = ScoreWeights()
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class PoolMeans:
     """Means over the peers that hold the model: what an unknown or stale figure is taken to be."""
 
     running: float = 0.0
@@ -106,7 +106,7 @@ class Pool:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class LoadEstimate:
     """A peer's load as it probably is now: drifted with its record's age, corrected by own dispatches."""
 
     running: float
@@ -134,17 +134,17 @@ def prefill_ms_per_token_layer(load: Load, held: int) -> float | None:
     return 1000.0 / (load.prefill_tok_s * held) if load.prefill_tok_s > 0.0 and held > 0 else None
 
 
-def pool_of(peers: Iterable[Peer], model: ModelId, residency_s: float = DEFAULT_RESIDENCY_S) -> Pool:
+def pool_of(peers: Iterable[Peer], model: ModelId, residency_s: float = DEFAULT_RESIDENCY_S) -> PoolMeans:
     """The means over `peers`. Unmeasured speeds are left out; without any, the defaults stand."""
     members = list(peers)
     if not members:
-        return Pool(residency_s=residency_s)
+        return PoolMeans(residency_s=residency_s)
     loads = [peer.load for peer in members]
     held = [held_layers(peer, model) for peer in members]
     steps = [ms for load, layers in zip(loads, held) if (ms := step_ms_per_layer(load, layers)) is not None]
     prefills = [ms for load, layers in zip(loads, held) if (ms := prefill_ms_per_token_layer(load, layers)) is not None]
     shares = [load.kv_blocks_used / load.kv_blocks_total for load in loads if load.kv_blocks_total > 0]
-    return Pool(
+    return PoolMeans(
         running=_mean([load.running for load in loads], 0.0),
         waiting=_mean([load.waiting for load in loads], 0.0),
         prefill_tokens_queued=_mean([load.prefill_tokens_queued for load in loads], 0.0),
@@ -163,7 +163,7 @@ def trust(age_s: float, residency_s: float) -> float:
     return math.exp(-max(0.0, age_s) / residency_s)
 
 
-def estimate(load: Load, age_s: float, held: int, pool: Pool, own: OwnWork = NOTHING) -> Estimate:
+def estimate(load: Load, age_s: float, held: int, pool: PoolMeans, own: DispatchedWork = NOTHING) -> LoadEstimate:
     """The load as it probably is now. Counts drift to the pool's mean with age; own work since the record is exact."""
     keep = trust(age_s, pool.residency_s)
 
@@ -171,7 +171,7 @@ def estimate(load: Load, age_s: float, held: int, pool: Pool, own: OwnWork = NOT
         return keep * count + (1.0 - keep) * mean
 
     used = drifted(load.kv_blocks_used, pool.kv_used_share * load.kv_blocks_total)
-    return Estimate(
+    return LoadEstimate(
         running=max(0.0, drifted(load.running, pool.running) + own.added - own.ended),
         waiting=drifted(load.waiting, pool.waiting),
         prefill_tokens_queued=drifted(load.prefill_tokens_queued, pool.prefill_tokens_queued) + own.prefill_tokens,
@@ -183,7 +183,7 @@ def estimate(load: Load, age_s: float, held: int, pool: Pool, own: OwnWork = NOT
     )
 
 
-def queue_ms(now_there: Estimate, held: int, own_added: int, residency_s: float) -> float:
+def queue_ms(now_there: LoadEstimate, held: int, own_added: int, residency_s: float) -> float:
     """Wait before the first own row is computed.
 
     Queued prompt tokens are read at the node's prefill rate. A node that only counts waiting requests (an engine of
@@ -197,12 +197,12 @@ def queue_ms(now_there: Estimate, held: int, own_added: int, residency_s: float)
     return backlog_ms + (now_there.waiting + own_added) / leave_per_s * 1000.0
 
 
-def prefill_ms(work: Work, cached_tokens: int, layers: int, ms_per_token_layer: float) -> float:
+def prefill_ms(work: RequestWork, cached_tokens: int, layers: int, ms_per_token_layer: float) -> float:
     """Reading the part of the prompt that is not cached there, over the layers used."""
     return max(0, work.prompt_tokens - cached_tokens) * layers * ms_per_token_layer
 
 
-def decode_ms(work: Work, layers: int, now_there: Estimate) -> float:
+def decode_ms(work: RequestWork, layers: int, now_there: LoadEstimate) -> float:
     """All expected steps, at the batch that our row will find: weights are read once a step, rows are computed each."""
     growth = (ROWS_AT_HALF + now_there.running + 1.0) / (ROWS_AT_HALF + max(1.0, now_there.measured_rows))
     return work.output_tokens * layers * now_there.step_ms_per_layer * growth
@@ -252,23 +252,23 @@ def costs(
     peer: Peer,
     layers: int,
     held: int,
-    work: Work,
-    pool: Pool,
+    work: RequestWork,
+    pool: PoolMeans,
     now: float,
     *,
     me: NodeId,
     my_region: str = "",
-    own: OwnWork = NOTHING,
+    own: DispatchedWork = NOTHING,
     solo: bool = True,
-    weights: Weights = EVERY_TERM,
-) -> Costs:
+    weights: ScoreWeights = EVERY_TERM,
+) -> ScoreTerms:
     """All terms for `layers` layers of the `held` ones at `peer`. Affine in `layers`, which the path planner relies on."""
     age_s = 0.0 if peer.id == me else now - peer.load_at
     there = estimate(peer.load, age_s, held, pool, own)
     queue = queue_ms(there, held, own.added, pool.residency_s)
     prefill = prefill_ms(work, work.cached_tokens.get(peer.id, 0), layers, there.prefill_ms_per_token_layer)
     decode = decode_ms(work, layers, there)
-    return Costs(
+    return ScoreTerms(
         queue=weights.queue * queue,
         prefill=weights.prefill * prefill,
         decode=weights.decode * decode,
@@ -279,7 +279,7 @@ def costs(
     )
 
 
-def terms(of: Costs) -> dict[str, float]:
+def terms(of: ScoreTerms) -> dict[str, float]:
     """The terms by name, rounded for people, without those that are zero."""
     named = ((term.name, round(getattr(of, term.name), 3)) for term in fields(of))
     return {name: ms for name, ms in named if ms}

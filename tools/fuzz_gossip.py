@@ -23,7 +23,7 @@ import msgspec
 
 from membership.core.config import MembershipConfig
 from membership.core.core import MembershipCore
-from membership.core.effects import Send
+from membership.core.effects import SendDatagram
 from membership.simulation.network import Network
 from membership.simulation.nodes import SimNode
 from membership.simulation.signer import StandInSigner
@@ -66,7 +66,7 @@ class Subject:
         effects += self._core.tick(self._now)
         assert self._core.deadline > self._now, "a tick that leaves its deadline where it was is called for ever"
         for effect in effects:
-            if isinstance(effect, Send):
+            if isinstance(effect, SendDatagram):
                 sent = datagram_codec.encode(effect.message)
                 assert len(sent) <= MAX_MESSAGE_BYTES, f"an answer of {len(sent)} bytes"
                 assert isinstance(datagram_codec.decode(sent), Message), "what we send, we can read"

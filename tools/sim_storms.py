@@ -13,14 +13,14 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-from membership.simulation.storm import Storm
+from membership.simulation.storm import FaultStorm
 
 _SEEDS_AT_ONCE = 50
 
 
 def outcome(seed: int) -> tuple[int, list[str], list[str]]:
     """The seed, what did not hold, and the blows of the storm."""
-    storm = Storm(seed)
+    storm = FaultStorm(seed)
     return seed, storm.faults(), storm.blows
 
 

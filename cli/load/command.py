@@ -73,7 +73,7 @@ async def run(
     params: ChatParams,
     duration_s: float | None,
     total: int | None,
-) -> tuple[list[report.Outcome], float]:
+) -> tuple[list[report.RequestOutcome], float]:
     """Checks that a node answers, then measures. Raises what `AsyncClient` raises when none does."""
     from cli.load.measure import measure
     from mesh.client.client import AsyncClient

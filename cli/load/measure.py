@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import trio
 
-from cli.load.plan import Planned
-from cli.load.report import Outcome
+from cli.load.plan import PlannedRequest
+from cli.load.report import RequestOutcome
 from mesh.client.client import AsyncClient
 from mesh.client.params import ChatParams
 from mesh.errors import MeshError
@@ -15,17 +15,17 @@ from mesh.errors import MeshError
 
 async def measure(
     client: AsyncClient,
-    planned: Iterator[Planned],
+    planned: Iterator[PlannedRequest],
     users: int,
     params: ChatParams,
     duration_s: float | None = None,
-    done: Callable[[Outcome], None] = lambda outcome: None,
-) -> tuple[list[Outcome], float]:
+    done: Callable[[RequestOutcome], None] = lambda outcome: None,
+) -> tuple[list[RequestOutcome], float]:
     """Runs the plan; the outcomes and how long it took, in seconds.
 
     At most `users` requests are open at once. No request begins after `duration_s`; those begun are waited for.
     """
-    outcomes: list[Outcome] = []
+    outcomes: list[RequestOutcome] = []
     begun = trio.current_time()
 
     async def user() -> None:
@@ -43,7 +43,7 @@ async def measure(
     return outcomes, trio.current_time() - begun
 
 
-async def one(client: AsyncClient, request: Planned, params: ChatParams, begun: float) -> Outcome:
+async def one(client: AsyncClient, request: PlannedRequest, params: ChatParams, begun: float) -> RequestOutcome:
     """One request. With a planned arrival, times count from that: waiting for a free user is waiting too."""
     start = trio.current_time() if request.at_s is None else begun + request.at_s
     asked: ChatParams = {**params, "stream_options": {"include_usage": True}, "return_token_ids": True}
@@ -63,7 +63,7 @@ async def one(client: AsyncClient, request: Planned, params: ChatParams, begun: 
     usage = progress.usage or {}
     if not error:
         progress.missing_tokens += max(0, usage.get("completion_tokens", seq) - seq)
-    return Outcome(
+    return RequestOutcome(
         tokens=seq,
         prompt_tokens=usage.get("prompt_tokens", 0),
         times_s=tuple(times_s),

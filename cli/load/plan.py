@@ -59,7 +59,7 @@ CHAT_TURNS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlannedRequest:
     """One request. `at_s` after the start; None: as soon as a user is free."""
 
     number: int
@@ -156,10 +156,10 @@ def arrivals_s(random: Random, rate: float, burstiness: float) -> Iterator[float
 
 def plan(
     messages: Iterator[Messages], arrivals: Iterator[float] | None, requests: int | None, duration_s: float | None
-) -> Iterator[Planned]:
+) -> Iterator[PlannedRequest]:
     """The requests in order, until their number or their arrival is beyond the limit."""
     for number in count() if requests is None else range(requests):
         at_s = next(arrivals) if arrivals is not None else None
         if at_s is not None and duration_s is not None and at_s >= duration_s:
             return
-        yield Planned(number, next(messages), at_s)
+        yield PlannedRequest(number, next(messages), at_s)

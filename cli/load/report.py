@@ -19,7 +19,7 @@ OBJECTIVES = ("ttft", "tpot", "e2el")
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class RequestOutcome:
     """One request. `times_s`: when tokens arrived, after its start; several may arrive at once."""
 
     tokens: int
@@ -82,7 +82,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[below] + (ordered[above] - ordered[below]) * (rank - below)
 
 
-def report(outcomes: Sequence[Outcome], duration_s: float, objectives_ms: Mapping[str, float]) -> dict[str, Any]:
+def report(outcomes: Sequence[RequestOutcome], duration_s: float, objectives_ms: Mapping[str, float]) -> dict[str, Any]:
     """All figures. Without objectives every request that completed counts as good."""
     completed = [outcome for outcome in outcomes if not outcome.error]
     tokens = sum(outcome.tokens for outcome in completed)
@@ -113,7 +113,7 @@ def report(outcomes: Sequence[Outcome], duration_s: float, objectives_ms: Mappin
     return figures
 
 
-def measured_ms(completed: Sequence[Outcome]) -> dict[str, list[float]]:
+def measured_ms(completed: Sequence[RequestOutcome]) -> dict[str, list[float]]:
     """The values behind the means and percentiles, by name."""
     return {
         "ttft": [outcome.ttft_ms for outcome in completed if outcome.ttft_ms is not None],

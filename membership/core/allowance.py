@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from membership.core.effects import Effect, Send
+from membership.core.effects import Effect, SendDatagram
 from mesh.wire.datagram_codec import encoded_bytes
 
 if TYPE_CHECKING:
@@ -67,8 +67,12 @@ class Allowance:
         return [kept for effect in effects if (kept := self._covered(effect)) is not None]
 
     def _covered(self, effect: Effect) -> Effect | None:
-        account = self._accounts.get(effect.to) if isinstance(effect, Send) else None
-        if not isinstance(effect, Send) or account is None or any(member.address == effect.to for member in self._members):
+        account = self._accounts.get(effect.to) if isinstance(effect, SendDatagram) else None
+        if (
+            not isinstance(effect, SendDatagram)
+            or account is None
+            or any(member.address == effect.to for member in self._members)
+        ):
             return effect
         message = effect.message
         while message.claims and encoded_bytes(message) > account.left_bytes:
@@ -77,4 +81,4 @@ class Allowance:
             self.dropped["uncovered"] += 1
             return None
         account.left_bytes -= size_bytes
-        return Send(effect.to, message)
+        return SendDatagram(effect.to, message)

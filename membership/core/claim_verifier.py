@@ -15,7 +15,7 @@ from mesh.wire.gossip import Alive, Claim, Left
 from mesh.wire.statements import alive_statement, left_statement
 
 
-class Words:
+class ClaimVerifier:
     """`forged`: how many claims were in another's name."""
 
     def __init__(self, signer: Signer) -> None:

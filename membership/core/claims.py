@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from membership.core.claim_verifier import Words, is_news, within_words
+from membership.core.claim_verifier import ClaimVerifier, is_news, within_words
 from membership.core.config import MembershipConfig
 from membership.core.dissemination import Rumours, transmit_limit
 from membership.core.distances import Distances
-from membership.core.effects import Effect, Exchange, MemberChanged, MemberForgotten, Send
+from membership.core.effects import Effect, MemberChanged, MemberForgotten, SendDatagram, StartSync
 from membership.core.exchanges import Exchanges
 from membership.core.health import LAG_MAX_S, LocalHealth
 from membership.core.members import Member, Members, description_of, standing_of, state_of
 from membership.core.regions import some_to_tell
-from membership.core.self_claims import SelfHearing
+from membership.core.self_claims import SelfClaimProcessing
 from membership.core.suspicion import Suspicion, expected_confirmations, minimum_s
 from membership.facts.fingerprint import Fingerprint
 from mesh.ids import Address, NodeId
@@ -52,14 +52,14 @@ WAY_FACTOR = 3.0  # a probe waits for so many of the round trips that are to be 
 _FRESH_S = 5.0  # a refused death is believed at once up to this age: later its victim may well be back
 
 
-class Hearing(SelfHearing):
+class ClaimProcessing(SelfClaimProcessing):
     """What one node knows of the members, and what it still has to tell."""
 
     def __init__(
         self, me: Alive, signer: Signer, config: MembershipConfig, rng: Random, now: float, fingerprint: Fingerprint
     ) -> None:
         self.me: NodeId = me.node
-        self.words = Words(signer)
+        self.words = ClaimVerifier(signer)
         self.config = config
         self.rng = rng
         self.left = False
@@ -116,7 +116,7 @@ class Hearing(SelfHearing):
             bare = Gossip(self.sender(now))
             claims = Rumours().take(claim_budget_bytes(bare), 1, list(news.values()))
             for peer in some_to_tell(self.members, self.config.eager_peers, self.rng, without):
-                effects.append(Send(self.members.address_of(peer), Gossip(bare.sender, claims)))
+                effects.append(SendDatagram(self.members.address_of(peer), Gossip(bare.sender, claims)))
         return effects
 
     def forget(self, member: Member) -> None:
@@ -137,7 +137,7 @@ class Hearing(SelfHearing):
         """Asks for an exchange, unless this peer, or this node, had one a moment ago."""
         if not self._exchanges.take(address, now):
             return False
-        self._changes.append(Exchange(address))
+        self._changes.append(StartSync(address))
         return True
 
     def compare(self, fingerprint: int, address: Address, now: float) -> None:

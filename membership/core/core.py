@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 
 from membership.core.allowance import Allowance
 from membership.core.config import MembershipConfig
-from membership.core.effects import Effect, FactsChanged, MemberChanged, MemberForgotten, Push, Renewed
+from membership.core.effects import Effect, EpochRenewed, FactsChanged, MemberChanged, MemberForgotten, PushFacts
 from membership.core.members import SEVERITY, Member
-from membership.core.outlook import Outlook
+from membership.core.outlook import LossBatching
 from membership.core.regions import some_to_tell
 from membership.core.swim import Swim
 from membership.facts.facts import DELTAS_BYTES, FactsBook
 from membership.facts.fingerprint import Fingerprint
-from membership.facts.owner_map import Outcome
+from membership.facts.owner_map import DeltaOutcome
 from mesh.ids import Address, NodeId
 from mesh.keys.signing import Signer
 from mesh.view import Facts, Load, Peer
 from mesh.wire.gossip import Alive, Message, Suspect
-from mesh.wire.sync import MAX_SYNC_BYTES, DigestEntry, FactsDelta, Known, MemberRecord, Sync, Synced, Want
-from mesh.wire.twin import Answer, Run
+from mesh.wire.sync import MAX_SYNC_BYTES, DigestEntry, FactsDelta, FactsWanted, Known, MemberRecord, Sync, Synced
+from mesh.wire.twin import ProcessRun, TwinAnswer
 
 if TYPE_CHECKING:
     from random import Random
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _RECORD_BYTES = 280  # upper bound of one member record on the wire
 _MEMBERS_MAX = (MAX_SYNC_BYTES - DELTAS_BYTES - 400_000) // _RECORD_BYTES  # leaves room for deltas and the list of what is wanted
 # What the facts book and the outlook follow. Asked of every effect, so by its very type: `isinstance` costs ten times as much.
-_FOLLOWED = frozenset((MemberChanged, MemberForgotten, Renewed))
+_FOLLOWED = frozenset((MemberChanged, MemberForgotten, EpochRenewed))
 _PASS_ON_MAX = 8  # records of one exchange passed on at once: more means that we, not the others, were behind
 
 
@@ -45,7 +45,7 @@ class MembershipCore:
         self.rng = rng
         self.swim = Swim(me, signer, config, rng, now, fingerprint)
         self.facts = FactsBook(me.node, me.epoch, fingerprint)
-        self.outlook = Outlook(self.swim.members, now)
+        self.outlook = LossBatching(self.swim.members, now)
         self.allowance = Allowance(self.swim.members)
 
     @property
@@ -81,11 +81,11 @@ class MembershipCore:
         """Keeps trying this address for as long as no live member has it."""
         self.swim.remember_seed(address)
 
-    def twin_asked(self, by: Run, now: float) -> tuple[Answer, list[Effect]]:
+    def twin_asked(self, by: ProcessRun, now: float) -> tuple[TwinAnswer, list[Effect]]:
         """A process with this node's identity asks: what to answer it."""
         return self.swim.twin_asked(by, now)
 
-    def twin_found(self, place: Address, answer: Answer | None, now: float) -> list[Effect]:
+    def twin_found(self, place: Address, answer: TwinAnswer | None, now: float) -> list[Effect]:
         """What came of a `FindTwin`: the proven answer of a process with this node's identity, or none."""
         return self._settled(self.swim.twin_found(place, answer, now) + self.swim.spread(now), now)
 
@@ -144,14 +144,14 @@ class MembershipCore:
         mine = {entry.node: entry for entry in sync.digest}
         self._hear_verdict_on_me(asker, mine.get(self.me), now)
         effects += self._settled(self.swim.spread(now), now)
-        wanted: list[Want] = []
+        wanted: list[FactsWanted] = []
         members: list[MemberRecord] = []
         behind: dict[NodeId, Known] = {}
         for node in sorted({*mine, *(member.node for member in self.swim.members)}):
             theirs, member = mine.get(node), self.swim.members.peek(node)
             ours = self._entry(member) if member is not None else None
             if theirs is not None and (ours is None or _is_ahead(theirs, ours)):
-                wanted.append(Want(node, *self.facts.known(node)))
+                wanted.append(FactsWanted(node, *self.facts.known(node)))
             if member is not None and ours is not None and (theirs is None or _is_ahead(ours, theirs)):
                 members.append(member.record(now))
                 if (known := _facts_of(theirs) if theirs is not None else (0, 0)) < _facts_of(ours):
@@ -209,8 +209,8 @@ class MembershipCore:
         for delta in deltas:
             if delta.owner in self.swim.members:
                 outcome, passed_on = self.facts.accept(delta)
-                gap |= outcome is Outcome.GAP
-                if outcome is Outcome.NEWS:
+                gap |= outcome is DeltaOutcome.GAP
+                if outcome is DeltaOutcome.NEWS:
                     news[delta.owner] = passed_on
         return news, gap
 
@@ -233,7 +233,7 @@ class MembershipCore:
         sync = Sync(members=members, deltas=tuple(kept))
         owners = (kept[0].owner,) if len(kept) == 1 else ()
         peers = some_to_tell(self.swim.members, self.config.push_peers, self.rng, (*without, *owners))
-        return [Push(self.swim.members.address_of(peer), sync) for peer in peers]
+        return [PushFacts(self.swim.members.address_of(peer), sync) for peer in peers]
 
     def _entry(self, member: Member) -> DigestEntry:
         return DigestEntry(member.node, member.epoch, member.incarnation, member.state, *self.facts.known(member.node))
@@ -248,7 +248,7 @@ class MembershipCore:
             match effect:
                 case MemberForgotten(node=node):
                     self.facts.forget(node)
-                case Renewed(epoch=epoch):
+                case EpochRenewed(epoch=epoch):
                     if (news := self.facts.renew(epoch)) is not None:
                         effects = [*effects, FactsChanged(self.me), *self._pushes((news,), now, ())]
         return self.allowance.covered(effects) + outlook

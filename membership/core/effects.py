@@ -8,23 +8,23 @@ from mesh.ids import Address, NodeId
 from mesh.view import Load, PeerState
 from mesh.wire.gossip import Message
 from mesh.wire.sync import Sync
-from mesh.wire.twin import Run
+from mesh.wire.twin import ProcessRun
 
 
-class Send(msgspec.Struct, frozen=True, gc=False):
+class SendDatagram(msgspec.Struct, frozen=True, gc=False):
     """One datagram; may be lost."""
 
     to: Address
     message: Message
 
 
-class Exchange(msgspec.Struct, frozen=True):
+class StartSync(msgspec.Struct, frozen=True):
     """Compare notes with whoever answers at `to`: a `membership.sync` call with a digest."""
 
     to: Address
 
 
-class Push(msgspec.Struct, frozen=True):
+class PushFacts(msgspec.Struct, frozen=True):
     """Tell news that no datagram holds: a `membership.sync` call without a digest."""
 
     to: Address
@@ -45,7 +45,7 @@ class PingStream(msgspec.Struct, frozen=True):
     to: Address
 
 
-class Watch(msgspec.Struct, frozen=True):
+class WatchLinks(msgspec.Struct, frozen=True):
     """Keep links open to exactly these, so that the end of one of them is noticed at once. Others may stay open."""
 
     addresses: tuple[Address, ...]
@@ -81,7 +81,7 @@ class FactsChanged(msgspec.Struct, frozen=True):
     node: NodeId
 
 
-class Measured(msgspec.Struct, frozen=True, gc=False):
+class LoadMeasured(msgspec.Struct, frozen=True, gc=False):
     """A datagram came straight from `node`: its load as of `load_at`, and the round trip if this one timed it."""
 
     node: NodeId
@@ -90,20 +90,20 @@ class Measured(msgspec.Struct, frozen=True, gc=False):
     rtt_s: float | None
 
 
-class Cut(msgspec.Struct, frozen=True):
+class LossBatch(msgspec.Struct, frozen=True):
     """All that went within one short while, sorted: what ran on any of these is lost, or moved away by those who left."""
 
     lost: tuple[NodeId, ...]
     left: tuple[NodeId, ...] = ()
 
 
-class Froze(msgspec.Struct, frozen=True):
+class ViewFrozen(msgspec.Struct, frozen=True):
     """Much of the last stable view is missing: nothing is to be moved; or, not `frozen`, it may be again."""
 
     frozen: bool
 
 
-class Renewed(msgspec.Struct, frozen=True):
+class EpochRenewed(msgspec.Struct, frozen=True):
     """Somebody knew a later run of this node than this one; it now counts as run `epoch`. Worth keeping on disk."""
 
     epoch: int
@@ -112,15 +112,25 @@ class Renewed(msgspec.Struct, frozen=True):
 class TwinSeen(msgspec.Struct, frozen=True):
     """Another live process has this node's identity. Its key answered for it."""
 
-    run: Run
+    run: ProcessRun
 
 
-class Displaced(msgspec.Struct, frozen=True):
+class ProcessDisplaced(msgspec.Struct, frozen=True):
     """This process is to stop, and has fallen silent: an older one has its identity."""
 
-    by: Run
+    by: ProcessRun
 
 
-Request = Send | Exchange | Push | PingStream | TryConnect | Watch | FindTwin
-Notice = MemberChanged | MemberForgotten | FactsChanged | Measured | Cut | Froze | Renewed | TwinSeen | Displaced
+Request = SendDatagram | StartSync | PushFacts | PingStream | TryConnect | WatchLinks | FindTwin
+Notice = (
+    MemberChanged
+    | MemberForgotten
+    | FactsChanged
+    | LoadMeasured
+    | LossBatch
+    | ViewFrozen
+    | EpochRenewed
+    | TwinSeen
+    | ProcessDisplaced
+)
 Effect = Request | Notice

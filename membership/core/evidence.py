@@ -13,16 +13,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from membership.core.claims import Hearing
+from membership.core.claims import ClaimProcessing
 from membership.core.config import MembershipConfig
-from membership.core.effects import Effect, MemberChanged, Send, TryConnect, Watch
+from membership.core.effects import Effect, MemberChanged, SendDatagram, TryConnect, WatchLinks
 from membership.core.members import Member
-from membership.core.roster import Roster
+from membership.core.roster import MemberIds
 from membership.facts.fingerprint import Fingerprint
 from mesh.ids import Address, NodeId
 from mesh.keys.signing import Signer
 from mesh.view import PeerState
-from mesh.wire.gossip import REFUSED, Alive, Dead, Knock, Knocked, Suspect
+from mesh.wire.gossip import REFUSED, Alive, ConnectCheck, ConnectChecked, Dead, Suspect
 
 if TYPE_CHECKING:
     from random import Random
@@ -34,7 +34,7 @@ ERRANDS_MAX = 256  # connections tried at once, for ourselves and for others
 
 
 @dataclass(slots=True)
-class Case:
+class RefusalCase:
     """What speaks for the death of one node."""
 
     number: int  # of the connection that this node tries, and of what it asks of relays
@@ -49,7 +49,7 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class ConnectProbe:
     """A connection being tried: for our own case on `node`, or for the asker."""
 
     node: NodeId
@@ -58,7 +58,7 @@ class Errand:
     started_at: float
 
 
-class Evidence(Hearing):
+class RefusalDetection(ClaimProcessing):
     """Watches ring neighbours over links, and weighs what their ends mean."""
 
     def __init__(
@@ -66,9 +66,9 @@ class Evidence(Hearing):
     ) -> None:
         super().__init__(me, signer, config, rng, now, fingerprint)
         self.watched: tuple[tuple[NodeId, Address], ...] = ()
-        self._ring: Roster | None = None  # that `watched` was taken from
-        self.cases: dict[NodeId, Case] = {}
-        self._errands: dict[int, Errand] = {}
+        self._ring: MemberIds | None = None  # that `watched` was taken from
+        self.cases: dict[NodeId, RefusalCase] = {}
+        self._errands: dict[int, ConnectProbe] = {}
         self._errand_number = 0
         self.refused_deaths = 0
 
@@ -96,7 +96,7 @@ class Evidence(Hearing):
     def _watches(self, member: Member, now: float) -> bool:
         return member.node in self.linked and self._open_case(member, now) is None
 
-    def _open_case(self, member: Member, now: float) -> Case | None:
+    def _open_case(self, member: Member, now: float) -> RefusalCase | None:
         """On what the member is now: one of a former run, or too old to prove anything, is none."""
         case = self.cases.get(member.node)
         fits = case is not None and now - case.opened_at < CASE_S and (case.epoch, case.incarnation) == member.standing[:2]
@@ -120,7 +120,7 @@ class Evidence(Hearing):
         if watched == self.watched and not (again and any(node not in self.linked for node, _ in watched)):
             return []
         self.watched = watched
-        return [Watch(tuple(address for _, address in watched))]
+        return [WatchLinks(tuple(address for _, address in watched))]
 
     def link_made(self, node: NodeId) -> None:
         """A link with `node` is open, its handshake done. Ends with `lost(…, proven=True)`."""
@@ -135,7 +135,7 @@ class Evidence(Hearing):
         number = self._errand(member.node, None, 0, now)
         if number is None:
             return []
-        self.cases[member.node] = Case(number, member.node, member.epoch, member.incarnation, now, hearsay)
+        self.cases[member.node] = RefusalCase(number, member.node, member.epoch, member.incarnation, now, hearsay)
         return [TryConnect(number, member.address)]
 
     def close_case(self, node: NodeId) -> None:
@@ -154,7 +154,9 @@ class Evidence(Hearing):
         if errand is None:
             return []
         if errand.asker is not None:
-            return [Send(errand.asker, self.filled(Knocked(self.sender(now), errand.asker_seq, refused is True), ()))]
+            return [
+                SendDatagram(errand.asker, self.filled(ConnectChecked(self.sender(now), errand.asker_seq, refused is True), ()))
+            ]
         self._seen(errand.node, refused, now)
         case = self.cases.get(errand.node)
         if case is None or case.number != number:
@@ -166,8 +168,8 @@ class Evidence(Hearing):
         relays = [] if case.hearsay else self.members.some_peers(RELAYS_ASKED, self.rng, without=(errand.node,))
         case.relays = set(relays)
         self._judge(case, now)
-        knock = Knock(self.sender(now), number, errand.node)
-        return [Send(self.members.address_of(relay), self.filled(knock, ())) for relay in relays]
+        knock = ConnectCheck(self.sender(now), number, errand.node)
+        return [SendDatagram(self.members.address_of(relay), self.filled(knock, ())) for relay in relays]
 
     def _seen(self, node: NodeId, refused: bool | None, now: float) -> None:
         """What a connection of our own says of a suspect's process."""
@@ -183,7 +185,7 @@ class Evidence(Hearing):
             # Not even its kernel answers one who is well and holds a link to it: an accuser who does not go by datagrams.
             self.declare(Suspect(node, member.epoch, member.incarnation, self.me), now)
 
-    def on_knock(self, asker: Address, message: Knock, now: float) -> list[Effect]:
+    def on_knock(self, asker: Address, message: ConnectCheck, now: float) -> list[Effect]:
         """Tries to connect on somebody's behalf: to members only, at the address known here."""
         member = self.members.get(message.target)
         if member is None or message.target == self.me:
@@ -191,7 +193,7 @@ class Evidence(Hearing):
         number = self._errand(message.target, asker, message.seq, now)
         return [TryConnect(number, member.address)] if number is not None else []
 
-    def on_knocked(self, message: Knocked, now: float) -> None:
+    def on_knocked(self, message: ConnectChecked, now: float) -> None:
         by = message.sender.node
         for case in self.cases.values():
             if case.number == message.seq and by in case.relays and message.refused:
@@ -199,7 +201,7 @@ class Evidence(Hearing):
                 self._judge(case, now)
                 return
 
-    def _judge(self, case: Case, now: float) -> None:
+    def _judge(self, case: RefusalCase, now: float) -> None:
         """All who were asked and could have answered, up to two, must have been refused; and we ourselves."""
         needed = 0 if case.hearsay else min(REFUSALS_NEEDED, len(case.relays))
         member = self.members.get(case.node)
@@ -216,7 +218,7 @@ class Evidence(Hearing):
             if len(self._errands) >= ERRANDS_MAX:
                 return None
         self._errand_number = (self._errand_number + 1) % 2**32
-        self._errands[self._errand_number] = Errand(node, asker, asker_seq, now)
+        self._errands[self._errand_number] = ConnectProbe(node, asker, asker_seq, now)
         return self._errand_number
 
     def _drop_old(self, now: float) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from membership.core.coordinates import Coordinate, pack
-from membership.core.roster import Roster, some_of
+from membership.core.roster import MemberIds, some_of
 from membership.core.suspicion import Suspicion
 from membership.facts.fingerprint import Fingerprint
 from mesh.ids import Address, NodeId
@@ -143,7 +143,7 @@ class Member:
         )
 
 
-_NOBODY = Roster()
+_NOBODY = MemberIds()
 
 
 class Common:
@@ -156,8 +156,8 @@ class Common:
         for member in self.members.values():
             member.listed_in = member.region
             by_region.setdefault(member.region, []).append(member.node)
-        self.regions = {region: Roster(nodes) for region, nodes in by_region.items()}
-        self.roster = Roster(self.members) if len(self.regions) > 1 else next(iter(self.regions.values()))
+        self.regions = {region: MemberIds(nodes) for region, nodes in by_region.items()}
+        self.roster = MemberIds(self.members) if len(self.regions) > 1 else next(iter(self.regions.values()))
         self.standings = {member.node: (member.epoch, member.incarnation) for member in self.members.values()}
         self.share = Fingerprint(self.standings).value
 
@@ -173,7 +173,7 @@ class Members:
         self._forgotten: set[NodeId] = set()  # of the common ones
         self.region = myself.region
         self.roster = self.near = _NOBODY  # the live, and those in this node's own region; this node included
-        self.abroad: dict[str, Roster] = {}  # those of other regions, by region; none is empty
+        self.abroad: dict[str, MemberIds] = {}  # those of other regions, by region; none is empty
         self.suspects: set[NodeId] = set()
         self.gone: set[NodeId] = set()  # dead, or left
         self.put(myself)
@@ -257,12 +257,12 @@ class Members:
         """This node included."""
         return len(self.roster)
 
-    def in_regions(self, regions: Iterable[str]) -> list[Roster]:
+    def in_regions(self, regions: Iterable[str]) -> list[MemberIds]:
         """The lists of these other regions, in the order of their names."""
         return [self.abroad[region] for region in sorted(regions) if region in self.abroad]
 
     def some_peers(
-        self, count: int, rng: Random, without: tuple[NodeId, ...] = (), among: Sequence[Roster] | None = None
+        self, count: int, rng: Random, without: tuple[NodeId, ...] = (), among: Sequence[MemberIds] | None = None
     ) -> list[NodeId]:
         """Up to `count` different live peers, or of those `among`, uniformly at random, none of `without`, nor this node."""
         return some_of((self.roster,) if among is None else among, count, rng, (self.me, *without))
@@ -279,10 +279,10 @@ class Members:
             self._relist(region, self._regional(region).having(node))
         self.roster = self.roster.lacking(node) if region is None else self.roster.having(node)
 
-    def _regional(self, region: str) -> Roster:
+    def _regional(self, region: str) -> MemberIds:
         return self.near if region == self.region else self.abroad.get(region) or _NOBODY
 
-    def _relist(self, region: str, roster: Roster) -> None:
+    def _relist(self, region: str, roster: MemberIds) -> None:
         if region == self.region:
             self.near = roster
         elif len(roster):

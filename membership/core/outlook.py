@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from membership.core.effects import Cut, Effect, Froze, MemberChanged, MemberForgotten
+from membership.core.effects import Effect, LossBatch, MemberChanged, MemberForgotten, ViewFrozen
 from mesh.view import PeerState
 from mesh.wire.gossip import REFUSED
 
@@ -35,7 +35,7 @@ FREEZE_SHARE = 1 / 3  # of the last stable view; more than that missing at once:
 _LIVE = (PeerState.ALIVE, PeerState.SUSPECT)
 
 
-class Outlook:
+class LossBatching:
     """Follows the changes of members; says what they amount to."""
 
     def __init__(self, members: Members, now: float) -> None:
@@ -99,7 +99,7 @@ class Outlook:
         suspects = bool(self._members.suspects)
         if now >= self._cut_at:
             gone = sorted(self._cut)
-            effects.append(Cut(tuple(n for n in gone if not self._cut[n]), tuple(n for n in gone if self._cut[n])))
+            effects.append(LossBatch(tuple(n for n in gone if not self._cut[n]), tuple(n for n in gone if self._cut[n])))
             self._cut = {}
             self.cuts += 1
         if not suspects and now >= self._changed_at + (RESIGNED_S if self.frozen else SETTLED_S):
@@ -112,7 +112,7 @@ class Outlook:
         if frozen is self.frozen:
             return []
         self.frozen = frozen
-        return [Froze(frozen)]
+        return [ViewFrozen(frozen)]
 
     def _move(self, node: NodeId, before: PeerState | None, after: PeerState, now: float) -> None:
         """Keeps the sets in step with one change."""

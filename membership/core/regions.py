@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from zlib import crc32
 
 from membership.core.members import Member, Members
-from membership.core.roster import Roster
+from membership.core.roster import MemberIds
 from mesh.ids import NodeId
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ NEIGHBOURS = 4  # on the ring, of whom the first that is not suspected already i
 NEAR_OF_THREE = 2  # of the peers that are told something at once
 
 
-class Round:
+class ProbeRound:
     """Everybody once, then again: it bounds the time until everyone had a turn, as drawing at random does not.
 
     The order is that of the multiples of a stride that has no divisor with their number in common. So it takes no list of its
@@ -41,7 +41,7 @@ class Round:
 
     def __init__(self, rng: Random) -> None:
         self._rng = rng
-        self._rosters: tuple[Roster, ...] = ()  # that the round began with
+        self._rosters: tuple[MemberIds, ...] = ()  # that the round began with
         self._length = self._left = self._at = 0
         self._stride = 1
         self._newcomers: list[NodeId] = []
@@ -53,7 +53,7 @@ class Round:
             self._known_newcomers.add(node)
             self._newcomers.append(node)
 
-    def following(self, rosters: Sequence[Roster], me: NodeId) -> NodeId | None:
+    def following(self, rosters: Sequence[MemberIds], me: NodeId) -> NodeId | None:
         """The next one of these; others are passed over, and so is `me`. None: there are none."""
         as_begun = self._length > 0 and self._rosters == tuple(rosters)
         if not as_begun and sum(len(roster) - (me in roster) for roster in rosters) == 0:
@@ -66,7 +66,7 @@ class Round:
             elif node != me and (as_begun or any(node in roster for roster in rosters)):
                 return node
 
-    def _begin(self, rosters: Sequence[Roster]) -> None:
+    def _begin(self, rosters: Sequence[MemberIds]) -> None:
         self._rosters = tuple(rosters)
         self._newcomers, self._known_newcomers = [], set()
         self._left = self._length = length = sum(len(roster) for roster in rosters)
@@ -91,7 +91,7 @@ class Round:
         raise AssertionError("a place beyond the end")
 
 
-class Patrol:
+class ProbeSchedule:
     """Whose turn it is to be probed by this node.
 
     At home every other turn is that of the next one on the ring: so each is probed by its neighbour every two periods, whatever
@@ -99,7 +99,7 @@ class Patrol:
     """
 
     def __init__(self, rng: Random) -> None:
-        self._near, self._abroad, self._doubted = Round(rng), Round(rng), Round(rng)
+        self._near, self._abroad, self._doubted = ProbeRound(rng), ProbeRound(rng), ProbeRound(rng)
         self._turn = 0
         self._neighbours_turn = False
         self._looked: set[str] = set()  # regions where a first probe went

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from random import Random
 
 
-class Roster:
+class MemberIds:
     """`ids`: ascending, each once."""
 
     __slots__ = ("__weakref__", "_next", "ids")
 
     def __init__(self, ids: Iterable[NodeId] = ()) -> None:
         self.ids = tuple(sorted(set(ids)))
-        self._next: WeakValueDictionary[NodeId, Roster] = WeakValueDictionary()
+        self._next: WeakValueDictionary[NodeId, MemberIds] = WeakValueDictionary()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -34,21 +34,21 @@ class Roster:
         at = bisect_left(self.ids, node)
         return at < len(self.ids) and self.ids[at] == node
 
-    def having(self, node: NodeId) -> Roster:
+    def having(self, node: NodeId) -> MemberIds:
         """With `node`."""
         return self if node in self else self._other(node)
 
-    def lacking(self, node: NodeId) -> Roster:
+    def lacking(self, node: NodeId) -> MemberIds:
         """Without `node`."""
         return self._other(node) if node in self else self
 
-    def _other(self, node: NodeId) -> Roster:
+    def _other(self, node: NodeId) -> MemberIds:
         """The list that differs from this one in `node` alone."""
         other = self._next.get(node)
         if other is None:
             at = bisect_left(self.ids, node)
             held = at < len(self.ids) and self.ids[at] == node
-            other = Roster()
+            other = MemberIds()
             other.ids = self.ids[:at] + (() if held else (node,)) + self.ids[at + held :]
             self._next[node] = other
             other._next[node] = self
@@ -60,7 +60,7 @@ class Roster:
         return [self.ids[(start + step) % length] for step in range(min(count, length - 1))]
 
 
-def some_of(rosters: Sequence[Roster], count: int, rng: Random, without: tuple[NodeId, ...]) -> list[NodeId]:
+def some_of(rosters: Sequence[MemberIds], count: int, rng: Random, without: tuple[NodeId, ...]) -> list[NodeId]:
     """Up to `count` different ids of all these lists, which share none, uniformly at random, none of `without`."""
     total = sum(len(roster) for roster in rosters)
     if total <= 2 * (count + len(without)):

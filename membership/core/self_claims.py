@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeGuard
 
-from membership.core.claim_verifier import Words
+from membership.core.claim_verifier import ClaimVerifier
 from membership.core.config import MembershipConfig
-from membership.core.effects import Displaced, Effect, MemberChanged, Renewed
+from membership.core.effects import Effect, EpochRenewed, MemberChanged, ProcessDisplaced
 from membership.core.health import LocalHealth
 from membership.core.members import Member, Members, description_of
 from membership.core.twins import Twins
 from mesh.ids import Address, NodeId
 from mesh.view import PeerState
 from mesh.wire.gossip import Alive, Claim, Left
-from mesh.wire.twin import Answer, Run
+from mesh.wire.twin import ProcessRun, TwinAnswer
 
 if TYPE_CHECKING:
     from membership.core.dissemination import Rumours
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 COUNTER_MAX = 2**48 - 1  # one less than the wire's bound, so that a refutation of anything accepted still fits
 
 
-class SelfHearing:
+class SelfClaimProcessing:
     """The part of `membership.core.claims` that is about this node itself."""
 
     me: NodeId
     myself: Member
     members: Members
-    words: Words
+    words: ClaimVerifier
     config: MembershipConfig
     health: LocalHealth
     rumours: Rumours
@@ -46,18 +46,18 @@ class SelfHearing:
         self._held: Alive | None = None  # words of another run, until it is known whether that lives
         self._last_renewal_at = -1e9
 
-    def twin_asked(self, by: Run, now: float) -> tuple[Answer, list[Effect]]:
+    def twin_asked(self, by: ProcessRun, now: float) -> tuple[TwinAnswer, list[Effect]]:
         """A process that says it is this node asks who we are."""
         answer, effects = self.twins.asked(by, now)
         return answer, [] if self.left else effects
 
-    def twin_found(self, place: Address, answer: Answer | None, now: float) -> list[Effect]:
+    def twin_found(self, place: Address, answer: TwinAnswer | None, now: float) -> list[Effect]:
         """What came of a `FindTwin`. A process that is displaced falls silent: a goodbye would be taken for the other's."""
         if self.left:
             return []
         effects = self.twins.found(place, answer, now)
         held, self._held = self._held, None
-        if any(isinstance(effect, Displaced) for effect in effects):
+        if any(isinstance(effect, ProcessDisplaced) for effect in effects):
             self.left = True
         elif held is not None:
             self._hear_of_myself(held, held, now)
@@ -95,7 +95,7 @@ class SelfHearing:
         self.health.note(+1)
         if claim.epoch > me.epoch:
             me.epoch, me.incarnation = claim.epoch + 1, 0
-            self._changes.append(Renewed(me.epoch))
+            self._changes.append(EpochRenewed(me.epoch))
         else:
             me.incarnation = claim.incarnation + 1
         me.description = (me.epoch, me.incarnation, *me.description[2:])

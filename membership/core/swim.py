@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from membership.core.config import MembershipConfig
-from membership.core.effects import Effect, Exchange, Measured, MemberChanged, PingStream, Send
-from membership.core.evidence import Evidence
+from membership.core.effects import Effect, LoadMeasured, MemberChanged, PingStream, SendDatagram, StartSync
+from membership.core.evidence import RefusalDetection
 from membership.core.health import LAG_MAX_S, missed_nacks
 from membership.core.members import Member
 from membership.core.probing import Probe, Probes
-from membership.core.regions import Patrol, some_relays, some_to_tell
+from membership.core.regions import ProbeSchedule, some_relays, some_to_tell
 from membership.facts.fingerprint import Fingerprint
 from mesh.ids import Address, NodeId
 from mesh.keys.signing import Signer
@@ -30,10 +30,10 @@ from mesh.wire.gossip import (
     Ack,
     Alive,
     Claim,
+    ConnectCheck,
+    ConnectChecked,
     Dead,
     Gossip,
-    Knock,
-    Knocked,
     Message,
     Nack,
     Ping,
@@ -71,7 +71,7 @@ class SwimStatistics:
     lag_s: float
 
 
-class Swim(Evidence):
+class Swim(RefusalDetection):
     """The failure detector of one node."""
 
     def __init__(
@@ -79,7 +79,7 @@ class Swim(Evidence):
     ) -> None:
         super().__init__(me, signer, config, rng, now, fingerprint)
         self._probes = Probes(rng)
-        self._patrol = Patrol(rng)
+        self._patrol = ProbeSchedule(rng)
         self._seeds: dict[Address, NodeId | None] = {}  # and who was last met there
         # A random phase: nodes started together do not probe in step.
         self._next_probe_at = now + config.probe_period_s * rng.random()
@@ -146,9 +146,9 @@ class Swim(Evidence):
                 self._probes.nacked(seq, sender.node)
             case PingReq(seq=seq, target=target):
                 effects += self._relay(source, seq, target, now)
-            case Knock():
+            case ConnectCheck():
                 effects += self.on_knock(source, message, now)
-            case Knocked():
+            case ConnectChecked():
                 self.on_knocked(message, now)
             case Gossip():
                 pass
@@ -244,7 +244,10 @@ class Swim(Evidence):
         sender = self.sender(now)
         peers = self.members.some_peers(_FAREWELLS, self.rng)
         self.left = True
-        return [*self.take_changes(), *(Send(self.members.address_of(peer), Gossip(sender, (farewell,))) for peer in peers)]
+        return [
+            *self.take_changes(),
+            *(SendDatagram(self.members.address_of(peer), Gossip(sender, (farewell,))) for peer in peers),
+        ]
 
     def statistics(self, now: float) -> SwimStatistics:
         return SwimStatistics(
@@ -281,14 +284,14 @@ class Swim(Evidence):
         behind = (sender.epoch, sender.incarnation) < member.description[:2]
         return [member.alive_claim() if behind else member.claim(self.me)]
 
-    def _measure(self, peer: Member, sender: Sender, now: float, rtt_s: float | None) -> Measured:
+    def _measure(self, peer: Member, sender: Sender, now: float, rtt_s: float | None) -> LoadMeasured:
         load_at = now - sender.load_age_ms / 1000
         if load_at >= peer.load_at or peer.load_at > now:
             peer.load, peer.load_at = sender.load, load_at
-        return Measured(peer.node, peer.load, peer.load_at, rtt_s)
+        return LoadMeasured(peer.node, peer.load, peer.load_at, rtt_s)
 
-    def _send(self, to: Address, bare: Message, first: Sequence[Claim]) -> Send:
-        return Send(to, self.filled(bare, first))
+    def _send(self, to: Address, bare: Message, first: Sequence[Claim]) -> SendDatagram:
+        return SendDatagram(to, self.filled(bare, first))
 
     def _probe(self, member: Member, now: float, *, urgent: bool = False) -> list[Effect]:
         self._probed += 1
@@ -395,4 +398,4 @@ class Swim(Evidence):
             member = self.members[dead[choice]]
             ping = Ping(self.sender(now), self._probes.next_seq(), member.node)
             return [*effects, self._send(member.address, ping, [member.claim(self.me)])]
-        return [*effects, Exchange(seeds[choice - len(dead)])]
+        return [*effects, StartSync(seeds[choice - len(dead)])]

@@ -10,10 +10,10 @@ judges, the one with the lower address, once; the other is told when it asks. Ea
 
 from __future__ import annotations
 
-from membership.core.effects import Displaced, Effect, FindTwin, TwinSeen
+from membership.core.effects import Effect, FindTwin, ProcessDisplaced, TwinSeen
 from mesh.ids import Address
 from mesh.wire.gossip import Alive
-from mesh.wire.twin import ANSWERER, ASKER, Answer, Run
+from mesh.wire.twin import ANSWERER, ASKER, ProcessRun, TwinAnswer
 
 ASK_AGAIN_S = 10.0  # an address where no twin answered is not asked again sooner: stale words come many times
 ASKING_S = 5.0  # longer than a call may take: then its answer is not to be expected any more
@@ -32,10 +32,10 @@ class Twins:
         self._yields_at: dict[Address, float] = {}  # the twin there is the one to stop
         self._verdicts: dict[Address, tuple[float, bool]] = {}  # where this process judges: when, and whether it stops itself
 
-    def run(self, now: float) -> Run:
+    def run(self, now: float) -> ProcessRun:
         """This process, as it tells a twin of itself."""
         host, port = self._address
-        return Run(host, port, self._name, max(0.0, now - self._began))
+        return ProcessRun(host, port, self._name, max(0.0, now - self._began))
 
     def hear(self, place: Address, now: float) -> tuple[bool, list[Effect]]:
         """Words of this identity that another process said at `place`. Whether to go beyond them now, and what to find out."""
@@ -45,16 +45,16 @@ class Twins:
             return True, []
         return False, self._ask(place, now)
 
-    def asked(self, by: Run, now: float) -> tuple[Answer, list[Effect]]:
+    def asked(self, by: ProcessRun, now: float) -> tuple[TwinAnswer, list[Effect]]:
         """Somebody asks who says that it is this identity too: it may be, so it is asked in turn."""
         if by.address == self._address:
-            return Answer(self.run(now), ""), []
+            return TwinAnswer(self.run(now), ""), []
         stops = ""
         if self._judges(by):
             stops = ANSWERER if self._stops(by, now) else ASKER
-        return Answer(self.run(now), stops), [TwinSeen(by), *self._ask(by.address, now)]
+        return TwinAnswer(self.run(now), stops), [TwinSeen(by), *self._ask(by.address, now)]
 
-    def found(self, place: Address, answer: Answer | None, now: float) -> list[Effect]:
+    def found(self, place: Address, answer: TwinAnswer | None, now: float) -> list[Effect]:
         """What came of a `FindTwin`: the answer of a process with this identity's key; None: there is none."""
         self._asked_at.pop(place, None)
         if answer is None or answer.run.address == self._address:  # nobody, or this process by another way
@@ -63,7 +63,7 @@ class Twins:
         twin = answer.run
         stops = self._stops(twin, now) if self._judges(twin) else answer.stops == ASKER
         if stops:
-            return [TwinSeen(twin), Displaced(twin)]
+            return [TwinSeen(twin), ProcessDisplaced(twin)]
         for address in (place, twin.address):
             self._note(self._yields_at, address, now)
         return [TwinSeen(twin)]
@@ -74,10 +74,10 @@ class Twins:
         self._note(self._asked_at, place, now)
         return [FindTwin(place)]
 
-    def _judges(self, twin: Run) -> bool:
+    def _judges(self, twin: ProcessRun) -> bool:
         return self._address < twin.address
 
-    def _stops(self, twin: Run, now: float) -> bool:
+    def _stops(self, twin: ProcessRun, now: float) -> bool:
         """This process's verdict, which stands for a while: the younger stops, of equals the one with the higher address."""
         at, verdict = self._verdicts.get(twin.address, (0.0, False))
         if twin.address not in self._verdicts or now - at > REMEMBERED_S:

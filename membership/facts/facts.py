@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from membership.facts.fingerprint import Fingerprint
-from membership.facts.owner_map import Outcome, OwnerMap
+from membership.facts.owner_map import DeltaOutcome, OwnerMap
 from mesh.ids import NodeId
 from mesh.view import Facts
-from mesh.wire.facts_map import ShownFacts, keys_of
+from mesh.wire.facts_map import DecodedFacts, keys_of
 from mesh.wire.sync import MAX_OWNER_BYTES, MAX_VERSION, FactsDelta, Known
 
 NO_FACTS = Facts()
@@ -28,7 +28,7 @@ class FactsBook:
         self.me = me
         self._fingerprint = fingerprint
         self._maps: dict[NodeId, OwnerMap] = {me: OwnerMap(me, epoch)}
-        self._shown: dict[NodeId, ShownFacts] = {me: ShownFacts()}
+        self._shown: dict[NodeId, DecodedFacts] = {me: DecodedFacts()}
         self._head = ""  # who came first when not everything fitted; the next one is served first next time
         self.rejected = 0
 
@@ -56,22 +56,22 @@ class FactsBook:
         self._note(mine)
         return self._news(mine, 0)
 
-    def accept(self, delta: FactsDelta) -> tuple[Outcome, FactsDelta | None]:
+    def accept(self, delta: FactsDelta) -> tuple[DeltaOutcome, FactsDelta | None]:
         """Takes a peer's news in; with what to pass on of it. What breaks the rules is counted and left out."""
         if delta.owner == self.me:
             return self._defend(delta)
         held = self._maps.get(delta.owner)
         if held is not None and delta.epoch < held.epoch:
-            return Outcome.KNOWN, None
+            return DeltaOutcome.KNOWN, None
         fresh = held is None or delta.epoch > held.epoch
         copy = OwnerMap(delta.owner, delta.epoch) if held is None or fresh else held
         before = copy.version
         outcome, changes = copy.apply(delta)
-        if outcome is not Outcome.NEWS:
-            self.rejected += outcome is Outcome.REFUSED
+        if outcome is not DeltaOutcome.NEWS:
+            self.rejected += outcome is DeltaOutcome.REFUSED
             return outcome, None
         if fresh:
-            self._maps[delta.owner], self._shown[delta.owner] = copy, ShownFacts()
+            self._maps[delta.owner], self._shown[delta.owner] = copy, DecodedFacts()
         self.rejected += self._show(delta.owner, changes) + copy.overgrown
         return outcome, self._news(copy, before)
 
@@ -119,7 +119,7 @@ class FactsBook:
         held = self._maps[node]
         return not held.overgrown and (told is None or told.upto < held.version)
 
-    def _defend(self, delta: FactsDelta) -> tuple[Outcome, FactsDelta | None]:
+    def _defend(self, delta: FactsDelta) -> tuple[DeltaOutcome, FactsDelta | None]:
         """News of ourselves that we never wrote: we lost count, or somebody lies. The mesh must hear ours, so it goes ahead."""
         mine = self._maps[self.me]
         if (
@@ -128,10 +128,10 @@ class FactsBook:
             or delta.upto >= MAX_VERSION - MAX_OWNER_BYTES
             or not mine.differs(delta)
         ):
-            return Outcome.KNOWN, None
+            return DeltaOutcome.KNOWN, None
         mine.outbid(delta.upto)
         self._note(mine)
-        return Outcome.NEWS, self._news(mine, 0)
+        return DeltaOutcome.NEWS, self._news(mine, 0)
 
     def _news(self, copy: OwnerMap, since: int) -> FactsDelta | None:
         return copy.news(since, REPEATED_BYTES, DELTAS_BYTES)

@@ -33,7 +33,7 @@ TOMBSTONES_KEPT = 256  # of one owner; the older half goes when there are more
 TOLERATED = 4  # times the owner's bound: a copy in the middle of catching up may hold old values beside new ones
 
 
-class Outcome(Enum):
+class DeltaOutcome(Enum):
     NEWS = "news"
     KNOWN = "known"
     GAP = "gap"  # writes before it are missing here: ask for them
@@ -108,14 +108,14 @@ class OwnerMap:
 
     # the copies' side
 
-    def apply(self, delta: FactsDelta) -> tuple[Outcome, dict[str, bytes | None]]:
+    def apply(self, delta: FactsDelta) -> tuple[DeltaOutcome, dict[str, bytes | None]]:
         """Takes a delta of this epoch in, and tells which keys changed."""
         if not is_sound(delta):
-            return Outcome.REFUSED, {}
+            return DeltaOutcome.REFUSED, {}
         if self.overgrown or delta.upto <= self.version:
-            return Outcome.KNOWN, {}
+            return DeltaOutcome.KNOWN, {}
         if delta.since > self.version or (delta.since and delta.collected > self.version):
-            return Outcome.GAP, {}
+            return DeltaOutcome.GAP, {}
         before: dict[str, bytes] = {}
         if delta.collected > self.version:  # it starts over
             before, self._entries, self.size_bytes, self.version = self.live(), {}, 0, 0
@@ -129,7 +129,7 @@ class OwnerMap:
         if self.size_bytes > TOLERATED * MAX_OWNER_BYTES or len(self) > TOLERATED * MAX_OWNER_KEYS:
             changes = dict.fromkeys([*self.live(), *before])
             self._entries, self.size_bytes, self.overgrown = {}, 0, True
-        return Outcome.NEWS, changes
+        return DeltaOutcome.NEWS, changes
 
     def differs(self, delta: FactsDelta) -> bool:
         """Does it tell of this map what this map does not hold? For the owner, who alone can say that it is false."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from membership.core.effects import Cut
+from membership.core.effects import LossBatch
 from membership.core.swim import SwimStatistics
 from mesh.errors import MeshError
 from mesh.ids import Address, NodeId, format_address
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from membership.core.core import MembershipCore
     from membership.shell.datagrams import Datagrams
 
-__all__ = ["Cut", "JoinFailed", "MemberEvent", "MembershipStatistics"]
+__all__ = ["JoinFailed", "LossBatch", "MemberEvent", "MembershipStatistics"]
 
 
 class JoinFailed(MeshError):

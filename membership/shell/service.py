@@ -18,20 +18,20 @@ import trio
 from membership.core.config import MembershipConfig
 from membership.core.core import MembershipCore
 from membership.core.effects import (
-    Cut,
     Effect,
-    Exchange,
+    EpochRenewed,
     FactsChanged,
-    Froze,
-    Measured,
+    LoadMeasured,
+    LossBatch,
     MemberChanged,
     MemberForgotten,
     PingStream,
-    Push,
-    Renewed,
-    Send,
+    PushFacts,
+    SendDatagram,
+    StartSync,
     TryConnect,
-    Watch,
+    ViewFrozen,
+    WatchLinks,
 )
 from membership.shell.datagrams import Datagrams
 from membership.shell.events import JoinFailed, MemberEvent, MembershipStatistics, statistics_of
@@ -105,7 +105,7 @@ class Membership:
         self.handlers: Handlers = MappingProxyType({sync.SYNC_KIND: self._answer_sync, **self.twins.handlers})
         self.on_renewed: Callable[[int], None] = lambda epoch: None  # a higher epoch to keep on disk
         self._subscribers: list[Callable[[MemberEvent], None]] = []
-        self.on_cut: Callable[[Cut], None] = lambda cut: None  # must not block or raise
+        self.on_cut: Callable[[LossBatch], None] = lambda cut: None  # must not block or raise
         self._view_changed = trio.Event()
         self._deadline_moved = trio.Event()
         self._armed_for = -math.inf  # when `_keep_time` wakes by itself; it need only hear of earlier deadlines
@@ -266,22 +266,22 @@ class Membership:
     def _carry_out(self, effects: list[Effect]) -> None:
         changed: list[NodeId] = []
         events: list[MemberEvent] = []
-        cuts: list[Cut] = []
+        cuts: list[LossBatch] = []
         for effect in effects:
             match effect:
-                case Send(to=to, message=message):
+                case SendDatagram(to=to, message=message):
                     self._datagrams.send(to, message)
-                case Exchange(to=to):
+                case StartSync(to=to):
                     self._start_call(self._exchange, to)
-                case Push(to=to, sync=news):
+                case PushFacts(to=to, sync=news):
                     self._start_call(self._push, to, news)
                 case PingStream(seq=seq, to=to):
                     self._start_call(self._ping_stream, seq, to)
                 case TryConnect(number=number, to=to):
                     self._start_call(self._try_connect, number, to)
-                case Watch(addresses=addresses):
+                case WatchLinks(addresses=addresses):
                     self._keep_links(addresses)
-                case Measured(node=node):
+                case LoadMeasured(node=node):
                     self._show(node)
                 case FactsChanged(node=node):
                     changed.append(node)
@@ -291,11 +291,11 @@ class Membership:
                     changed.append(node)
                     if before is not after or restarted or stalled:
                         events.append(MemberEvent(node, before, after, restarted, stalled))
-                case Renewed(epoch=epoch):
+                case EpochRenewed(epoch=epoch):
                     self.on_renewed(epoch)
-                case Cut():
+                case LossBatch():
                     cuts.append(effect)
-                case Froze():
+                case ViewFrozen():
                     self._counts["freezes"] += effect.frozen
                 case other:
                     self.twins.carry_out(other)

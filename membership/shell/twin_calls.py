@@ -9,13 +9,13 @@ import msgspec
 import trio
 
 from membership.core.core import MembershipCore
-from membership.core.effects import Displaced, Effect, FindTwin, TwinSeen
+from membership.core.effects import Effect, FindTwin, ProcessDisplaced, TwinSeen
 from mesh.errors import BadRequest, MeshError
 from mesh.ids import Address, NodeId
 from mesh.keys.signing import Signer
 from mesh.view import View
 from mesh.wire.calls import Call, Handlers, Header, Reply
-from mesh.wire.twin import CHALLENGE_BYTES, TWIN_KIND, WHERE_KIND, Answer, Question, Run, SignedAnswer, statement
+from mesh.wire.twin import CHALLENGE_BYTES, TWIN_KIND, WHERE_KIND, ProcessRun, SignedAnswer, TwinAnswer, TwinQuestion, statement
 
 CALL_TIMEOUT_S = 2.0
 ASKED_AT_START = 8  # seeds; more would know nothing else
@@ -40,8 +40,8 @@ class TwinCalls:
         self._me, self._signer, self._call, self._view = me, signer, call, view
         self._core, self._start, self._settle = core, start, settle
         self.handlers: Handlers = {TWIN_KIND: self._on_twin, WHERE_KIND: self._on_where}
-        self.on_seen: Callable[[Run], None] = lambda twin: None
-        self.on_displaced: Callable[[Run], None] = lambda by: None
+        self.on_seen: Callable[[ProcessRun], None] = lambda twin: None
+        self.on_displaced: Callable[[ProcessRun], None] = lambda by: None
 
     def carry_out(self, effect: Effect) -> None:
         """The effects of `membership.core.twins`; any other is not for this class."""
@@ -50,20 +50,20 @@ class TwinCalls:
                 self._start(self._find, place)
             case TwinSeen(run=twin):
                 self.on_seen(twin)
-            case Displaced(by=by):
+            case ProcessDisplaced(by=by):
                 self.on_displaced(by)
 
     async def _find(self, place: Address) -> None:
         answer = await self.ask(place)
         self._settle(self._core.twin_found(place, answer, trio.current_time()))
 
-    def _run(self) -> Run:
+    def _run(self) -> ProcessRun:
         return self._core.swim.twins.run(trio.current_time())
 
-    async def ask(self, place: Address) -> Answer | None:
+    async def ask(self, place: Address) -> TwinAnswer | None:
         """Of a process with this node's key that answers at `place`; None: there is none."""
         challenge = secrets.token_bytes(CHALLENGE_BYTES)
-        question = msgspec.to_builtins(Question(challenge, self._run()), builtin_types=(bytes,))
+        question = msgspec.to_builtins(TwinQuestion(challenge, self._run()), builtin_types=(bytes,))
         try:
             header, _ = await self._call(place, TWIN_KIND, question, timeout_s=CALL_TIMEOUT_S)
             signed = msgspec.convert(header, SignedAnswer)
@@ -72,11 +72,11 @@ class TwinCalls:
         said = statement(self._me, challenge, signed.answer)
         return signed.answer if self._signer.verifier.holds(self._signer.public_key, said, signed.signature) else None
 
-    async def older_elsewhere(self, seeds: Iterable[Address]) -> Run | None:
+    async def older_elsewhere(self, seeds: Iterable[Address]) -> ProcessRun | None:
         """A process of this node that lives already, as one of the `seeds` knows it: to be asked before anything is said."""
         own = self._run().address
         places: set[Address] = set()
-        found: list[Run] = []
+        found: list[ProcessRun] = []
 
         async def look(seed: Address) -> None:
             place = await self._where(seed)
@@ -103,7 +103,7 @@ class TwinCalls:
 
     async def _on_twin(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
         try:
-            question = msgspec.convert(header, Question)
+            question = msgspec.convert(header, TwinQuestion)
         except msgspec.ValidationError as error:
             raise BadRequest(f"no question of a twin: {error}") from None
         if sender != self._me:

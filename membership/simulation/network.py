@@ -16,24 +16,24 @@ from random import Random
 from membership.core.config import MembershipConfig
 from membership.core.core import MembershipCore
 from membership.core.effects import (
-    Cut,
     Effect,
-    Exchange,
     FactsChanged,
-    Measured,
+    LoadMeasured,
+    LossBatch,
     MemberChanged,
     PingStream,
-    Push,
-    Send,
+    PushFacts,
+    SendDatagram,
+    StartSync,
     TryConnect,
-    Watch,
+    WatchLinks,
 )
 from membership.core.members import Common
 from membership.simulation import twins
-from membership.simulation.nodes import Carried, Seen, SimNode
+from membership.simulation.nodes import Carried, ObservedChange, SimNode
 from membership.simulation.signer import StandInSigner
-from membership.simulation.timeline import Timeline
-from membership.simulation.ways import Span, Ways
+from membership.simulation.timeline import VirtualTime
+from membership.simulation.ways import LatencyModel, Span
 from mesh.ids import Address, NodeId
 from mesh.keys.seal import KeySeal
 from mesh.keys.signing import Signer
@@ -47,7 +47,7 @@ CONNECT_TIMEOUT_S = 1.0
 ROUNDS_MAX = 8  # as in the service
 
 
-class Network(Timeline):
+class Network(VirtualTime):
     """All nodes, the wires between them, and what has been seen."""
 
     def __init__(
@@ -70,11 +70,11 @@ class Network(Timeline):
         self.rng = Random(seed)
         self.config = config or MembershipConfig()
         self._core, self.loss = core, loss
-        self.ways = Ways(self.rng, delay_s, far_s)
+        self.ways = LatencyModel(self.rng, delay_s, far_s)
         self.nodes: dict[NodeId, SimNode] = {}
-        self.seen: list[Seen] = []
+        self.seen: list[ObservedChange] = []
         self.facts_seen: list[tuple[float, NodeId, NodeId]] = []
-        self.cuts: list[tuple[float, NodeId, Cut]] = []
+        self.cuts: list[tuple[float, NodeId, LossBatch]] = []
         self.largest_bytes = 0
         self._at: dict[Address, NodeId] = {}
         self._encoded = encoded
@@ -229,29 +229,29 @@ class Network(Timeline):
 
     def carry_out(self, it: SimNode, effects: list[Effect]) -> None:
         for effect in effects:
-            if type(effect) is Send:  # these two are nearly all
+            if type(effect) is SendDatagram:  # these two are nearly all
                 self._send(it, effect.to, effect.message)
-            elif type(effect) is not Measured:
+            elif type(effect) is not LoadMeasured:
                 self._carry_out_rare(it, effect)
         self._arm(it)
 
     def _carry_out_rare(self, it: SimNode, effect: Effect) -> None:
         match effect:
-            case Exchange(to=to):
+            case StartSync(to=to):
                 self._exchange(it, to)
-            case Push(to=to, sync=news):
+            case PushFacts(to=to, sync=news):
                 self._call(it, to, news, lambda _: None)
             case MemberChanged(node=node, before=before, after=after, restarted=restarted):
-                self.seen.append(Seen.of(self.now, it, self.nodes.get(node), node, before, after, restarted))
+                self.seen.append(ObservedChange.of(self.now, it, self.nodes.get(node), node, before, after, restarted))
                 self._trace.update(f"{self.now!r} {it.id} {node} {before} {after}\n".encode())
             case PingStream(seq=seq, to=to):
                 self._ping_stream(it, seq, to)
             case TryConnect(number=number, to=to):
                 self._try_connect(it, number, to)
-            case Watch(addresses=addresses):
+            case WatchLinks(addresses=addresses):
                 for address in addresses:
                     self._open_link(it, address)
-            case Cut():
+            case LossBatch():
                 self.cuts.append((self.now, it.id, effect))
             case FactsChanged(node=node):
                 self.facts_seen.append((self.now, it.id, node))

@@ -35,7 +35,7 @@ class SimNode:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ObservedChange:
     """One change in one node's view."""
 
     at: float
@@ -60,7 +60,7 @@ class Seen:
         before: PeerState | None,
         after: PeerState,
         restarted: bool,
-    ) -> Seen:
+    ) -> ObservedChange:
         """`meant`: the node as it really is."""
         member = by.core.swim.members.get(node)
         if member is None:

@@ -61,7 +61,7 @@ class Death:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ScenarioResult:
     """`heal_s`: from the end of the partition until all saw one mesh; None where there was none, or they never did."""
 
     deaths: tuple[Death, ...]
@@ -80,13 +80,13 @@ class Outcome:
         return self.whole and not self.false_deaths and all(death.heard == death.observers for death in self.deaths)
 
 
-def simulate(scenario: Scenario, died: Callable[[Death], None] = lambda _: None) -> Outcome:
+def simulate(scenario: Scenario, died: Callable[[Death], None] = lambda _: None) -> ScenarioResult:
     """Runs it: the same scenario gives the same outcome, but for `wall_s`. `died` is told of each death once it was watched."""
     with seldom_collecting():
         return _lived(scenario, died)
 
 
-def _lived(scenario: Scenario, died: Callable[[Death], None]) -> Outcome:
+def _lived(scenario: Scenario, died: Callable[[Death], None]) -> ScenarioResult:
     began_s = time.perf_counter()
     network = Network(scenario.seed, loss=scenario.loss, delay_s=scenario.delay_span_s, encoded=False)
     ids = network.grow(scenario.nodes) if scenario.nodes <= JOINED_MAX else network.found(scenario.nodes)
@@ -116,7 +116,7 @@ def _lived(scenario: Scenario, died: Callable[[Death], None]) -> Outcome:
     wronged = _wronged(network, partition)
     wall_s = time.perf_counter() - began_s
     whole = partition is None or heal_s is not None
-    return Outcome(tuple(deaths), len(wronged), idle, network.now, wall_s, network.trace(), heal_s, whole, churn.goings)
+    return ScenarioResult(tuple(deaths), len(wronged), idle, network.now, wall_s, network.trace(), heal_s, whole, churn.goings)
 
 
 def _death(network: Network, node: NodeId, scenario: Scenario, churn: Churn) -> Death:

@@ -22,7 +22,7 @@ CLEARS_WITHIN_S = 25.0
 LOSSES = (0.0, 0.0, 0.02, 0.05, LOSS_MAX)
 
 
-class Storm:
+class FaultStorm:
     def __init__(self, seed: int) -> None:
         self._draw = Random(seed)
         self.network = Network(seed, loss=self._draw.choice(LOSSES), encoded=False)

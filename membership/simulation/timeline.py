@@ -8,7 +8,7 @@ from typing import Any
 from membership.simulation.events import Events
 
 
-class Timeline:
+class VirtualTime:
     """`now`: seconds since the start."""
 
     def __init__(self) -> None:

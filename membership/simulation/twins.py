@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from membership.core.effects import Displaced, Effect, FindTwin
+from membership.core.effects import Effect, FindTwin, ProcessDisplaced
 from membership.simulation.nodes import SimNode
 from mesh.ids import Address
-from mesh.wire.twin import Answer
+from mesh.wire.twin import TwinAnswer
 
 if TYPE_CHECKING:
     from membership.simulation.network import Network
@@ -19,7 +19,7 @@ def carry_out(network: Network, it: SimNode, effect: Effect) -> None:
     match effect:
         case FindTwin(to=place):
             _ask(network, it, place)
-        case Displaced():
+        case ProcessDisplaced():
             network.crash(it.id)  # its process ends at once, without a goodbye
         case _:
             pass
@@ -29,7 +29,7 @@ def _ask(network: Network, it: SimNode, place: Address) -> None:
     run = it.core.swim.twins.run(network.now)
     peer = network.connects(it, place)
 
-    def come_back(answer: Answer | None) -> None:
+    def come_back(answer: TwinAnswer | None) -> None:
         if it.running and not it.paused:
             network.carry_out(it, it.core.twin_found(place, answer, network.now))
 

@@ -10,7 +10,7 @@ from mesh.ids import NodeId
 Span = tuple[float, float]
 
 
-class Ways:
+class LatencyModel:
     """`near_s`: of one way within a region, `far_s`: between two, each drawn evenly between its ends."""
 
     def __init__(self, rng: Random, near_s: Span, far_s: Span | None) -> None:

@@ -10,13 +10,13 @@ from membership.core.config import MembershipConfig
 from membership.core.core import MembershipCore
 from membership.core.effects import Effect
 from membership.trace import trace_format
-from membership.trace.trace_format import Record, Trace, answer_hash
+from membership.trace.trace_format import Trace, TraceRecord, answer_hash
 from mesh.ids import Address, NodeId
-from mesh.keys.signing import Signer, Verifier
+from mesh.keys.signing import SignatureVerifier, Signer
 from mesh.view import Facts, Load, PeerState
 from mesh.wire.gossip import Alive, Message
 from mesh.wire.sync import DigestEntry, Sync, Synced
-from mesh.wire.twin import Answer, Run
+from mesh.wire.twin import ProcessRun, TwinAnswer
 
 if TYPE_CHECKING:
     from random import Random
@@ -36,7 +36,7 @@ class RecordedSigner:
         return self._signer.public_key
 
     @property
-    def verifier(self) -> Verifier:
+    def verifier(self) -> SignatureVerifier:
         return self._signer.verifier
 
     def sign(self, statement: bytes) -> bytes:
@@ -56,70 +56,70 @@ class RecordedCore(MembershipCore):
         self._seeds_known: dict[Address, None] = {}
         seed = self._sown(rng)
         super().__init__(me, self._signer, config, rng, now)
-        self._keep(trace_format.Started(now, me, signer.public_key, asdict(config), seed), None)
+        self._keep(trace_format.StartInput(now, me, signer.public_key, asdict(config), seed), None)
 
     def receive(self, source: Address, message: Message, now: float, arrived_at: float | None = None) -> list[Effect]:
         receive = super().receive
         return self._played(
-            trace_format.Heard(now, source, message, arrived_at), lambda: receive(source, message, now, arrived_at)
+            trace_format.DatagramInput(now, source, message, arrived_at), lambda: receive(source, message, now, arrived_at)
         )
 
     def tick(self, now: float) -> list[Effect]:
         tick = super().tick
-        return self._played(trace_format.Ticked(now), lambda: tick(now))
+        return self._played(trace_format.TickInput(now), lambda: tick(now))
 
     def lost(self, node: NodeId, now: float, *, proven: bool = False) -> list[Effect]:
         lost = super().lost
-        return self._played(trace_format.Lost(now, node, proven), lambda: lost(node, now, proven=proven))
+        return self._played(trace_format.LinkLostInput(now, node, proven), lambda: lost(node, now, proven=proven))
 
     def linked(self, node: NodeId) -> None:
         linked = super().linked
-        self._played(trace_format.Linked(0.0, node), lambda: linked(node))
+        self._played(trace_format.LinkUpInput(0.0, node), lambda: linked(node))
 
     def stream_answered(self, seq: int, by: NodeId, now: float) -> list[Effect]:
         stream_answered = super().stream_answered
-        return self._played(trace_format.StreamAnswered(now, seq, by), lambda: stream_answered(seq, by, now))
+        return self._played(trace_format.StreamAnsweredInput(now, seq, by), lambda: stream_answered(seq, by, now))
 
     def tried(self, number: int, refused: bool | None, now: float) -> list[Effect]:
         tried = super().tried
-        return self._played(trace_format.Tried(now, number, refused), lambda: tried(number, refused, now))
+        return self._played(trace_format.ConnectTriedInput(now, number, refused), lambda: tried(number, refused, now))
 
-    def twin_asked(self, by: Run, now: float) -> tuple[Answer, list[Effect]]:
+    def twin_asked(self, by: ProcessRun, now: float) -> tuple[TwinAnswer, list[Effect]]:
         twin_asked = super().twin_asked
-        return self._played(trace_format.TwinAsked(now, by), lambda: twin_asked(by, now))
+        return self._played(trace_format.TwinAskedInput(now, by), lambda: twin_asked(by, now))
 
-    def twin_found(self, place: Address, answer: Answer | None, now: float) -> list[Effect]:
+    def twin_found(self, place: Address, answer: TwinAnswer | None, now: float) -> list[Effect]:
         twin_found = super().twin_found
-        return self._played(trace_format.TwinFound(now, place, answer), lambda: twin_found(place, answer, now))
+        return self._played(trace_format.TwinFoundInput(now, place, answer), lambda: twin_found(place, answer, now))
 
     def leave(self, now: float) -> list[Effect]:
         leave = super().leave
-        return self._played(trace_format.Leaving(now), lambda: leave(now))
+        return self._played(trace_format.LeaveInput(now), lambda: leave(now))
 
     def set_load(self, load: Load, now: float) -> None:
         set_load = super().set_load
-        self._played(trace_format.Loaded(now, load), lambda: set_load(load, now))
+        self._played(trace_format.LoadInput(now, load), lambda: set_load(load, now))
 
     def note_load(self, node: NodeId, load: Load, now: float) -> bool:
         note_load = super().note_load
-        return self._played(trace_format.LoadNoted(now, node, load), lambda: note_load(node, load, now))
+        return self._played(trace_format.LoadNotedInput(now, node, load), lambda: note_load(node, load, now))
 
     def publish(self, facts: Facts, now: float) -> list[Effect]:
         publish = super().publish
-        return self._played(trace_format.Published(now, facts), lambda: publish(facts, now))
+        return self._played(trace_format.FactsPublishedInput(now, facts), lambda: publish(facts, now))
 
     def answer(self, asker: NodeId, sync: Sync, now: float) -> tuple[Synced, list[Effect]]:
         answer = super().answer
-        return self._played(trace_format.Asked(now, asker, sync), lambda: answer(asker, sync, now))
+        return self._played(trace_format.SyncAskedInput(now, asker, sync), lambda: answer(asker, sync, now))
 
     def learn(self, source: Address, synced: Synced, now: float) -> tuple[Sync | None, list[Effect]]:
         learn = super().learn
-        return self._played(trace_format.Answered(now, source, synced), lambda: learn(source, synced, now))
+        return self._played(trace_format.SyncAnsweredInput(now, source, synced), lambda: learn(source, synced, now))
 
     def remember_seed(self, address: Address) -> None:
         remember_seed = super().remember_seed
         self._seeds_known[address] = None
-        self._played(trace_format.SeedKnown(0.0, address), lambda: remember_seed(address))
+        self._played(trace_format.SeedKnownInput(0.0, address), lambda: remember_seed(address))
 
     def _played(self, given: trace_format.Input, play: Callable[[], T]) -> T:
         if self._kept.full and given.now > 0:
@@ -129,7 +129,7 @@ class RecordedCore(MembershipCore):
         return answer
 
     def _keep(self, given: trace_format.Input, answer: object) -> None:
-        self._kept.add(Record(given, self._signer.taken(), answer_hash(answer)))
+        self._kept.add(TraceRecord(given, self._signer.taken(), answer_hash(answer)))
 
     def _checkpoint(self, now: float) -> None:
         """What a newcomer would be told, and the rest that a successor of this core needs."""
@@ -138,7 +138,7 @@ class RecordedCore(MembershipCore):
         links = tuple(node for node, count in sorted(self.swim.linked.items()) for _ in range(count))
         self._kept.begin_segment()
         words, seed = me.alive_claim(), self._sown(self.rng)
-        self._keep(trace_format.Checkpoint(now, words, seed, known, links, tuple(self._seeds_known)), None)
+        self._keep(trace_format.CheckpointInput(now, words, seed, known, links, tuple(self._seeds_known)), None)
 
     def _sown(self, rng: Random) -> int:
         seed = rng.getrandbits(62)

@@ -11,10 +11,10 @@ from membership.core.core import MembershipCore
 from membership.core.effects import Effect, MemberChanged
 from membership.trace import trace_format
 from membership.trace.recording import told_to_a_newcomer
-from membership.trace.trace_format import BadTrace, Record, answer_hash
+from membership.trace.trace_format import BadTrace, TraceRecord, answer_hash
 from mesh.errors import MeshError
 from mesh.ids import Address, NodeId
-from mesh.keys.signing import Ed25519Verifier, Verifier
+from mesh.keys.signing import Ed25519Verifier, SignatureVerifier
 from mesh.view import PeerState
 
 _NOWHERE: Address = ("", 0)
@@ -50,14 +50,14 @@ class ToldSigner:
     """Gives out the signatures that the trace holds; it has no key."""
 
     public_key: bytes
-    verifier: Verifier
+    verifier: SignatureVerifier
     told: deque[bytes] = field(default_factory=deque)
 
     def sign(self, statement: bytes) -> bytes:
         return self.told.popleft() if self.told else bytes(64)
 
 
-def replay(records: list[Record], verifier: Verifier | None = None) -> Replay:
+def replay(records: list[TraceRecord], verifier: SignatureVerifier | None = None) -> Replay:
     """Leads a new core through them. `verifier`: of the signatures in it, unless they are the nodes' real ones.
 
     Raises:
@@ -69,11 +69,11 @@ def replay(records: list[Record], verifier: Verifier | None = None) -> Replay:
         raise BadTrace(f"the trace leads its core astray: {error!r}") from None
 
 
-def _replayed(records: list[Record], verifier: Verifier) -> Replay:
+def _replayed(records: list[TraceRecord], verifier: SignatureVerifier) -> Replay:
     first = records[0]
     signer = ToldSigner(b"", verifier, deque(first.signatures))
     core = _made(first.input, signer)
-    found = Replay(isinstance(first.input, trace_format.Started), 1, 1, None, first.input.now, first.input.now)
+    found = Replay(isinstance(first.input, trace_format.StartInput), 1, 1, None, first.input.now, first.input.now)
     for number, record in enumerate(records[1:], 1):
         signer.told = deque(record.signatures)
         answer, effects = _play(core, record.input)
@@ -89,10 +89,10 @@ def _replayed(records: list[Record], verifier: Verifier) -> Replay:
 
 def _made(first: trace_format.Input, signer: ToldSigner) -> MembershipCore:
     match first:
-        case trace_format.Started(now=now, me=me, public_key=public_key, config=config, seed=seed):
+        case trace_format.StartInput(now=now, me=me, public_key=public_key, config=config, seed=seed):
             signer.public_key = public_key
             return MembershipCore(me, signer, _config(config), Random(seed), now)
-        case trace_format.Checkpoint(now=now, me=me, seed=seed, known=known, linked=linked, seeds=seeds):
+        case trace_format.CheckpointInput(now=now, me=me, seed=seed, known=known, linked=linked, seeds=seeds):
             signer.public_key = me.key
             core = MembershipCore(me, signer, MembershipConfig(), Random(seed), now)
             core.learn(_NOWHERE, known, now)
@@ -117,40 +117,40 @@ def _play(core: MembershipCore, given: trace_format.Input) -> tuple[object, list
     answer: object = None
     effects: list[Effect] = []
     match given:
-        case trace_format.Heard(now=now, source=source, message=message, arrived_at=arrived_at):
+        case trace_format.DatagramInput(now=now, source=source, message=message, arrived_at=arrived_at):
             answer = effects = core.receive(source, message, now, arrived_at)
-        case trace_format.Ticked(now=now):
+        case trace_format.TickInput(now=now):
             answer = effects = core.tick(now)
-        case trace_format.Loaded(now=now, load=load):
+        case trace_format.LoadInput(now=now, load=load):
             core.set_load(load, now)
-        case trace_format.LoadNoted(now=now, node=node, load=load):
+        case trace_format.LoadNotedInput(now=now, node=node, load=load):
             answer = core.note_load(node, load, now)
-        case trace_format.Linked(node=node):
+        case trace_format.LinkUpInput(node=node):
             core.linked(node)
-        case trace_format.Lost(now=now, node=node, proven=proven):
+        case trace_format.LinkLostInput(now=now, node=node, proven=proven):
             answer = effects = core.lost(node, now, proven=proven)
-        case trace_format.StreamAnswered(now=now, seq=seq, by=by):
+        case trace_format.StreamAnsweredInput(now=now, seq=seq, by=by):
             answer = effects = core.stream_answered(seq, by, now)
-        case trace_format.Tried(now=now, number=number, refused=refused):
+        case trace_format.ConnectTriedInput(now=now, number=number, refused=refused):
             answer = effects = core.tried(number, refused, now)
-        case trace_format.Published(now=now, facts=facts):
+        case trace_format.FactsPublishedInput(now=now, facts=facts):
             answer = effects = core.publish(facts, now)
-        case trace_format.Asked(now=now, asker=asker, sync=sync):
+        case trace_format.SyncAskedInput(now=now, asker=asker, sync=sync):
             answer = synced, effects = core.answer(asker, sync, now)
-        case trace_format.Answered(now=now, source=source, synced=synced):
+        case trace_format.SyncAnsweredInput(now=now, source=source, synced=synced):
             answer = _, effects = core.learn(source, synced, now)
-        case trace_format.SeedKnown(address=address):
+        case trace_format.SeedKnownInput(address=address):
             core.remember_seed(address)
-        case trace_format.TwinAsked(now=now, by=by):
+        case trace_format.TwinAskedInput(now=now, by=by):
             answer = _, effects = core.twin_asked(by, now)
-        case trace_format.TwinFound(now=now, place=place, answer=found):
+        case trace_format.TwinFoundInput(now=now, place=place, answer=found):
             answer = effects = core.twin_found(place, found, now)
-        case trace_format.Leaving(now=now):
+        case trace_format.LeaveInput(now=now):
             answer = effects = core.leave(now)
-        case trace_format.Checkpoint(now=now, seed=seed):
+        case trace_format.CheckpointInput(now=now, seed=seed):
             told_to_a_newcomer(core, now)
             core.rng.seed(seed)
-        case trace_format.Started():
+        case trace_format.StartInput():
             raise BadTrace("expected one start, at the beginning")
     return answer, effects
 

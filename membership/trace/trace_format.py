@@ -20,7 +20,7 @@ from msgspec import Meta
 from mesh.view import Facts, Load
 from mesh.wire.gossip import Alive, Host, Id, Message, Port
 from mesh.wire.sync import MAX_SYNC_BYTES, Sync, Synced
-from mesh.wire.twin import Answer, Run
+from mesh.wire.twin import ProcessRun, TwinAnswer
 
 MAGIC = b"mesh membership trace 1\n"
 SEGMENTS = 4
@@ -39,7 +39,7 @@ class _Input(msgspec.Struct, frozen=True, array_like=True):
     now: float
 
 
-class Started(_Input, frozen=True, array_like=True, tag="start"):
+class StartInput(_Input, frozen=True, array_like=True, tag="start"):
     """The node as it began, and the seed of all its chance."""
 
     me: Alive
@@ -48,7 +48,7 @@ class Started(_Input, frozen=True, array_like=True, tag="start"):
     seed: Seed
 
 
-class Checkpoint(_Input, frozen=True, array_like=True, tag="check"):
+class CheckpointInput(_Input, frozen=True, array_like=True, tag="check"):
     """A segment begins: what was known, in case all before it is gone. Chance goes on from `seed`."""
 
     me: Alive
@@ -58,95 +58,95 @@ class Checkpoint(_Input, frozen=True, array_like=True, tag="check"):
     seeds: tuple[At, ...]
 
 
-class Heard(_Input, frozen=True, array_like=True, tag="heard"):
+class DatagramInput(_Input, frozen=True, array_like=True, tag="heard"):
     source: At
     message: Message
     arrived_at: float | None
 
 
-class Ticked(_Input, frozen=True, array_like=True, tag="tick"): ...
+class TickInput(_Input, frozen=True, array_like=True, tag="tick"): ...
 
 
-class Loaded(_Input, frozen=True, array_like=True, tag="load"):
+class LoadInput(_Input, frozen=True, array_like=True, tag="load"):
     load: Load
 
 
-class LoadNoted(_Input, frozen=True, array_like=True, tag="noted"):
+class LoadNotedInput(_Input, frozen=True, array_like=True, tag="noted"):
     node: Id
     load: Load
 
 
-class Linked(_Input, frozen=True, array_like=True, tag="linked"):
+class LinkUpInput(_Input, frozen=True, array_like=True, tag="linked"):
     node: Id
 
 
-class Lost(_Input, frozen=True, array_like=True, tag="lost"):
+class LinkLostInput(_Input, frozen=True, array_like=True, tag="lost"):
     node: Id
     proven: bool
 
 
-class StreamAnswered(_Input, frozen=True, array_like=True, tag="stream"):
+class StreamAnsweredInput(_Input, frozen=True, array_like=True, tag="stream"):
     seq: int
     by: Id
 
 
-class Tried(_Input, frozen=True, array_like=True, tag="tried"):
+class ConnectTriedInput(_Input, frozen=True, array_like=True, tag="tried"):
     number: int
     refused: bool | None
 
 
-class Published(_Input, frozen=True, array_like=True, tag="facts"):
+class FactsPublishedInput(_Input, frozen=True, array_like=True, tag="facts"):
     facts: Facts
 
 
-class Asked(_Input, frozen=True, array_like=True, tag="asked"):
+class SyncAskedInput(_Input, frozen=True, array_like=True, tag="asked"):
     asker: Id
     sync: Sync
 
 
-class Answered(_Input, frozen=True, array_like=True, tag="answered"):
+class SyncAnsweredInput(_Input, frozen=True, array_like=True, tag="answered"):
     source: At
     synced: Synced
 
 
-class SeedKnown(_Input, frozen=True, array_like=True, tag="seed"):
+class SeedKnownInput(_Input, frozen=True, array_like=True, tag="seed"):
     address: At
 
 
-class TwinAsked(_Input, frozen=True, array_like=True, tag="twin asked"):
-    by: Run
+class TwinAskedInput(_Input, frozen=True, array_like=True, tag="twin asked"):
+    by: ProcessRun
 
 
-class TwinFound(_Input, frozen=True, array_like=True, tag="twin found"):
+class TwinFoundInput(_Input, frozen=True, array_like=True, tag="twin found"):
     place: At
-    answer: Answer | None
+    answer: TwinAnswer | None
 
 
-class Leaving(_Input, frozen=True, array_like=True, tag="leave"): ...
+class LeaveInput(_Input, frozen=True, array_like=True, tag="leave"): ...
 
 
 Input = (
-    Started
-    | Checkpoint
-    | Heard
-    | Ticked
-    | Loaded
-    | LoadNoted
-    | Linked
-    | Lost
-    | StreamAnswered
-    | Tried
-    | Published
-    | Asked
-    | Answered
-    | SeedKnown
-    | TwinAsked
-    | TwinFound
-    | Leaving
+    StartInput
+    | CheckpointInput
+    | DatagramInput
+    | TickInput
+    | LoadInput
+    | LoadNotedInput
+    | LinkUpInput
+    | LinkLostInput
+    | StreamAnsweredInput
+    | ConnectTriedInput
+    | FactsPublishedInput
+    | SyncAskedInput
+    | SyncAnsweredInput
+    | SeedKnownInput
+    | TwinAskedInput
+    | TwinFoundInput
+    | LeaveInput
 )
 
 
-class Record(msgspec.Struct, frozen=True, array_like=True):
+class TraceRecord(msgspec.Struct, frozen=True, array_like=True):
     """One input, the signatures that were made while it was dealt with, and the hash of the answer."""
 
     input: Input
@@ -155,7 +155,7 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Record)
+_decoder = msgspec.msgpack.Decoder(TraceRecord)
 
 
 def answer_hash(answer: object) -> bytes:
@@ -164,7 +164,7 @@ def answer_hash(answer: object) -> bytes:
 
 
 @dataclass(slots=True)
-class Segment:
+class TraceSegment:
     records: list[bytes] = field(default_factory=list)
     size_bytes: int = 0
 
@@ -174,7 +174,7 @@ class Trace:
 
     def __init__(self, limit_bytes: int) -> None:
         self._segment_bytes = max(1, limit_bytes // SEGMENTS)
-        self._segments: deque[Segment] = deque([Segment()])
+        self._segments: deque[TraceSegment] = deque([TraceSegment()])
         self.dropped_records = 0
 
     @property
@@ -183,11 +183,11 @@ class Trace:
         return self._segments[-1].size_bytes >= self._segment_bytes
 
     def begin_segment(self) -> None:
-        self._segments.append(Segment())
+        self._segments.append(TraceSegment())
         while len(self._segments) > SEGMENTS:
             self.dropped_records += len(self._segments.popleft().records)
 
-    def add(self, record: Record) -> None:
+    def add(self, record: TraceRecord) -> None:
         raw = _encoder.encode(record)
         segment = self._segments[-1]
         segment.records.append(raw)
@@ -199,7 +199,7 @@ class Trace:
         return MAGIC + b"".join(part for raw in records for part in (len(raw).to_bytes(4, "big"), raw))
 
 
-def read(raw: bytes) -> list[Record]:
+def read(raw: bytes) -> list[TraceRecord]:
     """The records of a dump.
 
     Raises:
@@ -208,7 +208,7 @@ def read(raw: bytes) -> list[Record]:
     if not raw.startswith(MAGIC):
         raise BadTrace(f"expected a membership trace, which begins with {MAGIC.decode().strip()!r}")
     records = [_decoded(part) for part in _parts(memoryview(raw)[len(MAGIC) :])]
-    if not records or not isinstance(records[0].input, Started | Checkpoint):
+    if not records or not isinstance(records[0].input, StartInput | CheckpointInput):
         raise BadTrace("expected a trace that begins with a start or a checkpoint")
     return records
 
@@ -222,7 +222,7 @@ def _parts(rest: memoryview) -> Iterable[memoryview]:
         rest = rest[4 + length :]
 
 
-def _decoded(raw: memoryview) -> Record:
+def _decoded(raw: memoryview) -> TraceRecord:
     try:
         return _decoder.decode(raw)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:

@@ -7,8 +7,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from mesh.client.api import encoded
-from mesh.client.event_stream import Chunk, Progress
-from mesh.client.flow import Caller, Emit, Flow, Tries
+from mesh.client.event_stream import AnswerProgress, Chunk
+from mesh.client.flow import ClientCore, Flow, RetrySchedule, YieldChunk
 from mesh.client.transport import BlockingIo, TrioIo
 
 if TYPE_CHECKING:
@@ -23,12 +23,12 @@ def text_of(chunk: Chunk) -> str:
     return ""
 
 
-class Answering:
+class AnswerState:
     """What a stream tells about itself while it is read."""
 
-    def __init__(self, caller: Caller, path: str, body: Mapping[str, Any]) -> None:
-        self.progress = Progress()
-        self._tries = Tries(caller.nodes, caller.budget, caller.draw)
+    def __init__(self, caller: ClientCore, path: str, body: Mapping[str, Any]) -> None:
+        self.progress = AnswerProgress()
+        self._tries = RetrySchedule(caller.nodes, caller.budget, caller.draw)
         self._flow: Flow[None] = caller.stream(path, encoded(body, stream=True), self.progress, self._tries)
 
     @property
@@ -51,10 +51,10 @@ class Answering:
         return (self.progress.last or {}).get("mesh", {})
 
 
-class AnswerStream(Answering):
+class AnswerStream(AnswerState):
     """The chunks of one answer, as dicts. Closing it early, or leaving it as a context manager, frees its work."""
 
-    def __init__(self, caller: Caller, http: httpx.Client, path: str, body: Mapping[str, Any]) -> None:
+    def __init__(self, caller: ClientCore, http: httpx.Client, path: str, body: Mapping[str, Any]) -> None:
         super().__init__(caller, path, body)
         self._io = BlockingIo(http)
 
@@ -69,7 +69,7 @@ class AnswerStream(Answering):
             except BaseException:  # the end, or an error that goes on to the caller
                 self._io.close()
                 raise
-            if isinstance(effect, Emit):
+            if isinstance(effect, YieldChunk):
                 return effect.chunk
             outcome = self._io.carry_out(effect)
 
@@ -88,10 +88,10 @@ class AnswerStream(Answering):
         self.close()
 
 
-class AsyncAnswerStream(Answering):
+class AsyncAnswerStream(AnswerState):
     """`AnswerStream` under trio: read it with `async for` inside `async with`."""
 
-    def __init__(self, caller: Caller, http: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> None:
+    def __init__(self, caller: ClientCore, http: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> None:
         super().__init__(caller, path, body)
         self._io = TrioIo(http)
 
@@ -106,7 +106,7 @@ class AsyncAnswerStream(Answering):
             except StopIteration:
                 await self._io.aclose()
                 raise StopAsyncIteration from None
-            if isinstance(effect, Emit):
+            if isinstance(effect, YieldChunk):
                 return effect.chunk
             outcome = await self._io.carry_out(effect)
 

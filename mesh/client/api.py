@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from mesh.client.flow import ANSWER_S, LOOK_S, Caller, Flow
+from mesh.client.flow import ANSWER_S, LOOK_S, ClientCore, Flow
 from mesh.client.params import CHAT_PARAMS, COMPLETION_PARAMS, fields_of
 from mesh.errors import BadRequest
 
@@ -24,7 +24,7 @@ ROTATE_S = 120.0  # it waits for every live node
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
+class DocumentFile:
     """A file to be added. One found while walking a folder may be of a type that is not read: it is skipped, not an error."""
 
     name: str
@@ -33,7 +33,7 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
-class Added:
+class DocumentAdded:
     """What became of one document: `outcome` is "added", "replaced" (an older one of the same name), "unchanged" or "skipped"."""
 
     name: str
@@ -78,54 +78,54 @@ def encoded(body: Mapping[str, Any], *, stream: bool = False) -> bytes:
 
 
 def ask_json(
-    caller: Caller, method: str, path: str, body: Mapping[str, Any] | None = None, silence_s: float = LOOK_S
+    caller: ClientCore, method: str, path: str, body: Mapping[str, Any] | None = None, silence_s: float = LOOK_S
 ) -> Flow[Any]:
     content_type = "application/json" if body is not None else ""
     answer = yield from caller.call(method, path, encoded(body) if body is not None else b"", content_type, silence_s)
     return answer.json()
 
 
-def generate(caller: Caller, path: str, body: Mapping[str, Any]) -> Flow[Reply]:
+def generate(caller: ClientCore, path: str, body: Mapping[str, Any]) -> Flow[Reply]:
     return (yield from ask_json(caller, "POST", path, body, ANSWER_S))
 
 
-def status(caller: Caller) -> Flow[Reply]:
+def status(caller: ClientCore) -> Flow[Reply]:
     return (yield from ask_json(caller, "GET", "/mesh/status"))
 
 
-def models(caller: Caller) -> Flow[list[Reply]]:
+def models(caller: ClientCore) -> Flow[list[Reply]]:
     return (yield from ask_json(caller, "GET", "/v1/models"))["data"]
 
 
-def why(caller: Caller, request_id: str) -> Flow[Reply]:
+def why(caller: ClientCore, request_id: str) -> Flow[Reply]:
     return (yield from ask_json(caller, "GET", f"/mesh/requests/{quote(request_id, safe='')}"))
 
 
-def doctor(caller: Caller) -> Flow[Reply]:
+def doctor(caller: ClientCore) -> Flow[Reply]:
     return (yield from ask_json(caller, "GET", "/mesh/doctor", silence_s=DOCTOR_S))
 
 
-def rotate_key(caller: Caller) -> Flow[Reply]:
+def rotate_key(caller: ClientCore) -> Flow[Reply]:
     return (yield from ask_json(caller, "POST", "/mesh/key/rotate", silence_s=ROTATE_S))
 
 
-def live_node(caller: Caller) -> Flow[str]:
+def live_node(caller: ClientCore) -> Flow[str]:
     """The URL of a node that answers now."""
     answer = yield from caller.call("GET", "/health", silence_s=LOOK_S)
     return answer.node
 
 
-def embed(caller: Caller, texts: Sequence[str], model: str | None) -> Flow[list[list[float]]]:
+def embed(caller: ClientCore, texts: Sequence[str], model: str | None) -> Flow[list[list[float]]]:
     body = {"input": list(texts), "encoding_format": "float", **({"model": model} if model else {})}
     reply = yield from ask_json(caller, "POST", "/v1/embeddings", body, SEARCH_S)
     return [row["embedding"] for row in sorted(reply["data"], key=lambda row: row["index"])]
 
 
-def stores(caller: Caller) -> Flow[list[Reply]]:
+def stores(caller: ClientCore) -> Flow[list[Reply]]:
     return (yield from every(caller, "/v1/vector_stores"))
 
 
-def every(caller: Caller, path: str) -> Flow[list[Reply]]:
+def every(caller: ClientCore, path: str) -> Flow[list[Reply]]:
     """All rows of a list that comes in pages."""
     rows: list[Reply] = []
     after = ""
@@ -137,7 +137,7 @@ def every(caller: Caller, path: str) -> Flow[list[Reply]]:
         after = f"&after={quote(reply['data'][-1]['id'], safe='')}"
 
 
-def documents(caller: Caller, store: str) -> Flow[list[Reply]]:
+def documents(caller: ClientCore, store: str) -> Flow[list[Reply]]:
     """The files of a store, each with its `filename`, which the store's own list does not tell in OpenAI's form."""
     rows = yield from every(caller, f"/v1/vector_stores/{quote(store, safe='')}/files")
     if any("filename" not in row for row in rows):
@@ -147,7 +147,7 @@ def documents(caller: Caller, store: str) -> Flow[list[Reply]]:
     return [{**row, "filename": row.get("filename", "")} for row in rows]
 
 
-def open_store(caller: Caller, store: str) -> Flow[None]:
+def open_store(caller: ClientCore, store: str) -> Flow[None]:
     """Makes the store unless it is there."""
     try:
         yield from ask_json(caller, "GET", f"/v1/vector_stores/{quote(store, safe='')}")
@@ -157,7 +157,7 @@ def open_store(caller: Caller, store: str) -> Flow[None]:
         yield from ask_json(caller, "POST", "/v1/vector_stores", {"name": store}, SEARCH_S)
 
 
-def add_document(caller: Caller, store: str, document: Document, held: Mapping[str, str]) -> Flow[Added]:
+def add_document(caller: ClientCore, store: str, document: DocumentFile, held: Mapping[str, str]) -> Flow[DocumentAdded]:
     """Uploads and indexes one document. `held`: name -> file id of what the store holds already.
 
     A file's id is a digest of its name and bytes, so one that the store holds under the same id is unchanged.
@@ -167,7 +167,7 @@ def add_document(caller: Caller, store: str, document: Document, held: Mapping[s
         file = yield from caller.call("POST", "/v1/files", body, content_type, SEARCH_S)
         file_id = str(file.json()["id"])
         if held.get(document.name) == file_id:
-            return Added(document.name, "unchanged", file_id)
+            return DocumentAdded(document.name, "unchanged", file_id)
         path = f"/v1/vector_stores/{quote(store, safe='')}/files"
         attached = yield from ask_json(caller, "POST", path, {"file_id": file_id}, SEARCH_S * 5)
         failure = (attached.get("last_error") or {}).get("message") if attached.get("status") == "failed" else None
@@ -175,21 +175,21 @@ def add_document(caller: Caller, store: str, document: Document, held: Mapping[s
             raise BadRequest(f"{document.name}: {failure}", "file")
     except BadRequest as error:
         if document.found and error.status in (400, 413, 415):
-            return Added(document.name, "skipped", reason=str(error))
+            return DocumentAdded(document.name, "skipped", reason=str(error))
         raise
     if older := held.get(document.name):
         yield from ask_json(caller, "DELETE", f"{path}/{older}", silence_s=SEARCH_S)
-        return Added(document.name, "replaced", file_id)
-    return Added(document.name, "added", file_id)
+        return DocumentAdded(document.name, "replaced", file_id)
+    return DocumentAdded(document.name, "added", file_id)
 
 
-def search(caller: Caller, store: str, query: str, top_k: int) -> Flow[list[Reply]]:
+def search(caller: ClientCore, store: str, query: str, top_k: int) -> Flow[list[Reply]]:
     body = {"query": query, "max_num_results": top_k}
     path = f"/v1/vector_stores/{quote(store, safe='')}/search"
     return (yield from ask_json(caller, "POST", path, body, SEARCH_S))["data"]
 
 
-def remove(caller: Caller, store: str, names: Sequence[str]) -> Flow[list[str]]:
+def remove(caller: ClientCore, store: str, names: Sequence[str]) -> Flow[list[str]]:
     """Takes files, named by their name or id, out of the store; the ids removed.
 
     Raises:
@@ -209,7 +209,7 @@ def remove(caller: Caller, store: str, names: Sequence[str]) -> Flow[list[str]]:
     return file_ids
 
 
-def multipart(document: Document) -> tuple[bytes, str]:
+def multipart(document: DocumentFile) -> tuple[bytes, str]:
     """An upload as `multipart/form-data` (RFC 7578); body and content type.
 
     The boundary is a digest of the content, so equal uploads are equal bytes and it cannot occur inside by accident.

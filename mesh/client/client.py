@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
 
 from mesh.client import api as api
 from mesh.client.answers import AnswerStream, AsyncAnswerStream
-from mesh.client.api import Added, Document, Messages, Reply
-from mesh.client.flow import Budget, Caller, Flow, Nodes
+from mesh.client.api import DocumentAdded, DocumentFile, Messages, Reply
+from mesh.client.flow import ClientCore, Flow, KnownNodes, RetryBudget
 from mesh.client.openai_sdk import arguments, openai_module
 from mesh.client.params import ChatParams, CompletionParams
 from mesh.client.transport import BlockingIo, TrioIo, connection_limits, proxied
@@ -38,7 +38,7 @@ def default_nodes() -> list[str]:
     return os.environ.get("MESH_NODE", DEFAULT_NODE).split(",")
 
 
-def read_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
+def read_documents(paths: Iterable[str | Path]) -> Iterator[DocumentFile]:
     """Files, and folders with all their files but hidden and oversized ones; a file in a folder is named from the folder on.
 
     Raises:
@@ -47,14 +47,14 @@ def read_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
     for given in paths:
         path = Path(given)
         if not path.is_dir():
-            yield Document(path.name, _content(path))
+            yield DocumentFile(path.name, _content(path))
             continue
         root = path.resolve()
         for file in sorted(root.rglob("*")):
             inside = file.relative_to(root)
             hidden = any(part.startswith(".") for part in inside.parts)
             if not hidden and file.is_file() and file.stat().st_size < UPLOAD_LIMIT_BYTES:
-                yield Document(f"{root.name}/{inside.as_posix()}", _content(file), found=True)
+                yield DocumentFile(f"{root.name}/{inside.as_posix()}", _content(file), found=True)
 
 
 def _content(path: Path) -> bytes:
@@ -65,10 +65,10 @@ def _content(path: Path) -> bytes:
 
 
 def _caller(
-    nodes: Sequence[str] | str | None, api_key: str | None, budget: Budget, spread: bool, draw: Callable[[], float]
-) -> Caller:
+    nodes: Sequence[str] | str | None, api_key: str | None, budget: RetryBudget, spread: bool, draw: Callable[[], float]
+) -> ClientCore:
     urls = [nodes] if isinstance(nodes, str) else list(nodes) if nodes is not None else default_nodes()
-    return Caller(Nodes(urls, draw, spread=spread), api_key, budget, draw, lambda: uuid.uuid4().hex)
+    return ClientCore(KnownNodes(urls, draw, spread=spread), api_key, budget, draw, lambda: uuid.uuid4().hex)
 
 
 class Client:
@@ -87,7 +87,7 @@ class Client:
         nodes: Sequence[str] | str | None = None,
         api_key: str | None = None,
         *,
-        budget: Budget = Budget(),  # noqa: B008  (frozen)
+        budget: RetryBudget = RetryBudget(),  # noqa: B008  (frozen)
         spread: bool = False,
         draw: Callable[[], float] = random.random,
         proxy: str | None = None,
@@ -205,15 +205,15 @@ class Docs:
         self._client = client
 
     def add(
-        self, paths: str | Path | Iterable[str | Path], store: str, progress: Callable[[Added], None] = lambda added: None
-    ) -> list[Added]:
+        self, paths: str | Path | Iterable[str | Path], store: str, progress: Callable[[DocumentAdded], None] = lambda added: None
+    ) -> list[DocumentAdded]:
         """Adds files and folders; what is unchanged is left alone, an older file of the same name is replaced."""
         documents = read_documents([paths] if isinstance(paths, str | Path) else paths)
         return self.add_documents(documents, store, progress)
 
     def add_documents(
-        self, documents: Iterable[Document], store: str, progress: Callable[[Added], None] = lambda added: None
-    ) -> list[Added]:
+        self, documents: Iterable[DocumentFile], store: str, progress: Callable[[DocumentAdded], None] = lambda added: None
+    ) -> list[DocumentAdded]:
         caller, run = self._client._caller, self._client.run
         run(api.open_store(caller, store))
         held = {row["filename"]: row["id"] for row in run(api.documents(caller, store))}
@@ -247,7 +247,7 @@ class AsyncClient:
         nodes: Sequence[str] | str | None = None,
         api_key: str | None = None,
         *,
-        budget: Budget = Budget(),  # noqa: B008  (frozen)
+        budget: RetryBudget = RetryBudget(),  # noqa: B008  (frozen)
         spread: bool = False,
         draw: Callable[[], float] = random.random,
         proxy: str | None = None,
@@ -356,7 +356,7 @@ class AsyncDocs:
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
 
-    async def add(self, paths: str | Path | Iterable[str | Path], store: str) -> list[Added]:
+    async def add(self, paths: str | Path | Iterable[str | Path], store: str) -> list[DocumentAdded]:
         import trio
 
         given = [paths] if isinstance(paths, str | Path) else list(paths)

@@ -49,7 +49,7 @@ class EventDecoder:
 
 
 @dataclass(slots=True)
-class Progress:
+class AnswerProgress:
     """How much of one answer has come, over all the nodes it came from.
 
     After a resume a node may repeat what does not count as a token (the role, a finish reason, usage);

@@ -4,7 +4,7 @@ To go on it asks `GET /v1/streams/{id}` of another node. Nodes of this release d
 `Idempotency-Key` of a POST: a stream whose own node dies ends with `PeerLost`, and a POST whose answer got lost is carried
 out again by the node that is asked next.
 
-A flow is a generator: it yields an effect (`Send`, `Read`, `Pause`, `Emit`), is sent its outcome and
+A flow is a generator: it yields an effect (`SendRequest`, `ReadBody`, `Sleep`, `YieldChunk`), is sent its outcome and
 returns the answer. `mesh.client.client` carries the effects out, once with blocking calls and once under
 trio, so all that is decided is decided here. Each call has one budget for all its retries; while a
 stream makes progress its budget is made new, since it limits getting nowhere.
@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from mesh.client.event_stream import Chunk, EventDecoder, Progress
+from mesh.client.event_stream import AnswerProgress, Chunk, EventDecoder
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, PeerLost, Refused, RemoteError
 
 T = TypeVar("T")
@@ -34,8 +34,8 @@ class NoNodeAnswers(MeshError):
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
-    """Send this request to `node`; outcome: `Answer` or `Broken`. With `streaming`, a 2xx body is left to be `Read`."""
+class SendRequest:
+    """Sends this request to `node`; gives `HttpResponse` or `ConnectionFailed`. With `streaming`, `ReadBody` reads a 2xx body."""
 
     node: str
     method: str
@@ -47,24 +47,24 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
-    """Read on in the open answer; outcome: bytes (empty: its regular end) or `Broken`."""
+class ReadBody:
+    """Read on in the open answer; outcome: bytes (empty: its regular end) or `ConnectionFailed`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pause:
+class Sleep:
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
-class Emit:
+class YieldChunk:
     """Hand a chunk to whoever reads the stream."""
 
     chunk: Chunk
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class HttpResponse:
     node: str
     status: int
     headers: Mapping[str, str]  # names in lower case
@@ -79,25 +79,25 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Broken:
+class ConnectionFailed:
     """The request or its answer did not come through."""
 
     reason: str
 
 
-Effect = Send | Read | Pause | Emit
+Effect = SendRequest | ReadBody | Sleep | YieldChunk
 Flow = Generator[Effect, Any, T]
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class RetryBudget:
     """What one call may spend on retries, all causes together."""
 
     retries: int = 16
     waiting_s: float = 30.0
 
 
-class Nodes:
+class KnownNodes:
     """The nodes a client knows, in the order in which it would ask them."""
 
     def __init__(self, urls: Iterable[str], draw: Callable[[], float], *, spread: bool = False) -> None:
@@ -150,10 +150,10 @@ def checked_url(url: str) -> str:
     return plain
 
 
-class Tries:
+class RetrySchedule:
     """Where one call goes next: to every node once, then a pause, then round again, until the budget is spent."""
 
-    def __init__(self, nodes: Nodes, budget: Budget, draw: Callable[[], float]) -> None:
+    def __init__(self, nodes: KnownNodes, budget: RetryBudget, draw: Callable[[], float]) -> None:
         self.nodes = nodes
         self.budget = budget
         self.draw = draw
@@ -173,7 +173,7 @@ class Tries:
     def node(self) -> str:
         return self._order[0]
 
-    def broken(self, node: str, outcome: Broken) -> float:
+    def broken(self, node: str, outcome: ConnectionFailed) -> float:
         """The pause before the next try, 0 for none.
 
         Raises:
@@ -220,7 +220,7 @@ class Tries:
         return NoNodeAnswers(f"no node answers ({reasons}); start one with `mesh up`, or name one with --node URL or $MESH_NODE")
 
 
-def error_of(answer: Answer) -> MeshError:
+def error_of(answer: HttpResponse) -> MeshError:
     """What a node's answer outside 2xx means to the caller."""
     try:
         error = json.loads(answer.body).get("error") or {}
@@ -247,11 +247,11 @@ def retry_after_s(headers: Mapping[str, str]) -> float:
     return 1.0
 
 
-class Caller:
+class ClientCore:
     """One client's state between calls, and the flows of its two kinds of call."""
 
     def __init__(
-        self, nodes: Nodes, api_key: str | None, budget: Budget, draw: Callable[[], float], new_key: Callable[[], str]
+        self, nodes: KnownNodes, api_key: str | None, budget: RetryBudget, draw: Callable[[], float], new_key: Callable[[], str]
     ) -> None:
         self.nodes = nodes
         self.budget = budget
@@ -264,8 +264,8 @@ class Caller:
         if self.nodes.learned:
             return
         for node in self.nodes.order():
-            answer = yield Send(node, "GET", "/mesh/status", headers=self.headers, silence_s=LOOK_S)
-            if isinstance(answer, Broken):
+            answer = yield SendRequest(node, "GET", "/mesh/status", headers=self.headers, silence_s=LOOK_S)
+            if isinstance(answer, ConnectionFailed):
                 self.nodes.failed(node)
                 continue
             self.nodes.answered = True
@@ -275,7 +275,7 @@ class Caller:
 
     def call(
         self, method: str, path: str, body: bytes = b"", content_type: str = "", silence_s: float = ANSWER_S
-    ) -> Flow[Answer]:
+    ) -> Flow[HttpResponse]:
         """One request and its whole answer, from whichever node gives it.
 
         Every try of a POST carries the same Idempotency-Key, for nodes that will read it.
@@ -284,23 +284,25 @@ class Caller:
             NoNodeAnswers, Refused, BadRequest, DeadlineExceeded, RemoteError
         """
         yield from self.learn()
-        tries = Tries(self.nodes, self.budget, self.draw)
-        request = Send("", method, path, body, self._headers(method, content_type), silence_s=silence_s)
+        tries = RetrySchedule(self.nodes, self.budget, self.draw)
+        request = SendRequest("", method, path, body, self._headers(method, content_type), silence_s=silence_s)
         while True:
             answer = yield replace(request, node=tries.node)
-            if isinstance(answer, Answer) and answer.status < 300:
+            if isinstance(answer, HttpResponse) and answer.status < 300:
                 self.nodes.answered = True
                 return answer
             yield from self._wait(tries, tries.node, answer)
 
-    def stream(self, path: str, body: bytes, progress: Progress, tries: Tries) -> Flow[None]:
+    def stream(self, path: str, body: bytes, progress: AnswerProgress, tries: RetrySchedule) -> Flow[None]:
         """One streamed answer, chunk by chunk, over as many nodes as it takes where they can go on with it.
 
         Raises:
             PeerLost: the stream broke, and no node can go on with it.
             NoNodeAnswers, Refused, BadRequest, DeadlineExceeded, RemoteError: as `call`.
         """
-        first = Send("", "POST", path, body, self._headers("POST", "application/json"), streaming=True, silence_s=SILENCE_S)
+        first = SendRequest(
+            "", "POST", path, body, self._headers("POST", "application/json"), streaming=True, silence_s=SILENCE_S
+        )
         request = first
         yield from self.learn()
         tries.fresh()
@@ -308,8 +310,8 @@ class Caller:
         while True:
             node = tries.node
             answer = yield replace(request, node=node)
-            if isinstance(answer, Broken) or answer.status >= 300:
-                if request is not first and isinstance(answer, Answer) and answer.status in (404, 405, 501):
+            if isinstance(answer, ConnectionFailed) or answer.status >= 300:
+                if request is not first and isinstance(answer, HttpResponse) and answer.status in (404, 405, 501):
                     raise PeerLost(broken_on, f"{story}, and {node} cannot go on with it: {_why_not_resumed(answer)}; ask again")
                 yield from self._wait(tries, node, answer)
                 continue
@@ -326,17 +328,17 @@ class Caller:
             yield from self._wait(tries, node, end)
             if progress.stream:  # else it has no name to ask for it by: the same POST again
                 path = f"/v1/streams/{progress.stream}?starting_after={progress.seq}"
-                request = Send("", "GET", path, headers=self.headers, streaming=True, silence_s=SILENCE_S)
+                request = SendRequest("", "GET", path, headers=self.headers, streaming=True, silence_s=SILENCE_S)
 
-    def _read(self, node: str, progress: Progress) -> Flow[Broken | None]:
+    def _read(self, node: str, progress: AnswerProgress) -> Flow[ConnectionFailed | None]:
         """Emits what comes; None after `[DONE]`, else how it broke off."""
         decoder = EventDecoder(node)
         while True:
-            received = yield Read()
-            if isinstance(received, Broken):
+            received = yield ReadBody()
+            if isinstance(received, ConnectionFailed):
                 return received
             if not received:
-                return Broken("it ended without [DONE]")
+                return ConnectionFailed("it ended without [DONE]")
             for event in decoder.feed(received):
                 if event == "[DONE]":
                     return None
@@ -349,11 +351,11 @@ class Caller:
                 if error := chunk.get("error"):
                     raise stream_error(node, error)
                 if progress.accept(chunk):
-                    yield Emit(chunk)
+                    yield YieldChunk(chunk)
 
-    def _wait(self, tries: Tries, node: str, outcome: Answer | Broken) -> Flow[None]:
+    def _wait(self, tries: RetrySchedule, node: str, outcome: HttpResponse | ConnectionFailed) -> Flow[None]:
         """Makes ready for the next try, or raises what the outcome means."""
-        if isinstance(outcome, Broken):
+        if isinstance(outcome, ConnectionFailed):
             pause_s = tries.broken(node, outcome)
         else:
             self.nodes.answered = True
@@ -362,7 +364,7 @@ class Caller:
                 raise error
             pause_s = tries.refused(node, error)
         if pause_s:
-            yield Pause(pause_s)
+            yield Sleep(pause_s)
 
     def _headers(self, method: str, content_type: str) -> dict[str, str]:
         headers = dict(self.headers)
@@ -373,7 +375,7 @@ class Caller:
         return headers
 
 
-def _why_not_resumed(answer: Answer) -> str:
+def _why_not_resumed(answer: HttpResponse) -> str:
     """Of a node that was asked for a stream by its id. The status of a route that is not there would tell a person nothing."""
     if answer.status == 404:
         return str(error_of(answer))

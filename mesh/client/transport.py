@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mesh.client.flow import Answer, Broken, Effect, Pause, Read, Send
+from mesh.client.flow import ConnectionFailed, Effect, HttpResponse, ReadBody, SendRequest, Sleep
 from mesh.errors import LocalError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def proxied(kind: Callable[..., T], proxy: str | None, **options: Any) -> T:
         raise LocalError(f"expected the URL of a proxy such as http://127.0.0.1:3128, got {proxy!r}: {error}") from None
 
 
-def request_of(http: httpx.Client | httpx.AsyncClient, effect: Send) -> httpx.Request:
+def request_of(http: httpx.Client | httpx.AsyncClient, effect: SendRequest) -> httpx.Request:
     import httpx
 
     timeout = httpx.Timeout(effect.silence_s, connect=min(CONNECT_S, effect.silence_s), pool=None)
@@ -77,34 +77,34 @@ class BlockingIo:
         self._open: httpx.Response | None = None
         self._received: Any = None
 
-    def carry_out(self, effect: Effect) -> Answer | Broken | bytes | None:
+    def carry_out(self, effect: Effect) -> HttpResponse | ConnectionFailed | bytes | None:
         import httpx
 
         try:
             match effect:
-                case Send():
+                case SendRequest():
                     return self._send(effect)
-                case Read():
+                case ReadBody():
                     return next(self._received, b"")
-                case Pause():
+                case Sleep():
                     time.sleep(effect.seconds)
                     return None
         except httpx.TransportError as error:
-            return Broken(reason_of(error))
+            return ConnectionFailed(reason_of(error))
         except httpx.InvalidURL as error:
-            return Broken(f"not a usable address ({error})")
+            return ConnectionFailed(f"not a usable address ({error})")
         raise LocalError(f"not an effect of a client: {effect!r}")
 
-    def _send(self, effect: Send) -> Answer:
+    def _send(self, effect: SendRequest) -> HttpResponse:
         self.close()
         response = self._http.send(request_of(self._http, effect), stream=True)
         self._open = response
         if effect.streaming and response.status_code < 300:
             self._received = response.iter_bytes()
-            return Answer(effect.node, response.status_code, response.headers)
+            return HttpResponse(effect.node, response.status_code, response.headers)
         body = response.read()
         self.close()
-        return Answer(effect.node, response.status_code, response.headers, body)
+        return HttpResponse(effect.node, response.status_code, response.headers, body)
 
     def close(self) -> None:
         """Hangs up on the open answer, if there is one."""
@@ -121,35 +121,35 @@ class TrioIo:
         self._open: httpx.Response | None = None
         self._received: Any = None
 
-    async def carry_out(self, effect: Effect) -> Answer | Broken | bytes | None:
+    async def carry_out(self, effect: Effect) -> HttpResponse | ConnectionFailed | bytes | None:
         import httpx
         import trio
 
         try:
             match effect:
-                case Send():
+                case SendRequest():
                     return await self._send(effect)
-                case Read():
+                case ReadBody():
                     return await anext(self._received, b"")
-                case Pause():
+                case Sleep():
                     await trio.sleep(effect.seconds)
                     return None
         except httpx.TransportError as error:
-            return Broken(reason_of(error))
+            return ConnectionFailed(reason_of(error))
         except httpx.InvalidURL as error:
-            return Broken(f"not a usable address ({error})")
+            return ConnectionFailed(f"not a usable address ({error})")
         raise LocalError(f"not an effect of a client: {effect!r}")
 
-    async def _send(self, effect: Send) -> Answer:
+    async def _send(self, effect: SendRequest) -> HttpResponse:
         await self.aclose()
         response = await self._http.send(request_of(self._http, effect), stream=True)
         self._open = response
         if effect.streaming and response.status_code < 300:
             self._received = response.aiter_bytes()
-            return Answer(effect.node, response.status_code, response.headers)
+            return HttpResponse(effect.node, response.status_code, response.headers)
         body = await response.aread()
         await self.aclose()
-        return Answer(effect.node, response.status_code, response.headers, body)
+        return HttpResponse(effect.node, response.status_code, response.headers, body)
 
     async def aclose(self) -> None:
         """Hangs up on the open answer, if there is one."""

@@ -28,7 +28,7 @@ def node_of(public_key: bytes) -> NodeId:
     return NodeId(hashlib.blake2b(public_key, digest_size=_ID_BYTES, person=_PERSON).hexdigest())
 
 
-class Verifier(Protocol):
+class SignatureVerifier(Protocol):
     """Judges the words of others. The simulator has a cheap one, for ten thousand nodes in one process."""
 
     def is_key_of(self, public_key: bytes, node: NodeId) -> bool:
@@ -45,7 +45,7 @@ class Signer(Protocol):
     def public_key(self) -> bytes: ...
 
     @property
-    def verifier(self) -> Verifier: ...
+    def verifier(self) -> SignatureVerifier: ...
 
     def sign(self, statement: bytes) -> bytes:
         """The same bytes for the same statement, always."""
@@ -72,7 +72,7 @@ class IdentityKey:
     seed: bytes = field(repr=False)
     private: Ed25519PrivateKey = field(init=False, repr=False)
     public_key: bytes = field(init=False)
-    verifier: Verifier = field(init=False, default=Ed25519Verifier(), repr=False)
+    verifier: SignatureVerifier = field(init=False, default=Ed25519Verifier(), repr=False)
 
     def __post_init__(self) -> None:
         """Raises ValueError when the seed is not 32 bytes."""

@@ -23,10 +23,10 @@ from mesh.wire.gossip import (
     Alive,
     BadDatagram,
     Claim,
+    ConnectCheck,
+    ConnectChecked,
     Dead,
     Gossip,
-    Knock,
-    Knocked,
     Left,
     Message,
     Nack,
@@ -39,9 +39,9 @@ from mesh.wire.gossip import (
 )
 from mesh.wire.load import LOAD_BYTES, pack_load, unpack_load
 
-_KINDS: Final[tuple[type[Message], ...]] = (Ping, Ack, PingReq, Nack, Gossip, Knock, Knocked)
+_KINDS: Final[tuple[type[Message], ...]] = (Ping, Ack, PingReq, Nack, Gossip, ConnectCheck, ConnectChecked)
 _KIND_OF = {kind: number for number, kind in enumerate(_KINDS, 1)}
-_WITH_TARGET = (Ping, PingReq, Knock)
+_WITH_TARGET = (Ping, PingReq, ConnectCheck)
 _WITH_WHERE = (Ping, Ack)
 _FRONT = struct.Struct("!B8sQ")
 _LAG = struct.Struct("!H")
@@ -53,7 +53,8 @@ _COUNTER_BYTES = 7  # of a varint of 48 bits
 _BIN_HEAD_BYTES = 2
 _LIST_BYTES = 4  # what surrounds the claims, at most
 _FIXED_BYTES = {
-    kind: _COUNTERS_AT + (kind is not Gossip) * _NUMBER.size + (kind in _WITH_TARGET) * 8 + (kind is Knocked) for kind in _KINDS
+    kind: _COUNTERS_AT + (kind is not Gossip) * _NUMBER.size + (kind in _WITH_TARGET) * 8 + (kind is ConnectChecked)
+    for kind in _KINDS
 }
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(list[Any])
@@ -74,7 +75,7 @@ def encode(message: Message) -> bytes:
         parts.append(_NUMBER.pack(message.seq))
     if isinstance(message, _WITH_TARGET):
         parts.append(bytes.fromhex(message.target))
-    elif isinstance(message, Knocked):
+    elif isinstance(message, ConnectChecked):
         parts.append(b"\1" if message.refused else b"\0")
     where = _where(message)
     if message.claims or where is not None:
@@ -151,8 +152,8 @@ def _decoded(opened: bytes) -> Message:
         target = NodeId(_eight(opened[at : at + 8]).hex())
         claims, where = _read_tail(opened, at + 8)
         return Ping(sender, seq, target, claims, where) if kind is Ping else kind(sender, seq, target, claims)
-    if kind is Knocked:
-        return Knocked(sender, seq, opened[at] == 1, _read_tail(opened, at + 1)[0])
+    if kind is ConnectChecked:
+        return ConnectChecked(sender, seq, opened[at] == 1, _read_tail(opened, at + 1)[0])
     claims, where = _read_tail(opened, at)
     return Ack(sender, seq, claims, where) if kind is Ack else Nack(sender, seq, claims)
 

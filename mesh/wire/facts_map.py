@@ -63,7 +63,7 @@ def keys_of(facts: Facts) -> dict[str, bytes]:
     return {SEPARATOR.join(path): _encoder.encode(value) for path, value in told.items()}
 
 
-class ShownFacts:
+class DecodedFacts:
     """The facts that an owner's map shows, kept up key by key."""
 
     def __init__(self) -> None:

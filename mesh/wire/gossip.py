@@ -1,8 +1,8 @@
 """The datagrams of membership: what one fits in and what it may say. How it lies on the wire: `mesh.wire.datagram_codec`.
 
-Four messages for probes (`Ping`, `Ack`, `PingReq`, `Nack`), two about connections (`Knock`, `Knocked`), and `Gossip`. Each
-carries the sender's own standing, its load and one 8-byte fingerprint of all it knows, and as many claims about members
-as still fit.
+Four messages for probes (`Ping`, `Ack`, `PingReq`, `Nack`), two about connections (`ConnectCheck`, `ConnectChecked`), and
+`Gossip`. Each carries the sender's own standing, its load and one 8-byte fingerprint of all it knows, and as many claims about
+members as still fit.
 Source: SWIM (Das, Gupta, Motivala, DSN 2002), section 4, with Lifeguard's accuser in each suspicion.
 """
 
@@ -174,8 +174,8 @@ class Gossip(msgspec.Struct, frozen=True, array_like=True, tag="say"):
     claims: Annotated[tuple[Claim, ...], Meta(max_length=MAX_CLAIMS)] = ()
 
 
-class Knock(msgspec.Struct, frozen=True, array_like=True, tag="knock"):
-    """Try to connect to `target`, a member you know, and tell me in a `Knocked` with this `seq` whether its host refused."""
+class ConnectCheck(msgspec.Struct, frozen=True, array_like=True, tag="knock"):
+    """Asks a member to connect to `target`; it answers in a `ConnectChecked` with this `seq` whether the host refused."""
 
     sender: Sender
     seq: Sequence
@@ -183,7 +183,7 @@ class Knock(msgspec.Struct, frozen=True, array_like=True, tag="knock"):
     claims: Annotated[tuple[Claim, ...], Meta(max_length=MAX_CLAIMS)] = ()
 
 
-class Knocked(msgspec.Struct, frozen=True, array_like=True, tag="knocked"):
+class ConnectChecked(msgspec.Struct, frozen=True, array_like=True, tag="knocked"):
     """`refused`: nobody listens there, says the host itself. False also when no answer came at all."""
 
     sender: Sender
@@ -192,7 +192,7 @@ class Knocked(msgspec.Struct, frozen=True, array_like=True, tag="knocked"):
     claims: Annotated[tuple[Claim, ...], Meta(max_length=MAX_CLAIMS)] = ()
 
 
-Message = Ping | Ack | PingReq | Nack | Gossip | Knock | Knocked
+Message = Ping | Ack | PingReq | Nack | Gossip | ConnectCheck | ConnectChecked
 
 
 def load_is_sane(load: Load) -> bool:

@@ -126,7 +126,7 @@ def is_sound(delta: FactsDelta) -> bool:
     return ordered and within and once and delta.since < delta.upto and delta.collected <= delta.upto
 
 
-class Want(msgspec.Struct, frozen=True, array_like=True):
+class FactsWanted(msgspec.Struct, frozen=True, array_like=True):
     """The sender lacks something of this node; of its map it holds this much."""
 
     node: Id
@@ -144,7 +144,7 @@ class Synced(msgspec.Struct, frozen=True, array_like=True):
     node: Id  # who answers: the caller may know no more than an address, or a host name
     members: Annotated[tuple[MemberRecord, ...], Meta(max_length=MAX_ENTRIES)] = ()
     deltas: Annotated[tuple[FactsDelta, ...], Meta(max_length=MAX_ENTRIES)] = ()
-    wanted: Annotated[tuple[Want, ...], Meta(max_length=MAX_ENTRIES)] = ()
+    wanted: Annotated[tuple[FactsWanted, ...], Meta(max_length=MAX_ENTRIES)] = ()
     more: bool = False  # it did not all fit: ask again
 
 

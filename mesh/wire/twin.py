@@ -21,7 +21,7 @@ ASKER, ANSWERER = "asker", "answerer"
 MAX_AGE_S = 1e10
 
 
-class Run(msgspec.Struct, frozen=True):
+class ProcessRun(msgspec.Struct, frozen=True):
     """One process, and how long it has lived, by its own clock."""
 
     host: Host
@@ -34,27 +34,27 @@ class Run(msgspec.Struct, frozen=True):
         return self.host, self.port
 
 
-class Answer(msgspec.Struct, frozen=True):
+class TwinAnswer(msgspec.Struct, frozen=True):
     """`stops`: which of the two is to stop, where the answerer judges: `ASKER`, `ANSWERER`; empty: the asker judges."""
 
-    run: Run
+    run: ProcessRun
     stops: str
 
 
-class Question(msgspec.Struct, frozen=True):
+class TwinQuestion(msgspec.Struct, frozen=True):
     challenge: Annotated[bytes, Meta(min_length=CHALLENGE_BYTES, max_length=CHALLENGE_BYTES)]
-    run: Run
+    run: ProcessRun
 
 
 class SignedAnswer(msgspec.Struct, frozen=True):
-    answer: Answer
+    answer: TwinAnswer
     signature: Signature
 
 
 _encode = msgspec.msgpack.Encoder().encode
 
 
-def statement(node: NodeId, challenge: bytes, answer: Answer) -> bytes:
+def statement(node: NodeId, challenge: bytes, answer: TwinAnswer) -> bytes:
     """What the answerer signs. It begins with what it is, so the signature holds for nothing else."""
     run = answer.run
     return _encode(("twin", node, challenge, run.host, run.port, run.name, run.age_s, answer.stops))

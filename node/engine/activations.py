@@ -12,11 +12,11 @@ import torch
 
 from node.engine.api import HiddenOut, SequenceKey, SequenceLost
 from node.engine.faults import finite_rows
-from node.engine.scheduling.sequence import Pushed
-from node.engine.scheduling.step_plan import Piece, StepPlan
+from node.engine.scheduling.sequence import PushedActivations
+from node.engine.scheduling.step_plan import ScheduledChunk, StepPlan
 
 
-def activations(piece: Piece, part: Pushed) -> torch.Tensor:
+def activations(piece: ScheduledChunk, part: PushedActivations) -> torch.Tensor:
     """What of a push belongs to the piece, `[rows, hidden]`; its element size tells float32 from bfloat16."""
     hidden_size = piece.row.hidden_size
     dtype = torch.float32 if len(part.data) == 4 * part.count * hidden_size else torch.bfloat16

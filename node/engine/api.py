@@ -161,7 +161,7 @@ class EngineConfig:
 PageNames = Annotated[tuple[Annotated[bytes, Meta(min_length=NAME_BYTES, max_length=NAME_BYTES)], ...], Meta(max_length=4096)]
 
 
-class PageAsk(msgspec.Struct, frozen=True):
+class PageRequest(msgspec.Struct, frozen=True):
     """Whose content a peer wants: the pages of these names, and only of this layout, from these kernels."""
 
     model: ModelId
@@ -173,22 +173,22 @@ class PageAsk(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class PagesWanted:
+class PagesMissing:
     """Of the `whole` pages that a sequence could begin behind the first `kept` are here. `ask`: for all of them."""
 
     kept: int
     whole: int
     page_bytes: int
-    ask: PageAsk
+    ask: PageRequest
 
 
-class Pages(Protocol):
+class PageAccess(Protocol):
     """What pages of a prefix hold, in and out of the engine as bytes. Any thread may call."""
 
-    def wanted(self, sequence: OpenSequence) -> PagesWanted | None:
+    def wanted(self, sequence: OpenSequence) -> PagesMissing | None:
         """None: pages of such a sequence are not for exchange here."""
 
-    def take_out(self, ask: PageAsk, most_bytes: int) -> list[bytes]:
+    def take_out(self, ask: PageRequest, most_bytes: int) -> list[bytes]:
         """The first of the pages asked for, as far as they are here and within `most_bytes`, but one at least (*blocking*)."""
 
     def put_in(self, sequence: OpenSequence, first: int, contents: list[bytes]) -> int:
@@ -203,7 +203,7 @@ class Engine(Protocol):
     """All methods may be called from the trio thread; those marked *blocking* in a worker thread."""
 
     @property
-    def pages(self) -> Pages: ...
+    def pages(self) -> PageAccess: ...
 
     def start(self, deliver: Deliver) -> None: ...
 

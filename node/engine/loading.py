@@ -19,14 +19,14 @@ from node.engine.model.checkpoint import Checkpoint, config_value
 from node.engine.model.compiled_layers import NativeLayers
 from node.engine.model.linear import Kernel
 from node.engine.model.paged_stage import device_stage
-from node.engine.model.progress import LoadWatch
+from node.engine.model.progress import LoadTracker
 from node.engine.model.stage import Stage
 from node.engine.model.structure import cannot_serve, require_span, structure_of, why_it_failed
 from node.engine.parallel.stage import ParallelStage
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedStage:
     """A stage, what it may claim, and how its kernel was chosen."""
 
     stage: Stage | ParallelStage
@@ -41,11 +41,11 @@ def load_stage(
     wanted: str,
     threads: int,
     quantize: str = "none",
-    watch: LoadWatch | None = None,
+    watch: LoadTracker | None = None,
     ranks: int = 1,
     on: torch.device = device.CPU,
     graphs: bool = True,
-) -> Loaded:
+) -> LoadedStage:
     """Loads layers `[start, end)` with the best kernel that is right and exact here, else with the first that is right.
 
     `wanted`: auto, a dtype or a kernel; `quantize`: none, int8 or int4; `ranks`: worker processes that compute it together.
@@ -64,7 +64,7 @@ def load_stage(
     reasons: list[str] = []
     with ExitStack() as tried:  # ends what is not returned, whatever happens: its workers would stay
         for kernel in choice.kernels:
-            watch = watch or LoadWatch(end - start)
+            watch = watch or LoadTracker(end - start)
             stage = None
             stage = _alone(tried, checkpoint, start, end, kernel, threads, watch, ranks, on, graphs)
             wrong = _packed_and_compared(stage, watch)
@@ -79,7 +79,7 @@ def load_stage(
                 compiled = getattr(stage, "lean", None)
                 constants = compiled.constants if isinstance(compiled, NativeLayers) else ""
                 numerics = machine.fingerprint(checkpoint.weights, kernel, threads, ranks, on, constants)
-                return Loaded(stage, numerics, _settled(choice, kernel, reasons))
+                return LoadedStage(stage, numerics, _settled(choice, kernel, reasons))
             inexact = inexact or kernel
             reasons.append(f"{kernel.name}: not exact")
             if stage.loose:
@@ -91,7 +91,7 @@ def load_stage(
                 stage.pack()
             tried.pop_all()
             reasons = [*reasons[: choice.kernels.index(inexact)], "none that was tried is exact"]
-            return Loaded(stage, APPROXIMATE + secrets.token_hex(8), _settled(choice, inexact, reasons))
+            return LoadedStage(stage, APPROXIMATE + secrets.token_hex(8), _settled(choice, inexact, reasons))
     raise BadRequest(
         f"{checkpoint.directory.name} ({checkpoint.config.model_type}) failed the self-check on layers {start}:{end}: "
         f"{_in_short(reasons)}",
@@ -134,7 +134,7 @@ def _alone(
     end: int,
     kernel: Kernel,
     threads: int,
-    watch: LoadWatch | None,
+    watch: LoadTracker | None,
     ranks: int,
     on: torch.device,
     graphs: bool,
@@ -153,7 +153,7 @@ def _stage(
     end: int,
     kernel: Kernel,
     threads: int,
-    watch: LoadWatch | None,
+    watch: LoadTracker | None,
     ranks: int,
     on: torch.device,
     graphs: bool,
@@ -165,7 +165,7 @@ def _stage(
     return Stage(checkpoint, start, end, kernel, threads, watch)
 
 
-def _packed_and_compared(stage: Stage | ParallelStage, watch: LoadWatch) -> str:
+def _packed_and_compared(stage: Stage | ParallelStage, watch: LoadTracker) -> str:
     """Packs the stage and compares it with the plain model; what is wrong with it, or nothing.
 
     Raises:

@@ -10,30 +10,30 @@ import threading
 from collections.abc import Mapping
 
 from mesh.errors import LocalError
-from mesh.prefix import PAGE_TOKENS
+from mesh.prefix import PREFIX_PAGE_TOKENS
 from mesh.view import Span, is_exact
-from node.engine.api import OpenSequence, PageAsk, PagesWanted
+from node.engine.api import OpenSequence, PageRequest, PagesMissing
 from node.engine.faults import all_finite
 from node.engine.kv.page_bytes import PageLayout, from_bytes, layout_of, to_bytes
-from node.engine.kv.page_store import KeptPages, PageLost
+from node.engine.kv.page_store import PageLost, PageStore
 from node.engine.kv.prefix_index import PageName
 from node.engine.model.stage import Stage
 from node.engine.scheduling.scheduler import Scheduler
-from node.engine.selfcheck import Probe, run_together
+from node.engine.selfcheck import SelfcheckInput, run_together
 
 
 def shown_layout(stage: Stage) -> PageLayout:
     """How the stage keeps a page, seen at one token that it computes."""
-    probe = Probe(stage, 1, 1)
+    probe = SelfcheckInput(stage, 1, 1)
     run_together(stage, [(probe, 1)])
     shown = layout_of(probe.kv.page(0, 1, range(stage.start, stage.end)))
-    return PageLayout(shown.dtype, tuple((layer, (*shape[:2], PAGE_TOKENS, *shape[3:])) for layer, shape in shown.shapes))
+    return PageLayout(shown.dtype, tuple((layer, (*shape[:2], PREFIX_PAGE_TOKENS, *shape[3:])) for layer, shape in shown.shapes))
 
 
-class PageTrade:
+class PageTransfer:
     """`lock`: the engine's, which guards all the rest."""
 
-    def __init__(self, lock: threading.Condition, scheduler: Scheduler, kept: Mapping[Span, KeptPages]) -> None:
+    def __init__(self, lock: threading.Condition, scheduler: Scheduler, kept: Mapping[Span, PageStore]) -> None:
         self._lock = lock
         self._scheduler = scheduler
         self._kept = kept
@@ -47,7 +47,7 @@ class PageTrade:
     def drop(self, span: Span) -> None:
         self._spans.pop(span, None)
 
-    def wanted(self, sequence: OpenSequence) -> PagesWanted | None:
+    def wanted(self, sequence: OpenSequence) -> PagesMissing | None:
         with self._lock:
             span, names = self._pages_of(sequence)
             if span is None or not names:
@@ -55,10 +55,10 @@ class PageTrade:
             layout = self._spans[span][0].part(sequence.start, sequence.end)
             kept = len(self._scheduler.find_pages(span, names))
         prefixes = tuple(name.prefix for name in names)
-        ask = PageAsk(sequence.model, sequence.start, sequence.end, names[0].numerics, layout.name, prefixes)
-        return PagesWanted(kept, len(names), layout.size_bytes, ask)
+        ask = PageRequest(sequence.model, sequence.start, sequence.end, names[0].numerics, layout.name, prefixes)
+        return PagesMissing(kept, len(names), layout.size_bytes, ask)
 
-    def take_out(self, ask: PageAsk, most_bytes: int) -> list[bytes]:
+    def take_out(self, ask: PageRequest, most_bytes: int) -> list[bytes]:
         names = [PageName(ask.start, ask.end, ask.numerics, prefix) for prefix in ask.names]
         with self._lock:
             found = [
@@ -101,11 +101,11 @@ class PageTrade:
             return None, []
         if prefix is None or span not in self._spans or self._spans[span][1] != prefix.numerics:
             return None, []
-        whole = prefix.names[: (sequence.known - 1) // PAGE_TOKENS]
+        whole = prefix.names[: (sequence.known - 1) // PREFIX_PAGE_TOKENS]
         return span, [PageName(sequence.start, sequence.end, prefix.numerics, name) for name in whole]
 
 
-def _contents(kept: KeptPages, numbers: list[int], layout: PageLayout) -> list[bytes]:
+def _contents(kept: PageStore, numbers: list[int], layout: PageLayout) -> list[bytes]:
     """Of the pages up to the first that went meanwhile."""
     contents = []
     for number in numbers:

@@ -17,7 +17,7 @@ def plain_output(checkpoint: Checkpoint, start: int, end: int, kernel: Kernel, t
     for number in range(start, end):
         layer = Stage(checkpoint, number, number + 1, kernel, threads)
         if number == start:
-            probe = selfcheck.Probe(layer, seed=1, count=selfcheck.PROBE_TOKENS)
+            probe = selfcheck.SelfcheckInput(layer, seed=1, count=selfcheck.PROBE_TOKENS)
             ids, hidden = probe.ids, probe.hidden
         hidden, ids = layer.plain(ids, hidden), None
     assert hidden is not None

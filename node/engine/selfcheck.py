@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 ROUNDED_TOLERANCE = {"fbgemm-fp16": 2e-2, "int8": 0.2, "int4": 1.0}
 
 
-class Probe:
+class SelfcheckInput:
     """A made-up sequence as the stage's input: tokens for a first stage, else activations of unit size."""
 
     def __init__(self, stage: Stage | ParallelStage, seed: int, count: int) -> None:
@@ -39,7 +39,7 @@ class Probe:
         return ids, hidden, range(span.start, span.stop)
 
 
-def run_together(stage: Stage | ParallelStage, probes: list[tuple[Probe, int]]) -> torch.Tensor:
+def run_together(stage: Stage | ParallelStage, probes: list[tuple[SelfcheckInput, int]]) -> torch.Tensor:
     """One packed step of the given probes with the given counts: all output rows, in order."""
     segments: list[Segment] = []
     positions: list[int] = []
@@ -64,19 +64,19 @@ def run_together(stage: Stage | ParallelStage, probes: list[tuple[Probe, int]]) 
 
 def plain_output(stage: Stage) -> torch.Tensor:
     """The oracle's answer to the probe; before the stage is packed."""
-    probe = Probe(stage, seed=1, count=PROBE_TOKENS)
+    probe = SelfcheckInput(stage, seed=1, count=PROBE_TOKENS)
     return stage.plain(probe.ids, probe.hidden).float()
 
 
 def pack_behind_the_plain_model(stage: Stage) -> torch.Tensor:
     """Packs the stage; the oracle's answer, as `plain_output`."""
-    probe = Probe(stage, seed=1, count=PROBE_TOKENS)
+    probe = SelfcheckInput(stage, seed=1, count=PROBE_TOKENS)
     return stage.pack_behind(probe.ids, probe.hidden).float()
 
 
 def difference(stage: Stage | ParallelStage, plain: torch.Tensor) -> float:
     """The relative distance to the plain model that three rows in four keep; one in two where a rounding flips experts."""
-    probe = Probe(stage, seed=1, count=PROBE_TOKENS)
+    probe = SelfcheckInput(stage, seed=1, count=PROBE_TOKENS)
     parts = [run_together(stage, [(probe, count)]) for count in (PROBE_TOKENS - 18, 16, 1, 1)]
     mine = torch.cat(parts).float()
     distance = (mine - plain).norm(dim=1) / plain.norm(dim=1).clamp_min(1e-9)
@@ -100,8 +100,8 @@ def looks_through_its_window(stage: Stage | ParallelStage) -> bool:
 
 def is_exact(stage: Stage | ParallelStage) -> bool:
     """Whether a sequence comes out bit-equal alone in one piece, and in pieces among others."""
-    alone = run_together(stage, [(Probe(stage, 1, PROBE_TOKENS), PROBE_TOKENS)])
-    probe, second, third = Probe(stage, 1, PROBE_TOKENS), Probe(stage, 2, 64), Probe(stage, 3, 64)
+    alone = run_together(stage, [(SelfcheckInput(stage, 1, PROBE_TOKENS), PROBE_TOKENS)])
+    probe, second, third = SelfcheckInput(stage, 1, PROBE_TOKENS), SelfcheckInput(stage, 2, 64), SelfcheckInput(stage, 3, 64)
     parts = [run_together(stage, [(second, 5), (probe, 17)])[5:]]
     parts.append(run_together(stage, [(third, 30), (probe, 16), (second, 1)])[30:46])
     for _ in range(PROBE_TOKENS - 33 - 3):

@@ -9,26 +9,26 @@ import torch
 
 from node.engine.api import SequenceKey
 from node.engine.kv.cache import SequenceKV
-from node.engine.kv.page_store import KeptPages
+from node.engine.kv.page_store import PageStore
 from node.engine.model.attention import Segment
 from node.engine.scheduling.step_plan import StepPlan
 
 
 @dataclass(slots=True)
-class StepRows:
+class StepInputs:
     segments: list[Segment] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     logits_at: list[int] = field(default_factory=list)
 
 
-def rows_of(plan: StepPlan, stage: Any, stored: dict[SequenceKey, SequenceKV], kept: KeptPages) -> StepRows:
+def rows_of(plan: StepPlan, stage: Any, stored: dict[SequenceKey, SequenceKV], kept: PageStore) -> StepInputs:
     """The rows of a step on `stage`; keys and values of new sequences are added to `stored`, and pages restored.
 
     Raises:
         PageLost: a page that a sequence begins with cannot be had any more.
     """
-    rows = StepRows()
+    rows = StepInputs()
     for piece in plan.pieces:
         kv = stored.get(piece.row.key) or stored.setdefault(piece.row.key, stage.sequence())
         if piece.restore:
@@ -42,7 +42,7 @@ def rows_of(plan: StepPlan, stage: Any, stored: dict[SequenceKey, SequenceKV], k
 
 
 def compute(
-    plan: StepPlan, stage: Any, stored: dict[SequenceKey, SequenceKV], kept: KeptPages, hidden: torch.Tensor | None
+    plan: StepPlan, stage: Any, stored: dict[SequenceKey, SequenceKV], kept: PageStore, hidden: torch.Tensor | None
 ) -> torch.Tensor:
     """One forward: activations `[rows, hidden]`, or logits `[pieces that draw, vocab]` behind the last layer.
 

@@ -41,21 +41,21 @@ from node.engine.kernels import machine
 from node.engine.kernels.kernel_choice import KernelChoice, uncompiled
 from node.engine.kv.blocks import BLOCK_TOKENS, BlockPool
 from node.engine.kv.cache import SequenceKV
-from node.engine.kv.page_store import KeptPages, PageLost
-from node.engine.kv.prefix_index import PAGES_PER_BLOCK, PageStore
+from node.engine.kv.page_store import PageLost, PageStore
+from node.engine.kv.prefix_index import PAGES_PER_BLOCK, PageCopy
 from node.engine.kv.spill import Spill, SpillStatistics
-from node.engine.loading import Loaded, bare_card, card, kv_token_bytes, load_stage
+from node.engine.loading import LoadedStage, bare_card, card, kv_token_bytes, load_stage
 from node.engine.model.checkpoint import read_checkpoint
-from node.engine.model.progress import LoadProgress, LoadWatch, gib, log_progress
+from node.engine.model.progress import LoadProgress, LoadTracker, gib, log_progress
 from node.engine.model.stage import Stage
 from node.engine.model.stored_tensors import require_tensors
 from node.engine.model.structure import structure_of
-from node.engine.page_transfer import PageTrade, shown_layout
+from node.engine.page_transfer import PageTransfer, shown_layout
 from node.engine.parallel.stage import ParallelStage
 from node.engine.sampling.constraints import Constraints
 from node.engine.sampling.draw_step import draw
 from node.engine.scheduling.scheduler import Scheduler
-from node.engine.scheduling.sequence import Row
+from node.engine.scheduling.sequence import StageSequence
 from node.engine.scheduling.step_plan import HeldSpan, SchedulerStatistics, StepPlan
 from node.engine.scheduling.step_timing import StepTiming
 from node.engine.step_inputs import compute
@@ -93,20 +93,20 @@ class TorchEngine:
         self._config = config
         self._lock = threading.Condition()
         self._scheduler = Scheduler(config.step_tokens, config.max_sequences, config.speculates)
-        self._loaded: dict[Span, Loaded] = {}
+        self._loaded: dict[Span, LoadedStage] = {}
         self._cards: dict[Span, ModelCard] = {}
         self._pools: dict[Span, tuple[BlockPool, int]] = {}  # with the bytes of one block
         self._kv: dict[SequenceKey, SequenceKV] = {}
         self._constraints = Constraints()
         self._spill = Spill(config.spill_memory_bytes, config.spill_disk_bytes, config.spill_folder)
-        self._kept: dict[Span, KeptPages] = {}
-        self._retired: list[KeptPages] = []  # of spans that were unloaded
-        self.pages = PageTrade(self._lock, self._scheduler, self._kept)
+        self._kept: dict[Span, PageStore] = {}
+        self._retired: list[PageStore] = []  # of spans that were unloaded
+        self.pages = PageTransfer(self._lock, self._scheduler, self._kept)
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._undelivered: list[EngineOutput] = []
         self._loading = threading.Lock()
-        self._watches: dict[Span, LoadWatch] = {}
+        self._watches: dict[Span, LoadTracker] = {}
         self._timing = StepTiming()
         self._step_failures = self._bad_activations = self._numeric_failures = 0
         self._kv_bytes = device.kv_bytes(self._device, config.kv_memory_bytes, int(psutil.virtual_memory().available * KV_SHARE))
@@ -149,7 +149,7 @@ class TorchEngine:
             torch.set_num_threads(self._config.threads)
             checkpoint = read_checkpoint(directory, weights)
             config = self._config
-            watch = self._watches[span] = LoadWatch(end - start, partial(log_progress, span))
+            watch = self._watches[span] = LoadTracker(end - start, partial(log_progress, span))
             wanted = config.dtype, config.threads, config.quantize
             try:
                 loaded = load_stage(checkpoint, start, end, *wanted, watch, config.tensor_parallel, self._device, config.graphs)
@@ -163,7 +163,7 @@ class TorchEngine:
             with self._lock:
                 self._pools[span] = (pool, block_bytes)
                 self._loaded[span] = loaded
-                self._kept[span] = KeptPages(span, self._spill, isinstance(loaded.stage, ParallelStage))
+                self._kept[span] = PageStore(span, self._spill, isinstance(loaded.stage, ParallelStage))
                 if layout is not None:
                     self.pages.add(span, layout, loaded.numerics)
                 self._cards[span] = card(checkpoint, model, loaded.numerics)
@@ -208,7 +208,7 @@ class TorchEngine:
         self._share_memory()
         return lost
 
-    def _span_ended(self, span: Span, loaded: Loaded, reason: str) -> None:
+    def _span_ended(self, span: Span, loaded: LoadedStage, reason: str) -> None:
         """Its workers are gone. Told before its sequences are, so that nobody sends them here again."""
         with self._lock:
             if self._loaded.get(span) is loaded:
@@ -328,7 +328,7 @@ class TorchEngine:
             if outputs:
                 deliver(outputs)
 
-    def _move_pages(self, plan: StepPlan, kept: dict[Span, KeptPages]) -> None:
+    def _move_pages(self, plan: StepPlan, kept: dict[Span, PageStore]) -> None:
         for span, number in plan.dropped:
             kept[span].drop(number)
         for span, number in plan.spilling:
@@ -336,7 +336,7 @@ class TorchEngine:
                 with self._lock:
                     self._undelivered += self._scheduler.pages_lost(span, [number])
 
-    def _step(self, plan: StepPlan, loaded: Loaded, kept: KeptPages) -> list[EngineOutput]:
+    def _step(self, plan: StepPlan, loaded: LoadedStage, kept: PageStore) -> list[EngineOutput]:
         assert plan.lane is not None
         span = plan.lane.span
         self._timing.begin(plan)
@@ -386,7 +386,7 @@ class TorchEngine:
             self._numeric_failures += 0 if by_previous else len(keys)
         return not_finite(plan, keys, by_previous=by_previous)
 
-    def _keep(self, plan: StepPlan, stores: list[PageStore], kept: KeptPages, lost: frozenset[SequenceKey]) -> None:
+    def _keep(self, plan: StepPlan, stores: list[PageCopy], kept: PageStore, lost: frozenset[SequenceKey]) -> None:
         """Has pages kept; a page less costs no token. Those that worker processes keep are not looked through, so those of
         a sequence that ended in no usable numbers are not trusted.
         """
@@ -397,5 +397,5 @@ class TorchEngine:
             with self._lock:
                 self._undelivered += self._scheduler.pages_lost(plan.lane.span, gone)
 
-    def _pages_of(self, row: Row) -> list[int]:
+    def _pages_of(self, row: StageSequence) -> list[int]:
         return self._scheduler.find_pages(row.lane.span, [row.page_name(page) for page in range(row.pages_kept)])

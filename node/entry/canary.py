@@ -24,7 +24,7 @@ CANARY_TIMEOUT_S = 10.0
 RETRY_S = 1.0  # after a canary that failed
 
 
-class Readiness:
+class Canary:
     def __init__(
         self, view: Callable[[], View], models: PeerModels, entry: Entry, hashing: Callable[[], list[str]] = list
     ) -> None:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from node.entry.generation_events import Emit
+from node.entry.generation_events import EmitToken
 from node.requests import GenerateRequest, TokenLogprob
 from node.text.detokenize import Decode, TextState
 
@@ -14,7 +14,7 @@ CONTEXT_TOKENS = 4  # of the prompt: whether the answer's first word begins with
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ChoiceStep:
     """What one token brings out. With `finish_reason` the choice is over; `end_token_ids` are last and brought no text."""
 
     text: str
@@ -39,7 +39,7 @@ class ChoiceText:
             min_tokens=request.sampling.min_tokens,
         )
 
-    def feed(self, emit: Emit) -> Outcome:
+    def feed(self, emit: EmitToken) -> ChoiceStep:
         """The next token; never called again after an outcome with a finish reason."""
         if self._wants_logprobs:
             self._held.append(self._logprob(emit))
@@ -49,12 +49,12 @@ class ChoiceText:
         end = self._state.finish(emit.finish or "stop")
         return self._outcome(step.text + end.text, step.token_ids + end.token_ids, end.finish_reason, end.end_token_ids)
 
-    def _outcome(self, text: str, token_ids: tuple[int, ...], reason: str | None, end_token_ids: tuple[int, ...]) -> Outcome:
+    def _outcome(self, text: str, token_ids: tuple[int, ...], reason: str | None, end_token_ids: tuple[int, ...]) -> ChoiceStep:
         self.whole += text
         counted = min(len(token_ids), len(self._held))
         logprobs = tuple(self._held.popleft() for _ in range(counted))
-        return Outcome(text, token_ids, logprobs, reason, end_token_ids)
+        return ChoiceStep(text, token_ids, logprobs, reason, end_token_ids)
 
-    def _logprob(self, emit: Emit) -> TokenLogprob:
+    def _logprob(self, emit: EmitToken) -> TokenLogprob:
         top = tuple((token, self._decode([token]), logprob) for token, logprob in emit.top)
         return TokenLogprob(emit.token, self._decode([emit.token]), emit.logprob or 0.0, top)

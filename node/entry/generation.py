@@ -6,12 +6,12 @@ It decides which attempt counts, which token comes next, and when to plan a new 
 2. Tokens come in order of position, each once; a repeat is dropped, a gap loses the attempt.
 3. Whatever is lost (a stage, its link, its member, its answer in time) leads to the same transition:
    close the old attempt, plan the next, replay prompt and tokens, go on. There is no other failover.
-4. An attempt that falls silent has its nodes looked at (`Doubt`); if membership then cannot reach one of them either, the
+4. An attempt that falls silent has its nodes looked at (`DoubtPeers`); if membership then cannot reach one of them either, the
    attempt goes elsewhere and does not wait for the verdict. Once per token: a mesh that is merely slow must not chase itself.
 5. A refusal costs no attempt's work: another path at once, twice; then the request waits here, at the
    entry, where it can still go anywhere (`routing.bounce`).
 
-A later journal commits each token to a peer before `Emit`; it slots in between `token` and `Emit`.
+A later journal commits each token to a peer before `EmitToken`; it slots in between `token` and `EmitToken`.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from mesh.ids import NodeId
 from node.entry.generation_events import (
     Cancelled,
     ClosePath,
-    Doubt,
+    DoubtPeers,
     Effect,
-    Emit,
+    EmitToken,
     Event,
     Fail,
     Finish,
+    NoPathFound,
     Opened,
     OpenPath,
     OpenRefused,
+    PathPlanned,
     PeerBack,
     PeerGone,
     PeerSuspect,
-    Plan,
-    Planned,
+    PlanPath,
     StageLost,
     Stages,
     StopFound,
     TokenDrawn,
-    Unplannable,
 )
-from routing.bounce import Bounces, GoElsewhere, WaitHere
+from routing.bounce import PlanElsewhere, RefusalHistory, WaitAtEntry
 
 if TYPE_CHECKING:
     from random import Random
 
 
-class Phase(Enum):
+class GenerationPhase(Enum):
     NEW = "new"
     PLANNING = "planning"  # a Plan effect is out
     WAITING = "waiting"  # nothing to be had just now; tick plans again
@@ -64,7 +64,7 @@ class Phase(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryLimits:
     """How long and how often to try."""
 
     replan_s: float = 20.0  # a path that breaks may come back: a peer restarts, a span is placed anew
@@ -84,14 +84,14 @@ class Generation:
     prompt_tokens: int
     deadline_at: float
     rng: Random
-    patience: Patience = field(default_factory=Patience)
-    phase: Phase = Phase.NEW
+    patience: RetryLimits = field(default_factory=RetryLimits)
+    phase: GenerationPhase = GenerationPhase.NEW
     attempt: int = 0
     tokens: list[int] = field(default_factory=list)
     path: Stages = ()
     history: list[str] = field(default_factory=list)  # why each attempt after the first was needed
     _avoid: dict[NodeId, float] = field(default_factory=dict)
-    _bounces: Bounces = field(default_factory=Bounces)
+    _bounces: RefusalHistory = field(default_factory=RefusalHistory)
     _barren: int = 0
     _wake_at: float = math.inf
     _stall_at: float = math.inf  # when the silence of a running attempt becomes suspicious; infinite once it has
@@ -101,7 +101,7 @@ class Generation:
 
     @property
     def ended(self) -> bool:
-        return self.phase in (Phase.DONE, Phase.FAILED, Phase.CANCELLED)
+        return self.phase in (GenerationPhase.DONE, GenerationPhase.FAILED, GenerationPhase.CANCELLED)
 
     @property
     def deadline(self) -> float:
@@ -117,10 +117,10 @@ class Generation:
         if self.ended or attempt != self.attempt:
             return []
         match event:
-            case Planned(path=path):
-                return self._open(path, now) if self.phase is Phase.PLANNING else []
-            case Unplannable(error=error):
-                return self._wait(error, now) if self.phase is Phase.PLANNING else []
+            case PathPlanned(path=path):
+                return self._open(path, now) if self.phase is GenerationPhase.PLANNING else []
+            case NoPathFound(error=error):
+                return self._wait(error, now) if self.phase is GenerationPhase.PLANNING else []
             case Opened():
                 return self._opened(now)
             case OpenRefused():
@@ -136,37 +136,39 @@ class Generation:
             case PeerBack(node=node):
                 return self._peer_back(node, now)
             case StopFound():
-                return self._end(Phase.DONE, Finish("stop"))
+                return self._end(GenerationPhase.DONE, Finish("stop"))
             case Cancelled():
-                return self._end(Phase.CANCELLED)
+                return self._end(GenerationPhase.CANCELLED)
 
     def tick(self, now: float) -> list[Effect]:
         if self.ended:
             return []
         if now >= self.deadline_at:
-            return self._end(Phase.FAILED, Fail(DeadlineExceeded("the request's deadline passed before its answer was complete")))
+            return self._end(
+                GenerationPhase.FAILED, Fail(DeadlineExceeded("the request's deadline passed before its answer was complete"))
+            )
         if now >= self._wake_at:
-            waits = self.phase is Phase.WAITING
+            waits = self.phase is GenerationPhase.WAITING
             return self._plan(now) if waits else self._lost(None, f"no token for {self.patience.silence_s:g} s", now)
         return self._stalled(now) if now >= self._stall_at else []
 
     # --- transitions
 
     def _plan(self, now: float) -> list[Effect]:
-        self.phase = Phase.PLANNING
+        self.phase = GenerationPhase.PLANNING
         self.attempt += 1
         self._wake_at = self._stall_at = math.inf  # the shell answers a Plan at once
         self._avoid = {node: until for node, until in self._avoid.items() if until > now}
-        return [Plan(self.attempt, frozenset(self._avoid) | self._bounces.excluded)]
+        return [PlanPath(self.attempt, frozenset(self._avoid) | self._bounces.excluded)]
 
     def _open(self, path: Stages, now: float) -> list[Effect]:
-        self.phase, self.path = Phase.OPENING, path
+        self.phase, self.path = GenerationPhase.OPENING, path
         self._wake_at, self._stall_at = now + self.patience.silence_s, now + self.patience.stall_s
         return [OpenPath(self.attempt, path, tuple(self.tokens))]
 
     def _opened(self, now: float) -> list[Effect]:
-        if self.phase is Phase.OPENING:
-            self.phase = Phase.RUNNING
+        if self.phase is GenerationPhase.OPENING:
+            self.phase = GenerationPhase.RUNNING
             replayed = self.prompt_tokens + len(self.tokens)
             first_token_at = now + replayed / self.patience.prefill_tok_s
             self._wake_at, self._stall_at = first_token_at + self.patience.silence_s, first_token_at + self.patience.stall_s
@@ -174,21 +176,21 @@ class Generation:
 
     def _token(self, drawn: TokenDrawn, now: float) -> list[Effect]:
         expected = self.prompt_tokens + len(self.tokens)
-        if self.phase not in (Phase.RUNNING, Phase.OPENING) or drawn.position < expected:
+        if self.phase not in (GenerationPhase.RUNNING, GenerationPhase.OPENING) or drawn.position < expected:
             return []
         if drawn.position > expected:
             return self._lost(None, f"a gap: token {drawn.position} came where {expected} was due", now)
-        self.phase = Phase.RUNNING
+        self.phase = GenerationPhase.RUNNING
         self.tokens.append(drawn.token)
         self._wake_at, self._stall_at = now + self.patience.silence_s, now + self.patience.stall_s
         self._barren = 0
         self._bounces.taken()
         self._give_up_at = math.inf
-        emit = Emit(drawn.position, drawn.token, drawn.finish, drawn.logprob, drawn.top)
-        return [emit] if drawn.finish is None else [emit, *self._end(Phase.DONE, Finish(drawn.finish))]
+        emit = EmitToken(drawn.position, drawn.token, drawn.finish, drawn.logprob, drawn.top)
+        return [emit] if drawn.finish is None else [emit, *self._end(GenerationPhase.DONE, Finish(drawn.finish))]
 
     def _refused(self, node: NodeId, retry_after_s: float, fault: MeshError | None, now: float) -> list[Effect]:
-        if self.phase is not Phase.OPENING:
+        if self.phase is not GenerationPhase.OPENING:
             return []
         self.path, self._stall_at = (), math.inf
         if fault is not None:  # it can never fit there; a larger node may still take it
@@ -197,18 +199,18 @@ class Generation:
             return self._plan(now)
         self._last_error = Refused("every node that could serve this is full", retry_after_s)
         match self._bounces.busy(node, retry_after_s, self.rng):
-            case GoElsewhere():
+            case PlanElsewhere():
                 return self._plan(now)
-            case WaitHere(wait_s=wait_s):
+            case WaitAtEntry(wait_s=wait_s):
                 return self._wait(self._last_error, now, wait_s)
 
     def _lost(
         self, node: NodeId | None, reason: str, now: float, fault: MeshError | None = None, unreachable: bool = False
     ) -> list[Effect]:
-        if self.phase not in (Phase.OPENING, Phase.RUNNING):
+        if self.phase not in (GenerationPhase.OPENING, GenerationPhase.RUNNING):
             return []
         if fault is not None:
-            return self._end(Phase.FAILED, Fail(fault))  # the request is to blame, no node
+            return self._end(GenerationPhase.FAILED, Fail(fault))  # the request is to blame, no node
         if not unreachable:  # else its nodes are avoided until none is left, and patience decides
             self._barren += 1
         self.history.append(reason)
@@ -218,7 +220,7 @@ class Generation:
         self.path = ()
         if self._barren >= self.patience.barren_attempts:
             error = Refused(f"{self._barren} attempts in a row were lost without a token; the last: {reason}", 1.0)
-            return close + self._end(Phase.FAILED, Fail(error))
+            return close + self._end(GenerationPhase.FAILED, Fail(error))
         return close + self._plan(now)
 
     def _stalled(self, now: float) -> list[Effect]:
@@ -226,11 +228,11 @@ class Generation:
         nodes = frozenset(stage.node for stage in self.path)
         if suspects := nodes & self._suspects:
             return self._peer_suspect(min(suspects), now)
-        return [Doubt(nodes)]
+        return [DoubtPeers(nodes)]
 
     def _peer_suspect(self, node: NodeId, now: float) -> list[Effect]:
         self._suspects.add(node)
-        stalled = self.phase in (Phase.OPENING, Phase.RUNNING) and self._stall_at == math.inf
+        stalled = self.phase in (GenerationPhase.OPENING, GenerationPhase.RUNNING) and self._stall_at == math.inf
         if stalled and not self._barren and any(stage.node == node for stage in self.path):
             # Blamed on nobody: with no path without it, the suspect is asked again (`routing.path` takes it last).
             return self._lost(None, f"{node}: suspect, and nothing came for {self.patience.stall_s:g} s", now)
@@ -239,7 +241,7 @@ class Generation:
     def _peer_back(self, node: NodeId, now: float) -> list[Effect]:
         self._suspects.discard(node)
         self._avoid.pop(node, None)
-        if self.phase is Phase.WAITING and isinstance(self._last_error, NoPath):
+        if self.phase is GenerationPhase.WAITING and isinstance(self._last_error, NoPath):
             return self._plan(now)
         return []
 
@@ -254,21 +256,21 @@ class Generation:
         """Nothing to be had: fail at once when nothing was ever begun and nobody could serve it, else wait a while."""
         if isinstance(error, NoPath) and not self.history:
             if not isinstance(self._last_error, Refused):
-                return self._end(Phase.FAILED, Fail(self._last_error or error))
+                return self._end(GenerationPhase.FAILED, Fail(self._last_error or error))
             error = self._last_error  # the path exists, but all its nodes have just refused
         if not isinstance(error, NoPath | Refused):
-            return self._end(Phase.FAILED, Fail(error))
+            return self._end(GenerationPhase.FAILED, Fail(error))
         if wait_s is None:
             self._bounces.taken()  # nobody is left who has not refused: after the wait all are asked again
         patience_s = self.patience.replan_s if isinstance(error, NoPath) else self.patience.refused_s
         self._give_up_at = min(self._give_up_at, now + patience_s)
         if now >= self._give_up_at:
-            return self._end(Phase.FAILED, Fail(error))
-        self.phase, self.path, self._last_error = Phase.WAITING, (), error
+            return self._end(GenerationPhase.FAILED, Fail(error))
+        self.phase, self.path, self._last_error = GenerationPhase.WAITING, (), error
         self._wake_at = now + (self.patience.retry_s if wait_s is None else wait_s)
         return []
 
-    def _end(self, phase: Phase, last: Effect | None = None) -> list[Effect]:
+    def _end(self, phase: GenerationPhase, last: Effect | None = None) -> list[Effect]:
         effects: list[Effect] = [ClosePath(self.attempt, self.path)] if self.path else []
         self.phase = phase
         return effects if last is None else [*effects, last]

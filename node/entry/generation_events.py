@@ -25,13 +25,13 @@ Stages = tuple[StageAt, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PathPlanned:
     attempt: int
     path: Stages
 
 
 @dataclass(frozen=True, slots=True)
-class Unplannable:
+class NoPathFound:
     """Routing found no path, or no peer that would take it."""
 
     attempt: int
@@ -108,14 +108,14 @@ class Cancelled:
 
 
 PeerNews = PeerGone | PeerSuspect | PeerBack
-Event = Planned | Unplannable | Opened | OpenRefused | TokenDrawn | StageLost | PeerNews | StopFound | Cancelled
+Event = PathPlanned | NoPathFound | Opened | OpenRefused | TokenDrawn | StageLost | PeerNews | StopFound | Cancelled
 
 
 # --- what is to be done about it
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PlanPath:
     """Find a path for `attempt` that avoids `exclude`; answer with Planned or Unplannable."""
 
     attempt: int
@@ -141,14 +141,14 @@ class ClosePath:
 
 
 @dataclass(frozen=True, slots=True)
-class Doubt:
+class DoubtPeers:
     """Have membership look at these nodes now: they were expected to bring a token."""
 
     nodes: frozenset[NodeId]
 
 
 @dataclass(frozen=True, slots=True)
-class Emit:
+class EmitToken:
     """The next token of the answer, for the client; with `finish` it is the last."""
 
     position: int
@@ -168,4 +168,4 @@ class Fail:
     error: MeshError
 
 
-Effect = Plan | OpenPath | ClosePath | Doubt | Emit | Finish | Fail
+Effect = PlanPath | OpenPath | ClosePath | DoubtPeers | EmitToken | Finish | Fail

@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from mesh.ids import Address, ModelId, NodeId
-from mesh.prefix import PAGE_TOKENS
+from mesh.prefix import PREFIX_PAGE_TOKENS
 from mesh.versions import holds
 from mesh.view import ModelCard, PeerState, View
 from node.engine.api import SequenceKey
@@ -18,7 +18,7 @@ from routing.dispatches import Dispatch, Dispatches
 from routing.path import Path, plan
 from routing.policies import Policy, policy_named
 from routing.prefixes import PrefixMemory, prefix_key
-from routing.score import Work
+from routing.score import RequestWork
 
 DOUBT_S = 5.0  # a node whose link broke gets no part of new paths, if there are others; membership has spoken by then
 EXPECTED_OUTPUT_TOKENS = 256  # of an answer that may be longer; until averages per model are kept
@@ -57,7 +57,7 @@ class Planning:
         self._policies: dict[str, Policy] = {}
         self._dispatches = Dispatches()
         self._breakers = Breakers()
-        self._prefixes = PrefixMemory(PAGE_TOKENS)
+        self._prefixes = PrefixMemory(PREFIX_PAGE_TOKENS)
         self._doubted_until: dict[NodeId, float] = {}
         self.last_wait_s = 0.0  # expected in the queues of the path planned last: what admission looks at
         self._sent: dict[SequenceKey, list[Dispatch]] = {}
@@ -72,7 +72,7 @@ class Planning:
             self._policy(request.policy),
             self._rng,
             now,
-            work=Work(
+            work=RequestWork(
                 request.known_tokens,
                 min(request.tokens_to_come, EXPECTED_OUTPUT_TOKENS),
                 prefix_key=prefix_key(request.names),

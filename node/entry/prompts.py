@@ -24,7 +24,7 @@ from rag.service import Documents
 from rag.types import SearchResult
 
 COMPILE_TIMEOUT_S = 5.0  # of a grammar, the wait for others' included; its own limits end it within a second
-MOST_SHRINKING = 4  # characters that one of the longest tokens may stand for, beside its own: normalisers drop some
+MAX_SHRINKING = 4  # characters that one of the longest tokens may stand for, beside its own: normalisers drop some
 CONTEXT_SHARE = 0.6  # of the model's context that passages may fill; the rest is the question's and the answer's
 
 
@@ -155,7 +155,7 @@ def _refuse_hopeless(request: GenerateRequest, model: ServedModel) -> None:
     """Refuses unread what no tokenizer makes fit: to read megabytes takes a minute of a core."""
     texts = [message.get("content") for message in request.messages or ()] if request.prompt is None else [request.prompt]
     characters = sum(len(text) for text in texts if isinstance(text, str))
-    if characters > MOST_SHRINKING * model.text.longest_token * model.card.max_model_len:
+    if characters > MAX_SHRINKING * model.text.longest_token * model.card.max_model_len:
         raise BadRequest(
             f"the context of {model.card.id} is {model.card.max_model_len} tokens; "
             f"a prompt of {characters} characters is far beyond it; shorten the prompt",

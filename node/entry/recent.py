@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mesh.ids import NodeId, StreamId
-from node.entry.generation import Generation, Phase
+from node.entry.generation import Generation, GenerationPhase
 from node.entry.generation_events import Stages
 
 REMEMBERED = 4096
 
 _STATE = {
-    Phase.NEW: "queued",
-    Phase.PLANNING: "queued",
-    Phase.WAITING: "queued",
-    Phase.OPENING: "queued",
-    Phase.RUNNING: "running",
-    Phase.DONE: "done",
-    Phase.FAILED: "failed",
-    Phase.CANCELLED: "cancelled",
+    GenerationPhase.NEW: "queued",
+    GenerationPhase.PLANNING: "queued",
+    GenerationPhase.WAITING: "queued",
+    GenerationPhase.OPENING: "queued",
+    GenerationPhase.RUNNING: "running",
+    GenerationPhase.DONE: "done",
+    GenerationPhase.FAILED: "failed",
+    GenerationPhase.CANCELLED: "cancelled",
 }
 
 

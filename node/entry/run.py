@@ -17,30 +17,30 @@ import trio
 
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, PeerLost, Refused
 from mesh.ids import Address, NodeId
-from mesh.prefix import PAGE_TOKENS, further_names, prefix_salt
+from mesh.prefix import PREFIX_PAGE_TOKENS, further_names, prefix_salt
 from mesh.view import is_exact
 from mesh.wire.calls import Call, Post
 from node.engine.api import OpenSequence, Prefix, SequenceKey, SequenceLost, TokenOut
 from node.entry.choice_text import ChoiceText
-from node.entry.generation import Generation, Phase
+from node.entry.generation import Generation, GenerationPhase
 from node.entry.generation_events import (
     Cancelled,
     ClosePath,
-    Doubt,
+    DoubtPeers,
     Effect,
-    Emit,
+    EmitToken,
     Event,
     Fail,
+    NoPathFound,
     Opened,
     OpenPath,
     OpenRefused,
-    Plan,
-    Planned,
+    PathPlanned,
+    PlanPath,
     StageLost,
     Stages,
     StopFound,
     TokenDrawn,
-    Unplannable,
 )
 from node.entry.planning import PlannedPath, Planning, PlanRequest
 from node.entry.prompts import Prompt
@@ -189,7 +189,7 @@ class RequestRun:
     def _carry_out(self, choice: int, effects: list[Effect], open_nursery: trio.Nursery) -> None:
         for effect in effects:
             match effect:
-                case Plan():
+                case PlanPath():
                     self._plan(choice, effect)
                 case OpenPath():
                     scope = self._opening[choice] = trio.CancelScope()
@@ -198,15 +198,15 @@ class RequestRun:
                     open_nursery.start_soon(self._open, choice, effect, scope)
                 case ClosePath():
                     self._close(choice, effect)
-                case Doubt(nodes=nodes):
+                case DoubtPeers(nodes=nodes):
                     for node in nodes:
                         self._node.doubt(node)
-                case Emit():
+                case EmitToken():
                     self._on_token(choice, effect)
                 case Fail(error=error):
                     self._fail(error)
 
-    def _plan(self, choice: int, plan: Plan) -> None:
+    def _plan(self, choice: int, plan: PlanPath) -> None:
         card, core = self._prompt.model.card, self._cores[choice]
         request = PlanRequest(
             model=card.id,
@@ -222,12 +222,12 @@ class RequestRun:
         try:
             planned = self._planning.plan(request)
         except MeshError as error:
-            self.tell(choice, Unplannable(plan.attempt, error))
+            self.tell(choice, NoPathFound(plan.attempt, error))
             return
         self._numerics.add(planned.numerics)
         self._planned[choice] = planned
         self.record.why.append({"choice": choice, "attempt": plan.attempt, "weights": card.weights, **planned.why})
-        self.tell(choice, Planned(plan.attempt, planned.stages))
+        self.tell(choice, PathPlanned(plan.attempt, planned.stages))
 
     async def _open(self, choice: int, effect: OpenPath, scope: trio.CancelScope) -> None:
         stages = [(stage.address, self._open_stage(choice, effect, index)) for index, stage in enumerate(effect.path)]
@@ -293,14 +293,14 @@ class RequestRun:
         numerics = self._planned[choice].numerics
         if not is_exact(numerics):
             return None
-        return Prefix(self._salt, tuple(self._names_of(choice)[: known // PAGE_TOKENS]), numerics)
+        return Prefix(self._salt, tuple(self._names_of(choice)[: known // PREFIX_PAGE_TOKENS]), numerics)
 
     def _close(self, choice: int, effect: ClosePath) -> None:
         scope = self._opening.pop(choice, None)
         if scope is not None:
             scope.cancel()
         core = self._cores[choice]
-        self._planning.finished(self._key(choice, effect.attempt), ok=core.phase is Phase.DONE, lost=effect.lost)
+        self._planning.finished(self._key(choice, effect.attempt), ok=core.phase is GenerationPhase.DONE, lost=effect.lost)
         if not core.ended:
             self._counters.attempts_lost_total += 1
             log.info("attempt.lost", stream=self.request.id, attempt=effect.attempt, reason=core.history[-1])
@@ -325,7 +325,7 @@ class RequestRun:
     def _send(self, event: GenerateEvent | MeshError) -> None:
         self._events_in.send_nowait(event)
 
-    def _on_token(self, choice: int, emit: Emit) -> None:
+    def _on_token(self, choice: int, emit: EmitToken) -> None:
         if not self._speaks:
             self._speaks = True
             self._counters.speaking += 1
@@ -347,10 +347,10 @@ class RequestRun:
     def _finish(self) -> None:
         self._counters.speaking -= self._speaks
         phases = {core.phase for core in self._cores.values()}
-        if phases == {Phase.DONE}:
+        if phases == {GenerationPhase.DONE}:
             self._counters.succeeded_total += 1
             self._send(self._finished())
-        elif Phase.FAILED in phases:
+        elif GenerationPhase.FAILED in phases:
             self._counters.failed_total += 1
         else:
             self._counters.cancelled_total += 1

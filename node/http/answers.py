@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mesh.ids import ModelId
-from node.http.openai import Asked
+from node.http.openai import ParsedRequest
 from node.http.tool_deltas import delta_of, ending, message_of, parser_for
 from node.requests import ChoiceDone, Finished, GenerateEvent, Started, TextDelta, TokenLogprob
 from node.text.tool_calls import ToolCallParser
@@ -31,10 +31,10 @@ class Choice:
     finish_reason: str | None = None
 
 
-class Answer:
+class AnswerBuilder:
     """Folds events into the state that both forms of an answer share."""
 
-    def __init__(self, asked: Asked, created_s: int, fingerprint_of: Callable[[ModelId], str]) -> None:
+    def __init__(self, asked: ParsedRequest, created_s: int, fingerprint_of: Callable[[ModelId], str]) -> None:
         """`fingerprint_of` gives the `system_fingerprint` of a model, which may be known only once a generation started."""
         self.asked = asked
         self.choices = [Choice() for _ in range(asked.choices)]
@@ -148,7 +148,7 @@ class Answer:
 class ChunkStream:
     """A streamed answer: each event in, the chunks that are due out."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: AnswerBuilder) -> None:
         self._answer = answer
         self._asked = answer.asked
         self._kind = "chat.completion.chunk" if answer.asked.chat else "text_completion"
@@ -242,7 +242,7 @@ class ChunkStream:
         return chunk
 
 
-def whole_answer(answer: Answer) -> dict[str, Any]:
+def whole_answer(answer: AnswerBuilder) -> dict[str, Any]:
     """The body of a request that did not stream, once all its generations have finished."""
     chat = answer.asked.chat
     choices = [_whole_choice(answer, index, choice) for index, choice in enumerate(answer.choices)]
@@ -251,7 +251,7 @@ def whole_answer(answer: Answer) -> dict[str, Any]:
     return body
 
 
-def _whole_choice(answer: Answer, index: int, choice: Choice) -> dict[str, Any]:
+def _whole_choice(answer: AnswerBuilder, index: int, choice: Choice) -> dict[str, Any]:
     text = "".join(choice.text)
     body: dict[str, Any] = {"index": index}
     parser = answer.new_parser(index)

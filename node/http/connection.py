@@ -17,7 +17,7 @@ import trio
 
 from mesh.errors import BadRequest, Refused
 from node.http.errors import ClientGone, ErrorAnswer, answer_of
-from node.http.exchange import READ_BYTES, App, Counts, Exchange, date_header, framing_error, reason_phrase
+from node.http.exchange import READ_BYTES, App, HttpExchange, ServerCounts, date_header, framing_error, reason_phrase
 from node.http.limits import Limits
 
 WRITE_PIECE_BYTES = 256 << 10  # the write deadline holds for each piece, so a slow reader of a large file is not a stalled one
@@ -28,7 +28,7 @@ class Connection:
     stream: trio.abc.Stream
     app: App
     limits: Limits
-    counts: Counts
+    counts: ServerCounts
     own_headers: tuple[tuple[bytes, bytes], ...] = ()
     last: bool = False  # close after the request at hand
     _wire: h11.Connection = field(init=False)
@@ -67,7 +67,7 @@ class Connection:
             return await self._refuse(error)
         self.counts.requests += 1
         self._answered += 1
-        exchange = Exchange(self._wire, request, self.stream, self.write, self.limits, self.counts, closing=lambda: self.last)
+        exchange = HttpExchange(self._wire, request, self.stream, self.write, self.limits, self.counts, closing=lambda: self.last)
         try:
             await self.app(self._scope(request), exchange.receive, exchange.send)
         except BadRequest as error:  # from `receive`: an application may leave it to us

@@ -31,7 +31,7 @@ DISCONNECT = "http.disconnect"
 
 
 @dataclass(slots=True)
-class Counts:
+class ServerCounts:
     """What happens on all connections of a server; the server publishes a frozen copy."""
 
     requests: int = 0
@@ -41,7 +41,7 @@ class Counts:
     bodies_bytes: int = 0  # held right now
 
 
-class Exchange:
+class HttpExchange:
     """The seam between one h11 cycle and the application.
 
     A write that did not finish (hung up, stalled, cancelled) leaves the framing broken: from then on every
@@ -55,7 +55,7 @@ class Exchange:
         stream: trio.abc.Stream,
         write: Callable[[bytes], Awaitable[None]],
         limits: Limits,
-        counts: Counts,
+        counts: ServerCounts,
         closing: Callable[[], bool],
     ) -> None:
         self._wire = wire

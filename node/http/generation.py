@@ -22,10 +22,10 @@ from starlette.requests import Request
 from mesh.errors import BadRequest, LocalError, MeshError, PeerLost
 from mesh.ids import ModelId, StreamId
 from node.http import sse
-from node.http.answers import Answer, Chunk, ChunkStream, whole_answer
+from node.http.answers import AnswerBuilder, Chunk, ChunkStream, whole_answer
 from node.http.errors import answer_of, is_expected, single_cause
 from node.http.exchange import DISCONNECT, App, Receive, Send
-from node.http.openai import Asked, generation_ids, parse_chat, parse_completion
+from node.http.openai import ParsedRequest, generation_ids, parse_chat, parse_completion
 from node.http.schema import ChatBody, CompletionBody
 from node.http.services import NodeServices
 from node.http.site import Json, Route, Site, read_json
@@ -41,14 +41,14 @@ async def chat(site: Site, request: Request) -> App:
     id = StreamId(f"chatcmpl-{secrets.token_hex(16)}")
     state = request.state
     asked = parse_chat(await read_json(request), id, tenant=state.tenant, request_id=state.request_id)
-    return Generation(site, check_model(site.node, asked), with_ids=request.headers.get("x-mesh-sse-id") == "1")
+    return GenerationResponse(site, check_model(site.node, asked), with_ids=request.headers.get("x-mesh-sse-id") == "1")
 
 
 async def completion(site: Site, request: Request) -> App:
     id = StreamId(f"cmpl-{secrets.token_hex(16)}")
     state = request.state
     asked = parse_completion(await read_json(request), id, tenant=state.tenant, request_id=state.request_id)
-    return Generation(site, check_model(site.node, asked), with_ids=request.headers.get("x-mesh-sse-id") == "1")
+    return GenerationResponse(site, check_model(site.node, asked), with_ids=request.headers.get("x-mesh-sse-id") == "1")
 
 
 async def cancel(site: Site, request: Request) -> App:
@@ -67,11 +67,11 @@ ROUTES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
+class GenerationResponse:
     """The answer to one request, as an ASGI application of its own."""
 
     site: Site
-    asked: Asked
+    asked: ParsedRequest
     with_ids: bool = False
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
@@ -147,8 +147,8 @@ class Generation:
         body = sse.encode(out, with_ids=self.with_ids)
         return (body + sse.DONE, True) if chunks.complete else (body, False)
 
-    def _new_answer(self) -> Answer:
-        return Answer(self.asked, int(time.time()), partial(fingerprint, self.site.node))
+    def _new_answer(self) -> AnswerBuilder:
+        return AnswerBuilder(self.asked, int(time.time()), partial(fingerprint, self.site.node))
 
 
 def fingerprint(node: NodeServices, model: ModelId) -> str:
@@ -160,7 +160,7 @@ def fingerprint(node: NodeServices, model: ModelId) -> str:
     return "fp_unknown"
 
 
-def check_model(node: NodeServices, asked: Asked) -> Asked:
+def check_model(node: NodeServices, asked: ParsedRequest) -> ParsedRequest:
     """`asked`, if its model is one that the mesh knows and that chats.
 
     Raises:
@@ -198,7 +198,7 @@ async def next_items(items: trio.MemoryReceiveChannel[Item], keep_alive: Callabl
 
 
 @asynccontextmanager
-async def events_of(node: NodeServices, asked: Asked) -> AsyncIterator[trio.MemoryReceiveChannel[Item]]:
+async def events_of(node: NodeServices, asked: ParsedRequest) -> AsyncIterator[trio.MemoryReceiveChannel[Item]]:
     """Runs all generations of a request; yields their events as they come, each with its generation's number.
 
     A refusal comes as an item, in order, after what the generation still brought. Leaving before all generations

@@ -15,13 +15,13 @@ ESCAPED = {"%22": '"', "%0D": "\r", "%0A": "\n", "%0d": "\r", "%0a": "\n"}  # wh
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class FormPart:
     name: str
     filename: str | None
     content: bytes
 
 
-def parse_multipart(content_type: str, body: bytes) -> list[Part]:
+def parse_multipart(content_type: str, body: bytes) -> list[FormPart]:
     """The parts of a form, in order.
 
     Raises:
@@ -37,7 +37,7 @@ def parse_multipart(content_type: str, body: bytes) -> list[Part]:
         position = body.find(b"\r\n" + fence) + 2 + len(fence)  # after a preamble
         if position < 2 + len(fence):
             raise _malformed("no part begins")
-    parts: list[Part] = []
+    parts: list[FormPart] = []
     while body[position : position + 2] != b"--":
         head_start = body.find(b"\r\n", position, position + 256) + 2  # some clients pad the fence's line with blanks
         if head_start < 2 or body[position : head_start - 2].strip(b" \t"):
@@ -55,7 +55,7 @@ def parse_multipart(content_type: str, body: bytes) -> list[Part]:
     return parts
 
 
-def _part(head: bytes, content: bytes) -> Part:
+def _part(head: bytes, content: bytes) -> FormPart:
     for line in head.split(b"\r\n"):
         field, _, value = line.partition(b":")
         if field.strip().lower() == b"content-disposition":
@@ -71,7 +71,7 @@ def _part(head: bytes, content: bytes) -> Part:
     found = {key.lower(): _unescape(quoted) if quoted else plain for key, quoted, plain in PARAMETER.findall(text)}
     if "name" not in found:
         raise _malformed("a part has no name")
-    return Part(found["name"], found.get("filename"), content)
+    return FormPart(found["name"], found.get("filename"), content)
 
 
 def _unescape(quoted: str) -> str:

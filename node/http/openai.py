@@ -68,7 +68,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ParsedRequest:
     """A generation request and the form its answer takes. Several prompts are several generations of one answer."""
 
     id: StreamId
@@ -131,7 +131,7 @@ def _with_special_floats(raw: bytes, error: Exception) -> Any:
     raise malformed from error
 
 
-def parse_chat(raw: bytes, id: StreamId, *, tenant: str = "", request_id: str = "") -> Asked:
+def parse_chat(raw: bytes, id: StreamId, *, tenant: str = "", request_id: str = "") -> ParsedRequest:
     """A body of `POST /v1/chat/completions`. Raises BadRequest."""
     body, fields = decode_body(raw, ChatBody)
     _refuse_unsupported(fields)
@@ -147,7 +147,7 @@ def parse_chat(raw: bytes, id: StreamId, *, tenant: str = "", request_id: str = 
     return _asked(body, id, (request,), chat=True)
 
 
-def parse_completion(raw: bytes, id: StreamId, *, tenant: str = "", request_id: str = "") -> Asked:
+def parse_completion(raw: bytes, id: StreamId, *, tenant: str = "", request_id: str = "") -> ParsedRequest:
     """A body of `POST /v1/completions`. Raises BadRequest."""
     body, fields = decode_body(raw, CompletionBody)
     _refuse_unsupported(fields)
@@ -171,11 +171,11 @@ def generation_ids(id: str) -> list[StreamId]:
     return [StreamId(id), *(StreamId(f"{id}-{index}") for index in range(1, further))]
 
 
-def _asked(body: GenerationBody, id: StreamId, requests: tuple[GenerateRequest, ...], *, chat: bool) -> Asked:
+def _asked(body: GenerationBody, id: StreamId, requests: tuple[GenerateRequest, ...], *, chat: bool) -> ParsedRequest:
     options = body.stream_options
     if options is not None and not body.stream:
         raise BadRequest("stream_options: only a request with stream true takes them", "stream_options")
-    return Asked(
+    return ParsedRequest(
         id=id,
         chat=chat,
         generations=requests,

@@ -18,7 +18,7 @@ import trio
 from mesh.errors import Refused
 from node.http.connection import Connection, refusal
 from node.http.errors import answer_of
-from node.http.exchange import App, Counts
+from node.http.exchange import App, ServerCounts
 from node.http.limits import Limits
 
 
@@ -41,7 +41,7 @@ class Server:
         self._app = app
         self._limits = limits
         self._own_headers = own_headers
-        self._counts = Counts()
+        self._counts = ServerCounts()
         self._open: set[Connection] = set()
         self._accepted = 0
         self._refused = 0

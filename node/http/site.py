@@ -24,7 +24,7 @@ PAGE_ITEMS = 10_000  # OpenAI's own limit for files
 
 
 @dataclass(slots=True)
-class Counts:
+class HttpCounts:
     """What the application answered; published as `HttpStatistics`."""
 
     requests: int = 0
@@ -48,7 +48,7 @@ class Site:
     node: NodeServices
     auth: ApiKeys | None
     bound: Address
-    counts: Counts = field(default_factory=Counts)
+    counts: HttpCounts = field(default_factory=HttpCounts)
 
     def jitter(self) -> float:
         """From 0 to 1, for one answer's Retry-After."""

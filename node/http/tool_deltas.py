@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from node.requests import ToolUse
-from node.text.tool_calls import CallArguments, CallStarted, Said, ToolCallParser, ToolEvent, call_id
+from node.text.tool_calls import CallArguments, CallStarted, PlainText, ToolCallParser, ToolEvent, call_id
 from node.text.tool_styles import STYLES
 
 MAX_CALLS = 128  # of one answer; further ones are dropped
@@ -29,7 +29,7 @@ def delta_of(events: Iterable[ToolEvent]) -> dict[str, Any]:
     calls: dict[int, dict[str, Any]] = {}
     for event in events:
         match event:
-            case Said(text):
+            case PlainText(text):
                 delta["content"] = delta.get("content", "") + text
             case CallStarted(index, id, name):
                 calls[index] = {"index": index, "id": id, "type": "function", "function": {"name": name, "arguments": ""}}

@@ -56,7 +56,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Observations:
     """All that was looked at."""
 
     view: View
@@ -74,7 +74,7 @@ class Look:
     changed_files: Mapping[ModelId, str] = field(default_factory=dict)  # of this node's models; why they were hashed again
 
 
-def diagnosis(look: Look) -> list[Finding]:
+def diagnosis(look: Observations) -> list[Finding]:
     """Problems first, each kind in the order in which one would look for it."""
     found = [
         *_refused(look),
@@ -90,7 +90,7 @@ def diagnosis(look: Look) -> list[Finding]:
     return sorted(found, key=lambda finding: finding.severity != PROBLEM)
 
 
-def _refused(look: Look) -> Iterator[Finding]:
+def _refused(look: Observations) -> Iterator[Finding]:
     names = {peer.address[0]: peer.name for peer in look.view.live() if peer.id != look.view.me}
     hosts = Counter(peer.address[0] for peer in look.view.live())
     for refusal in look.refusals:
@@ -114,7 +114,7 @@ def _refused(look: Look) -> Iterator[Finding]:
             yield Finding(PROBLEM, "links", f"{often} links in the last minute with {who} failed: {refusal.reason}", do)
 
 
-def _keys(look: Look) -> Iterator[Finding]:
+def _keys(look: Observations) -> Iterator[Finding]:
     if look.keyless:
         do = "enough on one machine; for more: mesh key new FILE, copy it to every node, start all with --key-file FILE"
         yield Finding(NOTE, "keys", "this node has no mesh key, so it listens on loopback only", do)
@@ -137,7 +137,7 @@ def _versions(view: View) -> Iterator[Finding]:
         yield Finding(PROBLEM, "versions", f"nodes run different releases: {told}", "run the same release on all of them")
 
 
-def _clocks(look: Look) -> Iterator[Finding]:
+def _clocks(look: Observations) -> Iterator[Finding]:
     for node, skew_s in sorted(look.skews_s.items()):
         name = _name(look.view, node)
         if skew_s is None:
@@ -183,7 +183,7 @@ def _nodes(view: View) -> Iterator[Finding]:
         yield Finding(NOTE, "nodes", "this node is alone", "start another with: mesh up --join HOST:PORT")
 
 
-def _models(look: Look) -> Iterator[Finding]:
+def _models(look: Observations) -> Iterator[Finding]:
     known = versions(look.view)
     for version in known:
         yield from _layers(look, version)
@@ -210,7 +210,7 @@ def _uncompiled(view: View) -> Iterator[Finding]:
         yield Finding(NOTE, "nodes", what, remedy(why))
 
 
-def _layers(look: Look, version: ModelVersion) -> Iterator[Finding]:
+def _layers(look: Observations, version: ModelVersion) -> Iterator[Finding]:
     """Of one version, which layers are held too few times. One that does not answer to its id is worth a note at most."""
     live, card, name = sum(1 for _ in look.view.live()), version.card, ModelId(version.name)
     gaps = look.missing_layers.get(name)
@@ -250,7 +250,7 @@ def _room(view: View, card: ModelCard) -> str:
     return f"; the live nodes have room for {room} layers of it" if room else ""
 
 
-def _documents(look: Look) -> Iterator[Finding]:
+def _documents(look: Observations) -> Iterator[Finding]:
     live = sum(1 for _ in look.view.live())
     for store in look.stores:
         if store.replicas < look.store_copies_wanted:
@@ -267,7 +267,7 @@ def _documents(look: Look) -> Iterator[Finding]:
             yield Finding(NOTE, "documents", f"replicas of store {store.name} differ", do)
 
 
-def _disk(look: Look) -> Iterator[Finding]:
+def _disk(look: Observations) -> Iterator[Finding]:
     if look.not_written:
         do = "make room or make it writable: until then documents are refused and a restart loses this node's identity"
         yield Finding(PROBLEM, "disk", f"the data directory cannot be written: {look.not_written}", do)

@@ -17,7 +17,7 @@ from mesh.ids import ModelId, NodeId
 from mesh.links.refusals import Refusal
 from mesh.view import Peer, View
 from mesh.wire.calls import Call, Handlers, Header, Reply
-from node.ops.doctor import PROBLEM, Look, diagnosis
+from node.ops.doctor import PROBLEM, Observations, diagnosis
 from node.ops.keys import MeshKeys
 from rag.types import StoreInfo
 
@@ -60,7 +60,7 @@ class Examination:
                 not_ready = await self._ready()
         free_bytes, not_written = await trio.to_thread.run_sync(_disk, self._directory)
         found = diagnosis(
-            Look(
+            Observations(
                 self._view(),
                 self._refusals(),
                 {node: skew for node, skew in skews.items() if self._view().is_live(node)},

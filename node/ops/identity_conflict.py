@@ -12,7 +12,7 @@ import trio
 
 from mesh.errors import MeshError
 from mesh.ids import NodeId, format_address
-from mesh.wire.twin import Run
+from mesh.wire.twin import ProcessRun
 from node.serving.own_facts import OwnFacts
 
 TOLD_FOR_S = 600.0  # since it was last seen: long enough for somebody to ask `mesh doctor`
@@ -23,7 +23,7 @@ log = structlog.get_logger()
 class IdentityInUse(MeshError):
     """This process is to end: an older one is the same node. The message says where, and what to do."""
 
-    def __init__(self, me: NodeId, by: Run) -> None:
+    def __init__(self, me: NodeId, by: ProcessRun) -> None:
         super().__init__(
             f"node {me} lives already: {by.name} at {format_address(by.address)}, for {_ago(by.age_s)}; this process is a "
             "copy of it (a copied data directory, or a cloned image) and ends. To run it as a node of its own, start it with "
@@ -31,16 +31,16 @@ class IdentityInUse(MeshError):
         )
 
 
-class TwinWatch:
+class IdentityWatch:
     """`seen` and `displaced` are told by membership; `run` raises `IdentityInUse` when this process is to end."""
 
     def __init__(self, me: NodeId, facts: OwnFacts, clock: Callable[[], float] = trio.current_time) -> None:
         self._me, self._facts, self._clock = me, facts, clock
         self._seen_at = 0.0
-        self._displaced_by: Run | None = None
+        self._displaced_by: ProcessRun | None = None
         self._displaced = trio.Event()
 
-    def seen(self, twin: Run) -> None:
+    def seen(self, twin: ProcessRun) -> None:
         """Tells the mesh, so that `mesh doctor` names both places on every node."""
         self._seen_at = self._clock()
         where = f"{twin.name} at {format_address(twin.address)}"
@@ -49,7 +49,7 @@ class TwinWatch:
             log.error("identity.in_use", also=where, for_s=round(twin.age_s, 1), do=do)
         self._facts.twin(where)
 
-    def displaced(self, by: Run) -> None:
+    def displaced(self, by: ProcessRun) -> None:
         self._displaced_by = by
         self._displaced.set()
 

@@ -22,7 +22,7 @@ from mesh.keys.seal import KeySeal, SealFault
 from mesh.links.tls import PeerTls
 from mesh.view import Peer, View
 from mesh.wire.calls import Call, Handlers, Header, Reply
-from node.ops.rotation import Phase, Tags, next_step, unfinished
+from node.ops.rotation import RotationPhase, Tags, next_step, unfinished
 
 KIND = "mesh.key"
 CALL_S = 3.0
@@ -106,7 +106,7 @@ class MeshKeys:
             step = next_step(rings, key.tag)
             if step is None:
                 return {node for node, saved in unsaved.items() if not saved}
-            if step.phase is Phase.DROP and not lingered:
+            if step.phase is RotationPhase.DROP and not lingered:
                 await trio.sleep(LINGER_S)
                 lingered = True
                 continue  # with the live nodes of now
@@ -150,13 +150,13 @@ class MeshKeys:
                 await trio.sleep(RETRY_S)
         return found
 
-    async def _ask(self, peer: Peer, phase: Phase | None, key: RingKey | None, answers: dict[NodeId, Header]) -> None:
+    async def _ask(self, peer: Peer, phase: RotationPhase | None, key: RingKey | None, answers: dict[NodeId, Header]) -> None:
         """One call; no entry in `answers` when it fails."""
         header: Header = {"do": phase.value if phase else "show", "ring": _told(self.ring)}
         tail = b""
         try:
             if key is not None:
-                under = self._shared_with(peer, key) if phase is not Phase.DROP else None
+                under = self._shared_with(peer, key) if phase is not RotationPhase.DROP else None
                 header |= {"serial": key.tag.serial, "name": key.tag.name, "under": under.tag.name if under else ""}
                 tail = wrap(key, under) if under else b""
             header, _ = await self._call(peer.address, KIND, header, tail, timeout_s=CALL_S)
@@ -177,11 +177,11 @@ class MeshKeys:
                 return self._shown(header)
             tag = KeyTag(_serial(header.get("serial")), str(header.get("name"))[:8])
             match what:
-                case Phase.ADD | Phase.USE:
+                case RotationPhase.ADD | RotationPhase.USE:
                     self._take(self._unwrapped(tag, header, tail, sender))
-                    if what == Phase.USE:
+                    if what == RotationPhase.USE:
                         self._change(self.ring.use(tag))
-                case Phase.DROP:
+                case RotationPhase.DROP:
                     self._change(self.ring.drop_before(tag))
                 case _:
                     raise BadRequest(f"expected do: show, add, use or drop, got {str(what)[:20]!r}")

@@ -18,15 +18,15 @@ Tags = tuple[KeyTag, ...]
 """A ring as it may be told: the sealing key first."""
 
 
-class Phase(StrEnum):
+class RotationPhase(StrEnum):
     ADD = "add"
     USE = "use"
     DROP = "drop"
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    phase: Phase
+class RotationStep:
+    phase: RotationPhase
     nodes: tuple[NodeId, ...]  # that have not taken it yet
 
 
@@ -36,7 +36,7 @@ def unfinished(rings: Iterable[Tags]) -> KeyTag | None:
     return max(held) if len(held) > 1 else None
 
 
-def next_step(rings: Mapping[NodeId, Tags], key: KeyTag) -> Step | None:
+def next_step(rings: Mapping[NodeId, Tags], key: KeyTag) -> RotationStep | None:
     """What brings all live nodes nearer to `key` and nothing but it; None when they are there.
 
     `rings`: of every live node. A ring that seals with a later key is past this rotation, and lacks nothing of it.
@@ -44,7 +44,7 @@ def next_step(rings: Mapping[NodeId, Tags], key: KeyTag) -> Step | None:
     lacking = {node for node, tags in rings.items() if key not in tags and tags[0] < key}
     behind = {node for node, tags in rings.items() if tags[0] < key}
     holding = {node for node, tags in rings.items() if min(tags) < key}
-    for phase, nodes in ((Phase.ADD, lacking), (Phase.USE, behind), (Phase.DROP, holding)):
+    for phase, nodes in ((RotationPhase.ADD, lacking), (RotationPhase.USE, behind), (RotationPhase.DROP, holding)):
         if nodes:
-            return Step(phase, tuple(sorted(nodes)))
+            return RotationStep(phase, tuple(sorted(nodes)))
     return None

@@ -20,13 +20,13 @@ from node.checkpoints.capacity import layers_within
 from node.checkpoints.safetensors_header import INDEX, unreadable
 from node.serving.models import ServedModel
 from node.text.tokenizer import ModelText
-from node.weights.catalogue import Catalogue, Identified, identify
-from node.weights.fetching import RETRY_S, Fetched, Fetching
+from node.weights.catalogue import Catalogue, IdentifiedWeights, identify
+from node.weights.fetching import RETRY_S, FetchedModel, Fetching
 from node.weights.hashing import HashingProgress, stamps_of
-from node.weights.record import FileChange, Stamp, changed_file
+from node.weights.record import FileChange, FileStamp, changed_file
 from node.weights.source import WeightsSource
 from node.weights.store import MARK, PulledModel
-from node.weights.verifying import Differs, FilesChanged, Verifier, VerifyingStatistics
+from node.weights.verifying import Differs, FilesChanged, FileVerifier, VerifyingStatistics
 
 TELL_EVERY_S = 5.0  # of the hashing, in the log
 GIB = 1 << 30
@@ -35,7 +35,7 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class Hashed:
+class HashingState:
     """How far the hashing of one model's files has come."""
 
     bytes_done: int
@@ -45,7 +45,7 @@ class Hashed:
 @dataclass(frozen=True, slots=True)
 class LibraryStatistics:
     verifying: VerifyingStatistics
-    hashing: Mapping[str, Hashed]  # by model: what is under way
+    hashing: Mapping[str, HashingState]  # by model: what is under way
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class _Held:
     pulled: PulledModel | None = None
 
 
-class Library:
+class ModelLibrary:
     """`folder`: of the node's own; records and what is fetched are kept there. `rate_bytes_s`: see `WeightsSource`."""
 
     def __init__(
@@ -74,14 +74,14 @@ class Library:
         self.fetching = Fetching(view, changed, call, folder)
         self.source = WeightsSource(serving, rate_bytes_s)
         self.handlers = self.source.handlers
-        self._verifier = Verifier(serving)
+        self._verifier = FileVerifier(serving)
         self._held: dict[ModelId, _Held] = {}
         self._hashing: dict[ModelId, HashingProgress] = {}
         self._doubted: set[ModelId] = set()  # models of which the record proved wrong
         self.faults: dict[ModelId, str] = {}  # by model: what its files were found to be since the start; the newest
 
     def statistics(self) -> LibraryStatistics:
-        hashing = {str(model): Hashed(each.bytes_done, each.bytes) for model, each in self._hashing.items()}
+        hashing = {str(model): HashingState(each.bytes_done, each.bytes) for model, each in self._hashing.items()}
         return LibraryStatistics(self._verifier.statistics(), MappingProxyType(hashing))
 
     def share_ready(self, model: ModelId) -> float | None:
@@ -121,7 +121,7 @@ class Library:
         held = _Held(found.catalogue, lambda: _change(directory, found.files), verified=not found.kept)
         return await self._offer(model, held, found.written_at_s)
 
-    async def _hash(self, model: ModelId, directory: Path) -> Identified:
+    async def _hash(self, model: ModelId, directory: Path) -> IdentifiedWeights:
         progress = self._hashing[model] = HashingProgress()
         failure: BadRequest | None = None
         try:
@@ -231,7 +231,7 @@ class Library:
         """
         return await self.read(await self.fetching.text_side(card))
 
-    async def read(self, fetched: Fetched) -> ServedModel:
+    async def read(self, fetched: FetchedModel) -> ServedModel:
         """The model whose text side is here. Raises BadRequest: its tokenizer cannot be read."""
         text = await trio.to_thread.run_sync(ModelText.load, fetched.files.directory, abandon_on_cancel=True)
         return ServedModel(fetched.card, fetched.files.directory, text, fetched)
@@ -242,7 +242,7 @@ class Library:
             await self.fetching.span(model.fetched, span.start, span.end)
 
 
-def _change(directory: Path, before: tuple[Stamp, ...]) -> FileChange | None:
+def _change(directory: Path, before: tuple[FileStamp, ...]) -> FileChange | None:
     """A file of a whole model's directory that looks otherwise now, is gone, or has come beside the others (*blocking*)."""
     if (change := changed_file(directory, before)) is not None:
         return change

@@ -45,7 +45,7 @@ class _Begun:
     logged_at: float = 0.0
 
 
-class LoadWatch:
+class LoadState:
     """`engine`: the spans that it loads now; `fetching`: by model, the share that is ready of the files that are being fetched
     from peers, or hashed, before they can be loaded."""
 

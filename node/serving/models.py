@@ -12,7 +12,7 @@ from mesh.ids import ModelId
 from mesh.view import ModelCard
 from node.checkpoints.model_directory import EXPECTED, gguf_reason
 from node.text.tokenizer import ModelText
-from node.weights.fetching import Fetched
+from node.weights.fetching import FetchedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class ServedModel:
     card: ModelCard
     directory: Path
     text: ModelText
-    fetched: Fetched | None = None  # its files come from peers, as they are needed
+    fetched: FetchedModel | None = None  # its files come from peers, as they are needed
 
 
 _REPOSITORY = "models--"  # begins the name of a model's folder in the hub cache; `--` stands for the slash of its id
@@ -72,12 +72,12 @@ def _no_directory(file: Path) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Holdings:
+class InitialModels:
     """What a node starts with. `capacity`: layers of each model that it could hold; `share_bytes`: of its memory, for each model;
     `wanted`: models whose files come from peers.
     """
 
-    models: Models
+    models: ServedModels
     capacity: dict[ModelId, int]
     wanted: tuple[ModelId, ...]
     share_bytes: int
@@ -104,7 +104,7 @@ def split_references(references: Iterable[str], *, joins: bool) -> tuple[list[tu
     return here, wanted
 
 
-class Models:
+class ServedModels:
     """By id: of one id a node has one version. The first one added answers requests that name no model."""
 
     def __init__(self) -> None:

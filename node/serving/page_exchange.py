@@ -20,13 +20,13 @@ from msgspec import Meta
 
 from mesh.errors import MeshError, RemoteError
 from mesh.ids import Address, NodeId, format_address
-from mesh.prefix import PAGE_TOKENS
+from mesh.prefix import PREFIX_PAGE_TOKENS
 from mesh.wire.calls import Call, Handlers, Header, Reply
-from node.engine.api import Engine, OpenSequence, PageAsk
+from node.engine.api import Engine, OpenSequence, PageRequest
 from node.serving.page_gate import BATCH_BYTES, pages_to_fetch
 
 PAGES_KIND = "stage.pages"
-MOST_WAIT_S = 3.0  # for all of a sequence's pages: an open must be answered within five
+MAX_WAIT_S = 3.0  # for all of a sequence's pages: an open must be answered within five
 READS_AT_ONCE = 1  # threads that pack pages for peers; one fills a link
 SPEED_KEPT_S = 60.0  # a link is measured anew after so long
 SOURCES_KEPT = 256
@@ -57,7 +57,7 @@ class PageExchangeStatistics:
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class _PageSource:
     """A peer that gave pages: how fast, what it says of its own prefill, and when that was."""
 
     bytes_s: float
@@ -69,7 +69,7 @@ class PageExchange:
     def __init__(self, engine: Engine, call: Call) -> None:
         self._engine = engine
         self._call = call
-        self._sources: OrderedDict[Address, _Source] = OrderedDict()  # measured last comes last
+        self._sources: OrderedDict[Address, _PageSource] = OrderedDict()  # measured last comes last
         self._reading = trio.CapacityLimiter(READS_AT_ONCE)
         self._counters = PageExchangeStatistics()
         self.handlers: Handlers = {PAGES_KIND: self._on_ask}
@@ -81,7 +81,7 @@ class PageExchange:
 
     async def _on_ask(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
         try:
-            ask = msgspec.convert(header, PageAsk)
+            ask = msgspec.convert(header, PageRequest)
         except msgspec.ValidationError as error:
             raise RemoteError(sender, f"{PAGES_KIND}: {error}") from None
         pages = await trio.to_thread.run_sync(self._engine.pages.take_out, ask, BATCH_BYTES, limiter=self._reading)
@@ -93,7 +93,7 @@ class PageExchange:
 
     async def fetch(self, sequence: OpenSequence, source: Address) -> None:
         """Has what the peer at `source` keeps of the sequence's beginning here, as far as that pays. Raises no MeshError."""
-        with trio.move_on_after(MOST_WAIT_S):
+        with trio.move_on_after(MAX_WAIT_S):
             try:
                 while await self._fetch_some(sequence, source):
                     pass
@@ -112,7 +112,7 @@ class PageExchange:
         count = pages_to_fetch(
             wanted.whole - wanted.kept,
             wanted.page_bytes,
-            PAGE_TOKENS,
+            PREFIX_PAGE_TOKENS,
             known.bytes_s if known else None,
             rate or (known.prefill_tok_s if known else 0.0),
         )
@@ -125,7 +125,7 @@ class PageExchange:
         if not pages:
             return False
         took_s = max(trio.current_time() - began_s, 1e-6)
-        self._sources[source] = _Source(sum(map(len, pages)) / took_s, told_rate, trio.current_time())
+        self._sources[source] = _PageSource(sum(map(len, pages)) / took_s, told_rate, trio.current_time())
         self._sources.move_to_end(source)
         while len(self._sources) > SOURCES_KEPT:
             self._sources.popitem(last=False)
@@ -137,14 +137,14 @@ class PageExchange:
         self._counters.fetched_bytes_total += kept * wanted.page_bytes
         return kept == count
 
-    def _known(self, source: Address) -> _Source | None:
+    def _known(self, source: Address) -> _PageSource | None:
         known = self._sources.get(source)
         return known if known is not None and trio.current_time() - known.at_s < SPEED_KEPT_S else None
 
-    async def _ask(self, ask: PageAsk, page_bytes: int, source: Address) -> tuple[list[bytes], float]:
+    async def _ask(self, ask: PageRequest, page_bytes: int, source: Address) -> tuple[list[bytes], float]:
         """Raises RemoteError: the answer is none, or damaged."""
         peer = format_address(source)
-        header, tail = await self._call(source, PAGES_KIND, _header(ask), timeout_s=MOST_WAIT_S)
+        header, tail = await self._call(source, PAGES_KIND, _header(ask), timeout_s=MAX_WAIT_S)
         try:
             told = msgspec.convert(header, PagesTold)
         except msgspec.ValidationError as error:

@@ -19,10 +19,10 @@ from mesh.errors import BadRequest, ModelLoading, Refused
 from mesh.ids import ModelId
 from mesh.versions import ModelVersion, named, versions
 from mesh.view import ModelCard, View
-from node.serving.library import Library
+from node.serving.library import ModelLibrary
 from node.serving.load_state import eta_s
-from node.serving.models import Models, ServedModel, unknown_model
-from node.weights.fetching import RETRY_S, Fetched, announced
+from node.serving.models import ServedModel, ServedModels, unknown_model
+from node.weights.fetching import RETRY_S, FetchedModel, announced
 from routing.loading import no_path
 from routing.path import uncovered
 
@@ -41,7 +41,7 @@ class _TextSide:
     card: ModelCard
     begun_at: float
     came: trio.Event = field(default_factory=trio.Event)  # whole, or failed
-    fetched: Fetched | None = None
+    fetched: FetchedModel | None = None
     failure: str = ""
     failed_at: float = 0.0
     reading: trio.Lock = field(default_factory=trio.Lock)
@@ -51,7 +51,7 @@ class _TextSide:
 class PeerModels:
     """`own`: the models that this node was given; they go before those of peers."""
 
-    def __init__(self, view: Callable[[], View], own: Models, library: Library) -> None:
+    def __init__(self, view: Callable[[], View], own: ServedModels, library: ModelLibrary) -> None:
         self._view, self._own, self._library = view, own, library
         self._texts: dict[tuple[ModelId, str], _TextSide] = {}  # by id and weights
         self._nursery: trio.Nursery | None = None

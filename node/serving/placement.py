@@ -29,8 +29,8 @@ from mesh.view import ModelCard, Span
 from node.config import pinned_spans
 from node.engine.api import Engine, SpanLost
 from node.engine.parallel.worker_group import WorkersLost
-from node.serving.library import Library, capacity_layers
-from node.serving.models import Holdings, ServedModel
+from node.serving.library import ModelLibrary, capacity_layers
+from node.serving.models import InitialModels, ServedModel
 from node.serving.own_facts import OwnFacts
 from node.weights.verifying import FilesChanged
 from routing.placement import choose_spans, next_move
@@ -38,24 +38,24 @@ from routing.placement import choose_spans, next_move
 MENDED_AT_ONCE = 64  # spans that were lost and wait to be loaded again; a node holds a handful
 MEND_AFTER_S = 1.0  # whatever took the workers may be about to take the next ones
 LOSSES_WITHIN_S = 600.0
-MOST_LOSSES = 3  # within that time, of all spans together: beyond it the machine is at fault, and the node ends
+MAX_LOSSES = 3  # within that time, of all spans together: beyond it the machine is at fault, and the node ends
 RENEW_EVERY_S = 15.0  # files that cannot be served as they are may be in the middle of being copied
 SETTLE_S = 0.3  # after joining, and after each change: cuts come in bursts, and one answer to all of them is enough
 
 log = structlog.get_logger()
 
 
-class Placing:
+class Placement:
     """Raises BadRequest when layers are pinned that a model does not have."""
 
     def __init__(
         self,
         layers: str,
         engine: Engine,
-        holdings: Holdings,
+        holdings: InitialModels,
         facts: OwnFacts,
         membership: Membership,
-        library: Library,
+        library: ModelLibrary,
     ) -> None:
         self._pinned = pinned_spans(layers)
         for model in holdings.models:
@@ -69,7 +69,7 @@ class Placing:
         self._wanted = tuple(holdings.wanted)
         self._share_bytes = holdings.share_bytes
         self._lost_in, self._lost_out = trio.open_memory_channel[SpanLost](MENDED_AT_ONCE)
-        self._losses_at: deque[float] = deque(maxlen=MOST_LOSSES + 1)
+        self._losses_at: deque[float] = deque(maxlen=MAX_LOSSES + 1)
         self._changing = trio.Lock()  # a move and a mend do not mix
         self._outlived: dict[ModelId, trio.Event] = {}  # models in service whose files are gone; set: a span has to be loaded
 
@@ -107,7 +107,7 @@ class Placing:
         async for lost in self._lost_out:
             now = trio.current_time()
             self._losses_at.append(now)
-            if len(self._losses_at) > MOST_LOSSES and now - self._losses_at[0] < LOSSES_WITHIN_S:
+            if len(self._losses_at) > MAX_LOSSES and now - self._losses_at[0] < LOSSES_WITHIN_S:
                 raise MeshError(f"workers ended {len(self._losses_at)} times in {now - self._losses_at[0]:.0f} s: {lost.reason}")
             log.warning("span.lost", model=lost.span.model, start=lost.span.start, end=lost.span.end, why=lost.reason)
             self._intend(self._models.get(lost.span.model), self._intended(lost.span.model) | {lost.span})

@@ -32,7 +32,7 @@ def readiness_of(facts: Facts, load: Load, overdue_s: float) -> Readiness:
     return Readiness.WARM
 
 
-class Pulse:
+class ReadinessMonitor:
     def __init__(self, facts: OwnFacts, load: Callable[[], Load], overdue_s: Callable[[], float]) -> None:
         self._facts, self._load, self._overdue_s = facts, load, overdue_s
         self.stalls = 0

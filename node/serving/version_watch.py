@@ -9,13 +9,13 @@ import structlog
 from mesh.ids import ModelId
 from mesh.versions import NAME_DIGITS, ModelVersion, versions
 from mesh.view import View
-from node.serving.models import Models
+from node.serving.models import ServedModels
 
 log = structlog.get_logger()
 
 
 class VersionWatch:
-    def __init__(self, changed: Callable[[int], Awaitable[View]], models: Models) -> None:
+    def __init__(self, changed: Callable[[int], Awaitable[View]], models: ServedModels) -> None:
         """`changed`: as `Membership.changed`."""
         self._changed = changed
         self._models = models

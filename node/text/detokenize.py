@@ -27,11 +27,11 @@ REPLACEMENT = "\ufffd"
 SETTLING_TOKENS = 3
 """A character has at most four bytes: with three more tokens that brought bytes, an open one is complete or never will be."""
 
-MOST_UNSETTLED_TOKENS = 64
+MAX_UNSETTLED_TOKENS = 64
 """A run of tokens that never ends on a character boundary is no text; after this many it goes out as it is.
 It bounds the work per token."""
 
-MOST_CONTEXT_TOKENS = 16
+MAX_CONTEXT_TOKENS = 16
 """Context grows while it has no text of its own (special tokens), to at most this."""
 
 
@@ -88,7 +88,7 @@ class TextState:
         self._stop = tuple(text for text in stop if text)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
-        self._context = list(context)[-MOST_CONTEXT_TOKENS:]
+        self._context = list(context)[-MAX_CONTEXT_TOKENS:]
         self._context_text = self._decode(self._context) if self._context else ""
         if self._context_text.endswith(REPLACEMENT):  # the prompt ends within a character: it is no context
             self._context, self._context_text = [], ""
@@ -142,7 +142,7 @@ class TextState:
         whole = self._decode(window)
         known = len(self._context_text)
         self._unsettled.append(_Unsettled(token, whole[known:]))
-        if not whole[known:].endswith(REPLACEMENT) or len(self._unsettled) >= MOST_UNSETTLED_TOKENS:
+        if not whole[known:].endswith(REPLACEMENT) or len(self._unsettled) >= MAX_UNSETTLED_TOKENS:
             self._settle(len(self._unsettled))
             return
         settled = self._surely_settled()
@@ -171,7 +171,7 @@ class TextState:
         for index, waiting in enumerate(settled):
             self._hold(waiting.token, text if index == last else "")
         tokens = [waiting.token for waiting in settled]
-        self._context = tokens if text else [*self._context, *tokens][-MOST_CONTEXT_TOKENS:]
+        self._context = tokens if text else [*self._context, *tokens][-MAX_CONTEXT_TOKENS:]
         self._context_text = self._decode(self._context)
         self._unsettled = [_Unsettled(waiting.token, waiting.new_text[len(text) :]) for waiting in rest]
 

@@ -23,7 +23,7 @@ KNOWN_KEYS = ("name", "type", "id", *ARGUMENT_KEYS)
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class PlainText:
     """Text that is no call."""
 
     text: str
@@ -44,7 +44,7 @@ class CallArguments:
     text: str
 
 
-ToolEvent = Said | CallStarted | CallArguments
+ToolEvent = PlainText | CallStarted | CallArguments
 
 
 def call_id(stream: str, choice: int, index: int, digits: int = 24) -> str:
@@ -53,7 +53,7 @@ def call_id(stream: str, choice: int, index: int, digits: int = 24) -> str:
     return digest[:digits] if digits < 24 else "call_" + digest
 
 
-class Scan(Enum):
+class ScanState(Enum):
     """Where in `{"name": …, "arguments": …}` we are."""
 
     START = "start"
@@ -71,7 +71,7 @@ class CallScanner:
     """One call's JSON object, character by character. It checks how the object is put together, not what is in the arguments."""
 
     def __init__(self, names: frozenset[str], *, only_known_keys: bool) -> None:
-        self.state = Scan.START
+        self.state = ScanState.START
         self.name: str | None = None
         self.fresh_arguments = ""  # those that came since the reader last took them
         self._names = names
@@ -85,39 +85,39 @@ class CallScanner:
 
     @property
     def ended(self) -> bool:
-        return self.state in (Scan.DONE, Scan.FAILED)
+        return self.state in (ScanState.DONE, ScanState.FAILED)
 
     def take(self, char: str) -> None:
         match self.state:
-            case Scan.KEY:
+            case ScanState.KEY:
                 self._key_char(char)
-            case Scan.VALUE:
+            case ScanState.VALUE:
                 self._value_char(char)
-            case Scan.DONE | Scan.FAILED:
+            case ScanState.DONE | ScanState.FAILED:
                 pass
             case _ if char in SPACES:
                 pass
-            case Scan.START:
-                self.state = Scan.KEY_OR_END if char == "{" else Scan.FAILED
-            case Scan.KEY_OR_END if char == '"':
-                self.state, self._text, self._escaped = Scan.KEY, '"', False
-            case Scan.COLON if char == ":":
-                self.state = Scan.VALUE_START
-            case Scan.VALUE_START:
+            case ScanState.START:
+                self.state = ScanState.KEY_OR_END if char == "{" else ScanState.FAILED
+            case ScanState.KEY_OR_END if char == '"':
+                self.state, self._text, self._escaped = ScanState.KEY, '"', False
+            case ScanState.COLON if char == ":":
+                self.state = ScanState.VALUE_START
+            case ScanState.VALUE_START:
                 self._begin_value(char)
-            case Scan.COMMA_OR_END if char == ",":
-                self.state = Scan.KEY_OR_END
-            case Scan.COMMA_OR_END if char == "}":
+            case ScanState.COMMA_OR_END if char == ",":
+                self.state = ScanState.KEY_OR_END
+            case ScanState.COMMA_OR_END if char == "}":
                 self._finish()
             case _:
-                self.state = Scan.FAILED
+                self.state = ScanState.FAILED
 
     def _key_char(self, char: str) -> None:
         self._text += char
         if char == '"' and not self._escaped:
             self._key = _decoded(self._text) or ""
             fits = self._key in KNOWN_KEYS or not self._only_known_keys
-            self.state = Scan.COLON if fits else Scan.FAILED
+            self.state = ScanState.COLON if fits else ScanState.FAILED
         self._escaped = char == "\\" and not self._escaped
 
     @property
@@ -126,17 +126,17 @@ class CallScanner:
         return self._key in ARGUMENT_KEYS and self._text.startswith("{")
 
     def _begin_value(self, char: str) -> None:
-        self.state, self._text = Scan.VALUE, ""
+        self.state, self._text = ScanState.VALUE, ""
         self._depth, self._in_string, self._escaped = 0, False, False
         if self._key in ARGUMENT_KEYS and (self._has_arguments or char not in '{"n'):
-            self.state = Scan.FAILED
+            self.state = ScanState.FAILED
             return
         self._value_char(char)
 
     def _value_char(self, char: str) -> None:
         if not self._in_string and self._depth == 0 and self._text and char in ",}" + SPACES:  # the end of a number or a word
             self._end_value()
-            if self.state is not Scan.FAILED:
+            if self.state is not ScanState.FAILED:
                 self.take(char)
             return
         self._text = self._text + char if not self._streaming else self._text
@@ -156,22 +156,22 @@ class CallScanner:
             self._end_value()
 
     def _end_value(self) -> None:
-        self.state = Scan.COMMA_OR_END
+        self.state = ScanState.COMMA_OR_END
         if self._key == "name" and self.name is None:
             self.name = _decoded(self._text)
             if self.name not in self._names:
-                self.name, self.state = None, Scan.FAILED
+                self.name, self.state = None, ScanState.FAILED
         elif self._key in ARGUMENT_KEYS:
             self._has_arguments = True
             if not self._streaming:
                 text = "{}" if self._text == "null" else _decoded(self._text)
                 if text is None:
-                    self.state = Scan.FAILED
+                    self.state = ScanState.FAILED
                 else:
                     self.fresh_arguments += text
 
     def _finish(self) -> None:
-        self.state = Scan.DONE if self.name is not None else Scan.FAILED
+        self.state = ScanState.DONE if self.name is not None else ScanState.FAILED
         if not self._has_arguments:
             self.fresh_arguments += "{}"
 
@@ -185,7 +185,7 @@ def _decoded(text: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-class Place(Enum):
+class ScanPosition(Enum):
     TEXT = "text"
     CALL = "call"
     BETWEEN = "between"  # behind a call: its closing marker, or in a list a comma or the end
@@ -200,7 +200,7 @@ class ToolCallParser:
         self._names = names
         self._id_of = id_of
         self._most = most
-        self._place = Place.TEXT
+        self._place = ScanPosition.TEXT
         self._held = ""  # spaces, then what may be the beginning of the opening or closing marker
         self._raw = ""  # of the call under way, with its marker, as long as it may turn out to be text
         self._scanner = self._new_scanner()
@@ -224,23 +224,23 @@ class ToolCallParser:
     def finish(self) -> list[ToolEvent]:
         """The text is over: what was held back goes out, unless it is the rest of a call."""
         events: list[ToolEvent] = []
-        if self._place is Place.CALL and not self._announced:
+        if self._place is ScanPosition.CALL and not self._announced:
             events = list(self._say(self._raw))
-        elif self._place is Place.TEXT and not (self._calls and not self._held.strip(SPACES)):
+        elif self._place is ScanPosition.TEXT and not (self._calls and not self._held.strip(SPACES)):
             events = list(self._say(self._held))
         self._held = self._raw = ""
-        self._place = Place.TEXT
+        self._place = ScanPosition.TEXT
         return events
 
     def _take(self, char: str) -> Iterator[ToolEvent]:
         match self._place:
-            case Place.CALL:
+            case ScanPosition.CALL:
                 yield from self._in_call(char)
-            case Place.BETWEEN:
+            case ScanPosition.BETWEEN:
                 yield from self._between(char)
-            case Place.TEXT if self._style.opening:
+            case ScanPosition.TEXT if self._style.opening:
                 yield from self._in_text(char)
-            case Place.TEXT:
+            case ScanPosition.TEXT:
                 yield from self._in_bare_text(char)
 
     def _in_text(self, char: str) -> Iterator[ToolEvent]:
@@ -272,11 +272,11 @@ class ToolCallParser:
             yield from self._say(out)
 
     def _begin_call(self, raw: str) -> None:
-        self._place, self._raw, self._held = Place.CALL, raw, ""
+        self._place, self._raw, self._held = ScanPosition.CALL, raw, ""
         self._scanner, self._announced = self._new_scanner(), False
 
     def _in_call(self, char: str) -> Iterator[ToolEvent]:
-        if self._style.listed and self._scanner.state is Scan.START and char == "[" and "[{" not in self._raw:
+        if self._style.listed and self._scanner.state is ScanState.START and char == "[" and "[{" not in self._raw:
             self._raw += char  # the list's bracket, behind the marker
             return
         self._scanner.take(char)
@@ -286,11 +286,11 @@ class ToolCallParser:
                 yield from self._announce()
         if self._announced:
             yield from self._more_arguments()
-        if self._scanner.state is Scan.DONE:
-            self._place, self._raw = (Place.BETWEEN if self._style.closing else Place.TEXT), ""
+        if self._scanner.state is ScanState.DONE:
+            self._place, self._raw = (ScanPosition.BETWEEN if self._style.closing else ScanPosition.TEXT), ""
             self._dropping_spaces = True
-        elif self._scanner.state is Scan.FAILED:
-            raw, self._raw, self._place, self._bare_over = self._raw, "", Place.TEXT, True
+        elif self._scanner.state is ScanState.FAILED:
+            raw, self._raw, self._place, self._bare_over = self._raw, "", ScanPosition.TEXT, True
             if not self._announced:
                 yield from self._say(raw)
 
@@ -311,11 +311,11 @@ class ToolCallParser:
         self._held += char
         marker = self._held.lstrip(SPACES)
         if marker == self._style.closing:
-            self._place, self._held = Place.TEXT, ""
+            self._place, self._held = ScanPosition.TEXT, ""
         elif self._style.listed and marker == ",":
             self._begin_call(self._held)
         elif not self._style.closing.startswith(marker) or len(self._held) > MAX_HELD_SPACES:
-            held, self._held, self._place = self._held, "", Place.TEXT
+            held, self._held, self._place = self._held, "", ScanPosition.TEXT
             for again in held:
                 yield from self._take(again)
 
@@ -324,7 +324,7 @@ class ToolCallParser:
             text = text.lstrip(SPACES)
         if text:
             self._dropping_spaces = False
-            yield Said(text)
+            yield PlainText(text)
 
     def _new_scanner(self) -> CallScanner:
         return CallScanner(self._names, only_known_keys=not self._style.opening)
@@ -333,8 +333,8 @@ class ToolCallParser:
 def _append(events: list[ToolEvent], event: ToolEvent) -> None:
     """Adds an event, joined with the last one where it goes on with the same."""
     last = events[-1] if events else None
-    if isinstance(last, Said) and isinstance(event, Said):
-        events[-1] = Said(last.text + event.text)
+    if isinstance(last, PlainText) and isinstance(event, PlainText):
+        events[-1] = PlainText(last.text + event.text)
     elif isinstance(last, CallArguments) and isinstance(event, CallArguments) and last.index == event.index:
         events[-1] = replace(last, text=last.text + event.text)
     else:

@@ -17,14 +17,14 @@ from mesh.manifest import (
     BadManifest,
     Entry,
     Manifest,
-    Piece,
+    WeightPiece,
     decode,
     encode,
     identity,
     pieces_of,
 )
-from node.weights.hashing import HashingProgress, Place, manifest_of, model_files, stamps_of
-from node.weights.record import Stamp, read_record, write_record
+from node.weights.hashing import FilePosition, HashingProgress, manifest_of, model_files, stamps_of
+from node.weights.record import FileStamp, read_record, write_record
 
 TRIES = 3  # to hash files that change meanwhile
 
@@ -32,7 +32,7 @@ TRIES = 3  # to hash files that change meanwhile
 class Catalogue:
     """`places`: of what is here; a node that holds a part of a model adds to it as more comes."""
 
-    def __init__(self, encoded: bytes, manifest: Manifest, places: dict[str, Place]) -> None:
+    def __init__(self, encoded: bytes, manifest: Manifest, places: dict[str, FilePosition]) -> None:
         self.id = identity(encoded)
         self.encoded = encoded
         self.manifest = manifest
@@ -66,7 +66,7 @@ class Catalogue:
             raise OSError(f"{place.path.name} is shorter than it was")
         return content
 
-    def pieces(self) -> Iterator[tuple[Path, Piece]]:
+    def pieces(self) -> Iterator[tuple[Path, WeightPiece]]:
         """All that is here now, with its file, in the order in which a disk reads it best."""
         for name, place in sorted(self.places.items(), key=lambda item: (item[1].path, item[1].offset)):
             for piece in pieces_of(self._entries[name]):
@@ -82,16 +82,16 @@ class Catalogue:
 
 
 @dataclass(frozen=True, slots=True)
-class Identified:
+class IdentifiedWeights:
     """The weights of a directory. `kept`: they are known by a record, and no byte was read this time."""
 
     catalogue: Catalogue
-    files: tuple[Stamp, ...]
+    files: tuple[FileStamp, ...]
     written_at_s: int
     kept: bool
 
 
-def identify(directory: Path, folder: Path | None, progress: HashingProgress, *, afresh: bool = False) -> Identified:
+def identify(directory: Path, folder: Path | None, progress: HashingProgress, *, afresh: bool = False) -> IdentifiedWeights:
     """Finds out which weights a whole model directory holds (*blocking*: a second a gigabyte and thread the first time).
 
     `folder`: where a record is kept that cannot lie beside the files; None: nowhere. `afresh`: no record is believed.
@@ -106,12 +106,12 @@ def identify(directory: Path, folder: Path | None, progress: HashingProgress, *,
         kept = None if afresh else read_record(directory, folder, found.files)
         manifest = None if kept is None else _manifest_in(kept, found.places)
         if kept is not None and manifest is not None:
-            return Identified(Catalogue(kept, manifest, found.places), found.files, found.written_at_s, kept=True)
+            return IdentifiedWeights(Catalogue(kept, manifest, found.places), found.files, found.written_at_s, kept=True)
         manifest = manifest_of(found, progress)
         encoded = encode(manifest)
         if stamps_of(directory) == found.files:
             write_record(directory, folder, found.files, encoded)
-            return Identified(Catalogue(encoded, manifest, found.places), found.files, found.written_at_s, kept=False)
+            return IdentifiedWeights(Catalogue(encoded, manifest, found.places), found.files, found.written_at_s, kept=False)
     raise BadRequest(
         f"the files of {directory.name} changed each of the {TRIES} times that they were hashed; wait until they are complete",
         "model",
@@ -119,7 +119,7 @@ def identify(directory: Path, folder: Path | None, progress: HashingProgress, *,
     )
 
 
-def _manifest_in(record: bytes, places: dict[str, Place]) -> Manifest | None:
+def _manifest_in(record: bytes, places: dict[str, FilePosition]) -> Manifest | None:
     """The manifest of a record, if it is one and names what is in the directory."""
     try:
         manifest = decode(record, identity(record))

@@ -29,7 +29,20 @@ from mesh.manifest import (
 from mesh.versions import card_of, named
 from mesh.view import ModelCard, Peer, View
 from mesh.wire.calls import Call
-from node.weights.pull import ASK_TIMEOUT_S, Ask, Done, Effect, Event, Failed, Kept, Lacks, Lied, Pull, PullStatistics, Sources
+from node.weights.pull import (
+    ASK_TIMEOUT_S,
+    AskFailed,
+    AskPiece,
+    Effect,
+    Event,
+    HashMismatch,
+    NotHeld,
+    PieceKept,
+    Pull,
+    PullDone,
+    PullStatistics,
+    SourcesChanged,
+)
 from node.weights.store import PulledModel, WrongPiece
 
 CALL_TIMEOUT_S = 2 * ASK_TIMEOUT_S  # an answer that comes late is still worth keeping
@@ -53,7 +66,7 @@ class FetchingStatistics:
 
 
 @dataclass(frozen=True, slots=True)
-class Fetched:
+class FetchedModel:
     """A model whose text side is here. `card`: as peers tell it, without their numerics."""
 
     card: ModelCard
@@ -106,7 +119,7 @@ class Fetching:
             log.info("weights.waiting", model=name, why="no live peer hands out this model's files yet")
             await self._changed(view.version)
 
-    async def text_side(self, card: ModelCard, limit_bytes: int | None = None) -> Fetched:
+    async def text_side(self, card: ModelCard, limit_bytes: int | None = None) -> FetchedModel:
         """Fetches manifest, configs and tokenizer of a version, as far as they are not here. Calls share the files.
 
         Raises:
@@ -122,7 +135,7 @@ class Fetching:
             if limit_bytes is not None and (all_bytes := sum(file.size_bytes for file in texts)) > limit_bytes:
                 raise BadRequest(f"the text files of {card.id} take {all_bytes} bytes; {limit_bytes} are allowed", "model")
             await self._pull(card.id, files, [file.name for file in texts])
-        return Fetched(msgspec.structs.replace(card, numerics=""), files)
+        return FetchedModel(msgspec.structs.replace(card, numerics=""), files)
 
     async def _open(self, card: ModelCard) -> PulledModel:
         """The directory of these weights, which all that fetch of them share. Raises Refused: no peer gave the manifest."""
@@ -165,7 +178,7 @@ class Fetching:
 
     # --- a span of it
 
-    async def span(self, fetched: Fetched, start: int, end: int) -> None:
+    async def span(self, fetched: FetchedModel, start: int, end: int) -> None:
         """Fetches what is missing of the tensors of the layers `[start, end)`.
 
         Raises:
@@ -229,40 +242,40 @@ class _Run:
     def _carry_out(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
             match effect:
-                case Ask():
+                case AskPiece():
                     self._nursery.start_soon(self._ask, effect)
-                case Done():
+                case PullDone():
                     self._woken.set()
 
     async def _watch_sources(self) -> None:
         while True:
             view = self._fetching._view()
             peers = sources(view, self._model, self._files.catalogue.id)
-            self._receive(Sources(tuple(peer.id for peer in peers)))
+            self._receive(SourcesChanged(tuple(peer.id for peer in peers)))
             await self._fetching._changed(view.version)
 
-    async def _ask(self, ask: Ask) -> None:
+    async def _ask(self, ask: AskPiece) -> None:
         peer = self._fetching._view().peers.get(ask.node)
         if peer is None:
-            self._receive(Failed(ask.number))
+            self._receive(AskFailed(ask.number))
             return
         header = {"manifest": self._files.catalogue.id, "name": ask.piece.name, "number": ask.piece.number}
         try:
             _, content = await self._fetching._call(peer.address, PIECE_KIND, header, timeout_s=CALL_TIMEOUT_S)
             await trio.to_thread.run_sync(self._files.keep, ask.piece, content, limiter=self._fetching._disk)
-            self._receive(Kept(ask.number))
+            self._receive(PieceKept(ask.number))
         except OSError as error:
             self._failure = _no_disk(error)
             self._woken.set()
         except WrongPiece:
             log.warning("weights.wrong_piece", model=self._model, peer=ask.node, piece=f"{ask.piece.name}:{ask.piece.number}")
-            self._receive(Lied(ask.number))
+            self._receive(HashMismatch(ask.number))
         except Refused as error:
-            self._receive(Failed(ask.number, error.retry_after_s))
+            self._receive(AskFailed(ask.number, error.retry_after_s))
         except BadRequest as error:
-            self._receive(Lacks(ask.number) if error.code == NOT_HELD else Failed(ask.number))
+            self._receive(NotHeld(ask.number) if error.code == NOT_HELD else AskFailed(ask.number))
         except MeshError:
-            self._receive(Failed(ask.number))
+            self._receive(AskFailed(ask.number))
 
     async def _tell(self) -> None:
         while True:

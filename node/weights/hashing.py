@@ -26,7 +26,7 @@ from mesh.manifest import (
     is_text_file,
 )
 from node.checkpoints.safetensors_header import INDEX, StoredTensor, is_whole, read_header, weight_files
-from node.weights.record import Stamp, stamp_of
+from node.weights.record import FileStamp, stamp_of
 
 THREADS = min(4, os.cpu_count() or 1)  # a disk gives little more to more; each holds one piece
 PIECES_AT_ONCE = 64  # between two looks at whether to stop
@@ -47,7 +47,7 @@ class HashingProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class FilePosition:
     """Where the bytes of a tensor or a text file begin."""
 
     path: Path
@@ -60,12 +60,12 @@ class ModelFiles:
 
     texts: dict[str, int]  # name -> bytes
     tensors: dict[str, StoredTensor]
-    places: dict[str, Place]
-    files: tuple[Stamp, ...]
+    places: dict[str, FilePosition]
+    files: tuple[FileStamp, ...]
     written_at_s: int  # when the newest of the weight files was written
 
 
-def stamps_of(directory: Path) -> tuple[Stamp, ...]:
+def stamps_of(directory: Path) -> tuple[FileStamp, ...]:
     """How all files that decide what the model is look now (*blocking*).
 
     Raises:
@@ -87,14 +87,14 @@ def model_files(directory: Path) -> ModelFiles:
     weights = weight_files(directory)
     texts = dict(_text_files(directory))
     tensors: dict[str, StoredTensor] = {}
-    places = {name: Place(path, 0) for name, path in texts.items()}
+    places = {name: FilePosition(path, 0) for name, path in texts.items()}
     for path in weights:
         for name, tensor in read_header(path).items():
             if tensor.dtype not in DTYPE_BYTES:
                 raise BadRequest(f"tensor {name[:80]} of {path.name} has dtype {tensor.dtype[:16]}, which is not read", "model")
             if not is_whole(tensor):
                 raise BadRequest(f"tensor {name[:80]} of {path.name} has another size than its shape says", "model")
-            tensors[name], places[name] = tensor, Place(path, tensor.offset)  # of two the last counts, as for the loader
+            tensors[name], places[name] = tensor, FilePosition(path, tensor.offset)  # of two the last counts, as for the loader
     return ModelFiles(
         {name: path.stat().st_size for name, path in texts.items()},
         tensors,
@@ -128,7 +128,7 @@ def manifest_of(found: ModelFiles, progress: HashingProgress) -> Manifest:
         )
 
 
-def _hashed(place: Place, size_bytes: int, progress: HashingProgress, pool: ThreadPoolExecutor) -> Iterator[bytes]:
+def _hashed(place: FilePosition, size_bytes: int, progress: HashingProgress, pool: ThreadPoolExecutor) -> Iterator[bytes]:
     with place.path.open("rb", buffering=0) as file:
 
         def digest_at(offset: int) -> bytes:

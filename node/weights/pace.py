@@ -5,7 +5,7 @@ from __future__ import annotations
 BURST_S = 0.25  # so much of a second's worth may go at once
 
 
-class Pace:
+class RateLimit:
     """Bytes are taken before they are sent; who took more than there was waits until it would have been there."""
 
     def __init__(self) -> None:

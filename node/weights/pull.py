@@ -5,7 +5,7 @@ goes wrong at one source costs a retry at another: one that does not answer in t
 longer each time; one whose bytes do not match their hash is never asked again; one that lacks a thing is not asked for
 it again. Nothing is given up: while nobody can be asked, the pull waits for sources to come or to have rested.
 
-A piece counts when the shell has checked and written it (`Kept`). Every ask has a number, and what comes late under an old
+A piece counts when the shell has checked and written it (`PieceKept`). Every ask has a number, and what comes late under an old
 number changes nothing but, if it was right, that the piece is there.
 """
 
@@ -16,73 +16,73 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from mesh.ids import NodeId
-from mesh.manifest import Piece
+from mesh.manifest import WeightPiece
 
 ASKS_PER_SOURCE = 4  # one being read, one on the wire, one being hashed, one spare
 ASKS_IN_ALL = 16  # pieces that may be in memory at once
 ASK_TIMEOUT_S = 20.0  # a source that gives less than 50 kB/s is not worth waiting for
 FIRST_REST_S = 0.5
-LONGEST_REST_S = 30.0
+MAX_REST_S = 30.0
 LACKS_FOR_S = 5.0  # who lacks a thing may be fetching it
 LOOKED_AT = 64  # waiting pieces at a time, where the sources at hand lack the first ones: a pull may have 100,000
 
 
 # What happens.
 @dataclass(frozen=True, slots=True)
-class Sources:
+class SourcesChanged:
     """The peers that tell of this manifest now."""
 
     nodes: tuple[NodeId, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class PieceKept:
     """The answer to ask `number` matched its hash and is on the disk."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
-class Lied:
+class HashMismatch:
     """The answer to ask `number` was other bytes than the manifest says."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
-class Lacks:
+class NotHeld:
     """The source of ask `number` does not have it."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class AskFailed:
     """Ask `number` came to nothing. `rest_s`: how long its source wants to be left alone; None: as long as it deserves."""
 
     number: int
     rest_s: float | None = None
 
 
-Event = Sources | Kept | Lied | Lacks | Failed
+Event = SourcesChanged | PieceKept | HashMismatch | NotHeld | AskFailed
 
 
 # What to do.
 @dataclass(frozen=True, slots=True)
-class Ask:
+class AskPiece:
     """Ask `node` for `piece`, check what comes, write it, and tell of it under `number`."""
 
     number: int
     node: NodeId
-    piece: Piece
+    piece: WeightPiece
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class PullDone:
     """All pieces are kept."""
 
 
-Effect = Ask | Done
+Effect = AskPiece | PullDone
 
 
 @dataclass(slots=True)
@@ -97,7 +97,7 @@ class _Source:
 @dataclass(frozen=True, slots=True)
 class _Asked:
     node: NodeId
-    piece: Piece
+    piece: WeightPiece
     until: float
 
 
@@ -114,7 +114,7 @@ class PullStatistics:
 class Pull:
     """`pieces` are fetched in their order, by and large."""
 
-    def __init__(self, pieces: Iterable[Piece]) -> None:
+    def __init__(self, pieces: Iterable[WeightPiece]) -> None:
         self._waiting = deque(dict.fromkeys(pieces))
         self._sources: dict[NodeId, _Source] = {}
         self._told: tuple[NodeId, ...] = ()
@@ -150,20 +150,20 @@ class Pull:
 
     def receive(self, event: Event, now: float) -> list[Effect]:
         match event:
-            case Sources(nodes):
+            case SourcesChanged(nodes):
                 self._told = nodes
                 for node in nodes:
                     self._sources.setdefault(node, _Source())
-            case Kept(number):
+            case PieceKept(number):
                 self._kept(number)
-            case Lied(number):
+            case HashMismatch(number):
                 self._end(number, now, lied=True)
-            case Lacks(number):
+            case NotHeld(number):
                 asked = self._asked.get(number)
                 if asked is not None:
                     self._sources[asked.node].lacks[asked.piece.name] = now + LACKS_FOR_S
                 self._end(number, now, rest_s=0.0)
-            case Failed(number, rest_s):
+            case AskFailed(number, rest_s):
                 self._end(number, now, rest_s=rest_s)
         return self._ask(now)
 
@@ -207,9 +207,9 @@ class Pull:
             rest_s = 0.0  # it rests already: all that was under way at a lost link is one failure
         elif rest_s is None:
             rest_s = source.rest_s
-            source.rest_s = min(2 * source.rest_s, LONGEST_REST_S)
+            source.rest_s = min(2 * source.rest_s, MAX_REST_S)
         if rest_s > 0:
-            source.resting_until = max(source.resting_until, now + min(rest_s, LONGEST_REST_S))
+            source.resting_until = max(source.resting_until, now + min(rest_s, MAX_REST_S))
         self._waiting.appendleft(asked.piece)
         self._counted = replace(
             self._counted, retries_total=self._counted.retries_total + 1, lies_total=self._counted.lies_total + lied
@@ -224,10 +224,10 @@ class Pull:
             if self._ended:
                 return []
             self._ended = True
-            return [Done()]
+            return [PullDone()]
         effects: list[Effect] = []
         usable = {node: source for node, source in self._usable().items() if source.resting_until <= now}
-        passed_over: list[Piece] = []
+        passed_over: list[WeightPiece] = []
         while self._waiting and len(self._asked) < ASKS_IN_ALL and any(each.asked < ASKS_PER_SOURCE for each in usable.values()):
             if len(passed_over) >= LOOKED_AT and self._asked:
                 break  # the next answer looks on, at those behind
@@ -241,7 +241,7 @@ class Pull:
             self._last_number += 1
             usable[node].asked += 1
             self._asked[self._last_number] = _Asked(node, piece, now + ASK_TIMEOUT_S)
-            effects.append(Ask(self._last_number, node, piece))
+            effects.append(AskPiece(self._last_number, node, piece))
         self._waiting.extend(passed_over)
         return effects
 

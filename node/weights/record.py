@@ -24,7 +24,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]  # what pip installed is not ours
 _READABLE_BY_ALL = 0o644  # it says less than the files themselves
 
 
-class Stamp(NamedTuple):
+class FileStamp(NamedTuple):
     """How a file looked."""
 
     name: str
@@ -42,21 +42,21 @@ class FileChange(NamedTuple):
     in_place: bool
 
 
-class Record(msgspec.Struct, frozen=True, array_like=True):
+class ManifestRecord(msgspec.Struct, frozen=True, array_like=True):
     """`manifest`: encoded."""
 
     form: Literal[1]
-    files: tuple[Stamp, ...]
+    files: tuple[FileStamp, ...]
     manifest: bytes
 
 
-def stamp_of(path: Path, name: str = "") -> Stamp:
+def stamp_of(path: Path, name: str = "") -> FileStamp:
     """How the file looks now, through symbolic links. Raises OSError."""
     status = path.stat()
-    return Stamp(name or path.name, status.st_size, status.st_mtime_ns, status.st_ino)
+    return FileStamp(name or path.name, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-def changed_file(directory: Path, before: Iterable[Stamp]) -> FileChange | None:
+def changed_file(directory: Path, before: Iterable[FileStamp]) -> FileChange | None:
     """A file that looks otherwise now, or is gone (*blocking*); one that was written in place before all others."""
     changes = []
     for stamp in before:
@@ -70,7 +70,7 @@ def changed_file(directory: Path, before: Iterable[Stamp]) -> FileChange | None:
     return min(changes, key=lambda change: (not change.in_place, change.file), default=None)
 
 
-def read_record(directory: Path, folder: Path | None, files: tuple[Stamp, ...]) -> bytes | None:
+def read_record(directory: Path, folder: Path | None, files: tuple[FileStamp, ...]) -> bytes | None:
     """The encoded manifest that was kept of exactly these files (*blocking*); None: there is none.
 
     `folder`: in the node's data directory; None: it has none.
@@ -82,9 +82,9 @@ def read_record(directory: Path, folder: Path | None, files: tuple[Stamp, ...]) 
     return None
 
 
-def write_record(directory: Path, folder: Path | None, files: tuple[Stamp, ...], manifest: bytes) -> Path | None:
+def write_record(directory: Path, folder: Path | None, files: tuple[FileStamp, ...], manifest: bytes) -> Path | None:
     """Keeps the manifest (*blocking*); where, or None: no disk takes it, which costs the hashing at the next start."""
-    content = msgspec.msgpack.encode(Record(1, files, manifest))
+    content = msgspec.msgpack.encode(ManifestRecord(1, files, manifest))
     beside = [] if directory.resolve().is_relative_to(_PACKAGE) else [directory / RECORD]
     for path in (*beside, *_elsewhere(directory, folder)):
         try:
@@ -102,12 +102,12 @@ def _elsewhere(directory: Path, folder: Path | None) -> list[Path]:
     return [] if folder is None else [folder / name]
 
 
-def _read(path: Path) -> Record | None:
+def _read(path: Path) -> ManifestRecord | None:
     """What is no record is as good as none: the files are hashed again."""
     try:
         if path.stat().st_size > 2 * MAX_MANIFEST_BYTES:
             return None
-        return msgspec.msgpack.decode(path.read_bytes(), type=Record)
+        return msgspec.msgpack.decode(path.read_bytes(), type=ManifestRecord)
     except (OSError, msgspec.MsgspecError, ValueError, RecursionError):
         return None
 

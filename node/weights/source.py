@@ -12,12 +12,12 @@ from mesh.ids import NodeId
 from mesh.manifest import MANIFEST_KIND, NOT_HELD, PIECE_BYTES, PIECE_KIND
 from mesh.wire.calls import Header, Reply
 from node.weights.catalogue import Catalogue
-from node.weights.pace import Pace
+from node.weights.pace import RateLimit
 
 SERVING_BYTES_S = 64 << 20  # while sequences run here: half a Gbit/s, and one core in twenty to read it
 IDLE_BYTES_S = 2 << 30
 READS_AT_ONCE = 2  # threads; a disk gives little more to more
-MOST_WAITING = 64  # asks: what four peers have under way; beyond it a peer is told to come again
+MAX_WAITING = 64  # asks: what four peers have under way; beyond it a peer is told to come again
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class WeightsSource:
         self._serving = serving
         self._rate_bytes_s = rate_bytes_s
         self._catalogues: dict[str, Catalogue] = {}
-        self._pace = Pace()
+        self._pace = RateLimit()
         self._reading = trio.CapacityLimiter(READS_AT_ONCE)
         self._waiting = 0
         self._counters = SourceStatistics()
@@ -64,7 +64,7 @@ class WeightsSource:
         catalogue, name, number = self._find(header), header.get("name"), header.get("number")
         if not isinstance(name, str) or type(number) is not int:
             raise RemoteError(sender, "asked for a piece without name or number")
-        if self._waiting >= MOST_WAITING:
+        if self._waiting >= MAX_WAITING:
             self._counters.refused_total += 1
             raise Refused("many peers fetch weights from here", retry_after_s=1.0)
         if name not in catalogue.places or not catalogue.size_bytes(name, number):

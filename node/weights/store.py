@@ -22,11 +22,11 @@ from pathlib import Path
 import msgspec
 
 from mesh.errors import BadRequest
-from mesh.manifest import DTYPE_BYTES, BadManifest, Entry, Manifest, Piece, TensorEntry, decode, encode, layer_of, pieces_of
+from mesh.manifest import DTYPE_BYTES, BadManifest, Entry, Manifest, TensorEntry, WeightPiece, decode, encode, layer_of, pieces_of
 from node.checkpoints.safetensors_header import INDEX, make_header
 from node.weights.catalogue import Catalogue
-from node.weights.hashing import Place
-from node.weights.record import FileChange, Stamp, changed_file, stamp_of
+from node.weights.hashing import FilePosition
+from node.weights.record import FileChange, FileStamp, changed_file, stamp_of
 
 MARK = "pulled.json"  # beside the files: which model they are of, and how each looked when it was complete
 MANIFEST = "pulled.manifest"  # beside them: the model's manifest
@@ -66,7 +66,7 @@ class _File:
 
 class _Mark(msgspec.Struct, frozen=True):
     manifest: str  # its identity
-    files: dict[str, Stamp] = {}
+    files: dict[str, FileStamp] = {}
 
 
 class PulledModel:
@@ -79,11 +79,11 @@ class PulledModel:
         self.catalogue = Catalogue(encode(manifest), manifest, {})
         self._files = {file.name: file for file in _layout(directory, manifest)}
         self._file_of = {entry.name: file for file in self._files.values() for entry in file.entries}
-        self._lacks: dict[str, set[Piece]] = {}  # of the files that are being fetched, by name
+        self._lacks: dict[str, set[WeightPiece]] = {}  # of the files that are being fetched, by name
         directory.mkdir(parents=True, exist_ok=True)
         mark = _mark_in(directory)
         known = mark.files if mark is not None and mark.manifest == self.catalogue.id else {}
-        self._stamps: dict[str, Stamp] = {}
+        self._stamps: dict[str, FileStamp] = {}
         _write(directory / MANIFEST, self.catalogue.encoded)
         for name, file in self._files.items():
             if file.is_here() and known.get(name) == stamp_of(file.path, name):
@@ -131,7 +131,7 @@ class PulledModel:
         if file.path.is_file():
             file.path.replace(file.part)
 
-    def missing(self, names: Iterable[str]) -> list[Piece]:
+    def missing(self, names: Iterable[str]) -> list[WeightPiece]:
         """The pieces to fetch until all of `names` are here; what a part holds already is hashed (a second a gigabyte).
 
         Raises:
@@ -141,7 +141,7 @@ class PulledModel:
         wanted = {self._file_of[name].name: self._file_of[name] for name in names}
         files = [file for _, file in sorted(wanted.items()) if not file.is_here()]
         self._make_room(files)
-        pieces: list[Piece] = []
+        pieces: list[WeightPiece] = []
         for file in files:
             lacking = self._lacking(file)
             pieces += lacking
@@ -150,7 +150,7 @@ class PulledModel:
                 self._finish(file)
         return pieces
 
-    def keep(self, piece: Piece, content: bytes) -> None:
+    def keep(self, piece: WeightPiece, content: bytes) -> None:
         """Checks a piece and writes it; with the last one of a file, the file is there to be read.
 
         Raises:
@@ -169,7 +169,7 @@ class PulledModel:
         if not lacks:
             self._finish(file)
 
-    def _lacking(self, file: _File) -> list[Piece]:
+    def _lacking(self, file: _File) -> list[WeightPiece]:
         """Of the file's part, which is made if there is none, the pieces that do not match."""
         every = [piece for entry in file.entries for piece in pieces_of(entry)]
         if not file.part.is_file() or file.part.stat().st_size != file.size_bytes:
@@ -197,7 +197,7 @@ class PulledModel:
             self._write_index()
 
     def _can_be_read(self, file: _File) -> None:
-        self.catalogue.places.update({name: Place(file.path, offset) for name, offset in file.offsets.items()})
+        self.catalogue.places.update({name: FilePosition(file.path, offset) for name, offset in file.offsets.items()})
 
     def _write_mark(self) -> None:
         _write(self.directory / MARK, msgspec.json.encode(_Mark(self.catalogue.id, self._stamps)))

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import trio
 
-from mesh.manifest import Piece
+from mesh.manifest import WeightPiece
 from node.weights.catalogue import Catalogue
-from node.weights.pace import Pace
+from node.weights.pace import RateLimit
 from node.weights.record import FileChange
 
 SERVING_BYTES_S = 16 << 20  # while sequences run here
@@ -47,13 +47,13 @@ Differs = Callable[[], FileChange | None]
 """A file that does not look as it did; None: there is none (*blocking*)."""
 
 
-class Verifier:
+class FileVerifier:
     """`serving`: whether sequences run on this node."""
 
     def __init__(self, serving: Callable[[], bool]) -> None:
         self._serving = serving
         self._reading = trio.CapacityLimiter(1)
-        self._pace = Pace()
+        self._pace = RateLimit()
         self._counters = VerifyingStatistics()
 
     def statistics(self) -> VerifyingStatistics:
@@ -100,7 +100,7 @@ class Verifier:
         return None
 
 
-def _wrong(catalogue: Catalogue, piece: Piece, path: Path) -> FilesChanged | None:
+def _wrong(catalogue: Catalogue, piece: WeightPiece, path: Path) -> FilesChanged | None:
     """What is wrong with a piece as it lies on the disk now (*blocking*); None: nothing."""
     where = f"{piece.name[:80]}, bytes {piece.offset} to {piece.offset + piece.size_bytes}"
     try:

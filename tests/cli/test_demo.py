@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli.demo import (
+    DemoAnswer,
     DemoFailed,
     Killer,
-    Run,
     ask_once,
     ask_until_quoted,
     compare,
@@ -92,8 +92,8 @@ def test_a_node_is_asked_on_until_an_answer_is_a_sentence_of_a_document(capsys: 
     assert shown.count("A question to ada") == 2 and shown.count("no sentence of the documents") == 2
 
 
-def run_of(*tokens: int, attempts: int = 2) -> Run:
-    return Run(token_ids=list(tokens), mesh={"attempts": attempts})
+def run_of(*tokens: int, attempts: int = 2) -> DemoAnswer:
+    return DemoAnswer(token_ids=list(tokens), mesh={"attempts": attempts})
 
 
 def test_only_equal_tokens_after_a_kill_that_hit_are_a_success(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from cli.load.measure import measure
-from cli.load.plan import PREFIX_WORDS, Planned, arrivals_s, plan, prompts, said
-from cli.load.report import Outcome, objectives, percentile, report
+from cli.load.plan import PREFIX_WORDS, PlannedRequest, arrivals_s, plan, prompts, said
+from cli.load.report import RequestOutcome, objectives, percentile, report
 from cli.main import app
 from mesh.client.client import AsyncClient
 from mesh.errors import BadRequest
@@ -96,8 +96,8 @@ def test_percentiles_are_those_of_numpy(values: list[float], percent: float) -> 
 
 
 TWO = [
-    Outcome(tokens=3, prompt_tokens=10, times_s=(0.1, 0.2, 0.4), took_s=0.5, retries=1, resumes=1),
-    Outcome(tokens=5, prompt_tokens=10, times_s=(0.3, 0.7), took_s=0.7),
+    RequestOutcome(tokens=3, prompt_tokens=10, times_s=(0.1, 0.2, 0.4), took_s=0.5, retries=1, resumes=1),
+    RequestOutcome(tokens=5, prompt_tokens=10, times_s=(0.3, 0.7), took_s=0.7),
 ]
 
 
@@ -125,7 +125,7 @@ def test_figures_are_what_their_names_say(name: str, value: float) -> None:
 
 
 def test_failures_count_against_success_and_not_into_the_times() -> None:
-    failed = Outcome(0, 0, (), 9.0, error="PeerLost: gone", missing_tokens=2, duplicate_tokens=1)
+    failed = RequestOutcome(0, 0, (), 9.0, error="PeerLost: gone", missing_tokens=2, duplicate_tokens=1)
     figures = report([*TWO, failed], 2.0, {})
     assert figures["success_rate"] == pytest.approx(2 / 3)
     assert figures["mean_e2el_ms"] == pytest.approx(600.0)
@@ -167,14 +167,14 @@ async def test_requests_spread_over_all_nodes_and_every_token_is_accounted_for()
 async def test_a_repeated_token_is_found() -> None:
     with fake_mesh(1, cut_after=[3], repeat=True) as mesh:
         async with AsyncClient([mesh.url(0)]) as client:
-            outcomes, _ = await measure(client, iter([Planned(0, said("x"))]), 1, {})
+            outcomes, _ = await measure(client, iter([PlannedRequest(0, said("x"))]), 1, {})
     assert [(outcome.error, outcome.duplicate_tokens) for outcome in outcomes] == [("", 1)]
 
 
 async def test_a_failed_request_does_not_end_the_test() -> None:
     with fake_mesh(1, refusals=[error(400, "no")]) as mesh:
         async with AsyncClient([mesh.url(0)]) as client:
-            outcomes, _ = await measure(client, iter([Planned(number, said("x")) for number in range(3)]), 1, {})
+            outcomes, _ = await measure(client, iter([PlannedRequest(number, said("x")) for number in range(3)]), 1, {})
     assert [outcome.error for outcome in outcomes] == ["BadRequest: no", "", ""]
 
 
@@ -182,7 +182,7 @@ async def test_a_request_that_had_to_wait_for_a_user_counts_its_wait() -> None:
     with fake_mesh(1) as mesh:
         async with AsyncClient([mesh.url(0)]) as client:
             await client.status()
-            planned = iter([Planned(number, said("x"), 0.0) for number in range(8)])
+            planned = iter([PlannedRequest(number, said("x"), 0.0) for number in range(8)])
             outcomes, took_s = await measure(client, planned, 1, {})
     took = [outcome.took_s for outcome in outcomes]
     assert took == sorted(took)

@@ -19,10 +19,10 @@ ROOT = Path(__file__).parents[2]
 # Takes the options of `mesh up`, announces itself, and waits; what its name says goes wrong.
 STAND_IN = """
 import signal, sys, time
-from node import leash
+from node.host import parent_watch
 words = sys.argv
 option = lambda name: words[words.index(name) + 1]
-leash.hold(int(option("--leash")))
+parent_watch.hold(int(option("--leash")))
 name = option("--name")
 joined = [words[index + 1] for index, word in enumerate(words) if word == "--join"]
 print("starting", name, "joining", *joined, file=sys.stderr, flush=True)

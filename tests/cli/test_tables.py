@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from cli.tables import Line, table_lines, wrapped
+from cli.tables import TableLine, table_lines, wrapped
 from tests.cli.fake_mesh import FakeMesh, fake_mesh
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +79,7 @@ def test_where_one_cell_is_wider_than_the_terminal_each_row_has_lines_of_its_own
 def test_wide_letters_count_as_two() -> None:
     lines = table_lines(("A", "B"), [("語", "x"), ("ab", "y")], 80)
     assert [line.text for line in lines[1:]] == ["語  x", "ab  y"]
-    assert lines[0] == Line("A   B", is_head=True)
+    assert lines[0] == TableLine("A   B", is_head=True)
 
 
 cells = st.text("abc:/.-", min_size=1, max_size=30)

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from node.engine.native import arena
-from node.engine.native.arena import ALIGNMENT, LARGEST_SHARED_BYTES, SHARED_BYTES, zeroed
+from node.engine.native.arena import ALIGNMENT, MAX_SHARED_BYTES, SHARED_BYTES, zeroed
 
 pytestmark = pytest.mark.no_kernel
 
 
 def test_each_weight_has_zeros_of_its_own_that_begin_with_a_line_of_the_cache() -> None:
-    sizes = [1, 63, 64, 65, 4096, LARGEST_SHARED_BYTES, LARGEST_SHARED_BYTES + 1, *[3 << 20] * 8]
+    sizes = [1, 63, 64, 65, 4096, MAX_SHARED_BYTES, MAX_SHARED_BYTES + 1, *[3 << 20] * 8]
     pieces = [zeroed(size) for size in sizes]
     for number, piece in enumerate(pieces):
         assert piece.shape == (sizes[number],) and piece.data_ptr() % ALIGNMENT == 0
@@ -39,7 +39,7 @@ def test_a_mapping_goes_with_the_last_weight_in_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(arena, "mapped", mapped)
     monkeypatch.setattr(arena, "_shared", arena._Shared())
     first, second = zeroed(SHARED_BYTES // 8), zeroed(SHARED_BYTES // 8)
-    rest = [zeroed(LARGEST_SHARED_BYTES) for _ in range(4)]  # the last of them begins another
+    rest = [zeroed(MAX_SHARED_BYTES) for _ in range(4)]  # the last of them begins another
     assert len(made) == 2
     del first, rest
     gc.collect()

@@ -15,7 +15,7 @@ import torch
 
 from node.engine.native import build, product
 from node.engine.native.build import CannotBuild, Compiler, built, compiled, compilers
-from node.engine.native.library import Library
+from node.engine.native.library import NativeLibrary
 from node.engine.native.product import NativeProduct
 from node.host.uncompiled import remedy
 from tests.engine.offered import needs_compiled
@@ -126,7 +126,7 @@ def test_what_the_packages_compiler_keeps_for_itself_goes_with_the_folder_it_bui
 @pytest.mark.timeout(600)  # it compiles its own C library first: half a minute of CPU time
 def test_the_packages_compiler_gives_the_bits_of_the_machines_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (complaint := compiled(PACKAGE, tmp_path / "mesh.so")), complaint
-    theirs = Library(tmp_path / "mesh.so")
+    theirs = NativeLibrary(tmp_path / "mesh.so")
     numbers = torch.Generator().manual_seed(3)
     weight, rows = torch.randn(100, 328, generator=numbers), torch.randn(70, 328, generator=numbers)
     for quantize in ("none", "int8", "int4"):

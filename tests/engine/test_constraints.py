@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mesh.errors import BadRequest
 from mesh.ids import ModelId, StreamId
 from node.engine.api import OpenSequence, SequenceLost, TokenOut
-from node.engine.sampling.constraints import Constraint, Constraints, GrammarBook, Ungrammatical
+from node.engine.sampling.constraints import CompiledGrammars, Constraints, GrammarConstraint, Ungrammatical
 from node.requests import Grammar, SamplingParams
 from node.text.grammar import compiled
 from node.text.tokenizer import ModelText
@@ -52,8 +52,8 @@ def tiny(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def book(random_model: Path) -> GrammarBook:
-    return GrammarBook(random_model, VOCAB, frozenset({0, 2}))
+def book(random_model: Path) -> CompiledGrammars:
+    return CompiledGrammars(random_model, VOCAB, frozenset({0, 2}))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def fits(grammar: Grammar, answer: str) -> bool:
     )
 
 
-def walk(constraint: Constraint, seed: int, most: int = 200) -> tuple[list[int], list[np.ndarray]]:
+def walk(constraint: GrammarConstraint, seed: int, most: int = 200) -> tuple[list[int], list[np.ndarray]]:
     """A random answer within the grammar, to its end, and the mask before each of its tokens."""
     rng = np.random.default_rng(seed)
     answer: list[int] = []
@@ -91,7 +91,7 @@ def walk(constraint: Constraint, seed: int, most: int = 200) -> tuple[list[int],
 
 
 @pytest.mark.parametrize("grammar", [JSON, CHOICE, REGEX], ids=lambda grammar: grammar.kind)
-def test_every_answer_drawn_within_a_grammar_fits_it_and_ends(grammar: Grammar, book: GrammarBook, text: ModelText) -> None:
+def test_every_answer_drawn_within_a_grammar_fits_it_and_ends(grammar: Grammar, book: CompiledGrammars, text: ModelText) -> None:
     answers = {text.decode(walk(book.constraint(grammar), seed)[0]) for seed in range(30)}
     assert len(answers) > 2 and all(fits(grammar, answer) for answer in answers), answers
 
@@ -111,11 +111,11 @@ def test_the_mask_depends_on_the_answer_alone_not_on_what_was_asked_before(seed:
 
 
 @pytest.fixture(scope="module")
-def shared_book(book: GrammarBook) -> Iterator[GrammarBook]:
+def shared_book(book: CompiledGrammars) -> Iterator[CompiledGrammars]:
     yield book
 
 
-def test_an_answer_that_does_not_fit_is_told_and_so_is_one_that_is_over(book: GrammarBook, text: ModelText) -> None:
+def test_an_answer_that_does_not_fit_is_told_and_so_is_one_that_is_over(book: CompiledGrammars, text: ModelText) -> None:
     with pytest.raises(Ungrammatical):
         book.constraint(JSON).allowed(text.encode("hello"))
     done = book.constraint(Grammar("choice", '["a"]'))
@@ -125,7 +125,7 @@ def test_an_answer_that_does_not_fit_is_told_and_so_is_one_that_is_over(book: Gr
         done.allowed([token, token])
 
 
-def test_the_end_may_be_ruled_out_while_anything_else_is_left(book: GrammarBook, text: ModelText) -> None:
+def test_the_end_may_be_ruled_out_while_anything_else_is_left(book: CompiledGrammars, text: ModelText) -> None:
     constraint = book.constraint(OPEN)
     x = list(text.encode("x"))
     assert constraint.allowed(x)[[0, 2]].all()
@@ -143,7 +143,7 @@ def test_a_grammar_is_compiled_once_and_the_oldest_is_forgotten(random_model: Pa
 
     monkeypatch.setattr("node.engine.sampling.constraints.KEPT", 2)
     monkeypatch.setattr("node.engine.sampling.constraints.compiled", counting)
-    book = GrammarBook(random_model, VOCAB, frozenset({2}))
+    book = CompiledGrammars(random_model, VOCAB, frozenset({2}))
     for grammar in (CHOICE, CHOICE, REGEX, OPEN, REGEX, CHOICE):
         book.prepare(grammar)
     assert made == [CHOICE, REGEX, OPEN, CHOICE]  # the first choice had gone
@@ -151,7 +151,7 @@ def test_a_grammar_is_compiled_once_and_the_oldest_is_forgotten(random_model: Pa
 
 def test_a_model_without_a_readable_tokenizer_refuses_grammars_by_field(tmp_path: Path) -> None:
     with pytest.raises(BadRequest) as refused:
-        GrammarBook(tmp_path, VOCAB, frozenset({2})).prepare(REGEX)
+        CompiledGrammars(tmp_path, VOCAB, frozenset({2})).prepare(REGEX)
     assert refused.value.param == "response_format"
 
 
@@ -164,7 +164,7 @@ def opened(**sampling: Any) -> OpenSequence:
 
 
 @pytest.fixture
-def constraints(random_model: Path, monkeypatch: pytest.MonkeyPatch, book: GrammarBook) -> Constraints:
+def constraints(random_model: Path, monkeypatch: pytest.MonkeyPatch, book: CompiledGrammars) -> Constraints:
     one = Constraints()
     one.serve(ModelId("toy"), random_model, VOCAB, frozenset({0, 2}))
     monkeypatch.setitem(one._books, ModelId("toy"), book)  # compiled grammars are shared between tests

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mesh.view import is_exact
-from node.engine.loading import Loaded, load_stage
+from node.engine.loading import LoadedStage, load_stage
 from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.stage import Stage
 from tests.engine.test_exactness import Part, Sequence, assert_same, continued, generate, prompt, step
@@ -71,7 +71,7 @@ def test_every_cell_has_the_same_bits(
     name: str, dtype: str, quantize: str, threads: int, checkpoint_of: Callable[[str], Path]
 ) -> None:
     checkpoint = read_checkpoint(checkpoint_of(name))
-    loaded: Loaded = load_stage(checkpoint, 0, 4, dtype, threads, quantize)
+    loaded: LoadedStage = load_stage(checkpoint, 0, 4, dtype, threads, quantize)
     assert is_exact(loaded.numerics) and loaded.stage.kernel.quantize == quantize
     kernel, whole = loaded.stage.kernel, loaded.stage
     early, late = Stage(checkpoint, 0, 3, kernel, threads), Stage(checkpoint, 1, 4, kernel, threads)

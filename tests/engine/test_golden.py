@@ -14,13 +14,13 @@ from node.engine.loading import load_stage
 from node.engine.model.attention import Segment
 from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.linear import KERNELS
-from node.engine.native.library import Isa, Library, native
+from node.engine.native.library import Isa, NativeLibrary, native
 from node.engine.sampling import sampler
 from tests.engine.offered import needs_compiled
 
 
 @pytest.fixture
-def library() -> Iterator[Library]:
+def library() -> Iterator[NativeLibrary]:
     found = native()
     assert found is not None
     yield found
@@ -29,7 +29,7 @@ def library() -> Iterator[Library]:
 
 @needs_compiled
 @pytest.mark.parametrize("threads", [1, 2])
-def test_golden_vectors_are_the_same_on_all_instructions_and_with_any_threads(threads: int, library: Library) -> None:
+def test_golden_vectors_are_the_same_on_all_instructions_and_with_any_threads(threads: int, library: NativeLibrary) -> None:
     for isa in Isa:
         if Isa.NONE < isa <= library.isa:
             library.use(isa)
@@ -37,7 +37,7 @@ def test_golden_vectors_are_the_same_on_all_instructions_and_with_any_threads(th
 
 
 @needs_compiled
-def test_golden_vectors_see_a_change_of_any_part(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_golden_vectors_see_a_change_of_any_part(library: NativeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     model = golden._model(torch.bfloat16, "none")
     logits = golden._logits(library, model, torch.float32, 1)
     assert logits.isfinite().all() and logits.std(1).min() > 0.1 and len(set(logits.argmax(1).tolist())) > 2
@@ -51,7 +51,7 @@ def test_golden_vectors_see_a_change_of_any_part(library: Library, monkeypatch: 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_spans_that_are_compiled_have_one_fingerprint_whatever_threads_and_instructions_compute_them(
-    dtype: str, quantize: str, random_model: Path, library: Library
+    dtype: str, quantize: str, random_model: Path, library: NativeLibrary
 ) -> None:
     checkpoint = read_checkpoint(random_model)
     numerics, said = set(), []

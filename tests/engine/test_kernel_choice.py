@@ -20,7 +20,7 @@ from node.config import KERNEL_NAMES, NodeConfig
 from node.engine.kernels import kernel_choice, kernel_record, kernel_timing, machine
 from node.engine.kernels.kernel_choice import MARGIN, PORTABLE_MARGIN, KernelChoice, decided
 from node.engine.kernels.kernel_probe import refusal
-from node.engine.kernels.kernel_timing import LEAST_ROUNDS, MOST_ROUNDS, ROWS, Timings, rounds
+from node.engine.kernels.kernel_timing import MAX_ROUNDS, MIN_ROUNDS, ROWS, Timings, rounds
 from node.engine.model.linear import KERNELS
 from node.engine.native.library import native
 from node.host.uncompiled import BY_NAME
@@ -44,7 +44,7 @@ def test_noise_in_single_measurements_never_changes_the_choice(true_s: tuple[flo
     """A measurement may take 1.5 to 9 times its time; two of each kernel's with each row count are undisturbed."""
     times_s = dict(zip(NAMES, true_s, strict=True))
     noise = {
-        (name, count): [1.0, 1.0, *data.draw(st.lists(st.floats(1.5, 9.0), min_size=LEAST_ROUNDS - 2, max_size=LEAST_ROUNDS - 2))]
+        (name, count): [1.0, 1.0, *data.draw(st.lists(st.floats(1.5, 9.0), min_size=MIN_ROUNDS - 2, max_size=MIN_ROUNDS - 2))]
         for name in NAMES
         for count in ROWS
     }
@@ -101,7 +101,7 @@ def test_rounds_go_on_until_each_least_time_was_met_twice_and_kernels_take_turns
     turn = [(name, count) for name in NAMES for count in ROWS]
     assert timings.steady and timings.times_s["mesh-bf16"] == (0.5, 0.5)
     assert len(asked) == 8 * len(turn) and asked == 8 * turn
-    assert LEAST_ROUNDS < 8 < MOST_ROUNDS
+    assert MIN_ROUNDS < 8 < MAX_ROUNDS
 
 
 def test_a_kernel_that_cannot_compute_is_tried_last_and_the_reason_says_so() -> None:

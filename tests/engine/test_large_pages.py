@@ -29,8 +29,8 @@ def without_large_pages(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("without_large_pages")
 def test_weights_are_packed_where_there_are_no_large_pages() -> None:
-    held = arena.zeroed(arena.LARGEST_SHARED_BYTES + 1)
-    assert len(held) == arena.LARGEST_SHARED_BYTES + 1 and not held.any()
+    held = arena.zeroed(arena.MAX_SHARED_BYTES + 1)
+    assert len(held) == arena.MAX_SHARED_BYTES + 1 and not held.any()
 
 
 @pytest.mark.usefixtures("without_large_pages")

@@ -21,10 +21,10 @@ from node.engine.loading import load_stage
 from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.linear import KERNELS, linear_modules
 from node.engine.model.mapped import MappedTensors
-from node.engine.model.packing import Packing
+from node.engine.model.packing import SpanPacker
 from node.engine.model.stage import Stage
 from node.engine.native.library import absence
-from node.engine.selfcheck import Probe, run_together
+from node.engine.selfcheck import SelfcheckInput, run_together
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.offered import FLOAT32, needs_compiled, offered
 
@@ -84,14 +84,14 @@ def test_what_is_no_part_of_a_file_is_never_let_go(mapped: MappedTensors) -> Non
 @pytest.mark.parametrize("kernel", offered(FLOAT32, "mesh-fp32"))
 def test_no_more_than_a_layer_is_in_memory_as_it_is_stored(kernel: str, wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[int]] = {"ran": [], "packed": []}
-    pack_layer = Packing.layer
+    pack_layer = SpanPacker.layer
 
-    def watched(self: Packing, number: int) -> None:
+    def watched(self: SpanPacker, number: int) -> None:
         seen["ran"].append(resident_bytes(wide / "model.safetensors"))
         pack_layer(self, number)
         seen["packed"].append(resident_bytes(wide / "model.safetensors"))
 
-    monkeypatch.setattr(Packing, "layer", watched)
+    monkeypatch.setattr(SpanPacker, "layer", watched)
     loaded = load_stage(read_checkpoint(wide), 1, 4, kernel, threads=1)
     assert is_exact(loaded.numerics) and len(seen["ran"]) == 3
     assert min(seen["ran"]) > LAYER_BYTES / 2, "it was computed from the file"
@@ -118,7 +118,7 @@ def test_weights_that_are_stored_narrower_are_widened_one_by_one_and_say_the_sam
     assert stages[0].model.get_input_embeddings().weight.dtype is torch.float32
     plain = [selfcheck.pack_behind_the_plain_model(stage) for stage in stages]
     assert torch.equal(*plain)
-    assert torch.equal(*(run_together(stage, [(Probe(stage, 1, 40), 40)]) for stage in stages))
+    assert torch.equal(*(run_together(stage, [(SelfcheckInput(stage, 1, 40), 40)]) for stage in stages))
 
 
 def test_only_the_files_that_the_index_names_are_read(tmp_path: Path) -> None:
@@ -169,4 +169,4 @@ def test_where_no_kernel_is_exact_the_first_that_is_right_serves(
     assert [name for name, _ in built] == ["aten-fp32", "aten-bf16", "aten-fp32"]
     assert loaded.stage.kernel.name == "aten-fp32" and not is_exact(loaded.numerics)
     assert loaded.choice.reason == "none that was tried is exact"
-    assert run_together(loaded.stage, [(Probe(loaded.stage, 1, 5), 5)]).isfinite().all(), "it is packed"
+    assert run_together(loaded.stage, [(SelfcheckInput(loaded.stage, 1, 5), 5)]).isfinite().all(), "it is packed"

@@ -15,7 +15,7 @@ from mesh.ids import ModelId, StreamId
 from mesh.view import Span
 from node.engine.api import HiddenOut, OpenSequence, SequenceLost, TokenOut
 from node.engine.kv.blocks import BlockPool
-from node.engine.scheduling.microbatches import LONGEST_PATIENCE, MOST_GROUPS, Groups, Tuning
+from node.engine.scheduling.microbatches import MAX_GROUPS, MAX_PATIENCE, GroupTuning, Microbatches
 from node.engine.scheduling.scheduler import Scheduler
 from node.engine.scheduling.step_plan import Drawn, HeldSpan, StepPlan
 from node.requests import SamplingParams
@@ -177,8 +177,8 @@ def test_stages_on_machines_of_their_own_compute_at_the_same_time(cuts: list[int
 def with_groups(groups: int, cuts: list[int], cost: Cost, **given: Any) -> float:
     """As `rate`, with so many groups from first to last."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tuning, "groups", groups)
-        patch.setattr(Tuning, "measured", lambda *ignored: None)
+        patch.setattr(GroupTuning, "groups", groups)
+        patch.setattr(GroupTuning, "measured", lambda *ignored: None)
         return rate(cuts, cost, **given)
 
 
@@ -195,7 +195,7 @@ def test_a_far_stage_is_given_about_as_many_groups_as_pay() -> None:
 
 def test_groups_that_fall_apart_are_brought_together_by_waiting_a_little() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Groups, "hold_until_s", lambda self, ready, rows, now: now)
+        patch.setattr(Microbatches, "hold_until_s", lambda self, ready, rows, now: now)
         never_waiting = rate([6], by_memory)
     assert rate([6], by_memory) > 1.1 * never_waiting
 
@@ -215,11 +215,11 @@ def test_a_prompt_of_one_token_is_a_row_that_decodes() -> None:
     sampling = SamplingParams(max_tokens=5, seed=1)
     scheduler.open(OpenSequence(StreamId("short"), 0, 1, MODEL, 0, 6, 1, 1, (7,), sampling), 3.0)
     assert scheduler.work_at_s(3.0) == 3.0 and len(scheduler.plan(3.0).pieces) == 1
-    assert Groups(stages=3).hold_until_s(1, 0, 3.0) == 3.0
+    assert Microbatches(stages=3).hold_until_s(1, 0, 3.0) == 3.0
 
 
 def test_a_single_sequence_and_an_unsplit_model_know_no_groups() -> None:
-    assert Groups(stages=3).most_rows(1) == 1
+    assert Microbatches(stages=3).most_rows(1) == 1
     path = Path([], by_memory)
     path.open()
     path.open()
@@ -229,14 +229,14 @@ def test_a_single_sequence_and_an_unsplit_model_know_no_groups() -> None:
 
 
 def test_trials_grow_rare_while_they_change_nothing_and_frequent_again_when_one_does() -> None:
-    tuning, trials = Tuning(best=2), 0
+    tuning, trials = GroupTuning(best=2), 0
     for _ in range(400):
         trials += tuning.trial > 0
         tuning.measured(100.0 if tuning.groups == 2 else 90.0, rows=32)
-    assert tuning.best == 2 and tuning.patience == LONGEST_PATIENCE and 4 < trials < 16
+    assert tuning.best == 2 and tuning.patience == MAX_PATIENCE and 4 < trials < 16
     for _ in range(400):
         tuning.measured(40.0 * tuning.groups, rows=32)
-    assert tuning.best == MOST_GROUPS
+    assert tuning.best == MAX_GROUPS
     for _ in range(600):
         tuning.measured(40.0 * tuning.groups, rows=3)
         assert tuning.trial <= 3, "there are no more groups than rows"

@@ -21,14 +21,14 @@ from node.engine.model.linear import KERNELS, linear_modules
 from node.engine.model.stage import Stage
 from node.engine.native import build, product
 from node.engine.native.build import CannotBuild, built
-from node.engine.native.library import Isa, Kind, Library, native
+from node.engine.native.library import Isa, NativeLibrary, WeightKind, native
 from node.engine.native.product import NativeProduct, int4_of, int8_of
 from node.engine.selfcheck import difference, plain_output
 from tests.engine.offered import FLOAT32, needs_compiled
 
 
 @pytest.fixture
-def library() -> Iterator[Library]:
+def library() -> Iterator[NativeLibrary]:
     found = native()
     assert found is not None
     yield found
@@ -39,7 +39,7 @@ def numbers(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def isas(library: Library) -> list[Isa]:
+def isas(library: NativeLibrary) -> list[Isa]:
     return [isa for isa in Isa if Isa.NONE < isa <= library.isa]
 
 
@@ -48,7 +48,7 @@ def isas(library: Library) -> list[Isa]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(100, 72), (33, 320)], ids=str)
 def test_a_row_has_the_same_bits_on_every_instruction_set_in_any_company_and_with_any_threads(
-    shape: tuple[int, int], dtype: torch.dtype, quantize: str, library: Library
+    shape: tuple[int, int], dtype: torch.dtype, quantize: str, library: NativeLibrary
 ) -> None:
     weight, bias, rows = numbers(*shape), numbers(shape[0], seed=2), numbers(300, shape[1], seed=3).to(dtype)
     product = NativeProduct(weight.to(dtype), bias.to(dtype), quantize)
@@ -66,7 +66,7 @@ def test_a_row_has_the_same_bits_on_every_instruction_set_in_any_company_and_wit
 
 
 @needs_compiled
-def test_numbers_at_the_edges_of_their_range_come_out_alike_too(library: Library) -> None:
+def test_numbers_at_the_edges_of_their_range_come_out_alike_too(library: NativeLibrary) -> None:
     weight, rows = numbers(32, 64), numbers(4, 64, seed=2)
     weight[3] = 1e-39  # denormal: counts as zero, whatever it is multiplied by
     rows[1] *= 1e-30
@@ -85,7 +85,9 @@ def test_numbers_at_the_edges_of_their_range_come_out_alike_too(library: Library
 
 @needs_compiled
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_rows_that_cannot_be_rounded_have_no_result_and_leave_their_neighbours_theirs(quantize: str, library: Library) -> None:
+def test_rows_that_cannot_be_rounded_have_no_result_and_leave_their_neighbours_theirs(
+    quantize: str, library: NativeLibrary
+) -> None:
     rows = numbers(7, 80, seed=2)
     product = NativeProduct(numbers(40, 80), None, quantize)
     whole = product(rows)
@@ -129,7 +131,7 @@ def test_compiled_layers_compute_what_the_plain_model_does(name: str, checkpoint
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
 @pytest.mark.parametrize("kernel", ["mesh-bf16", "mesh-fp32", "mesh-int8"])
 def test_compiled_layers_give_the_same_bits_on_every_instruction_set(
-    name: str, kernel: str, library: Library, checkpoint_of: Callable[[str], Path]
+    name: str, kernel: str, library: NativeLibrary, checkpoint_of: Callable[[str], Path]
 ) -> None:
     stage = Stage(read_checkpoint(checkpoint_of(name)), 0, 4, KERNELS[kernel], threads=1)
     stage.pack()
@@ -146,9 +148,9 @@ def test_compiled_layers_give_the_same_bits_on_every_instruction_set(
 @needs_compiled
 def test_weights_are_held_in_as_few_bytes_as_hold_them_exactly() -> None:
     weight = numbers(32, 32)
-    assert NativeProduct(weight, None).kind is Kind.FP32
-    assert NativeProduct(weight.half().float(), None).kind is Kind.FP16
-    assert NativeProduct(weight.bfloat16().float(), None).kind is Kind.BF16
+    assert NativeProduct(weight, None).kind is WeightKind.FP32
+    assert NativeProduct(weight.half().float(), None).kind is WeightKind.FP16
+    assert NativeProduct(weight.bfloat16().float(), None).kind is WeightKind.BF16
     kept = NativeProduct(weight.bfloat16().float(), None)(torch.eye(32))
     assert torch.equal(kept.t(), weight.bfloat16().float()), "float32 rows meet the weights unrounded"
 

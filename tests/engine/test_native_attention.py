@@ -14,7 +14,7 @@ from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.compiled_layers import NativeLayers
 from node.engine.model.linear import KERNELS
 from node.engine.model.stage import Stage
-from node.engine.native.library import Isa, Library, native
+from node.engine.native.library import Isa, NativeLibrary, native
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.offered import needs_compiled
 
@@ -29,7 +29,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture
-def library() -> Iterator[Library]:
+def library() -> Iterator[NativeLibrary]:
     found = native()
     assert found is not None
     yield found
@@ -73,7 +73,7 @@ def test_every_position_gets_what_the_plain_model_gives_it(checkpoint: Path) -> 
 
 @pytest.mark.parametrize("kernel", ["mesh-bf16", "mesh-fp32"])
 def test_a_position_has_the_same_bits_however_the_sequence_was_cut_on_every_instruction_set_and_with_two_threads(
-    kernel: str, checkpoint: Path, library: Library
+    kernel: str, checkpoint: Path, library: NativeLibrary
 ) -> None:
     stage = Stage(read_checkpoint(checkpoint), 0, 2, KERNELS[kernel], threads=1)
     stage.pack()

@@ -14,8 +14,8 @@ from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.linear import KERNELS
 from node.engine.model.stage import Stage
 from node.engine.native import build, product
-from node.engine.native.build import AVX2, AVX512, PARTS, Part, compiled, compilers
-from node.engine.native.library import Isa, Library, native
+from node.engine.native.build import AVX2, AVX512, PARTS, ObjectFile, compiled, compilers
+from node.engine.native.library import Isa, NativeLibrary, native
 from node.engine.native.product import NativeProduct
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.offered import needs_compiled
@@ -25,21 +25,21 @@ SOFT_AMX = Path(__file__).with_name("soft_amx.h")
 REQUIRED = tuple(part for part in PARTS if not part.define)
 
 
-def variant(directory: Path, parts: tuple[Part, ...], entry_flags: tuple[str, ...]) -> Library:
+def variant(directory: Path, parts: tuple[ObjectFile, ...], entry_flags: tuple[str, ...]) -> NativeLibrary:
     compiler = compilers()[0]
     complaint = compiled(compiler, directory / "mesh.so", parts, entry_flags)
     assert not complaint, complaint
-    return Library(directory / "mesh.so")
+    return NativeLibrary(directory / "mesh.so")
 
 
 @pytest.fixture(scope="module")
-def imitated(tmp_path_factory: pytest.TempPathFactory) -> Library:
+def imitated(tmp_path_factory: pytest.TempPathFactory) -> NativeLibrary:
     """Tiles in plain C; where the CPU has AVX512_VNNI, the code for AVX-VNNI in its encoding."""
     soft = f'-DSOFT_AMX="{SOFT_AMX}"'
-    parts = (*REQUIRED, Part("amx", "amx.c", (*AVX2, soft), "WITH_AMX"))
+    parts = (*REQUIRED, ObjectFile("amx", "amx.c", (*AVX2, soft), "WITH_AMX"))
     flags = [soft]
     if torch.cpu._is_vnni_supported():
-        parts = (*parts, Part("dots_avx_vnni", "dots.c", (*AVX512, "-mavx512vnni", "-DDOTS_256"), "WITH_AVX_VNNI"))
+        parts = (*parts, ObjectFile("dots_avx_vnni", "dots.c", (*AVX512, "-mavx512vnni", "-DDOTS_256"), "WITH_AVX_VNNI"))
         flags += ["-DDOTS_256"]
     library = variant(tmp_path_factory.mktemp("imitated"), parts, tuple(flags))
     assert library.isa is Isa.AMX
@@ -51,7 +51,7 @@ def numbers(*shape: int, seed: int = 1) -> torch.Tensor:
 
 
 @pytest.fixture
-def built_library() -> Iterator[Library]:
+def built_library() -> Iterator[NativeLibrary]:
     found = native()
     assert found is not None
     found.use(Isa.AVX2)
@@ -62,7 +62,7 @@ def built_library() -> Iterator[Library]:
 @pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
 @pytest.mark.parametrize("shape", [(100, 72), (33, 1100)], ids=str)
 def test_imitated_products_have_the_bits_of_avx2(
-    shape: tuple[int, int], quantize: str, built_library: Library, imitated: Library
+    shape: tuple[int, int], quantize: str, built_library: NativeLibrary, imitated: NativeLibrary
 ) -> None:
     weight, bias = numbers(*shape).bfloat16(), numbers(shape[0], seed=2)
     one = NativeProduct(weight, bias, quantize)
@@ -79,7 +79,7 @@ def test_imitated_products_have_the_bits_of_avx2(
 
 
 def test_layers_with_imitated_tiles_have_the_bits_of_avx2(
-    imitated: Library, built_library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    imitated: NativeLibrary, built_library: NativeLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over prompts of several blocks, in pieces, with few and with many rows; keys wider than one step of a panel."""
     checkpoint = read_checkpoint(make_checkpoint(tmp_path, "llama", num_hidden_layers=2, head_dim=80, num_key_value_heads=1))
@@ -105,11 +105,12 @@ def test_layers_with_imitated_tiles_have_the_bits_of_avx2(
 def test_parts_that_an_older_compiler_does_not_know_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "COMMON", ("-O1", *build.COMMON[1:]))  # quicker
     unknown = tuple(
-        Part(part.name, part.source, (*part.flags, "-mno-such-thing"), part.define) if part.define else part for part in PARTS
+        ObjectFile(part.name, part.source, (*part.flags, "-mno-such-thing"), part.define) if part.define else part
+        for part in PARTS
     )
     library = variant(tmp_path, unknown, ())
     assert Isa.AVX2 <= library.isa <= Isa.AVX512
-    broken = (Part("pool", "pool.c", ("-mno-such-thing",)), *REQUIRED[:-1])
+    broken = (ObjectFile("pool", "pool.c", ("-mno-such-thing",)), *REQUIRED[:-1])
     (tmp_path / "broken").mkdir()
     compiler = compilers()[0]
     assert "no-such-thing" in compiled(compiler, tmp_path / "broken" / "mesh.so", broken)

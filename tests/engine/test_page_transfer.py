@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from mesh.view import Span
-from node.engine.api import OpenSequence, PageAsk
+from node.engine.api import OpenSequence, PageRequest
 from node.engine.kv.blocks import BLOCK_TOKENS
 from tests.engine.test_prefix_cache import SALT, SplitPath, ask, bits, numbers
 from tests.engine.test_spilled_pages import PLENTY, TWO_BLOCKS
@@ -152,7 +152,7 @@ def test_pages_of_peers_take_room_that_nobody_needs_and_no_more(checkpoint_of: C
 
 def test_an_ask_is_bounded_before_it_is_looked_at() -> None:
     good = {"model": "m", "start": 0, "end": 4, "numerics": "n", "layout": b"l", "names": [b"x" * 16]}
-    assert msgspec.convert(good, PageAsk).names == (b"x" * 16,)
+    assert msgspec.convert(good, PageRequest).names == (b"x" * 16,)
     for bad in (
         {"names": [b"x" * 15]},
         {"names": [b"x" * 16] * 5000},
@@ -161,4 +161,4 @@ def test_an_ask_is_bounded_before_it_is_looked_at() -> None:
         {"layout": b"l" * 65},
     ):
         with pytest.raises(msgspec.ValidationError):
-            msgspec.convert({**good, **bad}, PageAsk)
+            msgspec.convert({**good, **bad}, PageRequest)

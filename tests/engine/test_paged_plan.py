@@ -17,20 +17,20 @@ from node.engine.kernels import machine
 from node.engine.model.linear import KERNELS
 from node.engine.paged.attention import PagedStep, flash, tiled
 from node.engine.paged.kv import PagedKV, PagedStore
-from node.engine.paged.plan import PAGE_TOKENS, TILE_ROWS, Part, padded_decode, pages_for, plan_step, shapes
-from node.engine.paged.recorded import MOST_RECORDED, RecordedSteps, as_it_is
+from node.engine.paged.plan import KV_PAGE_TOKENS, TILE_ROWS, PagedSegment, padded_decode, pages_for, plan_step, shapes
+from node.engine.paged.recorded import MAX_RECORDED, RecordedSteps, as_it_is
 from node.engine.paged.staging import BUFFERS, Staging
 from tests.engine.devices import needs_gpu
 
 CPU = torch.device("cpu")
 
 
-def parts_of(described: list[tuple[int, int]]) -> list[Part]:
+def parts_of(described: list[tuple[int, int]]) -> list[PagedSegment]:
     """(rows, position) of each; every sequence with pages of its own, in falling order."""
     parts, row, page = [], 0, 1
     for count, position in described:
         needed = pages_for(position + count)
-        parts.append(Part(row, count, position, tuple(range(page + needed - 1, page - 1, -1))))
+        parts.append(PagedSegment(row, count, position, tuple(range(page + needed - 1, page - 1, -1))))
         row, page = row + count, page + needed
     return parts
 
@@ -47,8 +47,8 @@ def test_every_row_is_stored_once_and_answered_by_its_own_query(described: list[
     assert [len(getattr(numbers, name)) for name in shapes(sizes)] == [
         torch.Size(shape).numel() for shape in shapes(sizes).values()
     ]
-    assert len(set(numbers.slots[:count])) == count and min(numbers.slots[:count]) >= PAGE_TOKENS
-    assert max(numbers.slots[count:], default=0) < PAGE_TOKENS, "padding writes into the page of nobody"
+    assert len(set(numbers.slots[:count])) == count and min(numbers.slots[:count]) >= KV_PAGE_TOKENS
+    assert max(numbers.slots[count:], default=0) < KV_PAGE_TOKENS, "padding writes into the page of nobody"
     assert numbers.wanted == [count - 1] * 3 and numbers.starts[-1] == count
     for number, part in enumerate(parts):
         for offset in range(part.count):
@@ -56,8 +56,8 @@ def test_every_row_is_stored_once_and_answered_by_its_own_query(described: list[
             place = numbers.places[row]
             assert numbers.tile_rows[place] == row and numbers.tile_positions[place] == position == numbers.positions[row]
             assert numbers.tile_parts[place // TILE_ROWS] == number
-            page = numbers.tables[number * sizes.columns + position // PAGE_TOKENS]
-            assert numbers.slots[row] == page * PAGE_TOKENS + position % PAGE_TOKENS
+            page = numbers.tables[number * sizes.columns + position // KV_PAGE_TOKENS]
+            assert numbers.slots[row] == page * KV_PAGE_TOKENS + position % KV_PAGE_TOKENS
         assert numbers.lengths[number] == part.position + part.count
 
 
@@ -132,7 +132,7 @@ def test_both_kinds_of_attention_give_what_the_textbook_does(heads: int, window:
         kv.expect(len(whole))
     row, parts = 0, []
     for kv, (count, position) in zip(sequences, lengths):
-        parts.append(Part(row, count, position, kv.pages))
+        parts.append(PagedSegment(row, count, position, kv.pages))
         row += count
     plan = plan_step(parts, (), (), 32, 0)
     q = torch.randn(32, heads, 16, generator=numbers)
@@ -215,9 +215,9 @@ def test_a_recorded_step_reads_what_it_is_given_each_time() -> None:
         return steps.run(form, generation, torch.tensor([value]), torch.tensor([value]), compute)
 
     assert [int(run(value)) for value in (1, 2, 3)] == [11, 22, 33] and len(steps) == 1
-    for number in range(2 * MOST_RECORDED):
+    for number in range(2 * MAX_RECORDED):
         assert int(run(number, f"form {number}")) == 11 * number
-    assert len(steps) == MOST_RECORDED
+    assert len(steps) == MAX_RECORDED
     assert int(run(5, generation=1)) == 55 and len(steps) == 1, "the addresses have changed"
 
 

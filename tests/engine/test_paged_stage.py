@@ -21,7 +21,7 @@ from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.linear import KERNELS
 from node.engine.model.paged_stage import DeviceStage
 from node.engine.paged.kv import FIRST_PAGES
-from node.engine.paged.plan import PAGE_TOKENS
+from node.engine.paged.plan import KV_PAGE_TOKENS
 from tests.engine.devices import DEVICE, needs_gpu, no_gpu, recorder, stage_on
 from tests.engine.offered import FLOAT32
 from tests.engine.test_exactness import Sequence, assert_same, continued, generate, load, prompt, step
@@ -121,7 +121,7 @@ def test_pools_that_grew_are_read_where_they_are_now(checkpoint_of: Callable[[st
     alone = generate(Sequence(prompt(1, 20), [(stage, 0, 4)]), chunk=512)
     generation = stage._paged.generation
     crowd = stage.sequence()
-    crowd.expect(2 * FIRST_PAGES * PAGE_TOKENS)
+    crowd.expect(2 * FIRST_PAGES * KV_PAGE_TOKENS)
     assert stage._paged.generation > generation and stage._paged.held(0)[0].shape[0] > 2 * FIRST_PAGES
     assert_same(alone, generate(kept, chunk=512, answer=3))
 
@@ -130,7 +130,7 @@ def test_pages_of_a_sequence_that_is_gone_come_back_empty(checkpoint_of: Callabl
     stage: Any = stage_on(checkpoint_of("llama"), 0, 4, "cuda-fp32")
     alone = generate(Sequence(prompt(1, 20), [(stage, 0, 4)]), chunk=512)
     poisoned = stage.sequence()
-    poisoned.expect(PAGE_TOKENS)
+    poisoned.expect(KV_PAGE_TOKENS)
     with torch.inference_mode():
         for layer in range(4):
             for pool in stage._paged.held(layer):

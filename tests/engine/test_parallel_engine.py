@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from mesh.prefix import PAGE_TOKENS
+from mesh.prefix import PREFIX_PAGE_TOKENS
 from mesh.view import Span, is_exact
 from node.engine.api import EngineOutput, SequenceLost, SpanLost, TokenOut
 from tests.engine.test_prefix_cache import SplitPath, ask, bits, numbers
@@ -47,7 +47,7 @@ def test_two_workers_answer_like_one_engine_and_the_loss_of_one_ends_the_span(
 
         prompt = numbers(1, 150)
         cold, warm = (SplitPath((one, 0, 4)).answer(name, prompt) for name in ("cold", "warm"))
-        assert (cold[0].cached, warm[0].cached) == (0, 4 * PAGE_TOKENS)
+        assert (cold[0].cached, warm[0].cached) == (0, 4 * PREFIX_PAGE_TOKENS)
         assert bits(cold) == bits(warm)
 
         forward = stage.forward

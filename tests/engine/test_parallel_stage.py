@@ -18,15 +18,15 @@ from mesh.errors import BadRequest
 from mesh.ids import ModelId
 from mesh.view import Span
 from node.engine import parallel_selfcheck, selfcheck
-from node.engine.kv.page_store import KeptPages
+from node.engine.kv.page_store import PageStore
 from node.engine.model import tensor_shard
-from node.engine.model.all_reduce import GroupSum, SharedEmbedding, SummedProduct
+from node.engine.model.all_reduce import GroupAllReduce, SharedEmbedding, SummedProduct
 from node.engine.model.attention import Segment
 from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.linear import KERNELS
 from node.engine.model.stage import Stage
 from node.engine.model.tensor_shard import Shard, cutting_of
-from node.engine.parallel.messages import Forget, Keep, Restore, Step
+from node.engine.parallel.messages import ForgetNumber, ForwardStep, KeepPage, RestoreSequence
 from node.engine.parallel.stage import ParallelStage, SharedPage
 from node.engine.parallel.worker_group import WorkersLost
 from tests.engine.checkpoints import make_checkpoint
@@ -218,7 +218,7 @@ def test_a_rank_reads_the_files_of_the_model_and_no_others(checkpoint_of: Callab
 @pytest.mark.parametrize("rows", [1, 5, 64])
 def test_parts_are_added_in_the_order_of_the_ranks_wherever_an_element_stands(rows: int) -> None:
     """In float32 1e8 + 1 - 1e8 is 0 in this order, and 1 where the two large ones meet first."""
-    assert not GroupSum(Noted(), 3)(torch.ones(rows, 3)).any()
+    assert not GroupAllReduce(Noted(), 3)(torch.ones(rows, 3)).any()
 
 
 def test_a_summed_product_rounds_once() -> None:
@@ -283,17 +283,17 @@ def test_what_is_dropped_here_is_forgotten_by_the_ranks_with_the_next_step(check
     gc.collect()
     run(other, [7], 20)
     stage.close()
-    changes = [said.changes for said in crews[0].said if isinstance(said, Step)]
+    changes = [said.changes for said in crews[0].said if isinstance(said, ForwardStep)]
     assert changes == [
         (),
-        (Keep(numbers[2], numbers[0], 0, 16, 0, 4),),
-        (Restore(numbers[1], (numbers[2],)),),
-        (Forget(numbers[0]), Forget(numbers[2], page=True)),
+        (KeepPage(numbers[2], numbers[0], 0, 16, 0, 4),),
+        (RestoreSequence(numbers[1], (numbers[2],)),),
+        (ForgetNumber(numbers[0]), ForgetNumber(numbers[2], page=True)),
     ]
 
 
 def test_a_page_that_workers_keep_cannot_be_spilled() -> None:
-    kept = KeptPages(Span(ModelId("toy"), 0, 4), cast(Any, None), elsewhere=True)
+    kept = PageStore(Span(ModelId("toy"), 0, 4), cast(Any, None), elsewhere=True)
     kept.store(1, cast(Any, SharedPage(deque(), page=True)))
     assert not kept.spill(1) and len(kept) == 0
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from mesh.prefix import PAGE_TOKENS, further_names, prefix_salt
+from mesh.prefix import PREFIX_PAGE_TOKENS, further_names, prefix_salt
 from mesh.view import Span
 from node.engine.api import EngineOutput, HiddenOut, OpenSequence, Prefix, SequenceKey, TokenOut
 from node.engine.kv.blocks import BLOCK_TOKENS
@@ -76,13 +76,13 @@ def bits(drawn: list[TokenOut]) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_cached_answer_equals_the_cold_one_bit_by_bit(dtype: str, checkpoint_of: Callable[[str], Path]) -> None:
     directory = checkpoint_of("llama")
-    prompts = [numbers(1, 150), numbers(1, 150)[:70] + numbers(2, 40), numbers(1, 2 * PAGE_TOKENS)]
+    prompts = [numbers(1, 150), numbers(1, 150)[:70] + numbers(2, 40), numbers(1, 2 * PREFIX_PAGE_TOKENS)]
     with running((directory, 0, 4), dtype=dtype) as one:
         other_salts = [prefix_salt(b"secret", f"tenant{number}", "weights") for number in range(3)]
         cold = [SplitPath((one, 0, 4)).answer(f"cold{n}", prompt, salt=other_salts[n]) for n, prompt in enumerate(prompts)]
         assert [drawn[0].cached for drawn in cold] == [0, 0, 0], "no tenant finds another's pages"
         warm = [SplitPath((one, 0, 4)).answer(f"warm{n}", prompts[n]) for n in (0, 0, 1, 2)]
-        assert [drawn[0].cached // PAGE_TOKENS for drawn in warm] == [0, 4, 2, 1], "one token at least is computed"
+        assert [drawn[0].cached // PREFIX_PAGE_TOKENS for drawn in warm] == [0, 4, 2, 1], "one token at least is computed"
         assert [bits(drawn) for drawn in warm] == [bits(cold[n]) for n in (0, 0, 1, 2)]
         chat = prompts[0] + tuple(out.token for out in cold[0]) + numbers(5, 30)  # the next turn of a conversation
         turn = SplitPath((one, 0, 4)).answer("turn", chat)

@@ -16,7 +16,7 @@ from node.engine import worker
 from node.engine.api import EngineConfig
 from node.engine.loading import load_stage
 from node.engine.model.checkpoint import read_checkpoint
-from node.engine.model.progress import BEGINS_AT, TELL_EVERY_S, LoadProgress, LoadWatch, Phase
+from node.engine.model.progress import BEGINS_AT, TELL_EVERY_S, LoadPhase, LoadProgress, LoadTracker
 from node.engine.worker import TorchEngine
 from tests.engine.offered import FLOAT32, offered
 
@@ -34,15 +34,15 @@ class Clock:
 def test_layers_and_bytes_count_up_and_are_told_at_each_phase_and_every_two_seconds() -> None:
     told: list[LoadProgress] = []
     clock = Clock()
-    watch = LoadWatch(2, told.append, clock)
+    watch = LoadTracker(2, told.append, clock)
     watch.begins({"embed": 10, "h.7.a": 1, "h.7.b": 2, "h.8.a": 4})
-    assert told == [LoadProgress(Phase.READING, 0, 2, 0, 17, 0.0)]
+    assert told == [LoadProgress(LoadPhase.READING, 0, 2, 0, 17, 0.0)]
     watch.read("embed")
     watch.read("h.7.b")
     assert len(told) == 1
     clock.now += TELL_EVERY_S
     watch.read("h.7.a")
-    assert told[1:] == [LoadProgress(Phase.READING, 1, 2, 13, 17, TELL_EVERY_S)]
+    assert told[1:] == [LoadProgress(LoadPhase.READING, 1, 2, 13, 17, TELL_EVERY_S)]
     watch.read("somebody's")
     assert watch.now == told[1], "a tensor that nobody waits for counts for nothing"
     clock.now += 1.0
@@ -53,14 +53,14 @@ def test_layers_and_bytes_count_up_and_are_told_at_each_phase_and_every_two_seco
     watch.packed()
     watch.checks()
     assert [(each.phase, each.layers_done, each.bytes_done) for each in told[2:]] == [
-        (Phase.PACKING, 0, 17),
-        (Phase.CHECKING, 2, 17),
+        (LoadPhase.PACKING, 0, 17),
+        (LoadPhase.CHECKING, 2, 17),
     ]
 
 
 def test_the_share_that_is_done_grows_from_phase_to_phase() -> None:
     clock = Clock()
-    watch, shares = LoadWatch(2, clock=clock), []
+    watch, shares = LoadTracker(2, clock=clock), []
     watch.begins({"h.0.a": 4, "h.1.a": 4})
     steps: list[Callable[[], None]] = [
         lambda: watch.read("h.0.a"),
@@ -74,13 +74,13 @@ def test_the_share_that_is_done_grows_from_phase_to_phase() -> None:
         shares.append(watch.now.share)
         step()
     shares.append(watch.now.share)
-    assert shares[0] == 0.0 and shares[-1] == BEGINS_AT[Phase.CHECKING] < 1.0
+    assert shares[0] == 0.0 and shares[-1] == BEGINS_AT[LoadPhase.CHECKING] < 1.0
     assert shares == sorted(shares) and len(set(shares)) == 5
-    assert LoadProgress(Phase.READING, 0, 2, 0, 0, 0.0).share == 0.0, "before anything is known of its size"
+    assert LoadProgress(LoadPhase.READING, 0, 2, 0, 0, 0.0).share == 0.0, "before anything is known of its size"
 
 
 def test_a_load_that_begins_anew_with_another_kernel_counts_anew() -> None:
-    watch = LoadWatch(1)
+    watch = LoadTracker(1)
     for size_bytes in (8, 4):
         watch.begins({"h.0.a": size_bytes})
         watch.read("h.0.a")
@@ -94,23 +94,23 @@ def test_a_load_is_seen_tensor_by_tensor_and_layer_by_layer(
 ) -> None:
     told: list[LoadProgress] = []
     monkeypatch.setattr("node.engine.model.progress.TELL_EVERY_S", 0.0)
-    watch = LoadWatch(2, told.append)
+    watch = LoadTracker(2, told.append)
     loaded = load_stage(read_checkpoint(checkpoint_of(name)), 1, 3, kernel, threads=1, watch=watch)
 
     phases = [each.phase for each in told]
-    assert list(dict.fromkeys(phases)) == [Phase.READING, Phase.PACKING, Phase.CHECKING]
-    assert phases == sorted(phases, key=list(Phase).index)
+    assert list(dict.fromkeys(phases)) == [LoadPhase.READING, LoadPhase.PACKING, LoadPhase.CHECKING]
+    assert phases == sorted(phases, key=list(LoadPhase).index)
     assert {each.bytes for each in told} == {4 * loaded.stage.parameters}
-    reading = [each for each in told if each.phase is Phase.READING]
+    reading = [each for each in told if each.phase is LoadPhase.READING]
     assert [each.layers_done for each in reading] == sorted(each.layers_done for each in reading)
     assert (reading[-1].layers_done, reading[-1].bytes_done) == (2, 4 * loaded.stage.parameters)
     assert len({each.bytes_done for each in reading}) > 8, "tensor by tensor"
-    packing = [each.layers_done for each in told if each.phase is Phase.PACKING]
+    packing = [each.layers_done for each in told if each.phase is LoadPhase.PACKING]
     assert packing == [0, 1, 2]
 
 
 def test_what_others_read_in_this_process_is_no_load_of_ours(checkpoint_of: Callable[[str], Path]) -> None:
-    watch = LoadWatch(4)
+    watch = LoadTracker(4)
     with watch:
         AutoModelForCausalLM.from_pretrained(checkpoint_of("llama"))
     assert watch.now.bytes_done == 0, "nothing of it was expected"
@@ -134,7 +134,7 @@ def test_the_engine_tells_in_its_statistics_and_in_the_log(
     with capture_logs() as logs:
         engine.load(checkpoint_of("llama"), span.model, span.start, span.end)
     assert [list(each) for each in seen] == [[span]]
-    assert seen[0][span].phase is Phase.CHECKING and seen[0][span].layers == 4
+    assert seen[0][span].phase is LoadPhase.CHECKING and seen[0][span].layers == 4
     assert engine.statistics().loading == {}
     said = [(log["phase"], log["layers"]) for log in logs if log["event"] == "span loading"]
     assert said[0] == ("reading", "0/4") and said[-1] == ("checking", "4/4")

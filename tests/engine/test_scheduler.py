@@ -12,7 +12,7 @@ from mesh.ids import ModelId, StreamId
 from mesh.view import Span
 from node.engine.api import HiddenOut, Lane, OpenSequence, SequenceKey, SequenceLost, TokenOut
 from node.engine.kv.blocks import BLOCK_TOKENS, BlockPool
-from node.engine.scheduling.microbatches import Groups
+from node.engine.scheduling.microbatches import Microbatches
 from node.engine.scheduling.scheduler import Scheduler
 from node.engine.scheduling.step_plan import Drawn, HeldSpan, StepPlan
 from node.engine.scheduling.token_budget import AGEING_STEPS
@@ -214,7 +214,7 @@ def test_a_sequence_evicted_while_its_own_step_is_planned_is_not_computed() -> N
     run(scheduler)
     scheduler.token(key("old"), BLOCK_TOKENS - 1, 9)  # needs a second block, but the other one is served first
     scheduler.token(key("young"), 5, 9)
-    scheduler.choosing._groups[Lane(EARLY, 0, 3)] = Groups(stages=1)  # both in one step
+    scheduler.choosing._groups[Lane(EARLY, 0, 3)] = Microbatches(stages=1)  # both in one step
     plan, outputs = run(scheduler)
     assert [out.key.stream for out in outputs] == ["young"]
     assert list(shares(plan)) == ["old"]

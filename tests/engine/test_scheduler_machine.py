@@ -14,22 +14,22 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from msgspec.structs import replace
 
 from mesh.errors import BadRequest, Refused
-from mesh.prefix import PAGE_TOKENS, further_names
+from mesh.prefix import PREFIX_PAGE_TOKENS, further_names
 from mesh.view import Span
 from node.engine.api import OpenSequence, Prefix, SequenceKey, SequenceLost, TokenOut
 from node.engine.kv.blocks import BLOCK_TOKENS
 from node.engine.kv.prefix_index import PageName
 from node.engine.scheduling.scheduler import Scheduler
-from node.engine.scheduling.step_plan import Drawn, Piece, StepPlan
+from node.engine.scheduling.step_plan import Drawn, ScheduledChunk, StepPlan
 from tests.engine.test_scheduler import EARLY, LATE, WHOLE, held, push, sequence
 
 pytestmark = pytest.mark.no_kernel
 
-PROMPTS = [1, 30, 3 * PAGE_TOKENS + 4, 3 * PAGE_TOKENS + 4, BLOCK_TOKENS - 1, BLOCK_TOKENS + 5]
+PROMPTS = [1, 30, 3 * PREFIX_PAGE_TOKENS + 4, 3 * PREFIX_PAGE_TOKENS + 4, BLOCK_TOKENS - 1, BLOCK_TOKENS + 5]
 STEP_TOKENS = [600, 600, 40, 7, 1]
 
 
-def drawn_for(piece: Piece) -> list[Drawn]:
+def drawn_for(piece: ScheduledChunk) -> list[Drawn]:
     """A text that repeats itself, and at times does not."""
     drawn = []
     for position, guess in enumerate([*piece.draft, None], piece.draws_from):
@@ -90,7 +90,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         step_tokens=st.sampled_from(STEP_TOKENS),
         blocks=st.sampled_from([2, 3, 4, 1]),
         spill_room=st.sampled_from([40, 3, 0]),
-        prompt=st.sampled_from([3 * PAGE_TOKENS + 4, 3 * PAGE_TOKENS + 4, BLOCK_TOKENS - 1]),
+        prompt=st.sampled_from([3 * PREFIX_PAGE_TOKENS + 4, 3 * PREFIX_PAGE_TOKENS + 4, BLOCK_TOKENS - 1]),
         span=st.sampled_from([(0, 4), (0, 4), (2, 4)]),
         crowd=st.sampled_from([30, BLOCK_TOKENS - 1]),
         last_choice=st.booleans(),
@@ -149,7 +149,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if keys:
             one = keys[pick % len(keys)]
             row = self.scheduler._rows.get(one)
-            end, offered = (row.pushed_end, len(row.offered) * PAGE_TOKENS) if row is not None else (0, 0)
+            end, offered = (row.pushed_end, len(row.offered) * PREFIX_PAGE_TOKENS) if row is not None else (0, 0)
             push(self.scheduler, one.stream, {"next": end, "offered": end or offered, "again": 0, "late": end + 7}[at], count)
 
     @rule(pick=st.integers(0, 99), off=st.integers(-1, 1))
@@ -210,7 +210,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert len(piece.row.blocks) * BLOCK_TOKENS >= piece.position + piece.count
             pages = [self.content[piece.row.lane.span, number] for number in piece.restore]
             assert pages == [piece.row.page_name(page) for page in range(len(pages))], "others than those of its beginning"
-            assert not pages or piece.position == len(pages) * PAGE_TOKENS
+            assert not pages or piece.position == len(pages) * PREFIX_PAGE_TOKENS
             self.reached["restored"] += len(pages)
             self.reached["restored from away"] += sum((piece.row.lane.span, number) in self.away for number in piece.restore)
         for page in plan.spilling:
@@ -241,7 +241,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         rows = {piece.row.key: piece.row for piece in plan.pieces}
         for store in self.scheduler.pages_to_store():
             if stores:
-                self.content[store.lane.span, store.number] = rows[store.key].page_name(store.position // PAGE_TOKENS)
+                self.content[store.lane.span, store.number] = rows[store.key].page_name(store.position // PREFIX_PAGE_TOKENS)
             else:
                 self.lose(store.lane.span, [store.number])
 
@@ -320,7 +320,7 @@ def test_the_machine_gets_to_pages_that_were_spilled_and_restored() -> None:
     """Or it would check nothing of them: this is how each of its examples begins."""
     SchedulerMachine.reached.clear()
     machine = SchedulerMachine()
-    machine.make(600, 2, 40, 3 * PAGE_TOKENS + 4, (0, 4), 30, True, True)
+    machine.make(600, 2, 40, 3 * PREFIX_PAGE_TOKENS + 4, (0, 4), 30, True, True)
     machine.steps(20, True)
     assert SchedulerMachine.reached["spilled"] >= SchedulerMachine.reached["restored from away"] == 3
     machine.crowd(BLOCK_TOKENS - 1, True)
@@ -332,7 +332,7 @@ def test_the_machine_gets_to_pages_that_were_spilled_and_restored() -> None:
 def test_a_damaged_page_is_lost_to_the_step_that_restores_it() -> None:
     SchedulerMachine.reached.clear()
     machine = SchedulerMachine()
-    machine.make(600, 2, 40, 3 * PAGE_TOKENS + 4, (0, 4), 30, True, True)
+    machine.make(600, 2, 40, 3 * PREFIX_PAGE_TOKENS + 4, (0, 4), 30, True, True)
     machine.damage(0)
     machine.begin_step(True)
     machine.end_step("commit", True)
@@ -343,9 +343,9 @@ def test_a_damaged_page_is_lost_to_the_step_that_restores_it() -> None:
 
 def test_spilled_pages_that_a_sequence_waits_to_read_stay_when_others_are_spilled() -> None:
     machine = SchedulerMachine()
-    machine.make(600, 3, 3, 3 * PAGE_TOKENS + 4, (2, 4), 30, True, True)
+    machine.make(600, 3, 3, 3 * PREFIX_PAGE_TOKENS + 4, (2, 4), 30, True, True)
     assert machine.scheduler._rooms._pages[WHOLE].spilled == machine.scheduler._rooms._pages[WHOLE].readers == 3
-    machine.open(Wish(1, 3 * PAGE_TOKENS + 4, 1, (0, 4), 0, 0, True, True, None))
+    machine.open(Wish(1, 3 * PREFIX_PAGE_TOKENS + 4, 1, (0, 4), 0, 0, True, True, None))
     machine.steps(20, True)
     machine.crowd(30, True)
     machine.steps(3, True)

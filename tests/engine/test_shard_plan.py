@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.errors import BadRequest
-from node.engine.model.shard_plan import Cut, Cutting, Shape, cutting_for
+from node.engine.model.shard_plan import ShardedModelShape, ShardPlan, TensorSplit, cutting_for
 
 pytestmark = pytest.mark.no_kernel
 
@@ -22,15 +22,15 @@ PLAN = {
     "layers.*.mlp.up_proj": "colwise",
     "layers.*.mlp.down_proj": "rowwise",
 }
-SHAPE = Shape("toy", "llama", PLAN, heads=8, kv_heads=2, mixture=False)
+SHAPE = ShardedModelShape("toy", "llama", PLAN, heads=8, kv_heads=2, mixture=False)
 
 
 def test_each_matrix_is_cut_as_the_plan_says() -> None:
     cutting = cutting_for(SHAPE, 2)
     layer = "model.layers.11."
-    assert cutting.cut(layer + "self_attn.q_proj") is Cut.OUTPUTS
-    assert cutting.cut(layer + "self_attn.k_proj") is cutting.cut(layer + "self_attn.v_proj") is Cut.KV_HEADS
-    assert cutting.cut(layer + "self_attn.o_proj") is cutting.cut(layer + "mlp.down_proj") is Cut.INPUTS
+    assert cutting.cut(layer + "self_attn.q_proj") is TensorSplit.OUTPUTS
+    assert cutting.cut(layer + "self_attn.k_proj") is cutting.cut(layer + "self_attn.v_proj") is TensorSplit.KV_HEADS
+    assert cutting.cut(layer + "self_attn.o_proj") is cutting.cut(layer + "mlp.down_proj") is TensorSplit.INPUTS
     assert cutting.cut(layer + "self_attn.q_norm") is cutting.cut("lm_head") is cutting.cut("model.norm") is None
 
 
@@ -41,14 +41,14 @@ def test_query_heads_meet_their_own_keys_on_every_rank(ranks: int, copies: int) 
     dim = 16
     shared = SHAPE.heads // SHAPE.kv_heads
     for rank in range(ranks):
-        heads = {at // dim for at in cutting.part(Cut.OUTPUTS, SHAPE.heads * dim, rank)}
-        kv_heads = {at // dim for at in cutting.part(Cut.KV_HEADS, SHAPE.kv_heads * dim, rank)}
+        heads = {at // dim for at in cutting.part(TensorSplit.OUTPUTS, SHAPE.heads * dim, rank)}
+        kv_heads = {at // dim for at in cutting.part(TensorSplit.KV_HEADS, SHAPE.kv_heads * dim, rank)}
         assert {head // shared for head in heads} == kv_heads
 
 
 @given(st.integers(1, 64), st.integers(64, 300_000))
 def test_every_token_of_the_vocabulary_has_one_rank(ranks: int, size: int) -> None:
-    cutting = Cutting(ranks, 8, ())
+    cutting = ShardPlan(ranks, 8, ())
     parts = [cutting.vocabulary(size, rank) for rank in range(ranks)]
     assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]]
     assert (parts[0].start, parts[-1].stop) == (0, size)
@@ -57,15 +57,15 @@ def test_every_token_of_the_vocabulary_has_one_rank(ranks: int, size: int) -> No
 
 @given(st.sampled_from([1, 2, 3, 4, 6, 8]), st.integers(1, 512))
 def test_inputs_and_outputs_are_cut_alike_and_whole(ranks: int, width: int) -> None:
-    cutting = Cutting(ranks, 8, ())
+    cutting = ShardPlan(ranks, 8, ())
     size = ranks * width
-    for cut in (Cut.INPUTS, Cut.OUTPUTS):
+    for cut in (TensorSplit.INPUTS, TensorSplit.OUTPUTS):
         assert [at for rank in range(ranks) for at in cutting.part(cut, size, rank)] == list(range(size))
 
 
 def test_what_does_not_fall_into_equal_parts_is_an_error() -> None:
     with pytest.raises(ValueError, match="11 inputs cannot be cut into 2 equal parts"):
-        cutting_for(SHAPE, 2).part(Cut.INPUTS, 11, 0)
+        cutting_for(SHAPE, 2).part(TensorSplit.INPUTS, 11, 0)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_what_does_not_fall_into_equal_parts_is_an_error() -> None:
         ),
     ],
 )
-def test_a_model_that_cannot_be_cut_is_refused_by_name_and_reason(shape: Shape, ranks: int, reason: str) -> None:
+def test_a_model_that_cannot_be_cut_is_refused_by_name_and_reason(shape: ShardedModelShape, ranks: int, reason: str) -> None:
     with pytest.raises(BadRequest, match=rf"toy \(llama\) cannot be computed by {ranks} workers: {reason}; .* would|{reason}"):
         cutting_for(shape, ranks)
 

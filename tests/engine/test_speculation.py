@@ -16,8 +16,8 @@ from mesh.view import Span
 from node.engine.api import HiddenOut, OpenSequence, SequenceLost, TokenOut
 from node.engine.kv.blocks import BlockPool
 from node.engine.scheduling.scheduler import Scheduler
-from node.engine.scheduling.speculation import FIRST_GUESS, LONGEST_GUESS, LONGEST_REST, Lookup, Pace, StepCosts
-from node.engine.scheduling.step_plan import Drawn, HeldSpan, Piece, StepPlan
+from node.engine.scheduling.speculation import FIRST_GUESS, MAX_GUESS, MAX_REST, DraftLength, NgramLookup, StepCosts
+from node.engine.scheduling.step_plan import Drawn, HeldSpan, ScheduledChunk, StepPlan
 from node.requests import SamplingParams
 
 pytestmark = pytest.mark.no_kernel
@@ -28,27 +28,27 @@ PROMPT, ANSWER = 9, 60
 
 
 def test_what_followed_the_last_three_tokens_before_is_guessed_again() -> None:
-    lookup = Lookup()
+    lookup = NgramLookup()
     text = [1, 2, 3, 4, 5, 9, 1, 2, 3]
     assert lookup.guess(text, 2) == (4, 5)
     assert lookup.guess([*text, 8, 1, 2, 3], 4) == (8, 1, 2, 3), "the latest place counts"
     assert lookup.guess([*text, 8, 1, 2, 3, 6], 4) == ()
-    assert Lookup().guess([1, 2], 4) == () == Lookup().guess([1, 2, 3, 1, 2, 3], 0)
+    assert NgramLookup().guess([1, 2], 4) == () == NgramLookup().guess([1, 2, 3, 1, 2, 3], 0)
 
 
 def test_a_text_that_repeats_itself_is_continued_round_and_round() -> None:
-    assert Lookup().guess([7, 7, 7, 7], 5) == (7,) * 5
-    assert Lookup().guess([5, 1, 2, 1, 2, 1], 5) == (2, 1, 2, 1, 2)
+    assert NgramLookup().guess([7, 7, 7, 7], 5) == (7,) * 5
+    assert NgramLookup().guess([5, 1, 2, 1, 2, 1], 5) == (2, 1, 2, 1, 2)
 
 
 def test_guesses_grow_while_they_come_true_and_rest_longer_and_longer_while_they_do_not() -> None:
-    pace = Pace()
+    pace = DraftLength()
     lengths = []
     for _ in range(4):
         lengths.append(pace.next())
         pace.verified(lengths[-1], lengths[-1])
-    assert lengths == [FIRST_GUESS, 7, LONGEST_GUESS, LONGEST_GUESS]
-    pace.verified(LONGEST_GUESS, 4)
+    assert lengths == [FIRST_GUESS, 7, MAX_GUESS, MAX_GUESS]
+    pace.verified(MAX_GUESS, 4)
     assert pace.next() == 7
     rests = []
     for _ in range(12):
@@ -57,7 +57,7 @@ def test_guesses_grow_while_they_come_true_and_rest_longer_and_longer_while_they
         while pace.next() == 0:
             rest += 1
         rests.append(rest)
-    assert rests == sorted(rests) and rests[0] < 4 and rests[-1] == LONGEST_REST
+    assert rests == sorted(rests) and rests[0] < 4 and rests[-1] == MAX_REST
     assert pace.rate < 0.1
 
 
@@ -92,7 +92,7 @@ def packed(tokens: list[int]) -> bytes:
     return b"".join(struct.pack("<I12x", token) for token in tokens)
 
 
-def unpacked(piece: Piece) -> list[int]:
+def unpacked(piece: ScheduledChunk) -> list[int]:
     """The tokens that a piece's activations were computed from, found as the worker finds its rows."""
     tokens: list[int] = []
     for part in piece.pushed:
@@ -153,7 +153,7 @@ class StageOfTokens:
             drawn[piece.row.key] = self.draw(piece)
         return outputs + list(self.scheduler.commit(plan, drawn))
 
-    def draw(self, piece: Piece) -> list[Drawn]:
+    def draw(self, piece: ScheduledChunk) -> list[Drawn]:
         drawn: list[Drawn] = []
         for position, guess in enumerate([*piece.draft, None], piece.draws_from):
             seen = [self.keys[at] for at in range(position)]
@@ -236,4 +236,4 @@ def test_guesses_never_take_another_sequences_block_nor_pass_the_last_token() ->
         stage.keys.update(zip(range(piece.position, piece.position + piece.count), piece.tokens))
         outputs = stage.scheduler.commit(plan, {piece.row.key: stage.draw(piece)})
     assert isinstance(outputs[-1], TokenOut) and outputs[-1].finish == "length"
-    assert widest == 1 + LONGEST_GUESS
+    assert widest == 1 + MAX_GUESS

@@ -18,8 +18,17 @@ import msgspec
 import psutil
 import pytest
 
-from node.engine.parallel.messages import LARGEST_BYTES, Channel, Forget, Joined, Keep, Rows, Step, encoded
-from node.engine.parallel.worker_group import ROOT, Crew, WorkersLost, cause_of_end
+from node.engine.parallel.messages import (
+    MAX_BYTES,
+    Channel,
+    ForgetNumber,
+    ForwardStep,
+    GroupJoined,
+    KeepPage,
+    SegmentRows,
+    encoded,
+)
+from node.engine.parallel.worker_group import ROOT, WorkerGroup, WorkersLost, cause_of_end
 from tests.engine.test_worker import wait_until
 
 pytestmark = pytest.mark.no_kernel
@@ -28,8 +37,8 @@ WAIT_S = 20.0
 
 
 @contextmanager
-def crew_of(ranks: int) -> Iterator[Crew]:
-    crew = Crew(ranks)
+def crew_of(ranks: int) -> Iterator[WorkerGroup]:
+    crew = WorkerGroup(ranks)
     try:
         yield crew
     finally:
@@ -49,7 +58,7 @@ def test_a_worker_that_is_killed_takes_the_others_along_and_is_told_of_once() ->
         assert told.get(timeout=WAIT_S) == "rank 1 was killed by signal 9"
         assert_gone(crew.processes)
         with pytest.raises(WorkersLost, match="rank 1 was killed by signal 9"):
-            crew.hear(Joined, WAIT_S)
+            crew.hear(GroupJoined, WAIT_S)
         crew.on_end(told.put)  # who asks too late is told at once
         assert told.get_nowait() == "rank 1 was killed by signal 9"
         assert told.empty()
@@ -75,7 +84,7 @@ def test_a_worker_that_hangs_is_given_up_at_the_deadline() -> None:
         for pid in crew.processes:
             os.kill(pid, signal.SIGSTOP)
         with pytest.raises(WorkersLost, match="rank 0 did not answer in time"):
-            crew.hear(Joined, 0.05)
+            crew.hear(GroupJoined, 0.05)
         assert_gone(crew.processes)
 
 
@@ -86,7 +95,7 @@ def test_workers_that_are_told_to_end_do_so_and_nobody_is_alarmed() -> None:
         crew.end()
         assert_gone(crew.processes)
         with pytest.raises(WorkersLost, match="told to end"):
-            crew.hear(Joined, WAIT_S)
+            crew.hear(GroupJoined, WAIT_S)
         assert not told
 
 
@@ -95,7 +104,7 @@ def test_workers_end_with_a_node_that_is_killed() -> None:
         [
             sys.executable,
             "-c",
-            "from node.engine.parallel.worker_group import Crew; print(*Crew(2).processes, flush=True); input()",
+            "from node.engine.parallel.worker_group import WorkerGroup; print(*WorkerGroup(2).processes, flush=True); input()",
         ],
         cwd=ROOT,
         stdin=subprocess.PIPE,
@@ -127,7 +136,17 @@ def test_workers_leave_the_signals_of_a_terminal_to_their_node() -> None:
 def test_a_message_comes_whole_however_it_was_cut_up() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        step = Step(3, (Keep(1, 2, 0, 16, 0, 4), Forget(5, page=True)), 0, 4, (Rows(0, 1, 7, 2),), (7,), (11,), None, (0,))
+        step = ForwardStep(
+            3,
+            (KeepPage(1, 2, 0, 16, 0, 4), ForgetNumber(5, page=True)),
+            0,
+            4,
+            (SegmentRows(0, 1, 7, 2),),
+            (7,),
+            (11,),
+            None,
+            (0,),
+        )
         framed = encoded(step)
 
         def drip() -> None:
@@ -136,24 +155,24 @@ def test_a_message_comes_whole_however_it_was_cut_up() -> None:
 
         writer = threading.Thread(target=drip)
         writer.start()
-        assert Channel(theirs).receive(Step, time.monotonic() + WAIT_S) == step
+        assert Channel(theirs).receive(ForwardStep, time.monotonic() + WAIT_S) == step
         writer.join()
 
 
 def test_a_message_that_is_too_long_is_refused_before_it_is_read() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        ours.sendall((LARGEST_BYTES + 1).to_bytes(8, "little"))
+        ours.sendall((MAX_BYTES + 1).to_bytes(8, "little"))
         with pytest.raises(msgspec.ValidationError, match="expected at most"):
-            Channel(theirs).receive(Step)
+            Channel(theirs).receive(ForwardStep)
 
 
 def test_silence_until_the_deadline_is_an_error_and_so_is_the_end() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         with pytest.raises(TimeoutError):
-            Channel(theirs).receive(Step, time.monotonic() + 0.01)
-        ours.sendall(encoded(Joined())[:5])
+            Channel(theirs).receive(ForwardStep, time.monotonic() + 0.01)
+        ours.sendall(encoded(GroupJoined())[:5])
         ours.close()
         with pytest.raises(EOFError):
-            Channel(theirs).receive(Joined, time.monotonic() + WAIT_S)
+            Channel(theirs).receive(GroupJoined, time.monotonic() + WAIT_S)

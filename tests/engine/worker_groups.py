@@ -13,7 +13,7 @@ import msgspec
 
 from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.linear import KERNELS
-from node.engine.parallel.messages import Begin, Channel, Loaded
+from node.engine.parallel.messages import Channel, LoadShard, ShardLoaded
 from node.engine.parallel.rank import serve
 from node.engine.parallel.stage import ParallelStage
 
@@ -46,15 +46,15 @@ class ThreadCrew:
     def tell(self, messages: Sequence[msgspec.Struct], timeout_s: float) -> None:
         for channel, message in zip(self._channels, messages):
             channel.send(message)
-            if isinstance(message, Begin):
-                self._loaded.append(channel.receive(Loaded, time.monotonic() + TIMEOUT_S))
+            if isinstance(message, LoadShard):
+                self._loaded.append(channel.receive(ShardLoaded, time.monotonic() + TIMEOUT_S))
 
     def tell_all(self, message: msgspec.Struct, timeout_s: float) -> None:
         self.said.append(message)
         self.tell([message] * len(self._channels), timeout_s)
 
     def hear(self, kind: Any, timeout_s: float) -> list[Any]:
-        if kind is Loaded:
+        if kind is ShardLoaded:
             return self._loaded
         return [channel.receive(kind, time.monotonic() + TIMEOUT_S) for channel in self._channels]
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from membership.core.core import MembershipCore
-from membership.core.effects import Effect, Exchange, MemberChanged, PingStream, Send, TryConnect
+from membership.core.effects import Effect, MemberChanged, PingStream, SendDatagram, StartSync, TryConnect
 from membership.core.members import Member
 from mesh.ids import Address, NodeId
 from mesh.view import PeerState
@@ -31,7 +31,7 @@ from tests.membership.pieces import CONFIG, address_of, alive, core_of, peer_id
 NODES = 4
 IN_FLIGHT_MAX = 200  # more are lost, the oldest first
 WAY_S = 0.001
-SHORTEST_SUSPICION_S = CONFIG.suspicion_multiplier * CONFIG.suspicion_unit_s / 2  # after somebody else's verdict
+MIN_SUSPICION_S = CONFIG.suspicion_multiplier * CONFIG.suspicion_unit_s / 2  # after somebody else's verdict
 SUSPECT_WITHIN_S = 30.0  # of three members each is probed, by one who trusts itself least every 7.2 s
 DEAD_WITHIN_S = SUSPECT_WITHIN_S + CONFIG.stall_patience_s + 10.0  # it may have been seen to listen before it ended
 ONE_VIEW_WITHIN_S = DEAD_WITHIN_S
@@ -93,12 +93,12 @@ class HostileMesh(RuleBasedStateMachine):
     def _carry_out(self, number: int, effects: list[Effect]) -> None:
         for effect in effects:
             match effect:
-                case Send(to=to, message=message):
+                case SendDatagram(to=to, message=message):
                     self.in_flight.append((address_of(number), to, encode(message)))
                     self.bytes_sent += len(self.in_flight[-1][2])
                 case TryConnect() | PingStream():
                     self.errands.append((number, effect))
-                case Exchange(to=to):
+                case StartSync(to=to):
                     self.wanted.append((number, to))
                 case MemberChanged(node=node) if node != self.cores[number].me:
                     self._m2_does_not_go_back(number, self.cores[number].swim.members[node])
@@ -323,7 +323,7 @@ class HostileMesh(RuleBasedStateMachine):
             suspected, since = self.suspected_at.get(key, ((0, 0), self.now))
             waited_s = self.now - since if suspected == standing else 0.0
             self._must(change.before is PeerState.SUSPECT and member.cause == TIMEOUT, f"M7: dead from {change.before}")
-            self._must(waited_s >= SHORTEST_SUSPICION_S - 1e-6, f"M7: dead {waited_s} s after it was first suspected")
+            self._must(waited_s >= MIN_SUSPICION_S - 1e-6, f"M7: dead {waited_s} s after it was first suspected")
         if change.after is PeerState.ALIVE:
             self.suspected_at.pop(key, None)
 

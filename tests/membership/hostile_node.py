@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from membership.core.allowance import ACCOUNTS_MAX
 from membership.core.config import MembershipConfig
 from membership.core.core import MembershipCore
-from membership.core.effects import Effect, Send, TryConnect
+from membership.core.effects import Effect, SendDatagram, TryConnect
 from membership.core.evidence import ERRANDS_MAX
 from mesh.ids import Address
 from mesh.wire import datagram_codec, sync
@@ -25,9 +25,9 @@ from mesh.wire.gossip import (
     Alive,
     BadDatagram,
     Claim,
+    ConnectCheck,
     Dead,
     Gossip,
-    Knock,
     Message,
     Nack,
     Ping,
@@ -68,7 +68,7 @@ targets = st.sampled_from([ME, *(peer_id(number) for number in range(1, 10))])
 said: st.SearchStrategy[Message] = st.one_of(
     st.builds(Ping, senders, seqs, targets, bundles),
     st.builds(PingReq, senders, seqs, targets, bundles),
-    st.builds(Knock, senders, seqs, targets, bundles),
+    st.builds(ConnectCheck, senders, seqs, targets, bundles),
     st.builds(Ack, senders, seqs, bundles),
     st.builds(Nack, senders, seqs, bundles),
     st.builds(Gossip, senders, bundles),
@@ -95,7 +95,7 @@ class HostileNode(RuleBasedStateMachine):
 
     def _carry_out(self, effects: list[Effect]) -> None:
         self.asked = [*self.asked, *effects][-50:]
-        for send in only(Send, effects):
+        for send in only(SendDatagram, effects):
             datagram = datagram_codec.encode(send.message)
             assert len(datagram) <= MAX_MESSAGE_BYTES, f"M8: a datagram of {len(datagram)} bytes"
             assert len(datagram) == datagram_codec.encoded_bytes(send.message), "M9: what is counted is what is sent"
@@ -191,7 +191,9 @@ class HostileNode(RuleBasedStateMachine):
             if isinstance(effect, TryConnect):
                 self._carry_out(self.core.tried(effect.number, refused, self.now))
             elif (
-                isinstance(effect, Send) and isinstance(effect.message, Ping) and effect.message.target in self.core.swim.members
+                isinstance(effect, SendDatagram)
+                and isinstance(effect.message, Ping)
+                and effect.message.target in self.core.swim.members
             ):
                 member = self.core.swim.members[effect.message.target]
                 by = sender(int(member.node, 16), member.incarnation, member.epoch)

@@ -9,7 +9,7 @@ import msgspec
 
 from membership.core.config import MembershipConfig
 from membership.core.core import MembershipCore
-from membership.core.effects import Effect, Send
+from membership.core.effects import Effect, SendDatagram
 from membership.simulation.signer import StandInSigner
 from mesh.ids import Address, NodeId
 from mesh.view import PeerState
@@ -95,7 +95,7 @@ def only(kind: type[E], effects: list[Effect]) -> list[E]:
 
 
 def messages(effects: list[Effect], kind: type[E]) -> list[tuple[Address, E]]:
-    return [(send.to, send.message) for send in only(Send, effects) if isinstance(send.message, kind)]
+    return [(send.to, send.message) for send in only(SendDatagram, effects) if isinstance(send.message, kind)]
 
 
 def run_to(core: MembershipCore, until: float, answers: bool = False) -> list[Effect]:

@@ -13,7 +13,7 @@ from membership.core.effects import Effect, TryConnect
 from mesh.ids import Address, NodeId
 from mesh.view import PeerState
 from mesh.wire.datagram_codec import encoded_bytes
-from mesh.wire.gossip import Ack, Claim, Dead, Gossip, Knock, Message, Nack, Ping, PingReq, Suspect
+from mesh.wire.gossip import Ack, Claim, ConnectCheck, Dead, Gossip, Message, Nack, Ping, PingReq, Suspect
 from tests.membership.pieces import ME, address_of, alive, gossip, messages, node_among, only, peer_id, sender, state
 
 STRANGERS: list[Address] = [("6.6.6.6", 6000 + n) for n in range(3)]
@@ -28,7 +28,7 @@ seqs = st.integers(0, 5)
 said: st.SearchStrategy[Message] = st.one_of(
     st.builds(Ping, numbers.map(sender), seqs, numbers.map(peer_id), bundles),
     st.builds(PingReq, numbers.map(sender), seqs, numbers.map(peer_id), bundles),
-    st.builds(Knock, numbers.map(sender), seqs, numbers.map(peer_id), bundles),
+    st.builds(ConnectCheck, numbers.map(sender), seqs, numbers.map(peer_id), bundles),
     st.builds(Ack, numbers.map(sender), seqs, bundles),
     st.builds(Nack, numbers.map(sender), seqs, bundles),
     st.builds(Gossip, numbers.map(sender), bundles),

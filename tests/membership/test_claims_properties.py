@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from membership.core.core import MembershipCore
-from membership.core.effects import Send
+from membership.core.effects import SendDatagram
 from membership.core.members import SEVERITY, standing_of
 from membership.facts.fingerprint import Fingerprint
 from mesh.ids import NodeId
@@ -154,7 +154,7 @@ def test_after_any_input_a_tick_uses_its_deadline_up_and_bounds_hold(steps: list
         else:
             effects = core.receive(address_of(int(step.sender.node, 16)), step, now)
         for effect in effects:
-            if isinstance(effect, Send):
+            if isinstance(effect, SendDatagram):
                 assert encoded_bytes(effect.message) <= MAX_MESSAGE_BYTES
         assert len(core.swim.rumours) <= len(core.swim.members)
         assert core.swim.members.suspects == {m.node for m in core.swim.members if m.state is PeerState.SUSPECT}

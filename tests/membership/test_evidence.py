@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from membership.core.effects import Effect, TryConnect, Watch
+from membership.core.effects import Effect, TryConnect, WatchLinks
 from membership.core.evidence import ERRANDS_MAX
 from mesh.view import PeerState
-from mesh.wire.gossip import REFUSED, Dead, Knock, Knocked, Suspect
+from mesh.wire.gossip import REFUSED, ConnectCheck, ConnectChecked, Dead, Suspect
 from tests.membership.pieces import ME, address_of, alive, gossip, messages, node_among, only, peer_id, sender, state
 
 
@@ -19,7 +19,7 @@ def a_lost_link(peers: int = 6, to: int = 2):
 
 
 def knocks(effects: list[Effect]) -> list[int]:
-    return [to[1] - 7000 for to, _ in messages(effects, Knock)]
+    return [to[1] - 7000 for to, _ in messages(effects, ConnectCheck)]
 
 
 def test_a_broken_link_is_followed_up_with_a_connection_of_our_own() -> None:
@@ -38,9 +38,9 @@ def test_refused_here_and_at_two_relays_is_death_at_once_and_everyone_is_told_wh
     core, number = a_lost_link()
     relays = knocks(core.tried(number, True, 1.001))
     assert len(relays) == 3 and 2 not in relays
-    core.receive(address_of(relays[0]), Knocked(sender(relays[0]), number, True), 1.002)
+    core.receive(address_of(relays[0]), ConnectChecked(sender(relays[0]), number, True), 1.002)
     assert state(core, 2) is PeerState.ALIVE, "one relay is not enough"
-    effects = core.receive(address_of(relays[1]), Knocked(sender(relays[1]), number, True), 1.003)
+    effects = core.receive(address_of(relays[1]), ConnectChecked(sender(relays[1]), number, True), 1.003)
     assert state(core, 2) is PeerState.DEAD
     told = [claim for _, message in messages(effects, type(gossip(1))) for claim in message.claims]
     assert Dead(peer_id(2), 1, 0, ME, REFUSED) in told
@@ -52,8 +52,8 @@ def test_fewer_than_two_relays_that_are_refused_leave_it_to_the_probes(answers: 
     core, number = a_lost_link()
     relays = knocks(core.tried(number, True, 1.001))
     for relay, refused in zip(relays, answers, strict=False):
-        core.receive(address_of(relay), Knocked(sender(relay), number, refused), 1.002)
-        core.receive(address_of(relay), Knocked(sender(relay), number, refused), 1.002)  # twice is once
+        core.receive(address_of(relay), ConnectChecked(sender(relay), number, refused), 1.002)
+        core.receive(address_of(relay), ConnectChecked(sender(relay), number, refused), 1.002)  # twice is once
     assert state(core, 2) is PeerState.ALIVE
 
 
@@ -62,9 +62,9 @@ def test_only_those_who_were_asked_count_and_only_under_the_number_asked() -> No
     relays = knocks(core.tried(number, True, 1.001))
     strangers = [other for other in range(1, 13) if other not in (*relays, 2)]
     for other in strangers:
-        core.receive(address_of(other), Knocked(sender(other), number, True), 1.002)
+        core.receive(address_of(other), ConnectChecked(sender(other), number, True), 1.002)
     for relay in relays:
-        core.receive(address_of(relay), Knocked(sender(relay), number + 1, True), 1.002)
+        core.receive(address_of(relay), ConnectChecked(sender(relay), number + 1, True), 1.002)
     assert state(core, 2) is PeerState.ALIVE
 
 
@@ -72,7 +72,7 @@ def test_relays_alone_do_not_kill_whom_we_can_reach_ourselves() -> None:
     core, number = a_lost_link()
     assert knocks(core.tried(number, False, 1.001)) == []
     for relay in (1, 3, 4):
-        core.receive(address_of(relay), Knocked(sender(relay), number, True), 1.002)
+        core.receive(address_of(relay), ConnectChecked(sender(relay), number, True), 1.002)
     assert state(core, 2) is PeerState.ALIVE
 
 
@@ -80,7 +80,7 @@ def test_late_refusals_prove_nothing() -> None:
     core, number = a_lost_link()
     relays = knocks(core.tried(number, True, 1.001))
     for relay in relays:
-        core.receive(address_of(relay), Knocked(sender(relay), number, True), 9.0)
+        core.receive(address_of(relay), ConnectChecked(sender(relay), number, True), 9.0)
     assert state(core, 2) is not PeerState.DEAD or core.swim.members[peer_id(2)].cause != REFUSED
 
 
@@ -90,7 +90,7 @@ def test_one_that_refuted_or_restarted_meanwhile_stays_alive() -> None:
         relays = knocks(core.tried(number, True, 1.001))
         core.receive(address_of(5), gossip(5, later), 1.002)
         for relay in relays:
-            core.receive(address_of(relay), Knocked(sender(relay), number, True), 1.003)
+            core.receive(address_of(relay), ConnectChecked(sender(relay), number, True), 1.003)
         assert state(core, 2) is PeerState.ALIVE
 
 
@@ -98,7 +98,7 @@ def test_a_mesh_of_two_has_no_relays_and_of_three_has_one() -> None:
     core, number = a_lost_link(2)
     [relay] = knocks(core.tried(number, True, 1.001))
     assert state(core, 2) is PeerState.ALIVE
-    core.receive(address_of(relay), Knocked(sender(relay), number, True), 1.002)
+    core.receive(address_of(relay), ConnectChecked(sender(relay), number, True), 1.002)
     assert state(core, 2) is PeerState.DEAD
     core, number = a_lost_link(2, to=1)
     core.swim.hear(Dead(peer_id(2), 1, 0, peer_id(2), REFUSED), 1.0)
@@ -133,28 +133,31 @@ def test_a_refused_death_is_undone_by_the_next_incarnation() -> None:
 
 def test_a_node_knocks_for_others_on_members_only_and_tells_what_it_found() -> None:
     core = node_among(6)
-    knock = Knock(sender(1), 77, peer_id(2))
+    knock = ConnectCheck(sender(1), 77, peer_id(2))
     [attempt] = only(TryConnect, core.receive(address_of(1), knock, 1.0))
     assert attempt.to == address_of(2)
-    [(to, found)] = messages(core.tried(attempt.number, True, 1.001), Knocked)
+    [(to, found)] = messages(core.tried(attempt.number, True, 1.001), ConnectChecked)
     assert (to, found.seq, found.refused) == (address_of(1), 77, True)
     assert core.tried(attempt.number, True, 1.002) == [], "it is told once"
     for target in (peer_id(99), ME):
-        assert only(TryConnect, core.receive(address_of(1), Knock(sender(1), 78, target), 1.0)) == []
+        assert only(TryConnect, core.receive(address_of(1), ConnectCheck(sender(1), 78, target), 1.0)) == []
 
 
 def test_errands_for_others_are_bounded_and_free_themselves() -> None:
     core = node_among(6)
-    begun = [only(TryConnect, core.receive(address_of(1), Knock(sender(1), n, peer_id(2)), 1.0)) for n in range(ERRANDS_MAX + 50)]
+    begun = [
+        only(TryConnect, core.receive(address_of(1), ConnectCheck(sender(1), n, peer_id(2)), 1.0))
+        for n in range(ERRANDS_MAX + 50)
+    ]
     assert sum(map(len, begun)) == ERRANDS_MAX
-    assert only(TryConnect, core.receive(address_of(1), Knock(sender(1), 1, peer_id(2)), 60.0)) != []
+    assert only(TryConnect, core.receive(address_of(1), ConnectCheck(sender(1), 1, peer_id(2)), 60.0)) != []
 
 
 def test_links_are_kept_to_the_next_in_the_ring_and_asked_for_again_when_they_are_missing() -> None:
     core = node_among(9)
     assert [node for node, _ in core.swim.watched] == [peer_id(n) for n in (1, 2, 3, 4)]
     effects = core.receive(address_of(5), gossip(5, Dead(peer_id(2), 1, 0, peer_id(4), REFUSED)), 1.0)
-    assert only(Watch, effects) == [Watch(tuple(address_of(n) for n in (1, 3, 4, 5)))]
+    assert only(WatchLinks, effects) == [WatchLinks(tuple(address_of(n) for n in (1, 3, 4, 5)))]
     assert core.swim.watch() == []
     assert core.swim.watch(again=True) != []
     for number in (1, 3, 4, 5):

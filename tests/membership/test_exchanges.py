@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from membership.core.config import MembershipConfig
-from membership.core.effects import Exchange
+from membership.core.effects import StartSync
 from membership.core.exchanges import Exchanges
 from mesh.wire.gossip import Gossip
 from tests.membership.pieces import CONFIG, ME, address_of, alive, gossip, node_among, only, sender
@@ -21,10 +21,10 @@ def test_a_difference_is_looked_into_soon_in_a_small_mesh_and_later_in_a_large_o
 def test_a_difference_that_has_just_come_up_is_left_to_rumours_for_a_moment() -> None:
     core = node_among(9, config=MembershipConfig(exchange_patience_s=0.01))
     differs = Gossip(sender(1, fingerprint=1))
-    assert only(Exchange, core.receive(address_of(1), differs, 1.0)) == [Exchange(address_of(1))]
+    assert only(StartSync, core.receive(address_of(1), differs, 1.0)) == [StartSync(address_of(1))]
     core.receive(address_of(2), gossip(2, alive(10)), 2.0)
-    assert only(Exchange, core.receive(address_of(1), differs, 2.1)) == []
-    assert only(Exchange, core.receive(address_of(1), differs, 2.12)) == [Exchange(address_of(1))]
+    assert only(StartSync, core.receive(address_of(1), differs, 2.1)) == []
+    assert only(StartSync, core.receive(address_of(1), differs, 2.12)) == [StartSync(address_of(1))]
 
 
 def test_news_that_comes_along_is_taken_in_before_fingerprints_are_compared() -> None:
@@ -36,8 +36,8 @@ def test_news_that_comes_along_is_taken_in_before_fingerprints_are_compared() ->
     teller.leave(2.0)
     [farewell] = [m.claim(ME) for m in teller.swim.members if m.node == teller.me]
     told = Gossip(teller.swim.sender(2.0), (farewell,))
-    assert only(Exchange, listener.receive(address_of(0), told, 2.0)) == []
-    assert only(Exchange, listener.receive(address_of(1), Gossip(sender(1, fingerprint=1)), 3.0)) == [Exchange(address_of(1))]
+    assert only(StartSync, listener.receive(address_of(0), told, 2.0)) == []
+    assert only(StartSync, listener.receive(address_of(1), Gossip(sender(1, fingerprint=1)), 3.0)) == [StartSync(address_of(1))]
 
 
 def test_one_peer_is_asked_only_so_often_and_so_are_all() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from membership.core.core import MembershipCore
-from membership.core.effects import FactsChanged, MemberChanged, Push
+from membership.core.effects import FactsChanged, MemberChanged, PushFacts
 from mesh.errors import LocalError
 from mesh.view import Facts, ModelCard, ModelId, PeerState, Span
 from mesh.wire.facts_map import keys_of
@@ -60,7 +60,7 @@ def test_published_facts_are_in_the_own_view_at_once_and_pushed_to_two_peers() -
     core = node_among(5)
     effects = core.publish(FACTS, 1.0)
     assert FactsChanged(ME) in effects
-    pushes = only(Push, effects)
+    pushes = only(PushFacts, effects)
     assert len({push.to for push in pushes}) == 2
     assert pushes[0].sync.deltas[0].upto == 3
     assert facts_of(core, 0) == FACTS
@@ -80,7 +80,7 @@ def test_pushed_news_is_passed_on_to_others_and_old_news_is_not() -> None:
     push = Sync(deltas=(told(1, 3),))
     _, effects = core.answer(peer_id(2), push, 1.0)
     assert only(FactsChanged, effects) == [FactsChanged(peer_id(1))]
-    passed_on = only(Push, effects)
+    passed_on = only(PushFacts, effects)
     assert len(passed_on) == 2
     assert {push.to for push in passed_on} <= {address_of(n) for n in (3, 4, 5)}, "not to its owner, nor back"
     for stale in (told(1, 3), told(1, 2, Facts(http="x", pid=1)), told(1, 9, epoch=0)):
@@ -138,7 +138,7 @@ def test_a_copy_of_our_own_record_that_is_ahead_makes_ours_go_further_ahead() ->
     core.publish(FACTS, 1.0)
     _, effects = core.answer(peer_id(1), Sync(deltas=(told(0, 9, Facts(http="forged")),)), 2.0)
     assert core.facts.known(ME) == (1, 12) and facts_of(core, 0) == FACTS
-    assert only(Push, effects), "the mesh must hear ours"
+    assert only(PushFacts, effects), "the mesh must hear ours"
 
 
 def test_after_one_exchange_both_sides_know_the_same() -> None:
@@ -231,4 +231,4 @@ def test_news_of_one_exchange_is_told_on_but_not_a_whole_mesh() -> None:
 def test_a_message_from_a_member_with_equal_knowledge_asks_for_nothing() -> None:
     core = node_among(2)
     effects = core.receive(address_of(1), Gossip(sender(1, fingerprint=core.fingerprint)), 5.0)
-    assert [type(effect).__name__ for effect in effects] == ["Measured"]
+    assert [type(effect).__name__ for effect in effects] == ["LoadMeasured"]

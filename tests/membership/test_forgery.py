@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from membership.core.config import MembershipConfig
 from membership.core.core import MembershipCore
-from membership.core.effects import Exchange, Renewed
+from membership.core.effects import EpochRenewed, StartSync
 from mesh.ids import NodeId
 from mesh.keys.signing import IdentityKey
 from mesh.view import PeerState
@@ -112,7 +112,7 @@ def test_a_newcomer_without_its_key_is_asked_after_not_believed() -> None:
     core = node_among(3)
     effects = core.receive(address_of(2), gossip(2, alive(7, incarnation=3)), 1.0)
     assert state(core, 7) is None
-    assert only(Exchange, effects) == [Exchange(address_of(2))]
+    assert only(StartSync, effects) == [StartSync(address_of(2))]
 
 
 def test_an_accusation_that_aims_above_what_was_heard_counts_and_asks_for_the_words() -> None:
@@ -120,7 +120,7 @@ def test_an_accusation_that_aims_above_what_was_heard_counts_and_asks_for_the_wo
     effects = core.receive(address_of(2), gossip(2, Dead(VICTIM, 3, 9, peer_id(2), REFUSED)), 1.0)
     member = core.swim.members[VICTIM]
     assert (member.state, member.epoch, member.incarnation) == (PeerState.DEAD, 1, 0)
-    assert only(Exchange, effects) == [Exchange(address_of(2))]
+    assert only(StartSync, effects) == [StartSync(address_of(2))]
 
 
 def test_a_record_brings_words_and_verdict_together() -> None:
@@ -150,8 +150,8 @@ def test_a_node_whose_disk_went_back_in_time_hears_its_own_later_words_and_goes_
     peer.receive(address_of(2), gossip(2, alive(0, epoch=7)), 1.0)
     peer.receive(address_of(2), gossip(2, Suspect(ME, 7, 0, peer_id(2))), 1.0)
     effects = restored.receive(address_of(8), gossip(8, Suspect(ME, 7, 0, peer_id(2))), 1.0)
-    assert restored.swim.myself.epoch == 1 and only(Renewed, effects) == []
-    assert only(Exchange, effects) == [Exchange(address_of(8))]
+    assert restored.swim.myself.epoch == 1 and only(EpochRenewed, effects) == []
+    assert only(StartSync, effects) == [StartSync(address_of(8))]
     exchange(restored, peer, 1.1)
     assert restored.swim.myself.epoch == 8
     assert restored.swim.statistics(1.0).forged_claims_total == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mesh.wire.datagram_codec import decode
-from mesh.wire.gossip import Ack, BadDatagram, Gossip, Knock, Knocked, Nack, Ping, PingReq
+from mesh.wire.gossip import Ack, BadDatagram, ConnectCheck, ConnectChecked, Gossip, Nack, Ping, PingReq
 from tools import fuzz_gossip
 from tools.fuzz_gossip import CORPUS, Subject, fuzz, nasty_messages, seeds
 
@@ -14,7 +14,7 @@ ITERATIONS = 6000
 
 def test_the_corpus_holds_every_kind_of_message_as_it_is_on_the_wire_today() -> None:
     real = {type(decode(path.read_bytes())) for path in CORPUS.glob("real-*.bin")}
-    assert real == {Ping, Ack, PingReq, Nack, Gossip, Knock, Knocked}
+    assert real == {Ping, Ack, PingReq, Nack, Gossip, ConnectCheck, ConnectChecked}
     assert {path.stem for path in CORPUS.glob("nasty-*.bin")} == set(nasty_messages())
 
 
@@ -45,5 +45,5 @@ def test_the_target_finds_a_decoder_that_lets_a_wrong_error_out(monkeypatch: pyt
         except BadDatagram as error:
             raise UnicodeDecodeError("utf-8", raw, 0, 1, str(error)) from None
 
-    monkeypatch.setattr(fuzz_gossip.gossip_wire, "decode", leaky)
+    monkeypatch.setattr(fuzz_gossip.datagram_codec, "decode", leaky)
     assert fuzz(1, lambda tried: tried >= 200, Subject()) is not None

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
-from membership.core import allowance, claims, dissemination, evidence, exchanges, members, suspicion, swim
+from membership.core import allowance, claim_verifier, claims, dissemination, evidence, exchanges, members, suspicion, swim
 from membership.core.effects import Effect
 from membership.core.members import Member
 from membership.facts import fingerprint
@@ -39,21 +39,21 @@ def as_it_is_said(claim: Claim, *_: object) -> Claim:
     return claim
 
 
-def deaf(self: claims.Hearing, *_: object) -> list[Claim]:
+def deaf(self: claims.ClaimProcessing, *_: object) -> list[Claim]:
     return []
 
 
-def convicts_at_once(self: evidence.Evidence, member: Member, now: float, *, hearsay: bool = False) -> list[Effect]:
+def convicts_at_once(self: evidence.RefusalDetection, member: Member, now: float, *, hearsay: bool = False) -> list[Effect]:
     self.declare(Dead(member.node, member.epoch, member.incarnation, self.me, REFUSED), now)
     return []
 
 
-def believes(self: claims.Hearing, member: Member, claim: Dead, now: float) -> list[Claim]:
+def believes(self: claims.ClaimProcessing, member: Member, claim: Dead, now: float) -> list[Claim]:
     self._become(member, claim, now, by=claim.by)
     return []
 
 
-def believes_the_past(self: claims.Hearing, claim: Claim, now: float, words: Alive | Left | None = None) -> list[Claim]:
+def believes_the_past(self: claims.ClaimProcessing, claim: Claim, now: float, words: Alive | Left | None = None) -> list[Claim]:
     member = self.members.get(claim.node)
     if member is None or claim.node == self.me or not isinstance(claim, Suspect) or claim.incarnation >= member.incarnation:
         return _hear(self, claim, now, words)
@@ -85,12 +85,12 @@ def planted(target: object, name: str, value: object) -> Mutation:
 
 
 _live = fingerprint.Fingerprint.live
-_hear = claims.Hearing.hear
+_hear = claims.ClaimProcessing.hear
 FAULTS: list[tuple[str, str, type[RuleBasedStateMachine], Mutation]] = [
     ("M1", "accusations go as high as anybody says", HostileMesh, planted(claims, "within_words", as_it_is_said)),
-    ("M1", "signatures are not looked at", HostileMesh, planted(claims.Words, "hold", lambda *_: True)),
-    ("M2", "a stale suspicion is believed", HostileMesh, planted(claims.Hearing, "hear", believes_the_past)),
-    ("M3", "nobody refutes", HostileMesh, planted(claims.Hearing, "_hear_of_myself", deaf)),
+    ("M1", "signatures are not looked at", HostileMesh, planted(claim_verifier.ClaimVerifier, "hold", lambda *_: True)),
+    ("M2", "a stale suspicion is believed", HostileMesh, planted(claims.ClaimProcessing, "hear", believes_the_past)),
+    ("M3", "nobody refutes", HostileMesh, planted(claims.ClaimProcessing, "_hear_of_myself", deaf)),
     ("M4: ended", "a failed probe accuses nobody", HostileMesh, planted(swim.Swim, "_probe_failed", lambda *_: None)),
     ("M4: .* ended,", "suspicions never end", HostileMesh, planted(suspicion.Suspicion, "deadline", property(lambda self: 1e9))),
     ("M[35]", "nothing is told or compared afterwards", HostileMesh, silenced),
@@ -101,8 +101,13 @@ FAULTS: list[tuple[str, str, type[RuleBasedStateMachine], Mutation]] = [
         planted(fingerprint.Fingerprint, "live", keeps_to_the_first),
     ),
     ("M6", "a verdict overrides a goodbye", HostileMesh, swapped),
-    ("M7", "hearsay kills", HostileMesh, planted(claims.Hearing, "_hear_of_death", believes)),
-    ("M7: no host", "an end of a link is proof enough", HostileMesh, planted(evidence.Evidence, "open_case", convicts_at_once)),
+    ("M7", "hearsay kills", HostileMesh, planted(claims.ClaimProcessing, "_hear_of_death", believes)),
+    (
+        "M7: no host",
+        "an end of a link is proof enough",
+        HostileMesh,
+        planted(evidence.RefusalDetection, "open_case", convicts_at_once),
+    ),
     ("M8: a datagram", "claims beyond the frame", HostileNode, planted(claims, "claim_budget_bytes", lambda bare: 1600)),
     ("M8: .* members", "the table has no bound", HostileNode, planted(members.Members, "__len__", lambda self: 2)),
     ("M9: .* quiet", "rumours are told for ever", HostileMesh, planted(claims, "transmit_limit", lambda *_: 10**9)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from membership.core.config import MembershipConfig
 from membership.core.dissemination import transmit_limit
-from membership.core.effects import MemberForgotten, Send
+from membership.core.effects import MemberForgotten, SendDatagram
 from mesh.view import PeerState
 from mesh.wire.gossip import Ping, Suspect
 from tests.membership.pieces import CONFIG, address_of, alive, gossip, messages, node_among, only, peer_id, run_to, state
@@ -15,10 +15,10 @@ HOUR_S = 3600.0
 def test_eager_copies_do_not_count_against_those_that_a_rumour_is_told() -> None:
     core = node_among(6)
     accusation = Suspect(peer_id(2), 1, 0, peer_id(1))
-    eager = only(Send, core.receive(address_of(1), gossip(1, accusation), 0.0))
+    eager = only(SendDatagram, core.receive(address_of(1), gossip(1, accusation), 0.0))
     told_at_once = [send for send in eager if accusation in send.message.claims]
     assert len(told_at_once) == CONFIG.eager_peers
-    later = only(Send, run_to(core, 1.5))
+    later = only(SendDatagram, run_to(core, 1.5))
     told_later = sum(any(claim.node == peer_id(2) and isinstance(claim, Suspect) for claim in s.message.claims) for s in later)
     assert told_later >= transmit_limit(CONFIG.transmit_multiplier, 7)
 

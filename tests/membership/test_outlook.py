@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from membership.core.effects import Cut, Effect, Froze, MemberChanged
+from membership.core.effects import Effect, LossBatch, MemberChanged, ViewFrozen
 from membership.core.outlook import FROZEN_SETTLE_S, PATIENCE_S, RESIGNED_S, SETTLE_S, SETTLED_S
 from mesh.view import PeerState
 from mesh.wire.gossip import REFUSED, Dead, Suspect
@@ -46,7 +46,7 @@ def test_a_rack_lost_within_a_while_is_one_cut() -> None:
         stage.set(number, DEAD, 100 + 0.1 * step)
         assert not stage.core.outlook.settled
     assert stage.wait(100.3) == []
-    assert stage.wait(101) == [Cut((peer_id(1), peer_id(3), peer_id(7)))]
+    assert stage.wait(101) == [LossBatch((peer_id(1), peer_id(3), peer_id(7)))]
     assert stage.core.outlook.settled and stage.core.outlook.cuts == 1
 
 
@@ -57,10 +57,10 @@ def test_a_cut_waits_for_open_suspicions_but_not_for_ever() -> None:
     stage.set(1, DEAD, 101)
     assert stage.wait(103) == []
     stage.set(2, DEAD, 103)
-    assert stage.wait(103 + SETTLE_S) == [Cut((peer_id(1), peer_id(2)))]
+    assert stage.wait(103 + SETTLE_S) == [LossBatch((peer_id(1), peer_id(2)))]
     stage.set(3, SUSPECT, 110)
     stage.set(4, DEAD, 110)
-    assert stage.wait(110 + PATIENCE_S) == [Cut((peer_id(4),))]
+    assert stage.wait(110 + PATIENCE_S) == [LossBatch((peer_id(4),))]
 
 
 def test_a_cut_in_a_frozen_view_waits_for_the_slow_probes_of_one_that_doubts_itself() -> None:
@@ -72,7 +72,7 @@ def test_a_cut_in_a_frozen_view_waits_for_the_slow_probes_of_one_that_doubts_its
         stage.set(number, DEAD, at)
     assert stage.wait(104 + PATIENCE_S / 2) == []
     stage.set(4, DEAD, 104 + PATIENCE_S / 2)
-    assert stage.wait(104 + PATIENCE_S / 2 + FROZEN_SETTLE_S) == [Cut(tuple(peer_id(n) for n in (1, 2, 3, 4)))]
+    assert stage.wait(104 + PATIENCE_S / 2 + FROZEN_SETTLE_S) == [LossBatch(tuple(peer_id(n) for n in (1, 2, 3, 4)))]
 
 
 def test_who_comes_back_meanwhile_is_in_no_cut_and_who_said_goodbye_did_not_get_lost() -> None:
@@ -83,24 +83,24 @@ def test_who_comes_back_meanwhile_is_in_no_cut_and_who_said_goodbye_did_not_get_
     stage.set(2, DEAD, 102)
     stage.set(3, PeerState.LEFT, 102)
     stage.set(4, ALIVE, 102, restarted=True)
-    assert stage.wait(103) == [Cut((peer_id(2), peer_id(4)), (peer_id(3),))]
+    assert stage.wait(103) == [LossBatch((peer_id(2), peer_id(4)), (peer_id(3),))]
 
 
 def test_the_view_freezes_while_more_than_a_third_of_it_is_silent_and_thaws_when_enough_are_back() -> None:
     stage = Stage(8)  # nine with this node
     for number in (1, 2, 3):
         assert stage.set(number, SUSPECT, 100) == [], "a third is not more than a third"
-    assert stage.set(4, DEAD, 100) == [Froze(True)]
+    assert stage.set(4, DEAD, 100) == [ViewFrozen(True)]
     assert stage.set(5, DEAD, 100) == [], "told once"
     assert stage.set(1, ALIVE, 101) == []
-    assert stage.set(2, ALIVE, 101) == [Froze(False)]
+    assert stage.set(2, ALIVE, 101) == [ViewFrozen(False)]
 
 
 def test_one_silent_node_freezes_no_mesh_however_small() -> None:
     stage = Stage(1)
     assert stage.set(1, SUSPECT, 100) == stage.set(1, DEAD, 103) == []
     stage = Stage(2)
-    assert stage.set(1, DEAD, 100) == [] and stage.set(2, DEAD, 100) == [Froze(True)]
+    assert stage.set(1, DEAD, 100) == [] and stage.set(2, DEAD, 100) == [ViewFrozen(True)]
 
 
 def test_those_whose_hosts_say_that_they_are_dead_are_not_missing() -> None:
@@ -109,27 +109,27 @@ def test_those_whose_hosts_say_that_they_are_dead_are_not_missing() -> None:
         stage.core.swim.members[peer_id(number)].cause = REFUSED
         assert stage.set(number, DEAD, 100) == []
     assert stage.core.outlook.stable_count == 2
-    assert only(Cut, stage.wait(101)) == [Cut(tuple(peer_id(number) for number in range(1, 8)))]
+    assert only(LossBatch, stage.wait(101)) == [LossBatch(tuple(peer_id(number) for number in range(1, 8)))]
 
 
 def test_losses_one_after_another_do_not_freeze_and_those_at_once_thaw_when_nothing_more_happens_for_long() -> None:
     stage = Stage(9)
     for step, number in enumerate(range(1, 8)):
-        assert only(Froze, stage.set(number, DEAD, 100 + 3 * step)) == []
+        assert only(ViewFrozen, stage.set(number, DEAD, 100 + 3 * step)) == []
         stage.wait(100 + 3 * step + SETTLED_S)
     stage = Stage(9)
     for number in range(1, 8):
         stage.set(number, DEAD, 100)
     assert stage.core.outlook.frozen
-    assert only(Froze, stage.wait(100 + RESIGNED_S - 0.1)) == []
-    assert only(Froze, stage.wait(100 + RESIGNED_S)) == [Froze(False)]
+    assert only(ViewFrozen, stage.wait(100 + RESIGNED_S - 0.1)) == []
+    assert only(ViewFrozen, stage.wait(100 + RESIGNED_S)) == [ViewFrozen(False)]
     assert stage.core.outlook.deadline == math.inf
 
 
 def test_those_who_leave_are_no_reason_to_freeze_nor_are_those_who_never_belonged() -> None:
     stage = Stage(9)
     for number in range(1, 8):
-        assert only(Froze, stage.set(number, PeerState.LEFT, 100)) == []
+        assert only(ViewFrozen, stage.set(number, PeerState.LEFT, 100)) == []
     core = node_among(3)
     for number in range(4, 20):  # newcomers who die before the view ever settles
         core.receive(address_of(number), gossip(number, alive(number)), 0.1)
@@ -141,8 +141,8 @@ def test_the_core_follows_its_members_by_itself() -> None:
     core = node_among(3)
     run_to(core, 4.0, answers=True)
     told = core.receive(address_of(1), gossip(1, Dead(peer_id(2), 1, 0, peer_id(1), REFUSED), left(peer_id(3), 1, 0)), 5.0)
-    assert only(Cut, told) == []
-    assert only(Cut, run_to(core, 6.0, answers=True)) == [Cut((peer_id(2),), (peer_id(3),))]
+    assert only(LossBatch, told) == []
+    assert only(LossBatch, run_to(core, 6.0, answers=True)) == [LossBatch((peer_id(2),), (peer_id(3),))]
     core.leave(7.0)
     assert core.deadline == math.inf
 
@@ -154,7 +154,7 @@ def test_a_core_sees_itself_cut_off() -> None:
     for number in (1, 2, 3):
         accusation = Suspect(peer_id(number), 1, 0, peer_id(4))
         told += core.receive(address_of(4), gossip(4, accusation), 5.0)
-    assert only(Froze, told) == [Froze(True)] and core.outlook.frozen
+    assert only(ViewFrozen, told) == [ViewFrozen(True)] and core.outlook.frozen
     assert ME not in core.outlook._doubted
 
 
@@ -180,7 +180,7 @@ def test_counted_by_steps_it_is_as_counted_anew(steps: list[tuple[int, PeerState
                 fallen.discard(node)
         roster -= {member.node for member in members if member.state is PeerState.LEFT}
         now += wait_s
-        for cut in only(Cut, stage.wait(now)):
+        for cut in only(LossBatch, stage.wait(now)):
             told += [*cut.lost, *cut.left]
             assert set(cut.lost) | set(cut.left) <= fallen
             fallen -= {*cut.lost, *cut.left}

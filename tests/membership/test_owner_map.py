@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from membership.facts.facts import FactsBook
 from membership.facts.fingerprint import Fingerprint
-from membership.facts.owner_map import TOLERATED, TOMBSTONES_KEPT, Outcome, OwnerMap
+from membership.facts.owner_map import TOLERATED, TOMBSTONES_KEPT, DeltaOutcome, OwnerMap
 from mesh.errors import LocalError
 from mesh.ids import ModelId, NodeId
 from mesh.view import Facts, Loading, ModelCard, Readiness, Span
-from mesh.wire.facts_map import DOCUMENT_DEPTH, ShownFacts, keys_of
+from mesh.wire.facts_map import DOCUMENT_DEPTH, DecodedFacts, keys_of
 from mesh.wire.sync import MAX_OWNER_BYTES, FactsDelta, FactsEntry, Sync, encode, entry_bytes
 
 OWNER = NodeId("a" * 16)
@@ -27,7 +27,7 @@ def written(*states: dict[str, bytes]) -> OwnerMap:
     return owner
 
 
-def take(copy: OwnerMap, owner: OwnerMap, budget_bytes: int = PLENTY_BYTES) -> Outcome | None:
+def take(copy: OwnerMap, owner: OwnerMap, budget_bytes: int = PLENTY_BYTES) -> DeltaOutcome | None:
     delta = owner.delta(copy.known, budget_bytes)
     return copy.apply(delta)[0] if delta is not None else None
 
@@ -39,7 +39,7 @@ def test_a_small_change_of_a_large_map_is_a_small_delta() -> None:
     owner.write(state | {"key-77": b"new"})
     delta = owner.delta(copy.known, PLENTY_BYTES)
     assert delta is not None and [entry.key for entry in delta.entries] == ["key-77"]
-    assert copy.apply(delta) == (Outcome.NEWS, {"key-77": b"new"})
+    assert copy.apply(delta) == (DeltaOutcome.NEWS, {"key-77": b"new"})
     assert copy.live() == owner.live()
 
 
@@ -47,7 +47,7 @@ def test_a_delta_that_is_cut_off_goes_on_where_it_ended() -> None:
     owner, copy = written({f"key-{n}": b"v" * 100 for n in range(50)}), OwnerMap(OWNER, 1)
     versions = []
     while copy.version < owner.version:
-        assert take(copy, owner, 1000) is Outcome.NEWS
+        assert take(copy, owner, 1000) is DeltaOutcome.NEWS
         versions.append(copy.version)
     assert len(versions) > 5 and copy.live() == owner.live()
 
@@ -58,7 +58,7 @@ def test_a_delta_with_a_gap_before_it_changes_nothing() -> None:
     owner.write({"a": b"1", "b": b"2"})
     owner.write({"a": b"1", "b": b"2", "c": b"3"})
     late = owner.delta((1, 2), PLENTY_BYTES)
-    assert late is not None and copy.apply(late) == (Outcome.GAP, {})
+    assert late is not None and copy.apply(late) == (DeltaOutcome.GAP, {})
     assert copy.live() == {"a": b"1"}
 
 
@@ -66,7 +66,7 @@ def test_a_deleted_key_is_deleted_in_copies_and_its_tombstone_goes_one_day() -> 
     owner, copy = written({"a": b"1", "b": b"2"}), OwnerMap(OWNER, 1)
     take(copy, owner)
     owner.write({"b": b"2"})
-    assert take(copy, owner) is Outcome.NEWS and copy.live() == {"b": b"2"} and copy.tombstones == 1
+    assert take(copy, owner) is DeltaOutcome.NEWS and copy.live() == {"b": b"2"} and copy.tombstones == 1
     for number in range(2 * TOMBSTONES_KEPT):
         owner.write({"b": b"2", f"short-lived-{number}": b""})
     assert owner.tombstones <= TOMBSTONES_KEPT and owner.collected > 0
@@ -82,7 +82,7 @@ def test_a_copy_older_than_the_collected_deletions_starts_over_and_keeps_no_ghos
     delta = owner.delta(copy.known, PLENTY_BYTES)
     assert delta is not None and delta.since == 0
     outcome, changes = copy.apply(delta)
-    assert outcome is Outcome.NEWS and changes["ghost"] is None and copy.live() == owner.live()
+    assert outcome is DeltaOutcome.NEWS and changes["ghost"] is None and copy.live() == owner.live()
 
 
 def test_what_starts_over_comes_in_one_piece_as_far_as_deletions_were_collected_or_not_at_all() -> None:
@@ -97,13 +97,13 @@ def test_what_starts_over_comes_in_one_piece_as_far_as_deletions_were_collected_
 def test_what_was_said_of_an_owner_beyond_its_own_words_is_outbid_everywhere() -> None:
     owner, copy = written({"a": b"1", "b": b"2"}), OwnerMap(OWNER, 1)
     forged = FactsDelta(OWNER, 1, 0, 90, 0, (FactsEntry("a", 89, b"lie"), FactsEntry("z", 90, b"lie")))
-    assert copy.apply(forged)[0] is Outcome.NEWS and owner.differs(forged)
+    assert copy.apply(forged)[0] is DeltaOutcome.NEWS and owner.differs(forged)
     owner.outbid(forged.upto)
-    assert take(copy, owner) is Outcome.NEWS and copy.live() == {"a": b"1", "b": b"2"}
+    assert take(copy, owner) is DeltaOutcome.NEWS and copy.live() == {"a": b"1", "b": b"2"}
     empty, liar = OwnerMap(OWNER, 1), OwnerMap(OWNER, 1)
     liar.apply(forged)
     empty.outbid(forged.upto)
-    assert take(liar, empty) is Outcome.NEWS and liar.live() == {}
+    assert take(liar, empty) is DeltaOutcome.NEWS and liar.live() == {}
 
 
 def test_an_owners_own_words_do_not_differ_from_it_however_old() -> None:
@@ -129,7 +129,7 @@ def test_an_owners_own_words_do_not_differ_from_it_however_old() -> None:
 )
 def test_a_delta_that_no_honest_teller_makes_is_refused(delta: FactsDelta) -> None:
     copy = OwnerMap(OWNER, 1)
-    assert copy.apply(delta) == (Outcome.REFUSED, {}) and copy.known == (1, 0)
+    assert copy.apply(delta) == (DeltaOutcome.REFUSED, {}) and copy.known == (1, 0)
 
 
 def test_an_owner_may_not_write_more_than_copies_take() -> None:
@@ -156,7 +156,7 @@ def test_a_push_repeats_a_little_of_what_came_before_it() -> None:
         before = owner.version
         owner.write(owner.live() | {"key-5": str(number).encode(), f"new-{number}": b""})
     push = owner.news(before, 500, PLENTY_BYTES)
-    assert push is not None and len(push.entries) < 30 and copy.apply(push)[0] is Outcome.NEWS
+    assert push is not None and len(push.entries) < 30 and copy.apply(push)[0] is DeltaOutcome.NEWS
     assert copy.live() == owner.live()
 
 
@@ -231,7 +231,7 @@ facts = st.builds(
 @settings(max_examples=50)
 @given(st.lists(facts, min_size=1, max_size=3))
 def test_facts_become_keys_and_come_back_the_same_through_any_changes(told: list[Facts]) -> None:
-    owner, shown = OwnerMap(OWNER, 1), ShownFacts()
+    owner, shown = OwnerMap(OWNER, 1), DecodedFacts()
     for each in told:
         assert shown.update(owner.write(keys_of(each))) == 0
         assert shown.facts == each

@@ -8,7 +8,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from membership.core.roster import Roster, some_of
+from membership.core.roster import MemberIds, some_of
 from tests.membership.pieces import peer_id
 
 NUMBERS = st.integers(0, 30)
@@ -16,7 +16,7 @@ NUMBERS = st.integers(0, 30)
 
 @given(st.sets(NUMBERS), st.lists(st.tuples(st.booleans(), NUMBERS), max_size=40))
 def test_a_roster_is_an_ascending_list_of_what_came_and_did_not_go(first: set[int], steps: list[tuple[bool, int]]) -> None:
-    roster, there = Roster(peer_id(n) for n in first), set(first)
+    roster, there = MemberIds(peer_id(n) for n in first), set(first)
     for comes, number in steps:
         before = roster.ids
         kept = roster
@@ -28,7 +28,7 @@ def test_a_roster_is_an_ascending_list_of_what_came_and_did_not_go(first: set[in
 
 
 def test_all_who_learn_the_same_hold_the_same_list() -> None:
-    base = Roster(peer_id(n) for n in range(5))
+    base = MemberIds(peer_id(n) for n in range(5))
     one, other = base.lacking(peer_id(3)), base.lacking(peer_id(3))
     assert one is other
     assert one.having(peer_id(3)) is base and base.having(peer_id(3)) is base and one.lacking(peer_id(3)) is one
@@ -40,14 +40,14 @@ def test_those_who_follow_are_the_next_round_the_ring_and_never_oneself(ids: set
     ring = sorted(ids)
     at = ring.index(me)
     expected = (ring[at + 1 :] + ring[:at])[:count]
-    assert Roster(peer_id(n) for n in ids).after(peer_id(me), count) == [peer_id(n) for n in expected]
+    assert MemberIds(peer_id(n) for n in ids).after(peer_id(me), count) == [peer_id(n) for n in expected]
 
 
 @given(st.sets(NUMBERS), st.integers(0, 12), st.lists(NUMBERS, max_size=4), st.integers(0, 1000))
 def test_some_are_different_ones_of_the_list_and_as_many_as_there_are(
     ids: set[int], count: int, without: list[int], seed: int
 ) -> None:
-    halves = [Roster(peer_id(n) for n in ids if n % 2 == half) for half in (0, 1)]
+    halves = [MemberIds(peer_id(n) for n in ids if n % 2 == half) for half in (0, 1)]
     drawn = some_of(halves, count, Random(seed), tuple(peer_id(n) for n in without))
     left = ids - set(without)
     assert len(drawn) == len(set(drawn)) == min(count, len(left))
@@ -55,7 +55,7 @@ def test_some_are_different_ones_of_the_list_and_as_many_as_there_are(
 
 
 def test_everybody_is_drawn_as_often_as_anybody_else() -> None:
-    rosters, rng, draws = [Roster(peer_id(n) for n in part) for part in (range(7), range(7, 20))], Random(7), 20_000
+    rosters, rng, draws = [MemberIds(peer_id(n) for n in part) for part in (range(7), range(7, 20))], Random(7), 20_000
     drawn = Counter(node for _ in range(draws) for node in some_of(rosters, 3, rng, (peer_id(0),)))
     expected = 3 * draws / 19
     spread = sum((drawn[peer_id(n)] - expected) ** 2 / expected for n in range(1, 20))

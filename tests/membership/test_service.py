@@ -13,7 +13,7 @@ import trio
 import trio.testing
 
 from membership.core.config import MembershipConfig
-from membership.shell.events import Cut, JoinFailed, MemberEvent
+from membership.shell.events import JoinFailed, LossBatch, MemberEvent
 from membership.shell.service import Membership
 from membership.simulation.signer import StandInSigner
 from mesh.errors import BadRequest, LocalError, PeerLost
@@ -183,7 +183,7 @@ async def test_nodes_lost_together_are_one_cut_and_while_most_are_missing_the_vi
         members = await mesh.grow(6)
         watched = members[0].membership
         await trio.sleep(5)
-        cuts: list[tuple[Cut, set[PeerState]]] = []
+        cuts: list[tuple[LossBatch, set[PeerState]]] = []
         watched.on_cut = lambda cut: cuts.append((cut, {watched.view.peers[node].state for node in cut.lost}))
         lost = [running.membership.me for running in members[2:]]
         version = watched.view.version
@@ -196,7 +196,7 @@ async def test_nodes_lost_together_are_one_cut_and_while_most_are_missing_the_vi
             while states(members[0]).count("dead") < 4:
                 version = (await watched.changed(version)).version
             await watched.settled()
-        assert cuts == [(Cut(tuple(sorted(lost))), {PeerState.DEAD})]
+        assert cuts == [(LossBatch(tuple(sorted(lost))), {PeerState.DEAD})]
         with trio.fail_after(65):
             while watched.view.frozen:
                 version = (await watched.changed(version)).version

@@ -6,7 +6,7 @@ import math
 
 from membership.core.config import MembershipConfig
 from membership.core.core import MembershipCore
-from membership.core.effects import Exchange, FactsChanged, Measured, MemberChanged, MemberForgotten, Push, Renewed
+from membership.core.effects import EpochRenewed, FactsChanged, LoadMeasured, MemberChanged, MemberForgotten, PushFacts, StartSync
 from mesh.view import Facts, Load, PeerState
 from mesh.wire.gossip import Ack, Dead, Gossip, Ping, PingReq, Sender, Suspect
 from mesh.wire.sync import Synced
@@ -99,7 +99,7 @@ def test_a_direct_ack_measures_the_round_trip_and_brings_the_load() -> None:
     [(_, ping)] = messages(effects, Ping)
     sent_at = core.swim._probes.under_way[ping.seq].sent_at
     by = Sender(peer_id(1), 1, 0, 0, Load(running=3), 40)
-    [measured] = only(Measured, core.receive(address_of(1), Ack(by, ping.seq), sent_at + 0.004))
+    [measured] = only(LoadMeasured, core.receive(address_of(1), Ack(by, ping.seq), sent_at + 0.004))
     assert measured.load == Load(running=3)
     assert math.isclose(measured.load_at, sent_at + 0.004 - 0.04)
     assert measured.rtt_s is not None and math.isclose(measured.rtt_s, 0.004, abs_tol=1e-9)
@@ -147,7 +147,7 @@ def test_a_later_run_of_this_node_makes_it_count_as_a_still_later_one() -> None:
     core = node_among(3)
     core.publish(Facts(http="x"), 0.5)
     effects = core.receive(address_of(1), gossip(1, alive(0, epoch=7)), 1.0)
-    assert only(Renewed, effects) == [Renewed(8)]
+    assert only(EpochRenewed, effects) == [EpochRenewed(8)]
     assert FactsChanged(ME) in effects
     me = core.peer(ME)
     assert me is not None and (me.epoch, me.facts.http) == (8, "x")
@@ -156,7 +156,7 @@ def test_a_later_run_of_this_node_makes_it_count_as_a_still_later_one() -> None:
 
 def test_a_claim_about_us_that_nothing_could_refute_is_ignored() -> None:
     core = node_among(1)
-    assert only(Renewed, core.receive(address_of(1), gossip(1, alive(0, epoch=2**48)), 1.0)) == []
+    assert only(EpochRenewed, core.receive(address_of(1), gossip(1, alive(0, epoch=2**48)), 1.0)) == []
     assert core.swim.myself.epoch == 1
 
 
@@ -277,15 +277,15 @@ def test_what_is_heard_on_waking_gets_no_extra_time() -> None:
 
 def test_an_unknown_or_newer_speaker_and_a_foreign_fingerprint_ask_for_an_exchange_but_not_too_often() -> None:
     core = node_among(2)
-    assert only(Exchange, core.receive(address_of(7), gossip(7), 10.0)) == [Exchange(address_of(7))]
-    assert only(Exchange, core.receive(address_of(7), gossip(7), 10.1)) == []
-    assert only(Exchange, core.receive(address_of(7), gossip(7), 10.6)) == [Exchange(address_of(7))]
+    assert only(StartSync, core.receive(address_of(7), gossip(7), 10.0)) == [StartSync(address_of(7))]
+    assert only(StartSync, core.receive(address_of(7), gossip(7), 10.1)) == []
+    assert only(StartSync, core.receive(address_of(7), gossip(7), 10.6)) == [StartSync(address_of(7))]
     newer = Gossip(sender(1, incarnation=3))
-    assert only(Exchange, core.receive(address_of(1), newer, 11.0)) == [Exchange(address_of(1))]
+    assert only(StartSync, core.receive(address_of(1), newer, 11.0)) == [StartSync(address_of(1))]
     foreign = Gossip(sender(2, fingerprint=1))
-    assert only(Exchange, core.receive(address_of(2), foreign, 12.0)) == [Exchange(address_of(2))]
+    assert only(StartSync, core.receive(address_of(2), foreign, 12.0)) == [StartSync(address_of(2))]
     equal = Gossip(sender(2, fingerprint=core.fingerprint))
-    assert only(Exchange, core.receive(address_of(2), equal, 20.0)) == []
+    assert only(StartSync, core.receive(address_of(2), equal, 20.0)) == []
 
 
 def test_dead_addresses_and_absent_seeds_are_dialled_now_and_then() -> None:
@@ -296,7 +296,7 @@ def test_dead_addresses_and_absent_seeds_are_dialled_now_and_then() -> None:
     effects = run_to(core, 60.0)
     dialled = {to for to, ping in messages(effects, Ping)}
     assert dialled == {address_of(1), address_of(2)}, "both are dead by now"
-    assert Exchange(("10.1.1.1", 1)) in effects
+    assert StartSync(("10.1.1.1", 1)) in effects
     assert len(messages(effects, Ping)) <= 54 / (0.75 * CONFIG.redial_period_s) + 1
 
 
@@ -310,7 +310,7 @@ def test_in_a_large_mesh_some_dial_the_dead_for_all_but_each_its_own_absent_seed
     periods = 500
     effects = run_to(core, 9.0 + periods * CONFIG.redial_period_s, answers=True)
     dead = [ping for to, ping in messages(effects, Ping) if to == address_of(1)]
-    seed = [exchange for exchange in only(Exchange, effects) if exchange.to == ("10.8.8.8", 9)]
+    seed = [exchange for exchange in only(StartSync, effects) if exchange.to == ("10.8.8.8", 9)]
     assert 2 <= len(dead) <= 40, "of 400 nodes 17 in each period, so this one about 21 times in 500, half of them a seed"
     assert len(seed) > 0.9 * periods - len(dead)
 
@@ -339,7 +339,7 @@ def test_one_who_left_says_goodbye_and_is_silent_for_good() -> None:
     }
     assert core.deadline == math.inf
     assert core.receive(address_of(1), Ping(sender(1), 1, ME), 2.0) == core.tick(9.0) == core.lost(peer_id(1), 9.0) == []
-    assert only(Push, core.leave(3.0)) == []
+    assert only(PushFacts, core.leave(3.0)) == []
 
 
 def test_own_words_that_come_back_are_no_news() -> None:
@@ -379,5 +379,5 @@ def test_a_seed_given_by_host_name_is_not_dialled_while_the_node_met_there_lives
     core = node_among(1)
     core.swim.remember_seed(("seed.example", 1))
     core.learn(("seed.example", 1), Synced(peer_id(1)), 0.0)
-    assert only(Exchange, run_to(core, 60.0, answers=True)) == []
-    assert Exchange(("seed.example", 1)) in run_to(core, 180.0), "it died, so the name may stand for another now"
+    assert only(StartSync, run_to(core, 60.0, answers=True)) == []
+    assert StartSync(("seed.example", 1)) in run_to(core, 180.0), "it died, so the name may stand for another now"

@@ -93,7 +93,7 @@ def test_segments_do_not_break_an_exact_replay() -> None:
     assert kept.dropped_records == 0
     found = replayed(kept)
     assert found.exact and found.inputs == found.agreed
-    assert sum(isinstance(record.input, trace_format.Checkpoint) for record in read(kept.dump())) >= 1
+    assert sum(isinstance(record.input, trace_format.CheckpointInput) for record in read(kept.dump())) >= 1
 
 
 def test_a_checkpoint_changes_no_answer_of_the_replay_when_not_everything_fits_into_one() -> None:
@@ -108,7 +108,7 @@ def test_a_checkpoint_changes_no_answer_of_the_replay_when_not_everything_fits_i
     for step in range(3):
         synced, _ = core.answer(newcomer.me, newcomer.ask(), 2.0 + step)
         assert synced.more
-    assert sum(isinstance(record.input, trace_format.Checkpoint) for record in read(kept.dump())) == 1
+    assert sum(isinstance(record.input, trace_format.CheckpointInput) for record in read(kept.dump())) == 1
     found = replayed(kept)
     assert found.exact and found.inputs == found.agreed, found.differs_at
 

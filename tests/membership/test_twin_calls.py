@@ -17,7 +17,7 @@ from mesh.errors import BadRequest
 from mesh.ids import NodeId
 from mesh.keys.signing import Signer
 from mesh.view import PeerState
-from mesh.wire.twin import TWIN_KIND, WHERE_KIND, Run
+from mesh.wire.twin import TWIN_KIND, WHERE_KIND, ProcessRun
 from tests.membership.test_service import a_mesh, arrivals_take_no_time, until_state
 
 __all__ = ["arrivals_take_no_time"]  # a fixture for all tests here
@@ -45,8 +45,8 @@ async def test_a_copy_that_joined_another_way_is_displaced_and_the_mesh_keeps_th
         await until_state(seed, running.membership.me, PeerState.ALIVE)
         await trio.sleep(5)
         copy = await mesh.start(2, epoch=2)
-        by: list[Run] = []
-        seen: list[Run] = []
+        by: list[ProcessRun] = []
+        seen: list[ProcessRun] = []
         copy.membership.twins.on_displaced = by.append
         running.membership.twins.on_seen = seen.append
         await copy.membership.join([seed.address])

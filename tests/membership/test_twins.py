@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from membership.core.effects import Displaced, FindTwin, MemberChanged, Renewed, TwinSeen
+from membership.core.effects import EpochRenewed, FindTwin, MemberChanged, ProcessDisplaced, TwinSeen
 from membership.core.twins import ASK_AGAIN_S, ASKING_S, Twins
 from mesh.ids import Address
 from mesh.view import PeerState
 from mesh.wire.gossip import Alive, Dead, Suspect
 from mesh.wire.sync import Sync
-from mesh.wire.twin import ANSWERER, ASKER, Answer, Run
+from mesh.wire.twin import ANSWERER, ASKER, ProcessRun, TwinAnswer
 from tests.membership.pieces import ME, address_of, alive, gossip, member_record, node_among, only, peer_id, signed
 
 HERE, THERE = ("10.0.0.1", 7000), ("10.0.0.2", 7000)
@@ -23,8 +23,8 @@ def twins_at(place: Address, began: float) -> Twins:
     return Twins(Alive(ME, 1, 0, "n", *place), began)
 
 
-def run_at(place: Address, age_s: float) -> Run:
-    return Run(*place, "n", age_s)
+def run_at(place: Address, age_s: float) -> ProcessRun:
+    return ProcessRun(*place, "n", age_s)
 
 
 @given(
@@ -50,7 +50,7 @@ def test_of_two_twins_exactly_one_stops_whoever_asks_first_and_however_long_answ
         answer, _ = both[answerer].asked(question, now + delay)
         now += 2 * delay
         effects = both[asker].found(places[answerer], answer, now)
-        if only(Displaced, effects):
+        if only(ProcessDisplaced, effects):
             stopped.add(asker)
     assert len(stopped) == 1
     if abs(began_one - began_other) > 1.5:
@@ -77,16 +77,18 @@ def test_a_process_that_answers_itself_by_another_way_is_no_twin() -> None:
 
 def test_the_older_goes_on_and_speaks_up_against_the_younger() -> None:
     older = twins_at(THERE, 0.0)
-    assert older.found(HERE, Answer(run_at(HERE, 3.0), ANSWERER), 100.0) == [TwinSeen(run_at(HERE, 3.0))]
+    assert older.found(HERE, TwinAnswer(run_at(HERE, 3.0), ANSWERER), 100.0) == [TwinSeen(run_at(HERE, 3.0))]
     assert older.hear(HERE, 101.0) == (True, [])
-    assert older.found(HERE, Answer(run_at(HERE, 3.0), ASKER), 102.0)[-1] == Displaced(run_at(HERE, 3.0)), "as its judge says"
+    assert older.found(HERE, TwinAnswer(run_at(HERE, 3.0), ASKER), 102.0)[-1] == ProcessDisplaced(run_at(HERE, 3.0)), (
+        "as its judge says"
+    )
 
 
 def test_many_places_are_kept_within_bounds() -> None:
     twins = twins_at(HERE, 0.0)
     for port in range(1, 200):
         twins.hear(("10.0.0.9", port), 1.0)
-        twins.found(("10.0.0.9", port), Answer(run_at(("10.0.0.9", port), 0.5), ""), 1.0)
+        twins.found(("10.0.0.9", port), TwinAnswer(run_at(("10.0.0.9", port), 0.5), ""), 1.0)
     sizes = (twins._asked_at, twins._nobody_at, twins._yields_at, twins._verdicts)
     assert all(len(kept) <= 16 for kept in sizes)
 
@@ -100,9 +102,9 @@ def test_words_of_another_process_are_held_until_it_is_known_whether_it_lives() 
     core = node_among(3)
     words = elsewhere(7)
     effects = core.receive(address_of(1), gossip(1, words), 1.0)
-    assert only(FindTwin, effects) == [FindTwin(words.address)] and not only(Renewed, effects)
+    assert only(FindTwin, effects) == [FindTwin(words.address)] and not only(EpochRenewed, effects)
     effects = core.twin_found(words.address, None, 1.1)
-    assert only(Renewed, effects) == [Renewed(8)], "its count had been lost"
+    assert only(EpochRenewed, effects) == [EpochRenewed(8)], "its count had been lost"
     assert only(MemberChanged, effects) and core.swim.statistics(2.0).conflicts_total >= 1
 
 
@@ -110,9 +112,9 @@ def test_a_displaced_process_falls_silent_without_a_goodbye() -> None:
     core = node_among(3)
     words = elsewhere(7)
     core.receive(address_of(1), gossip(1, words), 1.0)
-    older = Run("10.0.0.77", words.port, "older", 500.0)
-    effects = core.twin_found(words.address, Answer(older, ASKER), 1.1)
-    assert effects == [TwinSeen(older), Displaced(older)]
+    older = ProcessRun("10.0.0.77", words.port, "older", 500.0)
+    effects = core.twin_found(words.address, TwinAnswer(older, ASKER), 1.1)
+    assert effects == [TwinSeen(older), ProcessDisplaced(older)]
     assert core.tick(5.0) == [] and core.receive(address_of(1), gossip(1, alive(1, incarnation=3)), 5.0) == []
     assert core.twin_asked(older, 6.0)[1] == []
 

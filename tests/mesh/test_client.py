@@ -11,7 +11,7 @@ import pytest
 
 from mesh import AsyncClient, Client
 from mesh.client.answers import text_of
-from mesh.client.api import Document, citations
+from mesh.client.api import DocumentFile, citations
 from mesh.client.client import read_documents
 from mesh.client.flow import NoNodeAnswers
 from mesh.errors import BadRequest, PeerLost, RemoteError
@@ -151,7 +151,7 @@ def test_documents_are_added_once_replaced_when_changed_and_skipped_when_unreada
 
 def test_a_store_of_several_pages_is_listed_and_emptied_by_name() -> None:
     with fake_mesh(1) as mesh, Client([mesh.url(0)]) as client:
-        client.docs.add_documents([Document(f"{number}.md", str(number).encode()) for number in range(5)], "s")
+        client.docs.add_documents([DocumentFile(f"{number}.md", str(number).encode()) for number in range(5)], "s")
         assert len(client.docs.list("s")) == 5
         assert len(client.docs.remove("s", ["0.md", "3.md"])) == 2
         assert [row["filename"] for row in client.docs.list("s")] == ["1.md", "2.md", "4.md"]

@@ -8,21 +8,21 @@ from typing import Any
 
 import pytest
 
-from mesh.client.event_stream import Progress
+from mesh.client.event_stream import AnswerProgress
 from mesh.client.flow import (
-    Answer,
-    Broken,
-    Budget,
-    Caller,
+    ClientCore,
+    ConnectionFailed,
     Effect,
-    Emit,
     Flow,
-    Nodes,
+    HttpResponse,
+    KnownNodes,
     NoNodeAnswers,
-    Pause,
-    Read,
-    Send,
-    Tries,
+    ReadBody,
+    RetryBudget,
+    RetrySchedule,
+    SendRequest,
+    Sleep,
+    YieldChunk,
     error_of,
     retry_after_s,
 )
@@ -31,17 +31,17 @@ from mesh.errors import BadRequest, DeadlineExceeded, PeerLost, Refused, RemoteE
 A, B, C = "http://a:1", "http://b:1", "http://c:1"
 
 
-def answer(node: str, status: int = 200, body: Any = None, **headers: str) -> Answer:
-    return Answer(
+def answer(node: str, status: int = 200, body: Any = None, **headers: str) -> HttpResponse:
+    return HttpResponse(
         node, status, {name.replace("_", "-"): value for name, value in headers.items()}, json.dumps(body or {}).encode()
     )
 
 
-def caller(*urls: str, budget: Budget = Budget(), learned: bool = True, answered: bool = True) -> Caller:  # noqa: B008
-    nodes = Nodes(urls, lambda: 0.5)
+def caller(*urls: str, budget: RetryBudget = RetryBudget(), learned: bool = True, answered: bool = True) -> ClientCore:  # noqa: B008
+    nodes = KnownNodes(urls, lambda: 0.5)
     nodes.learned, nodes.answered = learned, answered
     keys = iter(f"key-{number}" for number in range(100))
-    return Caller(nodes, "secret", budget, lambda: 0.5, lambda: next(keys))
+    return ClientCore(nodes, "secret", budget, lambda: 0.5, lambda: next(keys))
 
 
 def play(flow: Flow[Any], respond: Callable[[Effect], Any], limit: int = 200) -> tuple[list[Effect], Any]:
@@ -58,13 +58,13 @@ def play(flow: Flow[Any], respond: Callable[[Effect], Any], limit: int = 200) ->
 
 
 def scripted(*outcomes: Any) -> Callable[[Effect], Any]:
-    """The outcomes of `Send` and `Read` in turn; the other effects have none."""
+    """The outcomes of `SendRequest` and `ReadBody` in turn; the other effects have none."""
     left = iter(outcomes)
-    return lambda effect: next(left) if isinstance(effect, Send | Read) else None
+    return lambda effect: next(left) if isinstance(effect, SendRequest | ReadBody) else None
 
 
 def sent(effects: list[Effect]) -> list[tuple[str, str]]:
-    return [(effect.node, effect.path) for effect in effects if isinstance(effect, Send)]
+    return [(effect.node, effect.path) for effect in effects if isinstance(effect, SendRequest)]
 
 
 def event(seq: int, text: str) -> bytes:
@@ -72,8 +72,8 @@ def event(seq: int, text: str) -> bytes:
     return f"data: {json.dumps(chunk)}\n\n".encode()
 
 
-def streaming(subject: Caller) -> tuple[Flow[None], Progress, Tries]:
-    progress, tries = Progress(), Tries(subject.nodes, subject.budget, subject.draw)
+def streaming(subject: ClientCore) -> tuple[Flow[None], AnswerProgress, RetrySchedule]:
+    progress, tries = AnswerProgress(), RetrySchedule(subject.nodes, subject.budget, subject.draw)
     return subject.stream("/v1/chat/completions", b"{}", progress, tries), progress, tries
 
 
@@ -87,7 +87,7 @@ def test_the_first_call_learns_the_other_nodes() -> None:
 
 def test_a_broken_call_goes_to_the_next_node_at_once() -> None:
     subject = caller(A, B)
-    effects, reply = play(subject.call("POST", "/x", b"{}"), scripted(Broken("refused"), answer(B)))
+    effects, reply = play(subject.call("POST", "/x", b"{}"), scripted(ConnectionFailed("refused"), answer(B)))
     assert sent(effects) == [(A, "/x"), (B, "/x")]
     assert reply.node == B
     assert subject.nodes.order() == [B, A]
@@ -95,30 +95,30 @@ def test_a_broken_call_goes_to_the_next_node_at_once() -> None:
 
 def test_a_retried_post_keeps_its_idempotency_key_and_the_next_call_has_another() -> None:
     subject = caller(A, B)
-    effects, _ = play(subject.call("POST", "/x", b"{}"), scripted(Broken("refused"), answer(B)))
+    effects, _ = play(subject.call("POST", "/x", b"{}"), scripted(ConnectionFailed("refused"), answer(B)))
     more, _ = play(subject.call("POST", "/x", b"{}"), scripted(answer(B), answer(B)))
-    keys = [effect.headers.get("idempotency-key") for effect in (*effects, *more) if isinstance(effect, Send)]
+    keys = [effect.headers.get("idempotency-key") for effect in (*effects, *more) if isinstance(effect, SendRequest)]
     assert keys == ["key-0", "key-0", None, "key-1"]  # the third asks for the status, since a node was lost
-    assert all(effect.headers["authorization"] == "Bearer secret" for effect in effects if isinstance(effect, Send))
+    assert all(effect.headers["authorization"] == "Bearer secret" for effect in effects if isinstance(effect, SendRequest))
 
 
 def test_a_wrong_address_is_not_retried() -> None:
     flow = caller(A, learned=False, answered=False).call("GET", "/x")
     with pytest.raises(NoNodeAnswers, match=r"no node answers \(http://a:1: connection refused\); start one with `mesh up`"):
-        play(flow, lambda effect: Broken("connection refused"))
+        play(flow, lambda effect: ConnectionFailed("connection refused"))
 
 
 def test_nodes_that_answered_before_are_asked_again_until_the_budget_is_spent() -> None:
     waited: list[float] = []
 
     def respond(effect: Effect) -> Any:
-        if isinstance(effect, Pause):
+        if isinstance(effect, Sleep):
             waited.append(effect.seconds)
             return None
-        return Broken("connection refused")
+        return ConnectionFailed("connection refused")
 
     with pytest.raises(NoNodeAnswers):
-        play(caller(A, B, budget=Budget(retries=5, waiting_s=30)).call("GET", "/x"), respond)
+        play(caller(A, B, budget=RetryBudget(retries=5, waiting_s=30)).call("GET", "/x"), respond)
     assert waited == [0.1, 0.2]  # after each round over both nodes, doubling
 
 
@@ -126,8 +126,11 @@ def test_the_time_a_call_may_wait_is_bounded_too() -> None:
     respond = scripted(*[answer(A, 503, retry_after="20")] * 9)
     effects: list[Effect] = []
     with pytest.raises(Refused):
-        play(caller(A, budget=Budget(retries=100, waiting_s=30)).call("GET", "/x"), lambda e: (effects.append(e), respond(e))[1])
-    assert [effect.seconds for effect in effects if isinstance(effect, Pause)] == [20.0]
+        play(
+            caller(A, budget=RetryBudget(retries=100, waiting_s=30)).call("GET", "/x"),
+            lambda e: (effects.append(e), respond(e))[1],
+        )
+    assert [effect.seconds for effect in effects if isinstance(effect, Sleep)] == [20.0]
 
 
 def test_a_full_node_sends_the_call_to_the_next_one_without_a_pause() -> None:
@@ -139,13 +142,13 @@ def test_a_full_node_sends_the_call_to_the_next_one_without_a_pause() -> None:
 def test_when_all_nodes_are_full_the_shortest_wait_is_honoured() -> None:
     outcomes = (answer(A, 503, retry_after="7"), answer(B, 503, retry_after="9", retry_after_ms="2500"), answer(A))
     effects, _ = play(caller(A, B).call("GET", "/x"), scripted(*outcomes))
-    assert [effect.seconds for effect in effects if isinstance(effect, Pause)] == [2.5]
+    assert [effect.seconds for effect in effects if isinstance(effect, Sleep)] == [2.5]
 
 
 def test_a_quota_is_waited_for_since_it_holds_on_every_node() -> None:
     effects, _ = play(caller(A, B).call("GET", "/x"), scripted(answer(A, 429, retry_after="3"), answer(A)))
-    assert [type(effect) for effect in effects] == [Send, Pause, Send]
-    assert effects[1] == Pause(3.0)
+    assert [type(effect) for effect in effects] == [SendRequest, Sleep, SendRequest]
+    assert effects[1] == Sleep(3.0)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +168,7 @@ def test_an_error_keeps_its_field_and_code() -> None:
 
 
 def test_an_error_that_is_not_json_still_says_who_answered_what() -> None:
-    assert "http://a:1 answered 418" in str(error_of(Answer(A, 418, {}, b"<html>")))
+    assert "http://a:1 answered 418" in str(error_of(HttpResponse(A, 418, {}, b"<html>")))
 
 
 @pytest.mark.parametrize(
@@ -184,12 +187,12 @@ def test_retry_after_in_milliseconds_comes_first(headers: dict[str, str], second
 @pytest.mark.parametrize("url", ["", "host:80", "ftp://host", "http://", "http://host:port", "http://h:99999", "http://h/path"])
 def test_a_url_of_another_form_is_refused(url: str) -> None:
     with pytest.raises(BadRequest, match="expected a node's URL"):
-        Nodes([url], lambda: 0.0)
+        KnownNodes([url], lambda: 0.0)
 
 
 def test_calls_spread_over_the_live_nodes_and_come_to_failed_ones_last() -> None:
     drawn = iter([0.0, 0.99, 0.99])
-    nodes = Nodes([A, B, C], lambda: next(drawn), spread=True)
+    nodes = KnownNodes([A, B, C], lambda: next(drawn), spread=True)
     assert nodes.order() == [A, B, C]
     assert nodes.order() == [C, A, B]
     nodes.failed(A)
@@ -199,12 +202,12 @@ def test_calls_spread_over_the_live_nodes_and_come_to_failed_ones_last() -> None
 def test_a_stream_ends_with_done() -> None:
     flow, progress, _ = streaming(caller(A))
     effects, _ = play(flow, scripted(answer(A, x_mesh_stream="chatcmpl-1"), event(1, "a") + event(2, "b") + b"data: [DONE]\n\n"))
-    assert [effect.chunk["mesh"]["seq"] for effect in effects if isinstance(effect, Emit)] == [1, 2]
+    assert [effect.chunk["mesh"]["seq"] for effect in effects if isinstance(effect, YieldChunk)] == [1, 2]
     assert (progress.stream, progress.seq, progress.resumes) == ("chatcmpl-1", 2, 0)
 
 
-@pytest.mark.parametrize("end", [b"", Broken("the connection broke off")])
-def test_a_stream_that_ends_without_done_goes_on_elsewhere_from_where_it_was(end: bytes | Broken) -> None:
+@pytest.mark.parametrize("end", [b"", ConnectionFailed("the connection broke off")])
+def test_a_stream_that_ends_without_done_goes_on_elsewhere_from_where_it_was(end: bytes | ConnectionFailed) -> None:
     flow, progress, tries = streaming(caller(A, B))
     outcomes = (
         *(answer(A, x_mesh_stream="chatcmpl-1"), event(1, "a"), end),
@@ -212,14 +215,14 @@ def test_a_stream_that_ends_without_done_goes_on_elsewhere_from_where_it_was(end
     )
     effects, _ = play(flow, scripted(*outcomes))
     assert sent(effects) == [(A, "/v1/chat/completions"), (B, "/v1/streams/chatcmpl-1?starting_after=1")]
-    assert [effect.chunk["choices"][0]["token_ids"] for effect in effects if isinstance(effect, Emit)] == [[1], [2]]
+    assert [effect.chunk["choices"][0]["token_ids"] for effect in effects if isinstance(effect, YieldChunk)] == [[1], [2]]
     assert (progress.resumes, tries.retries) == (1, 1)
 
 
 def test_a_stream_whose_id_never_came_is_asked_for_again_under_the_same_key() -> None:
     flow, _, _ = streaming(caller(A, B))
-    effects, _ = play(flow, scripted(Broken("no answer in time"), answer(B), event(1, "a") + b"data: [DONE]\n\n"))
-    posts = [effect for effect in effects if isinstance(effect, Send)]
+    effects, _ = play(flow, scripted(ConnectionFailed("no answer in time"), answer(B), event(1, "a") + b"data: [DONE]\n\n"))
+    posts = [effect for effect in effects if isinstance(effect, SendRequest)]
     assert [post.node for post in posts] == [A, B]
     assert posts[0].headers["idempotency-key"] == posts[1].headers["idempotency-key"]
 
@@ -258,17 +261,17 @@ def test_an_error_event_is_final() -> None:
 
 
 def test_the_budget_of_a_stream_begins_anew_with_each_token_that_came() -> None:
-    subject = caller(A, budget=Budget(retries=2, waiting_s=30))
+    subject = caller(A, budget=RetryBudget(retries=2, waiting_s=30))
     flow, progress, tries = streaming(subject)
     # Each connection gives one token and breaks: nine breaks with a budget of two retries.
     gave = False
 
     def one_each(effect: Effect) -> Any:
         nonlocal gave
-        if isinstance(effect, Send):
+        if isinstance(effect, SendRequest):
             gave = False
             return answer(A, x_mesh_stream="chatcmpl-1")
-        if isinstance(effect, Read):
+        if isinstance(effect, ReadBody):
             if progress.seq == 9:
                 return b"data: [DONE]\n\n"
             if gave:
@@ -282,10 +285,16 @@ def test_the_budget_of_a_stream_begins_anew_with_each_token_that_came() -> None:
 
 
 def test_a_stream_that_gets_no_further_gives_up() -> None:
-    flow, _, _ = streaming(caller(A, budget=Budget(retries=3, waiting_s=30)))
+    flow, _, _ = streaming(caller(A, budget=RetryBudget(retries=3, waiting_s=30)))
 
     def respond(effect: Effect) -> Any:
-        return answer(A, x_mesh_stream="chatcmpl-1") if isinstance(effect, Send) else b"" if isinstance(effect, Read) else None
+        return (
+            answer(A, x_mesh_stream="chatcmpl-1")
+            if isinstance(effect, SendRequest)
+            else b""
+            if isinstance(effect, ReadBody)
+            else None
+        )
 
     with pytest.raises(NoNodeAnswers, match="ended without"):
         play(flow, respond)
@@ -303,7 +312,12 @@ def test_a_stream_that_no_node_can_go_on_with_ends_with_a_reason_that_a_person_u
     status: int, body: Any, told: str
 ) -> None:
     flow, progress, _ = streaming(caller(A, B))
-    outcomes = [answer(A, x_mesh_stream="chatcmpl-1"), event(1, "w"), Broken("connection reset"), answer(B, status, body)]
+    outcomes = [
+        answer(A, x_mesh_stream="chatcmpl-1"),
+        event(1, "w"),
+        ConnectionFailed("connection reset"),
+        answer(B, status, body),
+    ]
     with pytest.raises(PeerLost, match=told) as lost:
         play(flow, scripted(*outcomes))
     assert progress.seq == 1 and "after 1 tokens" in str(lost.value) and "ask again" in str(lost.value)

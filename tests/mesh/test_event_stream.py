@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.client import event_stream
-from mesh.client.event_stream import EventDecoder, Progress
+from mesh.client.event_stream import AnswerProgress, EventDecoder
 from mesh.errors import RemoteError
 
 WIRE = ': ping\ndata: {"a": 1}\n\ndata:two\ndata: lines\r\n\r\nevent: x\nid: 3\ndata: ü\n\n'.encode()
@@ -45,7 +45,7 @@ def test_bytes_that_are_not_text_are_refused() -> None:
 
 
 def test_an_undisturbed_answer_is_all_new() -> None:
-    progress = Progress()
+    progress = AnswerProgress()
     assert progress.accept(chunk(0, role="assistant"))
     assert progress.accept(chunk(1, 7, content="a"))
     assert progress.accept(chunk(3, 8, 9, content="bc"))
@@ -55,7 +55,7 @@ def test_an_undisturbed_answer_is_all_new() -> None:
 
 
 def test_what_a_resumed_stream_says_again_is_not_new() -> None:
-    progress = Progress()
+    progress = AnswerProgress()
     ending = {"id": "chatcmpl-1", "choices": [], "usage": {"completion_tokens": 1}, "mesh": {"seq": 1, "path": []}}
     told = [chunk(0, role="assistant"), chunk(1, 7, content="a"), chunk(1, finish="stop"), ending]
     assert [progress.accept(each) for each in told] == [True] * 4
@@ -63,28 +63,28 @@ def test_what_a_resumed_stream_says_again_is_not_new() -> None:
 
 
 def test_a_token_that_came_twice_is_counted_and_left_out() -> None:
-    progress = Progress()
+    progress = AnswerProgress()
     progress.accept(chunk(1, 7, content="a"))
     assert not progress.accept(chunk(1, 7, content="a"))
     assert (progress.duplicate_tokens, progress.missing_tokens) == (1, 0)
 
 
 def test_a_chunk_with_more_tokens_than_seq_says_repeats_some() -> None:
-    progress = Progress()
+    progress = AnswerProgress()
     progress.accept(chunk(2, 7, 8, content="ab"))
     progress.accept(chunk(3, 8, 9, content="bc"))
     assert (progress.duplicate_tokens, progress.missing_tokens) == (1, 0)
 
 
 def test_a_gap_is_counted_as_missing() -> None:
-    progress = Progress()
+    progress = AnswerProgress()
     progress.accept(chunk(1, 7, content="a"))
     assert progress.accept(chunk(4, 9, content="c"))
     assert (progress.duplicate_tokens, progress.missing_tokens) == (0, 2)
 
 
 def test_chunks_that_do_not_list_their_tokens_count_nothing() -> None:
-    progress = Progress()
+    progress = AnswerProgress()
     progress.accept(chunk(5, content="abc"))
     assert (progress.seq, progress.missing_tokens, progress.duplicate_tokens) == (5, 0, 0)
 
@@ -92,7 +92,7 @@ def test_chunks_that_do_not_list_their_tokens_count_nothing() -> None:
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=10), st.data())
 def test_an_answer_resumed_anywhere_is_whole_whatever_the_grouping(groups: list[int], data: st.DataObject) -> None:
     total = sum(groups)
-    progress = Progress()
+    progress = AnswerProgress()
     got: list[int] = []
 
     def told(after: int, sizes: list[int]) -> list[dict[str, Any]]:

@@ -23,10 +23,10 @@ from mesh.wire.gossip import (
     Ack,
     Alive,
     BadDatagram,
+    ConnectCheck,
+    ConnectChecked,
     Dead,
     Gossip,
-    Knock,
-    Knocked,
     Left,
     Message,
     Nack,
@@ -63,8 +63,8 @@ messages = st.one_of(
     st.builds(PingReq, senders, u32s, ids, claim_lists),
     st.builds(Nack, senders, u32s, claim_lists),
     st.builds(Gossip, senders, claim_lists),
-    st.builds(Knock, senders, u32s, ids, claim_lists),
-    st.builds(Knocked, senders, u32s, st.booleans(), claim_lists),
+    st.builds(ConnectCheck, senders, u32s, ids, claim_lists),
+    st.builds(ConnectChecked, senders, u32s, st.booleans(), claim_lists),
 )
 
 
@@ -111,7 +111,7 @@ def test_every_message_ends_where_it_should() -> None:
         Ping(SENDER, 7, B),
         Ack(SENDER, 7),
         Gossip(SENDER),
-        Knocked(SENDER, 7, True),
+        ConnectChecked(SENDER, 7, True),
         Nack(SENDER, 7, (Left(B, 1, 2),)),
     ):
         raw = encode(message)

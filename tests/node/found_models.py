@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from mesh.ids import ModelId
 from node.entry.prompts import FindModel
-from node.serving.models import Models, ServedModel
+from node.serving.models import ServedModel, ServedModels
 
 
-def finder(models: Models) -> FindModel:
+def finder(models: ServedModels) -> FindModel:
     async def find(model: ModelId | None) -> ServedModel:
         return models.get(model)
 

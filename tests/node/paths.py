@@ -27,7 +27,7 @@ from node.entry.entry import Entry
 from node.entry.planning import Planning
 from node.entry.prompts import Prompt
 from node.entry.run import EntryNode
-from node.losses import Losses
+from node.losses import LossHandling
 from node.requests import GenerateRequest, SamplingParams
 from node.serving.stages import Stages
 
@@ -159,7 +159,7 @@ class SmallNode:
     engine: CountingEngine
     entry: Entry
     stages: Stages
-    losses: Losses
+    losses: LossHandling
     spans: tuple[tuple[int, int], ...]
     scope: trio.CancelScope
     state: PeerState = PeerState.DEAD  # until it runs
@@ -209,7 +209,7 @@ class SmallMesh:
         entry_node = EntryNode(me, address, links.call, links.post, lambda node: self.looked_at(node))
         entry = Entry(entry_node, CountingPrompts(), planning, 60.0, Random(1))  # type: ignore[arg-type]
         stages = engine.stages = Stages(address, engine, links.post, entry)  # type: ignore[arg-type]
-        losses = Losses(self.view, entry, stages, planning, lambda node, proven=False: None)
+        losses = LossHandling(self.view, entry, stages, planning, lambda node, proven=False: None)
         links.add(stages.handlers, stages.receivers)
         self.nodes[name] = SmallNode(me, links, engine, entry, stages, losses, spans, trio.CancelScope())
         await self._nursery.start(self._run, self.nodes[name], listener)

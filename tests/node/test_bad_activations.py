@@ -8,7 +8,7 @@ import trio
 from mesh.links.refusals import BAD_ACTIVATIONS
 from mesh.view import PeerState
 from node.engine.api import SequenceKey
-from node.ops.doctor import PROBLEM, Look, diagnosis
+from node.ops.doctor import PROBLEM, Observations, diagnosis
 from tests.node.paths import SmallMesh, a_request, small_mesh
 from tests.node.test_paths import EXPECTED, at_rest, run, tokens
 
@@ -74,6 +74,8 @@ async def test_the_doctor_names_the_peer() -> None:
         sender = paths_of(mesh)[0][0]
         view = mesh.view()
         assert view.peers[sender].state is PeerState.ALIVE  # type: ignore[index]
-        look = Look(view, node.stages.refusals.recent(trio.current_time()), {}, {}, None, [], keyless=False, key_saved=True)
+        look = Observations(
+            view, node.stages.refusals.recent(trio.current_time()), {}, {}, None, [], keyless=False, key_saved=True
+        )
         [finding] = [each for each in diagnosis(look) if BAD_ACTIVATIONS in each.what]
         assert finding.severity == PROBLEM and sender in finding.what and "memory" in finding.do

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from node.text.detokenize import MOST_UNSETTLED_TOKENS, TextEnd, TextState, TextStep
+from node.text.detokenize import MAX_UNSETTLED_TOKENS, TextEnd, TextState, TextStep
 
 END = 999
 """A special token: it has no text."""
@@ -223,7 +223,7 @@ def test_the_cost_is_linear_even_where_no_token_ends_a_character() -> None:
             TextState(vocabulary.decode, stop=("xy",)).feed([index % len(pieces) for index in range(count)])
             costs.append(vocabulary.tokens_decoded)
         assert costs[1] <= 2.3 * costs[0]
-        assert costs[0] <= 400 * (MOST_UNSETTLED_TOKENS * 2)
+        assert costs[0] <= 400 * (MAX_UNSETTLED_TOKENS * 2)
 
 
 TEXT = "The €5 note, naïve café — 日本語 の 文章 and 😀😀👩‍👩‍👧 emoji\n\n  indented\tcode: x = [1, 2];  "

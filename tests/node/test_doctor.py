@@ -12,7 +12,7 @@ from mesh.keys.seal import SealFault
 from mesh.links.refusals import FOREIGN_WORD, Refusal
 from mesh.view import Facts, Loading, ModelCard, Peer, PeerState, Readiness, Span, View
 from node.host.uncompiled import BY_NAME, COSTS, NO_COMPILER
-from node.ops.doctor import NOTE, PROBLEM, Finding, Look, diagnosis
+from node.ops.doctor import NOTE, PROBLEM, Finding, Observations, diagnosis
 from rag.types import StoreInfo
 
 MODEL = ModelId("tiny")
@@ -30,14 +30,14 @@ def view(*peers: Peer) -> View:
     return View(ME, MappingProxyType({one.id: one for one in (peer(0), *peers)}))
 
 
-WELL = Look(view(peer(1), peer(2)), skews_s={peer(1).id: 0.1, peer(2).id: -0.3}, free_bytes=1 << 40)
+WELL = Observations(view(peer(1), peer(2)), skews_s={peer(1).id: 0.1, peer(2).id: -0.3}, free_bytes=1 << 40)
 
 
-def found(look: Look) -> list[Finding]:
+def found(look: Observations) -> list[Finding]:
     return diagnosis(look)
 
 
-def only(look: Look) -> Finding:
+def only(look: Observations) -> Finding:
     (finding,) = found(look)
     return finding
 

@@ -10,27 +10,27 @@ from hypothesis import strategies as st
 
 from mesh.errors import BadRequest, DeadlineExceeded, NoPath, Refused
 from mesh.ids import ModelId, NodeId
-from node.entry.generation import Generation, Phase
+from node.entry.generation import Generation, GenerationPhase
 from node.entry.generation_events import (
     Cancelled,
     ClosePath,
-    Doubt,
-    Emit,
+    DoubtPeers,
+    EmitToken,
     Fail,
     Finish,
+    NoPathFound,
     Opened,
     OpenPath,
     OpenRefused,
+    PathPlanned,
     PeerBack,
     PeerGone,
     PeerSuspect,
-    Plan,
-    Planned,
+    PlanPath,
     StageAt,
     StageLost,
     StopFound,
     TokenDrawn,
-    Unplannable,
 )
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
@@ -40,8 +40,8 @@ OTHER = (StageAt(A, ("h", 1), 0, 3), StageAt(C, ("h", 3), 3, 6))
 
 def running(path=PATH, prompt_tokens=10):
     generation = Generation(prompt_tokens=prompt_tokens, deadline_at=100.0, rng=Random(0))
-    assert generation.start(0.0) == [Plan(1, frozenset())]
-    assert generation.receive(Planned(1, path), 0.0) == [OpenPath(1, path, ())]
+    assert generation.start(0.0) == [PlanPath(1, frozenset())]
+    assert generation.receive(PathPlanned(1, path), 0.0) == [OpenPath(1, path, ())]
     assert generation.receive(Opened(1), 0.0) == []
     return generation
 
@@ -49,9 +49,9 @@ def running(path=PATH, prompt_tokens=10):
 def test_tokens_reach_the_client_in_order_and_the_last_one_ends_it():
     generation = running()
 
-    assert generation.receive(TokenDrawn(1, 10, 7), 1.0) == [Emit(10, 7)]
+    assert generation.receive(TokenDrawn(1, 10, 7), 1.0) == [EmitToken(10, 7)]
     assert generation.receive(TokenDrawn(1, 11, 8, finish="length"), 1.0) == [
-        Emit(11, 8, "length"),
+        EmitToken(11, 8, "length"),
         ClosePath(1, PATH),
         Finish("length"),
     ]
@@ -62,17 +62,17 @@ def test_a_lost_stage_means_a_new_path_that_avoids_it_and_replays_what_was_said(
     generation = running()
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
 
-    assert generation.receive(StageLost(1, B, "link broke"), 1.0) == [ClosePath(1, PATH, B), Plan(2, frozenset({B}))]
-    assert generation.receive(Planned(2, OTHER), 1.0) == [OpenPath(2, OTHER, (7,))]
-    assert generation.receive(TokenDrawn(2, 11, 9), 2.0) == [Emit(11, 9)]
+    assert generation.receive(StageLost(1, B, "link broke"), 1.0) == [ClosePath(1, PATH, B), PlanPath(2, frozenset({B}))]
+    assert generation.receive(PathPlanned(2, OTHER), 1.0) == [OpenPath(2, OTHER, (7,))]
+    assert generation.receive(TokenDrawn(2, 11, 9), 2.0) == [EmitToken(11, 9)]
 
 
 def test_what_an_older_attempt_still_sends_changes_nothing():
     generation = running()
     generation.receive(StageLost(1, B, "link broke"), 1.0)
-    generation.receive(Planned(2, OTHER), 1.0)
+    generation.receive(PathPlanned(2, OTHER), 1.0)
 
-    for late in (TokenDrawn(1, 10, 7), StageLost(1, A, "late"), Opened(1), OpenRefused(1, A, 1.0), Planned(1, PATH)):
+    for late in (TokenDrawn(1, 10, 7), StageLost(1, A, "late"), Opened(1), OpenRefused(1, A, 1.0), PathPlanned(1, PATH)):
         assert generation.receive(late, 1.0) == []
     assert generation.tokens == []
 
@@ -82,37 +82,37 @@ def test_a_repeated_token_is_dropped_and_a_gap_loses_the_attempt():
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
 
     assert generation.receive(TokenDrawn(1, 10, 7), 1.0) == []
-    assert generation.receive(TokenDrawn(1, 12, 9), 1.0) == [ClosePath(1, PATH), Plan(2, frozenset())]
+    assert generation.receive(TokenDrawn(1, 12, 9), 1.0) == [ClosePath(1, PATH), PlanPath(2, frozenset())]
 
 
 def test_membership_s_verdict_counts_only_for_nodes_in_the_path_but_is_remembered():
     generation = running()
 
     assert generation.receive(PeerGone(C, "dead"), 1.0) == []
-    assert generation.receive(PeerGone(B, "dead"), 1.0) == [ClosePath(1, PATH, B), Plan(2, frozenset({B, C}))]
+    assert generation.receive(PeerGone(B, "dead"), 1.0) == [ClosePath(1, PATH, B), PlanPath(2, frozenset({B, C}))]
 
 
 def test_two_refusals_are_answered_by_other_paths_then_the_request_waits_at_the_entry():
     generation = Generation(prompt_tokens=10, deadline_at=100.0, rng=Random(0))
     generation.start(0.0)
     for attempt, full in ((1, A), (2, B)):
-        generation.receive(Planned(attempt, PATH), 0.0)
+        generation.receive(PathPlanned(attempt, PATH), 0.0)
         [plan] = generation.receive(OpenRefused(attempt, full, 0.1), 0.0)
-        assert isinstance(plan, Plan) and full in plan.exclude
-    generation.receive(Planned(3, OTHER), 0.0)
+        assert isinstance(plan, PlanPath) and full in plan.exclude
+    generation.receive(PathPlanned(3, OTHER), 0.0)
     assert generation.receive(OpenRefused(3, C, 0.1), 0.0) == []
-    assert generation.phase is Phase.WAITING and 0.05 <= generation.deadline <= 0.1
-    assert generation.tick(0.1) == [Plan(4, frozenset())]
+    assert generation.phase is GenerationPhase.WAITING and 0.05 <= generation.deadline <= 0.1
+    assert generation.tick(0.1) == [PlanPath(4, frozenset())]
 
 
 def test_a_request_that_can_never_fit_at_one_node_goes_to_another_and_fails_when_there_is_none():
     never = BadRequest("it needs 40 blocks, this node has 10", "max_tokens")
     generation = Generation(prompt_tokens=10, deadline_at=100.0, rng=Random(0))
     generation.start(0.0)
-    generation.receive(Planned(1, PATH), 0.0)
+    generation.receive(PathPlanned(1, PATH), 0.0)
 
-    assert generation.receive(OpenRefused(1, B, 0.0, never), 0.0) == [Plan(2, frozenset({B}))]
-    assert generation.receive(Unplannable(2, NoPath(ModelId("m"), ((3, 6),))), 0.0) == [Fail(never)]
+    assert generation.receive(OpenRefused(1, B, 0.0, never), 0.0) == [PlanPath(2, frozenset({B}))]
+    assert generation.receive(NoPathFound(2, NoPath(ModelId("m"), ((3, 6),))), 0.0) == [Fail(never)]
 
 
 def test_all_nodes_full_for_too_long_is_refused_with_when_to_retry():
@@ -120,8 +120,8 @@ def test_all_nodes_full_for_too_long_is_refused_with_when_to_retry():
     now, effects = 0.0, generation.start(0.0)
     while not generation.ended:
         for effect in effects:
-            if isinstance(effect, Plan):
-                effects = generation.receive(Planned(effect.attempt, PATH), now)
+            if isinstance(effect, PlanPath):
+                effects = generation.receive(PathPlanned(effect.attempt, PATH), now)
             elif isinstance(effect, OpenPath):
                 effects = generation.receive(OpenRefused(effect.attempt, B, 0.5), now)
         if not effects:
@@ -135,15 +135,15 @@ def test_no_path_at_the_beginning_fails_at_once_and_in_mid_answer_waits_for_one(
     no_path = NoPath(ModelId("m"), ((3, 6),))
     fresh = Generation(prompt_tokens=10, deadline_at=100.0, rng=Random(0))
     fresh.start(0.0)
-    assert fresh.receive(Unplannable(1, no_path), 0.0) == [Fail(no_path)]
+    assert fresh.receive(NoPathFound(1, no_path), 0.0) == [Fail(no_path)]
 
     generation = running()
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
     generation.receive(StageLost(1, B, "dead"), 1.0)
-    assert generation.receive(Unplannable(2, no_path), 1.0) == []
-    assert generation.tick(1.25) == [Plan(3, frozenset({B}))]
-    generation.receive(Planned(3, OTHER), 1.3)
-    assert generation.receive(TokenDrawn(3, 11, 9), 2.0) == [Emit(11, 9)]
+    assert generation.receive(NoPathFound(2, no_path), 1.0) == []
+    assert generation.tick(1.25) == [PlanPath(3, frozenset({B}))]
+    generation.receive(PathPlanned(3, OTHER), 1.3)
+    assert generation.receive(TokenDrawn(3, 11, 9), 2.0) == [EmitToken(11, 9)]
 
 
 def test_silence_loses_the_attempt_and_the_deadline_ends_the_request():
@@ -151,8 +151,8 @@ def test_silence_loses_the_attempt_and_the_deadline_ends_the_request():
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
     generation.tick(2.0)
     assert generation.deadline == 31.0
-    assert generation.tick(31.0) == [ClosePath(1, PATH), Plan(2, frozenset())]
-    generation.receive(Planned(2, OTHER), 31.0)
+    assert generation.tick(31.0) == [ClosePath(1, PATH), PlanPath(2, frozenset())]
+    generation.receive(PathPlanned(2, OTHER), 31.0)
     [close, fail] = generation.tick(100.0)
     assert close == ClosePath(2, OTHER) and isinstance(fail.error, DeadlineExceeded)
 
@@ -162,10 +162,10 @@ def test_a_silent_attempt_has_its_nodes_looked_at_once_for_each_silence():
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
 
     assert generation.deadline == 2.0
-    assert generation.tick(2.0) == [Doubt(frozenset({A, B}))]
+    assert generation.tick(2.0) == [DoubtPeers(frozenset({A, B}))]
     assert generation.deadline == 31.0
     generation.receive(TokenDrawn(1, 11, 7), 5.0)
-    assert generation.tick(6.0) == [Doubt(frozenset({A, B}))]
+    assert generation.tick(6.0) == [DoubtPeers(frozenset({A, B}))]
 
 
 def test_a_prefill_may_be_silent_for_as_long_as_it_may_take():
@@ -183,28 +183,28 @@ def test_a_silent_suspect_is_left_before_the_verdict(suspect_at):
     effects = []
     for at in sorted((suspect_at, 2.0)):
         effects += generation.tick(at) if at == 2.0 else generation.receive(PeerSuspect(B), at)
-    assert effects[-2:] == [ClosePath(1, PATH), Plan(2, frozenset())]
-    assert generation.receive(Planned(2, OTHER), 2.5) == [OpenPath(2, OTHER, (7,))]
+    assert effects[-2:] == [ClosePath(1, PATH), PlanPath(2, frozenset())]
+    assert generation.receive(PathPlanned(2, OTHER), 2.5) == [OpenPath(2, OTHER, (7,))]
 
 
 def test_a_suspect_that_does_not_even_open_is_left_too():
     generation = Generation(prompt_tokens=10, deadline_at=100.0, rng=Random(0))
     generation.start(0.0)
-    generation.receive(Planned(1, PATH), 0.0)
+    generation.receive(PathPlanned(1, PATH), 0.0)
 
-    assert generation.tick(1.0) == [Doubt(frozenset({A, B}))]
-    assert generation.receive(PeerSuspect(B), 1.4) == [ClosePath(1, PATH), Plan(2, frozenset())]
+    assert generation.tick(1.0) == [DoubtPeers(frozenset({A, B}))]
+    assert generation.receive(PeerSuspect(B), 1.4) == [ClosePath(1, PATH), PlanPath(2, frozenset())]
 
 
 def test_who_waits_for_room_suspects_nobody():
     generation = Generation(prompt_tokens=10, deadline_at=100.0, rng=Random(0))
     generation.start(0.0)
     for attempt, full in ((1, A), (2, B), (3, C)):
-        generation.receive(Planned(attempt, PATH), 0.0)
+        generation.receive(PathPlanned(attempt, PATH), 0.0)
         generation.receive(OpenRefused(attempt, full, 2.0), 0.0)
 
-    assert generation.phase is Phase.WAITING and generation.deadline >= 1.0
-    assert generation.tick(1.0) in ([], [Plan(4, frozenset())])
+    assert generation.phase is GenerationPhase.WAITING and generation.deadline >= 1.0
+    assert generation.tick(1.0) in ([], [PlanPath(4, frozenset())])
 
 
 def test_a_suspect_that_speaks_keeps_its_work_and_so_does_a_path_without_it():
@@ -213,7 +213,7 @@ def test_a_suspect_that_speaks_keeps_its_work_and_so_does_a_path_without_it():
     assert generation.receive(PeerSuspect(B), 1.5) == []
     generation.receive(TokenDrawn(1, 11, 7), 1.9)
     assert generation.receive(PeerBack(B), 2.0) == []
-    assert generation.tick(2.9) == [Doubt(frozenset({A, B}))]
+    assert generation.tick(2.9) == [DoubtPeers(frozenset({A, B}))]
     assert generation.receive(PeerSuspect(C), 3.0) == []
 
 
@@ -221,21 +221,21 @@ def test_suspicion_moves_an_attempt_once_and_not_again_before_it_has_brought_a_t
     generation = running()
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
     generation.tick(2.0)
-    assert generation.receive(PeerSuspect(B), 2.5) == [ClosePath(1, PATH), Plan(2, frozenset())]
-    generation.receive(Planned(2, PATH), 2.5)
+    assert generation.receive(PeerSuspect(B), 2.5) == [ClosePath(1, PATH), PlanPath(2, frozenset())]
+    generation.receive(PathPlanned(2, PATH), 2.5)
     generation.receive(Opened(2), 2.5)
     assert generation.tick(10.0) == []
     assert generation.receive(PeerSuspect(B), 10.0) == []
-    assert generation.receive(PeerGone(B, "dead"), 11.0) == [ClosePath(2, PATH, B), Plan(3, frozenset({B}))]
+    assert generation.receive(PeerGone(B, "dead"), 11.0) == [ClosePath(2, PATH, B), PlanPath(3, frozenset({B}))]
 
 
 def test_a_node_that_is_back_is_asked_at_once():
     generation = running()
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
     generation.receive(PeerGone(B, "dead"), 1.0)
-    generation.receive(Unplannable(2, NoPath(ModelId("m"), ((3, 6),))), 1.0)
+    generation.receive(NoPathFound(2, NoPath(ModelId("m"), ((3, 6),))), 1.0)
 
-    assert generation.receive(PeerBack(B), 1.1) == [Plan(3, frozenset())]
+    assert generation.receive(PeerBack(B), 1.1) == [PlanPath(3, frozenset())]
 
 
 def test_a_request_at_fault_fails_without_another_attempt():
@@ -252,7 +252,7 @@ def test_attempts_that_never_bring_a_token_come_to_an_end():
         effects = generation.receive(StageLost(attempt, None, "step failed"), 1.0)
         if generation.ended:
             break
-        generation.receive(Planned(attempt + 1, PATH), 1.0)
+        generation.receive(PathPlanned(attempt + 1, PATH), 1.0)
     assert attempt == 6 and isinstance(effects[-1].error, Refused)
 
 
@@ -261,16 +261,16 @@ def test_nodes_that_cannot_be_reached_are_waited_for_however_many_attempts_they_
     generation.receive(TokenDrawn(1, 10, 7), now)
     for _ in range(3):  # all nodes have died at once, and membership takes its time
         generation.receive(PeerGone(A, "closed by the peer"), now)
-        generation.receive(Planned(generation.attempt, OTHER), now)
+        generation.receive(PathPlanned(generation.attempt, OTHER), now)
         generation.receive(StageLost(generation.attempt, C, "connection refused", unreachable=True), now)
-        generation.receive(Planned(generation.attempt, OTHER), now)
+        generation.receive(PathPlanned(generation.attempt, OTHER), now)
         generation.receive(StageLost(generation.attempt, B, "connection refused", unreachable=True), now)
-        generation.receive(Unplannable(generation.attempt, NoPath(ModelId("m"), ((0, 6),))), now)
-        assert generation.phase is Phase.WAITING
+        generation.receive(NoPathFound(generation.attempt, NoPath(ModelId("m"), ((0, 6),))), now)
+        assert generation.phase is GenerationPhase.WAITING
         now += 4.0
         generation.tick(now)
-    generation.receive(Planned(generation.attempt, PATH), now)
-    assert generation.receive(TokenDrawn(generation.attempt, 11, 9), now) == [Emit(11, 9)]
+    generation.receive(PathPlanned(generation.attempt, PATH), now)
+    assert generation.receive(TokenDrawn(generation.attempt, 11, 9), now) == [EmitToken(11, 9)]
 
 
 def test_nodes_that_stay_unreachable_are_not_waited_for_for_ever():
@@ -278,28 +278,28 @@ def test_nodes_that_stay_unreachable_are_not_waited_for_for_ever():
     generation.receive(TokenDrawn(1, 10, 7), now)
     effects = generation.receive(PeerGone(A, "dead"), now)
     while not generation.ended and now < 60.0:
-        if generation.phase is Phase.PLANNING and generation._avoid:
-            effects = generation.receive(Unplannable(generation.attempt, NoPath(ModelId("m"), ((0, 6),))), now)
-        elif generation.phase is Phase.PLANNING:
-            generation.receive(Planned(generation.attempt, PATH), now)
+        if generation.phase is GenerationPhase.PLANNING and generation._avoid:
+            effects = generation.receive(NoPathFound(generation.attempt, NoPath(ModelId("m"), ((0, 6),))), now)
+        elif generation.phase is GenerationPhase.PLANNING:
+            generation.receive(PathPlanned(generation.attempt, PATH), now)
             effects = generation.receive(StageLost(generation.attempt, A, "refused", unreachable=True), now)
         else:
             now = generation.deadline
             effects = generation.tick(now)
-    assert generation.phase is Phase.FAILED and isinstance(effects[-1].error, NoPath) and 20.0 < now < 26.0
+    assert generation.phase is GenerationPhase.FAILED and isinstance(effects[-1].error, NoPath) and 20.0 < now < 26.0
 
 
 def test_cancel_and_stop_free_the_path():
     generation = running()
     assert generation.receive(Cancelled(), 1.0) == [ClosePath(1, PATH)]
-    assert generation.phase is Phase.CANCELLED
+    assert generation.phase is GenerationPhase.CANCELLED
 
     generation = running()
     assert generation.receive(StopFound(), 1.0) == [ClosePath(1, PATH), Finish("stop")]
 
 
 events = st.one_of(
-    st.builds(Planned, st.integers(1, 6), st.sampled_from([PATH, OTHER])),
+    st.builds(PathPlanned, st.integers(1, 6), st.sampled_from([PATH, OTHER])),
     st.builds(Opened, st.integers(1, 6)),
     st.builds(OpenRefused, st.integers(1, 6), st.sampled_from([A, B, C]), st.floats(0, 2)),
     st.builds(TokenDrawn, st.integers(1, 6), st.integers(8, 16), st.integers(0, 5), st.sampled_from([None, None, "stop"])),
@@ -307,7 +307,7 @@ events = st.one_of(
     st.builds(PeerGone, st.sampled_from([A, B, C]), st.just("dead")),
     st.builds(PeerSuspect, st.sampled_from([A, B, C])),
     st.builds(PeerBack, st.sampled_from([A, B, C])),
-    st.builds(Unplannable, st.integers(1, 6), st.just(NoPath(ModelId("m"), ()))),
+    st.builds(NoPathFound, st.integers(1, 6), st.just(NoPath(ModelId("m"), ()))),
 )
 
 
@@ -326,7 +326,7 @@ def test_whatever_happens_tokens_are_emitted_once_in_order_and_every_opened_path
     effects += generation.tick(1000.0)
 
     assert generation.ended
-    assert [e.position for e in effects if isinstance(e, Emit)] == list(range(10, 10 + len(generation.tokens)))
+    assert [e.position for e in effects if isinstance(e, EmitToken)] == list(range(10, 10 + len(generation.tokens)))
     closed = [e.attempt for e in effects if isinstance(e, ClosePath)]
     refused = {step.attempt for step in steps if isinstance(step, OpenRefused)}  # those left nothing open
     assert len(closed) == len(set(closed))

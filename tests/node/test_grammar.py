@@ -14,7 +14,7 @@ from mesh.ids import ModelId, StreamId
 from mesh.view import ModelCard
 from node.entry.prompts import Prompts
 from node.requests import GenerateRequest, Grammar, SamplingParams
-from node.serving.models import Models, ServedModel
+from node.serving.models import ServedModel, ServedModels
 from node.text.grammar import MAX_DEPTH, GrammarCheck, check_schema
 from tests.node.found_models import finder
 from tests.node.paths import CountingText
@@ -115,7 +115,7 @@ def prompts() -> Prompts:
         def encode(self, text: str) -> tuple[int, ...]:
             return tuple(text.encode())
 
-    models = Models()
+    models = ServedModels()
     models.add(ServedModel(ModelCard(ModelId("m"), 4, 100, "w", "n"), None, Text()))  # type: ignore[arg-type]
     return Prompts(finder(models), None)  # type: ignore[arg-type]
 

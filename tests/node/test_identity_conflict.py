@@ -8,21 +8,21 @@ from structlog.testing import capture_logs
 
 from mesh.ids import NodeId
 from mesh.view import Facts
-from mesh.wire.twin import Run
-from node.ops.identity_conflict import TOLD_FOR_S, IdentityInUse, TwinWatch
+from mesh.wire.twin import ProcessRun
+from node.ops.identity_conflict import TOLD_FOR_S, IdentityInUse, IdentityWatch
 from node.serving.own_facts import OwnFacts
 
 ME = NodeId("0123456789abcdef")
 
 
-def run_of(age_s: float = 3.0) -> Run:
-    return Run("10.0.0.9", 7946, "copy", age_s)
+def run_of(age_s: float = 3.0) -> ProcessRun:
+    return ProcessRun("10.0.0.9", 7946, "copy", age_s)
 
 
 def test_a_twin_is_told_while_it_was_seen_lately_and_logged_once() -> None:
     now = 0.0
     facts = OwnFacts(Facts(), lambda told: None)
-    watch = TwinWatch(ME, facts, lambda: now)
+    watch = IdentityWatch(ME, facts, lambda: now)
     with capture_logs() as logs:
         watch.seen(run_of())
         now = 500.0
@@ -38,7 +38,7 @@ def test_a_twin_is_told_while_it_was_seen_lately_and_logged_once() -> None:
 
 
 async def test_a_displaced_process_ends_with_the_place_of_the_other_and_the_way_out() -> None:
-    watch = TwinWatch(ME, OwnFacts(Facts(), lambda told: None))
+    watch = IdentityWatch(ME, OwnFacts(Facts(), lambda told: None))
     said = pytest.RaisesExc(IdentityInUse, match=rf"{ME} lives already: copy at 10.0.0.9:7946, for 3 min.* --new-identity")
     with pytest.RaisesGroup(said):
         async with trio.open_nursery() as nursery:

@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from mesh.ids import ModelId
 from mesh.view import Facts, Loading, ModelCard, Span
-from node.serving.load_state import FIRST_GUESS_S, LOG_EVERY_S, TELL_EVERY_S, LoadWatch, eta_s
+from node.serving.load_state import FIRST_GUESS_S, LOG_EVERY_S, TELL_EVERY_S, LoadState, eta_s
 from node.serving.own_facts import OwnFacts
 
 CARD = ModelCard(ModelId("toy"), 8, 64, "w", "n")
@@ -32,7 +32,7 @@ class Watched:
         self.facts.intend((FIRST, SECOND))
         self.engine: dict[Span, Share] = {}
         self.fetching: float | None = None
-        self.watch = LoadWatch(self.facts, lambda: self.engine, lambda model: self.fetching)
+        self.watch = LoadState(self.facts, lambda: self.engine, lambda model: self.fetching)
 
     def told_at(self, now: float) -> Loading | None:
         self.watch.look(now)

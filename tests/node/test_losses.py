@@ -9,13 +9,13 @@ from membership.shell.events import MemberEvent
 from mesh.ids import NodeId, StreamId
 from mesh.view import PeerState, Readiness
 from node.engine.api import TokenOut
-from node.entry.generation import Patience
+from node.entry.generation import RetryLimits
 from node.requests import ChoiceDone, TextDelta
 from tests.node.paths import a_request, small_mesh, token_at
 
 SPLIT = {"entry": (), "a": ((0, 4),), "b": ((2, 6),), "c": ((0, 2), (4, 6))}
 TOKENS = 40
-SILENCE_S = Patience().silence_s  # what is only noticed by silence takes as long
+SILENCE_S = RetryLimits().silence_s  # what is only noticed by silence takes as long
 EXPECTED = [token_at(position) for position in range(10, 10 + TOKENS)]
 
 
@@ -159,7 +159,7 @@ async def test_an_answer_leaves_a_node_whose_engine_hangs_as_soon_as_it_says_so(
             told = trio.current_time()
             says(mesh, hung[0], Readiness.STALLED)
         assert said == {0: EXPECTED}
-        assert trio.current_time() - told < Patience().stall_s + 0.5
+        assert trio.current_time() - told < RetryLimits().stall_s + 0.5
         other = mesh.nodes["b" if hung == ["a"] else "a"]
         assert [sequence.known for sequence in other.engine.opened] == [20], "the other node goes on where the hung one stopped"
         await nothing_stays(mesh)

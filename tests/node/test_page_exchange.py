@@ -14,12 +14,12 @@ from trio.testing import MockClock
 
 from mesh.errors import PeerLost, RemoteError
 from mesh.ids import Address, ModelId, NodeId, StreamId
-from mesh.prefix import PAGE_TOKENS
+from mesh.prefix import PREFIX_PAGE_TOKENS
 from mesh.view import Load
 from mesh.wire.calls import Header, Reply
-from node.engine.api import OpenSequence, PageAsk, PagesWanted, Prefix
+from node.engine.api import OpenSequence, PageRequest, PagesMissing, Prefix
 from node.requests import SamplingParams
-from node.serving.page_exchange import MOST_WAIT_S, PAGES_KIND, PageExchange
+from node.serving.page_exchange import MAX_WAIT_S, PAGES_KIND, PageExchange
 from node.serving.page_gate import PROBE_PAGES
 from node.serving.stages import OpenStage, Stages
 
@@ -50,12 +50,12 @@ class FakePages:
     room: int = 1000
     refuses: str = ""
 
-    def wanted(self, sequence: OpenSequence) -> PagesWanted | None:
+    def wanted(self, sequence: OpenSequence) -> PagesMissing | None:
         assert sequence.prefix is not None
         kept = next((at for at, name in enumerate(NAMES) if name not in self.held), len(NAMES))
-        return PagesWanted(kept, len(NAMES), PAGE, PageAsk(sequence.model, 0, 4, "n", b"layout", NAMES))
+        return PagesMissing(kept, len(NAMES), PAGE, PageRequest(sequence.model, 0, 4, "n", b"layout", NAMES))
 
-    def take_out(self, ask: PageAsk, most_bytes: int) -> list[bytes]:
+    def take_out(self, ask: PageRequest, most_bytes: int) -> list[bytes]:
         return [self.held[name] for name in ask.names if name in self.held][: max(1, most_bytes // PAGE)]
 
     def put_in(self, sequence: OpenSequence, first: int, contents: list[bytes]) -> int:
@@ -182,7 +182,7 @@ async def test_a_peer_that_is_gone_or_silent_costs_a_bounded_time(autojump_clock
     nodes.link_bytes_s = 1.0
     before = trio.current_time()
     await nodes.here.fetch(SEQUENCE, PEER)
-    assert trio.current_time() - before == pytest.approx(MOST_WAIT_S) and not mine.held
+    assert trio.current_time() - before == pytest.approx(MAX_WAIT_S) and not mine.held
 
 
 async def test_an_ask_that_is_none_is_the_askers_fault() -> None:
@@ -234,4 +234,4 @@ async def test_pages_come_before_a_sequence_begins_and_a_close_meanwhile_is_hear
         may_go_on.set()
     assert await opened("a", ("h", 9)) == {"pages": 3} and await opened("b", None) == {"pages": 3}
     assert order == ["9 before 0", "9 before 0"] and engine.opened == ["a", "b"]
-    assert PAGE_TOKENS * len(NAMES) < SEQUENCE.known
+    assert PREFIX_PAGE_TOKENS * len(NAMES) < SEQUENCE.known

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.serving.page_gate import BATCH_BYTES, LEAST_PAGES, PROBE_PAGES, pages_to_fetch
+from node.serving.page_gate import BATCH_BYTES, MIN_PAGES, PROBE_PAGES, pages_to_fetch
 
 MIB = 1 << 20
 
@@ -20,7 +20,7 @@ MIB = 1 << 20
         (30, MIB, 100 * MIB, 4000.0, 0),  # a fast machine computes a page in 8 ms
         (30, 32 * MIB, 1000 * MIB, 300.0, 1),  # never less than a page
         (30, MIB, None, 300.0, PROBE_PAGES),  # the link is unknown: found out
-        (LEAST_PAGES - 1, MIB, None, 300.0, 0),  # and not worth finding out for so little
+        (MIN_PAGES - 1, MIB, None, 300.0, 0),  # and not worth finding out for so little
         (30, MIB, None, 0.0, PROBE_PAGES),
         (30, MIB, 100 * MIB, 0.0, 0),  # nobody has measured a prefill
         (0, MIB, 100 * MIB, 300.0, 0),

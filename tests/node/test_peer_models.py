@@ -16,8 +16,8 @@ from mesh.errors import BadRequest, ModelLoading, NoPath, Refused
 from mesh.ids import ModelId, NodeId
 from mesh.view import Facts, ModelCard, Peer, Span
 from node.engine.default_model import DIRECTORY, LAYERS
-from node.serving.library import Library
-from node.serving.models import Models, ServedModel
+from node.serving.library import ModelLibrary
+from node.serving.models import ServedModel, ServedModels
 from node.serving.peer_models import MAX_MODELS, WAIT_S, PeerModels
 from node.text.tokenizer import ModelText
 from node.weights.catalogue import Catalogue, identify
@@ -41,8 +41,8 @@ class Mesh:
 
     def __init__(self, folder: Path) -> None:
         self.network: Any = Network()
-        self.own = Models()
-        library = Library(lambda: self.network.view, self.network.changed, self.network.call, folder, lambda: False)
+        self.own = ServedModels()
+        library = ModelLibrary(lambda: self.network.view, self.network.changed, self.network.call, folder, lambda: False)
         self.models = PeerModels(lambda: self.network.view, self.own, library)
 
     def peer_serves(self, name: str, catalogue: Catalogue, card: ModelCard = CARD, spans: tuple[Span, ...] | None = None) -> None:

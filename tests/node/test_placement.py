@@ -18,9 +18,9 @@ from mesh.ids import ModelId
 from mesh.view import Facts, ModelCard, Span
 from node.engine.api import SpanLost
 from node.engine.parallel.worker_group import WorkersLost
-from node.serving.models import Holdings, Models, ServedModel
+from node.serving.models import InitialModels, ServedModel, ServedModels
 from node.serving.own_facts import OwnFacts
-from node.serving.placement import MEND_AFTER_S, MOST_LOSSES, Placing
+from node.serving.placement import MAX_LOSSES, MEND_AFTER_S, Placement
 from node.serving.stages import Stages
 from node.weights.verifying import FilesChanged
 
@@ -62,7 +62,7 @@ class Placed:
     """A node pinned to the whole model, or to `layers` of it, which it serves once `placing.run` has begun."""
 
     def __init__(self, layers: str = "0:4", cards: tuple[ModelCard, ...] = (CARD,)) -> None:
-        models = Models()
+        models = ServedModels()
         text: Any = None
         for card in cards:
             models.add(ServedModel(card, Path(card.id), text))
@@ -71,8 +71,8 @@ class Placed:
         self.facts = OwnFacts(Facts(version="0", pid=1), self.published.append)
         library: Any = FilesAreHere()
         membership: Any = None
-        holdings = Holdings(models, {card.id: 4 for card in cards}, (), 1 << 30)
-        self.placing = Placing(layers, self.engine, holdings, self.facts, membership, library)
+        holdings = InitialModels(models, {card.id: 4 for card in cards}, (), 1 << 30)
+        self.placing = Placement(layers, self.engine, holdings, self.facts, membership, library)
 
     async def serving(self) -> None:
         while self.facts.now.spans != (WHOLE,):
@@ -118,10 +118,10 @@ async def test_workers_that_end_while_they_load_again_are_another_loss(autojump_
     async with trio.open_nursery() as nursery:
         nursery.start_soon(placed.placing.run)
         await placed.serving()
-        placed.engine.fails = MOST_LOSSES - 1
+        placed.engine.fails = MAX_LOSSES - 1
         placed.placing.lost(SpanLost(WHOLE, "rank 1 was killed by signal 9"))
         await placed.serving()
-        assert placed.engine.loads == [WHOLE] * (MOST_LOSSES + 1)
+        assert placed.engine.loads == [WHOLE] * (MAX_LOSSES + 1)
         nursery.cancel_scope.cancel()
     placed = Placed()
     with pytest.RaisesGroup(pytest.RaisesExc(MeshError, match="workers ended 4 times"), flatten_subgroups=True):
@@ -154,18 +154,18 @@ async def test_workers_that_end_again_and_again_end_the_node(autojump_clock: Moc
     with pytest.RaisesGroup(again, flatten_subgroups=True):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(placed.placing.run)
-            for _ in range(MOST_LOSSES + 1):
+            for _ in range(MAX_LOSSES + 1):
                 await placed.serving()
                 placed.placing.lost(SpanLost(WHOLE, "rank 1 was killed by signal 9"))
             await trio.sleep_forever()
-    assert placed.engine.loads == [WHOLE] * (MOST_LOSSES + 1)
+    assert placed.engine.loads == [WHOLE] * (MAX_LOSSES + 1)
 
 
 async def test_losses_that_lie_far_apart_are_mended_for_ever(autojump_clock: MockClock) -> None:
     placed = Placed()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(placed.placing.run)
-        for _ in range(3 * MOST_LOSSES):
+        for _ in range(3 * MAX_LOSSES):
             await placed.serving()
             placed.placing.lost(SpanLost(WHOLE, "rank 0 ended with exit code 1"))
             await trio.sleep(300)

@@ -16,10 +16,10 @@ from mesh.errors import BadRequest
 from mesh.ids import ModelId, NodeId
 from mesh.view import Facts, ModelCard, Span, View
 from node.engine.api import SpanLost
-from node.serving.library import Library
-from node.serving.models import Holdings, Models, ServedModel, split_references
+from node.serving.library import ModelLibrary
+from node.serving.models import InitialModels, ServedModel, ServedModels, split_references
 from node.serving.own_facts import OwnFacts
-from node.serving.placement import Placing
+from node.serving.placement import Placement
 from node.text.tokenizer import ModelText
 from node.weights.identity import identity_of
 from tests.weights.models import LAYERS, write_model
@@ -61,14 +61,14 @@ class Running:
         self.engine: Any = NotingEngine()
         self.published: list[Facts] = []
         self.facts = OwnFacts(Facts(), self.published.append)
-        self.models = Models()
+        self.models = ServedModels()
         text: Any = None
         self.models.add(ServedModel(ModelCard(TINY, LAYERS, 64, "", ""), directory, text))
         view = View(NodeId("me"))
-        self.library = Library(lambda: view, never_asked, never_asked, folder, lambda: False)
+        self.library = ModelLibrary(lambda: view, never_asked, never_asked, folder, lambda: False)
         membership: Any = None
-        holdings = Holdings(self.models, {TINY: LAYERS}, (), 1 << 30)
-        self.placing = Placing(f"0:{LAYERS}", self.engine, holdings, self.facts, membership, self.library)
+        holdings = InitialModels(self.models, {TINY: LAYERS}, (), 1 << 30)
+        self.placing = Placement(f"0:{LAYERS}", self.engine, holdings, self.facts, membership, self.library)
 
     def serves(self) -> str:
         """The weights in service; empty: none."""

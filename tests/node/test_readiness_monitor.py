@@ -7,7 +7,7 @@ import trio
 from mesh.ids import ModelId
 from mesh.view import Facts, Load, Readiness, Span
 from node.serving.own_facts import OwnFacts
-from node.serving.readiness_monitor import CALM_S, Pulse, readiness_of
+from node.serving.readiness_monitor import CALM_S, ReadinessMonitor, readiness_of
 
 SPAN = Span(ModelId("tiny"), 0, 4)
 SERVES = Facts(spans=(SPAN,))
@@ -19,7 +19,7 @@ class Told:
         self.published: list[Readiness] = []
         self.overdue_s = 0.0
         self.load = Load()
-        self.pulse = Pulse(OwnFacts(facts, self._publish), lambda: self.load, lambda: self.overdue_s)
+        self.pulse = ReadinessMonitor(OwnFacts(facts, self._publish), lambda: self.load, lambda: self.overdue_s)
 
     def _publish(self, facts: Facts) -> None:
         self.published.append(facts.readiness)

@@ -13,7 +13,7 @@ from mesh.ids import ModelId, NodeId
 from mesh.view import Facts, Load, ModelCard, PeerState, Readiness, Span, View
 from node.ops.status import status
 from node.serving.own_facts import OwnFacts
-from node.serving.readiness_monitor import LOOK_EVERY_S, Pulse
+from node.serving.readiness_monitor import LOOK_EVERY_S, ReadinessMonitor
 from routing.path import plan
 from routing.policies import policy_named
 
@@ -49,7 +49,7 @@ class Serving:
         for node in self.ids:
             self.network.publish(node, facts)
         own = OwnFacts(facts, lambda told: self.network.publish(self.ids[0], told))
-        self.pulse = Pulse(own, lambda: self.load, self._overdue_s)
+        self.pulse = ReadinessMonitor(own, lambda: self.load, self._overdue_s)
         self.network.run(1.0)
 
     def _overdue_s(self) -> float:

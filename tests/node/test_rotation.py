@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mesh.ids import NodeId
 from mesh.keys.keyring import Keyring, KeyTag, RingError, RingKey
-from node.ops.rotation import Phase, Step, Tags, next_step, unfinished
+from node.ops.rotation import RotationPhase, RotationStep, Tags, next_step, unfinished
 
 OLD = RingKey(0, b"o" * 32)
 NEW = RingKey(1, b"n" * 32)
@@ -23,14 +23,14 @@ def rings(*held: tuple[RingKey, ...]) -> dict[NodeId, Tags]:
 
 
 def test_all_open_by_the_key_before_any_seals_with_it_and_all_seal_before_any_drops_the_old() -> None:
-    assert next_step(rings((OLD,), (OLD, NEW)), NEW.tag) == Step(Phase.ADD, (A,))
-    assert next_step(rings((OLD, NEW), (NEW, OLD)), NEW.tag) == Step(Phase.USE, (A,))
-    assert next_step(rings((NEW, OLD), (NEW,)), NEW.tag) == Step(Phase.DROP, (A,))
+    assert next_step(rings((OLD,), (OLD, NEW)), NEW.tag) == RotationStep(RotationPhase.ADD, (A,))
+    assert next_step(rings((OLD, NEW), (NEW, OLD)), NEW.tag) == RotationStep(RotationPhase.USE, (A,))
+    assert next_step(rings((NEW, OLD), (NEW,)), NEW.tag) == RotationStep(RotationPhase.DROP, (A,))
     assert next_step(rings((NEW,), (NEW,)), NEW.tag) is None
 
 
 def test_a_newcomer_with_the_old_key_is_given_the_new_one_before_anything_else() -> None:
-    assert next_step(rings((NEW, OLD), (OLD,)), NEW.tag) == Step(Phase.ADD, (B,))
+    assert next_step(rings((NEW, OLD), (OLD,)), NEW.tag) == RotationStep(RotationPhase.ADD, (B,))
 
 
 def test_a_rotation_that_another_overtook_has_nothing_left_to_do() -> None:
@@ -60,7 +60,7 @@ class World:
     down: set[NodeId] = field(default_factory=set)
     away: set[NodeId] = field(default_factory=set)  # were down while a step was decided: may have missed it
     rotators: tuple[Rotator, Rotator] = field(default_factory=lambda: (Rotator(), Rotator()))
-    calls: list[tuple[Rotator, NodeId, Phase, RingKey]] = field(default_factory=list)
+    calls: list[tuple[Rotator, NodeId, RotationPhase, RingKey]] = field(default_factory=list)
     secrets: int = 0
 
     @property
@@ -103,11 +103,11 @@ class World:
         ring = self.disks[node]
         try:
             match phase:
-                case Phase.ADD:
+                case RotationPhase.ADD:
                     ring = ring.add(key)
-                case Phase.USE:
+                case RotationPhase.USE:
                     ring = ring.add(key).use(key.tag)
-                case Phase.DROP:
+                case RotationPhase.DROP:
                     ring = ring.drop_before(key.tag)
         except RingError:
             pass

@@ -16,7 +16,7 @@ from node.engine.default_model import DIRECTORY
 from node.entry.prompts import Prompts
 from node.http.openai import parse_chat
 from node.requests import GenerateRequest, SamplingParams
-from node.serving.models import Models, ServedModel
+from node.serving.models import ServedModel, ServedModels
 from node.text.sampling_defaults import FILE, RANGES, end_tokens, generation_config, sampling_defaults, settled
 from node.text.tokenizer import ModelText
 from tests.node.found_models import finder
@@ -143,7 +143,7 @@ class Tokenizer:
 
 @pytest.mark.parametrize("own", [True, False])
 async def test_the_models_defaults_reach_the_engine_unless_the_node_was_told_otherwise(own: bool) -> None:
-    models = Models()
+    models = ServedModels()
     text = ModelText(Tokenizer(), (0,), 500, SAID)
     models.add(ServedModel(ModelCard(ModelId("m"), 4, 500, "w", "n"), Path(), text))
     prompts = Prompts(finder(models), None, models_defaults=own)  # type: ignore[arg-type]
@@ -155,7 +155,7 @@ async def test_the_models_defaults_reach_the_engine_unless_the_node_was_told_oth
 
 
 async def test_a_prompt_that_no_tokenizer_makes_fit_is_refused_unread() -> None:
-    models = Models()
+    models = ServedModels()
     models.add(ServedModel(ModelCard(ModelId("m"), 4, 500, "w", "n"), Path(), ModelText(Tokenizer(), (0,), 500, {})))
     prompts = Prompts(finder(models), None)  # type: ignore[arg-type]
     said = parsed(messages=[{"role": "user", "content": "x" * 100_000}])

@@ -11,7 +11,7 @@ from node.checkpoints.capacity import layers_that_fit, parameters
 from node.config import NodeConfig, pinned_spans
 from node.host.identity import take_free_identity, take_identity
 from node.host.sockets import open_listener, open_peer_sockets, reachable
-from node.serving.models import Models, parse_reference
+from node.serving.models import ServedModels, parse_reference
 from node.serving.own_facts import OwnFacts
 
 
@@ -193,7 +193,7 @@ def test_the_directory_that_a_node_is_started_in_has_a_name_too(tmp_path, monkey
 
 def test_an_unknown_model_is_404_and_names_the_known():
     with pytest.raises(BadRequest, match="known: none") as unknown:
-        Models().get("x")
+        ServedModels().get("x")
     assert (unknown.value.status, unknown.value.code, unknown.value.param) == (404, "model_not_found", "model")
 
 

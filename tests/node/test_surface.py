@@ -10,10 +10,10 @@ from mesh.ids import ModelId, NodeId
 from mesh.view import APPROXIMATE, Facts, Loading, ModelCard, Peer, PeerState, Span, View
 from node.engine.kernels.kernel_choice import KernelChoice
 from node.engine.model.linear import KERNELS
-from node.engine.model.progress import LoadProgress, Phase
+from node.engine.model.progress import LoadPhase, LoadProgress
 from node.host.uncompiled import COSTS, TURNED_OFF, remedy
 from node.ops.status import status
-from node.serving.models import Models
+from node.serving.models import ServedModels
 from node.surface import Surface
 from rag.service import Documents
 from routing.loading import being_loaded
@@ -43,7 +43,7 @@ async def no_call(*args, **kwargs):
 async def test_embedding_and_counting_leave_the_loop_to_others(tmp_path):
     view, embedder = View(NodeId("a" * 16)), CountingEmbedder()
     documents = Documents(view.me, tmp_path, embedder, lambda: view, no_call, lambda told: None, lambda: 0.0)
-    surface = Surface(lambda: view, Models(), None, None, documents, embedder, dict, None, None)
+    surface = Surface(lambda: view, ServedModels(), None, None, documents, embedder, dict, None, None)
 
     assert len(await surface.embed(["one", "two"])) == 2
     assert await surface.count_embed_tokens(["one", "three"]) == 8
@@ -56,7 +56,7 @@ def test_status_tells_which_kernel_computes_each_span_and_why_and_how_far_one_th
     engine = SimpleNamespace(
         kernels={Span(ModelId("m"), 0, 6): "mesh-bf16 on amx"},
         choices={Span(ModelId("m"), 0, 6): KernelChoice((KERNELS["mesh-bf16"],), "the first", {"mesh-bf16": 10.5}, True)},
-        loading={Span(ModelId("m"), 6, 8): LoadProgress(Phase.PACKING, 1, 2, 300, 400, 2.04)},
+        loading={Span(ModelId("m"), 6, 8): LoadProgress(LoadPhase.PACKING, 1, 2, 300, 400, 2.04)},
     )
     told = status(view, [], {}, 0.0, engine)["self"]
     assert told["kernels"] == {"m 0:6": "mesh-bf16 on amx"}

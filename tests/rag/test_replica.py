@@ -6,28 +6,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.ids import NodeId
-from rag.replica import EMPTY, SHARDS, Head, Listed, Replica, entry_hash, shard_of
+from rag.replica import EMPTY, SHARDS, DocumentHead, ListingEntry, Replica, entry_hash, shard_of
 
 DOCS = [f"file-{number}" for number in range(12)]
 
 
 @st.composite
-def heads(draw: st.DrawFn) -> Head:
+def heads(draw: st.DrawFn) -> DocumentHead:
     """A (document, stamp) always stands for one content: no node issues a stamp twice."""
     doc_id, hlc, node = draw(st.sampled_from(DOCS)), draw(st.integers(1, 6)), draw(st.sampled_from(["a", "b", "c"]))
-    deleted = entry_hash(Head(doc_id, hlc, NodeId(node))) % 3 == 0
-    return Head(doc_id, hlc, NodeId(node), deleted, chunks=0 if deleted else hlc)
+    deleted = entry_hash(DocumentHead(doc_id, hlc, NodeId(node))) % 3 == 0
+    return DocumentHead(doc_id, hlc, NodeId(node), deleted, chunks=0 if deleted else hlc)
 
 
 HISTORIES = st.lists(heads(), max_size=30)
 
 
-def contents(replica: Replica) -> list[Head | None]:
+def contents(replica: Replica) -> list[DocumentHead | None]:
     return [replica.get(doc_id) for doc_id in DOCS]
 
 
 @given(HISTORIES, st.randoms(use_true_random=False))
-def test_order_and_repetition_of_merges_do_not_matter(history: list[Head], chance: object) -> None:
+def test_order_and_repetition_of_merges_do_not_matter(history: list[DocumentHead], chance: object) -> None:
     other = history * 2
     chance.shuffle(other)  # type: ignore[attr-defined]
     one, two = Replica(history), Replica(other)
@@ -36,7 +36,7 @@ def test_order_and_repetition_of_merges_do_not_matter(history: list[Head], chanc
 
 
 @given(HISTORIES)
-def test_the_greatest_stamp_of_each_document_is_what_remains(history: list[Head]) -> None:
+def test_the_greatest_stamp_of_each_document_is_what_remains(history: list[DocumentHead]) -> None:
     replica = Replica(history)
     for doc_id in DOCS:
         written = [head for head in history if head.doc_id == doc_id]
@@ -44,7 +44,7 @@ def test_the_greatest_stamp_of_each_document_is_what_remains(history: list[Head]
 
 
 @given(HISTORIES)
-def test_the_running_digest_equals_one_computed_anew(history: list[Head]) -> None:
+def test_the_running_digest_equals_one_computed_anew(history: list[DocumentHead]) -> None:
     replica = Replica(history)
     held = [head for head in contents(replica) if head is not None]
     assert replica.digests() == Replica(held).digests()
@@ -58,7 +58,9 @@ def test_the_running_digest_equals_one_computed_anew(history: list[Head]) -> Non
 
 
 @given(HISTORIES, HISTORIES)
-def test_pulling_what_is_wanted_and_pushing_what_is_surplus_makes_two_replicas_equal(left: list[Head], right: list[Head]) -> None:
+def test_pulling_what_is_wanted_and_pushing_what_is_surplus_makes_two_replicas_equal(
+    left: list[DocumentHead], right: list[DocumentHead]
+) -> None:
     ours, theirs = Replica(left), Replica(right)
     for shard in range(SHARDS):
         listing = theirs.listing(shard)
@@ -75,7 +77,7 @@ def test_pulling_what_is_wanted_and_pushing_what_is_surplus_makes_two_replicas_e
 
 
 @given(HISTORIES)
-def test_what_is_wanted_comes_oldest_first_so_that_newest_is_reached_last(history: list[Head]) -> None:
+def test_what_is_wanted_comes_oldest_first_so_that_newest_is_reached_last(history: list[DocumentHead]) -> None:
     theirs = Replica(history)
     for shard in range(SHARDS):
         wanted = [theirs.get(doc_id) for doc_id in Replica().wanted(shard, theirs.listing(shard))]
@@ -85,7 +87,7 @@ def test_what_is_wanted_comes_oldest_first_so_that_newest_is_reached_last(histor
 
 
 def test_an_older_copy_does_not_undo_a_delete() -> None:
-    put, delete = Head("d", 5, NodeId("z"), chunks=3), Head("d", 6, NodeId("a"), deleted=True)
+    put, delete = DocumentHead("d", 5, NodeId("z"), chunks=3), DocumentHead("d", 6, NodeId("a"), deleted=True)
     replica = Replica([delete])
     assert not replica.merge(put)
     assert replica.get("d") == delete
@@ -95,18 +97,18 @@ def test_an_older_copy_does_not_undo_a_delete() -> None:
 def test_a_listing_with_foreign_documents_asks_for_none_of_them() -> None:
     shard = shard_of("file-0")
     foreign = next(doc for doc in DOCS if shard_of(doc) != shard)
-    assert Replica().wanted(shard, [Listed(foreign, 9, NodeId("a")), Listed("file-0", 9, NodeId("a"))]) == ["file-0"]
+    assert Replica().wanted(shard, [ListingEntry(foreign, 9, NodeId("a")), ListingEntry("file-0", 9, NodeId("a"))]) == ["file-0"]
 
 
 @given(HISTORIES, st.integers(0, 6))
-def test_forgetting_until_a_moment_leaves_what_is_later(history: list[Head], hlc: int) -> None:
+def test_forgetting_until_a_moment_leaves_what_is_later(history: list[DocumentHead], hlc: int) -> None:
     replica = Replica(history)
     replica.forget_until(hlc)
     assert contents(replica) == [head if head and head.hlc > hlc else None for head in contents(Replica(history))]
 
 
 def test_a_forgotten_shard_is_empty_and_the_others_are_not() -> None:
-    replica = Replica(Head(doc_id, 1, NodeId("a")) for doc_id in DOCS)
+    replica = Replica(DocumentHead(doc_id, 1, NodeId("a")) for doc_id in DOCS)
     shard = shard_of(DOCS[0])
     before = replica.digests()
     replica.forget(shard)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rag import search
 from rag.embed import unit
-from rag.search import Answer, Candidate, ShardStats
+from rag.search import ChunkCandidate, ShardResult, ShardStats
 
 
 def unit_rows(seed: int, rows: int, dim: int = 48) -> np.ndarray:
@@ -56,8 +56,10 @@ def test_bm25_is_the_textbook_formula_and_alike_for_one_and_many() -> None:
     assert search.idf(10, 9) > 0
 
 
-def found(doc_id: str, dense: float | None, *counts: int, start: int = 0, text: str = "") -> Candidate:
-    return Candidate(doc_id, start // 100, f"{doc_id}.md", start, start + 100, text or f"{doc_id} {start}", dense, counts, 10)
+def found(doc_id: str, dense: float | None, *counts: int, start: int = 0, text: str = "") -> ChunkCandidate:
+    return ChunkCandidate(
+        doc_id, start // 100, f"{doc_id}.md", start, start + 100, text or f"{doc_id} {start}", dense, counts, 10
+    )
 
 
 def stats(shard: int, chunks: int, *holding: int) -> ShardStats:
@@ -67,8 +69,8 @@ def stats(shard: int, chunks: int, *holding: int) -> ShardStats:
 def test_a_rare_term_counts_by_the_whole_store_and_not_by_its_shard() -> None:
     # "fox" is common in shard 0 and rare everywhere else; "whale" the other way round. Over all, whale is the rarer.
     answers = [
-        Answer(("fox", "whale"), (stats(0, 10, 6, 1),), (found("a", None, 1, 0), found("b", None, 0, 1))),
-        Answer(("fox", "whale"), (stats(1, 90, 30, 1),), (found("c", None, 1, 0),)),
+        ShardResult(("fox", "whale"), (stats(0, 10, 6, 1),), (found("a", None, 1, 0), found("b", None, 0, 1))),
+        ShardResult(("fox", "whale"), (stats(1, 90, 30, 1),), (found("c", None, 1, 0),)),
     ]
     assert [candidate.doc_id for candidate in search.lexical_ranking(answers, 10)] == ["b", "a", "c"]
 
@@ -81,14 +83,14 @@ PARTS = [
 
 @given(st.permutations(range(4)), st.integers(1, 3))
 def test_how_shards_are_grouped_over_nodes_does_not_change_the_answer(order: list[int], cut: int) -> None:
-    def answer(shards: list[int]) -> Answer:
-        return Answer(("t",), tuple(PARTS[i][0] for i in shards), tuple(c for i in shards for c in PARTS[i][1]))
+    def answer(shards: list[int]) -> ShardResult:
+        return ShardResult(("t",), tuple(PARTS[i][0] for i in shards), tuple(c for i in shards for c in PARTS[i][1]))
 
     assert search.fuse([answer(order[:cut]), answer(order[cut:])], 8) == search.fuse([answer([0, 1, 2, 3])], 8)
 
 
 def test_a_weight_of_zero_leaves_its_half_out() -> None:
-    answer = Answer(("t",), (stats(0, 9, 1),), (found("dense", 0.9), found("both", 0.5, 1), found("words", None, 3)))
+    answer = ShardResult(("t",), (stats(0, 9, 1),), (found("dense", 0.9), found("both", 0.5, 1), found("words", None, 3)))
     assert [item.candidate.doc_id for item in search.fuse([answer], 5, text_weight=0.0)] == ["dense", "both"]
     assert [item.candidate.doc_id for item in search.fuse([answer], 5, embedding_weight=0.0)] == ["words", "both"]
     assert search.fuse([answer], 5)[0].candidate.doc_id == "both"
@@ -96,12 +98,14 @@ def test_a_weight_of_zero_leaves_its_half_out() -> None:
 
 
 def test_equal_text_and_overlapping_spans_come_once() -> None:
-    answer = Answer((), (), (found("a", 0.9, start=0), found("a", 0.8, start=30), found("b", 0.7, text="a 0"), found("c", 0.6)))
+    answer = ShardResult(
+        (), (), (found("a", 0.9, start=0), found("a", 0.8, start=30), found("b", 0.7, text="a 0"), found("c", 0.6))
+    )
     assert [item.candidate.key for item in search.fuse([answer], 5)] == [("a", 0), ("c", 0)]
 
 
 def test_another_documents_near_equal_goes_before_a_repeat() -> None:
-    answer = Answer((), (), (*(found("a", 0.9 - n / 100, start=200 * n) for n in range(4)), found("b", 0.5)))
+    answer = ShardResult((), (), (*(found("a", 0.9 - n / 100, start=200 * n) for n in range(4)), found("b", 0.5)))
     assert {item.candidate.doc_id for item in search.fuse([answer], 3)} == {"a", "b"}
 
 

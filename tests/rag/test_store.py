@@ -15,7 +15,7 @@ from mesh.errors import Refused
 from mesh.ids import NodeId
 from rag import search
 from rag.index import Index, Tokenizer
-from rag.replica import SHARDS, Head, shard_of
+from rag.replica import SHARDS, DocumentHead, shard_of
 from rag.store import StoreCorrupt, StoreFile
 from rag.wire import Operation
 from tests.rag.fakes import DIM, HashingEmbedder
@@ -30,11 +30,11 @@ def put(doc_id: str, hlc: int, *texts: str) -> Operation:
         spans.append((at, at + len(text), text))
         at += len(text) + 1
     vectors = search.to_wire(EMBEDDER.embed(texts)) if texts else b""
-    return Operation(Head(doc_id, hlc, NodeId("a"), name=f"{doc_id}.md", chunks=len(texts)), b"", tuple(spans), vectors)
+    return Operation(DocumentHead(doc_id, hlc, NodeId("a"), name=f"{doc_id}.md", chunks=len(texts)), b"", tuple(spans), vectors)
 
 
 def tombstone(doc_id: str, hlc: int) -> Operation:
-    return Operation(Head(doc_id, hlc, NodeId("a"), deleted=True))
+    return Operation(DocumentHead(doc_id, hlc, NodeId("a"), deleted=True))
 
 
 def vector(text: str) -> np.ndarray:
@@ -176,7 +176,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from mesh.ids import NodeId
-from rag.replica import Head
+from rag.replica import DocumentHead
 from rag.store import StoreFile
 from rag.wire import Operation
 file = StoreFile(Path(sys.argv[1]), "e")
@@ -184,7 +184,7 @@ file.open()
 for hlc in range(1, 100000):
     text = f"text {hlc} " * 100
     vectors = b"\\0\\x3c" + bytes(126)
-    file.write([Operation(Head(f"d{hlc}", hlc, NodeId("a"), chunks=1), b"", ((0, len(text), text),), vectors)])
+    file.write([Operation(DocumentHead(f"d{hlc}", hlc, NodeId("a"), chunks=1), b"", ((0, len(text), text),), vectors)])
     print(hlc, flush=True)
 """
 

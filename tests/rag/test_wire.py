@@ -9,29 +9,29 @@ from mesh.errors import BadRequest
 from mesh.ids import NodeId
 from rag import search, wire
 from rag.clock import hlc_of
-from rag.registry import FILES, Entry, store_id
-from rag.replica import Digest, Head
+from rag.registry import FILES, StoreEntry, store_id
+from rag.replica import DocumentHead, ShardDigest
 from rag.report import MAX_PUBLISHED_BYTES, published
 from rag.wire import Operation, Summary, file_id, flaw_of
 from tests.rag.fakes import DIM, HashingEmbedder
 
 NOW_S = 1_800_000_000.0
-ENTRY = Entry(store_id("s"), "s", 0, "e", 1, NodeId("a"))
+ENTRY = StoreEntry(store_id("s"), "s", 0, "e", 1, NodeId("a"))
 VECTORS = search.to_wire(HashingEmbedder().embed(["text"]))
-GOOD = Operation(Head("d", hlc_of(NOW_S), NodeId("a"), chunks=1), b"", ((0, 4, "text"),), VECTORS)
+GOOD = Operation(DocumentHead("d", hlc_of(NOW_S), NodeId("a"), chunks=1), b"", ((0, 4, "text"),), VECTORS)
 
 
 def changed(**fields: object) -> Operation:
-    head = {name: value for name, value in fields.items() if name in Head.__struct_fields__}
+    head = {name: value for name, value in fields.items() if name in DocumentHead.__struct_fields__}
     rest = {name: value for name, value in fields.items() if name not in head}
     return msgspec.structs.replace(GOOD, head=msgspec.structs.replace(GOOD.head, **head), **rest)
 
 
 def test_a_sound_operation_has_no_flaw() -> None:
     assert flaw_of(GOOD, ENTRY, DIM, NOW_S) is None
-    assert flaw_of(Operation(Head("d", 5, NodeId("a"), deleted=True)), ENTRY, DIM, NOW_S) is None
+    assert flaw_of(Operation(DocumentHead("d", 5, NodeId("a"), deleted=True)), ENTRY, DIM, NOW_S) is None
     content = b"bytes"
-    upload = Operation(Head(file_id("a.md", content), 5, NodeId("a"), name="a.md", size_bytes=5), content)
+    upload = Operation(DocumentHead(file_id("a.md", content), 5, NodeId("a"), name="a.md", size_bytes=5), content)
     assert flaw_of(upload, FILES, DIM, NOW_S) is None
     assert flaw_of(msgspec.structs.replace(upload, content=b"other"), FILES, DIM, NOW_S) is not None
 
@@ -74,9 +74,9 @@ def test_a_header_survives_the_journey_and_a_wrong_one_is_a_bad_request() -> Non
 
 
 def test_a_summary_is_gossiped_whole_while_small_and_by_name_when_large() -> None:
-    small = Summary([ENTRY], {ENTRY.id: {"3": Digest(1, 2**64 - 1, 1, 1, 7)}})
+    small = Summary([ENTRY], {ENTRY.id: {"3": ShardDigest(1, 2**64 - 1, 1, 1, 7)}})
     assert msgspec.convert(published(small), Summary) == small
-    entries = [Entry(store_id(f"s{n}"), f"s{n}", 0, "e", 1, NodeId("a")) for n in range(7000)]
+    entries = [StoreEntry(store_id(f"s{n}"), f"s{n}", 0, "e", 1, NodeId("a")) for n in range(7000)]
     large = published(Summary(entries))
     assert len(msgspec.msgpack.encode(large)) < 200 < MAX_PUBLISHED_BYTES
     assert large["brief"] and not large["stores"]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mesh.ids import ModelId, NodeId
 from mesh.versions import replicas
 from mesh.view import Facts, ModelCard, Peer, PeerState, Readiness, Span, View
-from routing.coverage import Coverage, CoverageChanged, Run, changes, coverage
+from routing.coverage import Coverage, CoverageChanged, CoverageRun, changes, coverage
 
 MODEL = ModelId("m")
 LAYERS = 6
@@ -34,10 +34,14 @@ def of(*peers: Peer) -> Coverage:
 
 
 def test_layers_held_by_equally_many_are_one_run_and_no_layer_is_left_out() -> None:
-    assert of(peer("a", (0, 4)), peer("b", (2, 4))).runs == (Run(0, 2, 1, 1), Run(2, 4, 2, 2), Run(4, 6, 0, 0))
-    assert of(peer("a")).runs == (Run(0, 6, 0, 0),)
-    assert of(peer("a", (0, 3), (3, 6))).runs == (Run(0, 6, 1, 1),), "spans that touch are one run"
-    assert of(peer("a", (0, 4), (2, 6))).runs == (Run(0, 6, 1, 1),), "what two spans share is held once"
+    assert of(peer("a", (0, 4)), peer("b", (2, 4))).runs == (
+        CoverageRun(0, 2, 1, 1),
+        CoverageRun(2, 4, 2, 2),
+        CoverageRun(4, 6, 0, 0),
+    )
+    assert of(peer("a")).runs == (CoverageRun(0, 6, 0, 0),)
+    assert of(peer("a", (0, 3), (3, 6))).runs == (CoverageRun(0, 6, 1, 1),), "spans that touch are one run"
+    assert of(peer("a", (0, 4), (2, 6))).runs == (CoverageRun(0, 6, 1, 1),), "what two spans share is held once"
 
 
 def test_who_is_suspect_stalled_or_overloaded_holds_a_copy_that_is_not_ready() -> None:
@@ -47,7 +51,7 @@ def test_who_is_suspect_stalled_or_overloaded_holds_a_copy_that_is_not_ready() -
         peer("b", (0, 6), readiness=Readiness.STALLED),
         peer("b", (0, 6), readiness=Readiness.OVERLOADED),
     ):
-        assert of(healthy, other).runs == (Run(0, 6, 2, 1),)
+        assert of(healthy, other).runs == (CoverageRun(0, 6, 2, 1),)
 
 
 def test_who_is_dead_gone_or_going_holds_nothing() -> None:
@@ -56,7 +60,7 @@ def test_who_is_dead_gone_or_going_holds_nothing() -> None:
         peer("b", (0, 6), state=PeerState.LEFT),
         peer("b", (0, 6), readiness=Readiness.DRAINING),
     ):
-        assert of(peer("a", (0, 6)), other).runs == (Run(0, 6, 1, 1),)
+        assert of(peer("a", (0, 6)), other).runs == (CoverageRun(0, 6, 1, 1),)
 
 
 def test_a_word_is_said_when_a_layer_comes_to_its_last_ready_copy_loses_it_or_gets_it_back() -> None:

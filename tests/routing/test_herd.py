@@ -16,10 +16,10 @@ from random import Random
 
 from mesh.ids import NodeId
 from mesh.view import Load, Peer
-from routing.bounce import Bounces, GoElsewhere
+from routing.bounce import PlanElsewhere, RefusalHistory
 from routing.dispatches import Dispatch, Dispatches
-from routing.policies import Candidate, Policy, policy_named
-from routing.score import Pool, Work, costs, pool_of
+from routing.policies import PeerCandidate, Policy, policy_named
+from routing.score import PoolMeans, RequestWork, costs, pool_of
 from tests.routing.meshes import LAYERS, MODEL, peer
 
 NODES, PLACES, SERVICE_S, UTILISATION = 16, 8, 4.0, 0.85
@@ -35,7 +35,7 @@ class LeastCost:
 
     name = "least_cost"
 
-    def pick(self, candidates: Sequence[Candidate], work: Work, rng: Random) -> list[Candidate]:
+    def pick(self, candidates: Sequence[PeerCandidate], work: RequestWork, rng: Random) -> list[PeerCandidate]:
         return sorted(rng.sample(candidates, len(candidates)), key=lambda candidate: candidate.cost_ms)
 
 
@@ -45,7 +45,7 @@ class Entry:
 
     policy: Policy
     peers: dict[NodeId, Peer]
-    pool: Pool
+    pool: PoolMeans
     dispatches: Dispatches = field(default_factory=Dispatches)
 
 
@@ -98,12 +98,12 @@ class Mesh:
         heapq.heappush(self.events, (when, next(self.order), what, details))
 
     def arrive(self, now: float, entry: int) -> None:
-        knows, bounces = self.entries[entry], Bounces()
+        knows, bounces = self.entries[entry], RefusalHistory()
         chosen = self.choose(now, entry, frozenset())
         while self.refuse and self.servers[chosen].busy >= PLACES:
             self.hear(now, chosen, self.servers[chosen].load(SPEEDS[chosen]), entry)
             match bounces.busy(NAMES[chosen], 1.0, self.rng):
-                case GoElsewhere(excluded=excluded):
+                case PlanElsewhere(excluded=excluded):
                     chosen = self.choose(now, entry, excluded)
                 case _:
                     break
@@ -112,7 +112,7 @@ class Mesh:
         self.serve(now, chosen)
 
     def choose(self, now: float, entry: int, excluded: frozenset[NodeId]) -> int:
-        knows, work = self.entries[entry], Work(output_tokens=OUTPUT_TOKENS)
+        knows, work = self.entries[entry], RequestWork(output_tokens=OUTPUT_TOKENS)
         candidates = []
         for name, known in knows.peers.items():
             if name in excluded:
@@ -122,7 +122,7 @@ class Mesh:
             def price(known: Peer = known, own=own):  # type: ignore[no-untyped-def]
                 return costs(known, LAYERS, LAYERS, work, knows.pool, now, me=NAMES[entry], own=own)
 
-            candidates.append(Candidate(name, price, in_flight=own.in_flight, response_ms=own.response_ms))
+            candidates.append(PeerCandidate(name, price, in_flight=own.in_flight, response_ms=own.response_ms))
         return NAMES.index(knows.policy.pick(candidates, work, self.rng)[0].node)
 
     def serve(self, now: float, node: int) -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from mesh.errors import BadRequest, Refused
 from mesh.ids import NodeId
 from routing.admission import AdmissionLimits, admit, retry_after_s
-from routing.bounce import LONGEST_WAIT_S, MOST_BOUNCES, Bounces, GoElsewhere, WaitHere
-from routing.breaker import FAILURES_TO_OPEN, LONGEST_OPEN_S, PROBE_S, Breakers, Circuit
+from routing.bounce import MAX_BOUNCES, MAX_WAIT_S, PlanElsewhere, RefusalHistory, WaitAtEntry
+from routing.breaker import FAILURES_TO_OPEN, MAX_OPEN_S, PROBE_S, Breakers, Circuit
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
 
@@ -113,7 +113,7 @@ def test_a_restart_clears_the_mark_and_open_times_are_bounded() -> None:
     breakers = opened()
     now = 0.0
     for _ in range(40):
-        now += LONGEST_OPEN_S
+        now += MAX_OPEN_S
         assert breakers.allows(A, now)
         breakers.failed(A, now)
     assert breakers.statistics(now) == {A: Circuit.OPEN}
@@ -148,43 +148,43 @@ def test_every_peer_gets_a_chance_within_a_minute_of_silence(events: list[tuple[
                     assert not breakers.allows(A, now)
             case _:
                 breakers.given_up(A)
-    assert breakers.allows(A, now + LONGEST_OPEN_S + PROBE_S)
+    assert breakers.allows(A, now + MAX_OPEN_S + PROBE_S)
 
 
 # Bounces
 
 
 def test_two_bounces_then_a_wait_at_the_entry_and_all_peers_count_again() -> None:
-    bounces, rng = Bounces(), Random(0)
-    assert bounces.busy(A, 1.0, rng) == GoElsewhere(frozenset({A}))
-    assert bounces.busy(B, 0.2, rng) == GoElsewhere(frozenset({A, B}))
+    bounces, rng = RefusalHistory(), Random(0)
+    assert bounces.busy(A, 1.0, rng) == PlanElsewhere(frozenset({A}))
+    assert bounces.busy(B, 0.2, rng) == PlanElsewhere(frozenset({A, B}))
     waiting = bounces.busy(C, 1.5, rng)
-    assert isinstance(waiting, WaitHere) and 0.1 <= waiting.wait_s <= 0.2
+    assert isinstance(waiting, WaitAtEntry) and 0.1 <= waiting.wait_s <= 0.2
     assert bounces.excluded == frozenset()
-    assert bounces.busy(A, 1.0, rng) == GoElsewhere(frozenset({A}))
+    assert bounces.busy(A, 1.0, rng) == PlanElsewhere(frozenset({A}))
 
 
 def test_without_other_peers_the_request_waits_at_once_and_each_round_longer() -> None:
-    bounces, rng = Bounces(), Random(0)
+    bounces, rng = RefusalHistory(), Random(0)
     waits = [bounces.busy(A, 0.1, rng, others=False) for _ in range(8)]
-    limits = [min(LONGEST_WAIT_S, 0.1 * 2**round_) for round_ in range(8)]
+    limits = [min(MAX_WAIT_S, 0.1 * 2**round_) for round_ in range(8)]
     for waiting, limit_s in zip(waits, limits):
-        assert isinstance(waiting, WaitHere) and limit_s / 2 <= waiting.wait_s <= limit_s
+        assert isinstance(waiting, WaitAtEntry) and limit_s / 2 <= waiting.wait_s <= limit_s
     bounces.taken()
     again = bounces.busy(A, 0.1, rng, others=False)
-    assert isinstance(again, WaitHere) and again.wait_s <= 0.1
+    assert isinstance(again, WaitAtEntry) and again.wait_s <= 0.1
 
 
 @given(st.lists(st.tuples(st.sampled_from([A, B, C]), st.floats(-1.0, 100.0), st.booleans()), max_size=50), st.integers(0, 99))
 def test_never_more_than_two_bounces_between_waits_and_no_wait_without_bounds(
     refusals: list[tuple[NodeId, float, bool]], seed: int
 ) -> None:
-    bounces, rng, since_wait = Bounces(), Random(seed), set[NodeId]()
+    bounces, rng, since_wait = RefusalHistory(), Random(seed), set[NodeId]()
     for node, retry_s, others in refusals:
         since_wait.add(node)
         match bounces.busy(node, retry_s, rng, others=others):
-            case GoElsewhere(excluded=excluded):
-                assert excluded == since_wait and len(since_wait) <= MOST_BOUNCES and others
-            case WaitHere(wait_s=wait_s):
-                assert 0.0 < wait_s <= LONGEST_WAIT_S
+            case PlanElsewhere(excluded=excluded):
+                assert excluded == since_wait and len(since_wait) <= MAX_BOUNCES and others
+            case WaitAtEntry(wait_s=wait_s):
+                assert 0.0 < wait_s <= MAX_WAIT_S
                 since_wait.clear()

@@ -14,7 +14,7 @@ from mesh.view import Load, Peer, PeerState, Readiness
 from routing.dispatches import Dispatches
 from routing.path import Path, plan, uncovered
 from routing.policies import policy_named, policy_names
-from routing.score import Work
+from routing.score import RequestWork
 from tests.routing.meshes import LAYERS, MODEL, peer, view
 
 
@@ -35,8 +35,11 @@ def test_a_whole_replica_is_taken_before_any_split_path() -> None:
 def test_a_whole_replica_without_memory_gives_way_to_a_split_path() -> None:
     full = Load(kv_blocks_used=8, kv_blocks_total=8, step_ms=6.0)
     short = peer("c", (0, 6), load=full)
-    assert shape(planned(peer("a", (0, 3)), peer("b", (3, 6)), short, work=Work(kv_blocks=2))) == [("a", 0, 3), ("b", 3, 6)]
-    assert shape(planned(short, work=Work(kv_blocks=2))) == [("c", 0, 6)]
+    assert shape(planned(peer("a", (0, 3)), peer("b", (3, 6)), short, work=RequestWork(kv_blocks=2))) == [
+        ("a", 0, 3),
+        ("b", 3, 6),
+    ]
+    assert shape(planned(short, work=RequestWork(kv_blocks=2))) == [("c", 0, 6)]
 
 
 def test_a_path_may_use_part_of_a_span() -> None:

@@ -14,7 +14,7 @@ from mesh.ids import NodeId
 from mesh.versions import replicas
 from mesh.view import Facts, Peer, PeerState, Span, View
 from routing.holders import connected
-from routing.placement import Move, choose_spans, next_move
+from routing.placement import PlacementMove, choose_spans, next_move
 from routing.windows import best_windows
 from tests.routing.meshes import LAYERS, MODEL, card, peer, view
 
@@ -137,7 +137,7 @@ def test_the_windows_are_the_best_of_all_sets_of_layers(counts: list[int], capac
     assert all(first[1] < second[0] for first, second in pairwise(windows))
 
 
-def changed(peers: list[Peer], move: Move) -> tuple[list[Peer], list[Peer]]:
+def changed(peers: list[Peer], move: PlacementMove) -> tuple[list[Peer], list[Peer]]:
     """The mesh while the move is under way (dropped first, not yet loaded), and after it."""
     held = {each.id: set(each.facts.spans) for each in peers}
     held[move.node] -= set(move.drop_first)

@@ -12,17 +12,19 @@ from hypothesis import strategies as st
 from mesh.errors import BadRequest
 from mesh.ids import NodeId
 from mesh.rendezvous import owners
-from routing.policies import Candidate, home, policy_named, policy_names
-from routing.score import Costs, Work
+from routing.policies import PeerCandidate, home, policy_named, policy_names
+from routing.score import RequestWork, ScoreTerms
 
 
-def candidate(name: str, cost_ms: float = 0.0, **more: object) -> Candidate:
-    return Candidate(NodeId(name), lambda: Costs(queue=cost_ms), **more)  # type: ignore[arg-type]
+def candidate(name: str, cost_ms: float = 0.0, **more: object) -> PeerCandidate:
+    return PeerCandidate(NodeId(name), lambda: ScoreTerms(queue=cost_ms), **more)  # type: ignore[arg-type]
 
 
-def first_picks(policy_name: str, candidates: list[Candidate], picks: int = 400, work: Work | None = None) -> Counter[str]:
+def first_picks(
+    policy_name: str, candidates: list[PeerCandidate], picks: int = 400, work: RequestWork | None = None
+) -> Counter[str]:
     policy, rng = policy_named(policy_name), Random(7)
-    return Counter(policy.pick(candidates, work or Work(), rng)[0].node for _ in range(picks))
+    return Counter(policy.pick(candidates, work or RequestWork(), rng)[0].node for _ in range(picks))
 
 
 def test_an_unknown_policy_is_the_clients_error_and_lists_those_there_are() -> None:
@@ -39,17 +41,20 @@ def test_an_unknown_policy_is_the_clients_error_and_lists_those_there_are() -> N
 def test_a_ranking_holds_every_candidate_once(name: str, nodes: set[str], seed: int) -> None:
     policy, rng = policy_named(name), Random(seed)
     for _ in range(3):
-        ranked = policy.pick([candidate(node, float(len(node))) for node in sorted(nodes)], Work(prefix_key=b"k"), rng)
+        ranked = policy.pick([candidate(node, float(len(node))) for node in sorted(nodes)], RequestWork(prefix_key=b"k"), rng)
         assert sorted(each.node for each in ranked) == sorted(nodes)
 
 
 def test_round_robin_goes_round_and_keeps_its_place_when_peers_come_and_go() -> None:
     policy, rng = policy_named("round_robin"), Random(0)
     abc = [candidate(name) for name in "cab"]
-    firsts = [policy.pick(abc, Work(), rng)[0].node for _ in range(6)]
+    firsts = [policy.pick(abc, RequestWork(), rng)[0].node for _ in range(6)]
     assert "".join(firsts) in "abcabcabc"
     last = firsts[-1]
-    assert policy.pick([each for each in abc if each.node != last], Work(), rng)[0].node == {"a": "b", "b": "c", "c": "a"}[last]
+    assert (
+        policy.pick([each for each in abc if each.node != last], RequestWork(), rng)[0].node
+        == {"a": "b", "b": "c", "c": "a"}[last]
+    )
 
 
 def test_least_connections_sees_own_work_only_and_breaks_ties_at_random() -> None:
@@ -81,9 +86,9 @@ def test_power_of_two_takes_the_better_of_two_never_the_worst_of_all() -> None:
 def test_the_mesh_policy_always_weighs_itself_the_warmest_peer_and_the_home() -> None:
     many = [candidate(f"n{index}", 50.0) for index in range(30)]
     assert first_picks("mesh", [*many, candidate("self", 1.0, mine=True)])["self"] >= 390
-    warm = Work(cached_tokens={NodeId("n3"): 10, NodeId("n4"): 900})
+    warm = RequestWork(cached_tokens={NodeId("n3"): 10, NodeId("n4"): 900})
     assert first_picks("mesh", [*many[:4], candidate("n4", 1.0), *many[5:]], work=warm)["n4"] >= 390
-    at_home = Work(prefix_key=b"prompt")
+    at_home = RequestWork(prefix_key=b"prompt")
     name = owners(b"prompt", [each.node for each in many], 1)[0]
     cheap_home = [candidate(each.node, 1.0) if each.node == name else each for each in many]
     assert first_picks("mesh", cheap_home, work=at_home)[name] >= 390
@@ -99,19 +104,19 @@ def test_an_overloaded_home_passes_the_prompt_to_the_next_in_its_order() -> None
     names = [NodeId(name) for name in "abcd"]
     ranked = owners(b"prompt", names, 4)
     even = [candidate(name, load=4.0) for name in names]
-    assert home(even, Work(prefix_key=b"prompt")) == ranked[:1]
+    assert home(even, RequestWork(prefix_key=b"prompt")) == ranked[:1]
     hot = [candidate(name, load=40.0 if name == ranked[0] else 4.0) for name in names]
-    assert home(hot, Work(prefix_key=b"prompt")) == ranked[1:2]
-    assert home(even, Work()) == [] == home([], Work(prefix_key=b"x"))
+    assert home(hot, RequestWork(prefix_key=b"prompt")) == ranked[1:2]
+    assert home(even, RequestWork()) == [] == home([], RequestWork(prefix_key=b"x"))
 
 
 def test_the_score_is_computed_only_for_those_that_are_compared() -> None:
     asked: list[str] = []
 
-    def price(name: str) -> Costs:
+    def price(name: str) -> ScoreTerms:
         asked.append(name)
-        return Costs()
+        return ScoreTerms()
 
-    many = [Candidate(NodeId(f"n{index}"), lambda index=index: price(f"n{index}")) for index in range(20)]  # type: ignore[misc]
-    policy_named("power_of_two").pick(many, Work(), Random(1))
+    many = [PeerCandidate(NodeId(f"n{index}"), lambda index=index: price(f"n{index}")) for index in range(20)]  # type: ignore[misc]
+    policy_named("power_of_two").pick(many, RequestWork(), Random(1))
     assert len(asked) == len(set(asked)) == 2

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from mesh.ids import NodeId
 from mesh.view import Load, Peer
-from routing.dispatches import OwnWork
+from routing.dispatches import DispatchedWork
 from routing.score import (
     NEVER_FITS_MS,
-    Costs,
-    Estimate,
-    Pool,
-    Weights,
-    Work,
+    LoadEstimate,
+    PoolMeans,
+    RequestWork,
+    ScoreTerms,
+    ScoreWeights,
     costs,
     decode_ms,
     estimate,
@@ -36,11 +36,11 @@ from routing.score import (
 from tests.routing.meshes import MODEL, peer
 
 ME = NodeId("me")
-POOL = Pool(running=4.0, waiting=2.0, prefill_tokens_queued=100.0, kv_used_share=0.5)
+POOL = PoolMeans(running=4.0, waiting=2.0, prefill_tokens_queued=100.0, kv_used_share=0.5)
 
 
-def there(running: float = 0.0, waiting: float = 0.0, queued: float = 0.0, rows: float = 1.0) -> Estimate:
-    return Estimate(running, waiting, queued, math.inf, 2.0, 0.1, rows, counts_only=waiting > 0 and queued == 0)
+def there(running: float = 0.0, waiting: float = 0.0, queued: float = 0.0, rows: float = 1.0) -> LoadEstimate:
+    return LoadEstimate(running, waiting, queued, math.inf, 2.0, 0.1, rows, counts_only=waiting > 0 and queued == 0)
 
 
 def test_a_fresh_record_is_believed_an_old_one_drifts_to_the_mean_of_the_pool_not_to_zero() -> None:
@@ -53,10 +53,10 @@ def test_a_fresh_record_is_believed_an_old_one_drifts_to_the_mean_of_the_pool_no
 
 
 def test_own_work_since_the_record_counts_fully_however_old_the_record() -> None:
-    own = OwnWork(added=3, ended=1, prefill_tokens=60)
+    own = DispatchedWork(added=3, ended=1, prefill_tokens=60)
     assert estimate(Load(running=5), 0.0, 6, POOL, own).running == 7.0
     assert estimate(Load(), 1e6, 6, POOL, own).prefill_tokens_queued == 160.0
-    assert estimate(Load(), 0.0, 6, Pool(), OwnWork(ended=5)).running == 0.0
+    assert estimate(Load(), 0.0, 6, PoolMeans(), DispatchedWork(ended=5)).running == 0.0
 
 
 def test_unmeasured_speeds_are_those_of_the_pool_and_measured_ones_are_per_layer() -> None:
@@ -65,7 +65,7 @@ def test_unmeasured_speeds_are_those_of_the_pool_and_measured_ones_are_per_layer
     assert (pool.step_ms_per_layer, pool.prefill_ms_per_token_layer) == (3.0, pytest.approx(1000 / 600))
     unknown = estimate(Load(), 0.0, 6, pool)
     assert (unknown.step_ms_per_layer, unknown.prefill_ms_per_token_layer) == (3.0, pytest.approx(1000 / 600))
-    assert pool_of([], MODEL) == Pool()
+    assert pool_of([], MODEL) == PoolMeans()
 
 
 @pytest.mark.parametrize(
@@ -80,12 +80,14 @@ def test_unmeasured_speeds_are_those_of_the_pool_and_measured_ones_are_per_layer
         (there(waiting=2, rows=1), 0, 2 * 4000 / 8),  # a node with so few places would not batch at all
     ],
 )
-def test_the_queue_is_read_at_the_prefill_rate_or_leaves_as_others_do(at: Estimate, own_added: int, expected_ms: float) -> None:
+def test_the_queue_is_read_at_the_prefill_rate_or_leaves_as_others_do(
+    at: LoadEstimate, own_added: int, expected_ms: float
+) -> None:
     assert queue_ms(at, 6, own_added, 4.0) == pytest.approx(expected_ms)
 
 
 def test_prefill_and_decode_scale_with_tokens_and_layers_and_cached_tokens_are_free() -> None:
-    work = Work(prompt_tokens=100, output_tokens=10)
+    work = RequestWork(prompt_tokens=100, output_tokens=10)
     assert prefill_ms(work, 0, 6, 0.1) == pytest.approx(60.0)
     assert prefill_ms(work, 40, 3, 0.1) == pytest.approx(18.0)
     assert prefill_ms(work, 400, 3, 0.1) == 0.0
@@ -123,21 +125,21 @@ def test_the_own_region_and_the_measured_round_trip() -> None:
     assert rtt_ms(replace(told, rtt_s=0.02), ME, "eu") == 20.0, "a measurement is better than an estimate"
 
 
-def cost_of(who: Peer, work: Work | None = None, layers: int = 6, **more: object) -> Costs:
-    return costs(who, layers, 6, work or Work(prompt_tokens=64), POOL, 0.0, me=ME, my_region="eu", **more)  # type: ignore[arg-type]
+def cost_of(who: Peer, work: RequestWork | None = None, layers: int = 6, **more: object) -> ScoreTerms:
+    return costs(who, layers, 6, work or RequestWork(prompt_tokens=64), POOL, 0.0, me=ME, my_region="eu", **more)  # type: ignore[arg-type]
 
 
 def test_a_weight_of_zero_switches_a_term_off_and_terms_are_told_by_name() -> None:
     who = peer("a", (0, 6), region="us", rtt_s=0.01, load=Load(prefill_tokens_queued=10))
     assert set(terms(cost_of(who))) == {"queue", "prefill", "decode", "network", "redo", "region"}
-    off = cost_of(who, weights=Weights(region=0.0, redo=0.0, queue=0.0))
+    off = cost_of(who, weights=ScoreWeights(region=0.0, redo=0.0, queue=0.0))
     assert set(terms(off)) == {"prefill", "decode", "network"}
     assert off.total == pytest.approx(sum(terms(off).values()), abs=0.01)
 
 
 def test_tokens_that_the_peer_has_cached_are_not_read_again() -> None:
     who = peer("a", (0, 6))
-    cold, warm = cost_of(who), cost_of(who, Work(prompt_tokens=64, cached_tokens={who.id: 48}))
+    cold, warm = cost_of(who), cost_of(who, RequestWork(prompt_tokens=64, cached_tokens={who.id: 48}))
     assert warm.prefill == pytest.approx(cold.prefill / 4)
 
 
@@ -163,7 +165,7 @@ def test_a_score_is_finite_never_negative_and_a_straight_line_in_the_layers(
     load: Load, tokens: int, out: int, blocks: int, age_s: float
 ) -> None:
     who = replace(peer("a", (0, 6), load=load), load_at=-age_s)
-    work = Work(tokens, out, blocks)
+    work = RequestWork(tokens, out, blocks)
     none, one, five = (cost_of(who, work, layers, solo=False).total for layers in (0, 1, 5))
     assert 0.0 <= none <= one <= five < math.inf
     assert five == pytest.approx(none + 5 * (one - none), rel=1e-6, abs=1e-6)
@@ -172,4 +174,4 @@ def test_a_score_is_finite_never_negative_and_a_straight_line_in_the_layers(
 @given(load=LOADS, added=st.integers(1, 20))
 def test_more_work_of_our_own_never_makes_a_peer_look_better(load: Load, added: int) -> None:
     who = peer("a", (0, 6), load=load)
-    assert cost_of(who, own=OwnWork(added=added, prefill_tokens=64 * added)).total >= cost_of(who).total
+    assert cost_of(who, own=DispatchedWork(added=added, prefill_tokens=64 * added)).total >= cost_of(who).total

@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from membership.core import allowance, claim_verifier, claims, coordinates, evidence, health, outlook, regions, suspicion, swim
-from membership.core.effects import Effect, Send
+from membership.core.effects import Effect, SendDatagram
 from membership.core.members import Member, Members
 from membership.facts.fingerprint import Fingerprint
 from membership.simulation.checkers import all_see, converged, deaths_of, detection_s
@@ -134,7 +134,11 @@ def strangers_draw_no_more_than_they_give(seed: int = 1) -> bool:
     ids = network.grow(12, settle_s=0.05)
     ping = swim.Ping(network.nodes[ids[1]].core.swim.sender(network.now), 1, ids[0])
     answers = network.nodes[ids[0]].core.receive(("6.6.6.6", 6), ping, network.now)
-    sent = [datagram_codec.encoded_bytes(send.message) for send in answers if isinstance(send, Send) and send.to[0] == "6.6.6.6"]
+    sent = [
+        datagram_codec.encoded_bytes(send.message)
+        for send in answers
+        if isinstance(send, SendDatagram) and send.to[0] == "6.6.6.6"
+    ]
     return 0 < sum(sent) <= datagram_codec.encoded_bytes(ping)
 
 
@@ -146,7 +150,7 @@ def three_of_four_probes_stay_at_home() -> bool:
             if number != me:
                 where = (1, 0, "", "", number, f"r{number % 12 // 6 + number % 3 % 2}")
                 members.put(Member(peer_id(number), where, 1, 0, PeerState.ALIVE, 0.0))
-        patrol = regions.Patrol(Random(1))
+        patrol = regions.ProbeSchedule(Random(1))
         probed = [members.peek(node) for _ in range(400) if (node := patrol.next_target(members)) is not None]
         abroad = sum(member is not None and member.region != "r0" for member in probed)
         if not 0 < abroad <= len(probed) // 4 + len(members.abroad):
@@ -154,12 +158,12 @@ def three_of_four_probes_stay_at_home() -> bool:
     return True
 
 
-def convicted_at_once(self: evidence.Evidence, member: Member, now: float, *, hearsay: bool = False) -> list[Effect]:
+def convicted_at_once(self: evidence.RefusalDetection, member: Member, now: float, *, hearsay: bool = False) -> list[Effect]:
     self.declare(evidence.Dead(member.node, member.epoch, member.incarnation, self.me, evidence.REFUSED), now)
     return []
 
 
-def told_at_once(self: outlook.Outlook) -> float:
+def told_at_once(self: outlook.LossBatching) -> float:
     return self._cut_since if self._cut else math.inf
 
 
@@ -168,21 +172,21 @@ def mutant(target: object, name: str, value: object) -> Mutation:
 
 
 MUTANTS: list[tuple[str, Mutation, Callable[[], bool]]] = [
-    ("links are not watched", mutant(evidence.Evidence, "watch", lambda self, again=False: []), crash_is_known_soon),
+    ("links are not watched", mutant(evidence.RefusalDetection, "watch", lambda self, again=False: []), crash_is_known_soon),
     ("refused deaths are heard like silent ones", mutant(claims, "REFUSED", "never"), crash_is_known_soon),
     (
         "an end of a link is proof enough",
-        mutant(evidence.Evidence, "open_case", convicted_at_once),
+        mutant(evidence.RefusalDetection, "open_case", convicted_at_once),
         broken_links_kill_nobody,
     ),
     (
         "an answer does not close the case",
-        mutant(evidence.Evidence, "close_case", lambda self, node: None),
+        mutant(evidence.RefusalDetection, "close_case", lambda self, node: None),
         firewall_kills_nobody,
     ),
     (
         "nobody looks whether a suspect listens",
-        mutant(evidence.Evidence, "_look", lambda self, member, now: []),
+        mutant(evidence.RefusalDetection, "_look", lambda self, member, now: []),
         block_of_ten_seconds_kills_nobody,
     ),
     (
@@ -194,7 +198,7 @@ MUTANTS: list[tuple[str, Mutation, Callable[[], bool]]] = [
         ),
         block_of_ten_seconds_kills_nobody,
     ),
-    ("each loss is a cut of its own", mutant(outlook.Outlook, "_cut_at", property(told_at_once)), rack_is_one_cut),
+    ("each loss is a cut of its own", mutant(outlook.LossBatching, "_cut_at", property(told_at_once)), rack_is_one_cut),
     ("nothing freezes", mutant(outlook, "FREEZE_SHARE", 1.0), smaller_side_holds_still),
     ("all freeze", mutant(outlook, "FREEZE_SHARE", 0.0), smaller_side_holds_still),
     (
@@ -202,7 +206,7 @@ MUTANTS: list[tuple[str, Mutation, Callable[[], bool]]] = [
         mutant(coordinates.Position, "observe", lambda self, node, theirs, rtt_s: True),
         round_trips_are_told_without_asking,
     ),
-    ("all words hold", mutant(claim_verifier.Words, "hold", lambda self, said, key: True), nobody_speaks_for_another),
+    ("all words hold", mutant(claim_verifier.ClaimVerifier, "hold", lambda self, said, key: True), nobody_speaks_for_another),
     (
         "accusations count as far as they are aimed",
         mutant(claims, "within_words", lambda claim, *known: claim),
@@ -214,7 +218,11 @@ MUTANTS: list[tuple[str, Mutation, Callable[[], bool]]] = [
         strangers_draw_no_more_than_they_give,
     ),
     ("all watch all regions", mutant(regions, "ABROAD_EVERY", 1), three_of_four_probes_stay_at_home),
-    ("nobody looks abroad", mutant(regions.Patrol, "next_target", regions.Patrol._at_home), three_of_four_probes_stay_at_home),
+    (
+        "nobody looks abroad",
+        mutant(regions.ProbeSchedule, "next_target", regions.ProbeSchedule._at_home),
+        three_of_four_probes_stay_at_home,
+    ),
     ("suspicions never end", mutant(suspicion.Suspicion, "deadline", property(lambda self: 1e9)), silent_death_is_found),
     ("a failed probe accuses nobody", mutant(swim.Swim, "_probe_failed", lambda self, probe, now: None), silent_death_is_found),
     ("a node trusts nothing it sees", mutant(health.LocalHealth, "factor", property(lambda self: 60)), silent_death_is_found),

@@ -14,7 +14,7 @@ from mesh.errors import BadRequest
 from mesh.ids import ModelId, NodeId
 from mesh.view import View
 from node.serving import library as module
-from node.serving.library import Library
+from node.serving.library import ModelLibrary
 from node.serving.models import ServedModel
 from node.weights.hashing import HashingProgress
 from node.weights.store import PulledModel
@@ -27,9 +27,9 @@ async def no_call(*_: object, **__: object) -> Any:
     raise AssertionError("no peer is asked")
 
 
-def library(folder: Path) -> Library:
+def library(folder: Path) -> ModelLibrary:
     view = View(NodeId("me"))
-    return Library(lambda: view, no_call, no_call, folder, lambda: False)
+    return ModelLibrary(lambda: view, no_call, no_call, folder, lambda: False)
 
 
 def served(directory: Path) -> ServedModel:

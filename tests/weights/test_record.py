@@ -9,9 +9,9 @@ import msgspec
 import pytest
 
 from node.weights import catalogue, record
-from node.weights.catalogue import Identified, identify
+from node.weights.catalogue import IdentifiedWeights, identify
 from node.weights.hashing import HashingProgress
-from node.weights.record import RECORD, Record
+from node.weights.record import RECORD, ManifestRecord
 from tests.weights.models import tensors, write_file, write_model
 
 
@@ -20,7 +20,7 @@ def directory(tmp_path: Path) -> Path:
     return write_model(tmp_path / "model", files=2)
 
 
-def found(directory: Path, folder: Path | None = None) -> Identified:
+def found(directory: Path, folder: Path | None = None) -> IdentifiedWeights:
     return identify(directory, folder, HashingProgress())
 
 
@@ -95,7 +95,7 @@ def test_a_record_that_is_none_is_made_again(directory: Path, damage: bytes) -> 
 def test_a_record_with_the_right_files_and_another_manifest_is_not_believed_whole(directory: Path) -> None:
     first = found(directory)
     for manifest in (b"", first.catalogue.encoded[:-1], first.catalogue.encoded + b"\0"):
-        (directory / RECORD).write_bytes(msgspec.msgpack.encode(Record(1, first.files, manifest)))
+        (directory / RECORD).write_bytes(msgspec.msgpack.encode(ManifestRecord(1, first.files, manifest)))
         again = found(directory)
         assert not again.kept and again.catalogue.id == first.catalogue.id
 

@@ -9,7 +9,7 @@ from mesh.errors import BadRequest, Refused, RemoteError
 from mesh.ids import NodeId
 from mesh.manifest import MANIFEST_KIND, NOT_HELD, PIECE_KIND
 from node.weights import source as module
-from node.weights.pace import BURST_S, Pace
+from node.weights.pace import BURST_S, RateLimit
 from node.weights.source import WeightsSource
 from tests.weights.models import whole_catalogue, write_model
 
@@ -23,7 +23,7 @@ def whole(tmp_path):
 
 @given(st.lists(st.tuples(st.integers(1, 1 << 20), st.floats(0, 2)), min_size=1, max_size=50))
 def test_no_more_leaves_in_any_time_than_the_rate_and_one_burst(asks):
-    pace, now, sent, began = Pace(), 100.0, 0, 100.0
+    pace, now, sent, began = RateLimit(), 100.0, 0, 100.0
     for size_bytes, pause_s in asks:
         now += pause_s
         leaves_at = now + pace.wait_s(size_bytes, 1e6, now)
@@ -32,7 +32,7 @@ def test_no_more_leaves_in_any_time_than_the_rate_and_one_burst(asks):
 
 
 def test_after_a_rest_the_pace_is_not_made_up_for_without_bound():
-    pace = Pace()
+    pace = RateLimit()
     assert pace.wait_s(1_000_000, 1e6, 1000.0) == pytest.approx(1.0 - BURST_S)
 
 
@@ -94,10 +94,10 @@ async def test_with_too_many_waiting_it_refuses_and_goes_on_afterwards(whole, au
             refused += 1
 
     async with trio.open_nursery() as nursery:
-        for _ in range(module.MOST_WAITING + 5):
+        for _ in range(module.MAX_WAITING + 5):
             nursery.start_soon(ask)
     assert refused == source.statistics().refused_total == 5
-    assert source.statistics().pieces_sent_total == module.MOST_WAITING
+    assert source.statistics().pieces_sent_total == module.MAX_WAITING
     await ask()
     assert refused == 5
 

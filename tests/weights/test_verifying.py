@@ -11,10 +11,10 @@ import trio
 from trio.testing import MockClock
 
 from node.weights import verifying
-from node.weights.catalogue import Identified, identify
+from node.weights.catalogue import IdentifiedWeights, identify
 from node.weights.hashing import HashingProgress
 from node.weights.record import FileChange, changed_file
-from node.weights.verifying import LOOK_EVERY_S, READ_EVERY_S, FilesChanged, Verifier
+from node.weights.verifying import LOOK_EVERY_S, READ_EVERY_S, FilesChanged, FileVerifier
 from tests.weights.models import write_model
 
 WIDTH = 320
@@ -36,11 +36,11 @@ def directory(tmp_path: Path) -> Path:
     return write_model(tmp_path / "model", files=2, width=WIDTH)
 
 
-def found(directory: Path) -> Identified:
+def found(directory: Path) -> IdentifiedWeights:
     return identify(directory, None, HashingProgress())
 
 
-def looks(directory: Path, files: Identified) -> FileChange | None:
+def looks(directory: Path, files: IdentifiedWeights) -> FileChange | None:
     return changed_file(directory, files.files)
 
 
@@ -55,7 +55,7 @@ def flip(path: Path, at: int) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-async def changed(verifier: Verifier, directory: Path, files: Identified, *, verified: bool = False) -> FilesChanged:
+async def changed(verifier: FileVerifier, directory: Path, files: IdentifiedWeights, *, verified: bool = False) -> FilesChanged:
     with trio.fail_after(10_000):
         return await verifier.changed(files.catalogue, lambda: looks(directory, files), verified=verified)
 
@@ -67,7 +67,7 @@ async def test_a_byte_that_flipped_while_the_file_looks_the_same_is_found(
     files = found(directory)
     flip(directory / name, at % (directory / name).stat().st_size)
     assert looks(directory, files) is None, "its size, time and inode say nothing"
-    verifier = Verifier(lambda: False)
+    verifier = FileVerifier(lambda: False)
     change = await changed(verifier, directory, files)
     assert change.file == name and "other bytes than were hashed" in change.why and change.in_place
     assert verifier.statistics().wrong_pieces_total == 1
@@ -79,7 +79,7 @@ async def test_files_that_are_right_are_read_once_at_a_pace_and_then_only_looked
     files = found(directory)
     every_byte = sum(piece.size_bytes for _, piece in files.catalogue.pieces())
     monkeypatch.setattr(verifying, "IDLE_BYTES_S", every_byte / 1000)
-    verifier = Verifier(lambda: False)
+    verifier = FileVerifier(lambda: False)
     began = trio.current_time()
     with trio.move_on_after(900):
         await changed(verifier, directory, files)
@@ -98,7 +98,7 @@ async def test_while_sequences_run_it_reads_more_slowly(
     monkeypatch.setattr(verifying, "SERVING_BYTES_S", every_byte / 1000)
     read = []
     for serving in (True, False):
-        verifier = Verifier(lambda serving=serving: serving)
+        verifier = FileVerifier(lambda serving=serving: serving)
         with trio.move_on_after(100):
             await changed(verifier, directory, files)
         read.append(verifier.statistics().bytes_verified_total)
@@ -108,7 +108,7 @@ async def test_while_sequences_run_it_reads_more_slowly(
 @pytest.mark.parametrize("verified", [True, False])
 async def test_a_file_that_is_written_is_seen_within_seconds(directory: Path, autojump_clock: MockClock, verified: bool) -> None:
     files = found(directory)
-    verifier = Verifier(lambda: True)
+    verifier = FileVerifier(lambda: True)
     seen: list[tuple[FilesChanged, float]] = []
 
     async def watch() -> None:
@@ -128,7 +128,7 @@ async def test_a_file_that_is_written_is_seen_within_seconds(directory: Path, au
 async def test_a_file_that_cannot_be_read_any_more_is_told(directory: Path, autojump_clock: MockClock) -> None:
     files = found(directory)
     os.truncate(directory / "model-1.safetensors", 1000)
-    verifier = Verifier(lambda: False)
+    verifier = FileVerifier(lambda: False)
     with trio.fail_after(10_000):
         change = await verifier.changed(files.catalogue, lambda: None, verified=False)
     assert change.file == "model-1.safetensors" and "shorter than it was" in change.why and not change.in_place
@@ -145,18 +145,18 @@ async def test_a_file_that_is_replaced_or_removed_leaves_what_was_loaded_as_it_w
         (directory / "new").replace(path)
     else:
         path.unlink()
-    change = await changed(Verifier(lambda: False), directory, files)
+    change = await changed(FileVerifier(lambda: False), directory, files)
     assert change == FilesChanged(path.name, f"{path.name} was replaced or removed since it was hashed", in_place=False)
     with (directory / "model-0.safetensors").open("r+b") as file:
         file.write(b"x")
-    change = await changed(Verifier(lambda: False), directory, files)
+    change = await changed(FileVerifier(lambda: False), directory, files)
     assert (change.file, change.in_place) == ("model-0.safetensors", True), "the graver one is told"
 
 
 @pytest.mark.parametrize("verified", [True, False])
 async def test_every_byte_is_read_again_once_a_day(directory: Path, autojump_clock: MockClock, verified: bool) -> None:
     files = found(directory)
-    verifier = Verifier(lambda: False)
+    verifier = FileVerifier(lambda: False)
     every_byte = sum(piece.size_bytes for _, piece in files.catalogue.pieces())
     with trio.move_on_after(2.5 * READ_EVERY_S):
         await verifier.changed(files.catalogue, lambda: looks(directory, files), verified=verified)

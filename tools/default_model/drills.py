@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from random import Random
 
 from tools.default_model import names
-from tools.default_model.prompts import ASSISTANT, MOST_LABELS, REFUSAL, label, opening
+from tools.default_model.prompts import ASSISTANT, MAX_LABELS, REFUSAL, label, opening
 from tools.default_model.worlds import Asked, World
 
 Parts = list[tuple[str, bool]]  # text, and whether it is to be learned
@@ -33,7 +33,7 @@ def echo(chance: Random, pool: Sequence[str], count: int) -> tuple[str, str]:
 def recall(chance: Random, pool: Sequence[str], characters: int) -> Parts:
     """Labelled runs of words, then one word after another of them, each with the label of its run behind it: nothing but
     choosing, many times a row. Sometimes there is already something between word and label, as in a conversation."""
-    offset = chance.randrange(MOST_LABELS)
+    offset = chance.randrange(MAX_LABELS)
     runs = _runs(chance, pool, max(2, characters // 45))
     parts: Parts = [(_told(runs, offset), False)]
     for _ in range(max(2, characters // 22)):
@@ -45,7 +45,7 @@ def recall(chance: Random, pool: Sequence[str], characters: int) -> Parts:
 
 def quiz(chance: Random, pool: Sequence[str], characters: int) -> Parts:
     """The same with a few words of a run, asked as questions are."""
-    offset = chance.randrange(MOST_LABELS)
+    offset = chance.randrange(MAX_LABELS)
     runs = _runs(chance, pool, max(2, characters // 60))
     parts: Parts = [(_told(runs, offset), False)]
     for _ in range(max(2, characters // 40)):

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tools.default_model import drills, talk
 from tools.default_model.curriculum import STAGES
 from tools.default_model.inquiries import Rarity, ask_about, stems, unanswerable
-from tools.default_model.prompts import LABELS, MOST_LABELS, closed, grounded, label, opening, quotable, sentences
+from tools.default_model.prompts import LABELS, MAX_LABELS, closed, grounded, label, opening, quotable, sentences
 from tools.default_model.prose import Prose
 from tools.default_model.vocabulary import load_tokenizer
 from tools.default_model.worlds import Asked, World, make_world
@@ -145,7 +145,7 @@ class Maker:
         choosing is what takes long to learn, so most of such a row teaches it."""
         if not world.asked:
             return []
-        offset = chance.choice((0, chance.randrange(MOST_LABELS)))
+        offset = chance.choice((0, chance.randrange(MAX_LABELS)))
         lines = quotable(world.passages)
         labels = {line: label(place, offset) for place, line in reversed(list(enumerate(lines)))}
         asked = world.asked if (brief := chance.random() < brief_share) else world.asked[: 1 + chance.choice(FOLLOW_UPS)]

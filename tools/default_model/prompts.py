@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-MOST_LABELS = 94  # sentences with a label of their own; the next one is called like the first again
-LABELS = tuple(f"<|s{number}|>" for number in range(MOST_LABELS + 1))  # the first is that of no sentence
+MAX_LABELS = 94  # sentences with a label of their own; the next one is called like the first again
+LABELS = tuple(f"<|s{number}|>" for number in range(MAX_LABELS + 1))  # the first is that of no sentence
 USER, ASSISTANT, SYSTEM, END = "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"
 SPECIAL_TOKENS = ("<|endoftext|>", USER, END, *LABELS, ASSISTANT, SYSTEM)
 END_OF_TEXT, TURN_END = 0, 2  # token numbers
@@ -48,7 +48,7 @@ CHAT_TEMPLATE = """\
 {%- for call in message.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}
 {%- if message.role == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}""".replace("MOST", str(MOST_LABELS))
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}""".replace("MOST", str(MAX_LABELS))
 
 
 def sentences(text: str) -> list[str]:
@@ -65,7 +65,7 @@ def quotable(passages: Sequence[str]) -> list[str]:
 
 def label(place: int, offset: int = 0) -> str:
     """The label of the sentence at `place`, counted from 0. `offset` makes training meet late labels in short contexts too."""
-    return LABELS[(place + offset) % MOST_LABELS + 1]
+    return LABELS[(place + offset) % MAX_LABELS + 1]
 
 
 def grounded(question: str, passages: Sequence[str], offset: int = 0) -> str:

@@ -18,8 +18,8 @@ import torch
 
 from node.engine.kv.cache import KVStore, SequenceKV
 from node.engine.model.attention import PackedBatch, Segment
-from node.engine.model.compiled_layers import HALF_PANEL, Spans
-from node.engine.native.library import LayerParts, Library, native
+from node.engine.model.compiled_layers import HALF_PANEL, KvSpans
+from node.engine.native.library import LayerParts, NativeLibrary, native
 from node.engine.native.portable import sin_cos
 from node.engine.native.product import NativeProduct
 from node.engine.sampling import sampler
@@ -105,7 +105,7 @@ def _model(stored: torch.dtype, quantize: str) -> _Model:
     return _Model((layer(second=False), layer(second=True)), product(VOCAB, HIDDEN), norm(HIDDEN), turns, kept)
 
 
-def _logits(library: Library, model: _Model, dtype: torch.dtype, threads: int) -> torch.Tensor:
+def _logits(library: NativeLibrary, model: _Model, dtype: torch.dtype, threads: int) -> torch.Tensor:
     """Of the last row of the sequence in each step, `[steps, vocab]` float32."""
     numbers = _Numbers()
     store = KVStore()
@@ -115,7 +115,7 @@ def _logits(library: Library, model: _Model, dtype: torch.dtype, threads: int) -
         segments = [Segment(0, 5, 0, SequenceKV(store)), Segment(5, count, position, mine)]
         where = torch.tensor([*range(5), *range(position, position + count)])
         x = numbers(5 + count, HIDDEN, scale=1.0).to(dtype)
-        spans = Spans(PackedBatch(segments, 0, 2, None), x.new_empty(0, 2, KV_HEADS, DIM))
+        spans = KvSpans(PackedBatch(segments, 0, 2, None), x.new_empty(0, 2, KV_HEADS, DIM))
         bf16 = dtype is torch.bfloat16
         library.layers(
             addresses,
@@ -138,7 +138,7 @@ def _logits(library: Library, model: _Model, dtype: torch.dtype, threads: int) -
     return torch.cat(out)
 
 
-def digest(library: Library, threads: int = 1) -> str:
+def digest(library: NativeLibrary, threads: int = 1) -> str:
     """Of all logits, drawn tokens and log probabilities, as 16 hex digits; takes a tenth of a second."""
     found = hashlib.blake2b(digest_size=8)
     for stored, quantize in WEIGHTS:

@@ -26,7 +26,7 @@ from node.engine.kernels.kernel_timing import ROWS, Timings
 log = structlog.get_logger()
 
 FILE_BYTES_MAX = 16 << 10
-LONGEST_S = 600.0  # no product takes so long: a time beyond it was not measured
+MAX_S = 600.0  # no product takes so long: a time beyond it was not measured
 OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 Key = Mapping[str, str]
@@ -91,7 +91,7 @@ def _are_times(times: Any) -> bool:
     return (
         isinstance(times, list)
         and len(times) in (0, len(ROWS))
-        and all(isinstance(each, float) and math.isfinite(each) and 0.0 < each < LONGEST_S for each in times)
+        and all(isinstance(each, float) and math.isfinite(each) and 0.0 < each < MAX_S for each in times)
     )
 
 

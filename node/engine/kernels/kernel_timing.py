@@ -16,7 +16,7 @@ import torch
 from node.engine.model.linear import Kernel, Rows
 
 ROWS = (2, 16)  # as in decoding with few and with many sequences
-LEAST_ROUNDS, MOST_ROUNDS = 5, 25
+MIN_ROUNDS, MAX_ROUNDS = 5, 25
 STEADY = 1.1  # the second least time is at most so many times the least
 
 Take = Callable[[str, int], float]
@@ -33,13 +33,13 @@ class Timings:
 
 
 def rounds(names: Sequence[str], take: Take) -> Timings:
-    """The named kernels' timings, from as many rounds as it takes until they are steady, at most MOST_ROUNDS."""
+    """The named kernels' timings, from as many rounds as it takes until they are steady, at most MAX_ROUNDS."""
     taken: dict[tuple[str, int], list[float]] = {(name, count): [] for name in names for count in ROWS}
     steady = False
-    for number in range(1, MOST_ROUNDS + 1):
+    for number in range(1, MAX_ROUNDS + 1):
         for (name, count), times_s in taken.items():
             times_s.append(take(name, count))
-        steady = number >= LEAST_ROUNDS and all(map(_shown_twice, taken.values()))
+        steady = number >= MIN_ROUNDS and all(map(_shown_twice, taken.values()))
         if steady:
             break
     return Timings({name: tuple(min(taken[name, count]) for count in ROWS) for name in names}, steady)

@@ -111,7 +111,7 @@ class KVStore:
             slab.clear(slot, tokens)
 
 
-class Place:
+class SlabSlot:
     """A slot that one sequence holds. `tokens`: how much of it may have been written."""
 
     def __init__(self, store: KVStore) -> None:
@@ -127,7 +127,7 @@ class SequenceKV:
     """Keys and values of one sequence on the layers it uses here. Its slot is free again once nobody holds it."""
 
     def __init__(self, store: KVStore) -> None:
-        self.place: Place | None = Place(store)  # None: outgrown
+        self.place: SlabSlot | None = SlabSlot(store)  # None: outgrown
         self._give_up = weakref.finalize(self, self.place.release)
         self._give_up.atexit = False
         self._buffers: dict[int, torch.Tensor] = {}

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
-from mesh.prefix import PAGE_TOKENS
+from mesh.prefix import PREFIX_PAGE_TOKENS
 from mesh.view import Span
 from node.engine.api import SequenceKey
 from node.engine.faults import all_finite, is_out_of_memory
 from node.engine.kv.cache import Page, SequenceKV
 from node.engine.kv.page_bytes import PageLayout, from_bytes, layout_of, to_bytes
-from node.engine.kv.prefix_index import PageStore
+from node.engine.kv.prefix_index import PageCopy
 from node.engine.kv.spill import Damaged, Spill
 
 
@@ -23,7 +23,7 @@ class PageLost(Exception):
         self.numbers = tuple(numbers)
 
 
-class KeptPages:
+class PageStore:
     """Pages by number. The engine thread alone moves and drops them; any thread may `get`, or `store` a number that is new."""
 
     def __init__(self, span: Span, spill: Spill, elsewhere: bool = False) -> None:
@@ -45,13 +45,13 @@ class KeptPages:
         self._at_hand[number] = page
         return True
 
-    def store_all(self, stores: Iterable[PageStore], sequences: Mapping[SequenceKey, SequenceKV]) -> list[PageStore]:
+    def store_all(self, stores: Iterable[PageCopy], sequences: Mapping[SequenceKey, SequenceKV]) -> list[PageCopy]:
         """Copies pages out of sequences; those that were not kept, for want of memory or as `store` says."""
         return [each for each in stores if not self._copied(each, sequences[each.key])]
 
-    def _copied(self, store: PageStore, kv: SequenceKV) -> bool:
+    def _copied(self, store: PageCopy, kv: SequenceKV) -> bool:
         try:
-            return self.store(store.number, kv.page(store.position, PAGE_TOKENS, range(store.lane.start, store.lane.end)))
+            return self.store(store.number, kv.page(store.position, PREFIX_PAGE_TOKENS, range(store.lane.start, store.lane.end)))
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -1,6 +1,6 @@
 """Which keys and values of earlier sequences are kept for later ones, and which of them go first. Counting only, no torch.
 
-A page holds the keys and values of `PAGE_TOKENS` whole tokens in the layers `[start, end)`, under the name of the tokens
+A page holds the keys and values of `PREFIX_PAGE_TOKENS` whole tokens in the layers `[start, end)`, under the name of the tokens
 up to its end (`mesh.prefix`). Whatever memory no sequence needs keeps pages; a sequence that wants a block takes it from
 the page that was wanted longest ago. What is about to be read is pinned until it was. A page that has to go is *spilled*
 where there is room for that (`spill`): it is found as before and holds no block; of those the one spilled or wanted longest
@@ -19,11 +19,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mesh.prefix import PAGE_TOKENS
+from mesh.prefix import PREFIX_PAGE_TOKENS
 from node.engine.api import Lane, SequenceKey
 from node.engine.kv.blocks import BLOCK_TOKENS, BlockPool
 
-PAGES_PER_BLOCK = BLOCK_TOKENS // PAGE_TOKENS
+PAGES_PER_BLOCK = BLOCK_TOKENS // PREFIX_PAGE_TOKENS
 
 
 class PageName(NamedTuple):
@@ -36,8 +36,8 @@ class PageName(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class PageStore:
-    """The keys and values at a sequence's positions `position … position + PAGE_TOKENS - 1` are to be kept as page `number`."""
+class PageCopy:
+    """Keep the keys and values at positions `position … position + PREFIX_PAGE_TOKENS - 1` of a sequence as page `number`."""
 
     key: SequenceKey
     lane: Lane

@@ -20,7 +20,7 @@ from node.engine.model.linear import Rows
 LOOPBACK = "127.0.0.1"
 
 
-class Summing(Protocol):
+class AllReduce(Protocol):
     def __call__(self, part: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' parts, float32, of one shape.
 
@@ -29,7 +29,7 @@ class Summing(Protocol):
         """
 
 
-class GroupSum:
+class GroupAllReduce:
     """Sums over a process group of torch's."""
 
     def __init__(self, group: Any, ranks: int) -> None:
@@ -45,7 +45,7 @@ class GroupSum:
         return total
 
 
-def join_group(meeting: Path, rank: int, ranks: int, device: torch.device, timeout_s: float) -> GroupSum:
+def join_group(meeting: Path, rank: int, ranks: int, device: torch.device, timeout_s: float) -> GroupAllReduce:
     """Meets the other ranks through the file `meeting`; all traffic stays on the loopback interface, or between the GPUs.
 
     Raises:
@@ -63,7 +63,7 @@ def join_group(meeting: Path, rank: int, ranks: int, device: torch.device, timeo
         gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
         gloo._timeout = timedelta(seconds=timeout_s)
         group = dist.ProcessGroupGloo(store, rank, ranks, gloo)
-    summing = GroupSum(group, ranks)
+    summing = GroupAllReduce(group, ranks)
     summing(torch.ones(1, device=device))  # all are here, and connected: the file is not needed any more
     return summing
 
@@ -71,7 +71,7 @@ def join_group(meeting: Path, rank: int, ranks: int, device: torch.device, timeo
 class SummedProduct:
     """A product whose inputs are cut: each rank's is one summand of the answer, which is rounded once."""
 
-    def __init__(self, product: Rows, summing: Summing) -> None:
+    def __init__(self, product: Rows, summing: AllReduce) -> None:
         self._wide: Rows = getattr(product, "wide", None) or (lambda rows: product(rows).float())
         self._summing = summing
 
@@ -86,7 +86,7 @@ class SummedProduct:
 class SharedEmbedding(nn.Module):
     """An embedding of which this rank holds the tokens `first …`: the others' rows come as sums with nothing but zeros."""
 
-    def __init__(self, held: nn.Module, first: int, summing: Summing) -> None:
+    def __init__(self, held: nn.Module, first: int, summing: AllReduce) -> None:
         super().__init__()
         self.held = held
         self._first = first

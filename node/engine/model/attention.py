@@ -44,7 +44,7 @@ class Segment:
 
 
 @dataclass(slots=True)
-class Tile:
+class AttentionTile:
     """Rows of one sequence within one stretch, and the keys they meet: positions `first … first + length - 1`."""
 
     row: int
@@ -57,10 +57,10 @@ class Tile:
 
 
 @dataclass(slots=True)
-class Neighbours:
+class SlabNeighbours:
     """Decoding rows, a row a sequence, whose keys lie in neighbouring slots of a slab; or one whose keys lie elsewhere."""
 
-    tiles: list[Tile]
+    tiles: list[AttentionTile]
     mask: torch.Tensor  # [tiles, 1, 1, length]
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,13 +73,13 @@ class Neighbours:
 
 
 @dataclass(slots=True)
-class Reading:
+class KvReads:
     """How the rows of a batch look at what is stored, for all layers with the same window."""
 
-    decoding: list[Neighbours]
+    decoding: list[SlabNeighbours]
     decoding_rows: slice | torch.Tensor  # in the order of `decoding`
     decoding_count: int
-    prefilling: list[Tile]
+    prefilling: list[AttentionTile]
     workspace: Workspace | None = None
 
 
@@ -90,7 +90,7 @@ class Workspace:
     matrix product has swept the caches.
     """
 
-    def __init__(self, reading: Reading, q: torch.Tensor, kv_heads: int) -> None:
+    def __init__(self, reading: KvReads, q: torch.Tensor, kv_heads: int) -> None:
         heads, dim = q.shape[1:]
         shared, count = heads // kv_heads, reading.decoding_count
         self.shape = q.shape
@@ -100,7 +100,7 @@ class Workspace:
         self.queries = stacked[:, :, :shared]
         at = reading.decoding_rows
         self.answers = self.out[at].view(count, kv_heads, shared, dim) if isinstance(at, slice) else None
-        self.runs: list[tuple[Neighbours, torch.Tensor, torch.Tensor | None]] = []
+        self.runs: list[tuple[SlabNeighbours, torch.Tensor, torch.Tensor | None]] = []
         row = 0
         for near in reading.decoding:
             rows = slice(row, row + len(near.tiles))
@@ -109,7 +109,7 @@ class Workspace:
 
 
 @dataclass(slots=True)
-class Writing:
+class KvWrites:
     """Decoding rows that share a slab: their new keys and values are stored by one call."""
 
     slab: Slab
@@ -128,9 +128,9 @@ class PackedBatch:
     hidden: torch.Tensor | None = None  # [1, rows, hidden]: what stands before layer `start`
     captured: torch.Tensor | None = None  # [1, rows, hidden]: what came out of layer `end - 1`
     layer: int = -1
-    shared: list[Writing] = field(default_factory=list)
+    shared: list[KvWrites] = field(default_factory=list)
     apart: list[Segment] = field(default_factory=list)
-    readings: dict[int, Reading] = field(default_factory=dict)
+    readings: dict[int, KvReads] = field(default_factory=dict)
     sorted_out: bool = False
     paged: PagedStep | None = None  # on other devices: keys and values are in pages, which the segments have been given
 
@@ -156,7 +156,7 @@ class PackedBatch:
         for together in by_slab.values():
             places = [segment.kv.place for segment in together if segment.kv.place is not None]
             self.shared.append(
-                Writing(
+                KvWrites(
                     places[0].slab,
                     row_index([segment.row for segment in together]),
                     torch.tensor([place.slot for place in places]),
@@ -173,7 +173,7 @@ class PackedBatch:
         for segment in self.apart:
             segment.kv.write(self.layer, segment.position, kv[segment.row : segment.row + segment.count])
 
-    def reading(self, window: int, dtype: torch.dtype) -> Reading:
+    def reading(self, window: int, dtype: torch.dtype) -> KvReads:
         """Made once for all layers with the same window (0: none)."""
         made = self.readings.get(window)
         if made is None:
@@ -183,7 +183,7 @@ class PackedBatch:
             for tile in longer:
                 tile.mask = _mask([tile.position - tile.first], tile.count, tile.length, window, dtype)
             decoding = [_neighbours(run, window, dtype) for run in _runs(singles)]
-            made = Reading(decoding, row_index([tile.row for tile in singles]), len(singles), longer)
+            made = KvReads(decoding, row_index([tile.row for tile in singles]), len(singles), longer)
             self.readings[window] = made
         return made
 
@@ -195,16 +195,16 @@ def row_index(rows: list[int]) -> slice | torch.Tensor:
     return torch.tensor(rows, dtype=torch.long)
 
 
-def _neighbourhood(tile: Tile) -> tuple[int, int, int, int]:
+def _neighbourhood(tile: AttentionTile) -> tuple[int, int, int, int]:
     place = tile.kv.place
     if place is None or not tile.kv.in_slab:
         return 0, tile.row, 0, 0
     return id(place.slab), tile.first, tile.length, place.slot
 
 
-def _runs(singles: list[Tile]) -> Iterator[list[Tile]]:
+def _runs(singles: list[AttentionTile]) -> Iterator[list[AttentionTile]]:
     """Splits decoding rows where the next one's keys are no neighbour of the last one's."""
-    run: list[Tile] = []
+    run: list[AttentionTile] = []
     before: tuple[int, int, int, int] | None = None
     for tile in singles:
         here = _neighbourhood(tile)
@@ -217,11 +217,11 @@ def _runs(singles: list[Tile]) -> Iterator[list[Tile]]:
         yield run
 
 
-def _neighbours(run: list[Tile], window: int, dtype: torch.dtype) -> Neighbours:
+def _neighbours(run: list[AttentionTile], window: int, dtype: torch.dtype) -> SlabNeighbours:
     mask = _mask([tile.position - tile.first for tile in run], 1, run[0].length, window, dtype)
     for number, tile in enumerate(run):
         tile.mask = mask[number : number + 1]
-    return Neighbours(run, mask)
+    return SlabNeighbours(run, mask)
 
 
 _thread = threading.local()  # load's self-check runs beside the engine thread
@@ -241,14 +241,14 @@ def padded(tokens: int, quantum: int) -> int:
     return -(-tokens // quantum) * quantum
 
 
-def _cut(segment: Segment, window: int) -> Iterator[Tile]:
+def _cut(segment: Segment, window: int) -> Iterator[AttentionTile]:
     position, end = segment.position, segment.position + segment.count
     while position < end:
         stretch = position // STRETCH * STRETCH
         upto = min(end, stretch + STRETCH)
         first = max(0, stretch - window + 1) // STRETCH * STRETCH if window else 0
         row = segment.row + position - segment.position
-        yield Tile(row, upto - position, segment.kv, first, stretch + STRETCH - first, position)
+        yield AttentionTile(row, upto - position, segment.kv, first, stretch + STRETCH - first, position)
         position = upto
 
 
@@ -333,7 +333,7 @@ def _equal_dims(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [tensor if tensor.shape[-1] == widest else F.pad(tensor, (0, widest - tensor.shape[-1])) for tensor in tensors]
 
 
-def _attend_decoding(layer: int, reading: Reading, space: Workspace, q: torch.Tensor, scale: float) -> None:
+def _attend_decoding(layer: int, reading: KvReads, space: Workspace, q: torch.Tensor, scale: float) -> None:
     """The decoding rows' answers; the heads of each KV head are stacked as rows."""
     rows = reading.decoding_rows
     space.queries.copy_(q[rows].view(space.queries.shape))
@@ -350,7 +350,7 @@ def _attend_decoding(layer: int, reading: Reading, space: Workspace, q: torch.Te
         space.out[rows] = torch.cat(apart).reshape(-1, *q.shape[1:])
 
 
-def _attend_prefilling(layer: int, tile: Tile, q: torch.Tensor, kv_heads: int, scale: float, out: torch.Tensor) -> None:
+def _attend_prefilling(layer: int, tile: AttentionTile, q: torch.Tensor, kv_heads: int, scale: float, out: torch.Tensor) -> None:
     """The rows of one tile; `q` `[rows, heads, dim]`."""
     assert tile.mask is not None
     heads = q.shape[1]
@@ -361,7 +361,13 @@ def _attend_prefilling(layer: int, tile: Tile, q: torch.Tensor, kv_heads: int, s
 
 
 def _attend_plainly(
-    layer: int, tile: Tile, q: torch.Tensor, scale: float, softcap: float | None, sinks: torch.Tensor | None, out: torch.Tensor
+    layer: int,
+    tile: AttentionTile,
+    q: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
 ) -> None:
     """Capped scores or sinks: `q` `[heads, rows, dim]`; each product is `[heads, 8, dim]` by `[heads, dim, 128]` or back."""
     assert tile.mask is not None

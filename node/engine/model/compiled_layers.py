@@ -21,7 +21,7 @@ from torch import nn
 from node.engine.model.attention import PackedBatch
 from node.engine.model.linear import Kernel
 from node.engine.model.mapped import LetGo
-from node.engine.native.library import LayerParts, Library, SpanParts, native
+from node.engine.native.library import LayerParts, NativeLibrary, SpanParts, native
 from node.engine.native.portable import PortableMath
 from node.engine.native.product import NativeProduct
 
@@ -40,7 +40,7 @@ class NativeLayer:
     kept: tuple[Any, ...]
 
 
-class Spans:
+class KvSpans:
     """Where the keys and values of a step's sequences lie, in all of its layers."""
 
     def __init__(self, batch: PackedBatch, like: torch.Tensor) -> None:
@@ -67,7 +67,7 @@ class NativeLayers:
     def __init__(self, base: Any, head: NativeProduct | None, layers: dict[int, NativeLayer], dtype: torch.dtype) -> None:
         library = native()
         assert library is not None
-        self._library: Library = library
+        self._library: NativeLibrary = library
         self._base = base
         with PortableMath():  # the model's own has torch's powers, which differ by machine
             self._rotary = type(base.rotary_emb)(config=base.rotary_emb.config)
@@ -109,7 +109,7 @@ class NativeLayers:
             self._turns = self._turn_table(2 * len(self._turns))
         x = x.clone(memory_format=torch.contiguous_format)
         shape = self._layers[batch.start].parts
-        spans = Spans(batch, x.new_empty(0, 2, shape.kv_heads, shape.dim))
+        spans = KvSpans(batch, x.new_empty(0, 2, shape.kv_heads, shape.dim))
         self._library.layers(
             ctypes.byref(self._addresses, (batch.start - self._first) * ctypes.sizeof(ctypes.c_void_p)),
             batch.end - batch.start,

@@ -20,7 +20,7 @@ from node.engine.model.linear import PackedLinear, Sibling
 FORMS = ("llama", "mistral", "qwen2", "qwen3")  # `model_type`s whose layers have the form
 
 
-class Norm:
+class RmsNorm:
     """RMSNorm over the last dimension: `x / sqrt(mean(x²) + eps) * weight`.
 
     The root is that of `|x|² + size * eps`, a hypotenuse: five operations where `torch.rms_norm` takes eight, and
@@ -38,7 +38,7 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class RotaryPositions:
     """Rotary positions of a step's rows: `cos` and `sin` `[rows, 1, dim]`, the first half of `sin` negated."""
 
     cos: torch.Tensor
@@ -50,25 +50,25 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class FusedLayer:
     """One layer, its parts bound."""
 
-    before_attention: Norm
+    before_attention: RmsNorm
     qkv: PackedLinear
-    query_norm: Norm | None
-    key_norm: Norm | None
+    query_norm: RmsNorm | None
+    key_norm: RmsNorm | None
     heads: int
     kv_heads: int
     dim: int
     scale: float
     window: int
     out: PackedLinear
-    before_mlp: Norm
+    before_mlp: RmsNorm
     gate_up: PackedLinear
     activation: nn.Module
     down: PackedLinear
 
-    def run(self, batch: PackedBatch, x: torch.Tensor, turn: Turn) -> torch.Tensor:
+    def run(self, batch: PackedBatch, x: torch.Tensor, turn: RotaryPositions) -> torch.Tensor:
         """`[rows, hidden] -> [rows, hidden]`; the rows fill a bucket."""
         rows = x.shape[0]
         qkv = self.qkv.full(self.before_attention(x)).view(rows, -1, self.dim)
@@ -83,10 +83,10 @@ class Layer:
         return self.down.plus(self.activation(gate).mul_(up), x)
 
 
-class Lean:
+class FusedLlama:
     """A Llama-shaped model's layers `[start, end)`, and what stands around them."""
 
-    def __init__(self, base: Any, head: nn.Module, layers: dict[int, Layer]) -> None:
+    def __init__(self, base: Any, head: nn.Module, layers: dict[int, FusedLayer]) -> None:
         self._base = base
         self._head = head
         self._layers = layers
@@ -102,7 +102,7 @@ class Lean:
         """The batch's layers over `x` `[rows, hidden]`, which fills a bucket."""
         cos, sin = self._base.rotary_emb(x, positions[None])
         half = sin.shape[-1] // 2
-        turn = Turn(cos[0, :, None], torch.cat((-sin[..., :half], sin[..., half:]), -1)[0, :, None])
+        turn = RotaryPositions(cos[0, :, None], torch.cat((-sin[..., :half], sin[..., half:]), -1)[0, :, None])
         for number in range(batch.start, batch.end):
             batch.layer = number
             x = self._layers[number].run(batch, x, turn)
@@ -114,20 +114,20 @@ class Lean:
         return out.float()
 
 
-def lean_form(model: Any, base: Any, slots: nn.ModuleList, start: int, end: int) -> Lean | None:
+def lean_form(model: Any, base: Any, slots: nn.ModuleList, start: int, end: int) -> FusedLlama | None:
     """The packed `model` in few operations, or None where its layers are not known to have the form."""
     kind = model.config.model_type
     if kind not in FORMS:
         return None
     try:
         layers = {number: _layer(slots[number], kind, model.config) for number in range(start, end)}
-        return Lean(base, model.get_output_embeddings(), layers)
+        return FusedLlama(base, model.get_output_embeddings(), layers)
     except (AttributeError, TypeError):  # a part is missing, or is something else
         return None
 
 
-def _norm(module: Any) -> Norm:
-    return Norm(module.weight, float(module.variance_epsilon))
+def _norm(module: Any) -> RmsNorm:
+    return RmsNorm(module.weight, float(module.variance_epsilon))
 
 
 def _product(*siblings: nn.Module) -> PackedLinear:
@@ -144,13 +144,13 @@ def _packed(module: nn.Module) -> PackedLinear:
     return module
 
 
-def _layer(layer: Any, kind: str, config: Any) -> Layer:
+def _layer(layer: Any, kind: str, config: Any) -> FusedLayer:
     """Raises AttributeError or TypeError: not of the form."""
     attention, mlp = layer.self_attn, layer.mlp
     dim = attention.head_dim
     window = getattr(config if kind == "mistral" else attention, "sliding_window", None)
     query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    return Layer(
+    return FusedLayer(
         before_attention=_norm(layer.input_layernorm),
         qkv=_product(attention.q_proj, attention.k_proj, attention.v_proj),
         query_norm=None if query_norm is None else _norm(query_norm),

@@ -33,11 +33,11 @@ class MappedTensors:
         self._widens_late = widens_late
         self._regions: list[tuple[int, int]] = []
         self._held = [(path, safe_open(path, framework="pt")) for path in files]  # open handles keep the regions ours
-        self.tensors: dict[str, LateTensor] = {}
+        self.tensors: dict[str, LazyTensor] = {}
         for path, handle in self._held:
             names = list(handle.keys())
             self._regions += [_region(path, handle.get_slice(names[0])[...].data_ptr())] if names else []
-            self.tensors |= {name: LateTensor(self, handle.get_slice(name)) for name in names}
+            self.tensors |= {name: LazyTensor(self, handle.get_slice(name)) for name in names}
 
     def taken(self, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         """A tensor of a file in the dtype that the model asks for, or for now as it is stored."""
@@ -63,14 +63,14 @@ class MappedTensors:
         self.tensors.clear()
 
 
-class LateTensor:
+class LazyTensor:
     """A tensor of a file as transformers' loader takes it: first all of it, `[...]`, then in a dtype."""
 
     def __init__(self, mapped: MappedTensors, held: Any) -> None:
         self._mapped = mapped
         self._held = held
 
-    def __getitem__(self, whole: Any) -> LateTensor:
+    def __getitem__(self, whole: Any) -> LazyTensor:
         return self
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:

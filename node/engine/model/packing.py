@@ -17,7 +17,7 @@ from torch import nn
 from node.engine.model.checkpoint import Checkpoint
 from node.engine.model.compiled_layers import NativeLayer, NativeLayers, fits, native_layer, native_layers
 from node.engine.model.experts import expert_widths, pack_experts, place_routers
-from node.engine.model.fused_llama import FORMS, Lean, lean_form
+from node.engine.model.fused_llama import FORMS, FusedLlama, lean_form
 from node.engine.model.linear import (
     BUCKETS,
     NARROW,
@@ -36,7 +36,7 @@ OUTER_ROWS = 64  # the head is given one row a sequence, so larger buckets need 
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class PrunedSpan:
     """A pruned model's layers `[start, end)` among its `slots`; `base`: the model without its head."""
 
     model: Any
@@ -47,21 +47,21 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class PackedSpan:
     """What a packed span is run by."""
 
     buckets: tuple[int, ...]
-    lean: Lean | NativeLayers | None
+    lean: FusedLlama | NativeLayers | None
     inner: list[PackedLinear]  # the layers' products, where they are not compiled as a whole
     loose: bool  # there are weights that are not packed, whose products promise nothing
 
 
-class Packing:
+class SpanPacker:
     """One span on its way into packed form."""
 
     def __init__(
         self,
-        span: Span,
+        span: PrunedSpan,
         checkpoint: Checkpoint,
         kernel: Kernel,
         threads: int,
@@ -105,7 +105,7 @@ class Packing:
         give_back_freed()
         self._told()
 
-    def finish(self) -> Packed:
+    def finish(self) -> PackedSpan:
         """Packs what stands around the layers, once they are all packed.
 
         Raises:
@@ -115,11 +115,11 @@ class Packing:
         outer = [parameter.data for parameter in model.parameters()]
         try:
             if self._compiled:
-                return Packed((1,), native_layers(model, self._span.base, self._native, self._kernel), [], loose=False)
+                return PackedSpan((1,), native_layers(model, self._span.base, self._native, self._kernel), [], loose=False)
             place_routers(slots, self._threads)
             buckets = self._settle()
             lean = lean_form(model, self._span.base, slots, self._span.start, self._span.end)
-            return Packed(buckets, lean, self._inner, loose=any(tensor.dim() > 2 for tensor in slots.parameters()))
+            return PackedSpan(buckets, lean, self._inner, loose=any(tensor.dim() > 2 for tensor in slots.parameters()))
         finally:
             self._let_go(outer)
 

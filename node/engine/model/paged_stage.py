@@ -17,16 +17,16 @@ import torch.nn.functional as F
 from node.engine.model.attention import PackedBatch, Segment
 from node.engine.model.checkpoint import Checkpoint
 from node.engine.model.linear import Kernel, bucket_for
-from node.engine.model.packing import Packing
-from node.engine.model.progress import LoadWatch
+from node.engine.model.packing import SpanPacker
+from node.engine.model.progress import LoadTracker
 from node.engine.model.stage import Stage
 from node.engine.paged.attention import ATTENTION, PagedStep
 from node.engine.paged.kv import PagedKV, PagedStore
-from node.engine.paged.plan import Part, Plan, padded_decode, plan_step
+from node.engine.paged.plan import PagedPlan, PagedSegment, padded_decode, plan_step
 from node.engine.paged.recorded import RecordedSteps, Recorder, cuda_graph
 from node.engine.paged.staging import Staging
 
-LARGEST_RECORDED = 64  # rows; larger steps take so long that launches hide behind them
+MAX_RECORDED = 64  # rows; larger steps take so long that launches hide behind them
 
 
 class DeviceStage(Stage):
@@ -39,7 +39,7 @@ class DeviceStage(Stage):
         end: int,
         kernel: Kernel,
         threads: int,
-        watch: LoadWatch | None = None,
+        watch: LoadTracker | None = None,
         *,
         device: torch.device,
         record: Recorder | None = None,
@@ -53,7 +53,7 @@ class DeviceStage(Stage):
         self._attend = ATTENTION[kernel.attention]
         self.recorded = None if record is None else RecordedSteps(record, self._staging)
 
-    def _finish(self, packing: Packing) -> None:
+    def _finish(self, packing: SpanPacker) -> None:
         """And runs a step, for what this device cannot compute is this kernel's fault: an error as of a weight it cannot hold."""
         super()._finish(packing)
         ids = [0, 1, 2] if self.start == 0 else None
@@ -98,14 +98,14 @@ class DeviceStage(Stage):
             out = compute(self._staging.up(numbers), None if taken is None else self._staging.up(taken))
         return self._staging.down(out[: len(logits_at) if last else rows])
 
-    def _recorder(self, parts: Sequence[Part], bucket: int) -> RecordedSteps | None:
+    def _recorder(self, parts: Sequence[PagedSegment], bucket: int) -> RecordedSteps | None:
         """Where a step of these parts may be recorded: its shapes follow from few numbers, and the host asks nothing."""
-        if self.recorded is None or not self.recorded.works or self.lean is None or bucket > LARGEST_RECORDED:
+        if self.recorded is None or not self.recorded.works or self.lean is None or bucket > MAX_RECORDED:
             return None
         return self.recorded if all(part.count == 1 for part in parts) else None
 
     def _on_device(
-        self, start: int, end: int, plan: Plan, last: bool, every: bool, flat: torch.Tensor, taken: torch.Tensor | None
+        self, start: int, end: int, plan: PagedPlan, last: bool, every: bool, flat: torch.Tensor, taken: torch.Tensor | None
     ) -> torch.Tensor:
         step = PagedStep.of(self._paged, plan, flat, self._attend)
         given = step.tensors
@@ -119,7 +119,7 @@ def device_stage(
     end: int,
     kernel: Kernel,
     threads: int,
-    watch: LoadWatch | None,
+    watch: LoadTracker | None,
     device: torch.device,
     graphs: bool,
 ) -> DeviceStage:
@@ -128,7 +128,7 @@ def device_stage(
     return DeviceStage(checkpoint, start, end, kernel, threads, watch, device=device, record=record)
 
 
-def _part(segment: Segment) -> Part:
+def _part(segment: Segment) -> PagedSegment:
     kv = cast(PagedKV, segment.kv)
     kv.expect(segment.position + segment.count)
-    return Part(segment.row, segment.count, segment.position, kv.pages)
+    return PagedSegment(segment.row, segment.count, segment.position, kv.pages)

@@ -27,13 +27,13 @@ _LAYER = re.compile(r"\.(\d+)\.")
 log = structlog.get_logger()
 
 
-class Phase(Enum):
+class LoadPhase(Enum):
     READING = "reading"
     PACKING = "packing"
     CHECKING = "checking"
 
 
-BEGINS_AT = {Phase.READING: 0.0, Phase.PACKING: 0.15, Phase.CHECKING: 0.75}
+BEGINS_AT = {LoadPhase.READING: 0.0, LoadPhase.PACKING: 0.15, LoadPhase.CHECKING: 0.75}
 """Where in a load each phase begins, roughly: of a model of 155 million parameters they took 11, 64 and 25 % of the time."""
 
 
@@ -41,7 +41,7 @@ BEGINS_AT = {Phase.READING: 0.0, Phase.PACKING: 0.15, Phase.CHECKING: 0.75}
 class LoadProgress:
     """`layers_done` of the phase; `bytes_done` of what is read, in the dtype that it is computed in."""
 
-    phase: Phase
+    phase: LoadPhase
     layers_done: int
     layers: int
     bytes_done: int
@@ -52,15 +52,15 @@ class LoadProgress:
     def share(self) -> float:
         """The share of the whole load that is done, from 0 to 1: an estimate."""
         match self.phase:
-            case Phase.READING:
-                return BEGINS_AT[Phase.PACKING] * (self.bytes_done / self.bytes if self.bytes else 0.0)
-            case Phase.PACKING:
-                begin = BEGINS_AT[Phase.PACKING]
-                return begin + (BEGINS_AT[Phase.CHECKING] - begin) * (self.layers_done / max(self.layers, 1))
-        return BEGINS_AT[Phase.CHECKING]
+            case LoadPhase.READING:
+                return BEGINS_AT[LoadPhase.PACKING] * (self.bytes_done / self.bytes if self.bytes else 0.0)
+            case LoadPhase.PACKING:
+                begin = BEGINS_AT[LoadPhase.PACKING]
+                return begin + (BEGINS_AT[LoadPhase.CHECKING] - begin) * (self.layers_done / max(self.layers, 1))
+        return BEGINS_AT[LoadPhase.CHECKING]
 
 
-class LoadWatch:
+class LoadTracker:
     """One load. A kernel that fails its check begins it anew: the counts do too, the seconds do not.
 
     Written by the thread that loads; `now` may be read by any.
@@ -78,7 +78,7 @@ class LoadWatch:
         self._began_s = self._told_s = clock()
         self._sizes: Mapping[str, int] = {}
         self._missing: Counter[str] = Counter()  # tensors yet to come, by layer
-        self._done = LoadProgress(Phase.READING, 0, layers, 0, 0, 0.0)
+        self._done = LoadProgress(LoadPhase.READING, 0, layers, 0, 0, 0.0)
 
     @property
     def now(self) -> LoadProgress:
@@ -89,7 +89,7 @@ class LoadWatch:
         """`sizes`: bytes of each tensor that will be read, by name."""
         self._sizes = sizes
         self._missing = Counter(_layer_of(name) for name in sizes)
-        self._set(Phase.READING, 0, 0, sum(sizes.values()))
+        self._set(LoadPhase.READING, 0, 0, sum(sizes.values()))
 
     def read(self, name: str) -> None:
         done = self._done
@@ -99,7 +99,7 @@ class LoadWatch:
         self._set(done.phase, done.layers_done + ended, done.bytes_done + self._sizes.get(name, 0), done.bytes)
 
     def packs(self) -> None:
-        self._set(Phase.PACKING, 0, self._done.bytes, self._done.bytes)
+        self._set(LoadPhase.PACKING, 0, self._done.bytes, self._done.bytes)
 
     def packed(self) -> None:
         """One more layer."""
@@ -107,9 +107,9 @@ class LoadWatch:
         self._set(done.phase, done.layers_done + 1, done.bytes_done, done.bytes)
 
     def checks(self) -> None:
-        self._set(Phase.CHECKING, self._done.layers, self._done.bytes, self._done.bytes)
+        self._set(LoadPhase.CHECKING, self._done.layers, self._done.bytes, self._done.bytes)
 
-    def _set(self, phase: Phase, layers_done: int, bytes_done: int, bytes: int) -> None:
+    def _set(self, phase: LoadPhase, layers_done: int, bytes_done: int, bytes: int) -> None:
         elapsed_s = self._elapsed_s()
         begins = phase is not self._done.phase or bytes_done == layers_done == 0
         self._done = LoadProgress(phase, layers_done, self._done.layers, bytes_done, bytes, elapsed_s)
@@ -120,7 +120,7 @@ class LoadWatch:
     def _elapsed_s(self) -> float:
         return self._clock() - self._began_s
 
-    def __enter__(self) -> LoadWatch:
+    def __enter__(self) -> LoadTracker:
         """What transformers reads in this thread is this load's."""
         _thread.watch = self
         return self
@@ -137,14 +137,14 @@ def _layer_of(name: str) -> str:
 _thread = threading.local()
 
 
-def _followed(items: Iterable[tuple[str, Any]], watch: LoadWatch) -> Iterator[tuple[str, Any]]:
+def _followed(items: Iterable[tuple[str, Any]], watch: LoadTracker) -> Iterator[tuple[str, Any]]:
     for name, way in items:
         yield name, way
         watch.read(name)
 
 
 def _bar(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    watch: LoadWatch | None = getattr(_thread, "watch", None)
+    watch: LoadTracker | None = getattr(_thread, "watch", None)
     if watch is None or kwargs.get("desc") != READING_BAR:
         return factory(*args, **kwargs)
     return _followed(args[0], watch)

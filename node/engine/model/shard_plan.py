@@ -17,19 +17,19 @@ from enum import Enum, auto
 
 from mesh.errors import BadRequest
 
-MOST_RANKS = 64
+MAX_RANKS = 64
 SERVED = "llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, gpt_neox, granite, cohere or smollm3"
 WHOLE = "replicated_with_grad_allreduce"  # transformers' word for what every rank holds
 
 
-class Cut(Enum):
+class TensorSplit(Enum):
     OUTPUTS = auto()
     KV_HEADS = auto()  # by outputs too, some of which several ranks may hold
     INPUTS = auto()
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class ShardedModelShape:
     """What must be known of a model to cut it."""
 
     name: str
@@ -41,28 +41,28 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Cutting:
+class ShardPlan:
     ranks: int
     kv_heads: int
-    cuts: tuple[tuple[re.Pattern[str], Cut], ...]
+    cuts: tuple[tuple[re.Pattern[str], TensorSplit], ...]
 
     @property
     def kv_copies(self) -> int:
         """Ranks that hold the same keys and values."""
         return max(1, self.ranks // self.kv_heads)
 
-    def cut(self, module: str) -> Cut | None:
+    def cut(self, module: str) -> TensorSplit | None:
         """How the matrix of the named module is cut; None: every rank holds all of it."""
         return next((cut for pattern, cut in self.cuts if pattern.search(module)), None)
 
-    def part(self, cut: Cut, size: int, rank: int) -> range:
+    def part(self, cut: TensorSplit, size: int, rank: int) -> range:
         """The rank's outputs, or inputs, of `size` in all.
 
         Raises:
             ValueError: they cannot be cut into equal parts.
         """
         parts, number = self.ranks, rank
-        if cut is Cut.KV_HEADS and self.kv_copies > 1:
+        if cut is TensorSplit.KV_HEADS and self.kv_copies > 1:
             parts, number = self.kv_heads, rank // self.kv_copies
         if size % parts:
             raise ValueError(f"{size} {cut.name.lower()} cannot be cut into {parts} equal parts")
@@ -74,14 +74,14 @@ class Cutting:
         return range(size * rank // self.ranks, size * (rank + 1) // self.ranks)
 
 
-def cutting_for(shape: Shape, ranks: int) -> Cutting:
+def cutting_for(shape: ShardedModelShape, ranks: int) -> ShardPlan:
     """How to cut such a model into `ranks` parts.
 
     Raises:
         BadRequest: it cannot be cut so; with the reason, and what would work.
     """
-    if not 1 <= ranks <= MOST_RANKS:
-        raise BadRequest(f"--tensor-parallel: expected 1 to {MOST_RANKS} workers, got {ranks}", "tensor_parallel")
+    if not 1 <= ranks <= MAX_RANKS:
+        raise BadRequest(f"--tensor-parallel: expected 1 to {MAX_RANKS} workers, got {ranks}", "tensor_parallel")
     if shape.mixture:
         raise _refusal(shape, ranks, "its experts are not cut")
     cuts = {module: style for module, style in shape.plan.items() if module.startswith("layers.") and style != WHOLE}
@@ -96,20 +96,20 @@ def cutting_for(shape: Shape, ranks: int) -> Cutting:
         raise _refusal(
             shape, ranks, f"neither do its {shape.kv_heads} key and value heads divide by {ranks}, nor {ranks} by them"
         )
-    return Cutting(ranks, shape.kv_heads, tuple((_pattern(module), _cut(module, style)) for module, style in cuts.items()))
+    return ShardPlan(ranks, shape.kv_heads, tuple((_pattern(module), _cut(module, style)) for module, style in cuts.items()))
 
 
 def _pattern(module: str) -> re.Pattern[str]:
     return re.compile(r"(?:^|\.)" + re.escape(module).replace(r"\*", r"\d+") + "$")
 
 
-def _cut(module: str, style: str) -> Cut:
+def _cut(module: str, style: str) -> TensorSplit:
     if style == "rowwise":
-        return Cut.INPUTS
-    return Cut.KV_HEADS if module.endswith((".k_proj", ".v_proj")) else Cut.OUTPUTS
+        return TensorSplit.INPUTS
+    return TensorSplit.KV_HEADS if module.endswith((".k_proj", ".v_proj")) else TensorSplit.OUTPUTS
 
 
-def _refusal(shape: Shape, ranks: int, reason: str) -> BadRequest:
+def _refusal(shape: ShardedModelShape, ranks: int, reason: str) -> BadRequest:
     return BadRequest(
         f"{shape.name} ({shape.kind}) cannot be computed by {ranks} workers: {reason}; leave --tensor-parallel out, take another "
         f"number, or a {SERVED} model",

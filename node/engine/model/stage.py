@@ -23,15 +23,15 @@ from torch import nn
 from node.checkpoints.safetensors_header import weight_files
 from node.engine.device import CPU
 from node.engine.kv.cache import KVStore, SequenceKV
-from node.engine.model.all_reduce import Summing
+from node.engine.model.all_reduce import AllReduce
 from node.engine.model.attention import NAME, PackedBatch, Segment, set_batch
 from node.engine.model.checkpoint import Checkpoint
 from node.engine.model.compiled_layers import NativeLayers
-from node.engine.model.fused_llama import FORMS, Lean
+from node.engine.model.fused_llama import FORMS, FusedLlama
 from node.engine.model.linear import BUCKETS, Kernel, PackedLinear, bucket_for
 from node.engine.model.mapped import MappedTensors, widen
-from node.engine.model.packing import Packing, Span
-from node.engine.model.progress import LoadWatch
+from node.engine.model.packing import PrunedSpan, SpanPacker
+from node.engine.model.progress import LoadTracker
 from node.engine.model.structure import Structure, activations_in, cannot_serve, find_layers, structure_of, why_it_failed
 from node.engine.model.tensor_shard import Shard
 
@@ -79,7 +79,7 @@ def load_model(
     start: int,
     end: int,
     dtype: torch.dtype,
-    watch: LoadWatch,
+    watch: LoadTracker,
     late: bool = False,
     shard: Shard | None = None,
 ) -> tuple[Any, MappedTensors]:
@@ -144,7 +144,7 @@ class Stage:
         end: int,
         kernel: Kernel,
         threads: int,
-        watch: LoadWatch | None = None,
+        watch: LoadTracker | None = None,
         shard: Shard | None = None,
     ) -> None:
         """Raises BadRequest, as `load_model`. `shard`: of the span, which several ranks compute together."""
@@ -153,7 +153,7 @@ class Stage:
         self.kernel = kernel
         self.threads = threads
         self.buckets: tuple[int, ...] = BUCKETS
-        self._watch = watch or LoadWatch(end - start)
+        self._watch = watch or LoadTracker(end - start)
         self.shard = shard
         late = shard is None and kernel.compiled and checkpoint.config.model_type in FORMS
         self.model, self._mapped = load_model(checkpoint, start, end, kernel.dtype, self._watch, late, shard)
@@ -162,7 +162,7 @@ class Stage:
         self._base = getattr(self.model, self.model.base_model_prefix)
         self._slots = find_layers(self._base, self.layers)
         self._inner: list[PackedLinear] = []
-        self.lean: Lean | NativeLayers | None = None
+        self.lean: FusedLlama | NativeLayers | None = None
         self.windows: set[int] = set()  # that attention was asked to look through so far; 0: everything
         self.loose = False  # there are weights that are not packed, whose products promise nothing
         self._store = KVStore()
@@ -332,13 +332,13 @@ class Stage:
         self._finish(packing)
         return said
 
-    def _packing(self) -> Packing:
+    def _packing(self) -> SpanPacker:
         self._watch.packs()
-        span = Span(self.model, self._base, self._slots, self.start, self.end)
+        span = PrunedSpan(self.model, self._base, self._slots, self.start, self.end)
         let_go, told = self._mapped.let_go, self._watch.packed
-        return Packing(span, self.checkpoint, self.kernel, self.threads, let_go, told, whole=self.shard is None)
+        return SpanPacker(span, self.checkpoint, self.kernel, self.threads, let_go, told, whole=self.shard is None)
 
-    def join(self, summing: Summing, buckets: tuple[int, ...]) -> None:
+    def join(self, summing: AllReduce, buckets: tuple[int, ...]) -> None:
         """Makes a packed shard one with those of the other ranks, which found the same `buckets` good."""
         assert self.shard is not None
         self.buckets = buckets
@@ -349,7 +349,7 @@ class Stage:
     def close(self) -> None:
         """Nothing to end: the weights go with the object."""
 
-    def _finish(self, packing: Packing) -> None:
+    def _finish(self, packing: SpanPacker) -> None:
         packed = packing.finish()
         self.buckets, self.lean, self.loose = packed.buckets, packed.lean, packed.loose
         self._inner = packed.inner

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from mesh.errors import BadRequest
+from node.engine.model import falcon  # noqa: F401 — its import registers its attention
 from node.engine.model.attention import NAME, PackedBatch, set_batch
 from node.engine.model.checkpoint import KNOWN_GOOD, Checkpoint, config_value
 from node.engine.model.unservable import Unservable

@@ -20,14 +20,14 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from mesh.errors import BadRequest
 from node.checkpoints.safetensors_header import weight_files
-from node.engine.model.all_reduce import SharedEmbedding, SummedProduct, Summing
+from node.engine.model.all_reduce import AllReduce, SharedEmbedding, SummedProduct
 from node.engine.model.checkpoint import Checkpoint
 from node.engine.model.linear import PackedLinear
-from node.engine.model.shard_plan import Cut, Cutting, Shape, cutting_for
+from node.engine.model.shard_plan import ShardedModelShape, ShardPlan, TensorSplit, cutting_for
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ShardPart:
     """What a rank holds of a tensor: `range` of dimension `dim`, or zeros in its place."""
 
     dim: int
@@ -44,7 +44,7 @@ class Part:
 class StoredPart:
     """Stands for a tensor in a file; the loader reads it by indexing, and gets the rank's part."""
 
-    def __init__(self, stored: Any, part: Callable[[], Part | None]) -> None:
+    def __init__(self, stored: Any, part: Callable[[], ShardPart | None]) -> None:
         self._stored = stored
         self._part = part
 
@@ -62,12 +62,12 @@ class StoredPart:
         return whole
 
 
-def cutting_of(checkpoint: Checkpoint, ranks: int) -> Cutting:
+def cutting_of(checkpoint: Checkpoint, ranks: int) -> ShardPlan:
     """Raises BadRequest, as `cutting_for`."""
     config: Any = checkpoint.config
     heads = int(getattr(config, "num_attention_heads", None) or 1)
     return cutting_for(
-        Shape(
+        ShardedModelShape(
             name=checkpoint.directory.name,
             kind=config.model_type,
             plan=getattr(config, "base_model_tp_plan", None) or {},
@@ -82,10 +82,10 @@ def cutting_of(checkpoint: Checkpoint, ranks: int) -> Cutting:
 class Shard:
     """Rank `rank` of those that share a span."""
 
-    def __init__(self, cutting: Cutting, rank: int) -> None:
+    def __init__(self, cutting: ShardPlan, rank: int) -> None:
         self.cutting = cutting
         self.rank = rank
-        self._parts: dict[str, Part] = {}
+        self._parts: dict[str, ShardPart] = {}
         self._prefix = ""
         self._renamings: list[Any] = []
         self._names: dict[str, Any] = {}
@@ -111,19 +111,19 @@ class Shard:
             elif ".layers." in f".{name}" and any(tensor.dim() > 1 for tensor in module.parameters(recurse=False)):
                 raise self._uncut(name, f"it is a {type(module).__name__} that no plan names")
 
-    def _narrow_linear(self, name: str, layer: nn.Linear, cut: Cut) -> None:
+    def _narrow_linear(self, name: str, layer: nn.Linear, cut: TensorSplit) -> None:
         try:
-            if cut is Cut.INPUTS:
+            if cut is TensorSplit.INPUTS:
                 part = self.cutting.part(cut, layer.in_features, self.rank)
                 layer.in_features = len(part)
-                self._resize(name, layer, "weight", Part(1, part))
+                self._resize(name, layer, "weight", ShardPart(1, part))
                 if layer.bias is not None:
-                    self._parts[f"{name}.bias"] = Part(0, range(layer.out_features), absent=self.rank > 0)
+                    self._parts[f"{name}.bias"] = ShardPart(0, range(layer.out_features), absent=self.rank > 0)
             else:
                 part = self.cutting.part(cut, layer.out_features, self.rank)
                 layer.out_features = len(part)
                 for tensor in ("weight", "bias"):
-                    self._resize(name, layer, tensor, Part(0, part))
+                    self._resize(name, layer, tensor, ShardPart(0, part))
         except ValueError as error:
             raise self._uncut(name, str(error)) from None
 
@@ -132,7 +132,7 @@ class Shard:
             return  # the span ends before it, or begins behind it
         part = self.cutting.vocabulary(module.weight.shape[0], self.rank)
         for tensor in ("weight", "bias"):
-            self._resize(name, module, tensor, Part(0, part))
+            self._resize(name, module, tensor, ShardPart(0, part))
         if isinstance(module, nn.Embedding):
             module.num_embeddings = len(part)
             module.padding_idx = None  # of no use without training, and maybe in another rank's part
@@ -140,7 +140,7 @@ class Shard:
         else:
             module.out_features = len(part)
 
-    def _resize(self, name: str, module: nn.Module, tensor: str, part: Part) -> None:
+    def _resize(self, name: str, module: nn.Module, tensor: str, part: ShardPart) -> None:
         before = getattr(module, tensor, None)
         if before is None:
             return
@@ -167,17 +167,17 @@ class Shard:
                 found[name] = StoredPart(opened.get_slice(name), lambda name=name: self._part_of(name))  # type: ignore[misc]
         return found
 
-    def _part_of(self, name: str) -> Part | None:
+    def _part_of(self, name: str) -> ShardPart | None:
         """Checkpoints of some architectures have older names, or leave the base model's prefix out."""
         renamed, _ = rename_source_key(name, self._renamings, [], self._prefix, self._names)
         return self._parts.get(renamed)
 
     # ---- once they are packed
 
-    def join(self, model: Any, summing: Summing) -> None:
+    def join(self, model: Any, summing: AllReduce) -> None:
         """Sums over the ranks behind what was cut by inputs, and in the embedding."""
         for name, module in list(model.named_modules()):
-            if isinstance(module, PackedLinear) and self.cutting.cut(name) is Cut.INPUTS:
+            if isinstance(module, PackedLinear) and self.cutting.cut(name) is TensorSplit.INPUTS:
                 module.product = SummedProduct(module.product, summing)
         embedding = model.get_input_embeddings()
         if isinstance(embedding, nn.Embedding):

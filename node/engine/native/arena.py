@@ -15,7 +15,7 @@ import torch
 
 ALIGNMENT = 64
 SHARED_BYTES = 16 << 20  # a mapping that is shared
-LARGEST_SHARED_BYTES = 4 << 20  # larger weights have one each
+MAX_SHARED_BYTES = 4 << 20  # larger weights have one each
 
 
 class _Shared:
@@ -40,7 +40,7 @@ _shared = _Shared()
 
 def zeroed(size_bytes: int) -> torch.Tensor:
     """Zeros `[size_bytes]` uint8, aligned to a line of the cache; `size_bytes` above zero."""
-    if size_bytes > LARGEST_SHARED_BYTES:
+    if size_bytes > MAX_SHARED_BYTES:
         return torch.frombuffer(mapped(size_bytes), dtype=torch.uint8)
     return _shared.take(size_bytes)
 

@@ -39,7 +39,7 @@ AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16
 
 
 @dataclass(frozen=True)
-class Part:
+class ObjectFile:
     """One object file. A part with a `define` may be missing: older compilers lack its instructions."""
 
     name: str
@@ -49,13 +49,13 @@ class Part:
 
 
 PARTS = (
-    Part("rows_avx2", "rows.c", AVX2),
-    Part("rows_avx512", "rows.c", AVX512),
-    Part("dots_avx2", "dots.c", AVX2),
-    Part("dots_avx_vnni", "dots.c", (*AVX2, "-mavxvnni"), "WITH_AVX_VNNI"),
-    Part("dots_avx512_vnni", "dots.c", (*AVX512, "-mavx512vnni"), "WITH_AVX512_VNNI"),
-    Part("amx", "amx.c", ("-mavx512f", "-mfma", "-mamx-tile", "-mamx-bf16"), "WITH_AMX"),
-    Part("pool", "pool.c", ()),
+    ObjectFile("rows_avx2", "rows.c", AVX2),
+    ObjectFile("rows_avx512", "rows.c", AVX512),
+    ObjectFile("dots_avx2", "dots.c", AVX2),
+    ObjectFile("dots_avx_vnni", "dots.c", (*AVX2, "-mavxvnni"), "WITH_AVX_VNNI"),
+    ObjectFile("dots_avx512_vnni", "dots.c", (*AVX512, "-mavx512vnni"), "WITH_AVX512_VNNI"),
+    ObjectFile("amx", "amx.c", ("-mavx512f", "-mfma", "-mamx-tile", "-mamx-bf16"), "WITH_AMX"),
+    ObjectFile("pool", "pool.c", ()),
 )
 
 
@@ -171,7 +171,7 @@ def _build(compiler: Compiler, library: Path) -> None:
         os.rename(aside, library)
 
 
-def compiled(compiler: Compiler, library: Path, parts: tuple[Part, ...] = PARTS, entry_flags: tuple[str, ...] = ()) -> str:
+def compiled(compiler: Compiler, library: Path, parts: tuple[ObjectFile, ...] = PARTS, entry_flags: tuple[str, ...] = ()) -> str:
     """Compiles all parts beside one another, then what chooses among them, and links; gives the complaint, if it failed."""
     running = [(part, _started(compiler, part, library)) for part in parts]
     targets, defines, complaints = [], [], []
@@ -185,7 +185,7 @@ def compiled(compiler: Compiler, library: Path, parts: tuple[Part, ...] = PARTS,
             complaints.append(said.strip() or f"no object for {part.name}")
     if complaints:
         return complaints[0]
-    target, child = _started(compiler, Part("entry", "entry.c", (*defines, *entry_flags)), library)
+    target, child = _started(compiler, ObjectFile("entry", "entry.c", (*defines, *entry_flags)), library)
     with child:
         _, said = child.communicate(timeout=TIME_LIMIT_S)
     if child.returncode:
@@ -202,7 +202,7 @@ def _environment(library: Path) -> dict[str, str]:
     return child_environment(ZIG_GLOBAL_CACHE_DIR=cache, ZIG_LOCAL_CACHE_DIR=cache)
 
 
-def _started(compiler: Compiler, part: Part, library: Path) -> tuple[Path, subprocess.Popen[str]]:
+def _started(compiler: Compiler, part: ObjectFile, library: Path) -> tuple[Path, subprocess.Popen[str]]:
     """The object file beside `library`, and the compiler that makes it."""
     target = library.with_name(f"{part.name}.o")
     command = [*compiler, *COMMON, *part.flags, "-c", str(SOURCES / part.source), "-o", str(target)]

@@ -26,7 +26,7 @@ class Isa(IntEnum):
     AMX = 3
 
 
-class Kind(IntEnum):
+class WeightKind(IntEnum):
     """How weights are held."""
 
     BF16 = 0
@@ -87,7 +87,7 @@ class SpanParts(ctypes.Structure):
     )
 
 
-class Library:
+class NativeLibrary:
     """The functions of entry.c. Pointers come from tensors: whoever calls keeps those alive."""
 
     def __init__(self, path: Path, most: Isa = Isa.AMX) -> None:
@@ -113,7 +113,7 @@ class Library:
         self.isa = Isa(self.use(most))
 
 
-def native() -> Library | None:
+def native() -> NativeLibrary | None:
     """The compiled kernel, built at the first call of a user; None where there is none: `absence` says why."""
     return _opened()[0]
 
@@ -124,10 +124,10 @@ def absence() -> str:
 
 
 @functools.cache
-def _opened() -> tuple[Library | None, str]:
+def _opened() -> tuple[NativeLibrary | None, str]:
     """The compiled kernel and "", or None and the reason, which is logged once."""
     try:
-        library: Library | None = _open()
+        library: NativeLibrary | None = _open()
         reason = ""
     except (CannotBuild, OSError) as error:
         library, reason = None, " ".join(str(error).split())[:300]
@@ -135,11 +135,11 @@ def _opened() -> tuple[Library | None, str]:
     return library, reason
 
 
-def _open() -> Library:
+def _open() -> NativeLibrary:
     most = Isa[cpu_isa().upper()]
     if most is Isa.NONE:
         raise CannotBuild(TURNED_OFF)
-    library = Library(built(cache_home()), most)
+    library = NativeLibrary(built(cache_home()), most)
     if library.isa is Isa.NONE:
         raise CannotBuild("this CPU lacks AVX2, FMA or F16C")
     return library

@@ -13,7 +13,7 @@
 #include <unistd.h>
 
 #define AWAKE_TURNS 2000 /* pauses, together about 0.1 ms */
-#define MOST_THREADS 256
+#define MAX_THREADS 256
 
 static pthread_mutex_t busy = PTHREAD_MUTEX_INITIALIZER; /* held by the caller whose items are worked off */
 static pid_t owner;
@@ -64,7 +64,7 @@ static void start(int workers) {
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    for (; started < workers && started < MOST_THREADS; started++) {
+    for (; started < workers && started < MAX_THREADS; started++) {
         pthread_t thread;
         if (pthread_create(&thread, &attributes, worker, NULL)) break;
     }

@@ -52,7 +52,7 @@ HALF_PI = (
     6.07710050630396597660e-11,
     2.02226624879595063154e-21,
 )  # its first 33 bits, the next, the rest
-LARGEST_ANGLE = 2.0**20  # so many quarter turns are exact in products with 33 bits
+MAX_ANGLE = 2.0**20  # so many quarter turns are exact in products with 33 bits
 
 
 def _polynomial(x: NDArray[Any], terms: tuple[float, ...]) -> NDArray[Any]:
@@ -101,8 +101,8 @@ def sin_cos(x: Doubles) -> tuple[Doubles, Doubles]:
         ValueError: an angle is larger, or no number.
     """
     quarters = np.rint(x * (2.0 / math.pi))
-    if not (np.abs(quarters) <= LARGEST_ANGLE).all():
-        raise ValueError(f"expected angles of at most {LARGEST_ANGLE * math.pi / 2:.0f} radians")
+    if not (np.abs(quarters) <= MAX_ANGLE).all():
+        raise ValueError(f"expected angles of at most {MAX_ANGLE * math.pi / 2:.0f} radians")
     rest = ((x - quarters * HALF_PI[0]) - quarters * HALF_PI[1]) - quarters * HALF_PI[2]
     squared = rest * rest
     sine = rest + rest * squared * _polynomial(squared, SIN_TERMS)

@@ -15,19 +15,19 @@ import torch
 import torch.nn.functional as F
 
 from node.engine.native.arena import zeroed
-from node.engine.native.library import Kind, Library, ProductParts, absence, native
+from node.engine.native.library import NativeLibrary, ProductParts, WeightKind, absence, native
 
 PANEL = 32  # outputs computed together, as in mesh.h
 STEP = 32  # inputs summed together
 PIECE_ELEMENTS = 1 << 18  # packed at a time,
-LEAST_PANELS = 4  # but so many panels at least, for each thread takes whole ones
-LARGEST_INT8 = 127
-LARGEST_INT4 = 7
-DTYPES = {Kind.BF16: torch.bfloat16, Kind.FP16: torch.float16, Kind.FP32: torch.float32}
-BYTES = {Kind.BF16: 2.0, Kind.FP32: 4.0, Kind.FP16: 2.0, Kind.INT8: 1.0, Kind.INT4: 0.5}
+MIN_PANELS = 4  # but so many panels at least, for each thread takes whole ones
+MAX_INT8 = 127
+MAX_INT4 = 7
+DTYPES = {WeightKind.BF16: torch.bfloat16, WeightKind.FP16: torch.float16, WeightKind.FP32: torch.float32}
+BYTES = {WeightKind.BF16: 2.0, WeightKind.FP32: 4.0, WeightKind.FP16: 2.0, WeightKind.INT8: 1.0, WeightKind.INT4: 0.5}
 
 
-class Weight(Protocol):
+class WeightSource(Protocol):
     """`[outputs, inputs]`: a tensor, or what is made of several as it is packed."""
 
     @property
@@ -42,7 +42,7 @@ class Weight(Protocol):
 class NativeProduct:
     """A product with one packed weight."""
 
-    def __init__(self, weight: Weight, bias: torch.Tensor | None, quantize: str = "none") -> None:
+    def __init__(self, weight: WeightSource, bias: torch.Tensor | None, quantize: str = "none") -> None:
         """`weight` `[outputs, inputs]`, bfloat16, float16 or float32.
 
         Raises:
@@ -51,7 +51,7 @@ class NativeProduct:
         library = native()
         if library is None:
             raise RuntimeError(f"there is no compiled kernel: {absence()}")
-        self._library: Library = library
+        self._library: NativeLibrary = library
         self.outputs, self.inputs = weight.shape
         self.kind = _kind(weight, quantize)
         self._packed = _zeros(self.outputs, self.inputs, self.kind)
@@ -67,7 +67,7 @@ class NativeProduct:
         )
         self._at = ctypes.byref(self.parts)
 
-    def _pack(self, weight: Weight) -> torch.Tensor | None:
+    def _pack(self, weight: WeightSource) -> torch.Tensor | None:
         """Packs some panels at a time; gives the scales as the kernel reads them."""
         panel_bytes = self._packed.numel() // -(-self.outputs // PANEL)
         scales = []
@@ -80,7 +80,7 @@ class NativeProduct:
         if not scales:
             return None
         scale = F.pad(torch.cat(scales), (0, 0) * (scales[0].dim() - 1) + (0, -self.outputs % PANEL))
-        if self.kind is Kind.INT8:
+        if self.kind is WeightKind.INT8:
             return scale
         return scale.view(-1, PANEL, scale.shape[1]).transpose(1, 2).contiguous()  # from [panels * 32, steps]
 
@@ -107,30 +107,30 @@ class NativeProduct:
         return out
 
 
-def _pieces(weight: Weight) -> Iterator[tuple[int, torch.Tensor]]:
+def _pieces(weight: WeightSource) -> Iterator[tuple[int, torch.Tensor]]:
     """Whole panels at a time, with the number of their first output: a copy of all of a weight would take much room."""
     outputs, inputs = weight.shape
-    step = max(LEAST_PANELS, PIECE_ELEMENTS // inputs // PANEL) * PANEL
+    step = max(MIN_PANELS, PIECE_ELEMENTS // inputs // PANEL) * PANEL
     for first in range(0, outputs, step):
         yield first, weight[first : min(first + step, outputs)]
 
 
-def _kind(weight: Weight, quantize: str) -> Kind:
+def _kind(weight: WeightSource, quantize: str) -> WeightKind:
     """How a weight is held: in the fewest bits that are exact, unless it is to be rounded."""
     if quantize != "none":
-        return {"int8": Kind.INT8, "int4": Kind.INT4}[quantize]
-    for kind, dtype in ((Kind.BF16, torch.bfloat16), (Kind.FP16, torch.float16)):
+        return {"int8": WeightKind.INT8, "int4": WeightKind.INT4}[quantize]
+    for kind, dtype in ((WeightKind.BF16, torch.bfloat16), (WeightKind.FP16, torch.float16)):
         if weight.dtype is dtype or all(torch.equal(piece.to(dtype).float(), piece.float()) for _, piece in _pieces(weight)):
             return kind
-    return Kind.FP32
+    return WeightKind.FP32
 
 
-def _held(piece: torch.Tensor, kind: Kind) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _held(piece: torch.Tensor, kind: WeightKind) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The elements of some outputs as they are packed, and their scales."""
     match kind:
-        case Kind.INT8:
+        case WeightKind.INT8:
             return int8_of(piece)
-        case Kind.INT4:
+        case WeightKind.INT4:
             return int4_of(piece)
         case _:
             return piece.to(DTYPES[kind]), None
@@ -139,7 +139,7 @@ def _held(piece: torch.Tensor, kind: Kind) -> tuple[torch.Tensor, torch.Tensor |
 def int8_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Whole numbers `[outputs, inputs]` and scales `[outputs]`: the largest weight of each output becomes 127 or -127."""
     weight = weight.float()
-    scale = weight.abs().amax(1).div_(LARGEST_INT8).clamp_min_(torch.finfo(torch.float32).tiny)
+    scale = weight.abs().amax(1).div_(MAX_INT8).clamp_min_(torch.finfo(torch.float32).tiny)
     return (weight / scale[:, None]).round_().to(torch.int8), scale
 
 
@@ -147,12 +147,12 @@ def int4_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Whole numbers `[outputs, inputs]` from -7 to 7 and scales `[outputs, ceil(inputs / 32)]`."""
     outputs, inputs = weight.shape
     groups = F.pad(weight.float(), (0, -inputs % STEP)).view(outputs, -1, STEP)
-    scale = groups.abs().amax(2).div_(LARGEST_INT4).clamp_min_(torch.finfo(torch.float32).tiny)
+    scale = groups.abs().amax(2).div_(MAX_INT4).clamp_min_(torch.finfo(torch.float32).tiny)
     numbers = (groups / scale[:, :, None]).round_().to(torch.int8)
     return numbers.view(outputs, -1)[:, :inputs].contiguous(), scale
 
 
-def _zeros(outputs: int, inputs: int, kind: Kind) -> torch.Tensor:
+def _zeros(outputs: int, inputs: int, kind: WeightKind) -> torch.Tensor:
     """Room for the packed weight, aligned."""
     size_bytes = int(-(-outputs // PANEL) * PANEL * -(-inputs // STEP) * STEP * BYTES[kind])
     return zeroed(size_bytes)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from node.engine.paged.kv import PagedStore
-from node.engine.paged.plan import PADDING_SLOT, PAGE_TOKENS, TILE_ROWS, Plan, Sizes, shapes
+from node.engine.paged.plan import KV_PAGE_TOKENS, PADDING_SLOT, TILE_ROWS, PagedPlan, StepSizes, shapes
 
 HIDDEN = -1e30  # finite, so that a page of nothing but masked keys gives no NaN: what it adds is multiplied by zero later
 
@@ -40,7 +40,7 @@ class StepTensors:
     wanted: torch.Tensor
 
 
-def views(sizes: Sizes, flat: torch.Tensor) -> StepTensors:
+def views(sizes: StepSizes, flat: torch.Tensor) -> StepTensors:
     wanted = shapes(sizes)
     counts = [torch.Size(shape).numel() for shape in wanted.values()]
     parts = flat[: sum(counts)].split(counts)
@@ -64,7 +64,7 @@ class PagedStep:
     windows: set[int] = field(default_factory=set)  # that attention was asked to look through
 
     @classmethod
-    def of(cls, store: PagedStore, plan: Plan, flat: torch.Tensor, attend_by: Attend) -> PagedStep:
+    def of(cls, store: PagedStore, plan: PagedPlan, flat: torch.Tensor, attend_by: Attend) -> PagedStep:
         return cls(store, views(plan.sizes, flat), plan.longest_part, attend_by)
 
     def attend(
@@ -116,7 +116,7 @@ def tiled(
         scores = queries @ near_keys.transpose(-1, -2)
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
-        where = torch.arange(column * PAGE_TOKENS, (column + 1) * PAGE_TOKENS, device=q.device)
+        where = torch.arange(column * KV_PAGE_TOKENS, (column + 1) * KV_PAGE_TOKENS, device=q.device)
         hidden = where > rows
         if window:
             hidden = hidden | (where <= rows - window)
@@ -158,7 +158,7 @@ def flash(
         given.starts.int(),
         None,
         step.longest_part,
-        given.tables.shape[1] * PAGE_TOKENS,  # of the tables, not of this step's sequences: a recorded step meets longer ones
+        given.tables.shape[1] * KV_PAGE_TOKENS,  # of the tables, not of this step's sequences: a recorded step meets longer ones
         scale=scale,
         window_size=(window - 1 if window else -1, 0),  # a row sees itself and `window - 1` before it
         enable_gqa=q.shape[1] > keys.shape[2],

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from node.engine.kv.cache import Page
-from node.engine.paged.plan import PAGE_TOKENS, pages_for, slots_of
+from node.engine.paged.plan import KV_PAGE_TOKENS, pages_for, slots_of
 
 FIRST_PAGES = 16
 
@@ -35,7 +35,7 @@ class PagedStore:
         """Keys and values `[pages, 256, kv_heads, dim]`, made on first use for such as `like` `[rows, kv_heads, dim]`."""
         held = self._pools.get(layer)
         if held is None:
-            shape = (self._capacity, PAGE_TOKENS, *like.shape[1:])
+            shape = (self._capacity, KV_PAGE_TOKENS, *like.shape[1:])
             held = self._pools[layer] = like.new_zeros(shape), like.new_zeros(shape)
         return held
 

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 TILE_ROWS = 8
-PAGE_TOKENS = 256  # what the flash attention of torch takes pages of
+KV_PAGE_TOKENS = 256  # what the flash attention of torch takes pages of
 PADDING_SLOT = 0  # of page 0, where the keys and values of padding go
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PagedSegment:
     """One sequence's rows in a step: `count` from `row` on, at `position …`, its keys and values in `pages`."""
 
     row: int
@@ -29,7 +29,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class StepSizes:
     """What the shapes of a step's tensors depend on."""
 
     rows: int
@@ -40,12 +40,12 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
-class Numbers:
+class StepArrays:
     """A step's arrays, in the order in which they lie in the flat one."""
 
     ids: list[int]  # [rows]
     positions: list[int]  # [rows]
-    slots: list[int]  # [rows]: page * PAGE_TOKENS + place, where keys and values go
+    slots: list[int]  # [rows]: page * KV_PAGE_TOKENS + place, where keys and values go
     places: list[int]  # [rows]: which row of the tiles, laid end to end, answers this one
     tile_rows: list[int]  # [tiles * TILE_ROWS]: the row that each takes its query from
     tile_positions: list[int]  # [tiles * TILE_ROWS]: -1 sees nothing
@@ -60,14 +60,14 @@ class Numbers:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    sizes: Sizes
-    numbers: Numbers
+class PagedPlan:
+    sizes: StepSizes
+    numbers: StepArrays
     longest_part: int
 
 
-def shapes(sizes: Sizes) -> Mapping[str, tuple[int, ...]]:
-    """The shape of each array of `Numbers`, in its order."""
+def shapes(sizes: StepSizes) -> Mapping[str, tuple[int, ...]]:
+    """The shape of each array of `StepArrays`, in its order."""
     rows, tiles = (sizes.rows,), (sizes.tiles, TILE_ROWS)
     return {
         "ids": rows,
@@ -85,7 +85,7 @@ def shapes(sizes: Sizes) -> Mapping[str, tuple[int, ...]]:
 
 
 def pages_for(tokens: int) -> int:
-    return -(-tokens // PAGE_TOKENS)
+    return -(-tokens // KV_PAGE_TOKENS)
 
 
 def power_of_two(count: int) -> int:
@@ -93,7 +93,7 @@ def power_of_two(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
-def plan_step(parts: Sequence[Part], ids: Sequence[int], wanted: Sequence[int], rows: int, short: int) -> Plan:
+def plan_step(parts: Sequence[PagedSegment], ids: Sequence[int], wanted: Sequence[int], rows: int, short: int) -> PagedPlan:
     """A step over `parts`, which stand one behind the other from row 0 on, in `rows` rows; `wanted` is padded to `short`.
 
     `ids`: a token for each row, or none. Tables and tiles are padded to powers of two.
@@ -103,9 +103,9 @@ def plan_step(parts: Sequence[Part], ids: Sequence[int], wanted: Sequence[int], 
     tiles = [tile for number, part in enumerate(parts) for tile in _tiles(number, part)]
     columns = power_of_two(max(len(part.pages) for part in parts))
     tile_rows, tile_positions = [row for _, taken, _ in tiles for row in taken], [at for _, _, where in tiles for at in where]
-    sizes = Sizes(rows, power_of_two(len(tiles)), columns, len(parts), short)
+    sizes = StepSizes(rows, power_of_two(len(tiles)), columns, len(parts), short)
     idle = sizes.tiles - len(tiles)
-    numbers = Numbers(
+    numbers = StepArrays(
         ids=[*ids, *[0] * (rows - len(ids))],
         positions=[*(at for part in parts for at in range(part.position, part.position + part.count)), *[0] * padding],
         slots=[*(slot for part in parts for slot in slots_of(part.pages, part.position, part.count)), *[PADDING_SLOT] * padding],
@@ -118,31 +118,31 @@ def plan_step(parts: Sequence[Part], ids: Sequence[int], wanted: Sequence[int], 
         lengths=[part.position + part.count for part in parts],
         wanted=[*wanted, *[wanted[-1]] * (short - len(wanted))] if wanted else [],
     )
-    return Plan(sizes, numbers, max(part.count for part in parts))
+    return PagedPlan(sizes, numbers, max(part.count for part in parts))
 
 
-def padded_decode(parts: Sequence[Part], rows: int) -> list[Part]:
+def padded_decode(parts: Sequence[PagedSegment], rows: int) -> list[PagedSegment]:
     """`parts` of a row each, filled up to `rows` with rows of nobody: what a recorded step is run with."""
-    return [*parts, *(Part(row, 1, 0, (0,)) for row in range(len(parts), rows))]
+    return [*parts, *(PagedSegment(row, 1, 0, (0,)) for row in range(len(parts), rows))]
 
 
 def slots_of(pages: Sequence[int], position: int, count: int) -> Iterator[int]:
     for at in range(position, position + count):
-        yield pages[at // PAGE_TOKENS] * PAGE_TOKENS + at % PAGE_TOKENS
+        yield pages[at // KV_PAGE_TOKENS] * KV_PAGE_TOKENS + at % KV_PAGE_TOKENS
 
 
 def _table(pages: Sequence[int], columns: int) -> list[int]:
     return [*pages, *[0] * (columns - len(pages))]
 
 
-def _tiles(number: int, part: Part) -> Iterator[tuple[int, list[int], list[int]]]:
+def _tiles(number: int, part: PagedSegment) -> Iterator[tuple[int, list[int], list[int]]]:
     """(part, rows, positions) of each tile; rows that are missing in the last one copy its last."""
     for first in range(0, part.count, TILE_ROWS):
         taken = [min(first + offset, part.count - 1) for offset in range(TILE_ROWS)]
         yield number, [part.row + at for at in taken], [part.position + at for at in taken]
 
 
-def _places(parts: Sequence[Part]) -> Iterator[int]:
+def _places(parts: Sequence[PagedSegment]) -> Iterator[int]:
     tile = 0
     for part in parts:
         for offset in range(part.count):

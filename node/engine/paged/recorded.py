@@ -16,7 +16,7 @@ import torch
 
 from node.engine.paged.staging import Staging
 
-MOST_RECORDED = 32  # rows in ten buckets, tables in a few lengths; each holds the activations of a step
+MAX_RECORDED = 32  # rows in ten buckets, tables in a few lengths; each holds the activations of a step
 
 log = structlog.get_logger()
 
@@ -106,7 +106,7 @@ class RecordedSteps:
             self._steps.clear()
             log.warning("steps are not recorded", why=f"{type(error).__name__}: {error}"[:200])
             return None
-        if len(self._steps) >= MOST_RECORDED:
+        if len(self._steps) >= MAX_RECORDED:
             self._steps.popitem(last=False)
         self._steps[form] = step
         return step

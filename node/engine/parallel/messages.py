@@ -13,12 +13,12 @@ from typing import TypeVar
 import msgspec
 
 LENGTH_BYTES = 8
-LARGEST_BYTES = 1 << 30  # of one message; a step of 8,192 rows of 16,384 float32 activations is half of that
+MAX_BYTES = 1 << 30  # of one message; a step of 8,192 rows of 16,384 float32 activations is half of that
 
 M = TypeVar("M", bound=msgspec.Struct)
 
 
-class Begin(msgspec.Struct, frozen=True):
+class LoadShard(msgspec.Struct, frozen=True):
     """The first message to a rank: load your part of the span."""
 
     directory: str
@@ -33,8 +33,8 @@ class Begin(msgspec.Struct, frozen=True):
     timeout_s: float  # of everything that ranks do together
 
 
-class Loaded(msgspec.Struct, frozen=True):
-    """The answer to `Begin`. `refused`: why this kernel will not do; `unservable`: nor will another one."""
+class ShardLoaded(msgspec.Struct, frozen=True):
+    """The answer to `LoadShard`. `refused`: why this kernel will not do; `unservable`: nor will another one."""
 
     parameters: int = 0
     buckets: tuple[int, ...] = ()
@@ -42,17 +42,17 @@ class Loaded(msgspec.Struct, frozen=True):
     unservable: bool = False
 
 
-class Join(msgspec.Struct, frozen=True):
+class JoinGroup(msgspec.Struct, frozen=True):
     """To all, once all are loaded: meet, and pad rows to these counts."""
 
     buckets: tuple[int, ...]
 
 
-class Joined(msgspec.Struct, frozen=True):
-    """The answer to `Join`: the ranks are connected."""
+class GroupJoined(msgspec.Struct, frozen=True):
+    """The answer to `JoinGroup`: the ranks are connected."""
 
 
-class Keep(msgspec.Struct, frozen=True, tag=True):
+class KeepPage(msgspec.Struct, frozen=True, tag=True):
     """Copy a sequence's positions `position … position + count - 1` in the layers `[start, end)`."""
 
     page: int
@@ -63,24 +63,24 @@ class Keep(msgspec.Struct, frozen=True, tag=True):
     end: int
 
 
-class Restore(msgspec.Struct, frozen=True, tag=True):
+class RestoreSequence(msgspec.Struct, frozen=True, tag=True):
     """Begin a sequence with what these pages hold."""
 
     sequence: int
     pages: tuple[int, ...]
 
 
-class Forget(msgspec.Struct, frozen=True, tag=True):
+class ForgetNumber(msgspec.Struct, frozen=True, tag=True):
     """Drop a sequence, or a page; one that was never heard of is fine."""
 
     number: int
     page: bool = False
 
 
-Change = Keep | Restore | Forget
+Change = KeepPage | RestoreSequence | ForgetNumber
 
 
-class Rows(msgspec.Struct, frozen=True, array_like=True):
+class SegmentRows(msgspec.Struct, frozen=True, array_like=True):
     """`Segment`, with the sequence by its number."""
 
     row: int
@@ -89,22 +89,22 @@ class Rows(msgspec.Struct, frozen=True, array_like=True):
     sequence: int
 
 
-class Step(msgspec.Struct, frozen=True):
+class ForwardStep(msgspec.Struct, frozen=True):
     """`Stage.forward`. `hidden`: the bytes of `[rows, hidden_size]` in the kernel's dtype; None: `ids` are given."""
 
     number: int
     changes: tuple[Change, ...]
     start: int
     end: int
-    segments: tuple[Rows, ...]
+    segments: tuple[SegmentRows, ...]
     positions: tuple[int, ...]
     ids: tuple[int, ...] | None
     hidden: bytes | None
     logits_at: tuple[int, ...]
 
 
-class Done(msgspec.Struct, frozen=True):
-    """The answer to `Step`: the rank's columns of the logits, float32; or, from the first rank alone, the activations.
+class ForwardDone(msgspec.Struct, frozen=True):
+    """The answer to `ForwardStep`: the rank's columns of the logits, float32; or, from the first rank alone, the activations.
 
     `windows`: from the first rank, those through which attention was asked to look so far.
     """
@@ -138,8 +138,8 @@ class Channel:
             msgspec.ValidationError: it is another message.
         """
         size = int.from_bytes(self._exactly(LENGTH_BYTES, deadline_s), "little")
-        if size > LARGEST_BYTES:
-            raise msgspec.ValidationError(f"expected at most {LARGEST_BYTES} bytes, got {size}")
+        if size > MAX_BYTES:
+            raise msgspec.ValidationError(f"expected at most {MAX_BYTES} bytes, got {size}")
         return msgspec.msgpack.decode(self._exactly(size, deadline_s), type=kind)
 
     def _exactly(self, size: int, deadline_s: float | None) -> bytearray:

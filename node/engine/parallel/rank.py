@@ -18,7 +18,18 @@ from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.linear import KERNELS
 from node.engine.model.stage import Stage
 from node.engine.model.tensor_shard import Shard, cutting_of
-from node.engine.parallel.messages import Begin, Change, Channel, Done, Join, Joined, Keep, Loaded, Restore, Step
+from node.engine.parallel.messages import (
+    Change,
+    Channel,
+    ForwardDone,
+    ForwardStep,
+    GroupJoined,
+    JoinGroup,
+    KeepPage,
+    LoadShard,
+    RestoreSequence,
+    ShardLoaded,
+)
 
 
 class Rank:
@@ -30,7 +41,7 @@ class Rank:
         self._sequences: dict[int, SequenceKV] = {}
         self._pages: dict[int, Page] = {}
 
-    def step(self, step: Step) -> Done:
+    def step(self, step: ForwardStep) -> ForwardDone:
         self._change(step.changes)
         segments = [Segment(each.row, each.count, each.position, self._sequence(each.sequence)) for each in step.segments]
         out = self._stage.forward(
@@ -44,7 +55,7 @@ class Rank:
         )
         logits = bool(step.logits_at) and step.end == self._stage.layers
         windows = tuple(self._stage.windows) if self._first else ()
-        return Done(step.number, tensor_bytes(out) if logits or self._first else b"", windows)
+        return ForwardDone(step.number, tensor_bytes(out) if logits or self._first else b"", windows)
 
     def _activations(self, data: bytes) -> torch.Tensor:
         width = self._stage.checkpoint.hidden_size
@@ -55,10 +66,10 @@ class Rank:
 
     def _change(self, changes: Iterable[Change]) -> None:
         for change in changes:
-            if isinstance(change, Keep):
+            if isinstance(change, KeepPage):
                 layers = range(change.start, change.end)
                 self._pages[change.page] = self._sequence(change.sequence).page(change.position, change.count, layers)
-            elif isinstance(change, Restore):
+            elif isinstance(change, RestoreSequence):
                 self._sequence(change.sequence).restore([self._pages[page] for page in change.pages])
             elif change.page:
                 self._pages.pop(change.number, None)
@@ -73,7 +84,7 @@ def tensor_bytes(tensor: torch.Tensor) -> bytes:
 
 def serve(channel: Channel) -> None:
     """Loads, joins, then steps, until the node ends it."""
-    begin = channel.receive(Begin)
+    begin = channel.receive(LoadShard)
     torch.set_num_threads(begin.threads)
     try:
         checkpoint = read_checkpoint(Path(begin.directory))
@@ -81,13 +92,13 @@ def serve(channel: Channel) -> None:
         stage = Stage(checkpoint, begin.start, begin.end, KERNELS[begin.kernel], begin.threads, shard=shard)
         stage.pack()
     except (ValueError, RuntimeError, BadRequest) as error:
-        channel.send(Loaded(refused=str(error), unservable=isinstance(error, BadRequest)))
+        channel.send(ShardLoaded(refused=str(error), unservable=isinstance(error, BadRequest)))
         return
-    channel.send(Loaded(stage.parameters, stage.buckets))
-    join = channel.receive(Join)
+    channel.send(ShardLoaded(stage.parameters, stage.buckets))
+    join = channel.receive(JoinGroup)
     summing = join_group(Path(begin.meeting), begin.rank, begin.ranks, torch.device(begin.device), begin.timeout_s)
     stage.join(summing, join.buckets)
-    channel.send(Joined())
+    channel.send(GroupJoined())
     rank = Rank(stage, begin.rank == 0)
     while True:
-        channel.send(rank.step(channel.receive(Step)))
+        channel.send(rank.step(channel.receive(ForwardStep)))

@@ -23,24 +23,36 @@ from node.engine.model.attention import Segment
 from node.engine.model.checkpoint import Checkpoint
 from node.engine.model.linear import Kernel
 from node.engine.model.tensor_shard import cutting_of
-from node.engine.parallel.messages import Begin, Change, Done, Forget, Join, Joined, Keep, Loaded, Restore, Rows, Step
-from node.engine.parallel.worker_group import Crew, WorkersLost
+from node.engine.parallel.messages import (
+    Change,
+    ForgetNumber,
+    ForwardDone,
+    ForwardStep,
+    GroupJoined,
+    JoinGroup,
+    KeepPage,
+    LoadShard,
+    RestoreSequence,
+    SegmentRows,
+    ShardLoaded,
+)
+from node.engine.parallel.worker_group import WorkerGroup, WorkersLost
 
 LOAD_TIMEOUT_S = 1800.0  # a part of a large model from a slow disk; a rank that dies meanwhile is noticed at once
 STEP_TIMEOUT_S = 60.0  # of a step, and of each sum within it: far beyond any, for the node is passed over as stalled long before
 
 
-class Numbered:
+class RankHandle:
     """Something that the ranks keep under a number, until nobody holds this."""
 
     _numbers = itertools.count()
 
     def __init__(self, changes: deque[Change], page: bool) -> None:
         self.number = next(self._numbers)
-        weakref.finalize(self, changes.append, Forget(self.number, page)).atexit = False
+        weakref.finalize(self, changes.append, ForgetNumber(self.number, page)).atexit = False
 
 
-class SharedKV(Numbered):
+class SharedKV(RankHandle):
     """Keys and values of one sequence, cut over the ranks: stands for `SequenceKV`."""
 
     def __init__(self, changes: deque[Change]) -> None:
@@ -50,15 +62,15 @@ class SharedKV(Numbered):
     def page(self, position: int, count: int, layers: range) -> SharedPage:
         """Has a copy kept of what is stored at `position … position + count - 1`."""
         page = SharedPage(self._changes, page=True)
-        self._changes.append(Keep(page.number, self.number, position, count, layers.start, layers.stop))
+        self._changes.append(KeepPage(page.number, self.number, position, count, layers.start, layers.stop))
         return page
 
     def restore(self, pages: Sequence[SharedPage]) -> None:
         """Begins the sequence with what the pages hold."""
-        self._changes.append(Restore(self.number, tuple(page.number for page in pages)))
+        self._changes.append(RestoreSequence(self.number, tuple(page.number for page in pages)))
 
 
-class SharedPage(Numbered):
+class SharedPage(RankHandle):
     """A page that the ranks keep."""
 
 
@@ -74,7 +86,7 @@ class ParallelStage:
         threads: int,
         ranks: int,
         step_timeout_s: float = STEP_TIMEOUT_S,
-        hire: Callable[[int], Crew] = Crew,
+        hire: Callable[[int], WorkerGroup] = WorkerGroup,
     ) -> None:
         """Raises BadRequest: the model cannot be cut into so many parts. `threads`: of each rank; `hire`: starts that many."""
         self.cutting = cutting_of(checkpoint, ranks)
@@ -91,7 +103,7 @@ class ParallelStage:
         self._changes: deque[Change] = deque()  # what came about since the last step; any thread may add to it
         self._lock = threading.Lock()
         self._steps = itertools.count()
-        self._crew: Crew | None = None
+        self._crew: WorkerGroup | None = None
 
     def pack(self) -> None:
         """Starts the workers; each loads its part.
@@ -105,15 +117,15 @@ class ParallelStage:
         meeting = Path(tempfile.mkdtemp(prefix="mesh-ranks-"))  # for this user alone; of no use once the ranks have met
         try:
             crew.tell([self._begin(rank, meeting / "file") for rank in range(self.ranks)], self._step_timeout_s)
-            loaded = crew.hear(Loaded, LOAD_TIMEOUT_S)
+            loaded = crew.hear(ShardLoaded, LOAD_TIMEOUT_S)
             for each in loaded:
                 if each.refused:
                     raise BadRequest(each.refused, "model", "model_not_servable") if each.unservable else ValueError(each.refused)
             buckets = tuple(count for count in loaded[0].buckets if all(count in each.buckets for each in loaded))
             if not buckets:
                 raise ValueError(f"{self.kernel.name}: the ranks have no number of rows in common")
-            crew.tell_all(Join(buckets), self._step_timeout_s)
-            crew.hear(Joined, self._step_timeout_s)
+            crew.tell_all(JoinGroup(buckets), self._step_timeout_s)
+            crew.hear(GroupJoined, self._step_timeout_s)
         except BaseException:
             crew.end()
             raise
@@ -122,10 +134,10 @@ class ParallelStage:
         self.parameters = sum(each.parameters for each in loaded)
         self._crew = crew
 
-    def _begin(self, rank: int, meeting: Path) -> Begin:
+    def _begin(self, rank: int, meeting: Path) -> LoadShard:
         directory = str(self.checkpoint.directory.resolve())
         where = self.start, self.end, self.kernel.name, self.threads
-        return Begin(directory, *where, rank, self.ranks, "cpu", str(meeting), self._step_timeout_s)
+        return LoadShard(directory, *where, rank, self.ranks, "cpu", str(meeting), self._step_timeout_s)
 
     @property
     def processes(self) -> tuple[int, ...]:
@@ -156,13 +168,13 @@ class ParallelStage:
             if self._crew is None:
                 raise WorkersLost("the span's workers were told to end")
             changes = tuple(self._changes.popleft() for _ in range(len(self._changes)))
-            rows = tuple(Rows(each.row, each.count, each.position, cast(Any, each.kv).number) for each in segments)
+            rows = tuple(SegmentRows(each.row, each.count, each.position, cast(Any, each.kv).number) for each in segments)
             data = None if hidden is None else _bytes(hidden.to(self.kernel.dtype))
             known = None if ids is None else tuple(ids)
             number = next(self._steps)
-            step = Step(number, changes, start, end, rows, tuple(positions), known, data, tuple(logits_at))
+            step = ForwardStep(number, changes, start, end, rows, tuple(positions), known, data, tuple(logits_at))
             self._crew.tell_all(step, self._step_timeout_s)
-            done = self._crew.hear(Done, self._step_timeout_s)
+            done = self._crew.hear(ForwardDone, self._step_timeout_s)
             if any(each.number != number for each in done):
                 self._crew.end("a rank is out of step")
                 raise WorkersLost("a rank is out of step")

@@ -41,7 +41,7 @@ class WorkersLost(MeshError):
     """The workers of a span have ended, and with them whatever they computed. Load the span again."""
 
 
-class Crew:
+class WorkerGroup:
     """`ranks` worker processes. `ask` is for one thread at a time; the rest may be called by any."""
 
     def __init__(self, ranks: int) -> None:

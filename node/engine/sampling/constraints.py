@@ -34,7 +34,7 @@ class Ungrammatical(Exception):
     """The answer so far is not one that the grammar allows, or going on with it exceeds the grammar's limits."""
 
 
-class Constraint:
+class GrammarConstraint:
     """One sequence's grammar."""
 
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, end_ids: frozenset[int]) -> None:
@@ -82,7 +82,7 @@ class Constraint:
         self._taken = wanted
 
 
-class GrammarBook:
+class CompiledGrammars:
     """Grammars compiled for one model. `prepare` in worker threads, `constraint` in the engine's."""
 
     def __init__(self, directory: Path, vocab_size: int, end_ids: frozenset[int]) -> None:
@@ -101,9 +101,9 @@ class GrammarBook:
         """
         self._matcher(grammar)
 
-    def constraint(self, grammar: Grammar) -> Constraint:
+    def constraint(self, grammar: Grammar) -> GrammarConstraint:
         """For a new sequence; microseconds for a grammar that is prepared. Raises BadRequest, as `prepare`."""
-        return Constraint(self._matcher(grammar).deep_copy(), self._vocab_size, self._end_ids)
+        return GrammarConstraint(self._matcher(grammar).deep_copy(), self._vocab_size, self._end_ids)
 
     def _matcher(self, grammar: Grammar) -> llguidance.LLMatcher:
         with self._lock:
@@ -135,12 +135,12 @@ class Constraints:
     """The grammars of all models that end here, and the states of the sequences under way."""
 
     def __init__(self) -> None:
-        self._books: dict[ModelId, GrammarBook] = {}
-        self._of: dict[SequenceKey, Constraint] = {}  # the engine thread's
+        self._books: dict[ModelId, CompiledGrammars] = {}
+        self._of: dict[SequenceKey, GrammarConstraint] = {}  # the engine thread's
 
     def serve(self, model: ModelId, directory: Path, vocab_size: int, end_ids: frozenset[int]) -> None:
         """The last layers of `model` are served here from now on."""
-        self._books[model] = GrammarBook(directory, vocab_size, end_ids)
+        self._books[model] = CompiledGrammars(directory, vocab_size, end_ids)
 
     def prepare(self, sequence: OpenSequence) -> None:
         """Compiles the sequence's grammar, if it has one and is drawn here (*blocking*). Raises BadRequest."""
@@ -177,7 +177,7 @@ class Constraints:
         except (Ungrammatical, BadRequest) as error:
             return Drawn(None, why_none=f"{grammar.param}: {error}")
 
-    def _constraint(self, sequence: OpenSequence) -> Constraint:
+    def _constraint(self, sequence: OpenSequence) -> GrammarConstraint:
         book = self._books.get(sequence.model)
         if book is None or sequence.sampling.grammar is None:
             raise LocalError(f"the last layers of {sequence.model} are not served here")

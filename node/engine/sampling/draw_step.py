@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from node.engine.api import SequenceKey
 from node.engine.sampling.constraints import Constraints
-from node.engine.scheduling.step_plan import Drawn, Piece, StepPlan
+from node.engine.scheduling.step_plan import Drawn, ScheduledChunk, StepPlan
 
 
 def draw(plan: StepPlan, logits: torch.Tensor, constraints: Constraints) -> dict[SequenceKey, list[Drawn]]:
@@ -20,7 +20,7 @@ def draw(plan: StepPlan, logits: torch.Tensor, constraints: Constraints) -> dict
     return {piece.row.key: _draw_piece(piece, rows, constraints) for piece in drawing}
 
 
-def _draw_piece(piece: Piece, rows: Iterator[NDArray[np.float32]], constraints: Constraints) -> list[Drawn]:
+def _draw_piece(piece: ScheduledChunk, rows: Iterator[NDArray[np.float32]], constraints: Constraints) -> list[Drawn]:
     logits = [next(rows) for _ in range(len(piece.draft) + 1)]
     history = list(piece.history)
     drawn: list[Drawn] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mesh.errors import BadRequest
-from mesh.prefix import NAME_BYTES, PAGE_TOKENS
+from mesh.prefix import NAME_BYTES, PREFIX_PAGE_TOKENS
 from node.engine.api import OpenSequence
 from node.engine.kv.blocks import blocks_for
 from node.engine.scheduling.step_plan import HeldSpan
@@ -29,7 +29,7 @@ def check(sequence: OpenSequence, held: HeldSpan) -> None:
         _check_tokens(sequence, held)
     prefix = sequence.prefix
     if prefix is not None:
-        whole = sequence.known // PAGE_TOKENS
+        whole = sequence.known // PREFIX_PAGE_TOKENS
         if len(prefix.names) != whole or any(len(name) != NAME_BYTES for name in prefix.names):
             raise BadRequest(f"expected {whole} names of {NAME_BYTES} bytes for the pages of {sequence.known} tokens")
 

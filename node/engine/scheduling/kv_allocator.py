@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mesh.errors import LocalError
-from mesh.prefix import PAGE_TOKENS
+from mesh.prefix import PREFIX_PAGE_TOKENS
 from mesh.view import Span
 from node.engine.api import OpenSequence
 from node.engine.kv.blocks import BLOCK_TOKENS, BlockPool, blocks_for
-from node.engine.kv.prefix_index import PageIndex, PageName, PageStore
-from node.engine.scheduling.sequence import Row
-from node.engine.scheduling.step_plan import HeldSpan, Piece
+from node.engine.kv.prefix_index import PageCopy, PageIndex, PageName
+from node.engine.scheduling.sequence import StageSequence
+from node.engine.scheduling.step_plan import HeldSpan, ScheduledChunk
 
 
-class Rooms:
+class KvAllocator:
     def __init__(self) -> None:
         self.spans: dict[Span, HeldSpan] = {}
         self._pages: dict[Span, PageIndex] = {}
-        self._stores: list[PageStore] = []
+        self._stores: list[PageCopy] = []
         self._held_by_step: list[tuple[BlockPool, list[int]]] = []
 
     # ---- spans
@@ -74,10 +74,10 @@ class Rooms:
 
     # ---- a row's memory
 
-    def give(self, row: Row) -> bool:
+    def give(self, row: StageSequence) -> bool:
         """Blocks for the tokens known so far, and the pages that hold their beginning; False: there is no room."""
         pages, prefix = self._pages[row.lane.span], row.opened.prefix
-        names = [row.page_name(page) for page in range(min(len(row.names), (row.known - 1) // PAGE_TOKENS))]
+        names = [row.page_name(page) for page in range(min(len(row.names), (row.known - 1) // PREFIX_PAGE_TOKENS))]
         pages.find(names)  # those it wants are now the last to go
         blocks = pages.take(blocks_for(row.known + 1))
         if blocks is None:
@@ -89,22 +89,22 @@ class Rooms:
         pages.pin(found)
         row.offered = found
         if row.first:
-            self.begin(row, len(found) * PAGE_TOKENS)
+            self.begin(row, len(found) * PREFIX_PAGE_TOKENS)
         return True
 
-    def begin(self, row: Row, position: int) -> None:
+    def begin(self, row: StageSequence, position: int) -> None:
         """It computes from `position` on, and takes what is before from the pages it was offered."""
-        count = position // PAGE_TOKENS
+        count = position // PREFIX_PAGE_TOKENS
         self._pages[row.lane.span].unpin(row.offered[count:])
         row.restoring, row.offered = row.offered[:count], []
         row.computed = row.pushed_end = position
         row.pages_kept = count
 
-    def may_give(self, row: Row) -> bool:
+    def may_give(self, row: StageSequence) -> bool:
         """Whether `give` is worth trying."""
         return blocks_for(row.known + 1) <= self.free(row.lane.span)
 
-    def grow(self, row: Row, tokens: int) -> bool:
+    def grow(self, row: StageSequence, tokens: int) -> bool:
         """More blocks, so that `tokens` fit; False: there are none."""
         missing = blocks_for(min(tokens, row.limit)) - len(row.blocks)
         more = self._pages[row.lane.span].take(missing) if missing > 0 else []
@@ -114,18 +114,18 @@ class Rooms:
         return True
 
     @staticmethod
-    def spare(row: Row) -> int:
+    def spare(row: StageSequence) -> int:
         """Guesses that fit into the blocks it has: none is worth another's block."""
         return len(row.blocks) * BLOCK_TOKENS - row.known - 1
 
-    def give_up(self, row: Row) -> None:
+    def give_up(self, row: StageSequence) -> None:
         self._pages[row.lane.span].unpin([*row.offered, *row.restoring])
         self.spans[row.lane.span].pool.release(row.blocks)
         row.blocks, row.offered, row.restoring = [], [], []
 
     # ---- a step's memory
 
-    def hold(self, piece: Piece) -> None:
+    def hold(self, piece: ScheduledChunk) -> None:
         """The step computes on these blocks until `end_step`, whatever becomes of the sequence."""
         pool = self.spans[piece.row.lane.span].pool
         pool.retain(piece.row.blocks)
@@ -136,25 +136,25 @@ class Rooms:
             pool.release(blocks)
         self._held_by_step = []
 
-    def keep_pages(self, row: Row) -> None:
+    def keep_pages(self, row: StageSequence) -> None:
         """The row's first piece has read what it restores; has the pages kept that have become whole, if there is room."""
         pages = self._pages[row.lane.span]
         pages.unpin(row.restoring)
         row.restoring = []
         row.learn_names()
         before = row.pages_kept
-        while row.pages_kept < min(len(row.names), row.settled // PAGE_TOKENS):
+        while row.pages_kept < min(len(row.names), row.settled // PREFIX_PAGE_TOKENS):
             name = row.page_name(row.pages_kept)
             number = pages.add(name)
             if number is not None:
-                self._stores.append(PageStore(row.key, row.lane, row.pages_kept * PAGE_TOKENS, number))
+                self._stores.append(PageCopy(row.key, row.lane, row.pages_kept * PREFIX_PAGE_TOKENS, number))
             elif name not in pages:
                 break
             row.pages_kept += 1
         if row.pages_kept > before:
             pages.find([row.page_name(page) for page in range(row.pages_kept)])  # its beginning is the last to go
 
-    def pages_to_store(self) -> list[PageStore]:
+    def pages_to_store(self) -> list[PageCopy]:
         """What is to be copied before the next plan."""
         stores, self._stores = self._stores, []
         return stores

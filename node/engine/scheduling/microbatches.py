@@ -15,16 +15,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-MOST_GROUPS = 6
+MAX_GROUPS = 6
 ROUNDS = 4  # in a window, after one that does not count: what was decided before it is still on its way
 AVERAGING = 0.5  # weight of the newest window
 AWAY_AVERAGING = 0.05  # weight of the newest token
 BETTER = 1.03  # by less it may as well be chance
-FIRST_PATIENCE, LONGEST_PATIENCE = 2, 64  # windows between two trials
+FIRST_PATIENCE, MAX_PATIENCE = 2, 64  # windows between two trials
 
 
 @dataclass(slots=True)
-class Tuning:
+class GroupTuning:
     """The number of groups for one order of magnitude of rows."""
 
     best: int
@@ -49,7 +49,7 @@ class Tuning:
         self.until_trial -= 1
         if self.until_trial <= 0:
             wanted = self.best + self.step
-            if 1 <= wanted <= min(MOST_GROUPS, rows):
+            if 1 <= wanted <= min(MAX_GROUPS, rows):
                 self.trial = wanted
             self.step = -self.step
             self.until_trial = self.patience
@@ -60,16 +60,16 @@ class Tuning:
             self.step = self.trial - self.best  # further that way
             self.best, self.patience = self.trial, FIRST_PATIENCE
         else:
-            self.patience = min(LONGEST_PATIENCE, 2 * self.patience)
+            self.patience = min(MAX_PATIENCE, 2 * self.patience)
         self.trial, self.until_trial = 0, self.patience
 
 
 @dataclass(slots=True)
-class Groups:
+class Microbatches:
     """Of one first stage. `stages`: of equal parts there would be so many; what to begin with."""
 
     stages: int
-    _tunings: dict[int, Tuning] = field(default_factory=dict)  # by order of magnitude of rows
+    _tunings: dict[int, GroupTuning] = field(default_factory=dict)  # by order of magnitude of rows
     _rows: int = 0  # when the window under way began; 0: none
     _settling: int = 0  # tokens that do not count
     _counted: int = 0
@@ -115,8 +115,8 @@ class Groups:
     def _begin(self, rows: int) -> None:
         self._rows, self._settling = rows, rows
 
-    def _tuning(self, rows: int) -> Tuning:
+    def _tuning(self, rows: int) -> GroupTuning:
         magnitude = rows.bit_length()
         if magnitude not in self._tunings:
-            self._tunings[magnitude] = Tuning(best=max(1, min(self.stages, rows, MOST_GROUPS)))
+            self._tunings[magnitude] = GroupTuning(best=max(1, min(self.stages, rows, MAX_GROUPS)))
         return self._tunings[magnitude]

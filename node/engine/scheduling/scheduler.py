@@ -21,12 +21,12 @@ from mesh.errors import LocalError, Refused
 from mesh.ids import StreamId
 from mesh.view import Load, Span
 from node.engine.api import HiddenOut, Lane, OpenSequence, SequenceKey, SequenceLost, TokenOut
-from node.engine.kv.prefix_index import PageName, PageStore
+from node.engine.kv.prefix_index import PageCopy, PageName
 from node.engine.scheduling.admission import check
-from node.engine.scheduling.kv_allocator import Rooms
-from node.engine.scheduling.sequence import Row
-from node.engine.scheduling.step_plan import Drawn, HeldSpan, Piece, SchedulerStatistics, StepPlan, piece_of
-from node.engine.scheduling.step_selection import Choosing
+from node.engine.scheduling.kv_allocator import KvAllocator
+from node.engine.scheduling.sequence import StageSequence
+from node.engine.scheduling.step_plan import Drawn, HeldSpan, ScheduledChunk, SchedulerStatistics, StepPlan, piece_of
+from node.engine.scheduling.step_selection import StepSelection
 
 
 class Scheduler:
@@ -39,9 +39,9 @@ class Scheduler:
         if step_tokens < 1 or max_sequences < 1:
             raise LocalError(f"expected a positive token budget and sequence limit, got {step_tokens} and {max_sequences}")
         self.max_sequences = max_sequences
-        self.choosing = Choosing(step_tokens, speculates)
-        self._rooms = Rooms()
-        self._rows: dict[SequenceKey, Row] = {}
+        self.choosing = StepSelection(step_tokens, speculates)
+        self._rooms = KvAllocator()
+        self._rows: dict[SequenceKey, StageSequence] = {}
         self._turns: dict[Lane, int] = {}  # number of the step that served the lane last
         self._freed: list[SequenceKey] = []
         self._steps = self._opened = self._finished = self._evicted = self._failed = self._dropped = 0
@@ -92,7 +92,7 @@ class Scheduler:
         there = [row for row in self._rows.values() if row.lane.span == span]
         if len(there) >= self.max_sequences:
             raise Refused(f"{self.max_sequences} sequences are running on layers {span.start}:{span.end} of {span.model}")
-        row = Row(
+        row = StageSequence(
             sequence,
             Lane(span, sequence.start, sequence.end),
             held.layers,
@@ -151,7 +151,7 @@ class Scheduler:
         for row in [row for row in self._rows.values() if not keep(row.opened.stream)]:
             self._forget(row)
 
-    def _forget(self, row: Row) -> None:
+    def _forget(self, row: StageSequence) -> None:
         del self._rows[row.key]
         self._rooms.give_up(row)
         self._freed.append(row.key)
@@ -167,9 +167,9 @@ class Scheduler:
             return now
         return min((self.choosing.begins_s(rows, now) for rows in self._ready_lanes().values()), default=math.inf)
 
-    def _ready_lanes(self) -> dict[Lane, list[Row]]:
+    def _ready_lanes(self) -> dict[Lane, list[StageSequence]]:
         """All rows of the lanes in which some could be computed."""
-        rows = defaultdict[Lane, list[Row]](list)
+        rows = defaultdict[Lane, list[StageSequence]](list)
         for row in self._rows.values():
             rows[row.lane].append(row)
         return {lane: there for lane, there in rows.items() if any(row.ready > 0 for row in there)}
@@ -179,7 +179,7 @@ class Scheduler:
         lost = self._drop_overdue(now)
         self._readmit()
         lane = self._next_lane(now)
-        pieces: list[Piece] = []
+        pieces: list[ScheduledChunk] = []
         if lane is not None:
             self._steps += 1
             for row, count in self._chosen(lane, now):
@@ -218,14 +218,14 @@ class Scheduler:
         self._turns = {kept: step for kept, step in self._turns.items() if kept in in_use} | {lane: self._steps + 1}
         return lane
 
-    def _chosen(self, lane: Lane, now: float) -> list[tuple[Row, int]]:
+    def _chosen(self, lane: Lane, now: float) -> list[tuple[StageSequence, int]]:
         """The rows of the next step with their counts of positions, guesses among them."""
         chosen = self.choosing.rows(lane, (row for row in self._rows.values() if row.lane == lane), self._steps, now)
         if lane.start > 0 or not self._rooms.spans[lane.span].exact:
             return chosen
         return self.choosing.with_guesses(chosen, self._rooms.spare)
 
-    def _grow(self, row: Row, tokens: int, lost: list[SequenceLost]) -> bool:
+    def _grow(self, row: StageSequence, tokens: int, lost: list[SequenceLost]) -> bool:
         """Gives `row` room for `tokens`; while there is none the least of its span goes. False: that was `row` itself."""
         if row.waiting:
             return False
@@ -242,7 +242,7 @@ class Scheduler:
                 return False
         return True
 
-    def _preempt(self, row: Row) -> None:
+    def _preempt(self, row: StageSequence) -> None:
         """It waits here for blocks and begins anew; what pages hold of it by then it need not compute."""
         self._preempted += 1
         self._rooms.give_up(row)
@@ -266,7 +266,7 @@ class Scheduler:
         self._rooms.end_step()
         return outputs
 
-    def pages_to_store(self) -> list[PageStore]:
+    def pages_to_store(self) -> list[PageCopy]:
         """What the last commit wants kept; to be copied before the next plan."""
         return self._rooms.pages_to_store()
 
@@ -291,7 +291,7 @@ class Scheduler:
             self._rooms.drop_page(span, number)
         return [SequenceLost(row.key, "a page it counted on was not kept") for row in spread]
 
-    def _take_drawn(self, piece: Piece, drawn: Sequence[Drawn]) -> list[TokenOut | SequenceLost]:
+    def _take_drawn(self, piece: ScheduledChunk, drawn: Sequence[Drawn]) -> list[TokenOut | SequenceLost]:
         """One token, and one for each guess before it that was right."""
         row, outputs = piece.row, list[TokenOut | SequenceLost]()
         for each in drawn:
@@ -318,7 +318,7 @@ class Scheduler:
                 return outputs
         return outputs
 
-    def _stop_ids(self, row: Row) -> frozenset[int]:
+    def _stop_ids(self, row: StageSequence) -> frozenset[int]:
         """Tokens that end this sequence; `ignore_eos` takes the model's own out, wherever they came from."""
         stops = frozenset(row.opened.sampling.stop_token_ids)
         return stops - self._rooms.spans[row.lane.span].end_ids if row.opened.sampling.ignore_eos else stops
@@ -345,7 +345,7 @@ class Scheduler:
             row.alone = True
         return []
 
-    def _again(self, plan: StepPlan) -> list[Row]:
+    def _again(self, plan: StepPlan) -> list[StageSequence]:
         """Nothing came of the step: its rows are as they were before it."""
         rows = [piece.row for piece in plan.pieces if self._rows.get(piece.row.key) is piece.row]
         for row in rows:
@@ -390,6 +390,6 @@ class Scheduler:
         )
 
 
-def _standing(row: Row) -> tuple[int, int]:
+def _standing(row: StageSequence) -> tuple[int, int]:
     """Who gives way is the greatest: the least important, and of those the youngest."""
     return row.opened.priority, row.age

@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from mesh.prefix import NAME_BYTES, PAGE_TOKENS, further_names
+from mesh.prefix import NAME_BYTES, PREFIX_PAGE_TOKENS, further_names
 from node.engine.api import HiddenOut, Lane, OpenSequence, SequenceKey
 from node.engine.kv.prefix_index import PageName
-from node.engine.scheduling.speculation import Lookup, Pace
+from node.engine.scheduling.speculation import DraftLength, NgramLookup
 
 
 @dataclass(frozen=True, slots=True)
-class Pushed:
+class PushedActivations:
     """Activations for `count` positions, as they came off the wire."""
 
     position: int
@@ -30,14 +30,14 @@ class Pushed:
     def end(self) -> int:
         return self.position + self.count
 
-    def before(self, position: int) -> Pushed:
+    def before(self, position: int) -> PushedActivations:
         """The part before `position`, which lies within or behind it."""
         count = min(self.count, position - self.position)
-        return Pushed(self.position, count, self.data[: len(self.data) // self.count * count])
+        return PushedActivations(self.position, count, self.data[: len(self.data) // self.count * count])
 
 
 @dataclass(slots=True, eq=False)
-class Row:
+class StageSequence:
     """`computed` positions have their keys and values stored; `tokens` is empty in the middle of a path."""
 
     opened: OpenSequence
@@ -53,7 +53,7 @@ class Row:
     served: int = 0  # number of the step that computed it last
     planned_s: float = 0.0  # when that was planned
     deadline_at: float = math.inf
-    pushed: list[Pushed] = field(default_factory=list)
+    pushed: list[PushedActivations] = field(default_factory=list)
     pushed_end: int = 0
     names: list[bytes] = field(default_factory=list)  # of its whole pages, as far as they are known here
     names_sent: int = 0  # to the next stage
@@ -64,8 +64,8 @@ class Row:
     draft: list[int] = field(default_factory=list)  # guesses at the positions known, known + 1, …
     rewinds: int = 0  # guesses that proved wrong
     void_from: float = math.inf  # from this position on a step under way computes a wrong guess
-    lookup: Lookup = field(default_factory=Lookup)
-    pace: Pace = field(default_factory=Pace)
+    lookup: NgramLookup = field(default_factory=NgramLookup)
+    pace: DraftLength = field(default_factory=DraftLength)
     guessed: int = 0  # length of the draft when it was made here
     waiting: bool = False  # preempted: it holds no blocks, and goes on when there are some
     alone: bool = False  # a step with it failed: it is tried by itself
@@ -156,10 +156,10 @@ class Row:
         return not hidden.names or self._may_name(hidden)
 
     def _may_begin_at(self, position: int) -> bool:
-        return self.pushed_end == 0 and position % PAGE_TOKENS == 0 and position <= len(self.offered) * PAGE_TOKENS
+        return self.pushed_end == 0 and position % PREFIX_PAGE_TOKENS == 0 and position <= len(self.offered) * PREFIX_PAGE_TOKENS
 
     def _may_name(self, hidden: HiddenOut) -> bool:
-        whole = (hidden.position + hidden.count) // PAGE_TOKENS
+        whole = (hidden.position + hidden.count) // PREFIX_PAGE_TOKENS
         named = len(self.names) + len(hidden.names)
         return self.opened.prefix is not None and named <= whole and all(len(name) == NAME_BYTES for name in hidden.names)
 
@@ -185,7 +185,7 @@ class Row:
             else:
                 self.draft.append(guess)
             at += 1
-        self.pushed.append(Pushed(position, count, hidden.data))
+        self.pushed.append(PushedActivations(position, count, hidden.data))
         self.pushed_end += count
         self.names += hidden.names
 
@@ -194,7 +194,7 @@ class Row:
     def learn_names(self) -> None:
         """Names the pages that have become whole, where the tokens are known here and nobody else names them."""
         prefix = self.opened.prefix
-        if prefix is not None and self.first and len(self.tokens) // PAGE_TOKENS > len(self.names):
+        if prefix is not None and self.first and len(self.tokens) // PREFIX_PAGE_TOKENS > len(self.names):
             self.names += further_names(prefix.salt, self.names, self.tokens)
 
     def page_name(self, page: int) -> PageName:

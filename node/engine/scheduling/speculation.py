@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 
 MATCHED = 3  # tokens that must have occurred before: two match by accident too often, four miss the first repeated word
 FIRST_GUESS = 3  # with the token before it four rows, which cost about what one does
-LONGEST_GUESS = 15  # sixteen rows
-LONGEST_REST = 256  # tokens
+MAX_GUESS = 15  # sixteen rows
+MAX_REST = 256  # tokens
 AVERAGING = 0.2  # weight of the newest measurement
 
 
 @dataclass(slots=True)
-class Lookup:
+class NgramLookup:
     """Where each run of `MATCHED` tokens of one growing text ended last."""
 
     _ends: dict[tuple[int, ...], int] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Lookup:
 
 
 @dataclass(slots=True)
-class Pace:
+class DraftLength:
     """How long the next guess of one sequence may be."""
 
     length: int = FIRST_GUESS
@@ -67,7 +67,7 @@ class Pace:
         """`true` of `guessed` tokens came true, from the first on."""
         self.rate += (true / guessed - self.rate) * AVERAGING
         if true == guessed:
-            self.length = min(LONGEST_GUESS, 2 * self.length + 1)
+            self.length = min(MAX_GUESS, 2 * self.length + 1)
             self._misses = 0
         elif true > 0:
             self.length = max(FIRST_GUESS, self.length // 2)
@@ -75,7 +75,7 @@ class Pace:
         else:
             self.length = FIRST_GUESS
             self._misses += 1
-            self._rest = min(LONGEST_REST, 2**self._misses)
+            self._rest = min(MAX_REST, 2**self._misses)
 
 
 @dataclass(slots=True)

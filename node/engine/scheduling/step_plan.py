@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from mesh.view import Span
 from node.engine.api import Lane, SequenceKey, SequenceLost
 from node.engine.kv.blocks import BlockPool
-from node.engine.scheduling.sequence import Pushed, Row
+from node.engine.scheduling.sequence import PushedActivations, StageSequence
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ScheduledChunk:
     """One row's share of a step: positions `position … position + count - 1`, as tokens or as pushed activations."""
 
-    row: Row
+    row: StageSequence
     position: int
     count: int
     tokens: tuple[int, ...] = ()
-    pushed: tuple[Pushed, ...] = ()  # may begin before `position` and end behind the piece
+    pushed: tuple[PushedActivations, ...] = ()  # may begin before `position` and end behind the piece
     restore: tuple[int, ...] = ()  # pages that hold all positions before; read before anything is computed
     names: tuple[bytes, ...] = ()  # for the next stage: of the pages that have become whole
     draft: tuple[int, ...] = ()  # the tokens at its last so many positions are guesses
@@ -34,7 +34,7 @@ class Piece:
 class StepPlan:
     number: int
     lane: Lane | None  # None: nothing to compute
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ScheduledChunk, ...]
     lost: tuple[SequenceLost, ...]
     freed: tuple[SequenceKey, ...]  # sequences gone since the last plan: their tensors can go
     dropped: tuple[tuple[Span, int], ...] = ()  # pages gone since the last plan
@@ -89,7 +89,7 @@ class HeldSpan:
     weights: str = ""  # which they are (`mesh.manifest`)
 
 
-def piece_of(row: Row, count: int, stop_ids: frozenset[int]) -> Piece:
+def piece_of(row: StageSequence, count: int, stop_ids: frozenset[int]) -> ScheduledChunk:
     """The next `count` positions of a row. `stop_ids`: what ends it, should the piece draw."""
     position, end = row.computed, row.computed + count
     draws = row.last and end >= row.known
@@ -98,7 +98,7 @@ def piece_of(row: Row, count: int, stop_ids: frozenset[int]) -> Piece:
     looks_back = looks_back or sampling.grammar is not None
     row.learn_names()
     row.void_from = math.inf
-    return Piece(
+    return ScheduledChunk(
         row,
         position,
         count,

@@ -6,22 +6,22 @@ from collections.abc import Callable, Iterable
 
 from mesh.view import Span
 from node.engine.api import Lane
-from node.engine.scheduling.microbatches import Groups
-from node.engine.scheduling.sequence import Row
-from node.engine.scheduling.speculation import LONGEST_GUESS, StepCosts
+from node.engine.scheduling.microbatches import Microbatches
+from node.engine.scheduling.sequence import StageSequence
+from node.engine.scheduling.speculation import MAX_GUESS, StepCosts
 from node.engine.scheduling.token_budget import share
 
 
-class Choosing:
+class StepSelection:
     def __init__(self, step_tokens: int, speculates: bool) -> None:
         self.step_tokens = step_tokens
         self.speculates = speculates
         self.costs = StepCosts()
         self.guessed_tokens = 0
-        self._groups: dict[Lane, Groups] = {}
+        self._groups: dict[Lane, Microbatches] = {}
         self._came_back: dict[Lane, int] = {}  # tokens since the lane's last step
 
-    def came_back(self, row: Row, now: float) -> None:
+    def came_back(self, row: StageSequence, now: float) -> None:
         """The token drawn for a first stage's row that is not also the last."""
         self._came_back[row.lane] = self._came_back.get(row.lane, 0) + 1
         self._groups_of(row).was_away(now - row.planned_s)
@@ -31,14 +31,14 @@ class Choosing:
         self._groups = {lane: groups for lane, groups in self._groups.items() if lane.span != span}
         self._came_back = {lane: tokens for lane, tokens in self._came_back.items() if lane.span != span}
 
-    def rows(self, lane: Lane, rows: Iterable[Row], step: int, now: float) -> list[tuple[Row, int]]:
+    def rows(self, lane: Lane, rows: Iterable[StageSequence], step: int, now: float) -> list[tuple[StageSequence, int]]:
         """Of the lane's rows those that step number `step` computes, with their counts of positions. No guesses yet."""
         rows = list(rows)
         ready = [row for row in rows if row.ready > 0]
         suspects = [row for row in ready if row.alone]
         return list(share(suspects[:1] or ready, self.step_tokens, step, self._most_decodes(lane, rows, now)))
 
-    def begins_s(self, rows: list[Row], now: float) -> float:
+    def begins_s(self, rows: list[StageSequence], now: float) -> float:
         """When a step of a lane's rows may begin, of which some are ready, if nothing else happens until then."""
         if not rows[0].first or rows[0].last:
             return now
@@ -47,7 +47,7 @@ class Choosing:
             return now
         return self._groups_of(rows[0]).hold_until_s(len(ready), sum(map(_answers, rows)), now)
 
-    def _most_decodes(self, lane: Lane, rows: list[Row], now: float) -> int:
+    def _most_decodes(self, lane: Lane, rows: list[StageSequence], now: float) -> int:
         if not rows or lane.start > 0 or rows[0].last:
             return len(rows)
         answering = sum(map(_answers, rows))
@@ -56,13 +56,15 @@ class Choosing:
         groups.begun()
         return groups.most_rows(answering)
 
-    def _groups_of(self, row: Row) -> Groups:
+    def _groups_of(self, row: StageSequence) -> Microbatches:
         lane = row.lane
         if lane not in self._groups:
-            self._groups[lane] = Groups(stages=-(-row.layers // (lane.end - lane.start)))
+            self._groups[lane] = Microbatches(stages=-(-row.layers // (lane.end - lane.start)))
         return self._groups[lane]
 
-    def with_guesses(self, chosen: list[tuple[Row, int]], spare: Callable[[Row], int]) -> list[tuple[Row, int]]:
+    def with_guesses(
+        self, chosen: list[tuple[StageSequence, int]], spare: Callable[[StageSequence], int]
+    ) -> list[tuple[StageSequence, int]]:
         """For a first stage whose path is exact: guesses where they pay. `spare`: how many there is room for."""
         if not self.speculates:
             return chosen
@@ -70,7 +72,7 @@ class Choosing:
         with_guesses = []
         for row, count in chosen:
             if row.decodes and not row.alone:
-                guess = row.guess(min(LONGEST_GUESS, self.step_tokens - rows, spare(row)))
+                guess = row.guess(min(MAX_GUESS, self.step_tokens - rows, spare(row)))
                 likely = row.pace.rate * len(guess)
                 if guess and self.costs.pays(rows, tokens, len(guess), likely):
                     row.draft, row.guessed = list(guess), len(guess)
@@ -81,6 +83,6 @@ class Choosing:
         return with_guesses
 
 
-def _answers(row: Row) -> bool:
+def _answers(row: StageSequence) -> bool:
     """Whether its prefill is done, or all but its last token: one of a single token decodes from the first."""
     return row.computed >= row.opened.known - 1 and not row.waiting

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from node.engine.scheduling.sequence import Row
+from node.engine.scheduling.sequence import StageSequence
 
 PREFILL_SHARE = 4  # one part in so many of a step's budget is kept for prefill
 AGEING_STEPS = 16
 
 
-def share(ready: Iterable[Row], step_tokens: int, step: int = 0, most_decodes: int | None = None) -> Iterator[tuple[Row, int]]:
+def share(
+    ready: Iterable[StageSequence], step_tokens: int, step: int = 0, most_decodes: int | None = None
+) -> Iterator[tuple[StageSequence, int]]:
     """Splits the budget: (row, tokens) pairs. `step`: the number of the step that is planned; `most_decodes`: rows that may."""
     rows = list(ready)
 
-    def waits(row: Row) -> tuple[int, int, int]:
+    def waits(row: StageSequence) -> tuple[int, int, int]:
         return row.opened.priority - (step - row.served) // AGEING_STEPS, row.served, row.age
 
     decodes = sorted((row for row in rows if row.decodes), key=waits)
