@@ -17,7 +17,7 @@ from typing import Any
 import typer
 
 from mesh.errors import BadRequest
-from mesh.text_files import text_of
+from mesh.files import text_of
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 NUMBERS = {"int": int, "float": float}

@@ -16,10 +16,10 @@ import structlog
 import trio
 
 from mesh.errors import BadRequest, MeshError
+from mesh.files import text_of
 from mesh.ids import ModelId
 from mesh.keys.keyring import Keyring, load_keyring
 from mesh.keys.mesh_key import BadKeyFile
-from mesh.text_files import text_of
 from node.checkpoints.capacity import layers_that_fit, memory_budget_bytes
 from node.checkpoints.model_directory import require_checkpoint
 from node.config import NodeConfig

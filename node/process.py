@@ -63,7 +63,7 @@ from rag.service import Documents
 
 SWEEP_EVERY_S = 10.0
 MAX_HOST_LABEL = 27  # of a name of at most 32 bytes, which every claim of membership carries
-NAMED_MAX = 16  # nodes of a cut in one line of the log
+MAX_NAMED = 16  # nodes of a cut in one line of the log
 DRAIN_POLL_S = 0.05
 ENGINE_STOP_S = 5.0  # for the step under way; a step that hangs is left behind
 
@@ -275,7 +275,7 @@ class Node:
 
     def _on_cut(self, cut: LossBatch) -> None:
         log.info(
-            "cut", lost=len(cut.lost), left=len(cut.left), nodes=[*cut.lost, *cut.left][:NAMED_MAX], frozen=self._view().frozen
+            "cut", lost=len(cut.lost), left=len(cut.left), nodes=[*cut.lost, *cut.left][:MAX_NAMED], frozen=self._view().frozen
         )
 
     # --- life

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 from mesh.errors import BadRequest
-from mesh.text_files import text_of as decoded
+from mesh.files import text_of as decoded
 
 MAX_FILE_BYTES = 8 << 20
 MAX_NAME_CHARS = 255

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mesh.errors import BadRequest
-from mesh.text_files import text_of
+from mesh.files import text_of
 
 if TYPE_CHECKING:
     from random import Random

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mesh.ids import Address
     from mesh.wire.gossip import Message
 
-ACCOUNTS_MAX = 1024
+MAX_ACCOUNTS = 1024
 KEPT_S = 30.0  # longer than any answer takes that others are asked for first
 
 
@@ -50,9 +50,9 @@ class Allowance:
             return True
         account = self._accounts.get(source)
         if account is None:
-            if len(self._accounts) >= ACCOUNTS_MAX:
+            if len(self._accounts) >= MAX_ACCOUNTS:
                 self._accounts = {at: kept for at, kept in self._accounts.items() if now - kept.at < KEPT_S}
-                if len(self._accounts) >= ACCOUNTS_MAX:
+                if len(self._accounts) >= MAX_ACCOUNTS:
                     self.dropped["strangers"] += 1
                     return False
             account = self._accounts[source] = Account(0, now)

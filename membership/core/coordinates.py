@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from random import Random
 
 DIMENSIONS = 8
-ERROR_MAX = 1.5  # of a node that has measured nothing; relative
+MAX_ERROR = 1.5  # of a node that has measured nothing; relative
 CORRECTION = 0.25  # of the point, by one sample of full weight
 ERROR_CORRECTION = 0.25
 ADJUSTMENT_SAMPLES = 20
@@ -36,7 +36,7 @@ SETTLED_MISS = 0.3
 _MISS_SHARE = 0.1
 STEP_MAX_S = 0.1
 _SAME_PLACE_S = 1e-6
-_ERROR_MIN = 1e-6
+_MIN_ERROR = 1e-6
 _PACKED = struct.Struct(f">{DIMENSIONS + 3}e")  # half precision: 0.05 % of each number, up to 65 s in ms
 COORDINATE_BYTES = _PACKED.size
 
@@ -46,7 +46,7 @@ class Coordinate(msgspec.Struct, frozen=True, gc=False):
 
     vector_s: tuple[float, ...] = (0.0,) * DIMENSIONS
     height_s: float = HEIGHT_MIN_S
-    error: float = ERROR_MAX
+    error: float = MAX_ERROR
     adjustment_s: float = 0.0
 
     def raw_s(self, other: Coordinate) -> float:
@@ -82,7 +82,7 @@ def is_sane(point: Coordinate) -> bool:
         len(point.vector_s) == DIMENSIONS
         and all([-RTT_MAX_S <= each_s <= RTT_MAX_S for each_s in point.vector_s])  # false for NaN
         and 0 <= point.height_s <= RTT_MAX_S
-        and 0 <= point.error <= ERROR_MAX
+        and 0 <= point.error <= MAX_ERROR
         and -RTT_MAX_S <= point.adjustment_s <= RTT_MAX_S
     )
 
@@ -140,9 +140,9 @@ class Position:
         mine = self.point
         distance_s = mine.distance_s(theirs)
         off = abs(distance_s - rtt_s) / rtt_s
-        weight = mine.error / max(mine.error + theirs.error, _ERROR_MIN)
+        weight = mine.error / max(mine.error + theirs.error, _MIN_ERROR)
         share = ERROR_CORRECTION * weight
-        error = min(ERROR_MAX, off * share + mine.error * (1 - share))
+        error = min(MAX_ERROR, off * share + mine.error * (1 - share))
         force_s = CORRECTION * weight * (rtt_s - distance_s)
         force_s = min(STEP_MAX_S, max(-STEP_MAX_S, force_s))
         return self._pushed(Coordinate(mine.vector_s, mine.height_s, error, mine.adjustment_s), theirs, force_s)

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from random import Random
 
 _RECORD_BYTES = 280  # upper bound of one member record on the wire
-_MEMBERS_MAX = (MAX_SYNC_BYTES - DELTAS_BYTES - 400_000) // _RECORD_BYTES  # leaves room for deltas and the list of what is wanted
+_MAX_MEMBERS = (MAX_SYNC_BYTES - DELTAS_BYTES - 400_000) // _RECORD_BYTES  # leaves room for deltas and the list of what is wanted
 # What the facts book and the outlook follow. Asked of every effect, so by its very type: `isinstance` costs ten times as much.
 _FOLLOWED = frozenset((MemberChanged, MemberForgotten, EpochRenewed))
-_PASS_ON_MAX = 8  # records of one exchange passed on at once: more means that we, not the others, were behind
+_MAX_PASS_ON = 8  # records of one exchange passed on at once: more means that we, not the others, were behind
 
 
 class MembershipCore:
@@ -157,8 +157,8 @@ class MembershipCore:
                 if (known := _facts_of(theirs) if theirs is not None else (0, 0)) < _facts_of(ours):
                     behind[node] = known
         deltas, cut = self.facts.deltas(behind)
-        more = cut or len(members) > _MEMBERS_MAX
-        return Synced(self.me, tuple(members[:_MEMBERS_MAX]), tuple(deltas), tuple(wanted), more), effects
+        more = cut or len(members) > _MAX_MEMBERS
+        return Synced(self.me, tuple(members[:_MAX_MEMBERS]), tuple(deltas), tuple(wanted), more), effects
 
     def learn(self, source: Address, synced: Synced, now: float) -> tuple[Sync | None, list[Effect]]:
         """The answer of `source` came: what it brings, and what to send next, if anything is wanted or there is more."""
@@ -169,7 +169,7 @@ class MembershipCore:
         behind = {want.node: (want.facts_epoch, want.facts_version) for want in synced.wanted if want.node in self.swim.members}
         # With the question for the rest goes half as much.
         half = 2 if synced.more else 1
-        members = tuple(self.swim.members[node].record(now) for node in list(behind)[: _MEMBERS_MAX // half])
+        members = tuple(self.swim.members[node].record(now) for node in list(behind)[: _MAX_MEMBERS // half])
         deltas, _ = self.facts.deltas(behind, DELTAS_BYTES // half)
         return Sync(self.ask().digest if synced.more else (), members, tuple(deltas)), effects
 
@@ -190,13 +190,13 @@ class MembershipCore:
             return []
         newcomers = sum(member.node not in self.swim.members for member in members)
         for member in members:
-            tell = newcomers <= _PASS_ON_MAX or member.node == teller
+            tell = newcomers <= _MAX_PASS_ON or member.node == teller
             self.swim.hear_record(member, now, tell=tell)
         news, gap = self._accept(deltas)
         if gap and teller in self.swim.members:
             self.swim.want_exchange(self.swim.members[teller].address, now)
         effects: list[Effect] = [FactsChanged(owner) for owner in news]
-        passed_on = news if pushed or len(news) <= _PASS_ON_MAX else {owner: news[owner] for owner in news if owner == teller}
+        passed_on = news if pushed or len(news) <= _MAX_PASS_ON else {owner: news[owner] for owner in news if owner == teller}
         effects = self._settled(self.swim.spread(now), now) + effects
         # A teller who was ahead of us about ourselves hears the outcome too; else it knows what it told.
         current = tuple(delta for owner, delta in passed_on.items() if delta is not None and self.swim.members[owner].live)

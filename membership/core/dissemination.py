@@ -16,7 +16,7 @@ from mesh.ids import NodeId
 from mesh.wire.datagram_codec import claim_bytes
 from mesh.wire.gossip import Claim
 
-_FLOOR_MAX = 20
+_MAX_FLOOR = 20
 
 
 def transmit_limit(multiplier: int, live: int) -> int:
@@ -27,7 +27,7 @@ def transmit_limit(multiplier: int, live: int) -> int:
     Source: memberlist's `retransmitLimit`; the floor from our own simulations.
     """
     scaled = multiplier * math.ceil(math.log10(live + 1))
-    floor = min(_FLOOR_MAX, 2 * math.ceil(math.log2(max(2, live))) + 4)
+    floor = min(_MAX_FLOOR, 2 * math.ceil(math.log2(max(2, live))) + 4)
     return max(scaled, floor)
 
 

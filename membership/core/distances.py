@@ -20,7 +20,7 @@ SETTLED_EVERY = 16  # pings
 LOST_EVERY = 4  # pings of a node that cannot find its place
 LOST_SAMPLES = 512  # after so many it is taken for one
 VAGUE_ERROR = 0.5  # relative; of points that tell less than the average of a named region
-_REGIONS_MAX = 256
+_MAX_REGIONS = 256
 _REGION_SHARE = 0.125  # of one measured round trip in its region's average
 
 
@@ -61,7 +61,7 @@ class Distances:
         self.heard(member, where)
         if lagging:
             return
-        if member.region in self._region_s or len(self._region_s) < _REGIONS_MAX:
+        if member.region in self._region_s or len(self._region_s) < _MAX_REGIONS:
             before_s = self._region_s.get(member.region, rtt_s)
             self._region_s[member.region] = before_s + _REGION_SHARE * (rtt_s - before_s)
         if where is not None and member.point is not None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 RELAYS_ASKED = 3
 REFUSALS_NEEDED = 2  # of the relays asked
 CASE_S = 2.0  # evidence older than this proves nothing together
-ERRANDS_MAX = 256  # connections tried at once, for ourselves and for others
+MAX_ERRANDS = 256  # connections tried at once, for ourselves and for others
 
 
 @dataclass(slots=True)
@@ -213,9 +213,9 @@ class RefusalDetection(ClaimProcessing):
 
     def _errand(self, node: NodeId, asker: Address | None, asker_seq: int, now: float) -> int | None:
         """A number for a connection to be tried; None when too many are."""
-        if len(self._errands) >= ERRANDS_MAX:
+        if len(self._errands) >= MAX_ERRANDS:
             self._drop_old(now)
-            if len(self._errands) >= ERRANDS_MAX:
+            if len(self._errands) >= MAX_ERRANDS:
                 return None
         self._errand_number = (self._errand_number + 1) % 2**32
         self._errands[self._errand_number] = ConnectProbe(node, asker, asker_seq, now)

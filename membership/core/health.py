@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SCORE_MAX = 8
+MAX_SCORE = 8
 LAG_MAX_S = 5.0  # no admitted lag buys more patience than this
 _LAG_NOTED_S = 0.02  # below it is what any scheduler does
 _LAG_HALVES_S = 5.0
@@ -31,7 +31,7 @@ class LocalHealth:
 
     def note(self, change: int) -> None:
         """-1 for a probe that was answered; above 0 for signs of our own fault."""
-        self.score = min(SCORE_MAX, max(0, self.score + change))
+        self.score = min(MAX_SCORE, max(0, self.score + change))
 
     def lagged(self, lag_s: float, now: float) -> None:
         """A timer fired, or a datagram was read, so much later than it could have been."""

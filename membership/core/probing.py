@@ -14,8 +14,8 @@ from mesh.ids import Address, NodeId
 if TYPE_CHECKING:
     from random import Random
 
-_SEQUENCE_MAX = 2**32
-_RELAYS_MAX = 1024  # pings under way for others; an asker beyond that waits in vain and asks somebody else
+_MAX_SEQUENCE = 2**32
+_MAX_RELAYS = 1024  # pings under way for others; an asker beyond that waits in vain and asks somebody else
 
 
 @dataclass(slots=True)
@@ -41,7 +41,7 @@ class Relay:
 
 class Probes:
     def __init__(self, rng: Random) -> None:
-        self._seq = rng.randrange(_SEQUENCE_MAX)  # a restarted node is not taken for its former self
+        self._seq = rng.randrange(_MAX_SEQUENCE)  # a restarted node is not taken for its former self
         self._relays: dict[int, Relay] = {}
         self.nacks_due: dict[int, float] = {}  # of relays, by number: when the asker is told that nothing came yet
         self.under_way: dict[int, Probe] = {}
@@ -55,7 +55,7 @@ class Probes:
         return min(at, *self.nacks_due.values()) if self.nacks_due else at
 
     def next_seq(self) -> int:
-        self._seq = (self._seq + 1) % _SEQUENCE_MAX
+        self._seq = (self._seq + 1) % _MAX_SEQUENCE
         return self._seq
 
     def start(self, target: NodeId, now: float, indirect_at: float, ends_at: float) -> Probe:
@@ -95,9 +95,9 @@ class Probes:
 
     def relay(self, target: NodeId, asker: Address, asker_seq: int, now: float, nack_at: float, expires_at: float) -> int | None:
         """A number for a ping on somebody's behalf; None when too many are under way."""
-        if len(self._relays) >= _RELAYS_MAX:
+        if len(self._relays) >= _MAX_RELAYS:
             self._relays = {seq: relay for seq, relay in self._relays.items() if relay.expires_at > now}
-            if len(self._relays) >= _RELAYS_MAX:
+            if len(self._relays) >= _MAX_RELAYS:
                 return None
         seq = self.next_seq()
         self._relays[seq] = Relay(target, asker, asker_seq, expires_at)

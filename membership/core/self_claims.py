@@ -22,7 +22,7 @@ from mesh.wire.twin import ProcessRun, TwinAnswer
 if TYPE_CHECKING:
     from membership.core.dissemination import Rumours
 
-COUNTER_MAX = 2**48 - 1  # one less than the wire's bound, so that a refutation of anything accepted still fits
+MAX_COUNTER = 2**48 - 1  # one less than the wire's bound, so that a refutation of anything accepted still fits
 
 
 class SelfClaimProcessing:
@@ -88,7 +88,7 @@ class SelfClaimProcessing:
             if now - self._last_renewal_at < self.config.probe_period_s:
                 return []  # two copies would otherwise outbid one another as fast as the network allows
             self._last_renewal_at = now
-        if claim.epoch >= COUNTER_MAX or claim.incarnation >= COUNTER_MAX:
+        if claim.epoch >= MAX_COUNTER or claim.incarnation >= MAX_COUNTER:
             self.conflicts += 1
             return []
         self.refutations += 1

@@ -45,7 +45,7 @@ from mesh.wire.gossip import (
 if TYPE_CHECKING:
     from random import Random
 
-_SEEDS_MAX = 64
+_MAX_SEEDS = 64
 _NACK_SHARE = 0.8  # of the probe timeout, after which a relay says that it heard us at least (Lifeguard, section IV-A)
 _RELAYED_FACTOR = 1.25  # a relayed answer waits so much longer than what is to be expected
 _REDIALLERS = 16  # nodes that try the gone each period, and one more for each of the gone
@@ -104,7 +104,7 @@ class Swim(RefusalDetection):
 
     def remember_seed(self, address: Address) -> None:
         """Keeps trying this address for as long as no live member has it."""
-        if len(self._seeds) < _SEEDS_MAX:
+        if len(self._seeds) < _MAX_SEEDS:
             self._seeds.setdefault(address, None)
 
     def met_seed(self, address: Address, node: NodeId) -> None:

@@ -18,7 +18,7 @@ from mesh.wire.twin import ANSWERER, ASKER, ProcessRun, TwinAnswer
 ASK_AGAIN_S = 10.0  # an address where no twin answered is not asked again sooner: stale words come many times
 ASKING_S = 5.0  # longer than a call may take: then its answer is not to be expected any more
 REMEMBERED_S = 60.0  # a verdict; a twin that has stopped by then may have been started again
-ADDRESSES_MAX = 16
+MAX_ADDRESSES = 16
 
 
 class Twins:
@@ -84,7 +84,7 @@ class Twins:
             verdict = now - self._began < twin.age_s
             self._verdicts.pop(twin.address, None)
             self._verdicts[twin.address] = now, verdict
-            while len(self._verdicts) > ADDRESSES_MAX:
+            while len(self._verdicts) > MAX_ADDRESSES:
                 del self._verdicts[next(iter(self._verdicts))]
         return verdict
 
@@ -92,7 +92,7 @@ class Twins:
     def _note(times: dict[Address, float], place: Address, now: float) -> None:
         times.pop(place, None)
         times[place] = now
-        while len(times) > ADDRESSES_MAX:
+        while len(times) > MAX_ADDRESSES:
             del times[next(iter(times))]
 
     @staticmethod

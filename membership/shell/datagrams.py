@@ -19,7 +19,7 @@ from mesh.wire import datagram_codec, gossip
 
 log = structlog.get_logger()
 
-DRAIN_MAX = 512  # datagrams read in one go before timers and other tasks get a turn
+MAX_DRAIN = 512  # datagrams read in one go before timers and other tasks get a turn
 
 
 class Datagrams:
@@ -70,8 +70,8 @@ class Datagrams:
         self.bytes_sent += len(datagram)
 
     def drain(self) -> Iterator[tuple[Address, gossip.Message, float]]:
-        """Source, message, and how many seconds it had lain here, of all that is ready; up to `DRAIN_MAX` reads."""
-        for _ in range(DRAIN_MAX):
+        """Source, message, and how many seconds it had lain here, of all that is ready; up to `MAX_DRAIN` reads."""
+        for _ in range(MAX_DRAIN):
             if self._socket is None:
                 return
             try:

@@ -53,9 +53,9 @@ STREAM_PING_TIMEOUT_S = 1.0
 FAREWELL_TIMEOUT_S = 1.0
 FAREWELL_PUSHES = 3
 RECALLED_AT_ONCE = 8
-FAREWELL_PUSHES_MAX = 64
-ROUNDS_MAX = 8  # calls of one exchange: what does not fit into one answer comes in the next
-CALLS_MAX = 32  # exchanges and pushes under way; beyond it they are dropped, for the fingerprints will ask again
+MAX_FAREWELL_PUSHES = 64
+MAX_ROUNDS = 8  # calls of one exchange: what does not fit into one answer comes in the next
+MAX_CALLS = 32  # exchanges and pushes under way; beyond it they are dropped, for the fingerprints will ask again
 
 # What a peer call may end in without being our own bug.
 _CALL_FAILED = (PeerLost, DeadlineExceeded, RemoteError, Refused, BadRequest)
@@ -194,7 +194,7 @@ class Membership:
         now = trio.current_time()
         peers = [peer for peer in self.view.live() if peer.id != self.me]
         # Those who hold a link with us must know before it ends, or they would take its end for a death.
-        told = [peer.address for peer in peers if peer.id in self._core.swim.linked][:FAREWELL_PUSHES_MAX]
+        told = [peer.address for peer in peers if peer.id in self._core.swim.linked][:MAX_FAREWELL_PUSHES]
         self._carry_out(self._core.leave(now))
         told += [peer.address for peer in self._core.rng.sample(peers, min(FAREWELL_PUSHES, len(peers)))]
         tail = sync.encode(self._core.farewell(now))
@@ -329,7 +329,7 @@ class Membership:
             self._peers[node] = peer
 
     def _start_call(self, job: Callable[..., Awaitable[None]], *args: object) -> None:
-        if self._nursery is None or self._calls >= CALLS_MAX:
+        if self._nursery is None or self._calls >= MAX_CALLS:
             self._counts["calls_skipped"] += 1
             return
         self._calls += 1
@@ -359,7 +359,7 @@ class Membership:
         """Raises what a call may, and RemoteError for an answer that is none."""
         self._counts["exchanges"] += 1
         ask: sync.Sync | None = self._core.ask()
-        for _ in range(ROUNDS_MAX):
+        for _ in range(MAX_ROUNDS):
             if ask is not None:
                 ask = await self._tell(to, ask)
 

@@ -44,7 +44,7 @@ from mesh.wire.gossip import MAX_MESSAGE_BYTES, Alive, Message
 SOCKET_BUFFER_DATAGRAMS = 150  # about what Linux keeps of small datagrams in its default 212 KiB
 SEAL_BYTES = KeySeal.overhead_bytes
 CONNECT_TIMEOUT_S = 1.0
-ROUNDS_MAX = 8  # as in the service
+MAX_ROUNDS = 8  # as in the service
 
 
 class Network(VirtualTime):
@@ -355,7 +355,7 @@ class Network(VirtualTime):
         self.carry_out(it, it.core.receive(source, message, self.now, arrived_at))
 
     def _exchange(self, it: SimNode, to: Address) -> None:
-        rounds = iter(range(ROUNDS_MAX))
+        rounds = iter(range(MAX_ROUNDS))
 
         def tell(ask: sync.Sync) -> None:
             if next(rounds, None) is not None:

@@ -18,7 +18,7 @@ from mesh.view import PeerState
 SETTLE_S = 3.0
 WATCH_S = 15.0  # after each death
 HEAL_MAX_S = 60.0
-JOINED_MAX = 50  # larger meshes start with everyone known: joining is measured apart, and a hundred take seconds over it
+MAX_JOINED = 50  # larger meshes start with everyone known: joining is measured apart, and a hundred take seconds over it
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def simulate(scenario: Scenario, died: Callable[[Death], None] = lambda _: None)
 def _lived(scenario: Scenario, died: Callable[[Death], None]) -> ScenarioResult:
     began_s = time.perf_counter()
     network = Network(scenario.seed, loss=scenario.loss, delay_s=scenario.delay_span_s, encoded=False)
-    ids = network.grow(scenario.nodes) if scenario.nodes <= JOINED_MAX else network.found(scenario.nodes)
+    ids = network.grow(scenario.nodes) if scenario.nodes <= MAX_JOINED else network.found(scenario.nodes)
     network.run(SETTLE_S)
     sent, from_s = sum(it.bytes_sent for it in network.nodes.values()), network.now
     network.run(SETTLE_S)

@@ -17,9 +17,9 @@ from membership.simulation.checkers import (
 from membership.simulation.network import Network
 
 BLOWS = (2, 8)
-LOSS_MAX = 0.1
+MAX_LOSS = 0.1
 CLEARS_WITHIN_S = 25.0
-LOSSES = (0.0, 0.0, 0.02, 0.05, LOSS_MAX)
+LOSSES = (0.0, 0.0, 0.02, 0.05, MAX_LOSS)
 
 
 class FaultStorm:

@@ -16,10 +16,11 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from mesh.files import replace_file
 from mesh.keys.mesh_key import BadKeyFile, decode_key, derive, encode_key, new_key, read_key_file
 
 MAX_KEYS = 8  # of rotations begun and never ended; each is finished before the next begins, so two are usual
-SERIAL_MAX = 2**32
+MAX_SERIAL = 2**32
 _NAME_BYTES = 4
 _NONCE_BYTES = 12
 
@@ -126,8 +127,8 @@ def wrap(key: RingKey, under: RingKey) -> bytes:
 
 def unwrap(serial: int, wrapped: bytes, under: RingKey) -> RingKey:
     """Raises RingError when it was not wrapped under this key, or for another serial."""
-    if not 0 <= serial <= SERIAL_MAX:
-        raise RingError(f"a key's serial is at most {SERIAL_MAX}, got {serial}")
+    if not 0 <= serial <= MAX_SERIAL:
+        raise RingError(f"a key's serial is at most {MAX_SERIAL}, got {serial}")
     nonce, sealed = wrapped[:_NONCE_BYTES], wrapped[_NONCE_BYTES:]
     try:
         secret = AESGCM(derive(under.secret, "key wrap")).decrypt(nonce, sealed, serial.to_bytes(8, "big"))
@@ -144,7 +145,7 @@ def load_keyring(path: Path) -> Keyring:
     for parts in lines:
         secret = decode_key(parts[0], path)
         serial = parts[1] if len(parts) == 2 else "0"
-        if len(parts) > 2 or not (serial.isascii() and serial.isdigit()) or int(serial) > SERIAL_MAX:
+        if len(parts) > 2 or not (serial.isascii() and serial.isdigit()) or int(serial) > MAX_SERIAL:
             raise BadKeyFile(f"the mesh key {path} holds a line that is not a key and its serial")
         keys.append(RingKey(int(serial), secret))
     try:
@@ -154,19 +155,10 @@ def load_keyring(path: Path) -> Keyring:
 
 
 def save_keyring(path: Path, ring: Keyring) -> None:
-    """Whole or not at all, readable by its owner alone.
+    """Replaces the key file atomically, readable by its owner only.
 
     Raises:
         OSError: the disk is full or may not be written.
     """
-    aside = path.with_name(f"{path.name}.{os.getpid()}.new")  # nodes of one machine may share the file
     text = "".join(f"{encode_key(key.secret)} {key.serial}\n" for key in ring.keys)
-    try:
-        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+    replace_file(path, text.encode(), durable=True)

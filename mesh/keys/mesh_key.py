@@ -16,10 +16,10 @@ from pathlib import Path
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from mesh.text_files import text_of
+from mesh.files import text_of
 
 KEY_BYTES = 32
-_FILE_BYTES_MAX = 4096
+_MAX_FILE_BYTES = 4096
 _SALT = b"gossip-mesh key v1"
 
 
@@ -57,7 +57,7 @@ def read_key_file(path: Path) -> str:
     try:
         with path.open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            text = file.read(_FILE_BYTES_MAX)
+            text = file.read(_MAX_FILE_BYTES)
     except OSError as error:
         raise BadKeyFile(f"cannot read the mesh key {path}: {error.strerror}; make one with: mesh key new") from None
     if mode & 0o077:

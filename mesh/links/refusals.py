@@ -9,17 +9,17 @@ from collections import deque
 from dataclasses import dataclass
 
 WINDOW_S = 60.0
-SOURCES_MAX = 256
+MAX_SOURCES = 256
 FOREIGN_WORD = "it spoke of sequences in whose path it has no such part"
 BAD_ACTIVATIONS = "it sent activations that are not finite numbers"
-COUNTED_MAX = 60  # for one source and reason within the window; more is told as so many
+MAX_COUNTED = 60  # for one source and reason within the window; more is told as so many
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
     host: str  # or, where a link proved which it was, the node
     reason: str
-    count: int  # in the last minute; `COUNTED_MAX` stands for that many or more
+    count: int  # in the last minute; `MAX_COUNTED` stands for that many or more
 
 
 class Refusals:
@@ -30,8 +30,8 @@ class Refusals:
     def note(self, host: str, reason: str, now: float) -> bool:
         """Counts one; True when it is worth a line in the log: the first of its source and reason for a minute."""
         source = host, reason
-        times = self._times.pop(source, None) or deque(maxlen=COUNTED_MAX)
-        if len(self._times) >= SOURCES_MAX:
+        times = self._times.pop(source, None) or deque(maxlen=MAX_COUNTED)
+        if len(self._times) >= MAX_SOURCES:
             oldest = next(iter(self._times))
             del self._times[oldest]
             self._logged_at.pop(oldest, None)

@@ -16,8 +16,8 @@ import msgspec
 
 from mesh.ids import NodeId
 from mesh.wire.gossip import (
-    COUNTER_MAX,
     MAX_CLAIMS,
+    MAX_COUNTER,
     MAX_MESSAGE_BYTES,
     Ack,
     Alive,
@@ -208,7 +208,7 @@ def _read_counter(raw: bytes, at: int) -> tuple[int, int]:
         byte = raw[at + step]
         number |= (byte & 0x7F) << 7 * step
         if byte < 0x80:
-            if number > COUNTER_MAX or (not byte and step):
+            if number > MAX_COUNTER or (not byte and step):
                 raise BadDatagram("a counter is out of bounds, or longer than it needs to be")
             return number, at + step + 1
     raise BadDatagram("a counter without an end")

@@ -26,13 +26,13 @@ MAX_NAME_BYTES = 32
 MAX_HOST_BYTES = 46  # the longest text form of an IPv6 address, and most host names
 MAX_REGION_BYTES = 16
 
-COUNTER_MAX = 2**48  # of epochs and incarnations: far from what 64 bits would overflow on one more step
+MAX_COUNTER = 2**48  # of epochs and incarnations: far from what 64 bits would overflow on one more step
 ZERO_LOAD = Load()
 REFUSED, TIMEOUT = "refused", "timeout"  # causes of a death
 LISTENS, STALLED = "listens", "stalled"  # of suspicions: its process exists; and it has been silent for long
 
 Id = Annotated[NodeId, Meta(pattern=r"^[0-9a-f]{16}\Z")]
-Counter = Annotated[int, Meta(ge=0, le=COUNTER_MAX)]
+Counter = Annotated[int, Meta(ge=0, le=MAX_COUNTER)]
 Sequence = Annotated[int, Meta(ge=0, lt=2**32)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Name = Annotated[str, Meta(max_length=MAX_NAME_BYTES)]
@@ -199,4 +199,4 @@ def load_is_sane(load: Load) -> bool:
     """No figure is negative, infinite or not a number: one such would poison every score computed from it."""
     counts = (load.running, load.waiting, load.kv_blocks_used, load.kv_blocks_total, load.prefill_tokens_queued)
     rates = (load.prefill_tok_s, load.step_ms)
-    return all(0 <= count <= COUNTER_MAX for count in counts) and all(rate >= 0 and math.isfinite(rate) for rate in rates)
+    return all(0 <= count <= MAX_COUNTER for count in counts) and all(rate >= 0 and math.isfinite(rate) for rate in rates)

@@ -14,7 +14,7 @@ from mesh.view import Load
 _LAYOUT = struct.Struct("!HHIIIfeH")
 LOAD_BYTES = _LAYOUT.size
 _U16, _U32 = 2**16 - 1, 2**32 - 1
-_FLOAT_MAX, _HALF_MAX = 3.4e38, 65504.0
+_MAX_FLOAT, _MAX_HALF = 3.4e38, 65504.0
 
 
 def pack_load(load: Load, age_ms: int = 0) -> bytes:
@@ -25,8 +25,8 @@ def pack_load(load: Load, age_ms: int = 0) -> bytes:
         min(load.kv_blocks_used, _U32),
         min(load.kv_blocks_total, _U32),
         min(load.prefill_tokens_queued, _U32),
-        min(load.prefill_tok_s, _FLOAT_MAX),
-        min(load.step_ms, _HALF_MAX),
+        min(load.prefill_tok_s, _MAX_FLOAT),
+        min(load.step_ms, _MAX_HALF),
         min(age_ms, _U16),
     )
 

@@ -28,7 +28,7 @@ EXPECTED = "expected a directory as save_pretrained or a hub download makes it: 
 MAX_CONFIG_BYTES = 64 << 20
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-NAMED_MAX = 5  # directories in one message
+MAX_NAMED = 5  # directories in one message
 
 
 def require_checkpoint(directory: Path) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def _without_config(directory: Path, names: set[str]) -> str:
     if revision is not None:
         return f"{directory.name} is a model's folder in the hub cache; give its snapshot: {revision}"
     if cached:
-        some = ", ".join(f"{name}/snapshots/…" for name in cached[:NAMED_MAX])
+        some = ", ".join(f"{name}/snapshots/…" for name in cached[:MAX_NAMED])
         return f"{directory} is a hub cache; give the snapshot of one of its models: {some}"
     if models:
         return f"{directory} has no config.json, and {_some(models)} below it have; give one of them"
@@ -103,8 +103,8 @@ def gguf_reason() -> str:
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED_MAX} more" if len(names) > NAMED_MAX else ""
-    return ", ".join(names[:NAMED_MAX]) + more
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
 
 
 def _merge() -> str:

@@ -8,7 +8,6 @@ same node at once.
 from __future__ import annotations
 
 import fcntl
-import os
 import secrets
 import stat
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import msgspec
 import structlog
 
 from mesh.errors import BadRequest
+from mesh.files import replace_file
 from mesh.ids import NodeId
 from mesh.keys.signing import IdentityKey
 
@@ -109,14 +109,8 @@ def _read(path: Path) -> _Stored | None:
 
 
 def _write(path: Path, stored: _Stored) -> None:
-    """Whole or not at all, also when the power fails."""
-    aside = path.with_suffix(".new")
+    """Replaces the file atomically, also when the power fails."""
     try:
-        aside.unlink(missing_ok=True)
-        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(msgspec.json.encode(stored))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        replace_file(path, msgspec.json.encode(stored), durable=True)
     except OSError as error:
         raise BadRequest(f"--data-dir: cannot write {path}: {error.strerror}", "data_dir") from None

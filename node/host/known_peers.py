@@ -6,21 +6,21 @@ was not seen for three days. Losing this file costs nothing but `--join`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import structlog
 
+from mesh.files import replace_file
 from mesh.ids import Address, NodeId
 from mesh.view import PeerState, View
 
 FILE = "peers.json"
 FORGET_S = 72 * 3600.0
 SEEN_STEP_S = 3600.0  # a peer's time is brought up to date so often: what only ages is not worth a write
-PEERS_MAX = 1024
-_FILE_BYTES_MAX = 1 << 20
+MAX_PEERS = 1024
+_MAX_FILE_BYTES = 1 << 20
 
 log = structlog.get_logger()
 
@@ -57,7 +57,7 @@ class KnownPeers:
                 seen is None or (seen.host, seen.port) != peer.address or now - seen.at > SEEN_STEP_S
             ):
                 self._peers[peer.id] = _Seen(*peer.address, now)
-        kept = sorted(self._peers.items(), key=lambda item: -item[1].at)[:PEERS_MAX]
+        kept = sorted(self._peers.items(), key=lambda item: -item[1].at)[:MAX_PEERS]
         self._peers = {node: seen for node, seen in kept if now - seen.at <= FORGET_S}
         if self._peers == before:
             return False
@@ -67,7 +67,7 @@ class KnownPeers:
     def _read(self) -> dict[NodeId, _Seen]:
         try:
             with self._path.open("rb") as file:
-                known = msgspec.json.decode(file.read(_FILE_BYTES_MAX), type=dict[NodeId, _Seen])
+                known = msgspec.json.decode(file.read(_MAX_FILE_BYTES), type=dict[NodeId, _Seen])
         except FileNotFoundError:
             return {}
         except (msgspec.MsgspecError, OSError) as error:
@@ -78,11 +78,9 @@ class KnownPeers:
         return {node: seen for node, seen in known.items() if now - seen.at <= FORGET_S and 0 < seen.port <= 65535}
 
     def _write(self) -> None:
-        """Whole or not at all."""
-        aside = self._path.with_suffix(".new")
+        """Replaces the file atomically; a write error is logged."""
         try:
-            aside.write_bytes(msgspec.json.encode(self._peers))
-            os.replace(aside, self._path)
+            replace_file(self._path, msgspec.json.encode(self._peers))
         except OSError as error:
             log.warning("peers.unwritten", path=self._path.name, error=str(error))
 

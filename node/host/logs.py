@@ -16,8 +16,8 @@ import structlog
 
 from mesh.errors import MeshError
 
-FRAMES_MAX = 16  # the innermost, of each exception in a chain
-CHAIN_MAX = 8
+MAX_FRAMES = 16  # the innermost, of each exception in a chain
+MAX_CHAIN = 8
 # Ours; of the system; of torch and the interpreter, which name shapes, devices and attributes. Not ValueError and LookupError,
 # which quote what could not be read, nor the errors of templates, grammars and SQL, which quote where in it.
 _SPEAK_OF_NO_CONTENT = (MeshError, OSError, MemoryError, RuntimeError, TypeError, AttributeError, ImportError)
@@ -46,7 +46,7 @@ def configure(log_format: str, node: str) -> None:
 
 
 def _what_went_wrong(exc_info: tuple[type[BaseException], BaseException, TracebackType | None]) -> str:
-    return "\n".join(_told(exc_info[1], CHAIN_MAX))
+    return "\n".join(_told(exc_info[1], MAX_CHAIN))
 
 
 def _told(error: BaseException, depth: int) -> Iterator[str]:
@@ -54,7 +54,7 @@ def _told(error: BaseException, depth: int) -> Iterator[str]:
     if earlier is not None and depth:
         yield from _told(earlier, depth - 1)
         yield "and then:"
-    yield "".join(traceback.format_tb(error.__traceback__, -FRAMES_MAX)).rstrip()
+    yield "".join(traceback.format_tb(error.__traceback__, -MAX_FRAMES)).rstrip()
     message = f": {error}" if isinstance(error, _SPEAK_OF_NO_CONTENT) else ""
     yield f"{type(error).__module__}.{type(error).__qualname__}{message}"
     if isinstance(error, BaseExceptionGroup) and depth:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from mesh.errors import ModelLoading
 from mesh.ids import ModelId, NodeId, format_address
 from mesh.keys.seal import REPLAY_WINDOW_S, SealFault
-from mesh.links.refusals import BAD_ACTIVATIONS, COUNTED_MAX, FOREIGN_WORD, Refusal
+from mesh.links.refusals import BAD_ACTIVATIONS, FOREIGN_WORD, MAX_COUNTED, Refusal
 from mesh.versions import NAME_DIGITS, ModelVersion, holds, replicas, versions
 from mesh.view import ModelCard, Peer, PeerState, Readiness, View
 from node.host.uncompiled import COSTS, remedy
@@ -19,7 +19,7 @@ from routing.loading import no_path
 PROBLEM, NOTE = "problem", "note"
 SKEW_S = 5.0  # between two clocks: beyond it something is wrong, long before the seal refuses anything
 FREE_BYTES_LOW = 1 << 30
-NAMED_MAX = 8  # nodes of one version in one sentence
+MAX_NAMED = 8  # nodes of one version in one sentence
 LAYER_COPIES_WANTED = 2  # so that any one node may die
 
 # A refusal's reason -> (what the datagrams are, what to do). What is not here is a sentence already: a link's refusal.
@@ -95,7 +95,7 @@ def _refused(look: Observations) -> Iterator[Finding]:
     hosts = Counter(peer.address[0] for peer in look.view.live())
     for refusal in look.refusals:
         who = f"{names[refusal.host]} ({refusal.host})" if hosts[refusal.host] == 1 and refusal.host in names else refusal.host
-        often = f"{refusal.count}{' or more' if refusal.count >= COUNTED_MAX else ''}"
+        often = f"{refusal.count}{' or more' if refusal.count >= MAX_COUNTED else ''}"
         if refusal.reason in _DATAGRAMS:
             what, do = _DATAGRAMS[refusal.reason]
             yield Finding(PROBLEM, "keys", f"{often} datagrams in the last minute from {who} {what}", do.format(who=who))
@@ -204,8 +204,8 @@ def _uncompiled(view: View) -> Iterator[Finding]:
         if peer.facts.uncompiled:
             names.setdefault(peer.facts.uncompiled, []).append(peer.name)
     for why, some in sorted(names.items()):
-        more = f" and {len(some) - NAMED_MAX} more" if len(some) > NAMED_MAX else ""
-        told = ", ".join(sorted(some)[:NAMED_MAX])
+        more = f" and {len(some) - MAX_NAMED} more" if len(some) > MAX_NAMED else ""
+        told = ", ".join(sorted(some)[:MAX_NAMED])
         what = f"without the compiled kernel: {told}{more} ({why}); {COSTS}"
         yield Finding(NOTE, "nodes", what, remedy(why))
 
@@ -233,8 +233,8 @@ def _several(view: View, model: ModelId, found: Sequence[ModelVersion]) -> Findi
     """Two or more sets of weights under one id: which nodes have which, and which of them answers."""
     told = []
     for version in found:
-        names = ", ".join(_name(view, node) for node in version.known_to[:NAMED_MAX])
-        more = f" and {len(version.known_to) - NAMED_MAX} more" if len(version.known_to) > NAMED_MAX else ""
+        names = ", ".join(_name(view, node) for node in version.known_to[:MAX_NAMED])
+        more = f" and {len(version.known_to) - MAX_NAMED} more" if len(version.known_to) > MAX_NAMED else ""
         answer = f"answers to {model}" if version.answers else f"is asked for as {version.name}"
         told.append(f"{version.card.weights[:NAME_DIGITS]} (on {names}{more}; {len(version.holders)} serve it) {answer}")
     what = f"{len(found)} sets of weights are called {model}, and they are no replicas of each other: {'; '.join(told)}"

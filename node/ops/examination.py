@@ -24,7 +24,7 @@ from rag.types import StoreInfo
 KIND = "mesh.look"
 LOOK_S = 2.0
 READY_S = 12.0  # a canary may take ten
-PEERS_MAX = 64  # asked for their clocks
+MAX_PEERS = 64  # asked for their clocks
 
 
 class Examination:
@@ -54,7 +54,7 @@ class Examination:
         not_ready: str | None = f"no token came through a path within {READY_S:g} s"
         skews: dict[NodeId, float | None] = {}
         async with trio.open_nursery() as nursery:
-            for peer in [peer for peer in view.live() if peer.id != view.me][:PEERS_MAX]:
+            for peer in [peer for peer in view.live() if peer.id != view.me][:MAX_PEERS]:
                 nursery.start_soon(self._ask_for_the_time, peer, skews)
             with trio.move_on_after(READY_S):
                 not_ready = await self._ready()

@@ -17,7 +17,7 @@ import trio
 
 from mesh.errors import BadRequest, DeadlineExceeded, PeerLost, Refused, RemoteError
 from mesh.ids import NodeId
-from mesh.keys.keyring import MAX_KEYS, SERIAL_MAX, Keyring, KeyTag, RingError, RingKey, save_keyring, unwrap, wrap
+from mesh.keys.keyring import MAX_KEYS, MAX_SERIAL, Keyring, KeyTag, RingError, RingKey, save_keyring, unwrap, wrap
 from mesh.keys.seal import KeySeal, SealFault
 from mesh.links.tls import PeerTls
 from mesh.view import Peer, View
@@ -258,8 +258,8 @@ def _told(ring: Keyring) -> list[list[int | str]]:
 
 
 def _serial(told: Any) -> int:
-    if type(told) is not int or not 0 <= told <= SERIAL_MAX:
-        raise RingError(f"a key's serial is a number up to {SERIAL_MAX}, got {str(told)[:20]!r}")
+    if type(told) is not int or not 0 <= told <= MAX_SERIAL:
+        raise RingError(f"a key's serial is a number up to {MAX_SERIAL}, got {str(told)[:20]!r}")
     return told
 
 

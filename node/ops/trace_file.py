@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import structlog
 import trio
+
+from mesh.files import replace_file
 
 FILE_NAME = "membership.trace"
 
@@ -33,22 +34,13 @@ class TraceFile:
                     log.warning("membership.trace_not_kept", why="this node was started without --trace-mb")
 
     async def write(self) -> bool:
-        """Whole or not at all; a disk that takes nothing is logged and costs the node nothing else. False: there is no trace."""
+        """Replaces the file atomically, readable by its owner only. A write error is logged. False: there is no trace."""
         if (raw := self._dump()) is None:
             return False
         try:
-            await trio.to_thread.run_sync(_replace, self._path, raw)
+            await trio.to_thread.run_sync(replace_file, self._path, raw)
         except OSError as error:
             log.warning("membership.trace_not_written", path=str(self._path), why=str(error))
         else:
             log.info("membership.trace_written", path=str(self._path), size_bytes=len(raw))
         return True
-
-
-def _replace(path: Path, raw: bytes) -> None:
-    """*Blocking*. Readable by its owner only: it tells names and addresses."""
-    fresh = path.with_suffix(".new")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(raw)
-    fresh.replace(path)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import msgspec
 
+from mesh.files import replace_file
 from mesh.manifest import MAX_MANIFEST_BYTES
 
 RECORD = ".mesh-manifest"  # the file's name beside the model's files
@@ -89,7 +89,7 @@ def write_record(directory: Path, folder: Path | None, files: tuple[FileStamp, .
     for path in (*beside, *_elsewhere(directory, folder)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, content)
+            replace_file(path, content, mode=_READABLE_BY_ALL)
         except OSError:
             continue
         return path
@@ -110,16 +110,3 @@ def _read(path: Path) -> ManifestRecord | None:
         return msgspec.msgpack.decode(path.read_bytes(), type=ManifestRecord)
     except (OSError, msgspec.MsgspecError, ValueError, RecursionError):
         return None
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Written aside under a name that no link can lie in wait at, and renamed: what is there is whole."""
-    descriptor, aside = tempfile.mkstemp(prefix=f"{RECORD}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(aside, _READABLE_BY_ALL)
-        os.replace(aside, path)
-    except OSError:
-        os.unlink(aside)
-        raise

@@ -22,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from mesh.errors import BadRequest
+from mesh.files import replace_file
 from mesh.manifest import DTYPE_BYTES, BadManifest, Entry, Manifest, TensorEntry, WeightPiece, decode, encode, layer_of, pieces_of
 from node.checkpoints.safetensors_header import INDEX, make_header
 from node.weights.catalogue import Catalogue
@@ -258,9 +259,6 @@ def _reserve(descriptor: int, size_bytes: int) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Written aside and renamed: what is there is whole."""
-    if path.is_file() and path.read_bytes() == content:
-        return
-    aside = path.with_name(path.name + ".new")
-    aside.write_bytes(content)
-    aside.replace(path)
+    """Replaces the file atomically, unless it holds `content` already."""
+    if not (path.is_file() and path.read_bytes() == content):
+        replace_file(path, content, mode=0o644)

@@ -213,7 +213,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "no JSON": lambda path: path.write_bytes(b"\xff\x00"),
     "nested without end": lambda path: path.write_text("[" * 12_000),
     "a list": lambda path: path.write_text("[]"),
-    "too long": lambda path: path.write_text(path.read_text() + " " * kernel_record.FILE_BYTES_MAX + "x"),
+    "too long": lambda path: path.write_text(path.read_text() + " " * kernel_record.MAX_FILE_BYTES + "x"),
     "another key": lambda path: change(path, key=KEY | {"cpu": "b"}),
     "no times": lambda path: change(path, times_s=None),
     "another kernel": lambda path: change(path, times_s={"mesh-bf16": [0.1, 0.1], "onednn-fp32": [0.1, 0.1]}),

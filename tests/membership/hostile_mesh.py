@@ -29,7 +29,7 @@ from mesh.wire.sync import encode as encode_sync
 from tests.membership.pieces import CONFIG, address_of, alive, core_of, peer_id
 
 NODES = 4
-IN_FLIGHT_MAX = 200  # more are lost, the oldest first
+MAX_IN_FLIGHT = 200  # more are lost, the oldest first
 WAY_S = 0.001
 MIN_SUSPICION_S = CONFIG.suspicion_multiplier * CONFIG.suspicion_unit_s / 2  # after somebody else's verdict
 SUSPECT_WITHIN_S = 30.0  # of three members each is probed, by one who trusts itself least every 7.2 s
@@ -38,7 +38,7 @@ ONE_VIEW_WITHIN_S = DEAD_WITHIN_S
 SETTLE_S = 5.0  # what happened last is told, and points are
 QUIET_S = 10.0
 QUIET_BYTES_A_SECOND = 400  # a node; of four, some of whom may be dialled in vain
-ANSWERS_MAX = 100  # one after another, before time goes on
+MAX_ANSWERS = 100  # one after another, before time goes on
 
 Standing = tuple[int, int]
 numbers = st.integers(0, NODES - 1)
@@ -106,7 +106,7 @@ class HostileMesh(RuleBasedStateMachine):
                     self._m7_nobody_dies_by_hearsay(number, effect)
                 case _:
                     pass
-        del self.in_flight[:-IN_FLIGHT_MAX]
+        del self.in_flight[:-MAX_IN_FLIGHT]
 
     def _take(self, to: int, by: int, *claims: Claim) -> None:
         """A datagram of `by` that tells these."""
@@ -190,9 +190,9 @@ class HostileMesh(RuleBasedStateMachine):
             self._deliver(*datagram)
 
     @precondition(lambda self: self.in_flight)
-    @rule(pick=picks, count=st.sampled_from((1, 5, 30, IN_FLIGHT_MAX)))
+    @rule(pick=picks, count=st.sampled_from((1, 5, 30, MAX_IN_FLIGHT)))
     def lose(self, pick: int, count: int) -> None:
-        place = pick % len(self.in_flight) if count < IN_FLIGHT_MAX else 0
+        place = pick % len(self.in_flight) if count < MAX_IN_FLIGHT else 0
         del self.in_flight[place : place + count]
 
     @rule(dt=st.floats(0.01, 1.0))
@@ -355,7 +355,7 @@ class HostileMesh(RuleBasedStateMachine):
         """In peace: all that is sent arrives, in order, a millisecond later."""
         end = self.now + within_s
         while not until() and self.now < end:
-            for _ in range(ANSWERS_MAX):
+            for _ in range(MAX_ANSWERS):
                 if not (self.in_flight or self.errands or self.wanted):
                     break
                 self.now += WAY_S

@@ -12,11 +12,11 @@ from random import Random
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from membership.core.allowance import ACCOUNTS_MAX
+from membership.core.allowance import MAX_ACCOUNTS
 from membership.core.config import MembershipConfig
 from membership.core.core import MembershipCore
 from membership.core.effects import Effect, SendDatagram, TryConnect
-from membership.core.evidence import ERRANDS_MAX
+from membership.core.evidence import MAX_ERRANDS
 from mesh.ids import Address
 from mesh.wire import datagram_codec, sync
 from mesh.wire.gossip import (
@@ -36,8 +36,8 @@ from mesh.wire.gossip import (
 )
 from tests.membership.pieces import ME, core_of, left, only, peer_id, sender, signed
 
-MEMBERS_MAX = 40
-CONFIG = MembershipConfig(members_max=MEMBERS_MAX)
+MAX_MEMBERS = 40
+CONFIG = MembershipConfig(members_max=MAX_MEMBERS)
 STRANGERS: list[Address] = [("6.6.6.6", 6000 + number) for number in range(3)]
 FIRST = 7  # members from the start, this node among them
 HOST = "2001:0db8:0000:0000:0000:ff00:0042:8329"
@@ -205,9 +205,9 @@ class HostileNode(RuleBasedStateMachine):
     def m8_queues_and_tables_are_bounded_and_every_rumour_fits_a_datagram(self) -> None:
         swim = self.core.swim
         count = sum(1 for _ in swim.members)
-        assert count <= MEMBERS_MAX, f"M8: {count} members"
+        assert count <= MAX_MEMBERS, f"M8: {count} members"
         assert len(swim.rumours) <= count, "M8: more rumours than members"
-        assert len(swim._errands) <= ERRANDS_MAX and len(self.core.allowance._accounts) <= ACCOUNTS_MAX, "M8"
+        assert len(swim._errands) <= MAX_ERRANDS and len(self.core.allowance._accounts) <= MAX_ACCOUNTS, "M8"
         largest = Ping(swim.sender(self.now), 2**32 - 1, peer_id(1), where=bytes(32))
         for rumour in swim.rumours.by_node.values():
             assert len(datagram_codec.claim_bytes(rumour.claim)) == rumour.size_bytes, (

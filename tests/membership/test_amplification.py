@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from membership.core.allowance import ACCOUNTS_MAX, KEPT_S
+from membership.core.allowance import KEPT_S, MAX_ACCOUNTS
 from membership.core.core import MembershipCore
 from membership.core.effects import Effect, TryConnect
 from mesh.ids import Address, NodeId
@@ -121,7 +121,7 @@ def test_accounts_are_bounded_and_no_further_stranger_is_listened_to_until_they_
     core = node_among(6)
     for number in range(1, 7):
         core.receive(address_of(number), gossip(number), 0.0)
-    for number in range(ACCOUNTS_MAX):
+    for number in range(MAX_ACCOUNTS):
         assert core.receive(("6.6.6.6", 1 + number), Ping(sender(70), 1, ME), 1.0)
     further = ("7.7.7.7", 1)
     assert core.receive(further, Ping(sender(70), 1, ME, (alive(70),)), 1.0) == []

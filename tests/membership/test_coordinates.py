@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from membership.core.coordinates import (
     COORDINATE_BYTES,
     DIMENSIONS,
-    ERROR_MAX,
     HEIGHT_MIN_S,
+    MAX_ERROR,
     RTT_MAX_S,
     STEP_MAX_S,
     Coordinate,
@@ -181,7 +181,7 @@ points = st.builds(
     Coordinate,
     st.tuples(*[numbers] * DIMENSIONS),
     st.floats(0, RTT_MAX_S),
-    st.floats(0, ERROR_MAX),
+    st.floats(0, MAX_ERROR),
     st.floats(-RTT_MAX_S, RTT_MAX_S),
 )
 

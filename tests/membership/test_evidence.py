@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from membership.core.effects import Effect, TryConnect, WatchLinks
-from membership.core.evidence import ERRANDS_MAX
+from membership.core.evidence import MAX_ERRANDS
 from mesh.view import PeerState
 from mesh.wire.gossip import REFUSED, ConnectCheck, ConnectChecked, Dead, Suspect
 from tests.membership.pieces import ME, address_of, alive, gossip, messages, node_among, only, peer_id, sender, state
@@ -147,9 +147,9 @@ def test_errands_for_others_are_bounded_and_free_themselves() -> None:
     core = node_among(6)
     begun = [
         only(TryConnect, core.receive(address_of(1), ConnectCheck(sender(1), n, peer_id(2)), 1.0))
-        for n in range(ERRANDS_MAX + 50)
+        for n in range(MAX_ERRANDS + 50)
     ]
-    assert sum(map(len, begun)) == ERRANDS_MAX
+    assert sum(map(len, begun)) == MAX_ERRANDS
     assert only(TryConnect, core.receive(address_of(1), ConnectCheck(sender(1), 1, peer_id(2)), 60.0)) != []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from membership.core.effects import PingStream
-from membership.core.health import LAG_MAX_S, SCORE_MAX, LocalHealth, missed_nacks
+from membership.core.health import LAG_MAX_S, MAX_SCORE, LocalHealth, missed_nacks
 from mesh.view import PeerState
 from mesh.wire.gossip import Ack, Gossip, Nack, Ping, PingReq, Sender
 from tests.membership.pieces import ME, address_of, gossip, messages, node_among, only, peer_id, run_to, sender, state
@@ -16,7 +16,7 @@ def test_the_score_stays_within_its_bounds_and_stretches_probes() -> None:
     health.note(-1)
     assert health.factor == 1
     health.note(+100)
-    assert (health.score, health.factor) == (SCORE_MAX, SCORE_MAX + 1)
+    assert (health.score, health.factor) == (MAX_SCORE, MAX_SCORE + 1)
 
 
 def test_lag_is_the_worst_of_late_fades_and_is_bounded() -> None:

@@ -15,8 +15,8 @@ from mesh.keys.seal import KeySeal, PlainSeal
 from mesh.view import Load
 from mesh.wire.datagram_codec import claim_budget_bytes, claim_bytes, decode, encode, encoded_bytes
 from mesh.wire.gossip import (
-    COUNTER_MAX,
     MAX_CLAIM_BYTES,
+    MAX_COUNTER,
     MAX_DATAGRAM_BYTES,
     MAX_MESSAGE_BYTES,
     MAX_SEAL_BYTES,
@@ -43,7 +43,7 @@ COUNTERS_AT = 43  # in a message
 LONGEST = Alive(A, 2**48, 2**48, "n" * 32, "h" * 46, 65535, "r" * 16, b"s" * 64, b"k" * 32)
 
 ids = st.text("0123456789abcdef", min_size=16, max_size=16).map(NodeId)
-counters = st.integers(0, COUNTER_MAX)
+counters = st.integers(0, MAX_COUNTER)
 signatures = st.binary(max_size=64)
 names = st.text(max_size=10).filter(lambda name: len(name.encode()) <= 32)
 claims = st.one_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.links.refusals import COUNTED_MAX, SOURCES_MAX, WINDOW_S, Refusal, Refusals
+from mesh.links.refusals import MAX_COUNTED, MAX_SOURCES, WINDOW_S, Refusal, Refusals
 
 
 def test_the_first_of_a_source_and_reason_is_worth_a_line_and_the_next_after_a_minute() -> None:
@@ -29,7 +29,7 @@ def test_a_flood_is_told_as_so_many_or_more() -> None:
     refusals = Refusals()
     for _ in range(1000):
         refusals.note("a", "wrong key", 1.0)
-    assert refusals.recent(1.0) == [Refusal("a", "wrong key", COUNTED_MAX)]
+    assert refusals.recent(1.0) == [Refusal("a", "wrong key", MAX_COUNTED)]
 
 
 @given(st.lists(st.tuples(st.integers(0, 2000), st.floats(0, 300)), max_size=600))
@@ -37,4 +37,4 @@ def test_made_up_sources_fill_a_table_of_fixed_size(noted: list[tuple[int, float
     refusals = Refusals()
     for number, at in noted:
         refusals.note(f"host-{number}", "foreign", at)
-    assert len(refusals._times) <= SOURCES_MAX and len(refusals._logged_at) <= SOURCES_MAX
+    assert len(refusals._times) <= MAX_SOURCES and len(refusals._logged_at) <= MAX_SOURCES

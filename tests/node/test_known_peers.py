@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from mesh.ids import NodeId
 from mesh.view import Peer, PeerState, View
-from node.host.known_peers import FILE, FORGET_S, PEERS_MAX, KnownPeers
+from node.host.known_peers import FILE, FORGET_S, MAX_PEERS, KnownPeers
 
 ME = NodeId("0" * 16)
 
@@ -57,8 +57,8 @@ def test_who_was_not_seen_for_three_days_is_forgotten(tmp_path: Path) -> None:
 def test_the_file_is_bounded_and_a_damaged_one_is_an_empty_one(tmp_path: Path) -> None:
     clock = Clock()
     known = KnownPeers(tmp_path, clock)
-    known.note(view(*((n, PeerState.ALIVE) for n in range(1, PEERS_MAX + 100))))
-    assert len(KnownPeers(tmp_path, clock).addresses()) == PEERS_MAX
+    known.note(view(*((n, PeerState.ALIVE) for n in range(1, MAX_PEERS + 100))))
+    assert len(KnownPeers(tmp_path, clock).addresses()) == MAX_PEERS
     for damage in (b"", b"{", b"[]", b'{"x": 1}', b'{"x": ["h", 99999999, 1e9]}'):
         (tmp_path / FILE).write_bytes(damage)
         assert KnownPeers(tmp_path, clock).addresses() == []

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import structlog
 
-from node.host.logs import FRAMES_MAX, configure
+from node.host.logs import MAX_FRAMES, configure
 
 SECRET = "my-account-is-4711"
 
@@ -106,4 +106,4 @@ def test_a_deep_recursion_is_told_by_its_innermost_lines(capsys: pytest.CaptureF
         endless()
 
     told = logged(endless, "text", capsys)
-    assert "RecursionError" in told and told.count("in endless") <= FRAMES_MAX
+    assert "RecursionError" in told and told.count("in endless") <= MAX_FRAMES

@@ -89,12 +89,17 @@ def test_a_new_identity_takes_the_place_of_a_copied_one_and_stays(tmp_path):
         held.lock.close()
 
 
-def test_a_disk_that_keeps_no_epoch_does_not_end_the_node(tmp_path):
+def test_a_full_disk_at_a_new_epoch_does_not_end_the_node(tmp_path, monkeypatch):
     held = take_identity(tmp_path)
-    (tmp_path / "node.new").mkdir()  # where it would be written aside
-    held.renew(9)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("os.fsync", full)
+        held.renew(9)
     held.lock.close()
-    (tmp_path / "node.new").rmdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "node.json"], "a temporary file was left behind"
     again = take_identity(tmp_path)
     assert (again.id, again.epoch) == (held.id, 2)
     again.lock.close()

@@ -103,14 +103,14 @@ def test_a_record_with_the_right_files_and_another_manifest_is_not_believed_whol
 def test_where_the_directory_cannot_be_written_the_record_lies_in_the_nodes_own(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = record._write
+    replace_file = record.replace_file
 
-    def read_only(path: Path, content: bytes) -> None:
+    def read_only(path: Path, content: bytes, *, mode: int) -> None:
         if path.parent == directory:
             raise PermissionError(13, "Permission denied")
-        write(path, content)
+        replace_file(path, content, mode=mode)
 
-    monkeypatch.setattr(record, "_write", read_only)
+    monkeypatch.setattr(record, "replace_file", read_only)
     first = found(directory, tmp_path / "own" / "manifests")
     assert not (directory / RECORD).exists() and list((tmp_path / "own" / "manifests").iterdir())
     assert found(directory, tmp_path / "own" / "manifests").kept

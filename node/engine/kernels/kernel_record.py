@@ -13,7 +13,6 @@ import json
 import math
 import os
 import stat
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +20,12 @@ from typing import Any
 
 import structlog
 
+from mesh.files import replace_file
 from node.engine.kernels.kernel_timing import ROWS, Timings
 
 log = structlog.get_logger()
 
-FILE_BYTES_MAX = 16 << 10
+MAX_FILE_BYTES = 16 << 10
 MAX_S = 600.0  # no product takes so long: a time beyond it was not measured
 OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -57,9 +57,9 @@ def read(path: Path, key: Key, names: Sequence[str]) -> Timings | None:
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
             about = os.fstat(file.fileno())
-            if not stat.S_ISREG(about.st_mode) or about.st_size > FILE_BYTES_MAX or not _is_mine_alone(about):
+            if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_FILE_BYTES or not _is_mine_alone(about):
                 return None
-            told = json.loads(file.read(FILE_BYTES_MAX))
+            told = json.loads(file.read(MAX_FILE_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(told, dict) or told.get("key") != dict(key):
@@ -71,15 +71,8 @@ def read(path: Path, key: Key, names: Sequence[str]) -> Timings | None:
 
 
 def write(path: Path, key: Key, measured: Timings) -> None:
-    """Puts the file in the place of what is there, whole or not at all. Raises OSError: it cannot be written."""
-    number, aside = tempfile.mkstemp(dir=path.parent, prefix=path.stem)  # which only the user may read or write
-    try:
-        with open(number, "w") as file:
-            json.dump({"key": dict(key), "times_s": measured.times_s}, file, indent=1)
-        os.replace(aside, path)
-    except OSError:
-        os.unlink(aside)
-        raise
+    """Replaces the record atomically, readable by its owner only. Raises OSError: it cannot be written."""
+    replace_file(path, json.dumps({"key": dict(key), "times_s": measured.times_s}, indent=1).encode())
 
 
 def _text(key: Key) -> str:

@@ -6,7 +6,6 @@ by name and reason, before any weight is read.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +20,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mesh.errors import BadRequest
 from node.checkpoints.model_directory import require_checkpoint
-from node.checkpoints.safetensors_header import weight_files
+from node.checkpoints.safetensors_header import read_header, weight_files
 from node.weights.identity import identity_of
 
-HEADER_MAX_BYTES = 100 << 20  # the safetensors format's own limit
 KNOWN_GOOD = (
     "llama, qwen2, qwen3, mistral, mixtral, gemma, gemma2, gemma3_text, phi3, gpt2, gpt_neox, opt, olmo2, granite or cohere"
 )
@@ -192,26 +190,12 @@ def _longest(config: PretrainedConfig) -> int:
     return longest
 
 
-def read_header(path: Path) -> bytes:
-    """The JSON header of a safetensors file, its size checked first.
-
-    Raises:
-        BadRequest: not a safetensors file.
-    """
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if not 2 <= size <= min(HEADER_MAX_BYTES, path.stat().st_size - 8):
-            raise _refusal(f"{path.name} is not a safetensors file or is cut short; download it again")
-        return file.read(size)
-
-
 def _stored_dtype(config: PretrainedConfig, first_file: Path) -> torch.dtype:
     named = config_value(config, "dtype")
     if isinstance(named, torch.dtype):
         return named
     kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    header = json.loads(read_header(first_file))
-    found = [kinds[tensor["dtype"]] for key, tensor in header.items() if key != "__metadata__" and tensor["dtype"] in kinds]
+    found = [kinds[tensor.dtype] for tensor in read_header(first_file).values() if tensor.dtype in kinds]
     return found[0] if found else torch.float32
 
 

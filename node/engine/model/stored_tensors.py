@@ -18,7 +18,7 @@ from node.engine.model.checkpoint import Checkpoint
 from node.engine.model.structure import META, cannot_serve
 from node.weights.store import MARK
 
-NAMED_MAX = 3
+MAX_NAMED = 3
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -65,5 +65,5 @@ def require_tensors(checkpoint: Checkpoint) -> None:
 
 
 def _some(things: Sequence[str]) -> str:
-    more = f" and {len(things) - NAMED_MAX} more" if len(things) > NAMED_MAX else ""
-    return ", ".join(things[:NAMED_MAX]) + more
+    more = f" and {len(things) - MAX_NAMED} more" if len(things) > MAX_NAMED else ""
+    return ", ".join(things[:MAX_NAMED]) + more

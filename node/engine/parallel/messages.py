@@ -52,7 +52,7 @@ class GroupJoined(msgspec.Struct, frozen=True):
     """The answer to `JoinGroup`: the ranks are connected."""
 
 
-class KeepPage(msgspec.Struct, frozen=True, tag=True):
+class KeepPage(msgspec.Struct, frozen=True, tag="Keep"):
     """Copy a sequence's positions `position … position + count - 1` in the layers `[start, end)`."""
 
     page: int
@@ -63,14 +63,14 @@ class KeepPage(msgspec.Struct, frozen=True, tag=True):
     end: int
 
 
-class RestoreSequence(msgspec.Struct, frozen=True, tag=True):
+class RestoreSequence(msgspec.Struct, frozen=True, tag="Restore"):
     """Begin a sequence with what these pages hold."""
 
     sequence: int
     pages: tuple[int, ...]
 
 
-class ForgetNumber(msgspec.Struct, frozen=True, tag=True):
+class ForgetNumber(msgspec.Struct, frozen=True, tag="Forget"):
     """Drop a sequence, or a page; one that was never heard of is fine."""
 
     number: int

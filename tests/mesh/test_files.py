@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from cli.load.plan import file_prompts
 from mesh.errors import BadRequest
+from mesh.files import replace_file, text_of
 from mesh.keys.keyring import load_keyring
 from mesh.keys.mesh_key import BadKeyFile, encode_key
-from mesh.text_files import text_of
 from node.config import NodeConfig
 from node.http.auth import new_api_key
 from node.main import _load_api_keys
@@ -74,3 +74,27 @@ def test_a_file_of_prompts_is_read_in_any_of_them(tmp_path: Path, encoding: str,
     file.write_bytes(f'{{"prompt": "first"}}{newline}second{newline}'.encode(encoding))
     prompts = file_prompts(file)
     assert [next(prompts)[0]["content"] for _ in range(2)] == ["first", "second"]
+
+
+def test_a_file_is_replaced_whole_with_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    path.write_bytes(b"old")
+    replace_file(path, b"new", durable=True)
+    assert path.read_bytes() == b"new" and path.stat().st_mode & 0o777 == 0o600
+    replace_file(path, b"newer", mode=0o644)
+    assert path.read_bytes() == b"newer" and path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("step", ["os.fsync", "os.replace"])
+def test_a_failed_replacement_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    path = tmp_path / "state.json"
+    path.write_bytes(b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(step, full)
+        with pytest.raises(OSError, match="No space"):
+            replace_file(path, b"new", durable=True)
+    assert path.read_bytes() == b"old" and [each.name for each in tmp_path.iterdir()] == ["state.json"]
