@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 import trio
 
-from mesh.errors import BadRequest, DeadlineExceeded, PeerLost, Refused, RemoteError
+from mesh.errors import PeerLost, Refused, RemoteError
 from mesh.ids import NodeId
 from mesh.view import PeerState, View
-from mesh.wire.calls import Call, Reply
+from mesh.wire.calls import CALL_FAILURES, Call, Reply
 from rag import place, wire
 from rag.local import LocalStores
 from rag.reading import A, Ask, HeadsFound, ShardReply
@@ -26,8 +26,7 @@ from rag.replica import SHARDS, DocumentHead, ShardDigest, shard_of
 from rag.store import StoreCorrupt
 from rag.wire import Operation, Summary
 
-PEER_FAILURES = (PeerLost, DeadlineExceeded, Refused, BadRequest, RemoteError)
-COPY_FAILURES = (*PEER_FAILURES, StoreCorrupt)  # a copy, here or elsewhere, that cannot be written or read: others can
+COPY_FAILURES = (*CALL_FAILURES, StoreCorrupt)  # a copy, here or elsewhere, that cannot be written or read: others can
 WRITE_DEADLINE_S = 10.0  # for membership to notice a dead owner, and then some
 READ_GRACE_S = 0.2
 WRITE_GRACE_S = 0.5  # that a write which stands waits for the remaining owners, so that they need no repair
@@ -88,7 +87,7 @@ class Peers:
             raise PeerLost(node, "no longer in the view")
         try:
             return await self._call(peer.address, kind, wire.header_of(call), tail, timeout_s=timeout_s)
-        except PEER_FAILURES:
+        except CALL_FAILURES:
             self.calls_failed += 1
             raise
 
@@ -225,7 +224,7 @@ class Peers:
             try:
                 await self.ask(node, "documents.register", wire.RegisterCall([entry]))
                 held.add(node)
-            except PEER_FAILURES:
+            except CALL_FAILURES:
                 pass  # counted by `ask`; gossip brings it too
 
         with trio.move_on_after(WRITE_DEADLINE_S):
@@ -318,7 +317,7 @@ class Peers:
                 heads = self.heads_here(lines) if node == self.me else await self._heads_of(node, lines)
                 for line, head in zip(lines, heads):
                     found.take(node, line, head)
-            except PEER_FAILURES:
+            except CALL_FAILURES:
                 pass  # counted by `ask`; `found` knows who was not heard
             waiting -= 1
             progress.set()

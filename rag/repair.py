@@ -15,9 +15,10 @@ import structlog
 import trio
 
 from mesh.ids import NodeId
+from mesh.wire.calls import CALL_FAILURES
 from rag import place, wire
 from rag.local import LocalStores
-from rag.peers import PEER_FAILURES, Peers
+from rag.peers import Peers
 from rag.registry import FILES, StoreEntry
 from rag.replica import SHARDS, ListingEntry, Replica
 from rag.wire import Operation, Summary
@@ -60,7 +61,7 @@ class Repair:
     async def _guarded(self, node: NodeId) -> None:
         try:
             await self.compare(node)
-        except PEER_FAILURES as error:
+        except CALL_FAILURES as error:
             self.counts.failed += 1
             log.info("documents_repair_failed", peer=node, reason=str(error))
         except Exception:  # supervised: one peer's repair must not end the node's documents; the next round tries again
@@ -148,7 +149,7 @@ class Repair:
         for owner in owners:
             try:
                 theirs = await self._listing(owner, entry, shard)
-            except PEER_FAILURES:
+            except CALL_FAILURES:
                 return False
             replica = self._local.replica(entry.id)
             if replica is None or replica.surplus(shard, theirs):

@@ -13,8 +13,9 @@ from collections.abc import Awaitable, Callable
 import structlog
 import trio
 
+from mesh.wire.calls import CALL_FAILURES
 from rag.local import LocalStores
-from rag.peers import PEER_FAILURES, Peers
+from rag.peers import Peers
 from rag.registry import FILES, StoreEntry
 from rag.replica import SHARDS
 
@@ -55,6 +56,6 @@ async def sweep(local: LocalStores, peers: Peers, bury: Callable[[StoreEntry, st
                 continue
             try:
                 await bury(entry, doc_id)
-            except PEER_FAILURES as error:
+            except CALL_FAILURES as error:
                 log.info("documents_sweep_failed", store=entry.id, reason=str(error))
         seen = -1 if left else changes

@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
+from mesh.errors import BadRequest, DeadlineExceeded, PeerLost, Refused, RemoteError
 from mesh.ids import Address, NodeId
+
+CALL_FAILURES = (PeerLost, DeadlineExceeded, RemoteError, Refused, BadRequest)
+"""Every error that a peer call raises: the link or the peer failed, time ran out, or the peer answered with an error."""
 
 Header = dict[str, Any]
 """Plain MessagePack values with string keys."""
@@ -26,7 +30,7 @@ Receiver = Callable[[NodeId, Header, bytes], None]
 class Call(Protocol):
     """Ask a peer and wait for its answer.
 
-    Raises:
+    Raises `CALL_FAILURES`:
         PeerLost: the link broke or could not be made before the answer came.
         DeadlineExceeded: `timeout_s` passed first.
         Refused, BadRequest, RemoteError: what the peer answered.

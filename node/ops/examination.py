@@ -12,11 +12,10 @@ from typing import Any
 
 import trio
 
-from mesh.errors import MeshError
 from mesh.ids import ModelId, NodeId
 from mesh.links.refusals import Refusal
 from mesh.view import Peer, View
-from mesh.wire.calls import Call, Handlers, Header, Reply
+from mesh.wire.calls import CALL_FAILURES, Call, Handlers, Header, Reply
 from node.ops.doctor import PROBLEM, Observations, diagnosis
 from node.ops.keys import MeshKeys
 from rag.types import StoreInfo
@@ -82,7 +81,7 @@ class Examination:
         asked_at = self._clock()
         try:
             header, _ = await self._call(peer.address, KIND, {}, timeout_s=LOOK_S)
-        except MeshError:
+        except CALL_FAILURES:
             skews[peer.id] = None
             return
         told = header.get("time")

@@ -15,13 +15,13 @@ from typing import Any
 import structlog
 import trio
 
-from mesh.errors import BadRequest, DeadlineExceeded, PeerLost, Refused, RemoteError
+from mesh.errors import BadRequest, Refused, RemoteError
 from mesh.ids import NodeId
 from mesh.keys.keyring import MAX_KEYS, MAX_SERIAL, Keyring, KeyTag, RingError, RingKey, save_keyring, unwrap, wrap
 from mesh.keys.seal import KeySeal, SealFault
 from mesh.links.tls import PeerTls
 from mesh.view import Peer, View
-from mesh.wire.calls import Call, Handlers, Header, Reply
+from mesh.wire.calls import CALL_FAILURES, Call, Handlers, Header, Reply
 from node.ops.rotation import RotationPhase, Tags, next_step, unfinished
 
 KIND = "mesh.key"
@@ -36,7 +36,6 @@ RENEW_S = 24 * 3600.0  # certificates are fresh each day
 log = structlog.get_logger()
 
 _UNREAD = SealFault.WRONG_KEY, SealFault.DAMAGED  # the envelope's name of a key is short: another's may be the same
-_CALL_FAILED = (PeerLost, DeadlineExceeded, RemoteError, Refused, BadRequest, RingError)
 
 
 class MeshKeys:
@@ -162,7 +161,7 @@ class MeshKeys:
             header, _ = await self._call(peer.address, KIND, header, tail, timeout_s=CALL_S)
             _tags(peer.id, header)
             answers[peer.id] = header
-        except _CALL_FAILED as error:
+        except (*CALL_FAILURES, RingError) as error:
             log.warning("key.step_failed", peer=peer.id, step=phase.value if phase else "show", reason=str(error)[:300])
 
     def _shared_with(self, peer: Peer, key: RingKey) -> RingKey:

@@ -28,7 +28,7 @@ from mesh.manifest import (
 )
 from mesh.versions import card_of, named
 from mesh.view import ModelCard, Peer, View
-from mesh.wire.calls import Call
+from mesh.wire.calls import CALL_FAILURES, Call
 from node.weights.pull import (
     ASK_TIMEOUT_S,
     AskFailed,
@@ -274,7 +274,7 @@ class _Run:
             self._receive(AskFailed(ask.number, error.retry_after_s))
         except BadRequest as error:
             self._receive(NotHeld(ask.number) if error.code == NOT_HELD else AskFailed(ask.number))
-        except MeshError:
+        except CALL_FAILURES:
             self._receive(AskFailed(ask.number))
 
     async def _tell(self) -> None:
