@@ -50,7 +50,7 @@ def _placeholder(argument: Any) -> str:
 
 def _flag(option: Any) -> str:
     if option.is_flag:
-        return option.opts[0]
+        return str(option.opts[0])
     return f"{option.opts[0]} {option.metavar or NUMBERS.get(option.bare_type(), 'TEXT')}"
 
 

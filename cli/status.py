@@ -101,6 +101,6 @@ def status(
 def _why(choice: Mapping[str, Any]) -> str:
     """Why a span's kernel was chosen, and what was measured, the fastest first."""
     if not choice["cpu_us"]:
-        return choice["reason"]
+        return str(choice["reason"])
     times = ", ".join(f"{name} {time_us:.0f}" for name, time_us in sorted(choice["cpu_us"].items(), key=lambda each: each[1]))
     return f"{choice['reason']} (CPU µs of a product: {times}{'; remembered' if choice['remembered'] else ''})"

@@ -293,7 +293,8 @@ class LocalStores:
             raise BadRequest(f"query vector: {error}") from None
         if len(vectors) != 1:
             raise BadRequest(f"expected one query vector, got {len(vectors)}")
-        return vectors[0]
+        vector: NDArray[np.float32] = vectors[0]
+        return vector
 
     def summary(self) -> Summary:
         """All that this node would tell of its stores."""

@@ -73,13 +73,17 @@ def _edge_gain(fits: bool, layers: int) -> int:
     return _radices(layers)[2] if fits else 0
 
 
+Chain = tuple[int, int, "Chain | None"]
+"""Windows as a linked list: start, end, the windows before."""
+
+
 def _best(gain: Sequence[int], begin: Sequence[int], finish: Sequence[int], room: int) -> tuple[Window, ...]:
     """Maximises the sum over windows of their layers' gains, `begin[start]` and `finish[end]`.
 
     `outside[n]` and `inside[n]` are the best (value, windows) with n layers chosen so far, with no window open or with
     the last one open; windows are kept as a linked list of (start, end, earlier).
     """
-    none: tuple[int, tuple | None] | None = None
+    none: tuple[int, Chain | None] | None = None
     outside = [none] * (room + 1)
     inside = [none] * (room + 1)
     starts: list[int] = [0] * (room + 1)  # where the open window of inside[n] began
@@ -109,7 +113,7 @@ def _best(gain: Sequence[int], begin: Sequence[int], finish: Sequence[int], room
     return _unrolled(full[1] if full is not None else None)
 
 
-def _unrolled(chain: tuple | None) -> tuple[Window, ...]:
+def _unrolled(chain: Chain | None) -> tuple[Window, ...]:
     windows: list[Window] = []
     while chain is not None:
         start, end, chain = chain

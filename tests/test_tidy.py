@@ -8,6 +8,7 @@ import tokenize
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from typer.main import get_command
 
@@ -37,20 +38,22 @@ def tracked() -> list[Path]:
     return [ROOT / each for each in listed if each and (ROOT / each).is_file()]
 
 
-def test_a_file_holds_one_idea_and_says_which():
+def test_a_file_holds_one_idea_and_says_which() -> None:
     long = {name(path): count for path in FILES if (count := len(path.read_text().splitlines())) > MAX_FILE_LINES}
     headless = [name(path) for path in FILES if not ast.get_docstring(TREES[path])]
     assert not long and not headless
 
 
-def test_a_function_fits_on_a_screen_and_tells_its_types():
+def test_a_function_fits_on_a_screen_and_tells_its_types() -> None:
     functions = [(path, node) for path in FILES for node in ast.walk(TREES[path]) if isinstance(node, FUNCTIONS)]
-    long = [f"{name(path)}: {each.name}" for path, each in functions if each.end_lineno - each.lineno >= MAX_FUNCTION_LINES]
+    long = [
+        f"{name(path)}: {each.name}" for path, each in functions if (each.end_lineno or 0) - each.lineno >= MAX_FUNCTION_LINES
+    ]
     untyped = [f"{name(path)}: {each.name}" for path, each in functions if each.returns is None]
     assert not long and not untyped
 
 
-def test_only_supervised_places_go_on_after_any_exception():
+def test_only_supervised_places_go_on_after_any_exception() -> None:
     """A handler that raises again is no such place."""
     found = []
     for path in FILES:
@@ -67,7 +70,7 @@ def _is_broad(caught: ast.expr | None) -> bool:
     return caught is None or (isinstance(caught, ast.Name) and caught.id in ("Exception", "BaseException"))
 
 
-def test_two_files_read_the_environment_and_no_other():
+def test_two_files_read_the_environment_and_no_other() -> None:
     """The node's and the client's configuration; `cli/` and `bench/` start processes and hand theirs on."""
     reads = {
         name(path)
@@ -77,20 +80,20 @@ def test_two_files_read_the_environment_and_no_other():
     assert reads <= {"node/host/environment.py", "mesh/client/client.py"}
 
 
-def test_nothing_unsafe_by_rule():
+def test_nothing_unsafe_by_rule() -> None:
     unsafe = re.compile(r"\bpickle\b(?!d| )|torch\.load\(|trust_remote_code=True|shell=True|yaml\.load\(")
     found = [f"{name(path)}: {line}" for path in FILES for line in path.read_text().splitlines() if unsafe.search(line)]
     assert not [line for line in found if '"""' not in line and "#" not in line], found
 
 
-def test_committed_files_carry_no_path_of_a_machine_and_no_local_index():
+def test_committed_files_carry_no_path_of_a_machine_and_no_local_index() -> None:
     local = re.compile(rb"(/work/|/root/|/home/[a-z]+/|file:/{2,}[a-z]|/opt/pypi)")
     for path in tracked():
         if path.suffix in (".py", ".md", ".toml", ".txt", ".json", ".sh", "") and path != Path(__file__):
             assert not local.search(path.read_bytes()), name(path)
 
 
-def test_every_package_that_is_needed_is_pinned_and_torch_exactly():
+def test_every_package_that_is_needed_is_pinned_and_torch_exactly() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line) for line in lines)
     pinned = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in lines}
@@ -99,7 +102,7 @@ def test_every_package_that_is_needed_is_pinned_and_torch_exactly():
     assert "torch==2.13.0" in lines
 
 
-def test_a_decision_has_a_number_of_its_own():
+def test_a_decision_has_a_number_of_its_own() -> None:
     pages = sorted((ROOT / "docs" / "decisions").glob("*.md"))
     numbers = [path.name[:4] for path in pages]
     assert len(set(numbers)) == len(numbers)
@@ -151,7 +154,7 @@ def mentions(pattern: re.Pattern[str]) -> Iterator[tuple[str, re.Match[str]]]:
             yield f"{place}: {found[0]}", found
 
 
-def test_files_and_folders_that_are_spoken_of_exist():
+def test_files_and_folders_that_are_spoken_of_exist() -> None:
     files = {name(path) for path in tracked()}
     ends = {"/".join(file.split("/")[depth:]) for file in files for depth in range(file.count("/") + 1)}  # also said in short
     missing = [place for place, found in mentions(NAMED_FILE) if found[1] not in ends]
@@ -160,7 +163,7 @@ def test_files_and_folders_that_are_spoken_of_exist():
     assert not [place for place in missing if not place.endswith(": mesh.toml")]
 
 
-def test_modules_that_are_spoken_of_exist_with_what_is_named_in_them():
+def test_modules_that_are_spoken_of_exist_with_what_is_named_in_them() -> None:
     kinds = {text for path in FILES for text in re.findall(rf'"((?:{OURS})(?:\.\w+)+)"', path.read_text())}
     told = [(place, found[1]) for place, found in mentions(NAMED_MODULE) if found[1] not in NO_MODULES | kinds]
     assert not [place for place, dotted in told if not _is_there(dotted.split("."))]
@@ -178,8 +181,9 @@ def _is_there(parts: list[str]) -> bool:
     return False
 
 
-def test_commands_and_targets_that_are_spoken_of_exist():
-    commands, targets = get_command(app).commands, set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+def test_commands_and_targets_that_are_spoken_of_exist() -> None:
+    commands: dict[str, Any] = vars(get_command(app))["commands"]
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     wrong = [place for place, found in mentions(NAMED_TARGET) if found[1] not in targets]
     for place, found in mentions(NAMED_COMMAND):
         command = commands.get(found[1])

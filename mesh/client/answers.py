@@ -48,7 +48,8 @@ class AnswerState:
     @property
     def mesh(self) -> dict[str, Any]:
         """`seq, numerics, attempts, path, …` of the whole answer; empty until its last chunk has come."""
-        return (self.progress.last or {}).get("mesh", {})
+        summary: dict[str, Any] = (self.progress.last or {}).get("mesh", {})
+        return summary
 
 
 class AnswerStream(AnswerState):

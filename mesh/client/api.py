@@ -86,27 +86,34 @@ def ask_json(
 
 
 def generate(caller: ClientCore, path: str, body: Mapping[str, Any]) -> Flow[Reply]:
-    return (yield from ask_json(caller, "POST", path, body, ANSWER_S))
+    reply: Reply = yield from ask_json(caller, "POST", path, body, ANSWER_S)
+    return reply
 
 
 def status(caller: ClientCore) -> Flow[Reply]:
-    return (yield from ask_json(caller, "GET", "/mesh/status"))
+    reply: Reply = yield from ask_json(caller, "GET", "/mesh/status")
+    return reply
 
 
 def models(caller: ClientCore) -> Flow[list[Reply]]:
-    return (yield from ask_json(caller, "GET", "/v1/models"))["data"]
+    listing: Reply = yield from ask_json(caller, "GET", "/v1/models")
+    data: list[Reply] = listing["data"]
+    return data
 
 
 def why(caller: ClientCore, request_id: str) -> Flow[Reply]:
-    return (yield from ask_json(caller, "GET", f"/mesh/requests/{quote(request_id, safe='')}"))
+    reply: Reply = yield from ask_json(caller, "GET", f"/mesh/requests/{quote(request_id, safe='')}")
+    return reply
 
 
 def doctor(caller: ClientCore) -> Flow[Reply]:
-    return (yield from ask_json(caller, "GET", "/mesh/doctor", silence_s=DOCTOR_S))
+    reply: Reply = yield from ask_json(caller, "GET", "/mesh/doctor", silence_s=DOCTOR_S)
+    return reply
 
 
 def rotate_key(caller: ClientCore) -> Flow[Reply]:
-    return (yield from ask_json(caller, "POST", "/mesh/key/rotate", silence_s=ROTATE_S))
+    reply: Reply = yield from ask_json(caller, "POST", "/mesh/key/rotate", silence_s=ROTATE_S)
+    return reply
 
 
 def live_node(caller: ClientCore) -> Flow[str]:
@@ -186,7 +193,9 @@ def add_document(caller: ClientCore, store: str, document: DocumentFile, held: M
 def search(caller: ClientCore, store: str, query: str, top_k: int) -> Flow[list[Reply]]:
     body = {"query": query, "max_num_results": top_k}
     path = f"/v1/vector_stores/{quote(store, safe='')}/search"
-    return (yield from ask_json(caller, "POST", path, body, SEARCH_S))["data"]
+    listing: Reply = yield from ask_json(caller, "POST", path, body, SEARCH_S)
+    data: list[Reply] = listing["data"]
+    return data
 
 
 def remove(caller: ClientCore, store: str, names: Sequence[str]) -> Flow[list[str]]:

@@ -107,7 +107,8 @@ class Client:
             while True:
                 outcome = io.carry_out(flow.send(outcome))
         except StopIteration as end:
-            return end.value
+            answer: T = end.value
+            return answer
         finally:
             io.close()
 
@@ -267,7 +268,8 @@ class AsyncClient:
             while True:
                 outcome = await io.carry_out(flow.send(outcome))
         except StopIteration as end:
-            return end.value
+            answer: T = end.value
+            return answer
         finally:
             await io.aclose()
 

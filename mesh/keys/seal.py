@@ -93,7 +93,8 @@ class KeySeal:
         at = int(self._clock() // _TIME_UNIT_S)
         prefix = self._head + self._first + (at % _TIME_TURN).to_bytes(_TIME_BYTES, "big")
         nonce = os.urandom(_NONCE_BYTES)
-        return prefix + nonce + self._ciphers[self._first][0].encrypt(nonce, body, self._associated(prefix, at))
+        encrypted: bytes = self._ciphers[self._first][0].encrypt(nonce, body, self._associated(prefix, at))
+        return prefix + nonce + encrypted
 
     def open(self, datagram: bytes) -> bytes:
         _check_head(datagram, self._head)

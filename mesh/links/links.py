@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
 
 import structlog
 import trio
@@ -22,7 +21,7 @@ from mesh.links.link import HANDSHAKE_TIMEOUT_S, PROTOCOL_VERSION, Link, LinkCon
 from mesh.links.refusals import WINDOW_S, Refusals
 from mesh.links.tls import why_impostor
 from mesh.view import Load
-from mesh.wire.calls import Handlers, Header, Receivers, Reply
+from mesh.wire.calls import Handler, Handlers, Header, Receiver, Receivers, Reply
 from mesh.wire.frame_stream import CLOSED, COALESCE_BYTES, FrameSource, send
 from mesh.wire.frames import Frame, encode
 
@@ -52,8 +51,8 @@ class Links:
     ) -> None:
         """`on_linked`: told of every link, either way, whose handshake named the peer; `on_lost` follows once for each."""
         self.config = config
-        self.handlers: dict[str, Any] = {}
-        self.receivers: dict[str, Any] = {}
+        self.handlers: dict[str, Handler] = {}
+        self.receivers: dict[str, Receiver] = {}
         self.load = load
         self.on_load = on_load
         self.on_lost = on_lost
@@ -68,11 +67,11 @@ class Links:
 
     def add(self, handlers: Handlers | None = None, receivers: Receivers | None = None) -> None:
         """Raises LocalError when a kind is already taken."""
-        for table, new in ((self.handlers, handlers or {}), (self.receivers, receivers or {})):
-            for kind, function in new.items():
-                if kind in self.handlers or kind in self.receivers:
-                    raise LocalError(f"frame kind {kind!r} is registered twice")
-                table[kind] = function
+        for kind in (*(handlers or {}), *(receivers or {})):
+            if kind in self.handlers or kind in self.receivers:
+                raise LocalError(f"frame kind {kind!r} is registered twice")
+        self.handlers |= handlers or {}
+        self.receivers |= receivers or {}
 
     async def run(self, listener: trio.SocketListener, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serves peers on `listener` and owns all outgoing links, until cancelled."""

@@ -97,7 +97,13 @@ class FakeMesh:
             }
             for index in range(len(self.servers))
         ]
-        me = {**nodes[0], "pid": 1, "gossip": "127.0.0.1:7946", "version": "0.1.0", "kernels": {"m 0:6": "mesh-fp32 on avx2"}}
+        me: dict[str, Any] = {
+            **nodes[0],
+            "pid": 1,
+            "gossip": "127.0.0.1:7946",
+            "version": "0.1.0",
+            "kernels": {"m 0:6": "mesh-fp32 on avx2"},
+        }
         me["hashing"] = self.hashing
         me["uncompiled"] = {"why": "no C compiler", "costs": "half the speed", "do": "install one"}
         me["kernel_choices"] = {
@@ -217,8 +223,8 @@ class FakeMesh:
                 self.stores[store].remove(file_id)
                 return 200, {}, {"id": file_id, "deleted": True}
             case "POST", ["vector_stores", store, "search"]:
-                content = [{"type": "text", "text": "a passage"}]
-                return 200, {}, {"data": [{"file_id": "file-1", "filename": "a.md", "score": 0.5, "content": content}]}
+                passage = [{"type": "text", "text": "a passage"}]
+                return 200, {}, {"data": [{"file_id": "file-1", "filename": "a.md", "score": 0.5, "content": passage}]}
         return error(404, f"there is no {method} {path}")
 
 

@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,7 @@ ROWS = [
 ]
 
 
-def shown(width: int | None, rows: list[tuple[object, ...]] = ROWS) -> list[str]:
+def shown(width: int | None, rows: Sequence[tuple[object, ...]] = ROWS) -> list[str]:
     return [line.text for line in table_lines(NAMES, rows, width, wraps=("STATE",))]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from copy import deepcopy
 from random import Random
+from typing import Any
 
 import pytest
 import trio
@@ -16,7 +17,7 @@ from cli.local_mesh import LocalMesh
 
 @pytest.mark.e2e
 @pytest.mark.timeout(180)
-def test_answers_of_many_kinds_stay_exact_while_stages_are_killed_and_restarted():
+def test_answers_of_many_kinds_stay_exact_while_stages_are_killed_and_restarted() -> None:
     with LocalMesh() as mesh:
         figures = trio.run(measure, mesh, 4, 8.0, 100, Random(5), 0.0)
 
@@ -28,13 +29,14 @@ def test_answers_of_many_kinds_stay_exact_while_stages_are_killed_and_restarted(
     assert figures["leaks"] == {}
 
 
-def an_outcome(**changes):
+def an_outcome(**changes: Any) -> Outcome:
     said = {0: Said([5, 6, 7], "abc", [], "length")}
     question = questions(3)[0]
-    return Outcome(question, 0.0, **{"choices": said, "times_s": [1.0, 1.1, 3.1], "ended_s": 4.0, "attempts": 2, **changes})
+    fields: dict[str, Any] = {"choices": said, "times_s": [1.0, 1.1, 3.1], "ended_s": 4.0, "attempts": 2, **changes}
+    return Outcome(question, 0.0, **fields)
 
 
-def test_the_judge_sees_one_other_token_a_failure_and_a_missing_one():
+def test_the_judge_sees_one_other_token_a_failure_and_a_missing_one() -> None:
     reference, other = an_outcome(attempts=1), an_outcome()
     other.choices = deepcopy(other.choices)
     other.choices[0].tokens[1] = 9

@@ -1,31 +1,37 @@
 """A copied data directory: the copy ends with the reason, the node that it was copied from does not notice."""
 
 import shutil
+from functools import partial
+from pathlib import Path
 
 import httpx
 import pytest
 
-from cli.local_mesh import LocalMesh
+from cli.local_mesh import LocalMesh, LocalNode
 from tests.e2e.meshes import answer, get, ready, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 
-def id_of(node):
-    return get(node, "/mesh/status").json()["self"]["id"]
+def id_of(node: LocalNode) -> str:
+    return str(get(node, "/mesh/status").json()["self"]["id"])
 
 
-def doctor_says(node):
+def doctor_says(node: LocalNode) -> str:
     return " ".join(finding["what"] for finding in get(node, "/mesh/doctor").json()["findings"])
 
 
-def copy_of(mesh, node, name):
+def names(node: LocalNode, address: str) -> bool:
+    return address in doctor_says(node)
+
+
+def copy_of(mesh: LocalMesh, node: LocalNode, name: str) -> None:
     """Its data directory under another name, as a careless hand copies it."""
     shutil.copytree(node.data_dir, mesh.folder / name)
     (mesh.folder / name / "lock").unlink()
 
 
-def test_a_copy_ends_before_it_disturbs_anybody_and_is_a_node_of_its_own_when_asked_to(tmp_path):
+def test_a_copy_ends_before_it_disturbs_anybody_and_is_a_node_of_its_own_when_asked_to(tmp_path: Path) -> None:
     with LocalMesh(tmp_path) as mesh:
         a, b = mesh.start("a", "--layers", "0:3"), mesh.start("b", "--layers", "3:6")
         ready([a, b])
@@ -39,7 +45,7 @@ def test_a_copy_ends_before_it_disturbs_anybody_and_is_a_node_of_its_own_when_as
         assert "restarted=True" not in a.log.read_text(), "nobody took the copy for the node"
         assert answer(a, max_tokens=20)["mesh"]["attempts"] == 1
         for node in (a, b):
-            wait_until(lambda node=node: b.gossip in doctor_says(node), "doctor names the node")
+            wait_until(partial(names, node, b.gossip), "doctor names the node")
             assert "c at 127.0.0.1:" in doctor_says(node) and id_of(b) in doctor_says(node)
 
         c = mesh.start("c", "--layers", "3:6", "--new-identity")
@@ -51,7 +57,7 @@ def test_a_copy_ends_before_it_disturbs_anybody_and_is_a_node_of_its_own_when_as
         assert len({id_of(node) for node in (a, b, c)}) == 3
 
 
-def test_of_a_node_and_its_copy_that_meet_later_the_younger_ends_and_the_other_stays(tmp_path):
+def test_of_a_node_and_its_copy_that_meet_later_the_younger_ends_and_the_other_stays(tmp_path: Path) -> None:
     with LocalMesh(tmp_path) as mesh:
         a, b = mesh.start("a", "--layers", "0:3"), mesh.start("b", "--layers", "3:6")
         ready([a, b])
@@ -65,7 +71,7 @@ def test_of_a_node_and_its_copy_that_meet_later_the_younger_ends_and_the_other_s
         assert f"b at {b.gossip}" in said and "--new-identity" in said
         identity = id_of(b)
 
-        def settled():
+        def settled() -> bool:
             seen = [peer for peer in get(a, "/mesh/status").json()["nodes"] if peer["id"] == identity]
             return [(peer["state"], peer["gossip"]) for peer in seen] == [("alive", b.gossip)]
 

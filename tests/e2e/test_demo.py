@@ -29,7 +29,7 @@ def mesh_command(*words: str, **environment: str) -> str:
     return ran.stdout
 
 
-def test_each_node_quotes_the_documents_and_the_killed_answer_comes_whole(tmp_path):
+def test_each_node_quotes_the_documents_and_the_killed_answer_comes_whole(tmp_path: Path) -> None:
     shown = mesh_command("demo", "--logs", str(tmp_path))
     asked = re.split(r"\d+\. A question to ", shown)[1:]
     quoted = {part.split(":")[0] for part in asked if "there word for word" in part}
@@ -39,7 +39,7 @@ def test_each_node_quotes_the_documents_and_the_killed_answer_comes_whole(tmp_pa
     assert len(pids) == 3 and not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
-def test_the_commands_of_the_readme_are_answered_with_sense(tmp_path):
+def test_the_commands_of_the_readme_are_answered_with_sense(tmp_path: Path) -> None:
     """No temperature is named in them: the model's own settings hold."""
     lines = [line.partition("  #")[0].strip() for line in (ROOT / "README.md").read_text().splitlines()]
     (chat,), (ask,) = ([line for line in lines if line.startswith(f"mesh {name} ")] for name in ("chat", "ask"))

@@ -1,16 +1,20 @@
 """Real processes on loopback, some of them killed: every client gets the tokens of an undisturbed run."""
 
 import signal
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
-from cli.local_mesh import LocalMesh
+from cli.local_mesh import LocalMesh, LocalNode
 from tests.e2e.meshes import SPLIT, answer, get, idle, new_tokens, ready, start_split, stream, tokens_of, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
 
-def read_and_disturb(entry, disturb, after_tokens, **changes):
+def read_and_disturb(
+    entry: LocalNode, disturb: Callable[[str], None] | None, after_tokens: int, **changes: Any
+) -> tuple[list[int], list[int], dict[str, Any]]:
     """Streams from `entry` and calls `disturb(stream id)` once so many tokens have come."""
     tokens, seqs, last = [], [], {}
     with stream(entry, **changes) as (stream_id, chunks):
@@ -26,14 +30,14 @@ def read_and_disturb(entry, disturb, after_tokens, **changes):
 
 
 @pytest.fixture(scope="module")
-def whole_mesh():
+def whole_mesh() -> Iterator[LocalMesh]:
     with LocalMesh() as mesh:
         start_split(mesh)
         yield mesh
 
 
 @pytest.fixture
-def mesh(whole_mesh):
+def mesh(whole_mesh: LocalMesh) -> LocalMesh:
     """Three ready nodes, those that the test before has ended started again; the first is the entry and never ends."""
     for name, options in SPLIT.items():
         if not any(node.alive for node in whole_mesh.nodes if node.name == name):
@@ -42,11 +46,11 @@ def mesh(whole_mesh):
     return whole_mesh
 
 
-def living(mesh):
+def living(mesh: LocalMesh) -> list[LocalNode]:
     return sorted((node for node in mesh.nodes if node.alive), key=lambda node: node.name)
 
 
-def a_stage_of(mesh, stream_id):
+def a_stage_of(mesh: LocalMesh, stream_id: str) -> LocalNode:
     """A node on the stream's path that is not its entry."""
     entry, *others = living(mesh)
     by_id = {get(node, "/mesh/status").json()["self"]["id"]: node for node in others}
@@ -54,7 +58,7 @@ def a_stage_of(mesh, stream_id):
     return next(by_id[stage["node"]] for stage in path if stage["node"] in by_id)
 
 
-def test_a_killed_stage_changes_no_token_and_leaves_nothing_behind(mesh):
+def test_a_killed_stage_changes_no_token_and_leaves_nothing_behind(mesh: LocalMesh) -> None:
     entry = living(mesh)[0]
     request = {"max_tokens": 160, "seed": 7, "ignore_eos": True}
     undisturbed = tokens_of(answer(entry, **request))
@@ -67,7 +71,7 @@ def test_a_killed_stage_changes_no_token_and_leaves_nothing_behind(mesh):
     idle(living(mesh))
 
 
-def test_a_restarted_node_is_the_same_member_again(mesh):
+def test_a_restarted_node_is_the_same_member_again(mesh: LocalMesh) -> None:
     entry, victim = living(mesh)[0], living(mesh)[2]
     before = {peer["id"] for peer in get(entry, "/mesh/status").json()["nodes"]}
     mesh.kill(victim)
@@ -77,13 +81,13 @@ def test_a_restarted_node_is_the_same_member_again(mesh):
     assert {peer["id"] for peer in get(entry, "/mesh/status").json()["nodes"]} == before
 
 
-def test_a_stage_that_is_stopped_and_not_killed_costs_time_but_no_token(mesh):
+def test_a_stage_that_is_stopped_and_not_killed_costs_time_but_no_token(mesh: LocalMesh) -> None:
     entry = living(mesh)[0]
     request = {"max_tokens": 160, "seed": 11, "ignore_eos": True}
     undisturbed = tokens_of(answer(entry, **request))
     stopped = []
 
-    def freeze(stream_id):
+    def freeze(stream_id: str) -> None:
         stopped.append(a_stage_of(mesh, stream_id))
         mesh.kill(stopped[0], signal.SIGSTOP)
 
@@ -96,7 +100,7 @@ def test_a_stage_that_is_stopped_and_not_killed_costs_time_but_no_token(mesh):
     idle(living(mesh))
 
 
-def test_a_node_that_is_told_to_stop_ends_in_order_and_the_others_go_on(mesh):
+def test_a_node_that_is_told_to_stop_ends_in_order_and_the_others_go_on(mesh: LocalMesh) -> None:
     entry, leaving = living(mesh)[0], living(mesh)[2]
     request = {"max_tokens": 60, "seed": 5, "ignore_eos": True}
     undisturbed = tokens_of(answer(entry, **request))
@@ -108,6 +112,6 @@ def test_a_node_that_is_told_to_stop_ends_in_order_and_the_others_go_on(mesh):
     assert tokens_of(answer(entry, **request)) == undisturbed
 
 
-def test_the_last_node_stops_in_order_too(mesh):
+def test_the_last_node_stops_in_order_too(mesh: LocalMesh) -> None:
     for node in reversed(living(mesh)):
         assert mesh.stop(node) == 0, node.log_tail()

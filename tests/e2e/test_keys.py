@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from cli.local_mesh import LocalMesh
+from cli.local_mesh import LocalMesh, LocalNode
 from mesh.keys.keyring import load_keyring
 from tests.e2e.meshes import SPLIT, answer, get, ready, tokens_of, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
 
-def mesh_command(*arguments):
+def mesh_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "cli", *arguments], capture_output=True, text=True, timeout=90)
 
 
-def unread_datagrams(node):
+def unread_datagrams(node: LocalNode) -> float:
     lines = [line for line in get(node, "/metrics").text.splitlines() if "datagrams_dropped" in line and "wrong key" in line]
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
@@ -39,7 +39,7 @@ def test_a_rotation_under_load_refuses_nothing_and_the_doctor_tells_who_missed_i
         rotated = threading.Event()
         failures, answers = [], []
 
-        def ask(node):
+        def ask(node: LocalNode) -> None:
             while not rotated.is_set():
                 try:
                     answers.append(tokens_of(answer(node, max_tokens=8, seed=1)))
@@ -72,7 +72,7 @@ def test_a_rotation_under_load_refuses_nothing_and_the_doctor_tells_who_missed_i
                             "--join", nodes[0].gossip, "--key-file", str(missed), "--layers", "none")  # fmt: skip
         assert late.returncode == 1 and "key" in late.stderr
 
-        def told():
+        def told() -> subprocess.CompletedProcess[str] | None:
             ill = mesh_command("doctor", "--node", nodes[0].http)
             return ill if ill.returncode == 1 and "key file" in ill.stdout else None
 

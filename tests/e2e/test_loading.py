@@ -1,22 +1,24 @@
 """A node that loads says so, and how far it is, on every node that is asked; then it answers."""
 
 import re
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
-from cli.local_mesh import LocalMesh
+from cli.local_mesh import LocalMesh, LocalNode
 from tests.e2e.meshes import CHAT, get, ready, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 
-def test_layers_that_a_peer_is_fetching_are_told_with_progress_until_they_serve(tmp_path):
+def test_layers_that_a_peer_is_fetching_are_told_with_progress_until_they_serve(tmp_path: Path) -> None:
     with LocalMesh(tmp_path) as mesh:
         a = mesh.start("a", "--layers", "0:3", "--upload", "1MiB")
         b = mesh.start("b", "--model", "mesh-demo", "--layers", "3:6")  # fetches them from a, slowly
 
-        def refused(node):
+        def refused(node: LocalNode) -> tuple[httpx.Response, dict[str, Any]] | None:
             answer = httpx.post(node.http + "/v1/chat/completions", json=CHAT, timeout=60)
             told = answer.json().get("error", {})
             return (answer, told) if told.get("code") == "model_loading" else None

@@ -2,30 +2,33 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 
-from cli.local_mesh import LocalMesh
+from cli.local_mesh import LocalMesh, LocalNode
 from tests.e2e.meshes import answer, get, idle, ready, start_split, stream, tokens_of, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
-MESSAGES = [{"role": "user", "content": "Hello"}]
+MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hello"}]
 
 
 @pytest.fixture(scope="module")
-def nodes():
+def nodes() -> Iterator[list[LocalNode]]:
     with LocalMesh() as mesh:
         yield start_split(mesh)
 
 
-def sdk(node):
+def sdk(node: LocalNode) -> openai.OpenAI:
     return openai.OpenAI(base_url=node.http + "/v1", api_key="none", max_retries=0)
 
 
-def test_the_sdk_chats_with_every_node_streamed_or_not_and_gets_one_answer(nodes):
+def test_the_sdk_chats_with_every_node_streamed_or_not_and_gets_one_answer(nodes: list[LocalNode]) -> None:
     said = []
     for node in nodes:
         with sdk(node) as client:
@@ -43,7 +46,7 @@ def test_the_sdk_chats_with_every_node_streamed_or_not_and_gets_one_answer(nodes
     assert len(set(said)) == 1
 
 
-def test_the_same_seed_gives_the_same_tokens_from_every_node_alone_or_with_others(nodes):
+def test_the_same_seed_gives_the_same_tokens_from_every_node_alone_or_with_others(nodes: list[LocalNode]) -> None:
     alone = [tokens_of(answer(node, max_tokens=40, seed=3, ignore_eos=True)) for node in nodes]
     with stream(nodes[1], max_tokens=200, seed=1, ignore_eos=True) as (_, others):
         next(others)
@@ -53,14 +56,14 @@ def test_the_same_seed_gives_the_same_tokens_from_every_node_alone_or_with_other
     assert tokens_of(answer(nodes[0], max_tokens=40, seed=4, ignore_eos=True)) != alone[0]
 
 
-def test_a_client_that_hangs_up_frees_its_work_on_all_stages(nodes):
+def test_a_client_that_hangs_up_frees_its_work_on_all_stages(nodes: list[LocalNode]) -> None:
     with stream(nodes[0], max_tokens=2000, seed=1, ignore_eos=True) as (_, chunks):
         for _ in range(5):
             next(chunks)
     idle(nodes)
 
 
-def test_bad_requests_are_refused_in_openais_form_and_the_node_stays_up(nodes):
+def test_bad_requests_are_refused_in_openais_form_and_the_node_stays_up(nodes: list[LocalNode]) -> None:
     with sdk(nodes[0]) as client:
         with pytest.raises(openai.NotFoundError) as unknown:
             client.chat.completions.create(model="nonsuch", messages=MESSAGES)
@@ -78,7 +81,7 @@ def test_bad_requests_are_refused_in_openais_form_and_the_node_stays_up(nodes):
     assert get(nodes[0], "/ready").status_code == 200
 
 
-def test_documents_added_at_one_node_are_found_and_cited_from_all(nodes, tmp_path):
+def test_documents_added_at_one_node_are_found_and_cited_from_all(nodes: list[LocalNode], tmp_path: Path) -> None:
     (tmp_path / "fox.md").write_text("# Foxes\n\nThe fox in the northern wood sleeps under the old oak during the day.\n")
     (tmp_path / "tax.txt").write_text("The tax office opens at nine and closes at noon on Fridays.\n")
     run = [sys.executable, "-m", "cli", "docs"]
@@ -98,14 +101,14 @@ def test_documents_added_at_one_node_are_found_and_cited_from_all(nodes, tmp_pat
     removed = subprocess.run([*run, "remove", name, "--store", "woods", "--node", nodes[1].http], capture_output=True, text=True)
     assert removed.returncode == 0, removed.stderr
 
-    def gone():
+    def gone() -> bool:
         with sdk(nodes[2]) as client:
             return not any(hit.filename.endswith("fox.md") for hit in client.vector_stores.search("woods", query="fox"))
 
     wait_until(gone, "the removed document is gone everywhere")
 
 
-def test_embeddings_and_models_are_the_same_everywhere(nodes):
+def test_embeddings_and_models_are_the_same_everywhere(nodes: list[LocalNode]) -> None:
     vectors = []
     for node in nodes:
         with sdk(node) as client:
@@ -114,7 +117,7 @@ def test_embeddings_and_models_are_the_same_everywhere(nodes):
     assert len(vectors[0]) == 384 and vectors[0] == vectors[1] == vectors[2]
 
 
-def test_the_mesh_shows_itself(nodes):
+def test_the_mesh_shows_itself(nodes: list[LocalNode]) -> None:
     for command in (["status"], ["nodes", "--json"], ["models", "--json"], ["docs", "list", "--store", "woods", "--json"]):
         shown = subprocess.run([sys.executable, "-m", "cli", *command, "--node", nodes[0].http], capture_output=True, text=True)
         assert shown.returncode == 0, shown.stderr
@@ -123,7 +126,9 @@ def test_the_mesh_shows_itself(nodes):
     assert "/mesh/status" in get(nodes[0], "/").text  # the dashboard looks there by itself
 
 
-def test_nothing_that_a_client_says_is_in_any_log_status_metric_or_file_but_the_documents(nodes, tmp_path):
+def test_nothing_that_a_client_says_is_in_any_log_status_metric_or_file_but_the_documents(
+    nodes: list[LocalNode], tmp_path: Path
+) -> None:
     said = "xylograph"  # a word of no page, test or log of ours
     messages = [{"role": "user", "content": f"Sell the {said} to nobody."}]
     (tmp_path / "note.md").write_text(f"# A note\n\nThe {said} lies under the stairs.\n")
@@ -142,7 +147,7 @@ def test_nothing_that_a_client_says_is_in_any_log_status_metric_or_file_but_the_
         with sdk(node) as client:
             client.vector_stores.search("woods", query=f'"{said}" NEAR(', max_num_results=2)
 
-    told = {}
+    told: dict[Path | str, str] = {}
     for node in nodes:
         told[node.log] = node.log.read_text()
         assert "node.starting" in told[node.log], "these are the logs"
@@ -154,7 +159,7 @@ def test_nothing_that_a_client_says_is_in_any_log_status_metric_or_file_but_the_
     assert [place for place, text in told.items() if said in text] == []
 
 
-def test_nodes_that_place_themselves_hold_every_layer_twice(tmp_path):
+def test_nodes_that_place_themselves_hold_every_layer_twice(tmp_path: Path) -> None:
     with LocalMesh() as mesh:
         small = ("--layers", "auto", "--memory", "28MiB")  # room for some of the layers, not for all
         placed = mesh.start_all({name: small for name in "abc"})

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from openai import OpenAI
 
-from cli.local_mesh import LocalMesh
+from cli.local_mesh import LocalMesh, LocalNode
 from node.engine.default_model import DIRECTORY
 from tests.e2e.meshes import answer, get, tokens_of, wait_until
 
@@ -16,11 +19,11 @@ CHAT_PLAIN = {"messages": [{"role": "user", "content": "Tell me of the sea."}], 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 
-def models_of(node):
+def models_of(node: LocalNode) -> dict[str, Any]:
     return {model["id"]: model for model in get(node, "/v1/models").json()["data"]}
 
 
-def test_every_node_lists_and_answers_for_every_model_of_the_mesh(tmp_path):
+def test_every_node_lists_and_answers_for_every_model_of_the_mesh(tmp_path: Path) -> None:
     second = tmp_path / "second"
     shutil.copytree(DIRECTORY, second)
     config = json.loads((second / "generation_config.json").read_text())
@@ -36,12 +39,12 @@ def test_every_node_lists_and_answers_for_every_model_of_the_mesh(tmp_path):
         asked = {"model": "second", "seed": 7, "max_tokens": 24}
         expected = tokens_of(answer(a, **asked))  # temperature 1.5, as the model's own file says
 
-        def same(node):
+        def same(node: LocalNode) -> Any:
             reply = httpx.post(node.http + "/v1/chat/completions", json={**CHAT_PLAIN, **asked}, timeout=60)
             return reply.status_code == 200 and reply.json()
 
         for node in (b, c):
-            whole = wait_until(lambda node=node: same(node), "the tokenizer has come")
+            whole = wait_until(partial(same, node), "the tokenizer has come")
             assert tokens_of(whole) == expected, "its own sampling defaults hold too"
             assert {stage["node"] for stage in whole["mesh"]["path"]} == {get(a, "/health").json()["node"]}
             assert list((tmp_path / "nodes" / node.name / "weights").glob("*/tokenizer.json"))

@@ -1,8 +1,10 @@
 """One mesh of unlike machines: a CPU that has AVX2 alone is exact with any other, one without a compiler is told of."""
 
+from typing import Any
+
 import pytest
 
-from cli.local_mesh import LocalMesh
+from cli.local_mesh import LocalMesh, LocalNode
 from tests.e2e.meshes import answer, get, ready, tokens_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
@@ -10,15 +12,15 @@ AVX2 = {"MESH_CPU_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILI
 NO_COMPILER = {"MESH_CPU_ISA": "none"}
 
 
-def uncompiled(node):
+def uncompiled(node: LocalNode) -> Any:
     return get(node, "/mesh/status").json()["self"]["uncompiled"]
 
 
-def findings(node):
+def findings(node: LocalNode) -> list[dict[str, Any]]:
     return [told for told in get(node, "/mesh/doctor").json()["findings"] if "compiled kernel" in told["what"]]
 
 
-def test_unlike_cpus_are_exact_together_and_a_node_without_the_compiled_kernel_is_named_with_what_to_do():
+def test_unlike_cpus_are_exact_together_and_a_node_without_the_compiled_kernel_is_named_with_what_to_do() -> None:
     with LocalMesh() as here, LocalMesh(environment=AVX2) as older, LocalMesh(environment=NO_COMPILER) as bare:
         a = here.start("a", "--layers", "0:3")
         if told := uncompiled(a):

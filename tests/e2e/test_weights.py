@@ -2,6 +2,7 @@
 
 import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from tests.e2e.meshes import answer, ready, tokens_of, wait_until
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 
-def test_a_node_without_files_fetches_its_span_survives_the_death_of_a_source_and_serves_the_same_tokens(tmp_path):
+def test_a_node_without_files_fetches_its_span_survives_the_death_of_a_source_and_serves_the_same_tokens(tmp_path: Path) -> None:
     with LocalMesh(tmp_path) as mesh:
         a, b = mesh.start_all({"a": ("--upload", "6MiB"), "b": ("--upload", "6MiB")})
         ready([a, b])
@@ -26,7 +27,7 @@ def test_a_node_without_files_fetches_its_span_survives_the_death_of_a_source_an
         assert answer(c, seed=3, max_tokens=5)["mesh"]["numerics"] == "exact"
 
 
-def test_a_node_told_to_stop_while_it_fetches_or_before_it_announced_itself_ends_well_and_at_once(tmp_path):
+def test_a_node_told_to_stop_while_it_fetches_or_before_it_announced_itself_ends_well_and_at_once(tmp_path: Path) -> None:
     with LocalMesh(tmp_path) as mesh:
         a = mesh.start("a", "--upload", "100KiB")
         c = mesh.start("c", "--model", "mesh-demo", "--layers", "0:2")

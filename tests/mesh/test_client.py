@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -18,7 +19,7 @@ from mesh.errors import BadRequest, PeerLost, RemoteError
 from tests.cli.fake_mesh import CITATION, FakeMesh, error, fake_mesh, texts
 
 
-def chatted(mesh: FakeMesh, **params: object) -> tuple[str, Client]:
+def chatted(mesh: FakeMesh, **params: Any) -> tuple[str, Client]:
     with Client([mesh.url(0)]) as client, client.chat("hello", stream=True, **params) as stream:
         return "".join(stream.texts()), client
 
@@ -203,7 +204,8 @@ async def test_leaving_a_trio_stream_early_closes_its_connection() -> None:
         async with AsyncClient([mesh.url(0)]) as client:
             async with await client.chat("hello", stream=True) as stream:
                 await anext(stream)
-            assert not [connection for connection in client._http._transport._pool.connections if not connection.is_idle()]
+            pool: Any = client._http._transport
+            assert not [connection for connection in pool._pool.connections if not connection.is_idle()]
 
 
 def test_importing_the_package_loads_no_client() -> None:

@@ -125,11 +125,13 @@ def test_nodes_that_answered_before_are_asked_again_until_the_budget_is_spent() 
 def test_the_time_a_call_may_wait_is_bounded_too() -> None:
     respond = scripted(*[answer(A, 503, retry_after="20")] * 9)
     effects: list[Effect] = []
+
+    def noted(effect: Effect) -> object:
+        effects.append(effect)
+        return respond(effect)
+
     with pytest.raises(Refused):
-        play(
-            caller(A, budget=RetryBudget(retries=100, waiting_s=30)).call("GET", "/x"),
-            lambda e: (effects.append(e), respond(e))[1],
-        )
+        play(caller(A, budget=RetryBudget(retries=100, waiting_s=30)).call("GET", "/x"), noted)
     assert [effect.seconds for effect in effects if isinstance(effect, Sleep)] == [20.0]
 
 

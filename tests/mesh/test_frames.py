@@ -26,7 +26,7 @@ frames = st.builds(
 
 
 @given(st.lists(frames, max_size=5), st.lists(st.integers(1, 50), max_size=30))
-def test_frames_survive_any_cutting_of_the_stream(sent, cuts):
+def test_frames_survive_any_cutting_of_the_stream(sent: list[Frame], cuts: list[int]) -> None:
     stream = b"".join(encode(frame) for frame in sent)
     reader, received, at = FrameReader(), [], 0
     for cut in [*cuts, len(stream)]:
@@ -36,7 +36,7 @@ def test_frames_survive_any_cutting_of_the_stream(sent, cuts):
 
 
 @given(st.binary(max_size=300))
-def test_any_bytes_give_frames_or_a_frame_error(data):
+def test_any_bytes_give_frames_or_a_frame_error(data: bytes) -> None:
     try:
         FrameReader().feed(data)
     except FrameError:
@@ -44,16 +44,16 @@ def test_any_bytes_give_frames_or_a_frame_error(data):
 
 
 @pytest.mark.parametrize("lengths", [(1 << 30, 0), (0, 1 << 31), (0xFFFFFFFF, 0xFFFFFFFF)])
-def test_a_length_over_the_limit_is_refused_before_the_body_arrives(lengths):
+def test_a_length_over_the_limit_is_refused_before_the_body_arrives(lengths: tuple[int, int]) -> None:
     with pytest.raises(FrameError, match="over the limit"):
         FrameReader().feed(struct.pack(">II", *lengths))
 
 
-def test_a_header_that_is_no_map_is_refused():
+def test_a_header_that_is_no_map_is_refused() -> None:
     with pytest.raises(FrameError):
         FrameReader().feed(struct.pack(">II", 1, 0) + b"\x01")
 
 
-def test_an_oversized_frame_is_our_own_bug():
+def test_an_oversized_frame_is_our_own_bug() -> None:
     with pytest.raises(ValueError, match="too large"):
         encode(Frame("x", {"a": b"\0" * (5 << 20)}))

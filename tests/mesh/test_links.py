@@ -2,7 +2,9 @@
 
 import functools
 import math
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import trio
@@ -12,14 +14,15 @@ from mesh.errors import BadRequest, DeadlineExceeded, PeerLost, Refused, RemoteE
 from mesh.ids import NodeId
 from mesh.keys.mesh_key import new_key
 from mesh.keys.signing import IdentityKey
-from mesh.links.link import PROTOCOL_VERSION
-from mesh.links.links import CALLS_AT_ONCE, LinkConfig, Links
+from mesh.links.link import PROTOCOL_VERSION, LinkConfig
+from mesh.links.links import CALLS_AT_ONCE, Links
 from mesh.links.tls import PeerTls
 from mesh.view import Load
+from mesh.wire.calls import Header, Reply
 from mesh.wire.frames import Frame, encode
 
 
-async def start(nursery, name, cluster="mesh", **more):
+async def start(nursery: trio.Nursery, name: str, cluster: str = "mesh", **more: Any) -> Links:
     [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
     links = Links(LinkConfig(NodeId(name), listener.socket.getsockname()[:2], cluster), **more)
     await nursery.start(links.run, listener)
@@ -27,7 +30,7 @@ async def start(nursery, name, cluster="mesh", **more):
 
 
 @asynccontextmanager
-async def two_nodes(**more):
+async def two_nodes(**more: Any) -> AsyncIterator[tuple[Links, Links]]:
     async with trio.open_nursery() as nursery:
         a, b = await start(nursery, "a", **more), await start(nursery, "b")
         with trio.fail_after(10):
@@ -35,22 +38,22 @@ async def two_nodes(**more):
         nursery.cancel_scope.cancel()
 
 
-async def echo(sender, header, tail):
+async def echo(sender: NodeId, header: Header, tail: bytes) -> Reply:
     return {"sender": sender, **header}, tail[::-1]
 
 
-async def test_a_call_is_answered_with_header_and_tail():
+async def test_a_call_is_answered_with_header_and_tail() -> None:
     async with two_nodes() as (a, b):
         b.add({"echo": echo})
 
         assert await a.call(b.config.address, "echo", {"x": 1}, b"abc") == ({"sender": "a", "x": 1}, b"cba")
 
 
-async def test_many_calls_share_one_link_and_answers_may_come_out_of_order():
+async def test_many_calls_share_one_link_and_answers_may_come_out_of_order() -> None:
     async with two_nodes() as (a, b):
         release = trio.Event()
 
-        async def slow(sender, header, tail):
+        async def slow(sender: NodeId, header: Header, tail: bytes) -> Reply:
             await release.wait()
             return {}, b""
 
@@ -65,11 +68,11 @@ async def test_many_calls_share_one_link_and_answers_may_come_out_of_order():
         assert a.counters.links_opened_total == 1
 
 
-async def test_one_way_frames_arrive_in_order():
+async def test_one_way_frames_arrive_in_order() -> None:
     async with two_nodes() as (a, b):
         got, done = [], trio.Event()
 
-        def receive(sender, header, tail):
+        def receive(sender: NodeId, header: Header, tail: bytes) -> None:
             got.append(header["n"])
             if len(got) == 500:
                 done.set()
@@ -85,25 +88,25 @@ async def test_one_way_frames_arrive_in_order():
 @pytest.mark.parametrize(
     "raised", [Refused("busy", 0.25), BadRequest("bad", "field", "code", 404), DeadlineExceeded("late"), RemoteError("c", "no")]
 )
-async def test_what_a_handler_raises_reaches_the_caller_as_the_same_error(raised):
+async def test_what_a_handler_raises_reaches_the_caller_as_the_same_error(raised: Exception) -> None:
     async with two_nodes() as (a, b):
 
-        async def fail(sender, header, tail):
+        async def fail(sender: NodeId, header: Header, tail: bytes) -> Reply:
             raise raised
 
         b.add({"fail": fail})
         with pytest.raises(type(raised)) as caught:
             await a.call(b.config.address, "fail", {})
-        if isinstance(raised, Refused):
+        if isinstance(caught.value, Refused):
             assert caught.value.retry_after_s == 0.25
-        if isinstance(raised, BadRequest):
+        if isinstance(caught.value, BadRequest):
             assert (caught.value.param, caught.value.status) == ("field", 404)
 
 
-async def test_a_bug_in_a_handler_is_answered_and_the_link_lives_on():
+async def test_a_bug_in_a_handler_is_answered_and_the_link_lives_on() -> None:
     async with two_nodes() as (a, b):
 
-        async def bug(sender, header, tail):
+        async def bug(sender: NodeId, header: Header, tail: bytes) -> Reply:
             return header["missing"], b""
 
         b.add({"bug": bug, "echo": echo})
@@ -114,21 +117,22 @@ async def test_a_bug_in_a_handler_is_answered_and_the_link_lives_on():
         assert b.counters.handler_failures_total == 1
 
 
-async def test_a_lost_peer_fails_waiting_calls_at_once_and_is_announced():
+async def test_a_lost_peer_fails_waiting_calls_at_once_and_is_announced() -> None:
     lost = []
     async with trio.open_nursery() as nursery:
         a = await start(nursery, "a", on_lost=lambda node, address, reason: lost.append(node))
         started = trio.Event()
 
-        async def hang(sender, header, tail):
+        async def hang(sender: NodeId, header: Header, tail: bytes) -> Reply:
             started.set()
             await trio.sleep_forever()
+            raise AssertionError("sleeps for ever")
 
         async with trio.open_nursery() as other:
             b = await start(other, "b")
             b.add({"hang": hang})
 
-            async def kill():
+            async def kill() -> None:
                 await started.wait()
                 other.cancel_scope.cancel()
 
@@ -141,7 +145,7 @@ async def test_a_lost_peer_fails_waiting_calls_at_once_and_is_announced():
         nursery.cancel_scope.cancel()
 
 
-async def test_nobody_listening_is_peer_lost_with_a_reason():
+async def test_nobody_listening_is_peer_lost_with_a_reason() -> None:
     async with two_nodes() as (a, _):
         with trio.socket.socket() as unused:
             await unused.bind(("127.0.0.1", 0))
@@ -149,7 +153,7 @@ async def test_nobody_listening_is_peer_lost_with_a_reason():
                 await a.call(unused.getsockname(), "echo", {})
 
 
-async def test_another_cluster_label_is_refused_in_plain_words():
+async def test_another_cluster_label_is_refused_in_plain_words() -> None:
     async with trio.open_nursery() as nursery:
         a, b = await start(nursery, "a", cluster="red"), await start(nursery, "b", cluster="blue")
         with pytest.raises(PeerLost, match="two meshes"), trio.fail_after(5):
@@ -157,8 +161,8 @@ async def test_another_cluster_label_is_refused_in_plain_words():
         nursery.cancel_scope.cancel()
 
 
-async def test_a_server_that_is_no_mesh_node_is_named_so():
-    async def http(stream):
+async def test_a_server_that_is_no_mesh_node_is_named_so() -> None:
+    async def http(stream: trio.SocketStream) -> None:
         await stream.receive_some()
         await stream.send_all(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         await stream.aclose()
@@ -171,7 +175,7 @@ async def test_a_server_that_is_no_mesh_node_is_named_so():
         nursery.cancel_scope.cancel()
 
 
-async def test_garbage_on_an_inbound_link_is_counted_and_the_node_lives():
+async def test_garbage_on_an_inbound_link_is_counted_and_the_node_lives() -> None:
     async with two_nodes() as (a, b):
         b.add({"echo": echo})
         stream = await trio.open_tcp_stream(*b.config.address)
@@ -183,7 +187,7 @@ async def test_garbage_on_an_inbound_link_is_counted_and_the_node_lives():
         assert b.counters.frames_rejected_total == 1
 
 
-async def test_every_frame_carries_the_senders_load():
+async def test_every_frame_carries_the_senders_load() -> None:
     heard = {}
     async with trio.open_nursery() as nursery:
         a = await start(nursery, "a", load=lambda: Load(running=3), on_load=lambda node, load: heard.update({node: load.running}))
@@ -195,11 +199,11 @@ async def test_every_frame_carries_the_senders_load():
         nursery.cancel_scope.cancel()
 
 
-async def test_a_late_answer_after_the_deadline_changes_nothing():
+async def test_a_late_answer_after_the_deadline_changes_nothing() -> None:
     async with two_nodes() as (a, b):
         go = trio.Event()
 
-        async def slow(sender, header, tail):
+        async def slow(sender: NodeId, header: Header, tail: bytes) -> Reply:
             await go.wait()
             return {}, b""
 
@@ -210,7 +214,7 @@ async def test_a_late_answer_after_the_deadline_changes_nothing():
         assert (await a.call(b.config.address, "echo", {"n": 5}))[0]["n"] == 5
 
 
-async def test_a_call_to_oneself_needs_no_network():
+async def test_a_call_to_oneself_needs_no_network() -> None:
     async with two_nodes() as (a, _):
         a.add({"echo": echo})
 
@@ -218,24 +222,29 @@ async def test_a_call_to_oneself_needs_no_network():
         assert a.counters.links_opened_total == 0
 
 
-async def test_a_kept_link_is_told_of_at_both_ends_and_its_end_is_told_once():
+async def test_a_kept_link_is_told_of_at_both_ends_and_its_end_is_told_once() -> None:
     async with trio.open_nursery() as nursery:
         told, ended = [], []
         [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
         b = Links(LinkConfig(NodeId("b"), listener.socket.getsockname()[:2]), on_linked=lambda node: told.append(("b", node)))
         scope = trio.CancelScope()
 
-        async def run_b(*, task_status):
+        async def run_b(*, task_status: trio.TaskStatus[None]) -> None:
             with scope:
                 await b.run(listener, task_status=task_status)
 
         await nursery.start(run_b)
         lost = trio.Event()
+
+        def note_lost(*end: object) -> None:
+            ended.append(end[:2])
+            lost.set()
+
         a = await start(
             nursery,
             "a",
             on_linked=lambda node: told.append(("a", node)),
-            on_lost=lambda *end: (ended.append(end[:2]), lost.set()),
+            on_lost=note_lost,
         )
         with trio.fail_after(10):
             a.keep([b.config.address, a.config.address])
@@ -249,7 +258,7 @@ async def test_a_kept_link_is_told_of_at_both_ends_and_its_end_is_told_once():
         nursery.cancel_scope.cancel()
 
 
-async def test_a_kept_link_that_never_comes_about_is_nobodys_loss_but_a_calls_is():
+async def test_a_kept_link_that_never_comes_about_is_nobodys_loss_but_a_calls_is() -> None:
     async with trio.open_nursery() as nursery:
         ended = []
         a = await start(nursery, "a", on_lost=lambda *end: ended.append(end[:2]))
@@ -273,7 +282,9 @@ HELLO = {"version": PROTOCOL_VERSION, "cluster": "mesh", "node": "stranger"}
 
 
 @pytest.mark.parametrize("broken", [lambda header: header["rows"][0], lambda header: header["rows"].get(1)])
-async def test_a_one_way_frame_that_its_receiver_cannot_read_is_counted_and_the_node_lives(broken):
+async def test_a_one_way_frame_that_its_receiver_cannot_read_is_counted_and_the_node_lives(
+    broken: Callable[[Header], None],
+) -> None:
     async with two_nodes() as (a, b):
         b.add({"echo": echo}, {"rows": lambda sender, header, tail: broken(header)})
         a.post(b.config.address, "rows", {"rows": []})
@@ -283,7 +294,7 @@ async def test_a_one_way_frame_that_its_receiver_cannot_read_is_counted_and_the_
 
 
 @pytest.mark.parametrize("hello", [HELLO | {"version": ["x" * 3000]}, HELLO | {"cluster": "x" * 3000}, HELLO | {"node": 5}])
-async def test_a_greeting_of_another_kind_is_refused_in_few_words(hello):
+async def test_a_greeting_of_another_kind_is_refused_in_few_words(hello: dict[str, object]) -> None:
     async with two_nodes() as (_, b):
         stream = await trio.open_tcp_stream(*b.config.address)
         await stream.send_all(encode(Frame("hello", hello)))
@@ -294,7 +305,7 @@ async def test_a_greeting_of_another_kind_is_refused_in_few_words(hello):
 
 
 @pytest.mark.parametrize("hello", [Frame("hello", HELLO | {"padding": "x" * 5000}), Frame("hello", HELLO, b"tail")])
-async def test_a_stranger_may_not_make_us_keep_more_than_a_greeting(hello):
+async def test_a_stranger_may_not_make_us_keep_more_than_a_greeting(hello: Frame) -> None:
     async with two_nodes() as (_, b):
         stream = await trio.open_tcp_stream(*b.config.address)
         await stream.send_all(encode(hello)[:100])  # its lengths alone are enough to refuse it
@@ -304,13 +315,13 @@ async def test_a_stranger_may_not_make_us_keep_more_than_a_greeting(hello):
         assert b.counters.frames_rejected_total == 1
 
 
-async def test_an_answer_over_the_frame_limits_is_an_error_to_the_caller_and_the_link_lives_on():
+async def test_an_answer_over_the_frame_limits_is_an_error_to_the_caller_and_the_link_lives_on() -> None:
     async with two_nodes() as (a, b):
 
-        async def large(sender, header, tail):
+        async def large(sender: NodeId, header: Header, tail: bytes) -> Reply:
             return {"text": "x" * (5 << 20)}, b""
 
-        async def verbose(sender, header, tail):
+        async def verbose(sender: NodeId, header: Header, tail: bytes) -> Reply:
             raise BadRequest("x" * (5 << 20))
 
         b.add({"large": large, "verbose": verbose, "echo": echo})
@@ -321,11 +332,11 @@ async def test_an_answer_over_the_frame_limits_is_an_error_to_the_caller_and_the
         await a.call(b.config.address, "echo", {})
 
 
-async def test_answers_that_a_peer_does_not_read_stop_its_calls():
+async def test_answers_that_a_peer_does_not_read_stop_its_calls() -> None:
     async with two_nodes() as (_, b):
         taken = 0
 
-        async def large(sender, header, tail):
+        async def large(sender: NodeId, header: Header, tail: bytes) -> Reply:
             nonlocal taken
             taken += 1
             return {}, bytes(64 << 10)
@@ -345,10 +356,10 @@ async def test_answers_that_a_peer_does_not_read_stop_its_calls():
 @pytest.mark.parametrize(
     ("told", "understood"), [(math.nan, 1.0), (math.inf, 3600.0), (-1.0, 0.0), (2**64 - 1, 3600.0), ("soon", 1.0), (0.5, 0.5)]
 )
-async def test_the_wait_that_a_peer_asks_for_is_a_number_to_set_clocks_by(told, understood):
+async def test_the_wait_that_a_peer_asks_for_is_a_number_to_set_clocks_by(told: object, understood: float) -> None:
     async with two_nodes() as (a, b):
 
-        async def busy(sender, header, tail):
+        async def busy(sender: NodeId, header: Header, tail: bytes) -> Reply:
             return {"error": {"type": "Refused", "message": "busy", "retry_after_s": told, "quota": True}}, b""
 
         b.add({"busy": busy})
@@ -358,7 +369,7 @@ async def test_the_wait_that_a_peer_asks_for_is_a_number_to_set_clocks_by(told, 
 
 
 @pytest.mark.parametrize("host", ["a..b", "\udc80", "x" * 300, ""])
-async def test_a_host_that_is_no_host_is_a_lost_peer(host):
+async def test_a_host_that_is_no_host_is_a_lost_peer(host: str) -> None:
     async with two_nodes() as (a, _):
         with pytest.raises(PeerLost):
             await a.call((host, 1), "echo", {})
@@ -368,7 +379,9 @@ async def test_a_host_that_is_no_host_is_a_lost_peer(host):
     ("caller_keys", "told"),
     [([b"o" * 32], "it has another mesh key, or one that was rotated away"), (None, "TLS handshake failed")],
 )
-async def test_who_is_turned_away_is_told_with_the_reason_and_who_only_knocks_is_not(caller_keys, told):
+async def test_who_is_turned_away_is_told_with_the_reason_and_who_only_knocks_is_not(
+    caller_keys: list[bytes] | None, told: str
+) -> None:
     callee, caller = IdentityKey(b"r" * 32), IdentityKey(b"c" * 32)
     async with trio.open_nursery() as nursery:
         [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
@@ -389,7 +402,7 @@ async def test_who_is_turned_away_is_told_with_the_reason_and_who_only_knocks_is
         nursery.cancel_scope.cancel()
 
 
-async def test_with_a_mesh_key_a_node_must_answer_under_the_name_in_its_certificate():
+async def test_with_a_mesh_key_a_node_must_answer_under_the_name_in_its_certificate() -> None:
     key = new_key()
     real, claimed, caller = IdentityKey(b"r" * 32), NodeId("1" * 16), IdentityKey(b"c" * 32)
     async with trio.open_nursery() as nursery:

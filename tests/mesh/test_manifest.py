@@ -1,5 +1,7 @@
 """Manifests: what is the same model, what is refused before it is believed, which tensors a span is made of."""
 
+from collections.abc import Iterable
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -27,16 +29,16 @@ from mesh.manifest import (
 GOLDEN = "c630628e1a89a19d47089526ace78d3dbee4e94a5a388e20c1157ce3d67c81ef"
 
 
-def tensor(name, *shape, dtype="F32"):
+def tensor(name: str, *shape: int, dtype: str = "F32") -> TensorEntry:
     bare = TensorEntry(name, dtype, shape, b"")
     return TensorEntry(name, dtype, shape, bytes(DIGEST_BYTES * -(-bare.size_bytes // PIECE_BYTES)))
 
 
-def manifest(*tensors, files=()):
+def manifest(*tensors: TensorEntry, files: Iterable[FileEntry] = ()) -> Manifest:
     return Manifest(FORM, tuple(files), tuple(sorted(tensors, key=lambda each: each.name)))
 
 
-def test_a_manifest_comes_back_only_under_its_own_identity():
+def test_a_manifest_comes_back_only_under_its_own_identity() -> None:
     encoded = encode(manifest(tensor("a", 3, 5)))
     assert decode(encoded, identity(encoded)) == manifest(tensor("a", 3, 5))
     assert is_identity(identity(encoded))
@@ -47,7 +49,7 @@ def test_a_manifest_comes_back_only_under_its_own_identity():
 
 
 @pytest.mark.parametrize("text", [None, 7, "", "a" * 63, "A" * 64, "../" + "a" * 61])
-def test_what_peers_call_an_identity_is_checked_before_it_names_a_folder(text):
+def test_what_peers_call_an_identity_is_checked_before_it_names_a_folder(text: int | str | None) -> None:
     assert not is_identity(text)
 
 
@@ -67,40 +69,40 @@ def test_what_peers_call_an_identity_is_checked_before_it_names_a_folder(text):
     ],
     ids=lambda bad: str(bad)[-60:],
 )
-def test_a_manifest_out_of_bounds_is_refused(bad):
+def test_a_manifest_out_of_bounds_is_refused(bad: Manifest) -> None:
     encoded = encode(bad)
     with pytest.raises(BadManifest):
         decode(encoded, identity(encoded))
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_break_the_decoder(raw):
+def test_no_bytes_break_the_decoder(raw: bytes) -> None:
     with pytest.raises(BadManifest):
         decode(raw, identity(raw))
 
 
 @given(st.integers(0, 3 * PIECE_BYTES + 1))
-def test_pieces_cover_every_byte_once(size_bytes):
+def test_pieces_cover_every_byte_once(size_bytes: int) -> None:
     file = FileEntry("vocab.txt", size_bytes, bytes(DIGEST_BYTES * -(-size_bytes // PIECE_BYTES)))
     pieces = list(pieces_of(file))
     assert sum(piece.size_bytes for piece in pieces) == size_bytes
     assert [piece.offset for piece in pieces] == [number * PIECE_BYTES for number in range(len(pieces))]
 
 
-def test_a_piece_is_only_what_its_hash_says():
+def test_a_piece_is_only_what_its_hash_says() -> None:
     piece = next(pieces_of(FileEntry("vocab.txt", 3, digest_of(b"abc"))))
     assert piece.matches(b"abc")
     assert not piece.matches(b"abd") and not piece.matches(b"abcd") and not piece.matches(b"")
 
 
-def test_the_identity_of_a_model_is_the_same_in_every_release():
+def test_the_identity_of_a_model_is_the_same_in_every_release() -> None:
     """Were it another one here, no node could tell its weights equal to those of a node of an earlier release."""
     files = [FileEntry("config.json", 2, digest_of(b"{}"))]
     tensors = [TensorEntry("a", "BF16", (1, 2), digest_of(b"\0\1\2\3")), TensorEntry("b", "F32", (0, 3), b"")]
     assert identity(encode(manifest(*tensors, files=files))) == GOLDEN
 
 
-def test_a_manifest_of_an_earlier_form_is_refused():
+def test_a_manifest_of_an_earlier_form_is_refused() -> None:
     earlier = msgspec.msgpack.encode(("weights", 4, 100, (), ()))
     for encoded in (earlier, msgspec.msgpack.encode((FORM + 1, (), ()))):
         with pytest.raises(BadManifest, match="not a manifest"):
@@ -124,7 +126,7 @@ def test_a_manifest_of_an_earlier_form_is_refused():
         ("model.safetensors.index.json", False),
     ],
 )
-def test_what_a_loader_reads_beside_the_weights_is_known_by_name(name, is_read):
+def test_what_a_loader_reads_beside_the_weights_is_known_by_name(name: str, is_read: bool) -> None:
     assert is_text_file(name) is is_read
 
 
@@ -138,7 +140,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize(("name", "layer"), NAMES.items())
-def test_the_first_number_in_a_name_is_its_layer(name, layer):
+def test_the_first_number_in_a_name_is_its_layer(name: str, layer: int | None) -> None:
     assert layer_of(name) == layer
 
 
@@ -150,13 +152,13 @@ LLAMA = [
 ]
 
 
-def names(tensors):
+def names(tensors: Iterable[TensorEntry]) -> set[str]:
     return {each.name for each in tensors}
 
 
-def test_a_span_takes_its_layers_and_of_the_rest_only_what_it_needs():
-    def of(start, end, **options):
-        return names(tensors_of_span(LLAMA, 4, start, end, 50, **{"tied": False, **options}))
+def test_a_span_takes_its_layers_and_of_the_rest_only_what_it_needs() -> None:
+    def of(start: int, end: int, tied: bool = False) -> set[str]:
+        return names(tensors_of_span(LLAMA, 4, start, end, 50, tied=tied))
 
     layers = {number: f"model.layers.{number}.norm.weight" for number in range(4)}
     assert of(0, 2) == {layers[0], layers[1], "model.embed_tokens.weight", "model.norm.weight"}
@@ -166,11 +168,11 @@ def test_a_span_takes_its_layers_and_of_the_rest_only_what_it_needs():
     assert of(0, 4) == names(LLAMA)
 
 
-def test_without_a_head_of_its_own_the_embedding_is_the_head():
+def test_without_a_head_of_its_own_the_embedding_is_the_head() -> None:
     headless = [each for each in LLAMA if each.name != "lm_head.weight"]
     assert "model.embed_tokens.weight" in names(tensors_of_span(headless, 4, 3, 4, 50, tied=False))
     assert "model.embed_tokens.weight" not in names(tensors_of_span(headless, 4, 1, 3, 50, tied=False))
 
 
-def test_an_unknown_vocabulary_leaves_nothing_out():
+def test_an_unknown_vocabulary_leaves_nothing_out() -> None:
     assert names(tensors_of_span(LLAMA, 4, 1, 2, None, tied=False)) >= {"lm_head.weight", "model.embed_tokens.weight"}

@@ -21,8 +21,10 @@ TlsStream = trio.SSLStream[trio.abc.Stream]
 
 
 def pair(server: PeerTls, client: PeerTls) -> tuple[TlsStream, TlsStream]:
+    left: trio.abc.Stream
+    right: trio.abc.Stream
     left, right = trio.testing.memory_stream_pair()
-    called = trio.SSLStream(left, client.client, server_hostname=client.server_name)
+    called: TlsStream = trio.SSLStream(left, client.client, server_hostname=client.server_name)
     return called, trio.SSLStream(right, server.server, server_side=True)
 
 

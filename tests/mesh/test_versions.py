@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import MappingProxyType
+from typing import Any
 
 import msgspec
 import pytest
@@ -140,7 +141,7 @@ PEERS = st.lists(
 
 
 @given(told=PEERS, order=st.randoms(use_true_random=False))
-def test_all_nodes_say_the_same_of_any_view_and_one_version_of_an_id_answers(told: list[tuple], order: object) -> None:
+def test_all_nodes_say_the_same_of_any_view_and_one_version_of_an_id_answers(told: list[tuple[Any, ...]], order: object) -> None:
     peers = [
         peer(f"n{number}", weights, *spans, written_at_s=written, model=ModelId(model), state=state, draining=draining)
         for number, (weights, spans, state, draining, written, model) in enumerate(told)

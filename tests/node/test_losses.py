@@ -1,17 +1,20 @@
 """Links that break between live nodes, nodes that die and come back, many requests at once: no token changes, nothing stays."""
 
+from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from membership.shell.events import MemberEvent
 from mesh.ids import NodeId, StreamId
 from mesh.view import PeerState, Readiness
-from node.engine.api import TokenOut
+from node.engine.api import SequenceKey, TokenOut
 from node.entry.generation import RetryLimits
 from node.requests import ChoiceDone, TextDelta
-from tests.node.paths import a_request, small_mesh, token_at
+from tests.node.paths import SmallMesh, a_request, small_mesh, token_at
 
 SPLIT = {"entry": (), "a": ((0, 4),), "b": ((2, 6),), "c": ((0, 2), (4, 6))}
 TOKENS = 40
@@ -19,7 +22,9 @@ SILENCE_S = RetryLimits().silence_s  # what is only noticed by silence takes as 
 EXPECTED = [token_at(position) for position in range(10, 10 + TOKENS)]
 
 
-async def tokens_of(mesh, stream, each=lambda: None, **changes):
+async def tokens_of(
+    mesh: SmallMesh, stream: str, each: Callable[[], None] = lambda: None, **changes: Any
+) -> dict[int, list[int]]:
     """The tokens of each choice."""
     said = {}
     async with mesh.nodes["entry"].entry.generate(a_request(id=StreamId(stream), max_tokens=TOKENS, **changes)) as events:
@@ -30,7 +35,7 @@ async def tokens_of(mesh, stream, each=lambda: None, **changes):
     return said
 
 
-def held(mesh):
+def held(mesh: SmallMesh) -> dict[NodeId, tuple[object, ...]]:
     return {
         node.id: (sorted(node.engine.sequences), node.stages.open_sequences, node.entry.open_requests)
         for node in mesh.live
@@ -38,7 +43,7 @@ def held(mesh):
     }
 
 
-async def nothing_stays(mesh, within_s=5.0):
+async def nothing_stays(mesh: SmallMesh, within_s: float = 5.0) -> None:
     with trio.move_on_after(within_s):
         while held(mesh):
             await trio.sleep(0.01)
@@ -48,34 +53,34 @@ async def nothing_stays(mesh, within_s=5.0):
 class Attack:
     """Something breaks with a chance of `share` at each token that a client reads."""
 
-    def __init__(self, mesh, rng, share, most):
+    def __init__(self, mesh: SmallMesh, rng: Random, share: float, most: int) -> None:
         self.mesh, self.rng, self.share, self.left = mesh, rng, share, most
         self.restarts = trio.open_memory_channel(100)
 
-    def __call__(self):
+    def __call__(self) -> None:
         if self.left and self.rng.random() < self.share:
             self.left -= 1
             self.rng.choice((self.cut, self.cut, self.kill))()
 
-    def cut(self):
+    def cut(self) -> None:
         one, other = self.rng.sample(sorted(self.mesh.live, key=lambda node: node.id), 2)
         one.links.cut(other.links.config.address)
 
-    def kill(self):
+    def kill(self) -> None:
         live = [name for name in "abc" if self.mesh.nodes[name] in self.mesh.live]
         if len(live) == 3:
             victim = self.rng.choice(live)
             self.mesh.nodes[victim].kill()
             self.restarts[0].send_nowait(victim)
 
-    async def restart_the_dead(self):
+    async def restart_the_dead(self) -> None:
         async for name in self.restarts[1]:
             await trio.sleep(self.rng.choice((0.0, 1.0)))
             await self.mesh.restart(name)
 
 
 @pytest.mark.parametrize("seed", range(20))
-async def test_whatever_breaks_every_request_gets_its_tokens_and_no_sequence_stays(seed, mock_clock):
+async def test_whatever_breaks_every_request_gets_its_tokens_and_no_sequence_stays(seed: int, mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     rng = Random(seed)
     async with small_mesh(**SPLIT) as mesh, trio.open_nursery() as nursery:
@@ -84,7 +89,7 @@ async def test_whatever_breaks_every_request_gets_its_tokens_and_no_sequence_sta
         said = {}
         began = trio.current_time()
 
-        async def ask(number):
+        async def ask(number: int) -> None:
             said[number] = await tokens_of(mesh, f"s{number}", attack, n=1 + number % 2)
 
         async with trio.open_nursery() as clients:
@@ -98,13 +103,13 @@ async def test_whatever_breaks_every_request_gets_its_tokens_and_no_sequence_sta
         nursery.cancel_scope.cancel()
 
 
-async def test_a_last_token_that_is_lost_with_its_link_comes_over_another_path(mock_clock):
+async def test_a_last_token_that_is_lost_with_its_link_comes_over_another_path(mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(entry=(), only=((0, 6),)) as mesh:
         entry, only = mesh.nodes["entry"], mesh.nodes["only"]
         last = 10 + TOKENS - 1
 
-        def say_it_to_nobody(key):
+        def say_it_to_nobody(key: SequenceKey) -> None:
             only.engine.deliver(TokenOut(key, last, token_at(last), "length"))
             trio.lowlevel.current_trio_token().run_sync_soon(only.links.cut, entry.links.config.address)
 
@@ -116,7 +121,7 @@ async def test_a_last_token_that_is_lost_with_its_link_comes_over_another_path(m
         await nothing_stays(mesh)
 
 
-async def test_a_close_that_is_lost_with_its_link_leaves_nothing_behind(mock_clock):
+async def test_a_close_that_is_lost_with_its_link_leaves_nothing_behind(mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(entry=(), only=((0, 6),)) as mesh:
         entry, only = mesh.nodes["entry"], mesh.nodes["only"]
@@ -132,13 +137,13 @@ async def test_a_close_that_is_lost_with_its_link_leaves_nothing_behind(mock_clo
         await nothing_stays(mesh)
 
 
-def says(mesh, name, readiness):
+def says(mesh: SmallMesh, name: str, readiness: Readiness) -> None:
     mesh.nodes[name].readiness = readiness
     mesh.nodes["entry"].losses.view_changed(mesh.view())
 
 
 @pytest.mark.parametrize("silent_s", [0.0, 5.0])
-async def test_an_answer_leaves_a_node_whose_engine_hangs_as_soon_as_it_says_so(silent_s, mock_clock):
+async def test_an_answer_leaves_a_node_whose_engine_hangs_as_soon_as_it_says_so(silent_s: float, mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh, trio.open_nursery() as nursery:
         hung = []
@@ -146,7 +151,7 @@ async def test_an_answer_leaves_a_node_whose_engine_hangs_as_soon_as_it_says_so(
             mesh.nodes[name].engine.faults[20] = lambda key, name=name: hung.append(name)
         said = {}
 
-        async def ask():
+        async def ask() -> None:
             said.update(await tokens_of(mesh, "s1"))
 
         async with trio.open_nursery() as clients:
@@ -166,7 +171,7 @@ async def test_an_answer_leaves_a_node_whose_engine_hangs_as_soon_as_it_says_so(
         nursery.cancel_scope.cancel()
 
 
-async def test_a_node_that_was_stalled_is_given_work_again_once_its_steps_run(mock_clock):
+async def test_a_node_that_was_stalled_is_given_work_again_once_its_steps_run(mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh:
         for number, (hung, other) in enumerate(["ab", "ba", "ab"]):
@@ -179,7 +184,7 @@ async def test_a_node_that_was_stalled_is_given_work_again_once_its_steps_run(mo
             assert mesh.nodes[other].engine.opened
 
 
-async def test_where_nobody_else_can_do_it_a_stalled_node_is_asked_again(mock_clock):
+async def test_where_nobody_else_can_do_it_a_stalled_node_is_asked_again(mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(entry=(), only=((0, 6),)) as mesh:
         only = mesh.nodes["only"].engine
@@ -189,7 +194,7 @@ async def test_where_nobody_else_can_do_it_a_stalled_node_is_asked_again(mock_cl
         await nothing_stays(mesh)
 
 
-async def test_an_entry_that_only_slept_is_told_that_its_work_was_freed(mock_clock):
+async def test_an_entry_that_only_slept_is_told_that_its_work_was_freed(mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(**SPLIT) as mesh:
         for name in "abc":
@@ -197,7 +202,7 @@ async def test_an_entry_that_only_slept_is_told_that_its_work_was_freed(mock_clo
         began = trio.current_time()
         said = {}
 
-        async def ask():
+        async def ask() -> None:
             said.update(await tokens_of(mesh, "s1"))
 
         async with trio.open_nursery() as nursery:
@@ -214,7 +219,7 @@ async def test_an_entry_that_only_slept_is_told_that_its_work_was_freed(mock_clo
         await nothing_stays(mesh)
 
 
-async def test_a_node_whose_link_broke_is_not_asked_by_the_next_request():
+async def test_a_node_whose_link_broke_is_not_asked_by_the_next_request() -> None:
     async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh:
         await tokens_of(mesh, "s1")
         dead = next(node for name in "ab" if (node := mesh.nodes[name]).engine.opened)
@@ -227,20 +232,20 @@ async def test_a_node_whose_link_broke_is_not_asked_by_the_next_request():
             assert mesh.nodes["entry"].entry.recent.find(f"t{number}").attempts == 1
 
 
-async def test_a_stage_that_falls_silent_is_left_as_soon_as_membership_cannot_reach_it(mock_clock):
+async def test_a_stage_that_falls_silent_is_left_as_soon_as_membership_cannot_reach_it(mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(**SPLIT) as mesh:
         entry = mesh.nodes["entry"]
         silent = set()
 
-        def look_at(node):
+        def look_at(node: NodeId) -> None:
             if node in silent and mesh.nodes[node].state is PeerState.ALIVE:
                 mesh.nodes[node].state = PeerState.SUSPECT
                 entry.losses.member_changed(MemberEvent(node, PeerState.ALIVE, PeerState.SUSPECT))
 
         mesh.looked_at = look_at
 
-        def fall_silent(name):
+        def fall_silent(name: str) -> None:
             silent.add(NodeId(name))
             for other in "abc":
                 mesh.nodes[other].engine.faults.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -117,7 +118,7 @@ async def test_each_error_names_its_field(tmp_path: Path, jumping_clock: MockClo
         await documents.create_store("pages")
         file = await documents.put_file("a.md", b"text")
         unknown = "file-" + "0" * 24
-        calls = [
+        calls: list[tuple[Callable[[], Awaitable[object]], str, int]] = [
             (lambda: documents.create_store(""), "name", 400),
             (lambda: documents.delete_store("nowhere"), "store", 404),
             (lambda: documents.put_file("a.pdf", b"text"), "file", 400),
@@ -197,7 +198,11 @@ async def test_vectors_of_another_embedder_are_not_mixed_in(tmp_path: Path, jump
         await mesh.kill(1)
         mesh.sites[1].embedder = HashingEmbedder("another:64")
         await mesh.start(1)
-        for call in (lambda: mesh[1].attach("pages", file.id), lambda: mesh[1].search("pages", "text", 1)):
+        calls: list[Callable[[], Awaitable[object]]] = [
+            lambda: mesh[1].attach("pages", file.id),
+            lambda: mesh[1].search("pages", "text", 1),
+        ]
+        for call in calls:
             with pytest.raises(BadRequest) as refused:
                 await call()
             assert refused.value.code == "embedder_mismatch"

@@ -38,7 +38,8 @@ def tombstone(doc_id: str, hlc: int) -> Operation:
 
 
 def vector(text: str) -> np.ndarray:
-    return search.from_wire(search.to_wire(EMBEDDER.embed([text])), DIM)[0]
+    found: np.ndarray = search.from_wire(search.to_wire(EMBEDDER.embed([text])), DIM)[0]
+    return found
 
 
 def texts_found(index: Index, query: str) -> set[str]:

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
 from random import Random
+from typing import Any
 
 from mesh.ids import NodeId
 from mesh.view import Load, Peer
 from routing.bounce import PlanElsewhere, RefusalHistory
-from routing.dispatches import Dispatch, Dispatches
+from routing.dispatches import Dispatch, DispatchedWork, Dispatches
 from routing.policies import PeerCandidate, Policy, policy_named
-from routing.score import PoolMeans, RequestWork, costs, pool_of
+from routing.score import PoolMeans, RequestWork, ScoreTerms, costs, pool_of
 from tests.routing.meshes import LAYERS, MODEL, peer
 
 NODES, PLACES, SERVICE_S, UTILISATION = 16, 8, 4.0, 0.85
@@ -71,7 +72,7 @@ class Mesh:
             )
             for _ in range(NODES)
         ]
-        self.events: list[tuple[float, int, str, tuple]] = []
+        self.events: list[tuple[float, int, str, tuple[Any, ...]]] = []
         self.order = count()
         self.waits_s: list[float] = []
 
@@ -119,7 +120,7 @@ class Mesh:
                 continue
             own = knows.dispatches.own(name, known.load_at)
 
-            def price(known: Peer = known, own=own):  # type: ignore[no-untyped-def]
+            def price(known: Peer = known, own: DispatchedWork = own) -> ScoreTerms:
                 return costs(known, LAYERS, LAYERS, work, knows.pool, now, me=NAMES[entry], own=own)
 
             candidates.append(PeerCandidate(name, price, in_flight=own.in_flight, response_ms=own.response_ms))

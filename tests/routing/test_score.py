@@ -62,9 +62,9 @@ def test_own_work_since_the_record_counts_fully_however_old_the_record() -> None
 def test_unmeasured_speeds_are_those_of_the_pool_and_measured_ones_are_per_layer() -> None:
     peers = [peer("a", (0, 6), load=Load(step_ms=12.0, prefill_tok_s=100.0)), peer("b", (0, 2), load=Load(step_ms=8.0))]
     pool = pool_of(peers, MODEL)
-    assert (pool.step_ms_per_layer, pool.prefill_ms_per_token_layer) == (3.0, pytest.approx(1000 / 600))
+    assert (pool.step_ms_per_layer, pool.prefill_ms_per_token_layer) == pytest.approx((3.0, 1000 / 600))
     unknown = estimate(Load(), 0.0, 6, pool)
-    assert (unknown.step_ms_per_layer, unknown.prefill_ms_per_token_layer) == (3.0, pytest.approx(1000 / 600))
+    assert (unknown.step_ms_per_layer, unknown.prefill_ms_per_token_layer) == pytest.approx((3.0, 1000 / 600))
     assert pool_of([], MODEL) == PoolMeans()
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mesh.errors import NoPath
-from mesh.ids import NodeId
+from mesh.ids import ModelId, NodeId
 from mesh.versions import versions
 from mesh.view import Facts, Peer, PeerState, Span
 from routing.coverage import coverage
@@ -59,7 +60,7 @@ MESHES = st.lists(
 
 
 @given(mesh=MESHES, seed=st.integers(0, 9))
-def test_whatever_lives_a_path_and_what_is_counted_are_of_one_version(mesh: list[tuple], seed: int) -> None:
+def test_whatever_lives_a_path_and_what_is_counted_are_of_one_version(mesh: list[tuple[Any, ...]], seed: int) -> None:
     peers = {
         f"n{number}": peer(f"n{number}", *spans, weights=weights, state=state, draining=draining)
         for number, (weights, spans, state, draining) in enumerate(mesh)
@@ -71,7 +72,7 @@ def test_whatever_lives_a_path_and_what_is_counted_are_of_one_version(mesh: list
         weights = version.card.weights
         alone = view(*(each for each in peers.values() if each.facts.models[0].weights == weights))
         (same,) = coverage(alone).values()
-        assert covered[version.name] == same, "as if the nodes with other weights were not there"
+        assert covered[ModelId(version.name)] == same, "as if the nodes with other weights were not there"
         assert uncovered(seen, MODEL, LAYERS, weights) == uncovered(alone, MODEL, LAYERS)
         try:
             path = plan(seen, MODEL, LAYERS, policy_named("mesh"), Random(seed), 0.0, weights=weights)

@@ -50,7 +50,7 @@ class FakeVenv:
 @pytest.fixture
 def venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeVenv:
     """On Linux, without an NVIDIA device."""
-    monkeypatch.setattr(install.platform, "system", lambda: "Linux")
+    monkeypatch.setattr("platform.system", lambda: "Linux")
     monkeypatch.setattr(install, "nvidia_device", lambda: "")
     return FakeVenv(tmp_path)
 
@@ -137,7 +137,7 @@ def test_a_failure_of_pip_is_the_exit_code(venv: FakeVenv) -> None:
 def test_an_environment_without_pip_is_told_with_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(install.sys, "executable", "/bin/false")
+    monkeypatch.setattr("sys.executable", "/bin/false")
     assert install.main(["--venv", str(tmp_path / "new"), "--cpu-index", INDEX]) == 1
     assert "apt-get install python3-venv" in capfd.readouterr().out
 

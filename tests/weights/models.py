@@ -19,7 +19,10 @@ CARD = ModelCard(ModelId("tiny"), LAYERS, 64, "", "")
 
 def tensors(width: int = 16) -> dict[str, tuple[str, tuple[int, ...]]]:
     """name -> (dtype, shape)"""
-    named = {"model.embed_tokens.weight": ("F32", (VOCABULARY, width)), "lm_head.weight": ("BF16", (VOCABULARY, width))}
+    named: dict[str, tuple[str, tuple[int, ...]]] = {
+        "model.embed_tokens.weight": ("F32", (VOCABULARY, width)),
+        "lm_head.weight": ("BF16", (VOCABULARY, width)),
+    }
     for number in range(LAYERS):
         named[f"model.layers.{number}.mlp.weight"] = ("F32", (width, 3, width))
         named[f"model.layers.{number}.norm.weight"] = ("BF16", (width + 1,))
@@ -58,3 +61,10 @@ def write_model(directory: Path, *, files: int = 1, width: int = 16, **config: o
 
 def whole_catalogue(directory: Path, kept_in: Path) -> Catalogue:
     return identify(directory, kept_in, HashingProgress()).catalogue
+
+
+def content_of(catalogue: Catalogue, name: str, number: int) -> bytes:
+    """The bytes of a piece that the catalogue must have."""
+    content = catalogue.read(name, number)
+    assert content is not None
+    return content

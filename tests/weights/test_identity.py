@@ -72,7 +72,7 @@ def test_one_other_byte_anywhere_is_another_model_or_none(directory: Path, tmp_p
 def headers_mean_the_same(one: Path, other: Path) -> bool:
     """Space between the words of a header says nothing."""
     heads = [path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")] for path in (one, other)]
-    return json.loads(heads[0]) == json.loads(heads[1])
+    return bool(json.loads(heads[0]) == json.loads(heads[1]))
 
 
 @pytest.mark.parametrize("kept_in_folder", [True, False])

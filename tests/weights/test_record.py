@@ -103,7 +103,7 @@ def test_a_record_with_the_right_files_and_another_manifest_is_not_believed_whol
 def test_where_the_directory_cannot_be_written_the_record_lies_in_the_nodes_own(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replace_file = record.replace_file
+    from mesh.files import replace_file
 
     def read_only(path: Path, content: bytes, *, mode: int) -> None:
         if path.parent == directory:

@@ -1,14 +1,19 @@
 """Handing weights over: bounded in pace, in number, and in what is said to whom."""
 
+from pathlib import Path
+
 import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
+from trio.testing import MockClock
 
 from mesh.errors import BadRequest, Refused, RemoteError
 from mesh.ids import NodeId
 from mesh.manifest import MANIFEST_KIND, NOT_HELD, PIECE_KIND
+from mesh.wire.calls import Header
 from node.weights import source as module
+from node.weights.catalogue import Catalogue
 from node.weights.pace import BURST_S, RateLimit
 from node.weights.source import WeightsSource
 from tests.weights.models import whole_catalogue, write_model
@@ -17,12 +22,12 @@ PEER = NodeId("peer")
 
 
 @pytest.fixture
-def whole(tmp_path):
+def whole(tmp_path: Path) -> Catalogue:
     return whole_catalogue(write_model(tmp_path / "model"), tmp_path / "kept")
 
 
 @given(st.lists(st.tuples(st.integers(1, 1 << 20), st.floats(0, 2)), min_size=1, max_size=50))
-def test_no_more_leaves_in_any_time_than_the_rate_and_one_burst(asks):
+def test_no_more_leaves_in_any_time_than_the_rate_and_one_burst(asks: list[tuple[int, float]]) -> None:
     pace, now, sent, began = RateLimit(), 100.0, 0, 100.0
     for size_bytes, pause_s in asks:
         now += pause_s
@@ -31,7 +36,7 @@ def test_no_more_leaves_in_any_time_than_the_rate_and_one_burst(asks):
         assert sent <= 1e6 * (leaves_at - began + BURST_S) + 1
 
 
-def test_after_a_rest_the_pace_is_not_made_up_for_without_bound():
+def test_after_a_rest_the_pace_is_not_made_up_for_without_bound() -> None:
     pace = RateLimit()
     assert pace.wait_s(1_000_000, 1e6, 1000.0) == pytest.approx(1.0 - BURST_S)
 
@@ -39,7 +44,9 @@ def test_after_a_rest_the_pace_is_not_made_up_for_without_bound():
 @pytest.mark.parametrize(
     ("serving", "told", "seconds"), [(True, None, 2.0), (False, None, 0.5), (True, 8, 0.25), (False, 1, 2.0)]
 )
-async def test_the_pace_is_what_was_told_or_what_serving_leaves(whole, autojump_clock, monkeypatch, serving, told, seconds):
+async def test_the_pace_is_what_was_told_or_what_serving_leaves(
+    whole: Catalogue, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, serving: bool, told: int | None, seconds: float
+) -> None:
     """In manifests a second."""
     size_bytes = len(whole.encoded)
     monkeypatch.setattr(module, "SERVING_BYTES_S", size_bytes)
@@ -71,7 +78,7 @@ async def test_the_pace_is_what_was_told_or_what_serving_leaves(whole, autojump_
         (MANIFEST_KIND, {"offset": "0"}, RemoteError),
     ],
 )
-async def test_what_is_not_offered_is_not_given(whole, kind, header, error):
+async def test_what_is_not_offered_is_not_given(whole: Catalogue, kind: str, header: Header, error: type[Exception]) -> None:
     source = WeightsSource(lambda: False)
     source.add(whole)
     asked = {"manifest": whole.id, **header} if header else header
@@ -81,12 +88,12 @@ async def test_what_is_not_offered_is_not_given(whole, kind, header, error):
         assert refused.value.code == NOT_HELD
 
 
-async def test_with_too_many_waiting_it_refuses_and_goes_on_afterwards(whole, autojump_clock):
+async def test_with_too_many_waiting_it_refuses_and_goes_on_afterwards(whole: Catalogue, autojump_clock: MockClock) -> None:
     source = WeightsSource(lambda: False, rate_bytes_s=1 << 10)
     source.add(whole)
     refused = 0
 
-    async def ask():
+    async def ask() -> None:
         nonlocal refused
         try:
             await source._on_piece(PEER, {"manifest": whole.id, "name": "model.embed_tokens.weight", "number": 0}, b"")
@@ -102,7 +109,7 @@ async def test_with_too_many_waiting_it_refuses_and_goes_on_afterwards(whole, au
     assert refused == 5
 
 
-async def test_a_model_that_was_withdrawn_is_given_no_more(whole):
+async def test_a_model_that_was_withdrawn_is_given_no_more(whole: Catalogue) -> None:
     source = WeightsSource(lambda: False)
     source.add(whole)
     source.remove(whole.id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,7 @@ async def test_while_sequences_run_it_reads_more_slowly(
     monkeypatch.setattr(verifying, "SERVING_BYTES_S", every_byte / 1000)
     read = []
     for serving in (True, False):
-        verifier = FileVerifier(lambda serving=serving: serving)
+        verifier = FileVerifier(partial(bool, serving))
         with trio.move_on_after(100):
             await changed(verifier, directory, files)
         read.append(verifier.statistics().bytes_verified_total)

@@ -32,9 +32,9 @@ class Answerer:
     """A model directory, asked greedily in batches."""
 
     def __init__(self, directory: Path, device: str) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         self._tokenizer.padding_side = "left"
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
         self._model = model.to(device).eval()
         self._context = int(model.config.max_position_embeddings)
 

@@ -35,7 +35,7 @@ class Optimisers:
         for optimiser, peak in ((self._muon, MATRIX_RATE), (self._adam, OTHER_RATE)):
             for group in optimiser.param_groups:
                 group["lr"] = peak * rate_at(progress)
-            optimiser.step()
+            optimiser.step()  # type: ignore[no-untyped-call]
             optimiser.zero_grad(set_to_none=True)
         return float(norm)
 

@@ -90,7 +90,7 @@ def prepare(work: Path, seed: int, vocabulary: int) -> None:
 
 
 def _is_over(run: Run, given: argparse.Namespace) -> bool:
-    return run.steps >= given.steps if given.steps is not None else run.seconds >= given.seconds
+    return bool(run.steps >= given.steps if given.steps is not None else run.seconds >= given.seconds)
 
 
 def _device_name(device: str) -> str:
