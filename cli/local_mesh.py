@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -65,6 +65,7 @@ class LocalMesh:
     """
 
     command: tuple[str, ...] = (sys.executable, "-m", "cli")
+    start_process: Callable[..., subprocess.Popen[str]] = staticmethod(subprocess.Popen)
 
     def __init__(self, folder: Path | None = None, environment: Mapping[str, str] | None = None) -> None:
         self.nodes: list[LocalNode] = []
@@ -116,7 +117,7 @@ class LocalMesh:
         for other in joined:
             command += ["--join", other.gossip]
         with log.open("a") as stderr:
-            process = subprocess.Popen(
+            process = self.start_process(
                 [*command, *options],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

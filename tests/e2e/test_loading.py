@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 def test_layers_that_a_peer_is_fetching_are_told_with_progress_until_they_serve(tmp_path: Path) -> None:
     with LocalMesh(tmp_path) as mesh:
         a = mesh.start("a", "--layers", "0:3", "--upload", "1MiB")
+        wait_until(lambda: get(a, "/mesh/status").json()["nodes"][0]["spans"], "a serves its own layers")
         b = mesh.start("b", "--model", "mesh-demo", "--layers", "3:6")  # fetches them from a, slowly
 
         def refused(node: LocalNode) -> tuple[httpx.Response, dict[str, Any]] | None:

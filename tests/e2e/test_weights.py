@@ -1,6 +1,7 @@
 """A node without a model's files gets them from its peers, also when one of them is killed on the way."""
 
 import re
+import subprocess
 import time
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def test_a_node_told_to_stop_while_it_fetches_or_before_it_announced_itself_ends
         began = time.monotonic()
         assert mesh.stop(c) == 0
         assert time.monotonic() - began < 5
+        mesh.start_process = subprocess.Popen  # its imports too are a time at which it may be told
         early = mesh.launch("early", "--model", "mesh-demo", join=[a])
         wait_until(lambda: early.log.exists() and "node.starting" in early.log.read_text(), "it has begun")
         assert mesh.stop(early) == 0
