@@ -57,6 +57,7 @@ from node.engine.kernels.machine import named
 from node.engine.loading import LoadedStage, load_stage
 from node.engine.model.checkpoint import Checkpoint, read_checkpoint
 from node.engine.model.linear import KERNELS
+from node.engine.model.local_stage import LocalStage
 from node.engine.model.stage import Stage
 
 QUICK_SHAPE, FULL_SHAPE = "100M", "Llama-3.2-1B"
@@ -71,7 +72,7 @@ def inexact_stages(checkpoint: Checkpoint, loaded: LoadedStage, threads: int) ->
     name = {torch.bfloat16: "onednn-bf16", torch.float32: "onednn-fp32"}[loaded.stage.kernel.dtype]
     if loaded.stage.kernel.name == name:
         return {}
-    stage = Stage(checkpoint, 0, checkpoint.layers, KERNELS[name], threads)
+    stage = LocalStage(checkpoint, 0, checkpoint.layers, KERNELS[name], threads)
     try:
         stage.pack()
     except (ValueError, RuntimeError) as error:  # no such kernel on this CPU

@@ -40,7 +40,11 @@ class Asking:
         self._numerics = numerics
         self._names = count()
         self._outputs: queue.Queue[EngineOutput] = queue.Queue()
-        engine.start(lambda outputs: [self._outputs.put(out) for out in outputs])
+        engine.start(self._take)
+
+    def _take(self, outputs: list[EngineOutput]) -> None:
+        for output in outputs:
+            self._outputs.put(output)
 
     def ask(self, prompt: Sequence[int], answer_tokens: int, temperature: float = 0.0) -> Answer:
         """Pages of earlier prompts are used, as they are in a node.

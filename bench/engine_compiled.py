@@ -27,7 +27,7 @@ from bench.machine import machine
 from node.engine.kernels.machine import named
 from node.engine.loading import load_stage
 from node.engine.model.checkpoint import read_checkpoint
-from node.engine.model.stage import Stage
+from node.engine.model.local_stage import LocalStage
 from node.host.environment import CPU_ISA_VARIABLE
 
 SHAPE = "100M"
@@ -49,7 +49,7 @@ def measured_here(directory: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     checkpoint = read_checkpoint(directory)
     stage = load_stage(checkpoint, 0, checkpoint.layers, "auto", 1).stage
-    assert isinstance(stage, Stage)
+    assert isinstance(stage, LocalStage)
     found: dict[str, Any] = {"kernel": named(stage.kernel)}
     for batch in BATCHES:
         found[f"step_ms, batch {batch}"] = 1e3 * min(step.cpu_s for step in Ours(stage, batch).turn(STEPS)[1:])

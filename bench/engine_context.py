@@ -17,7 +17,7 @@ from node.engine.kernels.machine import named
 from node.engine.loading import load_stage
 from node.engine.model.attention import Segment
 from node.engine.model.checkpoint import read_checkpoint
-from node.engine.model.stage import Stage
+from node.engine.model.local_stage import LocalStage
 
 NEAR_TOKENS, FAR_TOKENS = 64, 16_000
 SHAPE: dict[str, Any] = {
@@ -35,7 +35,7 @@ SHAPE: dict[str, Any] = {
 class Behind:
     """A sequence of so many tokens; always the same next step."""
 
-    def __init__(self, stage: Stage, tokens: int) -> None:
+    def __init__(self, stage: LocalStage, tokens: int) -> None:
         self._stage, self._tokens = stage, tokens
         first = stage.sequence()
         ids = list(range(NEAR_TOKENS))
@@ -55,7 +55,7 @@ def measured(threads: int, rounds: int, steps: int = 8, far_tokens: int = FAR_TO
         make_checkpoint(Path(folder), SHAPE)
         checkpoint = read_checkpoint(Path(folder))
         stage = load_stage(checkpoint, 0, checkpoint.layers, wanted, threads).stage
-        assert isinstance(stage, Stage)
+        assert isinstance(stage, LocalStage)
         sides = {tokens: Behind(stage, tokens) for tokens in (NEAR_TOKENS, far_tokens)}
         taken: dict[int, list[Step]] = {tokens: [] for tokens in sides}
         for number in range(rounds + 1):

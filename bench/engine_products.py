@@ -136,7 +136,8 @@ class Model:
 
 
 def _weight(inputs: int, outputs: int, generator: torch.Generator) -> torch.Tensor:
-    return (torch.randn(outputs, inputs, generator=generator) / inputs**0.5).bfloat16()
+    weight: torch.Tensor = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+    return weight.bfloat16()
 
 
 def measured(

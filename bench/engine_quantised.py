@@ -32,7 +32,6 @@ def measured(directory: Path, stage: Stage, effort: Effort, batches: tuple[int, 
         except BadRequest as error:  # no kernel for it here
             skipped[quantize] = str(error)
             continue
-        assert isinstance(loaded, Stage)
         stages[quantize] = loaded
     no_llama = llama_side.absent()
     kinds = [] if no_llama else [kind for quantize, kind in BESIDE.items() if quantize in stages]

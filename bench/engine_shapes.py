@@ -59,7 +59,8 @@ def weights_read_bytes(config: Any, weight_bytes: int) -> int:
     dim = config.hidden_size // config.num_attention_heads
     attention = 2 * config.hidden_size * dim * (config.num_attention_heads + config.num_key_value_heads)
     layer = attention + 3 * config.hidden_size * config.intermediate_size
-    return weight_bytes * (config.num_hidden_layers * layer + config.vocab_size * config.hidden_size)
+    total: int = weight_bytes * (config.num_hidden_layers * layer + config.vocab_size * config.hidden_size)
+    return total
 
 
 def prompts(batch: int, vocab_size: int, tokens: int = PROMPT_TOKENS) -> list[list[int]]:

@@ -35,7 +35,7 @@ def make_copying(source: Path, target: Path) -> None:
     config = AutoConfig.from_pretrained(source, local_files_only=True)
     tied = config.tie_word_embeddings
     config.tie_word_embeddings = False
-    model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.bfloat16, local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.bfloat16, local_files_only=True)
     if tied:
         model.get_output_embeddings().weight = torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())
     teach_to_copy(model, PASSAGE_TOKENS, LAYER_SHARE)

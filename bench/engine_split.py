@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class Line:
         self._lost: EngineOutput | None = None
         for number, (engine, (start, end)) in enumerate(zip(self._engines, self._bounds)):
             engine.load(directory, MODEL, start, end)
-            engine.start(lambda outputs, number=number: self._carry(number, outputs))
+            engine.start(partial(self._carry, number))
 
     def _carry(self, number: int, outputs: list[EngineOutput]) -> None:
         """As `node.serving.stages` does: what a step gives goes on together."""

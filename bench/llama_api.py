@@ -11,8 +11,10 @@ import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
 from ctypes import POINTER, c_char_p, c_float, c_int8, c_int32, c_uint32, c_void_p
 from pathlib import Path
+from typing import Any
 
 PACKAGES = {"xllamacpp": "xllamacpp*.so", "llama_cpp": "lib/libllama.so"}  # module: where its library lies
 DISTRIBUTIONS = {"xllamacpp": "xllamacpp", "llama_cpp": "llama-cpp-python"}
@@ -44,6 +46,11 @@ class Batch(ctypes.Structure):
 
 class LlamaLibrary:
     """The functions that a benchmark of decoding needs."""
+
+    batch_init: Callable[..., Any]
+    free: Callable[..., None]
+    decode: Callable[..., int]
+    get_logits_ith: Callable[..., Any]
 
     def __init__(self) -> None:
         """Raises RuntimeError: no package has the library."""

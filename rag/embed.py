@@ -133,7 +133,7 @@ class MiniLM:
         from sentence_transformers import SentenceTransformer
         from transformers.utils import logging as transformers_logging
 
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's stderr is its log
+        transformers_logging.disable_progress_bar()  # a server's stderr is its log
         model = SentenceTransformer(
             str(self._checked()),
             device="cpu",

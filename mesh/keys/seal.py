@@ -94,7 +94,7 @@ class KeySeal:
         prefix = self._head + self._first + (at % _TIME_TURN).to_bytes(_TIME_BYTES, "big")
         nonce = os.urandom(_NONCE_BYTES)
         encrypted: bytes = self._ciphers[self._first][0].encrypt(nonce, body, self._associated(prefix, at))
-        return prefix + nonce + encrypted
+        return b"".join((prefix, nonce, encrypted))
 
     def open(self, datagram: bytes) -> bytes:
         _check_head(datagram, self._head)
@@ -160,7 +160,8 @@ def _decrypted(ciphers: Sequence[AESGCM], nonce: bytes, sealed: bytes, associate
     """Raises SealBroken when none of the keys, nearly always one, made it."""
     for cipher in ciphers:
         try:
-            return cipher.decrypt(nonce, sealed, associated)
+            body: bytes = cipher.decrypt(nonce, sealed, associated)
+            return body
         except InvalidTag:
             continue
     raise SealBroken(SealFault.DAMAGED)

@@ -12,12 +12,12 @@ import torch
 from mesh.errors import BadRequest
 from mesh.ids import ModelId
 from mesh.view import APPROXIMATE, ModelCard
-from node.engine import device, parallel_selfcheck, selfcheck
+from node.engine import device, selfcheck
 from node.engine.kernels import kernel_choice, machine
 from node.engine.kernels.kernel_choice import KernelChoice
 from node.engine.model.checkpoint import Checkpoint, config_value
-from node.engine.model.compiled_layers import NativeLayers
 from node.engine.model.linear import Kernel
+from node.engine.model.local_stage import LocalStage
 from node.engine.model.paged_stage import device_stage
 from node.engine.model.progress import LoadTracker
 from node.engine.model.stage import Stage
@@ -29,7 +29,7 @@ from node.engine.parallel.stage import ParallelStage
 class LoadedStage:
     """A stage, what it may claim, and how its kernel was chosen."""
 
-    stage: Stage | ParallelStage
+    stage: Stage
     numerics: str
     choice: KernelChoice
 
@@ -60,7 +60,7 @@ def load_stage(
     require_span(checkpoint, start, end, ranks)
     choice = _choice(checkpoint, wanted, quantize, ranks, on)
     inexact: Kernel | None = None
-    stage: Stage | ParallelStage | None
+    stage: Stage | None
     reasons: list[str] = []
     with ExitStack() as tried:  # ends what is not returned, whatever happens: its workers would stay
         for kernel in choice.kernels:
@@ -76,9 +76,7 @@ def load_stage(
                 break
             if not stage.loose and selfcheck.is_exact(stage):
                 tried.pop_all()
-                compiled = getattr(stage, "lean", None)
-                constants = compiled.constants if isinstance(compiled, NativeLayers) else ""
-                numerics = machine.fingerprint(checkpoint.weights, kernel, threads, ranks, on, constants)
+                numerics = machine.fingerprint(checkpoint.weights, kernel, threads, ranks, on, stage.constants)
                 return LoadedStage(stage, numerics, _settled(choice, kernel, reasons))
             inexact = inexact or kernel
             reasons.append(f"{kernel.name}: not exact")
@@ -138,7 +136,7 @@ def _alone(
     ranks: int,
     on: torch.device,
     graphs: bool,
-) -> Stage | ParallelStage:
+) -> Stage:
     """A stage, not yet packed, that `tried` ends; the one before is ended, and its memory is free."""
     tried.close()
     stage = _stage(checkpoint, start, end, kernel, threads, watch, ranks, on, graphs)
@@ -157,15 +155,15 @@ def _stage(
     ranks: int,
     on: torch.device,
     graphs: bool,
-) -> Stage | ParallelStage:
+) -> Stage:
     if ranks > 1:
         return ParallelStage(checkpoint, start, end, kernel, threads, ranks)
     if on != device.CPU:
         return device_stage(checkpoint, start, end, kernel, threads, watch, on, graphs)
-    return Stage(checkpoint, start, end, kernel, threads, watch)
+    return LocalStage(checkpoint, start, end, kernel, threads, watch)
 
 
-def _packed_and_compared(stage: Stage | ParallelStage, watch: LoadTracker) -> str:
+def _packed_and_compared(stage: Stage, watch: LoadTracker) -> str:
     """Packs the stage and compares it with the plain model; what is wrong with it, or nothing.
 
     Raises:
@@ -173,22 +171,13 @@ def _packed_and_compared(stage: Stage | ParallelStage, watch: LoadTracker) -> st
         WorkersLost: a worker has ended.
     """
     try:
-        plain = _packed_beside_plain(stage)
+        plain = selfcheck.pack_with_reference(stage)
         watch.checks()
         return "" if selfcheck.computes_like_the_plain_model(stage, plain) else "differs from the plain model"
     except (ValueError, RuntimeError) as error:  # no such kernel on this CPU, or not for these weights
         return " ".join(str(error).split())
     except (LookupError, AttributeError, TypeError, AssertionError, ArithmeticError) as error:
         raise cannot_serve(stage.checkpoint, why_it_failed(error)) from error
-
-
-def _packed_beside_plain(stage: Stage | ParallelStage) -> torch.Tensor:
-    """Packs the stage; what it must compute for the self-check."""
-    if isinstance(stage, Stage):
-        return selfcheck.pack_behind_the_plain_model(stage)
-    plain = parallel_selfcheck.plain_output(stage.checkpoint, stage.start, stage.end, stage.kernel, stage.threads)
-    stage.pack()
-    return plain
 
 
 def bare_card(checkpoint: Checkpoint, model: ModelId) -> ModelCard:

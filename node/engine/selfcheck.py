@@ -10,8 +10,8 @@ import torch
 
 from node.engine.model.attention import Segment
 from node.engine.model.checkpoint import sliding_window
+from node.engine.model.local_stage import LocalStage
 from node.engine.model.stage import Stage
-from node.engine.parallel.stage import ParallelStage
 
 PROBE_TOKENS = 41  # neither a multiple of 8 nor of any bucket
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -22,7 +22,7 @@ ROUNDED_TOLERANCE = {"fbgemm-fp16": 2e-2, "int8": 0.2, "int4": 1.0}
 class SelfcheckInput:
     """A made-up sequence as the stage's input: tokens for a first stage, else activations of unit size."""
 
-    def __init__(self, stage: Stage | ParallelStage, seed: int, count: int) -> None:
+    def __init__(self, stage: Stage, seed: int, count: int) -> None:
         numbers = torch.Generator().manual_seed(seed)
         checkpoint = stage.checkpoint
         self.stage = stage
@@ -39,7 +39,7 @@ class SelfcheckInput:
         return ids, hidden, range(span.start, span.stop)
 
 
-def run_together(stage: Stage | ParallelStage, probes: list[tuple[SelfcheckInput, int]]) -> torch.Tensor:
+def run_together(stage: Stage, probes: list[tuple[SelfcheckInput, int]]) -> torch.Tensor:
     """One packed step of the given probes with the given counts: all output rows, in order."""
     segments: list[Segment] = []
     positions: list[int] = []
@@ -62,19 +62,19 @@ def run_together(stage: Stage | ParallelStage, probes: list[tuple[SelfcheckInput
     )
 
 
-def plain_output(stage: Stage) -> torch.Tensor:
+def plain_output(stage: LocalStage) -> torch.Tensor:
     """The oracle's answer to the probe; before the stage is packed."""
     probe = SelfcheckInput(stage, seed=1, count=PROBE_TOKENS)
     return stage.plain(probe.ids, probe.hidden).float()
 
 
-def pack_behind_the_plain_model(stage: Stage) -> torch.Tensor:
-    """Packs the stage; the oracle's answer, as `plain_output`."""
+def pack_with_reference(stage: Stage) -> torch.Tensor:
+    """Packs the stage; returns what the plain model computes for the probe, float32 `[rows, hidden_size or vocab]`."""
     probe = SelfcheckInput(stage, seed=1, count=PROBE_TOKENS)
-    return stage.pack_behind(probe.ids, probe.hidden).float()
+    return stage.pack_with_reference(probe.ids, probe.hidden).float()
 
 
-def difference(stage: Stage | ParallelStage, plain: torch.Tensor) -> float:
+def difference(stage: Stage, plain: torch.Tensor) -> float:
     """The relative distance to the plain model that three rows in four keep; one in two where a rounding flips experts."""
     probe = SelfcheckInput(stage, seed=1, count=PROBE_TOKENS)
     parts = [run_together(stage, [(probe, count)]) for count in (PROBE_TOKENS - 18, 16, 1, 1)]
@@ -83,13 +83,13 @@ def difference(stage: Stage | ParallelStage, plain: torch.Tensor) -> float:
     return float(distance.quantile(0.5 if stage.checkpoint.mixture else 0.75))
 
 
-def computes_like_the_plain_model(stage: Stage | ParallelStage, plain: torch.Tensor) -> bool:
+def computes_like_the_plain_model(stage: Stage, plain: torch.Tensor) -> bool:
     kernel = stage.kernel
     rounded = ROUNDED_TOLERANCE.get(kernel.name, ROUNDED_TOLERANCE.get(kernel.quantize))
     return difference(stage, plain) <= (TOLERANCE[kernel.dtype] if rounded is None else rounded)
 
 
-def looks_through_its_window(stage: Stage | ParallelStage) -> bool:
+def looks_through_its_window(stage: Stage) -> bool:
     """Whether attention was told of the window that the config speaks of: the probe is shorter than most and cannot show it.
 
     Some models know their window in their own mask alone, which we do not read. After another check, which runs the stage.
@@ -98,7 +98,7 @@ def looks_through_its_window(stage: Stage | ParallelStage) -> bool:
     return window is None or window >= stage.checkpoint.max_model_len or window in stage.windows
 
 
-def is_exact(stage: Stage | ParallelStage) -> bool:
+def is_exact(stage: Stage) -> bool:
     """Whether a sequence comes out bit-equal alone in one piece, and in pieces among others."""
     alone = run_together(stage, [(SelfcheckInput(stage, 1, PROBE_TOKENS), PROBE_TOKENS)])
     probe, second, third = SelfcheckInput(stage, 1, PROBE_TOKENS), SelfcheckInput(stage, 2, 64), SelfcheckInput(stage, 3, 64)

@@ -47,11 +47,9 @@ from node.engine.kv.spill import Spill, SpillStatistics
 from node.engine.loading import LoadedStage, bare_card, card, kv_token_bytes, load_stage
 from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.progress import LoadProgress, LoadTracker, gib, log_progress
-from node.engine.model.stage import Stage
 from node.engine.model.stored_tensors import require_tensors
 from node.engine.model.structure import structure_of
 from node.engine.page_transfer import PageTransfer, shown_layout
-from node.engine.parallel.stage import ParallelStage
 from node.engine.sampling.constraints import Constraints
 from node.engine.sampling.draw_step import draw
 from node.engine.scheduling.scheduler import Scheduler
@@ -155,15 +153,15 @@ class TorchEngine:
                 loaded = load_stage(checkpoint, start, end, *wanted, watch, config.tensor_parallel, self._device, config.graphs)
             finally:
                 del self._watches[span]
-            plain = loaded.stage if isinstance(loaded.stage, Stage) and is_exact(loaded.numerics) else None
+            plain = loaded.stage if loaded.stage.holds_kv and is_exact(loaded.numerics) else None
             layout = shown_layout(plain) if plain is not None else None  # of pages that may go to peers; those of ranks stay
-            copies = loaded.stage.cutting.kv_copies if isinstance(loaded.stage, ParallelStage) else 1
-            block_bytes = BLOCK_TOKENS * kv_token_bytes(checkpoint, start, end, loaded.stage.kernel.dtype, copies)
+            dtype, copies = loaded.stage.kernel.dtype, loaded.stage.kv_copies
+            block_bytes = BLOCK_TOKENS * kv_token_bytes(checkpoint, start, end, dtype, copies)
             pool = BlockPool(max(1, self._kv_bytes // block_bytes))
             with self._lock:
                 self._pools[span] = (pool, block_bytes)
                 self._loaded[span] = loaded
-                self._kept[span] = PageStore(span, self._spill, isinstance(loaded.stage, ParallelStage))
+                self._kept[span] = PageStore(span, self._spill, not loaded.stage.holds_kv)
                 if layout is not None:
                     self.pages.add(span, layout, loaded.numerics)
                 self._cards[span] = card(checkpoint, model, loaded.numerics)
@@ -184,8 +182,7 @@ class TorchEngine:
                     ),
                 )
                 self._share_memory()
-            if isinstance(loaded.stage, ParallelStage):
-                loaded.stage.on_end(lambda reason: self._span_ended(span, loaded, reason))
+            loaded.stage.on_end(lambda reason: self._span_ended(span, loaded, reason))
             told = {"kernel": machine.named(loaded.stage.kernel), "numerics": loaded.numerics, "read": gib(watch.now.bytes)}
             log.info("span loaded", model=model, start=start, end=end, seconds=round(watch.now.seconds, 3), **told)
             return card(checkpoint, model, loaded.numerics)
@@ -220,7 +217,7 @@ class TorchEngine:
         rooms = {}
         for span, (pool, block_bytes) in self._pools.items():
             pool.resize(max(1, self._kv_bytes // len(self._pools) // block_bytes))
-            if not isinstance(self._loaded[span].stage, ParallelStage):  # whose pages lie with its ranks
+            if self._loaded[span].stage.holds_kv:  # whose pages lie with its ranks
                 rooms[span] = self._spill.room_for(block_bytes // PAGES_PER_BLOCK) // len(self._pools)
         self._scheduler.fit_pages(rooms)
 

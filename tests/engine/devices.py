@@ -17,8 +17,8 @@ from mesh.errors import BadRequest
 from node.engine.device import CPU, chosen
 from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.linear import KERNELS
+from node.engine.model.local_stage import LocalStage
 from node.engine.model.paged_stage import DeviceStage
-from node.engine.model.stage import Stage
 from node.engine.paged.recorded import Recorder, as_it_is, cuda_graph
 from tests.engine.offered import offered
 
@@ -46,12 +46,12 @@ def recorder() -> Recorder:
     return as_it_is if DEVICE == CPU else cuda_graph(DEVICE)
 
 
-def stage_on(directory: Path, start: int, end: int, kernel: str) -> Stage:
+def stage_on(directory: Path, start: int, end: int, kernel: str) -> LocalStage:
     """A packed stage on the device of the tests; a kernel for GPUs makes one with paged keys and values, on the CPU too."""
     checkpoint = read_checkpoint(directory)
     if KERNELS[kernel].attention:
-        stage: Stage = DeviceStage(checkpoint, start, end, KERNELS[kernel], 1, device=DEVICE, record=recorder())
+        stage: LocalStage = DeviceStage(checkpoint, start, end, KERNELS[kernel], 1, device=DEVICE, record=recorder())
     else:
-        stage = Stage(checkpoint, start, end, KERNELS[kernel], threads=1)
+        stage = LocalStage(checkpoint, start, end, KERNELS[kernel], threads=1)
     stage.pack()
     return stage

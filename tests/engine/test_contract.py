@@ -15,7 +15,7 @@ import torch
 from mesh.view import is_exact
 from node.engine.loading import LoadedStage, load_stage
 from node.engine.model.checkpoint import read_checkpoint
-from node.engine.model.stage import Stage
+from node.engine.model.local_stage import LocalStage
 from tests.engine.test_exactness import Part, Sequence, assert_same, continued, generate, prompt, step
 
 PROMPT, ANSWER = 140, 5
@@ -74,7 +74,7 @@ def test_every_cell_has_the_same_bits(
     loaded: LoadedStage = load_stage(checkpoint, 0, 4, dtype, threads, quantize)
     assert is_exact(loaded.numerics) and loaded.stage.kernel.quantize == quantize
     kernel, whole = loaded.stage.kernel, loaded.stage
-    early, late = Stage(checkpoint, 0, 3, kernel, threads), Stage(checkpoint, 1, 4, kernel, threads)
+    early, late = LocalStage(checkpoint, 0, 3, kernel, threads), LocalStage(checkpoint, 1, 4, kernel, threads)
     early.pack()
     late.pack()
     path = [(whole, 0, 4)]

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from node.engine.model.attention import Segment
-from node.engine.model.stage import Stage
+from node.engine.model.local_stage import LocalStage
 from tests.engine.checkpoints import EXACT, WHOLE_ONLY
 from tests.engine.devices import kernels, stage_on
 from tests.engine.offered import BFLOAT16, FLOAT32
 
-Part = tuple[Stage, int, int]
+Part = tuple[LocalStage, int, int]
 ANSWER = 6
 COMPILED = ["mesh-bf16", "mesh-fp32", "mesh-int8", "mesh-int4-fp32"]
 
@@ -97,7 +97,7 @@ def assert_same(one: Sequence, other: Sequence) -> None:
     assert one.tokens == other.tokens
 
 
-def load(directory: Path, start: int, end: int, kernel: str) -> Stage:
+def load(directory: Path, start: int, end: int, kernel: str) -> LocalStage:
     return stage_on(directory, start, end, kernel)
 
 

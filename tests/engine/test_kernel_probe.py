@@ -17,7 +17,7 @@ from node.engine.kernels.kernel_probe import refusal
 from node.engine.loading import load_stage
 from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.linear import KERNELS, Kernel, Rows
-from node.engine.model.stage import Stage
+from node.engine.model.local_stage import LocalStage
 from node.engine.native import library
 from node.engine.native.build import CannotBuild
 from node.engine.native.library import Isa, absence, native
@@ -78,12 +78,12 @@ def test_a_kernel_that_the_machine_lacks_is_no_candidate_and_costs_no_load(
 ) -> None:
     built: list[str] = []
 
-    class Watched(Stage):
+    class Watched(LocalStage):
         def __init__(self, *given: Any) -> None:
             built.append(given[3].name)
             super().__init__(*given)
 
-    monkeypatch.setattr(loading, "Stage", Watched)
+    monkeypatch.setattr(loading, "LocalStage", Watched)
     load_stage(read_checkpoint(checkpoint_of("llama")), 0, 2, "bfloat16", threads=1)
     assert built and "onednn-bf16" not in built and built[0] in ("mesh-bf16", "aten-bf16")
 

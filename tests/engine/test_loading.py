@@ -29,6 +29,7 @@ class Tried:
     kernel: Any
     fate: str
     closed: int = 0
+    constants: str = ""
 
     @property
     def loose(self) -> bool:
@@ -74,7 +75,7 @@ def test_whatever_stage_is_not_returned_is_closed_once(
         return bool(one.fate != "differs")
 
     monkeypatch.setattr(loading, "_stage", stage)
-    monkeypatch.setattr(loading, "_packed_beside_plain", Tried.pack)
+    monkeypatch.setattr(selfcheck, "pack_with_reference", Tried.pack)
     tries = KernelChoice(tuple(KERNELS[name] for name in NAMES), "")
     monkeypatch.setattr(loading.kernel_choice, "choose", lambda *given: tries)
     monkeypatch.setattr(selfcheck, "computes_like_the_plain_model", compared)

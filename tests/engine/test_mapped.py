@@ -20,9 +20,9 @@ from node.engine.kernels.kernel_choice import KernelChoice
 from node.engine.loading import load_stage
 from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.linear import KERNELS, linear_modules
+from node.engine.model.local_stage import LocalStage
 from node.engine.model.mapped import MappedTensors
 from node.engine.model.packing import SpanPacker
-from node.engine.model.stage import Stage
 from node.engine.native.library import absence
 from node.engine.selfcheck import SelfcheckInput, run_together
 from tests.engine.checkpoints import make_checkpoint
@@ -112,11 +112,11 @@ def test_weights_that_are_stored_narrower_are_widened_one_by_one_and_say_the_sam
         (directory / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}))
         saved = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         save_file(saved, directory / "model.safetensors", {"format": "pt"})
-    stages = [Stage(read_checkpoint(directory), 0, 4, KERNELS["mesh-fp32"], threads=1) for directory in (narrow, full)]
+    stages = [LocalStage(read_checkpoint(directory), 0, 4, KERNELS["mesh-fp32"], threads=1) for directory in (narrow, full)]
     dtypes = {layer.weight.dtype for _, _, layer in linear_modules(stages[0]._slots)}
     assert dtypes == {stored}, "as they are stored"
     assert stages[0].model.get_input_embeddings().weight.dtype is torch.float32
-    plain = [selfcheck.pack_behind_the_plain_model(stage) for stage in stages]
+    plain = [selfcheck.pack_with_reference(stage) for stage in stages]
     assert torch.equal(*plain)
     assert torch.equal(*(run_together(stage, [(SelfcheckInput(stage, 1, 40), 40)]) for stage in stages))
 
@@ -138,13 +138,13 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """Each stage that a load builds, by kernel; at no time may there be two."""
     found: list[tuple[str, Any]] = []
 
-    class Watched(Stage):
+    class Watched(LocalStage):
         def __init__(self, *given: Any) -> None:
             assert all(other() is None for _, other in found), "two stages at once"
             found.append((given[3].name, weakref.ref(self)))
             super().__init__(*given)
 
-    monkeypatch.setattr(loading, "Stage", Watched)
+    monkeypatch.setattr(loading, "LocalStage", Watched)
     tries = KernelChoice((KERNELS["aten-fp32"], KERNELS["aten-bf16"]), "the first")
     monkeypatch.setattr(loading.kernel_choice, "choose", lambda *given: tries)
     return found

@@ -18,7 +18,7 @@ from node.engine.model.attention import Segment
 from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.compiled_layers import Interleaved, NativeLayers
 from node.engine.model.linear import KERNELS, linear_modules
-from node.engine.model.stage import Stage
+from node.engine.model.local_stage import LocalStage
 from node.engine.native import build, product
 from node.engine.native.build import CannotBuild, built
 from node.engine.native.library import Isa, NativeLibrary, WeightKind, native
@@ -117,7 +117,7 @@ def test_a_product_is_whole_when_the_call_returns_however_many_threads_worked_on
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
 def test_compiled_layers_compute_what_the_plain_model_does(name: str, checkpoint_of: Callable[[str], Path]) -> None:
     for start, end in ((0, 4), (1, 3)):
-        stage = Stage(read_checkpoint(checkpoint_of(name)), start, end, KERNELS["mesh-fp32"], threads=1)
+        stage = LocalStage(read_checkpoint(checkpoint_of(name)), start, end, KERNELS["mesh-fp32"], threads=1)
         for parameter, tensor in stage.model.named_parameters():
             if "norm" in parameter:
                 tensor.copy_(1 + numbers(*tensor.shape) / 2)  # as made they are all ones
@@ -133,7 +133,7 @@ def test_compiled_layers_compute_what_the_plain_model_does(name: str, checkpoint
 def test_compiled_layers_give_the_same_bits_on_every_instruction_set(
     name: str, kernel: str, library: NativeLibrary, checkpoint_of: Callable[[str], Path]
 ) -> None:
-    stage = Stage(read_checkpoint(checkpoint_of(name)), 0, 4, KERNELS[kernel], threads=1)
+    stage = LocalStage(read_checkpoint(checkpoint_of(name)), 0, 4, KERNELS[kernel], threads=1)
     stage.pack()
     assert isinstance(stage.lean, NativeLayers)
     ids = torch.randint(0, 500, (19,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -194,7 +194,7 @@ def test_a_quantised_model_computes_with_rounded_weights_and_rows_and_nothing_el
     checkpoint = read_checkpoint(random_model)
     ids = torch.randint(0, checkpoint.vocab_size, (64,), generator=torch.Generator().manual_seed(5)).tolist()
     for end in (1, checkpoint.layers):
-        whole, rounded = (Stage(checkpoint, 0, end, KERNELS["mesh-fp32"], threads=1) for _ in range(2))
+        whole, rounded = (LocalStage(checkpoint, 0, end, KERNELS["mesh-fp32"], threads=1) for _ in range(2))
         round_linear_layers(rounded, quantize)
         plain, meant = (stage.plain(ids, None).float() for stage in (whole, rounded))
         loaded = load_stage(checkpoint, 0, end, "float32", 1, quantize)
@@ -211,7 +211,7 @@ def test_a_quantised_model_computes_with_rounded_weights_and_rows_and_nothing_el
     assert 1e-4 < cost_nats < {"int8": 0.04, "int4": 4.0}[quantize]
 
 
-def round_linear_layers(stage: Stage, quantize: str) -> None:
+def round_linear_layers(stage: LocalStage, quantize: str) -> None:
     for parent, name, layer in list(linear_modules(stage.model)):
         numbers, scale = int8_of(layer.weight) if quantize == "int8" else int4_of(layer.weight)
         if quantize == "int4":

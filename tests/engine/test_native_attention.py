@@ -13,7 +13,7 @@ from node.engine.model.attention import Segment
 from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.compiled_layers import NativeLayers
 from node.engine.model.linear import KERNELS
-from node.engine.model.stage import Stage
+from node.engine.model.local_stage import LocalStage
 from node.engine.native.library import Isa, NativeLibrary, native
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.offered import needs_compiled
@@ -46,7 +46,7 @@ def tokens() -> list[int]:
     return torch.randint(0, 500, (TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
-def logits(stage: Stage, counts: list[int]) -> torch.Tensor:
+def logits(stage: LocalStage, counts: list[int]) -> torch.Tensor:
     """Of one sequence in pieces of `counts` and the rest one by one, among another that is as long as the piece."""
     ids, kv, out, done = tokens(), stage.sequence(), [], 0
     while done < TOKENS:
@@ -62,7 +62,7 @@ def logits(stage: Stage, counts: list[int]) -> torch.Tensor:
 
 
 def test_every_position_gets_what_the_plain_model_gives_it(checkpoint: Path) -> None:
-    stage = Stage(read_checkpoint(checkpoint), 0, 2, KERNELS["mesh-fp32"], threads=1)
+    stage = LocalStage(read_checkpoint(checkpoint), 0, 2, KERNELS["mesh-fp32"], threads=1)
     plain = stage.plain(tokens(), None)
     stage.pack()
     assert isinstance(stage.lean, NativeLayers)
@@ -75,7 +75,7 @@ def test_every_position_gets_what_the_plain_model_gives_it(checkpoint: Path) -> 
 def test_a_position_has_the_same_bits_however_the_sequence_was_cut_on_every_instruction_set_and_with_two_threads(
     kernel: str, checkpoint: Path, library: NativeLibrary
 ) -> None:
-    stage = Stage(read_checkpoint(checkpoint), 0, 2, KERNELS[kernel], threads=1)
+    stage = LocalStage(read_checkpoint(checkpoint), 0, 2, KERNELS[kernel], threads=1)
     stage.pack()
     whole = logits(stage, [TOKENS])
     assert not whole.isnan().any()
@@ -92,7 +92,7 @@ def test_a_position_has_the_same_bits_however_the_sequence_was_cut_on_every_inst
 
 def test_rows_outside_every_sequence_are_answered_by_nothing(checkpoint: Path) -> None:
     """What their attention gave is zero, so such a row is the same whatever stands in the others."""
-    stage = Stage(read_checkpoint(checkpoint), 0, 2, KERNELS["mesh-fp32"], threads=1)
+    stage = LocalStage(read_checkpoint(checkpoint), 0, 2, KERNELS["mesh-fp32"], threads=1)
     stage.pack()
     alone = stage.forward(0, 2, [Segment(0, 1, 0, stage.sequence())], [0, 0], ids=[5, 9], logits_at=[0, 1])
     other = stage.forward(0, 2, [Segment(0, 1, 0, stage.sequence())], [0, 0], ids=[77, 9], logits_at=[0, 1])

@@ -12,7 +12,7 @@ from node.engine.model import compiled_layers
 from node.engine.model.attention import Segment
 from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.linear import KERNELS
-from node.engine.model.stage import Stage
+from node.engine.model.local_stage import LocalStage
 from node.engine.native import build, product
 from node.engine.native.build import AVX2, AVX512, PARTS, ObjectFile, compiled, compilers
 from node.engine.native.library import Isa, NativeLibrary, native
@@ -89,7 +89,7 @@ def test_layers_with_imitated_tiles_have_the_bits_of_avx2(
         monkeypatch.setattr(compiled_layers, "native", lambda library=library: library)
         monkeypatch.setattr(product, "native", lambda library=library: library)
         for quantize in ("none", "int8"):
-            stage = Stage(checkpoint, 0, 2, KERNELS["mesh-bf16" if quantize == "none" else "mesh-int8"], threads=1)
+            stage = LocalStage(checkpoint, 0, 2, KERNELS["mesh-bf16" if quantize == "none" else "mesh-int8"], threads=1)
             stage.pack()
             kv, at = stage.sequence(), 0
             for count in (290, 1, 1, 40, 3, 64, 1):

@@ -12,7 +12,7 @@ import torch
 
 from node.engine.faults import all_finite, finite_rows
 from node.engine.model.attention import Segment
-from node.engine.model.stage import Stage
+from node.engine.model.local_stage import LocalStage
 from tests.engine.devices import kernels, stage_on
 from tests.engine.offered import FLOAT32
 
@@ -39,7 +39,7 @@ PATHS += paths(("mixtral", "gpt_oss", "deepseek_v3"), FLOAT32)  # of experts
 class Fed:
     """A sequence behind layer 1, by the activations that it is given."""
 
-    def __init__(self, stage: Stage, seed: int, bad: float | None = None) -> None:
+    def __init__(self, stage: LocalStage, seed: int, bad: float | None = None) -> None:
         self.stage = stage
         self.numbers = torch.Generator().manual_seed(seed)
         self.kv = stage.sequence()
@@ -67,7 +67,7 @@ def step(*fed: tuple[Fed, int]) -> None:
         one.out.append(out[segment.row : segment.row + count].clone())
 
 
-def alone(stage: Stage, *counts: int, seed: int = 1) -> torch.Tensor:
+def alone(stage: LocalStage, *counts: int, seed: int = 1) -> torch.Tensor:
     one = Fed(stage, seed)
     for count in counts:
         step((one, count))

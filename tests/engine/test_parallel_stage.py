@@ -17,16 +17,17 @@ from safetensors.torch import load_file, save_file
 from mesh.errors import BadRequest
 from mesh.ids import ModelId
 from mesh.view import Span
-from node.engine import parallel_selfcheck, selfcheck
+from node.engine import selfcheck
 from node.engine.kv.page_store import PageStore
 from node.engine.model import tensor_shard
 from node.engine.model.all_reduce import GroupAllReduce, SharedEmbedding, SummedProduct
 from node.engine.model.attention import Segment
-from node.engine.model.checkpoint import read_checkpoint
-from node.engine.model.linear import KERNELS
-from node.engine.model.stage import Stage
+from node.engine.model.checkpoint import Checkpoint, read_checkpoint
+from node.engine.model.linear import KERNELS, Kernel
+from node.engine.model.local_stage import LocalStage
 from node.engine.model.tensor_shard import Shard, cutting_of
 from node.engine.parallel.messages import ForgetNumber, ForwardStep, KeepPage, RestoreSequence
+from node.engine.parallel.reference import plain_output
 from node.engine.parallel.stage import ParallelStage, SharedPage
 from node.engine.parallel.worker_group import WorkersLost
 from tests.engine.checkpoints import make_checkpoint
@@ -69,10 +70,16 @@ def test_tokens_and_logits_are_bit_equal_however_a_sequence_is_computed(
             assert_same(alone, generate(Sequence(prompt(1, 70), [(again, 0, 4)]), chunk=512))
 
 
+def reference_output(checkpoint: Checkpoint, start: int, end: int, kernel: Kernel) -> torch.Tensor:
+    """Of the self-check's probe, float32."""
+    probe = selfcheck.SelfcheckInput(LocalStage(checkpoint, start, start + 1, kernel, 1), 1, selfcheck.PROBE_TOKENS)
+    return plain_output(checkpoint, start, end, kernel, 1, probe.ids, probe.hidden).float()
+
+
 @pytest.mark.parametrize("name", CUT)
 def test_architectures_that_can_be_cut_compute_what_the_plain_model_does(name: str, checkpoint_of: Callable[[str], Path]) -> None:
     directory, kernel = checkpoint_of(name), KERNELS[FLOAT32]
-    plain = parallel_selfcheck.plain_output(read_checkpoint(directory), 0, 4, kernel, 1)
+    plain = reference_output(read_checkpoint(directory), 0, 4, kernel)
     with ranks_of(directory, 2, FLOAT32) as stage:
         assert selfcheck.difference(stage, plain) < 1e-5
         assert selfcheck.looks_through_its_window(stage)
@@ -84,8 +91,8 @@ def test_architectures_that_can_be_cut_compute_what_the_plain_model_does(name: s
 def test_the_oracle_computes_layer_by_layer_what_the_plain_stage_computes_at_once(checkpoint_of: Callable[[str], Path]) -> None:
     checkpoint, kernel = read_checkpoint(checkpoint_of("gemma2")), KERNELS["aten-bf16"]
     for start, end in ((0, 4), (1, 3)):
-        at_once = selfcheck.plain_output(Stage(checkpoint, start, end, kernel, 1))
-        assert torch.equal(parallel_selfcheck.plain_output(checkpoint, start, end, kernel, 1), at_once)
+        at_once = selfcheck.plain_output(LocalStage(checkpoint, start, end, kernel, 1))
+        assert torch.equal(reference_output(checkpoint, start, end, kernel), at_once)
 
 
 def test_other_numbers_of_ranks_round_otherwise(checkpoint_of: Callable[[str], Path]) -> None:
@@ -121,10 +128,10 @@ def test_a_middle_that_does_not_divide_is_refused_by_name(tmp_path: Path) -> Non
 def test_a_kernel_that_does_not_exist_here_is_the_kernels_fault_alone(
     checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_kernel(self: Stage) -> None:
+    def no_kernel(self: LocalStage) -> None:
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(Stage, "pack", no_kernel)
+    monkeypatch.setattr(LocalStage, "pack", no_kernel)
     with pytest.raises(ValueError, match="no such instruction"):
         parallel(checkpoint_of("llama"), 2, FLOAT32)
 
@@ -167,12 +174,12 @@ def test_a_rank_reads_its_own_part_of_the_span_alone(
     monkeypatch.setattr(tensor_shard, "safe_open", Counted)
     checkpoint = read_checkpoint(checkpoint_of("llama"))
     kernel = KERNELS[FLOAT32]
-    whole = sum(tensor.nbytes for tensor in Stage(checkpoint, 0, 4, kernel, 1).model.parameters())
+    whole = sum(tensor.nbytes for tensor in LocalStage(checkpoint, 0, 4, kernel, 1).model.parameters())
     for ranks in (2, 4):
         cutting = cutting_of(checkpoint, ranks)
         for rank in range(ranks):
             read_bytes.clear()
-            Stage(checkpoint, 0, 4, kernel, 1, shard=Shard(cutting, rank))
+            LocalStage(checkpoint, 0, 4, kernel, 1, shard=Shard(cutting, rank))
             assert sum(read_bytes) < whole * (1 / ranks + 0.05)  # norms are read by all, and KV heads by two of four
 
 
@@ -182,7 +189,7 @@ def test_a_bias_behind_a_sum_is_added_once(tmp_path: Path) -> None:
     stored = load_file(file)
     save_file({name: torch.ones_like(held) if name.endswith(".bias") else held for name, held in stored.items()}, file)
     checkpoint = read_checkpoint(directory)
-    held = [Stage(checkpoint, 0, 1, KERNELS[FLOAT32], 1, shard=Shard(cutting_of(checkpoint, 2), rank)) for rank in range(2)]
+    held = [LocalStage(checkpoint, 0, 1, KERNELS[FLOAT32], 1, shard=Shard(cutting_of(checkpoint, 2), rank)) for rank in range(2)]
     first, second = (stage.model.model.layers[0].self_attn.o_proj.bias for stage in held)
     assert first.shape == second.shape == (64,)
     assert first.all() and not second.any()

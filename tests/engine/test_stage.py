@@ -21,13 +21,13 @@ from node.engine.loading import load_stage
 from node.engine.model.attention import NAME, Segment, mesh_attention
 from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.linear import KERNELS
-from node.engine.model.stage import Stage
+from node.engine.model.local_stage import LocalStage
 from tests.engine.checkpoints import COMMON, EXACT, make_checkpoint
 from tests.engine.offered import FLOAT32
 
 
-def stage_of(directory: Path, start: int, end: int) -> Stage:
-    return Stage(read_checkpoint(directory), start, end, KERNELS[FLOAT32], threads=1)
+def stage_of(directory: Path, start: int, end: int) -> LocalStage:
+    return LocalStage(read_checkpoint(directory), start, end, KERNELS[FLOAT32], threads=1)
 
 
 @pytest.mark.torchs_kernel

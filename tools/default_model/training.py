@@ -79,7 +79,7 @@ def train(plan: Plan, run: Run, model: Model, optimisers: Optimisers, clock: Cal
     feed = batches(plan.work, run.seed, run.steps, run.step_tokens, stage_of, plan.workers)
     for stage, batch in feed:
         loss, sums = _loss(model, forward, batch, device, compute)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = optimisers.step(progress(run.steps))
         if not norm < float("inf"):
             raise FloatingPointError(f"gradient norm {norm} at step {run.steps}")

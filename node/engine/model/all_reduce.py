@@ -51,7 +51,7 @@ def join_group(meeting: Path, rank: int, ranks: int, device: torch.device, timeo
     Raises:
         RuntimeError: they did not all come in time.
     """
-    store = dist.FileStore(str(meeting), ranks)
+    store = torch._C._distributed_c10d.FileStore(str(meeting), ranks)
     store.set_timeout(timedelta(seconds=timeout_s))
     group: Any
     if device.type == "cuda":
@@ -59,7 +59,8 @@ def join_group(meeting: Path, rank: int, ranks: int, device: torch.device, timeo
         nccl._timeout = timedelta(seconds=timeout_s)
         group = dist.ProcessGroupNCCL(store, rank, ranks, nccl)
     else:
-        gloo = dist.ProcessGroupGloo._Options()
+        process_group: Any = dist.ProcessGroupGloo  # whose options have no type
+        gloo = process_group._Options()
         gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
         gloo._timeout = timedelta(seconds=timeout_s)
         group = dist.ProcessGroupGloo(store, rank, ranks, gloo)
@@ -95,7 +96,8 @@ class SharedEmbedding(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The rank's part; models read its dtype at most."""
-        weight: torch.Tensor = self.held.weight
+        weight = self.held.weight
+        assert isinstance(weight, torch.Tensor)
         return weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

@@ -234,7 +234,8 @@ def set_batch(batch: PackedBatch | None) -> None:
 
 def running_rows() -> int:
     """Rows of this thread's batch that belong to a sequence; the last of them is followed by padding alone."""
-    return max(segment.row + segment.count for segment in _thread.batch.segments)
+    batch: PackedBatch = _thread.batch
+    return max(segment.row + segment.count for segment in batch.segments)
 
 
 def padded(tokens: int, quantum: int) -> int:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mesh.errors import BadRequest
@@ -131,7 +131,9 @@ def _model_class(directory: Path, config: PretrainedConfig) -> type:
         what = ", ".join(declared) or kind
         _refuse_other_senses(directory, config, what)
         raise _refusal(f"{directory.name} is {what}, not a causal language model; a {KNOWN_GOOD} checkpoint would work")
-    return model_class[0] if isinstance(model_class, tuple) else model_class
+    chosen = model_class[0] if isinstance(model_class, tuple) else model_class
+    assert isinstance(chosen, type)
+    return chosen
 
 
 def _refuse_other_senses(directory: Path, config: PretrainedConfig, what: str) -> None:

@@ -143,7 +143,8 @@ def fits(model: Any, base: Any, slots: nn.ModuleList, start: int, end: int) -> b
         return False
     norms = [base.norm]
     for layer in slots[start:end]:
-        attention, mlp = layer.self_attn, layer.mlp
+        attention: Any = layer.self_attn
+        mlp = layer.mlp
         linear = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
         linear += [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         of_heads = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]

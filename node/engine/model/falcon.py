@@ -19,6 +19,7 @@ class FalconMeshAttention(modeling_falcon.FalconAttention):
             return super().forward(hidden_states, *args, **kwargs)
         query, key, value = (side.transpose(1, 2) for side in self._split_heads(self.query_key_value(hidden_states)))
         if self.new_decoder_architecture:  # which repeats keys and values for each query; one of each is enough for us
+            assert self.num_kv_heads is not None
             apart = self.num_heads // self.num_kv_heads
             key, value = key[:, ::apart], value[:, ::apart]
         query, key = modeling_falcon.apply_rotary_pos_emb(query, key, *kwargs["position_embeddings"])

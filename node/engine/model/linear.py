@@ -287,6 +287,7 @@ def linear_modules(root: nn.Module) -> Iterable[tuple[nn.Module, str, nn.Module]
 
 def weight_of(layer: nn.Module, kernel: Kernel) -> torch.Tensor:
     """The layer's weight as `[outputs, inputs]`, GPT-2 keeps it the other way round, for the kernel to pack."""
+    assert isinstance(layer, nn.Linear | Conv1D)
     weight: torch.Tensor = layer.weight.data
     if not kernel.compiled:  # which takes it as it is stored
         weight = weight.to(kernel.dtype)
@@ -300,7 +301,8 @@ def pack(layer: nn.Module, kernel: Kernel) -> PackedLinear:
         ValueError: the kernel cannot hold these weights.
     """
     weight = weight_of(layer, kernel)
-    bias = None if layer.bias is None else layer.bias.data
+    held = layer.bias
+    bias = held.data if isinstance(held, torch.Tensor) else None
     outputs, inputs = weight.shape
     form = NarrowLinear if outputs < NARROW else PackedLinear
     return form(kernel.pack(weight, bias), inputs, outputs, BUCKETS)

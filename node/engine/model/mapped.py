@@ -82,7 +82,9 @@ class _InUse:
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        self._held = layer.weight
+        held = layer.weight
+        assert isinstance(held, nn.Parameter)
+        self._held = held
         layer.register_forward_pre_hook(self._widen)
         layer.register_forward_hook(self._restore, always_call=True)
 

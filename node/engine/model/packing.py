@@ -157,7 +157,8 @@ class SpanPacker:
         for number in range(self._span.start, self._span.end):
             slot = self._span.slots[number]
             for _, _, layer in linear_modules(slot):
-                weight: torch.Tensor = layer.weight
+                weight = layer.weight
+                assert isinstance(weight, torch.Tensor)
                 widths |= {width for width in weight.shape if width >= NARROW}
             widths |= expert_widths(slot)
         chunk = VECTOR_ELEMENTS * self._threads

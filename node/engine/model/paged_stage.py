@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from node.engine.model.attention import PackedBatch, Segment
 from node.engine.model.checkpoint import Checkpoint
 from node.engine.model.linear import Kernel, bucket_for
+from node.engine.model.local_stage import LocalStage
 from node.engine.model.packing import SpanPacker
 from node.engine.model.progress import LoadTracker
-from node.engine.model.stage import Stage
 from node.engine.paged.attention import ATTENTION, PagedStep
 from node.engine.paged.kv import PagedKV, PagedStore
 from node.engine.paged.plan import PagedPlan, PagedSegment, padded_decode, plan_step
@@ -29,7 +29,7 @@ from node.engine.paged.staging import Staging
 MAX_RECORDED = 64  # rows; larger steps take so long that launches hide behind them
 
 
-class DeviceStage(Stage):
+class DeviceStage(LocalStage):
     """The loaded span on `device`. `forward` may be called by one thread at a time; it takes and gives tensors of the host."""
 
     def __init__(
@@ -77,7 +77,7 @@ class DeviceStage(Stage):
         hidden: torch.Tensor | None = None,
         logits_at: Sequence[int] = (),
     ) -> torch.Tensor:
-        """As `Stage.forward`; the rows of `segments` stand one behind the other."""
+        """As `LocalStage.forward`; the rows of `segments` stand one behind the other."""
         rows = len(positions)
         bucket = bucket_for(rows, self.buckets)
         last = end == self.layers and len(logits_at) > 0

@@ -1,7 +1,7 @@
 """One rank's part of a model: smaller matrices put into the model's own modules, of which only these parts are read.
 
-The model's class is pruned to the span as ever (`node.engine.model.stage`); then each module that is cut is told its own, smaller
-shape. Weights come through the ordinary loader, which takes each tensor as a slice of its file; here the slice is the
+The model's class is pruned to the span (`node.engine.model.local_stage`); then each module that is split gets its own,
+smaller shape. Weights come through the ordinary loader, which takes each tensor as a slice of its file; here the slice is the
 rank's. Biases of matrices that are cut by inputs belong to the sum once, so only the first rank has them.
 """
 

@@ -68,7 +68,8 @@ def exp(x: Doubles) -> Doubles:
     whole = np.rint(x * LOG2_E)
     rest = (x - whole * LN2_HIGH) - whole * LN2_LOW
     series = _polynomial(rest, tuple(1.0 / math.factorial(power) for power in range(15)))
-    return np.ldexp(series, whole.astype(np.int64))
+    scaled: Doubles = np.ldexp(series, whole.astype(np.int64))
+    return scaled
 
 
 def exp32(x: Floats) -> Floats:
@@ -78,7 +79,8 @@ def exp32(x: Floats) -> Floats:
     rest = x - whole * np.float32(0.693359375)
     rest += whole * np.float32(2.12194440e-4)
     series = _polynomial(rest, tuple(1.0 / math.factorial(power) for power in range(8)))
-    return series * ((whole.astype(np.int32) + np.int32(127)) << np.int32(23)).view(np.float32)
+    scale: Floats = ((whole.astype(np.int32) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return series * scale
 
 
 def log(x: Doubles) -> Doubles:
@@ -91,7 +93,8 @@ def log(x: Doubles) -> Doubles:
     squared = ratio * ratio
     series = squared * _polynomial(squared, LOG_TERMS)
     half = 0.5 * fraction * fraction
-    return power * LN2_HIGH - ((half - (ratio * (half + series) + power * LN2_LOW)) - fraction)
+    result: Doubles = power * LN2_HIGH - ((half - (ratio * (half + series) + power * LN2_LOW)) - fraction)
+    return result
 
 
 def sin_cos(x: Doubles) -> tuple[Doubles, Doubles]:
@@ -120,6 +123,9 @@ def power(base: Doubles, exponent: Doubles) -> Doubles:
 
 class PortableMath(TorchDispatchMode):
     """Within this, torch's elementary functions on the CPU are those of this module, rounded to the tensor's dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         replaced = REPLACED.get(func)

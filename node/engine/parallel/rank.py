@@ -16,7 +16,7 @@ from node.engine.model.all_reduce import join_group
 from node.engine.model.attention import Segment
 from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.linear import KERNELS
-from node.engine.model.stage import Stage
+from node.engine.model.local_stage import LocalStage
 from node.engine.model.tensor_shard import Shard, cutting_of
 from node.engine.parallel.messages import (
     Change,
@@ -35,7 +35,7 @@ from node.engine.parallel.messages import (
 class Rank:
     """A loaded shard, and what is kept in it."""
 
-    def __init__(self, stage: Stage, first: bool) -> None:
+    def __init__(self, stage: LocalStage, first: bool) -> None:
         self._stage = stage
         self._first = first
         self._sequences: dict[int, SequenceKV] = {}
@@ -89,7 +89,7 @@ def serve(channel: Channel) -> None:
     try:
         checkpoint = read_checkpoint(Path(begin.directory))
         shard = Shard(cutting_of(checkpoint, begin.ranks), begin.rank)
-        stage = Stage(checkpoint, begin.start, begin.end, KERNELS[begin.kernel], begin.threads, shard=shard)
+        stage = LocalStage(checkpoint, begin.start, begin.end, KERNELS[begin.kernel], begin.threads, shard=shard)
         stage.pack()
     except (ValueError, RuntimeError, BadRequest) as error:
         channel.send(ShardLoaded(refused=str(error), unservable=isinstance(error, BadRequest)))

@@ -1,4 +1,4 @@
-"""A stage whose span several worker processes compute together: to the engine it looks like `node.engine.model.stage.Stage`.
+"""A stage whose span several worker processes compute together (`node.engine.model.stage`).
 
 Every rank does every step, on its part of the heads and of the MLP; what a step needs is told to all of them alike. Keys
 and values stay with the ranks: here are only their numbers, and what is dropped here is forgotten there with the next step.
@@ -36,6 +36,7 @@ from node.engine.parallel.messages import (
     SegmentRows,
     ShardLoaded,
 )
+from node.engine.parallel.reference import plain_output
 from node.engine.parallel.worker_group import WorkerGroup, WorkersLost
 
 LOAD_TIMEOUT_S = 1800.0  # a part of a large model from a slow disk; a rank that dies meanwhile is noticed at once
@@ -75,7 +76,10 @@ class SharedPage(RankHandle):
 
 
 class ParallelStage:
-    """The span in `ranks` worker processes, from `pack` on. `forward` may be called by one thread at a time."""
+    """A loaded span that `ranks` worker processes compute, from `pack` on; see `node.engine.model.stage`."""
+
+    holds_kv = False
+    constants = ""
 
     def __init__(
         self,
@@ -96,6 +100,7 @@ class ParallelStage:
         self.threads = threads
         self.ranks = ranks
         self.loose = False  # what is cut is packed
+        self.kv_copies = self.cutting.kv_copies
         self.parameters = 0  # of all ranks together
         self.windows: set[int] = set()  # as `Stage.windows`
         self._step_timeout_s = step_timeout_s
@@ -133,6 +138,15 @@ class ParallelStage:
             shutil.rmtree(meeting, ignore_errors=True)
         self.parameters = sum(each.parameters for each in loaded)
         self._crew = crew
+
+    def pack_with_reference(self, ids: Sequence[int] | None, hidden: torch.Tensor | None) -> torch.Tensor:
+        """Computes the reference whole and plain in this process, then packs.
+
+        Raises: as `pack`.
+        """
+        plain = plain_output(self.checkpoint, self.start, self.end, self.kernel, self.threads, ids, hidden)
+        self.pack()
+        return plain
 
     def _begin(self, rank: int, meeting: Path) -> LoadShard:
         directory = str(self.checkpoint.directory.resolve())

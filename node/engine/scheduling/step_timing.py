@@ -34,7 +34,7 @@ class StepTiming:
         smaller = [other for of, other in self._average_s if of == layers and other < size]
         if not smaller:
             return FIRST_STEP_S
-        return max(FIRST_STEP_S, self._average_s[layers, max(smaller)] * 2 ** (size - max(smaller)))
+        return max(FIRST_STEP_S, self._average_s[layers, max(smaller)] * 2.0 ** (size - max(smaller)))
 
     def give_up(self) -> None:
         """Nothing came of the step: its time says nothing."""
