@@ -98,6 +98,16 @@ def test_row_counts_that_round_differently_are_found_out() -> None:
     assert agreeing_buckets(product, 8, torch.float32) == tuple(count for count in BUCKETS if count not in (2, 24))
 
 
+@pytest.mark.parametrize("rest", [BUCKETS[4:6], BUCKETS[6:9], BUCKETS[4:12], BUCKETS[4:14], BUCKETS[4:]], ids=str)
+def test_of_row_counts_that_round_in_two_ways_the_larger_set_is_taken(rest: tuple[int, ...]) -> None:
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        return rows * (1.5 if rows.shape[0] in rest else 1.0)
+
+    small = [count for count in BUCKETS if count not in rest]
+    expected = small if len(small) > len(rest) else rest
+    assert agreeing_buckets(product, 8, torch.float32) == tuple(expected)
+
+
 def test_a_kernel_that_treats_places_differently_is_found_out() -> None:
     def product(rows: torch.Tensor) -> torch.Tensor:
         return rows * torch.linspace(1.0, 1.1, rows.shape[0])[:, None] if rows.shape[0] > 4 else rows.clone()

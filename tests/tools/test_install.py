@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,11 @@ class FakeVenv:
         for name, content in files.items():
             (self._bin / name).write_text(content)
 
+    def compilations(self) -> list[list[str]]:
+        """The words of each call of compileall."""
+        said = (self._bin / "said").read_text().splitlines()
+        return [line.split()[2:] for line in said if line.startswith("-m compileall")]
+
     def installs(self) -> list[list[str]]:
         """The words of each `pip install`."""
         said = (self._bin / "said").read_text().splitlines()
@@ -59,8 +65,8 @@ def run(venv: FakeVenv, *words: str) -> int:
     return install.main(["--venv", str(venv.path), "--cpu-index", INDEX, *words])
 
 
-EVERYTHING = ["install", "-c", str(ROOT / "constraints.txt"), "-e", f"{ROOT}[dev]"]
-CPU_TORCH = ["install", *install.INDEX_PATIENCE, "--no-deps", "--index-url", INDEX, "torch==2.13.0"]
+EVERYTHING = ["install", "--no-compile", "-c", str(ROOT / "constraints.txt"), "-e", f"{ROOT}[dev]"]
+CPU_TORCH = ["install", *install.INDEX_PATIENCE, "--no-compile", "--no-deps", "--index-url", INDEX, "torch==2.13.0"]
 
 
 def test_without_an_nvidia_device_torch_alone_comes_from_the_index_of_cpu_builds(
@@ -132,6 +138,31 @@ def test_a_failure_of_pip_is_the_exit_code(venv: FakeVenv) -> None:
     venv.set(pip_fails="2")
     assert run(venv, "--torch", "default", "--extras", "dev,compiler") == 2
     assert venv.installs() == [[*EVERYTHING[:-1], f"{ROOT}[dev,compiler]"]]
+
+
+def test_what_is_installed_is_compiled_once_on_all_cores(venv: FakeVenv) -> None:
+    assert run(venv) == 0
+    assert venv.compilations() == [["-qq", "-j", "0", "-x", install.LEFT_UNCOMPILED, str(venv.path / "lib")]]
+
+
+def test_nothing_is_compiled_after_a_failure_of_pip(venv: FakeVenv) -> None:
+    venv.set(pip_fails="2")
+    assert run(venv) == 2 and venv.compilations() == []
+
+
+@pytest.mark.parametrize(
+    ("file", "left"),
+    [
+        ("torch/nn/functional.py", False),
+        ("transformers/modeling_utils.py", False),
+        ("transformers/models/llama/modeling_llama.py", True),
+        ("sympy/core/tests/test_expr.py", True),
+        ("torch/testing/_comparison.py", False),
+    ],
+)
+def test_what_a_node_hardly_imports_is_left_uncompiled_wherever_the_checkout_is(file: str, left: bool) -> None:
+    installed = f"/srv/tests/transformers/models/.venv/lib/python3.11/site-packages/{file}"
+    assert bool(re.search(install.LEFT_UNCOMPILED, installed)) is left
 
 
 def test_an_environment_without_pip_is_told_with_what_to_install(

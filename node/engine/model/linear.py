@@ -202,8 +202,12 @@ def agreeing_buckets(
         if torch.equal(rows[order], out):
             outputs[count] = rows
     best: list[int] = []
-    for reference in (rows for rows in outputs.values() if len(rows) == TRIAL_ROWS):
+    compared: set[int] = set()  # what agrees with an earlier reference is the same reference: each class is compared once
+    for number, reference in outputs.items():
+        if len(reference) < TRIAL_ROWS or number in compared:
+            continue
         agreeing = [count for count, rows in outputs.items() if torch.equal(rows, reference[: len(rows)])]
+        compared.update(agreeing)
         if len(agreeing) > len(best):
             best = agreeing
     return tuple(best) if len(best) > 1 else ()
