@@ -67,7 +67,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/mypy mesh membership routing rag node cli tools
+	$(BIN)/mypy mesh membership routing rag node cli tools bench tests examples
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

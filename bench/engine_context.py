@@ -18,6 +18,7 @@ from node.engine.loading import load_stage
 from node.engine.model.attention import Segment
 from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.local_stage import LocalStage
+from node.engine.model.stage import Stage
 
 NEAR_TOKENS, FAR_TOKENS = 64, 16_000
 SHAPE: dict[str, Any] = {
@@ -35,7 +36,7 @@ SHAPE: dict[str, Any] = {
 class Behind:
     """A sequence of so many tokens; always the same next step."""
 
-    def __init__(self, stage: LocalStage, tokens: int) -> None:
+    def __init__(self, stage: Stage, tokens: int) -> None:
         self._stage, self._tokens = stage, tokens
         first = stage.sequence()
         ids = list(range(NEAR_TOKENS))

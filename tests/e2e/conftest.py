@@ -18,7 +18,7 @@ def fork_server() -> Iterator[None]:
         yield
         return
     server, usual = ForkServer(), LocalMesh.start_process
-    LocalMesh.start_process = staticmethod(server.popen)
+    LocalMesh.start_process = staticmethod(server.popen)  # type: ignore[assignment]
     try:
         yield
     finally:

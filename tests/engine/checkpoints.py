@@ -102,7 +102,18 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "phimoe", "minimax_m2", "deepseek_v2", "deepseek_v3")
 WHOLE_ONLY = ("gemma4", "gemma4_shared")
-NOT_SERVED = ("qwen3_next", "mamba", "bert", "bloom", "mpt", "codegen", "xglm", "gpt_neox_japanese", "diffllama", "doge")
+NOT_SERVED: tuple[str, ...] = (
+    "qwen3_next",
+    "mamba",
+    "bert",
+    "bloom",
+    "mpt",
+    "codegen",
+    "xglm",
+    "gpt_neox_japanese",
+    "diffllama",
+    "doge",
+)
 NOT_SERVED += ("bart", "roberta")
 EXACT = tuple(name for name in SHAPES if name not in (*NOT_SERVED, *WHOLE_ONLY, "jetmoe"))
 

@@ -30,7 +30,7 @@ from bench import (
 )
 from bench.engine_exactness import freed
 from bench.engine_goals import judged
-from bench.engine_shapes import make_checkpoint, prompts, weights_read_bytes
+from bench.engine_shapes import SHAPES, make_checkpoint, prompts, weights_read_bytes
 from bench.engine_sides import ForwardLoop, GenerateBatch, Ours, Step, best_dtypes, faster, judged_by, plain_model
 from bench.llama_convert import Tensors, as_float32, turned
 from node.engine.loading import load_stage
@@ -59,7 +59,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_every_side_in_this_process_decodes_the_same_tokens(tiny: Path):
+def test_every_side_in_this_process_decodes_the_same_tokens(tiny: Path) -> None:
     checkpoint = read_checkpoint(tiny)
     ours = Ours(load_stage(checkpoint, 0, 3, "float32", 1).stage, 3)
     model = plain_model(tiny, torch.float32)
@@ -70,7 +70,7 @@ def test_every_side_in_this_process_decodes_the_same_tokens(tiny: Path):
     assert len(GenerateBatch(model, 3).turn(2)) == 3 * 2
 
 
-def test_the_bench_of_a_gpu_compares_with_generate(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_bench_of_a_gpu_compares_with_generate(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock on which a forward of `generate` takes a second, and the rest of it nothing."""
     clock_s = [0.0]
 
@@ -91,18 +91,18 @@ def test_the_bench_of_a_gpu_compares_with_generate(tiny: Path, monkeypatch: pyte
 
 
 @pytest.mark.skipif(not no_gpu(), reason="there is a GPU")
-def test_a_bench_on_a_gpu_that_is_not_there_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_a_bench_on_a_gpu_that_is_not_there_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["bench.engine", "--quick", "--device", "cuda"])
     with pytest.raises(SystemExit) as ended:
         engine.main()
     assert ended.value.code == 2 and "--device cuda: " in capsys.readouterr().err
 
 
-def test_a_batch_repeats_the_prompts_of_a_smaller_one():
+def test_a_batch_repeats_the_prompts_of_a_smaller_one() -> None:
     assert prompts(3, 512)[:2] == prompts(2, 512)
 
 
-def test_bits_that_a_batch_changes_are_told(tiny: Path):
+def test_bits_that_a_batch_changes_are_told(tiny: Path) -> None:
     stage = load_stage(read_checkpoint(tiny), 0, 3, "float32", 1).stage
     alone, among = Ours(stage, 1), Ours(stage, 3)
     alone.turn(3), among.turn(2)
@@ -111,13 +111,13 @@ def test_bits_that_a_batch_changes_are_told(tiny: Path):
     assert not engine_rows.same_bits([alone, among])
 
 
-def test_a_step_reads_all_weights_but_embedding_and_norms(tiny: Path):
+def test_a_step_reads_all_weights_but_embedding_and_norms(tiny: Path) -> None:
     model = plain_model(tiny, torch.bfloat16)
     counted = sum(weight.numel() for name, weight in model.named_parameters() if "norm" not in name and "embed" not in name)
     assert weights_read_bytes(model.config, 2) == 2 * counted
 
 
-def test_freed_from_exactness_a_row_meets_the_keys_that_exist_and_no_more(tiny: Path):
+def test_freed_from_exactness_a_row_meets_the_keys_that_exist_and_no_more(tiny: Path) -> None:
     stage = load_stage(read_checkpoint(tiny), 0, 3, "float32", 1).stage
     row = Segment(0, 1, 70, stage.sequence())
     with freed():
@@ -128,7 +128,7 @@ def test_freed_from_exactness_a_row_meets_the_keys_that_exist_and_no_more(tiny: 
     assert set(cost["cpu_ms"]) == {"exact", "freed"} and cost["cpu"] > -1
 
 
-def test_turned_rows_give_neighbours_what_halves_gave():
+def test_turned_rows_give_neighbours_what_halves_gave() -> None:
     """The rotation of pairs (2 i, 2 i + 1) of the turned rows is that of (i, i + half) of the others."""
     rows = numpy.arange(2 * 8 * 3).reshape(16, 3)  # two heads of eight
     after = turned(rows, 2).reshape(2, 4, 2, 3)
@@ -136,7 +136,7 @@ def test_turned_rows_give_neighbours_what_halves_gave():
     assert (after[:, :, 0] == before[:, 0]).all() and (after[:, :, 1] == before[:, 1]).all()
 
 
-def test_the_other_side_reads_the_weights_that_we_do(tiny: Path):
+def test_the_other_side_reads_the_weights_that_we_do(tiny: Path) -> None:
     tensors = Tensors(tiny / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     assert name in tensors
@@ -144,13 +144,15 @@ def test_the_other_side_reads_the_weights_that_we_do(tiny: Path):
     assert torch.equal(read, plain_model(tiny, torch.float32).state_dict()[name])
 
 
-def test_resident_memory_is_told_by_the_system_and_a_wrong_field_is_refused():
+def test_resident_memory_is_told_by_the_system_and_a_wrong_field_is_refused() -> None:
     assert 1 << 20 < engine_loading.resident_bytes("VmRSS") <= engine_loading.resident_bytes("VmHWM")
     with pytest.raises(ValueError, match="VmNone"):
         engine_loading.resident_bytes("VmNone")
 
 
-def test_where_llama_cpp_is_absent_its_figures_are_null_and_the_report_says_why(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+def test_where_llama_cpp_is_absent_its_figures_are_null_and_the_report_says_why(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(llama_side, "PYTHON", tiny / "no such python")
     monkeypatch.setattr(engine_rows, "BATCHES", (1, 2))
     for name in ("ROUNDS", "QUICK_ROUNDS"):
@@ -179,7 +181,7 @@ def test_where_llama_cpp_is_absent_its_figures_are_null_and_the_report_says_why(
     assert report["not_measured"] == missing
 
 
-def test_what_is_asked_stands_beside_each_figure_and_what_misses_it_is_named():
+def test_what_is_asked_stands_beside_each_figure_and_what_misses_it_is_named() -> None:
     row = {"batch": 1, "vs_hf": 1.9, "vs_generate_batch": 4.0, "vs_llamacpp": None, "bandwidth_fraction": 0.7}
     figures = {"peak_load_ratio": 1.3, "split2_ratio": 0.89, "prefix_hit_ttft_ratio": 0.2, "exact": False}
     cost = {"short": 0.1, "long": 0.05}
@@ -198,7 +200,7 @@ def test_what_is_asked_stands_beside_each_figure_and_what_misses_it_is_named():
     assert report["not_measured"] == missing
 
 
-def test_a_report_grows_part_by_part_and_only_beside_others_of_its_kind(tmp_path: Path):
+def test_a_report_grows_part_by_part_and_only_beside_others_of_its_kind(tmp_path: Path) -> None:
     out = tmp_path / "engine.json"
     head = {"shape": "100M", "threads": 1, "commit": "abc", "capped": {}}
     engine.Report(head, out).add({"peak_load_ratio": 1.1}, "loading", 2.0)
@@ -209,7 +211,7 @@ def test_a_report_grows_part_by_part_and_only_beside_others_of_its_kind(tmp_path
     assert "peak_load_ratio" not in json.loads(out.read_text())
 
 
-def test_two_stages_say_what_one_does(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+def test_two_stages_say_what_one_does(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_split, "BATCH", 3)
     monkeypatch.setattr(engine_split, "ANSWER_TOKENS", 6)
     before = os.sched_getaffinity(0)
@@ -218,12 +220,12 @@ def test_two_stages_say_what_one_does(tiny: Path, monkeypatch: pytest.MonkeyPatc
     assert os.sched_getaffinity(0) == before
 
 
-def test_the_faster_dtype_is_found_for_each_batch(tiny: Path):
+def test_the_faster_dtype_is_found_for_each_batch(tiny: Path) -> None:
     assert set(best_dtypes(tiny, (1, 2), 1)) == {1, 2}
 
 
-def test_products_are_timed_for_each_layer_and_number_of_rows(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(engine_products.SHAPES, "tiny", TINY)
+def test_products_are_timed_for_each_layer_and_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
     ours = engine_products.chosen_here()
     report = engine_products.measure(["tiny"], ours, rows=(1, 3), rounds=1, caches=0)
     found = report["shapes"]["tiny"]
@@ -238,15 +240,15 @@ def test_products_are_timed_for_each_layer_and_number_of_rows(monkeypatch: pytes
         assert len(table.splitlines()) == 2 + 8 and ours in table
 
 
-def test_a_quick_run_times_fewer_rows_of_the_small_shape(tiny: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(engine_products.SHAPES, engine.QUICK_SHAPE, TINY)
+def test_a_quick_run_times_fewer_rows_of_the_small_shape(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, engine.QUICK_SHAPE, TINY)
     monkeypatch.setattr(engine_products, "cache_bytes", lambda: 0)
     report = engine.Bench(tiny, 1, 0.0, quick=True).products()["products"]
     assert list(report["shapes"]) == [engine.QUICK_SHAPE]
     assert all(set(rows) == {1, 8, 32, 128} for rows in report["shapes"][engine.QUICK_SHAPE]["cpu_us"].values())
 
 
-def test_a_product_slower_than_the_best_opponent_is_named():
+def test_a_product_slower_than_the_best_opponent_is_named() -> None:
     times_us = {"mesh-bf16": 3.0, "fbgemm-fp16": 2.0, "onednn-fp32": 4.0, "mesh-int8": 1.5}
     found = engine_products.judged_shape({"qkv": {1: times_us, 8: times_us | {"mesh-bf16": 1.0}}}, "mesh-bf16")
     assert found["vs_best"] == {"qkv x1": 0.67, "qkv x8": 2.0}
@@ -257,13 +259,13 @@ def test_a_product_slower_than_the_best_opponent_is_named():
     ]
 
 
-def test_a_contender_holds_more_than_the_cache():
+def test_a_contender_holds_more_than_the_cache() -> None:
     contender = engine_products.contenders()["onednn-fp32"]
     model = engine_products.Model(contender, {"out": (64, 64)}, 5 * 64 * 64 * 4)
     assert model.layers == 5 and len(model.run(2)["out"]) == 4, "the first layer finds the caches as another kernel left them"
 
 
-def test_the_thread_counts_of_llama_cpp_are_found_and_another_layout_is_refused():
+def test_the_thread_counts_of_llama_cpp_are_found_and_another_layout_is_refused() -> None:
     known = [512, 2048, 512, 1, 0, 0, 1, 4, 4, 0, -1, -1, -1, -1, 0, 0]
     assert llama_api._threads_at(known) == 7
     assert llama_api._threads_at([512, 2048, 512, 1, 4, 4, *known[6:]]) == 4
@@ -273,13 +275,13 @@ def test_the_thread_counts_of_llama_cpp_are_found_and_another_layout_is_refused(
 
 
 @pytest.mark.skipif(bool(llama_side.absent()), reason="no llama.cpp here: make bench-peers")
-def test_llama_cpp_decodes_what_transformers_does(tiny: Path):
+def test_llama_cpp_decodes_what_transformers_does(tiny: Path) -> None:
     model = plain_model(tiny, torch.float32)
     loop = ForwardLoop(model, 3)
     for kind in ("f16", "bf16"):
         child = llama_side.LlamaCpp(llama_side.convert(tiny, kind), 1)
         try:
-            side = child.begin(3, TINY["vocab_size"], 128)
+            side = child.begin(3, int(TINY["vocab_size"]), 128)
             assert side.first == loop.first and len(side.turn(4)) == 4
             assert all(step.cpu_s > 0 for step in side.turn(2))
         finally:
@@ -287,7 +289,7 @@ def test_llama_cpp_decodes_what_transformers_does(tiny: Path):
     assert "AVX" in child.about["features"] and child.about["version"]
 
 
-def test_with_one_thread_rows_are_judged_by_cpu_time():
+def test_with_one_thread_rows_are_judged_by_cpu_time() -> None:
     row = {"batch": 1, "vs_hf": 1.9, "vs_hf_cpu_time": 2.1, "vs_llamacpp": 1.2, "vs_llamacpp_cpu_time": 0.9}
     row |= {"vs_generate_batch": 4.0, "bandwidth_fraction": 0.7}
     assert judged({"rows": [row], "judged_by": "cpu_time"})["missed"] == ["vs_llamacpp_cpu_time at batch 1: 0.9, asked 1.0"]
@@ -297,20 +299,20 @@ def test_with_one_thread_rows_are_judged_by_cpu_time():
     assert faster(steps, 1) == "slow on a busy machine" and faster(steps, 2) == "other" and faster({}, 1) == ""
 
 
-def test_both_sides_read_the_same_prompt_to_the_same_token(tiny: Path):
+def test_both_sides_read_the_same_prompt_to_the_same_token(tiny: Path) -> None:
     stage = load_stage(read_checkpoint(tiny), 0, 3, "float32", 1).stage
-    ids = engine_prefill.prompt(TINY["vocab_size"], 40)
+    ids = engine_prefill.prompt(int(TINY["vocab_size"]), 40)
     assert engine_prefill.read_by_us(stage, ids) == engine_prefill.read_by_transformers(plain_model(tiny, torch.float32), ids)
 
 
-def test_a_step_behind_a_long_context_is_held_against_one_behind_a_short_one(monkeypatch: pytest.MonkeyPatch):
+def test_a_step_behind_a_long_context_is_held_against_one_behind_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 64, "num_attention_heads": 2}
     monkeypatch.setattr(engine_context, "SHAPE", engine_context.SHAPE | small)
     found = engine_context.measured(1, rounds=1, steps=3, far_tokens=640)
     assert found["context_step_ratio"] > 0 and set(found["context"]["cpu_ms"]) == {64, 640}
 
 
-def test_behind_a_context_stand_as_many_keys_as_it_has_tokens(tiny: Path):
+def test_behind_a_context_stand_as_many_keys_as_it_has_tokens(tiny: Path) -> None:
     stage = load_stage(read_checkpoint(tiny), 0, 3, "float32", 1).stage
     behind = engine_context.Behind(stage, 640)
     behind.step()
@@ -318,12 +320,12 @@ def test_behind_a_context_stand_as_many_keys_as_it_has_tokens(tiny: Path):
     assert keys.shape[1] == 641 and keys.abs().amax((0, 2)).min() > 0
 
 
-def test_each_way_to_draw_is_timed():
+def test_each_way_to_draw_is_timed() -> None:
     found = engine_sampler.measured(rounds=2, vocabulary=2000)["sampler"]
     assert set(found["cpu_ms"]) == set(engine_sampler.CASES) and found["vocabulary"] == 2000
 
 
-def test_quantised_weights_are_held_against_the_stored_ones(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+def test_quantised_weights_are_held_against_the_stored_ones(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_side, "PYTHON", tiny / "no such python")
     stage = load_stage(read_checkpoint(tiny), 0, 3, "auto", 1).stage
     found = engine_quantised.measured(tiny, stage, engine_rows.Effort(1, 0.0, rounds=1), (1, 2))["quantised"]
@@ -345,7 +347,7 @@ print(json.dumps({"capped": capped, "isa": library.isa.name if library else "NON
 """
 
 
-def test_a_capped_process_begins_anew_with_every_engine_capped(tmp_path: Path):
+def test_a_capped_process_begins_anew_with_every_engine_capped(tmp_path: Path) -> None:
     script = tmp_path / "capped.py"
     script.write_text(CAPPED)
     environment = {name: value for name, value in os.environ.items() if name not in capped.ENVIRONMENT}

@@ -31,10 +31,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Imitates a machine with these compilers on the PATH, the package or not; `links`: what is a link to what."""
 
     def imitate(*names: str, package: bool = False, links: dict[str, str] | None = None) -> None:
-        monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
-        monkeypatch.setattr(build.platform, "system", lambda: "Linux")
-        monkeypatch.setattr(build.shutil, "which", lambda name: PATHS[name] if name in names else None)
-        monkeypatch.setattr(build.os.path, "realpath", lambda path: (links or {}).get(path, path))
+        monkeypatch.setattr("platform.machine", lambda: "x86_64")
+        monkeypatch.setattr("platform.system", lambda: "Linux")
+        monkeypatch.setattr("shutil.which", lambda name: PATHS[name] if name in names else None)
+        monkeypatch.setattr("os.path.realpath", lambda path: (links or {}).get(path, path))
         monkeypatch.setattr(build, "find_spec", lambda name: object() if package and name == "ziglang" else None)
 
     return imitate
@@ -50,7 +50,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> dict[Compiler, str]:
         return complaints.setdefault(compiler, "")
 
     done = subprocess.CompletedProcess([], 0, stdout=b"a compiler 1.0")
-    monkeypatch.setattr(build.subprocess, "run", lambda *words, **more: done)
+    monkeypatch.setattr("subprocess.run", lambda *words, **more: done)
     monkeypatch.setattr(build, "compiled", fake)
     return complaints
 
@@ -114,7 +114,7 @@ def test_what_the_packages_compiler_keeps_for_itself_goes_with_the_folder_it_bui
         def communicate(self, timeout: float) -> tuple[None, str]:
             return None, "no"
 
-    monkeypatch.setattr(build.subprocess, "Popen", Started)
+    monkeypatch.setattr("subprocess.Popen", Started)
     assert compiled(PACKAGE, tmp_path / "mesh.so") == "no"
     for environment in environments:
         assert environment["ZIG_GLOBAL_CACHE_DIR"] == environment["ZIG_LOCAL_CACHE_DIR"] == str(tmp_path / "zig")

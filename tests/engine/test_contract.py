@@ -50,12 +50,12 @@ def assert_same_bits(one: Sequence, other: Sequence) -> None:
     assert all(map(torch.equal, kept(one, count), kept(other, count))), "keys or values differ"
 
 
-def asked(path: list[Part], known: Sequence | None = None, after: int = 0) -> Sequence:
+def asked(path: Collection[Part], known: Sequence | None = None, after: int = 0) -> Sequence:
     """A sequence that nothing is computed of: the prompt, or what was known `after` so many tokens of the answer."""
     return Sequence(prompt(1, PROMPT) if known is None else known.tokens[: PROMPT + after], path)
 
 
-def beside_others(path: list[Part]) -> Sequence:
+def beside_others(path: Collection[Part]) -> Sequence:
     """Prefilled in two pieces and decoded in batches with sequences of other lengths."""
     one = asked(path)
     others = [Sequence(prompt(seed, 9 * seed), path) for seed in range(2, 6)]

@@ -11,11 +11,12 @@ import torch
 
 from node.engine.model.attention import Segment
 from node.engine.model.local_stage import LocalStage
+from node.engine.model.stage import Stage
 from tests.engine.checkpoints import EXACT, WHOLE_ONLY
 from tests.engine.devices import kernels, stage_on
 from tests.engine.offered import BFLOAT16, FLOAT32
 
-Part = tuple[LocalStage, int, int]
+Part = tuple[Stage, int, int]
 ANSWER = 6
 COMPILED = ["mesh-bf16", "mesh-fp32", "mesh-int8", "mesh-int4-fp32"]
 
@@ -23,7 +24,7 @@ COMPILED = ["mesh-bf16", "mesh-fp32", "mesh-int8", "mesh-int4-fp32"]
 class Sequence:
     """Tokens and, for each stage of its path, keys and values; records the logits of each position it drew from."""
 
-    def __init__(self, tokens: list[int], path: list[Part]) -> None:
+    def __init__(self, tokens: list[int], path: Collection[Part]) -> None:
         self.tokens = list(tokens)
         self.path = path
         self.kv = [stage.sequence() for stage, _, _ in path]

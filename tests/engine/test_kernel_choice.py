@@ -58,7 +58,11 @@ def test_noise_in_single_measurements_never_changes_the_choice(true_s: tuple[flo
 def test_noise_in_every_measurement_does_not_displace_the_portable_kernel(faster: float) -> None:
     for seed in range(200):
         draw = random.Random(seed).uniform
-        timings = rounds(NAMES, lambda name, count, draw=draw: draw(1.5, 9.0) / (1.0 if "mesh" in name else faster))
+
+        def noise(name: str, count: int, draw: Callable[[float, float], float] = draw) -> float:
+            return draw(1.5, 9.0) / (1.0 if "mesh" in name else faster)
+
+        timings = rounds(NAMES, noise)
         assert decided(ORDER, timings).kernels[0].name == "mesh-bf16", f"seed {seed}"
 
 
@@ -114,7 +118,7 @@ def test_a_kernel_that_cannot_compute_is_tried_last_and_the_reason_says_so() -> 
 
 
 def test_the_reason_says_what_giving_way_costs() -> None:
-    times = {"mesh-bf16": (5.0, 5.0), "fbgemm-fp16": (1.0, 1.0)}
+    times: dict[str, tuple[float, ...]] = {"mesh-bf16": (5.0, 5.0), "fbgemm-fp16": (1.0, 1.0)}
     choice = decided([KERNELS[name] for name in times], Timings(times, True), remembered=True)
     assert choice.reason == "mesh-bf16 takes 5.0 times as long; exact only with nodes of this kind of CPU"
     assert choice.times_us == {"mesh-bf16": 5e6, "fbgemm-fp16": 1e6} and choice.remembered
@@ -207,6 +211,16 @@ def change(path: Path, **fields: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+def become_a_link(path: Path) -> None:
+    path.rename(path.with_suffix(".moved"))
+    path.symlink_to(path.with_suffix(".moved"))
+
+
+def become_a_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "empty": lambda path: path.write_text(""),
     "cut short": lambda path: path.write_bytes(path.read_bytes()[:-9]),
@@ -225,8 +239,8 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "words": lambda path: change(path, times_s={"mesh-bf16": ["0.1", "0.1"], "fbgemm-fp16": []}),
     "too few": lambda path: change(path, times_s={"mesh-bf16": [0.1], "fbgemm-fp16": []}),
     "others may write": lambda path: path.chmod(0o662),
-    "a link": lambda path: (path.rename(path.with_suffix(".moved")), path.symlink_to(path.with_suffix(".moved"))),
-    "a directory": lambda path: (path.unlink(), path.mkdir()),
+    "a link": become_a_link,
+    "a directory": become_a_directory,
 }
 
 
@@ -245,7 +259,7 @@ def test_a_file_of_another_user_is_measured_anew(tmp_path: Path, monkeypatch: py
     path = the_file(tmp_path)
     assert kernel_record.read(path, KEY, KNOWN) == GIVEN
     mine = os.getuid()
-    monkeypatch.setattr(kernel_record.os, "getuid", lambda: mine + 1)
+    monkeypatch.setattr("os.getuid", lambda: mine + 1)
     assert kernel_record.read(path, KEY, KNOWN) is None
 
 

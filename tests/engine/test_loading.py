@@ -12,6 +12,7 @@ import pytest
 from mesh.errors import BadRequest
 from mesh.view import is_exact
 from node.engine import loading, selfcheck
+from node.engine.kernels import kernel_choice
 from node.engine.kernels.kernel_choice import KernelChoice
 from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.linear import KERNELS
@@ -66,8 +67,8 @@ def test_whatever_stage_is_not_returned_is_closed_once(
 
     def stage(checkpoint: Any, start: int, end: int, kernel: Any, *more: Any) -> Tried:
         assert all(one.closed for one in tried), "two at once"
-        tried.append(Tried(kernel, fates[NAMES.index(kernel.name)]))
-        return tried[-1]
+        tried.append(made := Tried(kernel, fates[NAMES.index(kernel.name)]))
+        return made
 
     def compared(one: Any, plain: None) -> bool:
         if one.fate == "dies":
@@ -77,7 +78,7 @@ def test_whatever_stage_is_not_returned_is_closed_once(
     monkeypatch.setattr(loading, "_stage", stage)
     monkeypatch.setattr(selfcheck, "pack_with_reference", Tried.pack)
     tries = KernelChoice(tuple(KERNELS[name] for name in NAMES), "")
-    monkeypatch.setattr(loading.kernel_choice, "choose", lambda *given: tries)
+    monkeypatch.setattr(kernel_choice, "choose", lambda *given: tries)
     monkeypatch.setattr(selfcheck, "computes_like_the_plain_model", compared)
     monkeypatch.setattr(selfcheck, "looks_through_its_window", lambda one: one.fate != "blind")
     monkeypatch.setattr(selfcheck, "is_exact", lambda one: one.fate == "exact")

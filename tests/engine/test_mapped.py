@@ -16,6 +16,7 @@ from mesh.errors import BadRequest
 from mesh.view import is_exact
 from node.checkpoints.safetensors_header import weight_files
 from node.engine import loading, selfcheck
+from node.engine.kernels import kernel_choice
 from node.engine.kernels.kernel_choice import KernelChoice
 from node.engine.loading import load_stage
 from node.engine.model.checkpoint import read_checkpoint
@@ -29,7 +30,7 @@ from tests.engine.checkpoints import make_checkpoint
 from tests.engine.offered import FLOAT32, needs_compiled, offered
 
 KERNEL = FLOAT32 if absence() else "mesh-fp32"
-WIDE = {"hidden_size": 256, "intermediate_size": 1024, "max_position_embeddings": 128}
+WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024, "max_position_embeddings": 128}
 LAYER_BYTES = 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024)
 NEARBY_BYTES = 1 << 19  # what the kernel maps beside a page that is asked for, at both ends of some tensors
 
@@ -146,7 +147,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
     monkeypatch.setattr(loading, "LocalStage", Watched)
     tries = KernelChoice((KERNELS["aten-fp32"], KERNELS["aten-bf16"]), "the first")
-    monkeypatch.setattr(loading.kernel_choice, "choose", lambda *given: tries)
+    monkeypatch.setattr(kernel_choice, "choose", lambda *given: tries)
     return found
 
 

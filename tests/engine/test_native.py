@@ -159,7 +159,8 @@ def rounded_by_32(rows: torch.Tensor) -> torch.Tensor:
     """Rows `[…, inputs]` as a quantised product takes them: whole numbers of eight bits times one scale for 32 inputs."""
     groups = F.pad(rows.float(), (0, -rows.shape[-1] % 32)).unflatten(-1, (-1, 32))
     largest = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-    return ((groups * (127 / largest)).round() * (largest / 127)).flatten(-2)[..., : rows.shape[-1]]
+    rounded: torch.Tensor = (groups * (127 / largest)).round() * (largest / 127)
+    return rounded.flatten(-2)[..., : rows.shape[-1]]
 
 
 @needs_compiled
@@ -213,6 +214,7 @@ def test_a_quantised_model_computes_with_rounded_weights_and_rows_and_nothing_el
 
 def round_linear_layers(stage: LocalStage, quantize: str) -> None:
     for parent, name, layer in list(linear_modules(stage.model)):
+        assert isinstance(layer.weight, torch.Tensor)
         numbers, scale = int8_of(layer.weight) if quantize == "int8" else int4_of(layer.weight)
         if quantize == "int4":
             scale = scale.repeat_interleave(32, 1)[:, : numbers.shape[1]]
@@ -259,11 +261,11 @@ class FakeCompiler:
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> FakeCompiler:
     fake = FakeCompiler()
-    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(build.platform, "system", lambda: "Linux")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("platform.system", lambda: "Linux")
     monkeypatch.setattr(build, "compilers", lambda: [("/usr/bin/cc",)])
     done = subprocess.CompletedProcess([], 0, stdout=b"a compiler 1.0")
-    monkeypatch.setattr(build.subprocess, "run", lambda *words, **more: done)
+    monkeypatch.setattr("subprocess.run", lambda *words, **more: done)
     monkeypatch.setattr(build, "compiled", fake)
     return fake
 

@@ -102,7 +102,7 @@ def test_pages_are_of_one_tenant_one_model_and_one_kind_of_kernel(checkpoint_of:
         wanted = taker.engine.pages.wanted(sequence)
         assert wanted is not None and wanted.whole == WHOLE and wanted.kept == 0
         assert len(giver.engine.pages.take_out(wanted.ask, PLENTY)) == WHOLE
-        for change in (
+        changes: tuple[dict[str, Any], ...] = (
             {"model": "other"},
             {"start": 1},
             {"end": 3},
@@ -112,7 +112,8 @@ def test_pages_are_of_one_tenant_one_model_and_one_kind_of_kernel(checkpoint_of:
             {"names": own(taker, "x", salt=b"other tenant" + SALT).prefix.names},  # type: ignore[union-attr]
             {"names": ()},
             {"names": wanted.ask.names[1:2] + wanted.ask.names[:1] + (b"\0" * 16,)},
-        ):
+        )
+        for change in changes:
             got = giver.engine.pages.take_out(replace(wanted.ask, **change), PLENTY)
             assert len(got) == (2 if "names" in change and len(change["names"]) == 3 else 0), change
         assert taker.engine.pages.wanted(replace(sequence, prefix=None)) is None

@@ -13,6 +13,7 @@ import torch
 from mesh.view import Span, is_exact
 from node.engine import loading, selfcheck
 from node.engine.device import CPU
+from node.engine.kernels import kernel_choice
 from node.engine.kernels.kernel_choice import KernelChoice
 from node.engine.kv.blocks import BLOCK_TOKENS
 from node.engine.loading import load_stage
@@ -140,7 +141,8 @@ def test_pages_of_a_sequence_that_is_gone_come_back_empty(checkpoint_of: Callabl
     gc.collect()
     after = Sequence(prompt(1, 20), [(stage, 0, 4)])
     generate(after, chunk=512)
-    assert after.kv[0].pages == [page], "the same page"
+    kv: Any = after.kv[0]
+    assert kv.pages == [page], "the same page"
     assert_same(alone, after)
 
 
@@ -174,7 +176,7 @@ def test_the_engine_serves_from_pages_on_another_device(
         return DeviceStage(checkpoint, start, end, kernel, threads, watch, device=DEVICE, record=recorder())
 
     monkeypatch.setattr(loading, "_stage", stage)
-    monkeypatch.setattr(loading.kernel_choice, "choose", lambda *given: KernelChoice((KERNELS["cuda-fp32"],), ""))
+    monkeypatch.setattr(kernel_choice, "choose", lambda *given: KernelChoice((KERNELS["cuda-fp32"],), ""))
     token_bytes = 4 * 2 * 2 * 16 * 4
     given: dict[str, Any] = {"kv_memory_bytes": 2 * BLOCK_TOKENS * token_bytes, "spill_memory_bytes": 64 << 20}
     with running((checkpoint_of("llama"), 0, 4), **given) as one:

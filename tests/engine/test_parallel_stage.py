@@ -159,7 +159,7 @@ def test_a_rank_reads_its_own_part_of_the_span_alone(
     checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_bytes: list[int] = []
-    real = tensor_shard.safe_open
+    from safetensors import safe_open as real
 
     class Counted:
         def __init__(self, *given: Any) -> None:
@@ -275,7 +275,9 @@ def test_what_is_dropped_here_is_forgotten_by_the_ranks_with_the_next_step(check
 
     def run(kv: Any, ids: list[int], position: int) -> torch.Tensor:
         where = range(position, position + len(ids))
-        return stage.forward(0, 4, [Segment(0, len(ids), position, kv)], where, ids=ids, logits_at=[len(ids) - 1])
+        segments = [Segment(0, len(ids), position, kv)]
+        logits: torch.Tensor = stage.forward(0, 4, segments, where, ids=ids, logits_at=[len(ids) - 1])
+        return logits
 
     kv = stage.sequence()
     ids = prompt(3, 20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class SplitPath:
         self.stages = stages
         self.counts: list[int] = []
         for number, (one, _, _) in enumerate(stages):
-            one.forward = lambda out, number=number: self.carry(number, out)  # type: ignore[misc]
+            one.forward = partial(self.carry, number)
 
     def carry(self, number: int, out: EngineOutput) -> None:
         if isinstance(out, HiddenOut):

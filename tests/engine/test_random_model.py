@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -46,7 +47,8 @@ def test_its_template_shows_tools_and_their_calls(random_model: Path) -> None:
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c1", "content": "2"},
     ]
-    text = tokenizer.apply_chat_template(messages, tools=[tool], add_generation_prompt=True, tokenize=False)
+    render: Any = tokenizer.apply_chat_template
+    text: str = render(messages, tools=[tool], add_generation_prompt=True, tokenize=False)
     assert text.count("Be brief.") == 1 and text.count("<|im_start|>system") == 1
     assert '"name": "add"' in text and '"arguments": {"a": 1}' in text
     assert text.endswith("<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant\n")

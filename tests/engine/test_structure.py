@@ -144,4 +144,5 @@ class EncoderAttention(torch.nn.Module):
 def test_what_attention_is_given_and_does_not_read_is_never_passed_over(given: dict[str, Any], said: str) -> None:
     sides = [torch.zeros(1, 2, 3, 8) for _ in range(3)]
     with pytest.raises(Unservable, match=said):
-        mesh_attention(given.pop("module", torch.nn.Identity()), *sides, **{"attention_mask": None, **given})
+        attend: Any = mesh_attention
+        attend(given.pop("module", torch.nn.Identity()), *sides, **{"attention_mask": None, **given})

@@ -19,7 +19,7 @@ from mesh.errors import BadRequest, LocalError, Refused
 from mesh.ids import ModelId, StreamId
 from mesh.manifest import is_identity
 from mesh.view import Span, is_exact
-from node.engine.api import EngineConfig, EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
+from node.engine.api import EngineConfig, EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, SpanLost, TokenOut
 from node.engine.scheduling import step_timing
 from node.engine.worker import TorchEngine
 from node.requests import SamplingParams
@@ -52,7 +52,7 @@ class Running:
         others = []
         while True:
             out = self.next()
-            if out.key != key or isinstance(out, HiddenOut):
+            if isinstance(out, SpanLost) or out.key != key or isinstance(out, HiddenOut):
                 others.append(out)
                 continue
             assert isinstance(out, TokenOut), out

@@ -43,7 +43,21 @@ from mesh.rendezvous import owners, score
 from mesh.view import Facts, Load, Loading, ModelCard, Readiness, Span
 from mesh.wire import datagram_codec, frames
 from mesh.wire.facts_map import keys_of
-from mesh.wire.gossip import Ack, Alive, ConnectCheck, ConnectChecked, Dead, Gossip, Left, Nack, Ping, PingReq, Sender, Suspect
+from mesh.wire.gossip import (
+    Ack,
+    Alive,
+    ConnectCheck,
+    ConnectChecked,
+    Dead,
+    Gossip,
+    Left,
+    Message,
+    Nack,
+    Ping,
+    PingReq,
+    Sender,
+    Suspect,
+)
 from mesh.wire.load import pack_load
 from mesh.wire.statements import alive_statement, left_statement
 from mesh.wire.twin import statement
@@ -88,7 +102,7 @@ def _datagrams() -> Iterator[tuple[str, bytes]]:
     signature, public = bytes(range(64)), bytes(range(32))
     alive = Alive(OTHER, 1, 2, "name", "host.example", 7946, "region", signature, public)
     claims = (alive, Suspect(THIRD, 1, 2, OTHER), Dead(THIRD, 3, 4, OTHER), Left(THIRD, 5, 6, signature))
-    messages = {
+    messages: dict[str, Message] = {
         "ping": Ping(SENDER, 9, OTHER, claims),
         "ping with a coordinate": Ping(SENDER, 9, OTHER, (), bytes(range(20))),
         "ack": Ack(SENDER, 9, claims[:1]),

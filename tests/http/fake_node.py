@@ -87,7 +87,7 @@ class FakeNode:
     def models(self) -> list[ModelCard]:
         return [ModelCard(CHAT, 4, 128, "w", "n"), ModelCard(EMBED, 0, 64, "w2", "n2", kind="embed")]
 
-    def named(self, model):
+    def named(self, model: ModelId) -> ModelId:
         return model
 
     def missing_layers(self) -> dict[ModelId, tuple[tuple[int, int], ...]]:

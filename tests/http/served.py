@@ -59,7 +59,8 @@ class Reply:
         fields = self.json()["error"]
         more = {"progress", "layers", "eta_s"} if fields["code"] == "model_loading" else set()
         assert set(fields) == {"message", "type", "param", "code", *more}
-        return fields
+        found: dict[str, Any] = fields
+        return found
 
     def events(self) -> list[Any]:
         """The data of an SSE body; `[DONE]` as that text."""

@@ -111,7 +111,8 @@ def test_two_sets_of_weights_under_one_id_are_rows_with_their_names_and_hashes()
 
 def test_an_empty_mesh_and_a_node_of_another_release_are_shown_too() -> None:
     bare = {"self": {}, "nodes": [{"id": "a", "state": "alive"}], "models": [{"id": "m"}], "stores": [{"name": "s"}]}
-    for body in ({}, {"self": None, "nodes": None, "models": [], "stores": []}, bare):
+    bodies: tuple[dict[str, Any], ...] = ({}, {"self": None, "nodes": None, "models": [], "stores": []}, bare)
+    for body in bodies:
         page = shown(body)
         assert not NOTHING_TO_SHOW.search(json.dumps(page)), page
         assert page["state"][1] == "quiet"

@@ -92,7 +92,7 @@ async def test_streams_hang_ups_stalls_and_plain_http_behind_tls(contexts: tuple
         await client.send_all(REQUEST % (len(STREAM), STREAM))
         await client.receive_some(10)
         await trio.testing.wait_all_tasks_blocked(0.05)
-        assert node.open_generations == 1 and server.statistics().connections == 1
+        assert int(node.open_generations) == 1 and server.statistics().connections == 1
         began = trio.current_time()
         nursery.cancel_scope.cancel()
     assert trio.current_time() - began < 1

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from membership.core.core import MembershipCore
 from membership.core.effects import Effect, TryConnect, WatchLinks
 from membership.core.evidence import MAX_ERRANDS
+from membership.core.suspicion import Suspicion
 from mesh.view import PeerState
 from mesh.wire.gossip import REFUSED, ConnectCheck, ConnectChecked, Dead, Suspect
 from tests.membership.pieces import ME, address_of, alive, gossip, messages, node_among, only, peer_id, sender, state
 
 
-def a_lost_link(peers: int = 6, to: int = 2):
+def a_lost_link(peers: int = 6, to: int = 2) -> tuple[MembershipCore, int]:
     core = node_among(peers)
     core.linked(peer_id(to))
     effects = core.lost(peer_id(to), 1.0, proven=True)
@@ -183,7 +185,7 @@ def test_a_suspicion_of_silence_says_timeout_in_the_end() -> None:
     assert core.swim.members[peer_id(2)].cause == "timeout"
 
 
-def a_suspect_that_is_looked_at(linked: bool = True):
+def a_suspect_that_is_looked_at(linked: bool = True) -> tuple[MembershipCore, list[TryConnect]]:
     core = node_among(6)
     if linked:
         core.linked(peer_id(2))
@@ -191,11 +193,17 @@ def a_suspect_that_is_looked_at(linked: bool = True):
     return core, only(TryConnect, effects)
 
 
+def suspicion_of(core: MembershipCore) -> Suspicion:
+    suspicion = core.swim.members[peer_id(2)].suspicion
+    assert suspicion is not None
+    return suspicion
+
+
 def test_a_host_that_answers_no_connection_either_has_one_more_accuser() -> None:
     core, [attempt] = a_suspect_that_is_looked_at()
-    before_s = core.swim.members[peer_id(2)].suspicion.deadline
+    before_s = suspicion_of(core).deadline
     core.tried(attempt.number, None, 1.5)
-    suspicion = core.swim.members[peer_id(2)].suspicion
+    suspicion = suspicion_of(core)
     assert state(core, 2) is PeerState.SUSPECT and suspicion.deadline < before_s
     assert not suspicion.confirm([ME]), "this node has been counted"
 
@@ -203,7 +211,7 @@ def test_a_host_that_answers_no_connection_either_has_one_more_accuser() -> None
 def test_one_that_has_no_link_with_a_suspect_or_is_not_well_itself_accuses_nobody_for_a_silent_host() -> None:
     assert a_suspect_that_is_looked_at(linked=False)[1] == []
     core, [attempt] = a_suspect_that_is_looked_at()
-    before_s = core.swim.members[peer_id(2)].suspicion.deadline
+    before_s = suspicion_of(core).deadline
     core.swim.health.note(+1)
     core.tried(attempt.number, None, 1.5)
-    assert core.swim.members[peer_id(2)].suspicion.deadline == before_s
+    assert suspicion_of(core).deadline == before_s

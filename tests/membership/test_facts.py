@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from membership.core.core import MembershipCore
 from membership.core.effects import FactsChanged, MemberChanged, PushFacts
 from mesh.errors import LocalError
-from mesh.view import Facts, ModelCard, ModelId, PeerState, Span
+from mesh.ids import ModelId
+from mesh.view import Facts, ModelCard, PeerState, Span
 from mesh.wire.facts_map import keys_of
 from mesh.wire.gossip import Dead, Gossip
 from mesh.wire.sync import (

@@ -6,7 +6,6 @@ import pytest
 
 from mesh.wire.datagram_codec import decode
 from mesh.wire.gossip import Ack, BadDatagram, ConnectCheck, ConnectChecked, Gossip, Nack, Ping, PingReq
-from tools import fuzz_gossip
 from tools.fuzz_gossip import CORPUS, Subject, fuzz, nasty_messages, seeds
 
 ITERATIONS = 6000
@@ -45,5 +44,5 @@ def test_the_target_finds_a_decoder_that_lets_a_wrong_error_out(monkeypatch: pyt
         except BadDatagram as error:
             raise UnicodeDecodeError("utf-8", raw, 0, 1, str(error)) from None
 
-    monkeypatch.setattr(fuzz_gossip.datagram_codec, "decode", leaky)
+    monkeypatch.setattr("mesh.wire.datagram_codec.decode", leaky)
     assert fuzz(1, lambda tried: tried >= 200, Subject()) is not None

@@ -186,7 +186,7 @@ def test_counted_by_steps_it_is_as_counted_anew(steps: list[tuple[int, PeerState
             fallen -= {*cut.lost, *cut.left}
         if not (outlook._doubted or outlook._lost or outlook._fresh) and not members.suspects:
             roster = {member.node for member in members if member.live}
-        missing = {node for node in roster if members[node].state in (SUSPECT, DEAD)}  # type: ignore[index]
+        missing = {node for node in roster if members[node].state in (SUSPECT, DEAD)}
         assert outlook.stable_count == len(roster)
         assert outlook.frozen == (len(missing) > 1 and len(missing) * 3 > len(roster))
     stage.wait(now + 100)

@@ -204,7 +204,7 @@ class SmallMesh:
         address = listener.socket.getsockname()[:2]
         me, engine = NodeId(name), CountingEngine()
 
-        links = CuttableLinks(LinkConfig(me, address), on_lost=lambda *lost: losses.link_lost(*lost))
+        links = CuttableLinks(LinkConfig(me, address), on_lost=lambda *lost: losses.link_lost(*lost))  # type: ignore[has-type]
         planning = Planning(self.view, trio.current_time, Random(1))
         entry_node = EntryNode(me, address, links.call, links.post, lambda node: self.looked_at(node))
         entry = Entry(entry_node, CountingPrompts(), planning, 60.0, Random(1))  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Links that break between live nodes, nodes that die and come back, many requests at once: no token changes, nothing stays."""
 
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -13,6 +14,7 @@ from mesh.ids import NodeId, StreamId
 from mesh.view import PeerState, Readiness
 from node.engine.api import SequenceKey, TokenOut
 from node.entry.generation import RetryLimits
+from node.entry.recent import RequestRecord
 from node.requests import ChoiceDone, TextDelta
 from tests.node.paths import SmallMesh, a_request, small_mesh, token_at
 
@@ -26,13 +28,19 @@ async def tokens_of(
     mesh: SmallMesh, stream: str, each: Callable[[], None] = lambda: None, **changes: Any
 ) -> dict[int, list[int]]:
     """The tokens of each choice."""
-    said = {}
+    said: dict[int, list[int]] = {}
     async with mesh.nodes["entry"].entry.generate(a_request(id=StreamId(stream), max_tokens=TOKENS, **changes)) as events:
         async for event in events:
             if isinstance(event, (TextDelta, ChoiceDone)):
                 said.setdefault(event.choice, []).extend(event.token_ids)
                 each()
     return said
+
+
+def record_of(mesh: SmallMesh, request: str) -> RequestRecord:
+    found = mesh.nodes["entry"].entry.recent.find(request)
+    assert found is not None
+    return found
 
 
 def held(mesh: SmallMesh) -> dict[NodeId, tuple[object, ...]]:
@@ -55,7 +63,7 @@ class Attack:
 
     def __init__(self, mesh: SmallMesh, rng: Random, share: float, most: int) -> None:
         self.mesh, self.rng, self.share, self.left = mesh, rng, share, most
-        self.restarts = trio.open_memory_channel(100)
+        self.restarts = trio.open_memory_channel[str](100)
 
     def __call__(self) -> None:
         if self.left and self.rng.random() < self.share:
@@ -146,9 +154,13 @@ def says(mesh: SmallMesh, name: str, readiness: Readiness) -> None:
 async def test_an_answer_leaves_a_node_whose_engine_hangs_as_soon_as_it_says_so(silent_s: float, mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh, trio.open_nursery() as nursery:
-        hung = []
+        hung: list[str] = []
+
+        def note(name: str, key: SequenceKey) -> None:
+            hung.append(name)
+
         for name in "ab":
-            mesh.nodes[name].engine.faults[20] = lambda key, name=name: hung.append(name)
+            mesh.nodes[name].engine.faults[20] = partial(note, name)
         said = {}
 
         async def ask() -> None:
@@ -174,7 +186,7 @@ async def test_an_answer_leaves_a_node_whose_engine_hangs_as_soon_as_it_says_so(
 async def test_a_node_that_was_stalled_is_given_work_again_once_its_steps_run(mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh:
-        for number, (hung, other) in enumerate(["ab", "ba", "ab"]):
+        for number, (hung, other) in enumerate([("a", "b"), ("b", "a"), ("a", "b")]):
             says(mesh, hung, Readiness.STALLED)
             says(mesh, other, Readiness.WARM)
             for node in mesh.nodes.values():
@@ -229,7 +241,7 @@ async def test_a_node_whose_link_broke_is_not_asked_by_the_next_request() -> Non
             await trio.sleep(0.01)
         for number in range(5):
             await tokens_of(mesh, f"t{number}")
-            assert mesh.nodes["entry"].entry.recent.find(f"t{number}").attempts == 1
+            assert record_of(mesh, f"t{number}").attempts == 1
 
 
 async def test_a_stage_that_falls_silent_is_left_as_soon_as_membership_cannot_reach_it(mock_clock: MockClock) -> None:
@@ -245,17 +257,17 @@ async def test_a_stage_that_falls_silent_is_left_as_soon_as_membership_cannot_re
 
         mesh.looked_at = look_at
 
-        def fall_silent(name: str) -> None:
+        def fall_silent(name: str, key: SequenceKey) -> None:
             silent.add(NodeId(name))
             for other in "abc":
                 mesh.nodes[other].engine.faults.clear()
 
         for name in "abc":
-            mesh.nodes[name].engine.faults[20] = lambda key, name=name: fall_silent(name)
+            mesh.nodes[name].engine.faults[20] = partial(fall_silent, name)
         began = trio.current_time()
 
         assert await tokens_of(mesh, "s1") == {0: EXPECTED}
-        assert entry.entry.recent.find("s1").attempts == 2
+        assert record_of(mesh, "s1").attempts == 2
         assert trio.current_time() - began < 10.0
         for name in "abc":
             mesh.nodes[name].state = PeerState.ALIVE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from types import MappingProxyType
+from typing import Any
 
 from membership.core.swim import SwimStatistics
 from membership.shell.events import MembershipStatistics
@@ -24,7 +25,7 @@ def test_every_figure_of_membership_and_documents_is_a_counter_or_known_to_be_no
 
 def test_drops_are_one_counter_with_the_reason_as_its_label() -> None:
     swim = SwimStatistics(*([0] * len(dataclasses.fields(SwimStatistics))))
-    values = {field.name: 0 for field in dataclasses.fields(MembershipStatistics)} | {"swim": swim, "members": {}}
+    values: dict[str, Any] = {field.name: 0 for field in dataclasses.fields(MembershipStatistics)} | {"swim": swim, "members": {}}
     values["datagrams_dropped_total"] = MappingProxyType({"wrong key": 3, "too long": 1})
     text = render({"membership": MembershipStatistics(**values)}).decode()
     assert "# TYPE mesh_membership_datagrams_dropped_total counter" in text

@@ -1,21 +1,30 @@
 """Requests over paths of several nodes, with whatever can go wrong on the way."""
 
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
 import msgspec
 import pytest
 import trio
 
 from mesh.errors import BadRequest, NoPath, RemoteError
-from node.engine.api import TokenOut
-from node.requests import ChoiceDone, Finished, Started, TextDelta
+from node.engine.api import SequenceKey, TokenOut
+from node.entry.entry import Entry
+from node.entry.recent import RequestRecord
+from node.requests import ChoiceDone, Finished, GenerateRequest, Started, TextDelta
 from node.serving.stages import OpenStage
-from tests.node.paths import a_request, small_mesh, token_at
+from tests.node.paths import SmallMesh, a_request, small_mesh, token_at
 
 SPLIT = {"entry": (), "a": ((0, 4),), "b": ((2, 6),), "c": ((0, 2), (4, 6))}
 EXPECTED = [token_at(position) for position in range(10, 30)]
 
 
-async def run(mesh, request=None, each=lambda event: None):
-    events = []
+async def run(
+    mesh: SmallMesh, request: GenerateRequest | None = None, each: Callable[[Any], None] = lambda event: None
+) -> list[Any]:
+    """All events of one request at the entry."""
+    events: list[Any] = []
     async with mesh.nodes["entry"].entry.generate(request or a_request()) as stream:
         async for event in stream:
             events.append(event)
@@ -23,18 +32,24 @@ async def run(mesh, request=None, each=lambda event: None):
     return events
 
 
-def tokens(events, choice=0):
+def record_of(entry: Entry, request: str = "s1") -> RequestRecord:
+    found = entry.recent.find(request)
+    assert found is not None
+    return found
+
+
+def tokens(events: Iterable[Any], choice: int = 0) -> list[int]:
     return [token for event in events if isinstance(event, TextDelta) and event.choice == choice for token in event.token_ids]
 
 
-async def at_rest(mesh):
+async def at_rest(mesh: SmallMesh) -> None:
     """Until nobody holds a sequence: closes travel as frames of their own."""
     live = [node for node in mesh.nodes.values() if not node.scope.cancel_called]
     while any(node.engine.sequences or node.stages.open_sequences or node.entry.open_requests for node in live):
         await trio.sleep(0.01)
 
 
-async def test_a_split_path_brings_every_token_once_and_ends():
+async def test_a_split_path_brings_every_token_once_and_ends() -> None:
     async with small_mesh(**SPLIT) as mesh:
         events = await run(mesh)
         await at_rest(mesh)
@@ -48,16 +63,16 @@ async def test_a_split_path_brings_every_token_once_and_ends():
 
 
 @pytest.mark.parametrize("after", [1, 7, 18])
-async def test_any_stage_that_dies_at_any_token_costs_no_token(after):
+async def test_any_stage_that_dies_at_any_token_costs_no_token(after: int) -> None:
     for victim_stage in (0, 1):
         async with small_mesh(**SPLIT) as mesh:
             entry = mesh.nodes["entry"].entry
 
-            def kill(event, mesh=mesh, entry=entry, victim_stage=victim_stage):
+            def kill(event: Any, mesh: SmallMesh = mesh, entry: Entry = entry, victim_stage: int = victim_stage) -> None:
                 if isinstance(event, TextDelta) and event.seq == after and len(mesh.nodes) == 4:
-                    path = entry.recent.find("s1").path()
+                    path = record_of(entry).path()
                     victim = mesh.nodes[path[victim_stage]["node"]]
-                    if not victim.scope.cancel_called and entry.recent.find("s1").attempts == 1:
+                    if not victim.scope.cancel_called and record_of(entry).attempts == 1:
                         victim.kill()
 
             events = await run(mesh, each=kill)
@@ -66,23 +81,28 @@ async def test_any_stage_that_dies_at_any_token_costs_no_token(after):
             assert events[-1].attempts == 2 or (events[-1].attempts == 1 and after > 15)  # it may have been done already
 
 
-async def test_the_first_stage_is_told_what_all_others_have_and_the_client_what_was_cached():
+async def test_the_first_stage_is_told_what_all_others_have_and_the_client_what_was_cached() -> None:
     async with small_mesh(entry=(), a=((0, 2),), b=((2, 4),), c=((4, 6),)) as mesh:
         for name, pages in (("a", 9), ("b", 3), ("c", 5)):
             mesh.nodes[name].engine.pages = pages
         events = await run(mesh)
 
-        told = {name: mesh.nodes[name].engine.opened[0].prefix for name in "abc"}
+        told = {name: prefix for name in "abc" if (prefix := mesh.nodes[name].engine.opened[0].prefix)}
         assert [told[name].elsewhere for name in "abc"] == [3, None, None]
         assert all(each.salt == told["a"].salt and each.numerics == "n" for each in told.values())
         assert events[-1].cached_tokens == 5
 
 
-async def test_a_stage_is_told_how_urgent_it_is_how_long_anyone_waits_and_whether_there_is_another():
+async def test_a_stage_gets_priority_remaining_time_and_whether_it_is_the_last_choice() -> None:
     async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh:
         await run(mesh, a_request(priority=-3))
         [opened] = [each for name in "ab" for each in mesh.nodes[name].engine.opened]
-        assert opened.priority == -3 and 50_000 < opened.remaining_ms <= 60_000 and not opened.last_choice
+        assert (
+            opened.priority == -3
+            and opened.remaining_ms is not None
+            and 50_000 < opened.remaining_ms <= 60_000
+            and not opened.last_choice
+        )
     async with small_mesh(entry=(), only=((0, 6),)) as mesh:
         await run(mesh)
         [opened] = mesh.nodes["only"].engine.opened
@@ -92,15 +112,15 @@ async def test_a_stage_is_told_how_urgent_it_is_how_long_anyone_waits_and_whethe
         assert not any(each.last_choice for name in "ab" for each in mesh.nodes[name].engine.opened), "it is one of two"
 
 
-async def test_an_answer_that_is_no_answer_to_an_open_is_a_lost_stage():
+async def test_an_answer_that_is_no_answer_to_an_open_is_a_lost_stage() -> None:
     async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh:
         mesh.nodes["a"].engine.pages = mesh.nodes["b"].engine.pages = -1
         with trio.move_on_after(0.5):
             await run(mesh)
-        assert mesh.nodes["entry"].entry.recent.find("s1").attempts > 1
+        assert record_of(mesh.nodes["entry"].entry).attempts > 1
 
 
-async def test_an_evicted_sequence_is_replayed_elsewhere_from_what_was_said():
+async def test_an_evicted_sequence_is_replayed_elsewhere_from_what_was_said() -> None:
     async with small_mesh(**SPLIT) as mesh:
         for name in "abc":
             engine = mesh.nodes[name].engine
@@ -114,30 +134,30 @@ async def test_an_evicted_sequence_is_replayed_elsewhere_from_what_was_said():
         assert replays and all(opened.known == 17 for opened in replays)
 
 
-async def test_a_node_that_is_full_is_passed_over_and_waited_for():
+async def test_a_node_that_is_full_is_passed_over_and_waited_for() -> None:
     async with small_mesh(entry=(), only=((0, 6),)) as mesh:
         mesh.nodes["only"].engine.refuse = 4
 
         assert tokens(await run(mesh)) == EXPECTED
 
 
-async def test_no_path_is_an_error_that_names_the_gap():
+async def test_no_path_is_an_error_that_names_the_gap() -> None:
     async with small_mesh(entry=(), a=((0, 2),), b=((4, 6),)) as mesh:
         with pytest.raises(NoPath, match="layers 2:4"):
             await run(mesh)
 
 
-async def test_a_request_at_fault_fails_at_once_and_frees_its_path():
+async def test_a_request_at_fault_fails_at_once_and_frees_its_path() -> None:
     async with small_mesh(**SPLIT) as mesh:
         for name in "abc":
             engine = mesh.nodes[name].engine
-            engine.faults[12] = lambda key, engine=engine: engine.lose(key, "logits are not numbers", retryable=False)
+            engine.faults[12] = partial(engine.lose, reason="logits are not numbers", retryable=False)
         with pytest.raises(BadRequest, match="not numbers"):
             await run(mesh)
         await at_rest(mesh)
 
 
-async def test_several_choices_count_one_seq_and_end_each():
+async def test_several_choices_count_one_seq_and_end_each() -> None:
     async with small_mesh(**SPLIT) as mesh:
         events = await run(mesh, a_request(n=3))
 
@@ -148,7 +168,7 @@ async def test_several_choices_count_one_seq_and_end_each():
         assert seqs == sorted(seqs)
 
 
-async def test_a_stop_string_ends_the_answer_and_the_work():
+async def test_a_stop_string_ends_the_answer_and_the_work() -> None:
     async with small_mesh(**SPLIT) as mesh:
         text = "".join(map(chr, EXPECTED))
         events = await run(mesh, a_request(stop=(text[5:8],)))
@@ -159,11 +179,11 @@ async def test_a_stop_string_ends_the_answer_and_the_work():
         assert [event.finish_reason for event in events if isinstance(event, ChoiceDone)] == ["stop"]
 
 
-async def test_tokens_that_come_with_the_one_that_completes_a_stop_string_change_nothing():
+async def test_tokens_that_come_with_the_one_that_completes_a_stop_string_change_nothing() -> None:
     async with small_mesh(entry=(), only=((0, 6),)) as mesh:
         engine = mesh.nodes["only"].engine
 
-        def burst(key):
+        def burst(key: SequenceKey) -> None:
             engine.deliver(*(TokenOut(key, position, token_at(position)) for position in range(15, 25)))
 
         engine.faults[15] = burst
@@ -177,7 +197,7 @@ async def test_tokens_that_come_with_the_one_that_completes_a_stop_string_change
         assert listed == EXPECTED[:9] and events[-1].seq == done.seq == 9
 
 
-async def test_a_client_that_leaves_frees_all_stages():
+async def test_a_client_that_leaves_frees_all_stages() -> None:
     async with small_mesh(**SPLIT) as mesh:
         async with mesh.nodes["entry"].entry.generate(a_request(max_tokens=900)) as stream:
             async for event in stream:
@@ -185,10 +205,10 @@ async def test_a_client_that_leaves_frees_all_stages():
                     break
         await at_rest(mesh)
 
-        assert mesh.nodes["entry"].entry.recent.find("s1").state() == "cancelled"
+        assert record_of(mesh.nodes["entry"].entry).state() == "cancelled"
 
 
-async def test_a_close_that_overtakes_its_open_keeps_it_closed():
+async def test_a_close_that_overtakes_its_open_keeps_it_closed() -> None:
     async with small_mesh(**SPLIT) as mesh:
         stages, entry = mesh.nodes["a"].stages, mesh.nodes["entry"].id
         events = await run(mesh)
@@ -220,11 +240,11 @@ async def test_a_close_that_overtakes_its_open_keeps_it_closed():
         ("stage.close", {"keys": [["s1", {}, 1]]}),
     ],
 )
-async def test_a_malformed_frame_of_a_peer_changes_nothing(kind, header):
+async def test_a_malformed_frame_of_a_peer_changes_nothing(kind: str, header: dict[str, Any]) -> None:
     async with small_mesh(**SPLIT) as mesh:
         entry = mesh.nodes["entry"]
 
-        def meddle(event):
+        def meddle(event: Any) -> None:
             if isinstance(event, Started):
                 mesh.nodes["a"].links.post(entry.links.config.address, kind, header)
 
@@ -236,7 +256,7 @@ async def test_a_malformed_frame_of_a_peer_changes_nothing(kind, header):
         assert events[-1].attempts == 1
 
 
-async def test_sequences_of_a_dead_entry_are_freed():
+async def test_sequences_of_a_dead_entry_are_freed() -> None:
     async with small_mesh(**SPLIT) as mesh:
         stuck = mesh.nodes["b"].engine
         for name in "abc":
@@ -248,7 +268,7 @@ async def test_sequences_of_a_dead_entry_are_freed():
         assert not stuck.sequences
 
 
-async def test_what_nothing_comes_for_is_swept():
+async def test_what_nothing_comes_for_is_swept() -> None:
     async with small_mesh(**SPLIT) as mesh:
         for name in "abc":
             mesh.nodes[name].engine.faults[12] = lambda key: None

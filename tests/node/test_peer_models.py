@@ -237,8 +237,8 @@ async def test_where_other_weights_answer_their_own_text_side_is_fetched(
     async with running(mesh) as models:
         for name in (CARD.id, None, ModelId(f"second@{catalogue.id[:8]}")):
             assert await models.get(name) is own
-        for name in "ab":
-            mesh.peer_serves(name, other)
+        for peer in "ab":
+            mesh.peer_serves(peer, other)
         for name in (CARD.id, None, ModelId(f"second@{other.id[:10]}")):
             found = await models.get(name)
             assert (found.card.weights, found.text.sampling_defaults) == (other.id, {"temperature": 0.5}), "the right text side"

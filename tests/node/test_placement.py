@@ -72,7 +72,8 @@ class Placed:
         library: Any = FilesAreHere()
         membership: Any = None
         holdings = InitialModels(models, {card.id: 4 for card in cards}, (), 1 << 30)
-        self.placing = Placement(layers, self.engine, holdings, self.facts, membership, library)
+        engine: Any = self.engine
+        self.placing = Placement(layers, engine, holdings, self.facts, membership, library)
 
     async def serving(self) -> None:
         while self.facts.now.spans != (WHOLE,):

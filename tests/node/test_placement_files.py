@@ -68,7 +68,8 @@ class Running:
         self.library = ModelLibrary(lambda: view, never_asked, never_asked, folder, lambda: False)
         membership: Any = None
         holdings = InitialModels(self.models, {TINY: LAYERS}, (), 1 << 30)
-        self.placing = Placement(f"0:{LAYERS}", self.engine, holdings, self.facts, membership, self.library)
+        engine: Any = self.engine
+        self.placing = Placement(f"0:{LAYERS}", engine, holdings, self.facts, membership, self.library)
 
     def serves(self) -> str:
         """The weights in service; empty: none."""

@@ -1,25 +1,27 @@
 """What is remembered of a request that is over."""
 
+from collections.abc import Sequence
 from random import Random
+from typing import Any
 
 from mesh.ids import NodeId, StreamId
 from node.entry.generation import Generation
 from node.entry.recent import REMEMBERED, RecentRequests, RequestRecord
 
 
-def record(stream="s1", request_id="", *histories):
+def record(stream: str = "s1", request_id: str = "", *histories: Sequence[Any]) -> RequestRecord:
     generations = {choice: Generation(3, 100.0, Random(0), history=list(history)) for choice, history in enumerate(histories)}
     return RequestRecord(StreamId(stream), request_id, NodeId("n"), generations=generations)
 
 
-def test_one_death_is_one_more_attempt_however_many_choices_it_hit():
+def test_one_death_is_one_more_attempt_however_many_choices_it_hit() -> None:
     assert record("s1", "", (), ()).attempts == 1
     assert record("s1", "", ("a died",), ("a died",)).attempts == 2
     assert record("s1", "", ("a died", "b died"), ("a died",)).attempts == 3
     assert record("s1", "").attempts == 1
 
 
-def test_a_request_is_found_by_stream_and_by_the_name_its_client_gave_the_newest_first():
+def test_a_request_is_found_by_stream_and_by_the_name_its_client_gave_the_newest_first() -> None:
     recent = RecentRequests()
     first, second = record("s1", "mine"), record("s2", "mine")
     recent.add(first)
@@ -30,7 +32,7 @@ def test_a_request_is_found_by_stream_and_by_the_name_its_client_gave_the_newest
     assert recent.find("other") is None
 
 
-def test_the_oldest_is_forgotten_with_its_name():
+def test_the_oldest_is_forgotten_with_its_name() -> None:
     recent = RecentRequests()
     for number in range(REMEMBERED + 1):
         recent.add(record(f"s{number}", f"r{number}"))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mesh.errors import BadRequest
+from mesh.ids import ModelId
 from mesh.view import Facts, ModelCard, Span
 from node.checkpoints.capacity import layers_that_fit, parameters
 from node.config import NodeConfig, pinned_spans
@@ -40,7 +41,8 @@ def test_a_senseless_number_of_workers_is_refused(workers: int) -> None:
 
 
 def test_listening_beyond_loopback_needs_keys(tmp_path: Path) -> None:
-    for bad in ({"bind": ("0.0.0.0", 1)}, {"http": ("10.0.0.1", 1)}, {"bind": ("::", 1)}, {"bind": ("127.example.org", 1)}):
+    refused: list[dict[str, Any]] = [{"bind": (host, 1)} for host in ("0.0.0.0", "::", "127.example.org")]
+    for bad in [*refused, {"http": ("10.0.0.1", 1)}]:
         with pytest.raises(BadRequest, match="key"):
             NodeConfig(**bad)
     NodeConfig(bind=("127.0.0.9", 1), http=("::1", 2))
@@ -200,14 +202,14 @@ def test_the_directory_that_a_node_is_started_in_has_a_name_too(tmp_path: Path, 
 
 def test_an_unknown_model_is_404_and_names_the_known() -> None:
     with pytest.raises(BadRequest, match="known: none") as unknown:
-        ServedModels().get("x")
+        ServedModels().get(ModelId("x"))
     assert (unknown.value.status, unknown.value.code, unknown.value.param) == (404, "model_not_found", "model")
 
 
 def test_facts_go_out_once_for_each_change() -> None:
-    sent = []
+    sent: list[Facts] = []
     facts = OwnFacts(Facts(), sent.append)
-    card, span = ModelCard("m", 6, 100, "w", ""), Span("m", 0, 3)
+    card, span = ModelCard(ModelId("m"), 6, 100, "w", ""), Span(ModelId("m"), 0, 3)
     facts.know(card, 4)
     facts.intend((span,))
     facts.serve(card, (span,))
@@ -218,5 +220,5 @@ def test_facts_go_out_once_for_each_change() -> None:
     facts.compute_uncompiled("no C compiler")
     facts.compute_uncompiled("no C compiler")
     assert [fact.uncompiled for fact in sent] == ["", "", "", "no C compiler"]
-    facts.know(ModelCard("pinned", 2, 100, "w", ""), None)
+    facts.know(ModelCard(ModelId("pinned"), 2, 100, "w", ""), None)
     assert "pinned" not in facts.now.capacity

@@ -1,10 +1,14 @@
 """What the node answers to HTTP without making its other clients wait."""
 
 import threading
+from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from mesh.ids import ModelId, NodeId
 from mesh.view import APPROXIMATE, Facts, Loading, ModelCard, Peer, PeerState, Span, View
@@ -25,32 +29,36 @@ class CountingEmbedder:
     dim, identity = 4, "counting"
 
     def __init__(self) -> None:
-        self.threads = set()
+        self.threads: set[threading.Thread] = set()
 
-    def embed(self, texts):
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         self.threads.add(threading.current_thread())
         return np.ones((len(texts), self.dim), np.float32)
 
-    def count_tokens(self, texts):
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
         self.threads.add(threading.current_thread())
         return [len(text) for text in texts]
 
 
-async def no_call(*args, **kwargs):
+async def no_call(*args: object, **kwargs: object) -> None:
     raise AssertionError("nobody is asked")
 
 
-async def test_embedding_and_counting_leave_the_loop_to_others(tmp_path):
-    view, embedder = View(NodeId("a" * 16)), CountingEmbedder()
-    documents = Documents(view.me, tmp_path, embedder, lambda: view, no_call, lambda told: None, lambda: 0.0)
-    surface = Surface(lambda: view, ServedModels(), None, None, documents, embedder, dict, None, None)
+async def test_embedding_and_counting_leave_the_loop_to_others(tmp_path: Path) -> None:
+    view = View(NodeId("a" * 16))
+    embedder: Any = CountingEmbedder()
+    absent: Any = None
+    models: Any = ServedModels()
+    call: Any = no_call
+    documents = Documents(view.me, tmp_path, embedder, lambda: view, call, lambda told: None, lambda: 0.0)
+    surface = Surface(lambda: view, models, absent, absent, documents, embedder, dict, absent, None)
 
     assert len(await surface.embed(["one", "two"])) == 2
     assert await surface.count_embed_tokens(["one", "three"]) == 8
     assert threading.current_thread() not in embedder.threads
 
 
-def test_status_tells_which_kernel_computes_each_span_and_why_and_how_far_one_that_loads_has_come():
+def test_status_tells_which_kernel_computes_each_span_and_why_and_how_far_one_that_loads_has_come() -> None:
     me = Peer(NodeId("a" * 16), "n", ("127.0.0.1", 1))
     view = View(me.id, {me.id: me})
     engine = SimpleNamespace(
@@ -95,12 +103,12 @@ def serving(number: int, numerics: str, spans: int = 1) -> Peer:
         ([serving(0, "aa"), serving(1, "", spans=0)], "exact"),
     ],
 )
-def test_status_says_what_the_answers_of_each_model_promise(peers, promise):
+def test_status_says_what_the_answers_of_each_model_promise(peers: list[Peer], promise: str) -> None:
     view = View(peers[0].id, {peer.id: peer for peer in peers})
     assert status(view, [], {}, 0.0, None)["models"][0]["numerics"] == promise
 
 
-def test_status_says_how_far_each_node_and_model_is_that_is_loading():
+def test_status_says_how_far_each_node_and_model_is_that_is_loading() -> None:
     card = ModelCard(ModelId("m"), 6, 4096, "w", "")
     loading = Facts(models=(card,), intends=(Span(card.id, 2, 6),), loading={card.id: Loading(40, 7)})
     peers = [
@@ -109,6 +117,7 @@ def test_status_says_how_far_each_node_and_model_is_that_is_loading():
     ]
     view = View(peers[0].id, {peer.id: peer for peer in peers})
     missing = being_loaded(view, card.id, ((0, 6),))
+    assert missing is not None
     told = status(view, [], {}, 0.0, None, {card.id: missing})
     assert [node["loading"] for node in told["nodes"]] == [
         [{"model": "m", "start": 2, "end": 6, "progress": 0.4, "eta_s": 7}],

@@ -53,7 +53,8 @@ def flat(events: list[ToolEvent]) -> list[tuple[str, ...]]:
 def found(style: ToolStyle, text: str, most: int = 9) -> tuple[str, list[tuple[str, str]]]:
     """The text outside calls, and the calls as (name, arguments)."""
     reading = parser(style, most)
-    said, calls = "", []
+    said = ""
+    calls: list[tuple[str, str]] = []
     for event in reading.feed(text) + reading.finish():
         match event:
             case PlainText(more):

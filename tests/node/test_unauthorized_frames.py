@@ -12,7 +12,7 @@ import trio
 
 from mesh.errors import BadRequest, Refused
 from mesh.ids import NodeId
-from node.engine.api import SequenceKey
+from node.engine.api import HiddenOut, SequenceKey
 from node.serving.stages import OpenStage
 from tests.node.paths import SmallMesh, a_request, small_mesh
 from tests.node.test_paths import EXPECTED, at_rest, run, tokens
@@ -20,8 +20,8 @@ from tests.node.test_paths import EXPECTED, at_rest, run, tokens
 PATH = {"entry": (), "a": ((0, 3),), "b": ((3, 6),), "stranger": ()}
 HELD_AT = 15  # the position whose token the last stage keeps back, until the test lets it go on
 KEY = ("s1", 0, 1)
-A_TOKEN = {"tokens": [[*KEY, HELD_AT, 33, None, None, [], 0]]}
-THE_LAST_TOKEN = {"tokens": [[*KEY, HELD_AT, 33, "stop", None, [], 0]]}
+A_TOKEN: dict[str, Any] = {"tokens": [[*KEY, HELD_AT, 33, None, None, [], 0]]}
+THE_LAST_TOKEN: dict[str, Any] = {"tokens": [[*KEY, HELD_AT, 33, "stop", None, [], 0]]}
 SOME_ACTIVATIONS = {"rows": [[*KEY, HELD_AT - 1, 1, 1, [], [], 0]]}
 
 
@@ -93,7 +93,11 @@ async def test_activations_of_a_strangers_rows_do_not_spoil_those_that_share_the
         pushed = held.mesh.nodes["b"].engine
         seen: list[bytes] = []
         compute = pushed.push
-        pushed.push = lambda hidden: seen.append(hidden.data)  # type: ignore[method-assign]
+
+        def note(*hidden: HiddenOut) -> None:
+            seen.extend(each.data for each in hidden)
+
+        pushed.push = note  # type: ignore[method-assign]
         other = ["s2", 0, 1, 0, 1, 2, [], [], 0]
         rows = {"rows": [other, [*KEY, HELD_AT - 1, 1, 1, [], [], 0]]}
         held.mesh.nodes["a"].links.post(held.mesh.nodes["b"].links.config.address, "stage.hidden", rows, b"xxy")

@@ -16,7 +16,8 @@ def nothing() -> None:
 
 @given(st.lists(st.one_of(st.floats(0, 0.004), st.floats(0, 3)), max_size=40), st.lists(st.floats(0, 1), max_size=40))
 def test_events_come_as_from_one_heap_whatever_is_scheduled_on_the_way(delays_s: list[float], steps_s: list[float]) -> None:
-    events, heap = Events(), []
+    events = Events()
+    heap: list[tuple[float, int]] = []
     now, until, number = 0.0, 0.0, 0
     waiting = list(reversed(delays_s))
     for step_s in (*steps_s, 1000.0):

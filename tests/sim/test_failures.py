@@ -100,7 +100,8 @@ def test_a_loop_that_is_blocked_for_ten_seconds_kills_nobody(seed: int) -> None:
         network.pause(sleeper)
         network.run(10)
         assert all(network.state(by, sleeper) is PeerState.SUSPECT for by in ids if by != sleeper), "it is passed over"
-        stalled = [by for by in ids if by != sleeper and network.nodes[by].core.peer(sleeper).cause == "stalled"]
+        peers = {by: network.nodes[by].core.peer(sleeper) for by in ids if by != sleeper}
+        stalled = [by for by, peer in peers.items() if peer is not None and peer.cause == "stalled"]
         assert len(stalled) >= 8, "one that has just slept itself is patient"
         network.resume(sleeper)
         network.run_until(lambda: converged(network), within_s=2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from membership.simulation.checkers import deaths_of, detection_s
@@ -30,7 +32,7 @@ def test_datagrams_that_travel_as_structs_give_the_same_trace_and_the_same_bytes
 
 
 def test_a_mesh_that_shares_its_first_views_lives_as_one_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    def looked_at(network: Network, nodes: int) -> list:
+    def looked_at(network: Network, nodes: int) -> list[Any]:
         ids = found(network, nodes)
         for it in network.nodes.values():
             assert all(it.core.swim.members.get(node) is not None for node in ids)

@@ -17,7 +17,7 @@ from membership.simulation.checkers import all_see, converged, deaths_of, detect
 from membership.simulation.network import Network
 from mesh.view import PeerState
 from mesh.wire import datagram_codec
-from mesh.wire.gossip import Gossip
+from mesh.wire.gossip import REFUSED, Alive, Dead, Gossip, Ping, Suspect
 from tests.membership.pieces import peer_id
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
@@ -110,7 +110,7 @@ def round_trips_are_told_without_asking(seed: int = 1) -> bool:
 def nobody_speaks_for_another(seed: int = 1) -> bool:
     network = Network(seed)
     ids = network.grow(5)
-    forged = claims.Alive(ids[4], 1, 7, "evil", "6.6.6.6", 6, "", b"forged", b"")
+    forged = Alive(ids[4], 1, 7, "evil", "6.6.6.6", 6, "", b"forged", b"")
     it, liar = network.nodes[ids[0]], network.nodes[ids[1]]
     said = Gossip(liar.core.swim.sender(network.now), (forged,))
     network.carry_out(it, it.core.receive(liar.address, said, network.now))
@@ -123,7 +123,7 @@ def nobody_accuses_beyond_what_was_said(seed: int = 1) -> bool:
     network = Network(seed)
     ids = network.grow(5)
     it, liar = network.nodes[ids[0]], network.nodes[ids[1]]
-    said = Gossip(liar.core.swim.sender(network.now), (swim.Suspect(ids[4], 1, 2**40, ids[1]),))
+    said = Gossip(liar.core.swim.sender(network.now), (Suspect(ids[4], 1, 2**40, ids[1]),))
     network.carry_out(it, it.core.receive(liar.address, said, network.now))
     network.run(1.0)
     return network.nodes[ids[4]].core.swim.myself.incarnation <= 1 and converged(network)
@@ -132,7 +132,7 @@ def nobody_accuses_beyond_what_was_said(seed: int = 1) -> bool:
 def strangers_draw_no_more_than_they_give(seed: int = 1) -> bool:
     network = Network(seed)
     ids = network.grow(12, settle_s=0.05)
-    ping = swim.Ping(network.nodes[ids[1]].core.swim.sender(network.now), 1, ids[0])
+    ping = Ping(network.nodes[ids[1]].core.swim.sender(network.now), 1, ids[0])
     answers = network.nodes[ids[0]].core.receive(("6.6.6.6", 6), ping, network.now)
     sent = [
         datagram_codec.encoded_bytes(send.message)
@@ -159,7 +159,7 @@ def three_of_four_probes_stay_at_home() -> bool:
 
 
 def convicted_at_once(self: evidence.RefusalDetection, member: Member, now: float, *, hearsay: bool = False) -> list[Effect]:
-    self.declare(evidence.Dead(member.node, member.epoch, member.incarnation, self.me, evidence.REFUSED), now)
+    self.declare(Dead(member.node, member.epoch, member.incarnation, self.me, REFUSED), now)
     return []
 
 
@@ -194,7 +194,7 @@ MUTANTS: list[tuple[str, Mutation, Callable[[], bool]]] = [
         mutant(
             swim.Swim,
             "_convict",
-            lambda self, member, now: self.declare(swim.Dead(member.node, member.epoch, member.incarnation, self.me), now),
+            lambda self, member, now: self.declare(Dead(member.node, member.epoch, member.incarnation, self.me), now),
         ),
         block_of_ten_seconds_kills_nobody,
     ),

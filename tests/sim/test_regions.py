@@ -87,7 +87,8 @@ def test_a_cable_that_is_cut_for_a_minute_heals_when_it_is_mended(seed: int) -> 
 def test_estimates_tell_the_shores_apart_before_anything_was_measured() -> None:
     network, ids = spread_over_regions(1, 8)
     network.run(25)
-    near, far = [], []
+    near: list[float] = []
+    far: list[float] = []
     for node in ids:
         swim = network.nodes[node].core.swim
         for member in swim.members:
