@@ -6,7 +6,7 @@ Across, for each: all the ways in which a sequence can come to be computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import pytest
