@@ -1,7 +1,7 @@
-"""Whether what is said in a node's name is its own word.
+"""Claim authentication: whether a claim in a node's name is signed by that node.
 
-The key first heard for a node stays its key for as long as the node is remembered: one who finds a second key with the
-same id still cannot take the place of a node that anybody knows.
+The first key received for a node stays its key for as long as the node is known: a second key with the same id cannot take
+the place of a known member.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mesh.wire.statements import alive_statement, left_statement
 
 
 class ClaimVerifier:
-    """`forged`: how many claims were in another's name."""
+    """Signs this node's claims and verifies those of others; `forged` counts signatures that did not hold."""
 
     def __init__(self, signer: Signer) -> None:
         self._signer = signer
@@ -24,7 +24,7 @@ class ClaimVerifier:
         self.forged = 0
 
     def signed(self, claim: Alive) -> Alive:
-        """This node's own claim, signed. The key goes with the first words of a run only."""
+        """This node's own claim, signed. The key goes with the first claim of a run only."""
         signature = self._signer.sign(alive_statement(claim))
         return alive_of(claim, signature, self.key)
 
@@ -32,12 +32,12 @@ class ClaimVerifier:
         bare = Left(node, epoch, incarnation)
         return Left(node, epoch, incarnation, self._signer.sign(left_statement(bare)))
 
-    def hold(self, words: Alive | Left, key: bytes) -> bool:
-        """Whether the owner said this. `key`: the one known for it, or the one that came along. Counts what does not hold."""
+    def verifies(self, own: Alive | Left, key: bytes) -> bool:
+        """Whether the node that `own` is about signed it. `key`: the known one, or the one that came along. Counts forgeries."""
         verifier = self._signer.verifier
-        other_key = isinstance(words, Alive) and words.key not in (b"", key)
-        statement = alive_statement(words) if isinstance(words, Alive) else left_statement(words)
-        if not other_key and verifier.is_key_of(key, words.node) and verifier.holds(key, statement, words.signature):
+        other_key = isinstance(own, Alive) and own.key not in (b"", key)
+        statement = alive_statement(own) if isinstance(own, Alive) else left_statement(own)
+        if not other_key and verifier.is_key_of(key, own.node) and verifier.holds(key, statement, own.signature):
             return True
         self.forged += 1
         return False
@@ -48,16 +48,16 @@ def alive_of(claim: Alive, signature: bytes, key: bytes) -> Alive:
     return Alive(claim.node, claim.epoch, claim.incarnation, *place, signature, key if claim.incarnation == 0 else b"")
 
 
-def is_news(words: Alive | Left, member: Member) -> bool:
-    """Whether they go beyond what is known of the node: only then are they worth a verification."""
-    return standing_of(words) > member.standing if isinstance(words, Left) else description_of(words) > member.description
+def is_news(own: Alive | Left, member: Member) -> bool:
+    """Whether a node's own claim goes beyond what is known of it: only then is it worth a verification."""
+    return standing_of(own) > member.standing if isinstance(own, Left) else description_of(own) > member.description
 
 
-def within_words(claim: Claim, member: Member, words: Alive | Left | None) -> Claim:
-    """An accusation, aimed no higher than at what the accused is known to have said; `words`: what came along, and holds."""
+def limited_to_own(claim: Claim, member: Member, own: Alive | Left | None) -> Claim:
+    """An accusation, limited to the accused's own latest claim; `own`: an authentic one that came along."""
     if isinstance(claim, Alive | Left):
         return claim
-    said = max((member.epoch, member.incarnation), (words.epoch, words.incarnation) if words is not None else (0, 0))
+    said = max((member.epoch, member.incarnation), (own.epoch, own.incarnation) if own is not None else (0, 0))
     if (claim.epoch, claim.incarnation) <= said:
         return claim
     return msgspec.structs.replace(claim, epoch=said[0], incarnation=said[1])

@@ -50,7 +50,7 @@ class MembershipCore:
 
     @property
     def deadline(self) -> float:
-        return self.swim.deadline if self.swim.left else min(self.swim.deadline, self.outlook.deadline)
+        return self.swim.deadline if self.swim.state.left else min(self.swim.deadline, self.outlook.deadline)
 
     @property
     def fingerprint(self) -> int:
@@ -63,13 +63,13 @@ class MembershipCore:
 
     def tick(self, now: float) -> list[Effect]:
         effects = self._settled(self.swim.tick(now), now)
-        return effects if self.swim.left else effects + self.outlook.tick(now)
+        return effects if self.swim.state.left else effects + self.outlook.tick(now)
 
     def lost(self, node: NodeId, now: float, *, proven: bool = False) -> list[Effect]:
         return self._settled(self.swim.lost(node, now, proven=proven), now)
 
     def linked(self, node: NodeId) -> None:
-        self.swim.link_made(node)
+        self.swim.refusals.link_made(node)
 
     def stream_answered(self, seq: int, by: NodeId, now: float) -> list[Effect]:
         return self._settled(self.swim.stream_answered(seq, by, now), now)
@@ -83,17 +83,17 @@ class MembershipCore:
 
     def twin_asked(self, by: ProcessRun, now: float) -> tuple[TwinAnswer, list[Effect]]:
         """A process with this node's identity asks: what to answer it."""
-        return self.swim.twin_asked(by, now)
+        return self.swim.refutation.asked(by, now)
 
     def twin_found(self, place: Address, answer: TwinAnswer | None, now: float) -> list[Effect]:
         """What came of a `FindTwin`: the proven answer of a process with this node's identity, or none."""
-        return self._settled(self.swim.twin_found(place, answer, now) + self.swim.spread(now), now)
+        return self._settled(self.swim.refutation.found(place, answer, now) + self.swim.spread(now), now)
 
     def leave(self, now: float) -> list[Effect]:
         return self.swim.leave(now)
 
     def set_load(self, load: Load, now: float) -> None:
-        self.swim.set_load(load, now)
+        self.swim.state.set_load(load, now)
 
     def note_load(self, node: NodeId, load: Load, now: float) -> bool:
         """Load heard by another way, in a peer's answer; True when it is newer than what was known."""
@@ -113,7 +113,7 @@ class MembershipCore:
         member = self.swim.members.get(node)
         if member is None:
             return None
-        load, load_at = (self.swim.load, self.swim.load_at) if node == self.me else (member.load, member.load_at)
+        load, load_at = (self.swim.state.load, self.swim.state.load_at) if node == self.me else (member.load, member.load_at)
         return Peer(
             member.node,
             member.name,
@@ -126,7 +126,7 @@ class MembershipCore:
             load,
             load_at,
             member.rtt_s,
-            self.swim.distances.estimate_s(member) if node != self.me else None,
+            self.swim.state.distances.estimate_s(member) if node != self.me else None,
             member.cause,
         )
 
@@ -139,7 +139,7 @@ class MembershipCore:
     def answer(self, asker: NodeId, sync: Sync, now: float) -> tuple[Synced, list[Effect]]:
         """A peer opened an exchange, brought what we wanted, or pushes news."""
         effects = self._learn(asker, sync.members, sync.deltas, now, pushed=not sync.digest)
-        if not sync.digest or self.swim.left:
+        if not sync.digest or self.swim.state.left:
             return Synced(self.me), effects
         mine = {entry.node: entry for entry in sync.digest}
         self._hear_verdict_on_me(asker, mine.get(self.me), now)
@@ -164,7 +164,7 @@ class MembershipCore:
         """The answer of `source` came: what it brings, and what to send next, if anything is wanted or there is more."""
         self.swim.met_seed(source, synced.node)
         effects = self._learn(synced.node, synced.members, synced.deltas, now, pushed=False)
-        if self.swim.left or not (synced.wanted or synced.more):
+        if self.swim.state.left or not (synced.wanted or synced.more):
             return None, effects
         behind = {want.node: (want.facts_epoch, want.facts_version) for want in synced.wanted if want.node in self.swim.members}
         # With the question for the rest goes half as much.
@@ -186,15 +186,15 @@ class MembershipCore:
         *,
         pushed: bool,
     ) -> list[Effect]:
-        if self.swim.left:
+        if self.swim.state.left:
             return []
         newcomers = sum(member.node not in self.swim.members for member in members)
         for member in members:
             tell = newcomers <= _MAX_PASS_ON or member.node == teller
-            self.swim.hear_record(member, now, tell=tell)
+            self.swim.claims.hear_record(member, now, tell=tell)
         news, gap = self._accept(deltas)
         if gap and teller in self.swim.members:
-            self.swim.want_exchange(self.swim.members[teller].address, now)
+            self.swim.state.want_exchange(self.swim.members[teller].address, now)
         effects: list[Effect] = [FactsChanged(owner) for owner in news]
         passed_on = news if pushed or len(news) <= _MAX_PASS_ON else {owner: news[owner] for owner in news if owner == teller}
         effects = self._settled(self.swim.spread(now), now) + effects
@@ -217,7 +217,7 @@ class MembershipCore:
     def _hear_verdict_on_me(self, asker: NodeId, entry: DigestEntry | None, now: float) -> None:
         """The asker's digest may call us dead: we refute before we answer, so that the answer sets it right."""
         if entry is not None and SEVERITY[entry.state] > 0:
-            self.swim.hear(Suspect(self.me, entry.epoch, entry.incarnation, asker), now)
+            self.swim.claims.hear(Suspect(self.me, entry.epoch, entry.incarnation, asker), now)
 
     def _pushes(self, news: tuple[FactsDelta, ...], now: float, without: tuple[NodeId, ...]) -> list[Effect]:
         """The news for a few peers, as far as one message should grow: exchanges bring the rest."""

@@ -1,9 +1,9 @@
 """Failure detection and the spread of news: SWIM as a state machine. Datagrams and time in, effects out.
 
-One member is probed each period; one that does not answer is probed through others; one that answers nobody is
-suspected, and declared dead when its suspicion runs out. Whoever hears itself accused speaks up with a higher
-incarnation. News goes to a few peers at once, then rides on whatever is sent, a bounded number of times.
-How a claim changes what is known is in `membership.core.claims`, which this class extends.
+One member is probed each period; one that does not answer is probed through others; one that answers no member is suspected, and
+declared dead when its suspicion runs out. An accused node refutes with a higher incarnation. News goes to a few peers at once,
+then with whatever is sent, a bounded number of times. What this node knows is in `node_state.py`; how a claim changes it, in
+`claims.py`, and about itself, in `refutation.py`; deaths that a host's refusal proves, in `refusal_detection.py`.
 Source: SWIM (DSN 2002), section 4; Lifeguard (arXiv 1707.00788) for suspicion and the buddy on the ping.
 """
 
@@ -14,12 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from membership.core.claims import ClaimProcessing
 from membership.core.config import MembershipConfig
 from membership.core.effects import Effect, LoadMeasured, MemberChanged, PingStream, SendDatagram, StartSync
-from membership.core.evidence import RefusalDetection
 from membership.core.health import LAG_MAX_S, missed_nacks
 from membership.core.members import Member
+from membership.core.node_state import NodeState
 from membership.core.probing import Probe, Probes
+from membership.core.refusal_detection import RefusalDetection
+from membership.core.refutation import Refutation
 from membership.core.regions import ProbeSchedule, some_relays, some_to_tell
 from membership.facts.fingerprint import Fingerprint
 from mesh.ids import Address, NodeId
@@ -71,35 +74,47 @@ class SwimStatistics:
     lag_s: float
 
 
-class Swim(RefusalDetection):
+class Swim:
     """The failure detector of one node."""
 
     def __init__(
         self, me: Alive, signer: Signer, config: MembershipConfig, rng: Random, now: float, fingerprint: Fingerprint
     ) -> None:
-        super().__init__(me, signer, config, rng, now, fingerprint)
+        state = self.state = NodeState(me, signer, config, rng, now, fingerprint)
+        self.refutation = Refutation(state, me, now)
+        self.claims = ClaimProcessing(state, self.refutation, self._on_newcomer)
+        self.refusals = RefusalDetection(state, self.claims)
+        self.me, self.members, self.myself = state.me, state.members, state.myself
+        self._config, self._rng = config, rng
         self._probes = Probes(rng)
-        self._patrol = ProbeSchedule(rng)
-        self._seeds: dict[Address, NodeId | None] = {}  # and who was last met there
+        self._schedule = ProbeSchedule(rng)
+        self._seeds: dict[Address, NodeId | None] = {}  # with the node that was last met there
         # A random phase: nodes started together do not probe in step.
         self._next_probe_at = now + config.probe_period_s * rng.random()
         self._next_redial_at = now + config.redial_period_s * (0.5 + rng.random())
         self._probed = self._failed = self._sleeps = 0
 
+    def spread(self, now: float, without: tuple[NodeId, ...] = ()) -> list[Effect]:
+        """Ends every call from outside: the changes, this call's news to a few peers at once, and what the changes call for."""
+        if not (self.state.is_pending or self.claims.doubted):
+            return []  # as after nearly every datagram
+        effects = self.state.flush(now, without)
+        return effects + self.refusals.after_changes(effects, now)
+
     @property
     def deadline(self) -> float:
         """When `tick` next has something to do, in local monotonic seconds; infinite after `leave`."""
-        if self.left:
+        if self.state.left:
             return math.inf
         at = self._next_probe_at  # asked after every datagram: what is not there costs nothing
         if self._probes.under_way or self._probes.nacks_due:
             at = min(at, self._probes.deadline)
         if self.members.gone or self._seeds:  # else links are looked after when the next probe is due anyway
             at = min(at, self._next_redial_at)
-        if self.rumours.by_node:
-            at = min(at, self.next_gossip_at)
+        if self.state.rumours.by_node:
+            at = min(at, self.state.next_gossip_at)
         if self.members.suspects:
-            at = min(at, *(m.suspicion.deadline for m in self.suspected() if m.suspicion))
+            at = min(at, *(m.suspicion.deadline for m in self.state.suspected() if m.suspicion))
         return at
 
     def remember_seed(self, address: Address) -> None:
@@ -115,18 +130,18 @@ class Swim(RefusalDetection):
     def receive(self, source: Address, message: Message, now: float, arrived_at: float | None = None) -> list[Effect]:
         """One datagram that came from `source`; `arrived_at`: when it reached this host, by the kernel's stamp, if earlier."""
         sender = message.sender
-        if self.left or sender.node == self.me:
+        if self.state.left or sender.node == self.me:
             return []
         arrived_at = now if arrived_at is None else min(now, arrived_at)
         if arrived_at < now:
-            self.health.lagged(now - arrived_at, now)
+            self.state.health.lagged(now - arrived_at, now)
         peer = self.members.get(sender.node)
         corrections = self._greet(peer, source, sender, now, arrived_at)
         if message.claims:
-            corrections += self.hear_all(source, message.claims, now)
+            corrections += self.claims.hear_all(source, message.claims, now)
             peer = self.members.get(sender.node)
         if peer is not None and peer.live:
-            self.compare(sender.fingerprint, peer.address, now)  # after what came along: it may be the difference
+            self.state.compare(sender.fingerprint, peer.address, now)  # after what came along: it may be the difference
         effects: list[Effect] = []
         rtt_s = None  # of the ack, if it times one
         match message:
@@ -134,10 +149,10 @@ class Swim(RefusalDetection):
                 # Somebody else lived at this address before us: the asker is told who does now, and gets no ack.
                 wanted = target == self.me
                 claims = corrections if wanted else [self.myself.alive_claim(), *corrections]
-                answer = self.distances.told_with_ack(where)
-                bare = Ack(self.sender(now), seq, where=answer) if wanted else Gossip(self.sender(now))
+                answer = self.state.distances.told_with_ack(where)
+                bare = Ack(self.state.sender(now), seq, where=answer) if wanted else Gossip(self.state.sender(now))
                 if peer is not None:
-                    self.distances.heard(peer, where)
+                    self.state.distances.heard(peer, where)
                 effects.append(self._send(source, bare, claims))
                 corrections = []
             case Ack(seq=seq):
@@ -147,31 +162,31 @@ class Swim(RefusalDetection):
             case PingReq(seq=seq, target=target):
                 effects += self._relay(source, seq, target, now)
             case ConnectCheck():
-                effects += self.on_knock(source, message, now)
+                effects += self.refusals.on_connect_check(source, message, now)
             case ConnectChecked():
-                self.on_knocked(message, now)
+                self.refusals.on_connect_checked(message, now)
             case Gossip():
                 pass
         if corrections and (
-            peer is None or peer.is_to_hear(corrections, now, self.config.exchange_gap_s)
+            peer is None or peer.is_to_hear(corrections, now, self._config.exchange_gap_s)
         ):  # strangers: as bytes allow
-            effects.append(self._send(source, Gossip(self.sender(now)), corrections))
+            effects.append(self._send(source, Gossip(self.state.sender(now)), corrections))
         if peer is not None and peer.live:
             if rtt_s is not None and isinstance(message, Ack):
-                lagging = max(self.health.lag_s(now), peer.lag_s) > 0
-                self.distances.measured(peer, rtt_s, message.where, lagging=lagging)
+                lagging = max(self.state.health.lag_s(now), peer.lag_s) > 0
+                self.state.distances.measured(peer, rtt_s, message.where, lagging=lagging)
             effects.append(self._measure(peer, sender, now, rtt_s))
         return effects + self.spread(now, without=(sender.node,))
 
     def tick(self, now: float) -> list[Effect]:
         """Does all that is due at `now` and moves the deadline past it."""
-        if self.left:
+        if self.state.left:
             return []
         # Not measured by suspicions: a confirmation may move the end of one into the past.
         due_at = min(self._next_probe_at, self._probes.deadline)
-        if (late_s := now - due_at) > self.config.lag_tolerance_s:
+        if (late_s := now - due_at) > self._config.lag_tolerance_s:
             self._forgive(late_s, now)
-            self.health.lagged(late_s, now)
+            self.state.health.lagged(late_s, now)
         effects: list[Effect] = []
         for probe in list(self._probes.under_way.values()):
             if now >= probe.ends_at:
@@ -180,22 +195,22 @@ class Swim(RefusalDetection):
             elif now >= probe.indirect_at:
                 effects += self._ask_others(probe, now)
         for relay in self._probes.take_nacks_due(now) if self._probes.nacks_due else ():
-            effects.append(self._send(relay.asker, Nack(self.sender(now), relay.asker_seq), ()))
-        for member in self.suspected():
+            effects.append(self._send(relay.asker, Nack(self.state.sender(now), relay.asker_seq), ()))
+        for member in self.state.suspected():
             if member.suspicion is None or now >= member.suspicion.deadline:
                 self._convict(member, now)
         if now >= self._next_probe_at:
-            self._next_probe_at = now + self.config.probe_period_s * self.health.factor
-            if (target := self._patrol.next_target(self.members)) is not None:
+            self._next_probe_at = now + self._config.probe_period_s * self.state.health.factor
+            if (target := self._schedule.next_target(self.members)) is not None:
                 effects += self._probe(self.members[target], now)
-        if now >= self.next_gossip_at and self.rumours.by_node:
-            self.next_gossip_at = now + self.config.gossip_period_s
-            for peer in some_to_tell(self.members, self.config.gossip_peers, self.rng):
-                effects.append(self._send(self.members.address_of(peer), Gossip(self.sender(now)), ()))
+        if now >= self.state.next_gossip_at and self.state.rumours.by_node:
+            self.state.next_gossip_at = now + self._config.gossip_period_s
+            for peer in some_to_tell(self.members, self._config.gossip_peers, self._rng):
+                effects.append(self._send(self.members.address_of(peer), Gossip(self.state.sender(now)), ()))
         if now >= self._next_redial_at:
-            self._next_redial_at = now + self.config.redial_period_s * (0.75 + 0.5 * self.rng.random())
+            self._next_redial_at = now + self._config.redial_period_s * (0.75 + 0.5 * self._rng.random())
             effects += self._redial(now)
-            effects += self.watch(again=True) + self.look_again(now)
+            effects += self.refusals.watch(again=True) + self.refusals.look_again(now)
         return effects + self.spread(now)
 
     def _convict(self, member: Member, now: float) -> None:
@@ -203,14 +218,14 @@ class Swim(RefusalDetection):
         suspicion = member.suspicion
         if suspicion is not None and suspicion.listens and not suspicion.stalled and suspicion.stall_patience_s > 0:
             suspicion.stalled, member.cause = True, STALLED
-            self.note_change(MemberChanged(member.node, PeerState.SUSPECT, PeerState.SUSPECT, stalled=True))
+            self.state.note(MemberChanged(member.node, PeerState.SUSPECT, PeerState.SUSPECT, stalled=True))
         else:
-            self.declare(Dead(member.node, member.epoch, member.incarnation, self.me), now)
+            self.claims.declare(Dead(member.node, member.epoch, member.incarnation, self.me), now)
 
     def stream_answered(self, seq: int, by: NodeId, now: float) -> list[Effect]:
         """A `PingStream` was answered: datagrams to that node, or from it, get lost, but it lives."""
         probe = self._probes.under_way.get(seq)
-        if not self.left and probe is not None and by == probe.target and self._probes.answered(seq, by) is not None:
+        if not self.state.left and probe is not None and by == probe.target and self._probes.answered(seq, by) is not None:
             self._alive_after_all(probe, now)
         return self.spread(now)
 
@@ -219,60 +234,61 @@ class Swim(RefusalDetection):
 
         `proven`: its handshake had named `node`, and it was told by `link_made`; its end may be the end of a process.
         """
-        if proven and (left := self.linked.pop(node, 1) - 1) > 0:
-            self.linked[node] = left
+        if proven and (left := self.state.linked.pop(node, 1) - 1) > 0:
+            self.state.linked[node] = left
         member = self.members.get(node)
-        if self.left or member is None or not member.live or node == self.me:
+        if self.state.left or member is None or not member.live or node == self.me:
             return []
-        effects = self.open_case(member, now) if proven else []
+        effects = self.refusals.open_case(member, now) if proven else []
         if not any(p.target == node and p.indirect_at == math.inf for p in self._probes.under_way.values()):
             effects += self._probe(member, now, urgent=True)  # else that question is being asked already
         return effects + self.spread(now)
 
     def tried(self, number: int, refused: bool | None, now: float) -> list[Effect]:
         """What came of a `TryConnect`."""
-        return [] if self.left else self.on_tried(number, refused, now) + self.spread(now)
+        return [] if self.state.left else self.refusals.tried(number, refused, now) + self.spread(now)
 
     def leave(self, now: float) -> list[Effect]:
         """Says goodbye to live peers and falls silent for good."""
-        if self.left:
+        if self.state.left:
             return []
         me = self.myself
-        farewell = self.words.farewell(self.me, me.epoch, me.incarnation)
+        farewell = self.state.verifier.farewell(self.me, me.epoch, me.incarnation)
         me.signature = farewell.signature
-        self.declare(farewell, now)
-        sender = self.sender(now)
-        peers = self.members.some_peers(_FAREWELLS, self.rng)
-        self.left = True
+        self.claims.declare(farewell, now)
+        sender = self.state.sender(now)
+        peers = self.members.some_peers(_FAREWELLS, self._rng)
+        self.state.left = True
         return [
-            *self.take_changes(),
+            *self.state.take_changes(),
             *(SendDatagram(self.members.address_of(peer), Gossip(sender, (farewell,))) for peer in peers),
         ]
 
     def statistics(self, now: float) -> SwimStatistics:
+        health = self.state.health
         return SwimStatistics(
-            self._probed,
-            self._failed,
-            self.refutations,
-            self.conflicts,
-            self._sleeps,
-            self.unknown_claims,
-            self.refused_newcomers,
-            self.words.forged,
-            len(self.rumours),
-            len(self.members.suspects),
-            self.refused_deaths,
-            self.health.score,
-            self.health.lag_s(now),
+            probes_total=self._probed,
+            probes_failed_total=self._failed,
+            refutations_total=self.refutation.refutations,
+            conflicts_total=self.refutation.conflicts,
+            sleeps_total=self._sleeps,
+            unknown_claims_total=self.claims.unknown_claims,
+            refused_newcomers_total=self.claims.refused_newcomers,
+            forged_claims_total=self.state.verifier.forged,
+            rumours=len(self.state.rumours),
+            suspects=len(self.members.suspects),
+            refused_deaths_total=self.refusals.refused_deaths,
+            health_score=health.score,
+            lag_s=health.lag_s(now),
         )
 
-    def on_newcomer(self, node: NodeId) -> None:
-        self._patrol.joined(self.members[node], self.members)
+    def _on_newcomer(self, node: NodeId) -> None:
+        self._schedule.joined(self.members[node], self.members)
 
     def _greet(self, member: Member | None, source: Address, sender: Sender, now: float, arrived_at: float) -> list[Claim]:
         """Takes note of who speaks; what it should be told about itself, if it does not know how it is seen."""
         if member is None or (sender.epoch, sender.incarnation) > (member.epoch, member.incarnation):
-            self.want_exchange(source, now)
+            self.state.want_exchange(source, now)
             return []
         if (sender.epoch, sender.incarnation) == (member.epoch, member.incarnation):
             member.heard_at = max(member.heard_at, arrived_at)
@@ -291,34 +307,38 @@ class Swim(RefusalDetection):
         return LoadMeasured(peer.node, peer.load, peer.load_at, rtt_s)
 
     def _send(self, to: Address, bare: Message, first: Sequence[Claim]) -> SendDatagram:
-        return SendDatagram(to, self.filled(bare, first))
+        return SendDatagram(to, self.state.filled(bare, first))
 
     def _probe(self, member: Member, now: float, *, urgent: bool = False) -> list[Effect]:
         self._probed += 1
-        slack_s, factor = self.slack_s(member, now), self.health.factor
-        round_s, timeout_s = self.config.probe_round_s * factor + slack_s, self.config.probe_timeout_s * factor + slack_s
+        slack_s, factor = self.state.slack_s(member, now), self.state.health.factor
+        round_s, timeout_s = (
+            self._config.probe_round_s * factor + slack_s,
+            self._config.probe_timeout_s * factor + slack_s,
+        )
         ends_at = now + (2 * timeout_s if urgent else round_s)
         probe = self._probes.start(member.node, now, now if urgent else now + timeout_s, ends_at)
         first = [member.claim(self.me)] if member.state is PeerState.SUSPECT else []
-        ping = Ping(self.sender(now), probe.seq, member.node, where=self.distances.told_with_ping())
+        ping = Ping(self.state.sender(now), probe.seq, member.node, where=self.state.distances.told_with_ping())
         effects: list[Effect] = [self._send(member.address, ping, first)]
         return effects + self._ask_others(probe, now) if urgent else effects
 
     def _ask_others(self, probe: Probe, now: float) -> list[Effect]:
         probe.indirect_at = math.inf
-        relays = some_relays(self.members, self.config.indirect_peers, self.rng, probe.target)
+        relays = some_relays(self.members, self._config.indirect_peers, self._rng, probe.target)
         probe.relays |= frozenset(relays)
         probe.ends_at = max(probe.ends_at, now + self._relay_s(relays, probe.target))
         asked: list[Effect] = [
-            self._send(self.members.address_of(relay), PingReq(self.sender(now), probe.seq, probe.target), ()) for relay in relays
+            self._send(self.members.address_of(relay), PingReq(self.state.sender(now), probe.seq, probe.target), ())
+            for relay in relays
         ]
         return [*asked, PingStream(probe.seq, self.members[probe.target].address)] if probe.target in self.members else asked
 
     def _relay_s(self, relays: list[NodeId], target: NodeId) -> float:
         """How long an answer through relays, or their nack, may take: their way to the target is no longer than by here."""
-        way_s = max((self.distances.expected_s(self.members[relay]) for relay in relays), default=0.0)
-        there_s = self.distances.expected_s(self.members[target]) if target in self.members else 0.0
-        nack_s = way_s + _NACK_SHARE * self.config.probe_timeout_s
+        way_s = max((self.state.distances.expected_s(self.members[relay]) for relay in relays), default=0.0)
+        there_s = self.state.distances.expected_s(self.members[target]) if target in self.members else 0.0
+        nack_s = way_s + _NACK_SHARE * self._config.probe_timeout_s
         return min(LAG_MAX_S, _RELAYED_FACTOR * max(2 * way_s + there_s, nack_s))
 
     def _relay(self, asker: Address, asker_seq: int, target: NodeId, now: float) -> list[Effect]:
@@ -326,19 +346,19 @@ class Swim(RefusalDetection):
         member = self.members.get(target)
         if member is None or target == self.me:
             return []
-        nack_at = now + _NACK_SHARE * self.config.probe_timeout_s
-        expires_at = now + self.config.probe_round_s + LAG_MAX_S
+        nack_at = now + _NACK_SHARE * self._config.probe_timeout_s
+        expires_at = now + self._config.probe_round_s + LAG_MAX_S
         seq = self._probes.relay(target, asker, asker_seq, now, nack_at, expires_at)
         if seq is None:
             return []
         first = [] if member.state is PeerState.ALIVE else [member.claim(self.me)]
-        return [self._send(member.address, Ping(self.sender(now), seq, target), first)]
+        return [self._send(member.address, Ping(self.state.sender(now), seq, target), first)]
 
     def _on_ack(self, seq: int, by: NodeId, now: float, arrived_at: float, effects: list[Effect]) -> float | None:
         """The round trip in seconds when the target itself answered a probe of ours; a clock that stood still timed none."""
         if (relay := self._probes.relayed(seq, by, now)) is not None:
             first = [self.members[by].claim(self.me)] if by in self.members else []
-            effects.append(self._send(relay.asker, Ack(self.sender(now), relay.asker_seq), first))
+            effects.append(self._send(relay.asker, Ack(self.state.sender(now), relay.asker_seq), first))
             return None
         probe = self._probes.answered(seq, by)
         if probe is None:
@@ -348,25 +368,25 @@ class Swim(RefusalDetection):
         return rtt_s if by == probe.target and rtt_s > 0 else None
 
     def _alive_after_all(self, probe: Probe, at: float) -> None:
-        self.health.note(-1)
+        self.state.health.note(-1)
         if (target := self.members.get(probe.target)) is not None:
             target.heard_at = max(target.heard_at, at)
-        if (case := self.cases.get(probe.target)) is not None and probe.sent_at >= case.opened_at:
-            self.close_case(probe.target)
+        if (case := self.refusals.cases.get(probe.target)) is not None and probe.sent_at >= case.opened_at:
+            self.refusals.close_case(probe.target)
 
     def _probe_failed(self, probe: Probe, now: float) -> None:
         member = self.members.get(probe.target)
         if member is None or not member.live or member.heard_at > probe.sent_at:
             return
         self._failed += 1
-        self.health.note(missed_nacks(len(probe.relays), len(probe.nacks)))
-        self.declare(Suspect(member.node, member.epoch, member.incarnation, self.me), now)
+        self.state.health.note(missed_nacks(len(probe.relays), len(probe.nacks)))
+        self.claims.declare(Suspect(member.node, member.epoch, member.incarnation, self.me), now)
 
     def _forgive(self, late_s: float, now: float) -> None:
         """We slept (SIGSTOP, a starved machine): time did not pass for what we wait for."""
         self._sleeps += 1
         self._probes.delay(late_s, now)
-        for member in self.suspected():
+        for member in self.state.suspected():
             if member.suspicion is not None:
                 # What began since we woke up, from input that had waited, has not slept.
                 member.suspicion.started_at = min(now, member.suspicion.started_at + late_s)
@@ -385,17 +405,17 @@ class Swim(RefusalDetection):
         effects: list[Effect] = []
         gone = [self.members[node] for node in sorted(self.members.gone)]
         for member in gone:
-            if member.node != self.me and now - member.since > self.config.forget_s:
-                self.forget(member)
+            if member.node != self.me and now - member.since > self._config.forget_s:
+                self.state.forget(member)
         dead = [member.node for member in gone if member.state is PeerState.DEAD and member.node in self.members]
         # In a large mesh some of us are enough: one dead host would hear from ten thousand. A seed may be known to us alone.
-        if self.rng.random() * self.members.live_count > len(dead) + _REDIALLERS:
+        if self._rng.random() * self.members.live_count > len(dead) + _REDIALLERS:
             dead = []
         seeds = self._absent_seeds()
         if not (choices := len(dead) + len(seeds)):
             return effects
-        if (choice := self.rng.randrange(choices)) < len(dead):
+        if (choice := self._rng.randrange(choices)) < len(dead):
             member = self.members[dead[choice]]
-            ping = Ping(self.sender(now), self._probes.next_seq(), member.node)
+            ping = Ping(self.state.sender(now), self._probes.next_seq(), member.node)
             return [*effects, self._send(member.address, ping, [member.claim(self.me)])]
         return [*effects, StartSync(seeds[choice - len(dead)])]

@@ -194,7 +194,7 @@ class Membership:
         now = trio.current_time()
         peers = [peer for peer in self.view.live() if peer.id != self.me]
         # Those who hold a link with us must know before it ends, or they would take its end for a death.
-        told = [peer.address for peer in peers if peer.id in self._core.swim.linked][:MAX_FAREWELL_PUSHES]
+        told = [peer.address for peer in peers if peer.id in self._core.swim.state.linked][:MAX_FAREWELL_PUSHES]
         self._carry_out(self._core.leave(now))
         told += [peer.address for peer in self._core.rng.sample(peers, min(FAREWELL_PUSHES, len(peers)))]
         tail = sync.encode(self._core.farewell(now))

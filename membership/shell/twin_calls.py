@@ -58,7 +58,7 @@ class TwinCalls:
         self._settle(self._core.twin_found(place, answer, trio.current_time()))
 
     def _run(self) -> ProcessRun:
-        return self._core.swim.twins.run(trio.current_time())
+        return self._core.swim.refutation.twins.run(trio.current_time())
 
     async def ask(self, place: Address) -> TwinAnswer | None:
         """Of a process with this node's key that answers at `place`; None: there is none."""

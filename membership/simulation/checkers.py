@@ -80,7 +80,7 @@ def overridden_goodbyes(network: Network) -> list[tuple[NodeId, NodeId]]:
 
 def queues_are_bounded(network: Network) -> bool:
     """No node has more rumours to tell than there are members."""
-    return all(len(it.core.swim.rumours) <= len(it.core.swim.members) for it in network.nodes.values())
+    return all(len(it.core.swim.state.rumours) <= len(it.core.swim.members) for it in network.nodes.values())
 
 
 def percentile(ordered: list[float], share: float) -> float:

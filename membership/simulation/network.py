@@ -130,7 +130,7 @@ class Network(VirtualTime):
         for node in ids:
             it = self.nodes[node]
             it.core.swim.members.found(common)
-            self.carry_out(it, it.core.swim.watch())
+            self.carry_out(it, it.core.swim.refusals.watch())
         self.run(0.1)
         return ids
 
@@ -187,7 +187,7 @@ class Network(VirtualTime):
     def leave(self, node: NodeId) -> None:
         """Says goodbye over datagrams and to three peers by call, then stops."""
         it = self.nodes[node]
-        peers = it.core.swim.members.some_peers(3, self.rng) + sorted(it.core.swim.linked)
+        peers = it.core.swim.members.some_peers(3, self.rng) + sorted(it.core.swim.state.linked)
         self.carry_out(it, it.core.leave(self.now))
         for peer in peers:
             self._call(it, it.core.swim.members.address_of(peer), it.core.farewell(self.now), lambda _: None)

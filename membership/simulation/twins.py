@@ -26,7 +26,7 @@ def carry_out(network: Network, it: SimNode, effect: Effect) -> None:
 
 
 def _ask(network: Network, it: SimNode, place: Address) -> None:
-    run = it.core.swim.twins.run(network.now)
+    run = it.core.swim.refutation.twins.run(network.now)
     peer = network.connects(it, place)
 
     def come_back(answer: TwinAnswer | None) -> None:

@@ -135,7 +135,7 @@ class RecordedCore(MembershipCore):
         """What a newcomer would be told, and the rest that a successor of this core needs."""
         me = self.swim.myself
         known = told_to_a_newcomer(self, now)
-        links = tuple(node for node, count in sorted(self.swim.linked.items()) for _ in range(count))
+        links = tuple(node for node, count in sorted(self.swim.state.linked.items()) for _ in range(count))
         self._kept.begin_segment()
         words, seed = me.alive_claim(), self._sown(self.rng)
         self._keep(trace_format.CheckpointInput(now, words, seed, known, links, tuple(self._seeds_known)), None)

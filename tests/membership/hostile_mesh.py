@@ -110,7 +110,7 @@ class HostileMesh(RuleBasedStateMachine):
 
     def _take(self, to: int, by: int, *claims: Claim) -> None:
         """A datagram of `by` that tells these."""
-        told = Gossip(self.cores[by].swim.sender(self.now), claims)
+        told = Gossip(self.cores[by].swim.state.sender(self.now), claims)
         self._carry_out(to, self.cores[to].receive(address_of(by), told, self.now))
 
     def _deliver(self, source: Address, to: Address, datagram: bytes) -> None:

@@ -16,7 +16,7 @@ from membership.core.allowance import MAX_ACCOUNTS
 from membership.core.config import MembershipConfig
 from membership.core.core import MembershipCore
 from membership.core.effects import Effect, SendDatagram, TryConnect
-from membership.core.evidence import MAX_ERRANDS
+from membership.core.refusal_detection import MAX_CONNECT_PROBES
 from mesh.ids import Address
 from mesh.wire import datagram_codec, sync
 from mesh.wire.gossip import (
@@ -119,7 +119,7 @@ class HostileNode(RuleBasedStateMachine):
 
     def _picture(self) -> object:
         swim = self.core.swim
-        told = [(rumour.claim, rumour.sent) for rumour in swim.rumours.by_node.values()]
+        told = [(rumour.claim, rumour.sent) for rumour in swim.state.rumours.by_node.values()]
         return [member.claim(ME) for member in swim.members], told, self.core.deadline, self.core.fingerprint
 
     # what the adversary may do
@@ -206,10 +206,10 @@ class HostileNode(RuleBasedStateMachine):
         swim = self.core.swim
         count = sum(1 for _ in swim.members)
         assert count <= MAX_MEMBERS, f"M8: {count} members"
-        assert len(swim.rumours) <= count, "M8: more rumours than members"
-        assert len(swim._errands) <= MAX_ERRANDS and len(self.core.allowance._accounts) <= MAX_ACCOUNTS, "M8"
-        largest = Ping(swim.sender(self.now), 2**32 - 1, peer_id(1), where=bytes(32))
-        for rumour in swim.rumours.by_node.values():
+        assert len(swim.state.rumours) <= count, "M8: more rumours than members"
+        assert len(swim.refusals._probes) <= MAX_CONNECT_PROBES and len(self.core.allowance._accounts) <= MAX_ACCOUNTS, "M8"
+        largest = Ping(swim.state.sender(self.now), 2**32 - 1, peer_id(1), where=bytes(32))
+        for rumour in swim.state.rumours.by_node.values():
             assert len(datagram_codec.claim_bytes(rumour.claim)) == rumour.size_bytes, (
                 "M8: a rumour is as long as it is said to be"
             )

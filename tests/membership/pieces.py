@@ -69,7 +69,7 @@ def node_among(peers: int, *, seed: int = 1, config: MembershipConfig = CONFIG, 
     core = core_of(alive(numbered), config, Random(seed))
     for number in range(1, peers + 1):
         core.receive(address_of(number), gossip(number, alive(number)), 0.0)
-    core.swim.rumours.by_node.clear()
+    core.swim.state.rumours.by_node.clear()
     return core
 
 

@@ -103,7 +103,7 @@ def test_nobody_but_its_owner_raises_an_incarnation(told: list[Claim]) -> None:
 def test_the_dead_and_departed_rise_only_by_a_higher_incarnation_or_epoch(told: list[Claim]) -> None:
     core = node_among(3)
     for number in (1, 2, 3):
-        core.swim.declare(Dead(peer_id(number), 1, 0, ME), 0.0)
+        core.swim.claims.declare(Dead(peer_id(number), 1, 0, ME), 0.0)
     for claim in told:
         gone = {m.node: (m.epoch, m.incarnation) for m in core.swim.members if not m.live}
         core.receive(address_of(9), Gossip(sender(9), (claim,)), 1.0)
@@ -156,7 +156,7 @@ def test_after_any_input_a_tick_uses_its_deadline_up_and_bounds_hold(steps: list
         for effect in effects:
             if isinstance(effect, SendDatagram):
                 assert encoded_bytes(effect.message) <= MAX_MESSAGE_BYTES
-        assert len(core.swim.rumours) <= len(core.swim.members)
+        assert len(core.swim.state.rumours) <= len(core.swim.members)
         assert core.swim.members.suspects == {m.node for m in core.swim.members if m.state is PeerState.SUSPECT}
         assert core.swim.myself.state is PeerState.ALIVE
         assert all((m.suspicion is not None) == (m.state is PeerState.SUSPECT) for m in core.swim.members)

@@ -69,7 +69,7 @@ def test_a_measured_round_trip_moves_this_node_and_is_shown_and_never_probed_pee
     number = answered(core, 0.060, pack(THERE))
     measured = core.peer(peer_id(number))
     assert measured is not None and math.isclose(measured.rtt_s or 0, 0.060, abs_tol=1e-9)
-    assert core.swim.distances.position.samples == 1
+    assert core.swim.state.distances.position.samples == 1
     other = next(n for n in (1, 2, 3) if n != number)
     peer = core.peer(peer_id(other))
     assert peer is not None and peer.rtt_s is None
@@ -77,7 +77,7 @@ def test_a_measured_round_trip_moves_this_node_and_is_shown_and_never_probed_pee
     core.receive(address_of(other), Ping(sender(other), 9, ME, where=pack(THERE)), 5.0)
     peer = core.peer(peer_id(other))
     assert peer is not None and peer.rtt_estimate_s == pytest.approx(
-        core.swim.distances.position.point.distance_s(core.swim.members[peer_id(other)].point or Coordinate())
+        core.swim.state.distances.position.point.distance_s(core.swim.members[peer_id(other)].point or Coordinate())
     )
 
 
@@ -92,7 +92,7 @@ def test_without_any_measurement_there_is_no_estimate_and_none_to_itself() -> No
 def test_a_point_that_cannot_be_is_counted_and_the_ack_still_counts_as_an_answer(raw: bytes) -> None:
     core = node_among(1)
     number = answered(core, 0.01, raw)
-    distances = core.swim.distances
+    distances = core.swim.state.distances
     assert (distances.position.refused, distances.position.samples) == (1, 0)
     assert core.swim.members[peer_id(number)].heard_at > 0
 
@@ -100,7 +100,7 @@ def test_a_point_that_cannot_be_is_counted_and_the_ack_still_counts_as_an_answer
 def test_an_answer_that_was_late_for_another_reason_than_the_way_moves_nothing() -> None:
     core = node_among(1)
     answered(core, 0.15, pack(THERE), lag_ms=100)
-    assert core.swim.distances.position.samples == 0
+    assert core.swim.state.distances.position.samples == 0
 
 
 def test_an_answer_through_a_relay_times_nothing_and_a_later_direct_one_does() -> None:
@@ -110,7 +110,7 @@ def test_an_answer_through_a_relay_times_nothing_and_a_later_direct_one_does() -
     asked = messages(core.tick(sent_at + CONFIG.probe_timeout_s), PingReq)
     relay = next(n for n in (1, 2, 3) if address_of(n) == asked[0][0])
     core.receive(address_of(relay), Ack(sender(relay), ping.seq, where=pack(THERE)), sent_at + 0.3)
-    assert core.swim.members[peer_id(number)].rtt_s is None and core.swim.distances.position.samples == 0
+    assert core.swim.members[peer_id(number)].rtt_s is None and core.swim.state.distances.position.samples == 0
     for _ in range(6):
         answered(core, 0.004)
     assert core.swim.members[peer_id(number)].rtt_s == pytest.approx(0.004)
@@ -120,14 +120,14 @@ def test_an_answer_through_a_relay_times_nothing_and_a_later_direct_one_does() -
 def test_a_far_member_gets_as_much_more_time_as_its_way_is_longer(rtt_s: float, silent_s: float) -> None:
     core = node_among(3)
     member = core.swim.members[peer_id(answered(core, rtt_s))]
-    assert core.swim.slack_s(member, 1e6) == pytest.approx(silent_s)
+    assert core.swim.state.slack_s(member, 1e6) == pytest.approx(silent_s)
 
 
 def test_an_ack_that_took_no_time_is_no_measurement() -> None:
     """Zero milliseconds is what a broken clock says (mesh-llm #417)."""
     core = node_among(1)
     number = answered(core, 0.0, pack(THERE))
-    assert core.swim.members[peer_id(number)].rtt_s is None and core.swim.distances.position.samples == 0
+    assert core.swim.members[peer_id(number)].rtt_s is None and core.swim.state.distances.position.samples == 0
 
 
 @pytest.mark.parametrize("moved", ["restarted", "another address"])
@@ -159,7 +159,7 @@ def test_in_a_mesh_estimates_come_near_the_truth(seed: int) -> None:
     off = []
     for node in ids:
         for other in network.nodes[node].core.swim.members:
-            estimate_s = network.nodes[node].core.swim.distances.estimate_s(other)
+            estimate_s = network.nodes[node].core.swim.state.distances.estimate_s(other)
             if other.node != node:
                 assert estimate_s is not None
                 off.append(abs(estimate_s - 0.011) / 0.011)

@@ -30,12 +30,12 @@ def test_a_difference_that_has_just_come_up_is_left_to_rumours_for_a_moment() ->
 def test_news_that_comes_along_is_taken_in_before_fingerprints_are_compared() -> None:
     """So the message that brings the difference itself asks for no exchange."""
     teller, listener = node_among(4, numbered=0), node_among(4, numbered=9)
-    listener.receive(address_of(0), Gossip(teller.swim.sender(1.0), (teller.swim.myself.alive_claim(),)), 1.0)
-    teller.receive(address_of(9), Gossip(listener.swim.sender(1.0), (listener.swim.myself.alive_claim(),)), 1.0)
+    listener.receive(address_of(0), Gossip(teller.swim.state.sender(1.0), (teller.swim.myself.alive_claim(),)), 1.0)
+    teller.receive(address_of(9), Gossip(listener.swim.state.sender(1.0), (listener.swim.myself.alive_claim(),)), 1.0)
     assert teller.fingerprint == listener.fingerprint
     teller.leave(2.0)
     [farewell] = [m.claim(ME) for m in teller.swim.members if m.node == teller.me]
-    told = Gossip(teller.swim.sender(2.0), (farewell,))
+    told = Gossip(teller.swim.state.sender(2.0), (farewell,))
     assert only(StartSync, listener.receive(address_of(0), told, 2.0)) == []
     assert only(StartSync, listener.receive(address_of(1), Gossip(sender(1, fingerprint=1)), 3.0)) == [StartSync(address_of(1))]
 

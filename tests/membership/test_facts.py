@@ -160,7 +160,7 @@ def test_an_asker_that_takes_us_for_dead_hears_at_once_that_we_live() -> None:
     one, other = node_among(1), node_among(3)
     mistaken = core_of(alive(1), one.config, one.rng)
     mistaken.receive(address_of(0), gossip(0, alive(0)), 0.0)
-    mistaken.swim.declare(Dead(ME, 1, 0, peer_id(1)), 0.0)
+    mistaken.swim.claims.declare(Dead(ME, 1, 0, peer_id(1)), 0.0)
     exchange(mistaken, one, 1.0)
     assert state(mistaken, 0) is PeerState.ALIVE
     assert one.swim.myself.incarnation == 1 and other.swim.myself.incarnation == 0
@@ -223,9 +223,9 @@ def test_news_of_one_exchange_is_told_on_but_not_a_whole_mesh() -> None:
     few, many = node_among(0), node_among(0)
     members = tuple(member_record(alive(n)) for n in range(1, 30))
     few.answer(peer_id(1), Sync(members=members[:4]), 1.0)
-    assert len(few.swim.rumours) == 4
+    assert len(few.swim.state.rumours) == 4
     many.answer(peer_id(1), Sync(members=members), 1.0)
-    assert len(many.swim.rumours) == 1, "only the teller's word about itself"
+    assert len(many.swim.state.rumours) == 1, "only the teller's word about itself"
     assert len(run_to(many, 1.0)) > 0
 
 

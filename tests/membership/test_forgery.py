@@ -99,7 +99,7 @@ def test_nobody_takes_the_id_of_a_node_that_is_known_not_even_with_a_second_key_
             return signature == public_key[:4]
 
     core = node_among(3)
-    core.swim.words._signer.verifier = AnyKey()  # type: ignore[misc]
+    core.swim.state.verifier._signer.verifier = AnyKey()  # type: ignore[misc]
     taken = msgspec.structs.replace(alive(1, epoch=2), key=b"second key", signature=b"seco")
     core.receive(address_of(2), gossip(2, taken), 1.0)
     assert core.swim.members[VICTIM].epoch == 1

@@ -45,8 +45,8 @@ def test_a_node_that_hears_nobody_slows_down_and_one_that_hears_its_relays_does_
         for to, request in messages(hearing.tick(now), PingReq):
             relay = to[1] - 7000
             hearing.receive(to, Nack(sender(relay), request.seq), now + 0.1)
-    assert deaf.swim.health.score > 2
-    assert hearing.swim.health.score == 0
+    assert deaf.swim.state.health.score > 2
+    assert hearing.swim.state.health.score == 0
 
 
 def test_a_relay_says_so_when_the_target_has_not_answered_yet_and_not_when_it_has() -> None:

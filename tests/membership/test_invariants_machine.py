@@ -13,7 +13,19 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
-from membership.core import allowance, claim_verifier, claims, dissemination, evidence, exchanges, members, suspicion, swim
+from membership.core import (
+    allowance,
+    claim_verifier,
+    claims,
+    dissemination,
+    exchanges,
+    members,
+    node_state,
+    refusal_detection,
+    refutation,
+    suspicion,
+    swim,
+)
 from membership.core.effects import Effect
 from membership.core.members import Member
 from membership.facts import fingerprint
@@ -41,12 +53,14 @@ def as_it_is_said(claim: Claim, *_: object) -> Claim:
     return claim
 
 
-def deaf(self: claims.ClaimProcessing, *_: object) -> list[Claim]:
+def deaf(self: refutation.Refutation, *_: object) -> list[Claim]:
     return []
 
 
-def convicts_at_once(self: evidence.RefusalDetection, member: Member, now: float, *, hearsay: bool = False) -> list[Effect]:
-    self.declare(Dead(member.node, member.epoch, member.incarnation, self.me, REFUSED), now)
+def convicts_at_once(
+    self: refusal_detection.RefusalDetection, member: Member, now: float, *, hearsay: bool = False
+) -> list[Effect]:
+    self._claims.declare(Dead(member.node, member.epoch, member.incarnation, self._state.me, REFUSED), now)
     return []
 
 
@@ -55,10 +69,15 @@ def believes(self: claims.ClaimProcessing, member: Member, claim: Dead, now: flo
     return []
 
 
-def believes_the_past(self: claims.ClaimProcessing, claim: Claim, now: float, words: Alive | Left | None = None) -> list[Claim]:
-    member = self.members.get(claim.node)
-    if member is None or claim.node == self.me or not isinstance(claim, Suspect) or claim.incarnation >= member.incarnation:
-        return _hear(self, claim, now, words)
+def believes_the_past(self: claims.ClaimProcessing, claim: Claim, now: float, own: Alive | Left | None = None) -> list[Claim]:
+    member = self._state.members.get(claim.node)
+    if (
+        member is None
+        or claim.node == self._state.me
+        or not isinstance(claim, Suspect)
+        or claim.incarnation >= member.incarnation
+    ):
+        return _hear(self, claim, now, own)
     self._become(member, claim, now, by=claim.by)
     return []
 
@@ -89,10 +108,15 @@ def planted(target: object, name: str, value: object) -> Mutation:
 _live = fingerprint.Fingerprint.live
 _hear = claims.ClaimProcessing.hear
 FAULTS: list[tuple[str, str, type[RuleBasedStateMachine], Mutation]] = [
-    ("M1", "accusations go as high as anybody says", HostileMesh, planted(claims, "within_words", as_it_is_said)),
-    ("M1", "signatures are not looked at", HostileMesh, planted(claim_verifier.ClaimVerifier, "hold", lambda *_: True)),
-    ("M2", "a stale suspicion is believed", HostileMesh, planted(claims.ClaimProcessing, "hear", believes_the_past)),
-    ("M3", "nobody refutes", HostileMesh, planted(claims.ClaimProcessing, "_hear_of_myself", deaf)),
+    ("M1", "accusations go as high as anybody says", HostileMesh, planted(claims, "limited_to_own", as_it_is_said)),
+    ("M1", "signatures are not looked at", HostileMesh, planted(claim_verifier.ClaimVerifier, "verifies", lambda *_: True)),
+    (
+        "M2|standing never goes back",
+        "a stale suspicion is believed",
+        HostileMesh,
+        planted(claims.ClaimProcessing, "hear", believes_the_past),
+    ),
+    ("M3", "nobody refutes", HostileMesh, planted(refutation.Refutation, "hear", deaf)),
     ("M4: ended", "a failed probe accuses nobody", HostileMesh, planted(swim.Swim, "_probe_failed", lambda *_: None)),
     ("M4: .* ended,", "suspicions never end", HostileMesh, planted(suspicion.Suspicion, "deadline", property(lambda self: 1e9))),
     ("M[35]", "nothing is told or compared afterwards", HostileMesh, silenced),
@@ -108,11 +132,11 @@ FAULTS: list[tuple[str, str, type[RuleBasedStateMachine], Mutation]] = [
         "M7: no host",
         "an end of a link is proof enough",
         HostileMesh,
-        planted(evidence.RefusalDetection, "open_case", convicts_at_once),
+        planted(refusal_detection.RefusalDetection, "open_case", convicts_at_once),
     ),
-    ("M8: a datagram", "claims beyond the frame", HostileNode, planted(claims, "claim_budget_bytes", lambda bare: 1600)),
+    ("M8: a datagram", "claims beyond the frame", HostileNode, planted(node_state, "claim_budget_bytes", lambda bare: 1600)),
     ("M8: .* members", "the table has no bound", HostileNode, planted(members.Members, "__len__", lambda self: 2)),
-    ("M9: .* quiet", "rumours are told for ever", HostileMesh, planted(claims, "transmit_limit", lambda *_: 10**9)),
+    ("M9: .* quiet", "rumours are told for ever", HostileMesh, planted(node_state, "transmit_limit", lambda *_: 10**9)),
     ("M9: .* stranger", "answers are not counted", HostileNode, planted(allowance.Allowance, "covered", lambda self, sent: sent)),
     ("M10: .* neither", "the decoder raises what it likes", HostileNode, planted(datagram_codec, "_decoded", leaks)),
     ("M10: no message", "loads are not looked at", HostileNode, planted(datagram_codec, "load_is_sane", lambda load: True)),

@@ -56,7 +56,7 @@ def test_a_sleep_is_forgiven_once_and_a_suspect_that_stays_silent_dies_all_the_s
         core.receive(address_of(number), gossip(number), 61.0)
     core.tick(61.0)
     assert core.swim.statistics(61.0).sleeps_total == 1
-    lag_s = core.swim.health.lag_s(61.0)
+    lag_s = core.swim.state.health.lag_s(61.0)
     run_to(core, 61.0 + 12.0 + 2 * lag_s)
     assert state(core, 2) is PeerState.DEAD
 
@@ -80,12 +80,14 @@ def test_a_doubted_death_of_one_that_is_forgotten_in_the_same_breath_ends_nothin
 
 def test_nothing_is_kept_of_a_tombstone_that_made_room() -> None:
     core = node_among(2, config=MembershipConfig(members_max=3))
-    core.swim.distances.measured(core.swim.members[peer_id(1)], 0.01, core.swim.distances.told_with_ack(b""), lagging=False)
+    core.swim.state.distances.measured(
+        core.swim.members[peer_id(1)], 0.01, core.swim.state.distances.told_with_ack(b""), lagging=False
+    )
     core.receive(address_of(2), gossip(2, left(peer_id(1), 1, 0)), 1.0)
     core.receive(address_of(2), gossip(2, alive(9)), 1.0)
     assert state(core, 1) is None and state(core, 9) is PeerState.ALIVE
-    assert peer_id(1) not in core.swim.distances.position._latest_s
-    assert peer_id(1) not in core.swim.rumours.by_node
+    assert peer_id(1) not in core.swim.state.distances.position._latest_s
+    assert peer_id(1) not in core.swim.state.rumours.by_node
 
 
 def test_a_case_that_is_over_keeps_nobody_from_looking_at_the_next_run() -> None:
@@ -95,7 +97,7 @@ def test_a_case_that_is_over_keeps_nobody_from_looking_at_the_next_run() -> None
     core.linked(peer_id(2))
     (tried,) = only(TryConnect, core.lost(peer_id(2), 1.0, proven=True))
     core.tried(tried.number, True, 1.0)
-    assert peer_id(2) in core.swim.cases
+    assert peer_id(2) in core.swim.refusals.cases
     core.receive(address_of(2), gossip(2, alive(2, epoch=2)), 3.5)
     core.linked(peer_id(2))
     effects = core.receive(address_of(3), gossip(3, Suspect(peer_id(2), 2, 0, peer_id(3))), 4.0)
@@ -108,6 +110,6 @@ def test_cases_of_all_who_ever_crashed_are_not_kept() -> None:
         core.linked(peer_id(number))
         (tried,) = only(TryConnect, core.lost(peer_id(number), 1.0 + number * 1e-3, proven=True))
         core.tried(tried.number, True, 1.0 + number * 1e-3)
-    assert len(core.swim.cases) == 30
+    assert len(core.swim.refusals.cases) == 30
     run_to(core, 8.0)
-    assert core.swim.cases == {}
+    assert core.swim.refusals.cases == {}

@@ -241,7 +241,7 @@ def test_a_suspect_hears_of_it_in_the_next_ping() -> None:
     core = node_among(1)
     core.receive(address_of(1), gossip(1), 0.0)
     accusation = Suspect(peer_id(1), 1, 0, ME)
-    core.swim.declare(accusation, 0.0)
+    core.swim.claims.declare(accusation, 0.0)
     [(_, ping), *_] = messages(run_to(core, 0.6), Ping)
     assert accusation in ping.claims
 

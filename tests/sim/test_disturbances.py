@@ -91,7 +91,7 @@ def test_a_verdict_on_a_run_that_lives_is_false_and_one_on_a_run_that_ended_is_n
     assert not _wronged(network, None)
     by = network.nodes[ids[0]]
     for to in (network.nodes[node] for node in ids[1:] if ids[7] not in network.nodes[node].links and node != ids[7]):
-        lie = Gossip(by.core.swim.sender(network.now), (Dead(ids[7], 1, 0, ids[0], REFUSED),))
+        lie = Gossip(by.core.swim.state.sender(network.now), (Dead(ids[7], 1, 0, ids[0], REFUSED),))
         network.carry_out(to, to.core.receive(by.address, lie, network.now))
     assert _wronged(network, None) == {(ids[7], 0)}
 

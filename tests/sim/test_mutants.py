@@ -9,7 +9,18 @@ from random import Random
 
 import pytest
 
-from membership.core import allowance, claim_verifier, claims, coordinates, evidence, health, outlook, regions, suspicion, swim
+from membership.core import (
+    allowance,
+    claim_verifier,
+    claims,
+    coordinates,
+    health,
+    outlook,
+    refusal_detection,
+    regions,
+    suspicion,
+    swim,
+)
 from membership.core.effects import Effect, SendDatagram
 from membership.core.members import Member, Members
 from membership.facts.fingerprint import Fingerprint
@@ -112,7 +123,7 @@ def nobody_speaks_for_another(seed: int = 1) -> bool:
     ids = network.grow(5)
     forged = Alive(ids[4], 1, 7, "evil", "6.6.6.6", 6, "", b"forged", b"")
     it, liar = network.nodes[ids[0]], network.nodes[ids[1]]
-    said = Gossip(liar.core.swim.sender(network.now), (forged,))
+    said = Gossip(liar.core.swim.state.sender(network.now), (forged,))
     network.carry_out(it, it.core.receive(liar.address, said, network.now))
     network.run(0.05)
     return all(member.address[0] != "6.6.6.6" for by in ids for member in network.nodes[by].core.swim.members)
@@ -123,7 +134,7 @@ def nobody_accuses_beyond_what_was_said(seed: int = 1) -> bool:
     network = Network(seed)
     ids = network.grow(5)
     it, liar = network.nodes[ids[0]], network.nodes[ids[1]]
-    said = Gossip(liar.core.swim.sender(network.now), (Suspect(ids[4], 1, 2**40, ids[1]),))
+    said = Gossip(liar.core.swim.state.sender(network.now), (Suspect(ids[4], 1, 2**40, ids[1]),))
     network.carry_out(it, it.core.receive(liar.address, said, network.now))
     network.run(1.0)
     return network.nodes[ids[4]].core.swim.myself.incarnation <= 1 and converged(network)
@@ -132,7 +143,7 @@ def nobody_accuses_beyond_what_was_said(seed: int = 1) -> bool:
 def strangers_draw_no_more_than_they_give(seed: int = 1) -> bool:
     network = Network(seed)
     ids = network.grow(12, settle_s=0.05)
-    ping = Ping(network.nodes[ids[1]].core.swim.sender(network.now), 1, ids[0])
+    ping = Ping(network.nodes[ids[1]].core.swim.state.sender(network.now), 1, ids[0])
     answers = network.nodes[ids[0]].core.receive(("6.6.6.6", 6), ping, network.now)
     sent = [
         datagram_codec.encoded_bytes(send.message)
@@ -158,8 +169,10 @@ def three_of_four_probes_stay_at_home() -> bool:
     return True
 
 
-def convicted_at_once(self: evidence.RefusalDetection, member: Member, now: float, *, hearsay: bool = False) -> list[Effect]:
-    self.declare(Dead(member.node, member.epoch, member.incarnation, self.me, REFUSED), now)
+def convicted_at_once(
+    self: refusal_detection.RefusalDetection, member: Member, now: float, *, hearsay: bool = False
+) -> list[Effect]:
+    self._claims.declare(Dead(member.node, member.epoch, member.incarnation, self._state.me, REFUSED), now)
     return []
 
 
@@ -172,21 +185,25 @@ def mutant(target: object, name: str, value: object) -> Mutation:
 
 
 MUTANTS: list[tuple[str, Mutation, Callable[[], bool]]] = [
-    ("links are not watched", mutant(evidence.RefusalDetection, "watch", lambda self, again=False: []), crash_is_known_soon),
+    (
+        "links are not watched",
+        mutant(refusal_detection.RefusalDetection, "watch", lambda self, again=False: []),
+        crash_is_known_soon,
+    ),
     ("refused deaths are heard like silent ones", mutant(claims, "REFUSED", "never"), crash_is_known_soon),
     (
         "an end of a link is proof enough",
-        mutant(evidence.RefusalDetection, "open_case", convicted_at_once),
+        mutant(refusal_detection.RefusalDetection, "open_case", convicted_at_once),
         broken_links_kill_nobody,
     ),
     (
         "an answer does not close the case",
-        mutant(evidence.RefusalDetection, "close_case", lambda self, node: None),
+        mutant(refusal_detection.RefusalDetection, "close_case", lambda self, node: None),
         firewall_kills_nobody,
     ),
     (
         "nobody looks whether a suspect listens",
-        mutant(evidence.RefusalDetection, "_look", lambda self, member, now: []),
+        mutant(refusal_detection.RefusalDetection, "_look", lambda self, member, now: []),
         block_of_ten_seconds_kills_nobody,
     ),
     (
@@ -194,7 +211,7 @@ MUTANTS: list[tuple[str, Mutation, Callable[[], bool]]] = [
         mutant(
             swim.Swim,
             "_convict",
-            lambda self, member, now: self.declare(Dead(member.node, member.epoch, member.incarnation, self.me), now),
+            lambda self, member, now: self.claims.declare(Dead(member.node, member.epoch, member.incarnation, self.me), now),
         ),
         block_of_ten_seconds_kills_nobody,
     ),
@@ -206,10 +223,10 @@ MUTANTS: list[tuple[str, Mutation, Callable[[], bool]]] = [
         mutant(coordinates.Position, "observe", lambda self, node, theirs, rtt_s: True),
         round_trips_are_told_without_asking,
     ),
-    ("all words hold", mutant(claim_verifier.ClaimVerifier, "hold", lambda self, said, key: True), nobody_speaks_for_another),
+    ("all words hold", mutant(claim_verifier.ClaimVerifier, "verifies", lambda self, said, key: True), nobody_speaks_for_another),
     (
         "accusations count as far as they are aimed",
-        mutant(claims, "within_words", lambda claim, *known: claim),
+        mutant(claims, "limited_to_own", lambda claim, *known: claim),
         nobody_accuses_beyond_what_was_said,
     ),
     (

@@ -92,14 +92,14 @@ def test_estimates_tell_the_shores_apart_before_anything_was_measured() -> None:
     for node in ids:
         swim = network.nodes[node].core.swim
         for member in swim.members:
-            if member.node != node and (estimate_s := swim.distances.estimate_s(member)) is not None:
+            if member.node != node and (estimate_s := swim.state.distances.estimate_s(member)) is not None:
                 (near if member.region == swim.myself.region else far).append(estimate_s)
     assert percentile(sorted(near), 0.9) < 0.04 and percentile(sorted(far), 0.1) > 0.1
     newcomer = network.add(ids[:1], region="europe")
     network.run(4)  # five probes: two go abroad
     swim = network.nodes[newcomer].core.swim
     guessed = [m for m in swim.members if m.node != newcomer and m.rtt_s is None]
-    told = {m.node: s for m in guessed if (s := swim.distances.estimate_s(m)) is not None}
+    told = {m.node: s for m in guessed if (s := swim.state.distances.estimate_s(m)) is not None}
     assert len(told) > 10 and {m.region for m in guessed if m.node in told} == set(REGIONS)
     for member in guessed:
         if member.node in told:

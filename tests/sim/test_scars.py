@@ -67,7 +67,7 @@ def test_every_bug_in_the_table_has_its_test() -> None:
 def tell(network: Network, to: NodeId, by: NodeId, *claims: Suspect | Dead) -> None:
     """`by` says so to `to`, whether or not it has reason to."""
     it, teller = network.nodes[to], network.nodes[by]
-    said = Gossip(teller.core.swim.sender(network.now), claims)
+    said = Gossip(teller.core.swim.state.sender(network.now), claims)
     network.carry_out(it, it.core.receive(teller.address, said, network.now))
 
 
@@ -141,7 +141,7 @@ def test_an_old_word_of_the_dead_does_not_raise_them(seed: int) -> None:
     network.run_until(lambda: all_see(network, ids[3], PeerState.DEAD), within_s=2)
     for by in ids[4:]:
         it = network.nodes[by]
-        said = Gossip(network.nodes[ids[0]].core.swim.sender(network.now), (old,))
+        said = Gossip(network.nodes[ids[0]].core.swim.state.sender(network.now), (old,))
         network.carry_out(it, it.core.receive(network.nodes[ids[0]].address, said, network.now))
     network.run(5)
     assert all_see(network, ids[3], PeerState.DEAD), f"seed {seed}"

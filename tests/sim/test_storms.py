@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from membership.core import claims, members
+from membership.core import members, refutation
 from membership.simulation.storm import FaultStorm
 from mesh.view import PeerState
 from mesh.wire.gossip import Claim
@@ -27,10 +27,10 @@ def test_a_seed_is_one_storm() -> None:
 
 
 def test_storms_catch_a_node_that_never_refutes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def deaf(self: claims.ClaimProcessing, claim: Claim, words: object, now: float) -> list[Claim]:
+    def deaf(self: refutation.Refutation, claim: Claim, words: object, now: float) -> list[Claim]:
         return []
 
-    monkeypatch.setattr(claims.ClaimProcessing, "_hear_of_myself", deaf)
+    monkeypatch.setattr(refutation.Refutation, "hear", deaf)
     assert any(FaultStorm(seed).faults() for seed in range(20))
 
 

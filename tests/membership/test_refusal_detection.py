@@ -6,7 +6,7 @@ import pytest
 
 from membership.core.core import MembershipCore
 from membership.core.effects import Effect, TryConnect, WatchLinks
-from membership.core.evidence import MAX_ERRANDS
+from membership.core.refusal_detection import MAX_CONNECT_PROBES
 from membership.core.suspicion import Suspicion
 from mesh.view import PeerState
 from mesh.wire.gossip import REFUSED, ConnectCheck, ConnectChecked, Dead, Suspect
@@ -103,7 +103,7 @@ def test_a_mesh_of_two_has_no_relays_and_of_three_has_one() -> None:
     core.receive(address_of(relay), ConnectChecked(sender(relay), number, True), 1.002)
     assert state(core, 2) is PeerState.DEAD
     core, number = a_lost_link(2, to=1)
-    core.swim.hear(Dead(peer_id(2), 1, 0, peer_id(2), REFUSED), 1.0)
+    core.swim.claims.hear(Dead(peer_id(2), 1, 0, peer_id(2), REFUSED), 1.0)
     core.tried(number, True, 1.001)
     assert state(core, 1) is PeerState.DEAD
 
@@ -149,22 +149,22 @@ def test_errands_for_others_are_bounded_and_free_themselves() -> None:
     core = node_among(6)
     begun = [
         only(TryConnect, core.receive(address_of(1), ConnectCheck(sender(1), n, peer_id(2)), 1.0))
-        for n in range(MAX_ERRANDS + 50)
+        for n in range(MAX_CONNECT_PROBES + 50)
     ]
-    assert sum(map(len, begun)) == MAX_ERRANDS
+    assert sum(map(len, begun)) == MAX_CONNECT_PROBES
     assert only(TryConnect, core.receive(address_of(1), ConnectCheck(sender(1), 1, peer_id(2)), 60.0)) != []
 
 
 def test_links_are_kept_to_the_next_in_the_ring_and_asked_for_again_when_they_are_missing() -> None:
     core = node_among(9)
-    assert [node for node, _ in core.swim.watched] == [peer_id(n) for n in (1, 2, 3, 4)]
+    assert [node for node, _ in core.swim.refusals.watched] == [peer_id(n) for n in (1, 2, 3, 4)]
     effects = core.receive(address_of(5), gossip(5, Dead(peer_id(2), 1, 0, peer_id(4), REFUSED)), 1.0)
     assert only(WatchLinks, effects) == [WatchLinks(tuple(address_of(n) for n in (1, 3, 4, 5)))]
-    assert core.swim.watch() == []
-    assert core.swim.watch(again=True) != []
+    assert core.swim.refusals.watch() == []
+    assert core.swim.refusals.watch(again=True) != []
     for number in (1, 3, 4, 5):
         core.linked(peer_id(number))
-    assert core.swim.watch(again=True) == []
+    assert core.swim.refusals.watch(again=True) == []
 
 
 def test_two_links_with_a_peer_end_one_by_one() -> None:
@@ -172,9 +172,9 @@ def test_two_links_with_a_peer_end_one_by_one() -> None:
     core.linked(peer_id(2))
     core.linked(peer_id(2))
     core.lost(peer_id(2), 1.0, proven=True)
-    assert core.swim.linked == {peer_id(2): 1}
+    assert core.swim.state.linked == {peer_id(2): 1}
     core.lost(peer_id(2), 1.1, proven=True)
-    assert core.swim.linked == {}
+    assert core.swim.state.linked == {}
 
 
 def test_a_suspicion_of_silence_says_timeout_in_the_end() -> None:
@@ -212,6 +212,6 @@ def test_one_that_has_no_link_with_a_suspect_or_is_not_well_itself_accuses_nobod
     assert a_suspect_that_is_looked_at(linked=False)[1] == []
     core, [attempt] = a_suspect_that_is_looked_at()
     before_s = suspicion_of(core).deadline
-    core.swim.health.note(+1)
+    core.swim.state.health.note(+1)
     core.tried(attempt.number, None, 1.5)
     assert suspicion_of(core).deadline == before_s
