@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from membership.core.allowance import Allowance
 from membership.core.config import MembershipConfig
 from membership.core.effects import Effect, EpochRenewed, FactsChanged, MemberChanged, MemberForgotten, PushFacts
-from membership.core.members import SEVERITY, Member
+from membership.core.members import SEVERITY, Member, Members
 from membership.core.outlook import LossBatching
 from membership.core.regions import some_to_tell
 from membership.core.swim import Swim
@@ -31,19 +31,23 @@ _RECORD_BYTES = 280  # upper bound of one member record on the wire
 _MAX_MEMBERS = (MAX_SYNC_BYTES - DELTAS_BYTES - 400_000) // _RECORD_BYTES  # leaves room for deltas and the list of what is wanted
 # What the facts book and the outlook follow. Asked of every effect, so by its very type: `isinstance` costs ten times as much.
 _FOLLOWED = frozenset((MemberChanged, MemberForgotten, EpochRenewed))
+FAREWELL_PUSHES = 3
+MAX_FAREWELL_PUSHES = 64
 _MAX_PASS_ON = 8  # records of one exchange passed on at once: more means that we, not the others, were behind
 
 
 class MembershipCore:
     """One node's share of the mesh's common knowledge."""
 
-    def __init__(self, me: Alive, signer: Signer, config: MembershipConfig, rng: Random, now: float) -> None:
-        """`me`: as this run of the node is described; it is signed here."""
+    def __init__(
+        self, me: Alive, signer: Signer, config: MembershipConfig, rng: Random, now: float, table: type[Members] = Members
+    ) -> None:
+        """`me`: as this run of the node is described; it is signed here. `table`: the kind of member table."""
         fingerprint = Fingerprint()
         self.me: NodeId = me.node
         self.config = config
         self.rng = rng
-        self.swim = Swim(me, signer, config, rng, now, fingerprint)
+        self.swim = Swim(me, signer, config, rng, now, fingerprint, table)
         self.facts = FactsBook(me.node, me.epoch, fingerprint)
         self.outlook = LossBatching(self.swim.members, now)
         self.allowance = Allowance(self.swim.members)
@@ -172,6 +176,15 @@ class MembershipCore:
         members = tuple(self.swim.members[node].record(now) for node in list(behind)[: _MAX_MEMBERS // half])
         deltas, _ = self.facts.deltas(behind, DELTAS_BYTES // half)
         return Sync(self.ask().digest if synced.more else (), members, tuple(deltas)), effects
+
+    def farewell_peers(self) -> list[Address]:
+        """The peers to tell of the departure by call, after `leave`: first those with a link, then some others at random.
+
+        A peer with a link must know before it ends, or it would take its end for a death.
+        """
+        peers = [member for member in self.swim.members if member.live and member.node != self.me]
+        linked = [member.address for member in peers if member.node in self.swim.state.linked][:MAX_FAREWELL_PUSHES]
+        return linked + [member.address for member in self.rng.sample(peers, min(FAREWELL_PUSHES, len(peers)))]
 
     def farewell(self, now: float) -> Sync:
         """The push that tells a peer we left, for `leave` over a stream."""

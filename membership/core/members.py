@@ -143,23 +143,7 @@ class Member:
         )
 
 
-_NOBODY = MemberIds()
-
-
-class Common:
-    """What many simulated nodes know alike from the start: shared by all, and copied by whoever learns more of one of them."""
-
-    def __init__(self, members: Iterable[Member]) -> None:
-        """`members`: alive, and never touched again."""
-        self.members = {member.node: member for member in members}
-        by_region: dict[str, list[NodeId]] = {}
-        for member in self.members.values():
-            member.listed_in = member.region
-            by_region.setdefault(member.region, []).append(member.node)
-        self.regions = {region: MemberIds(nodes) for region, nodes in by_region.items()}
-        self.roster = MemberIds(self.members) if len(self.regions) > 1 else next(iter(self.regions.values()))
-        self.standings = {member.node: (member.epoch, member.incarnation) for member in self.members.values()}
-        self.share = Fingerprint(self.standings).value
+_NONE = MemberIds()
 
 
 class Members:
@@ -168,43 +152,26 @@ class Members:
     def __init__(self, myself: Member, fingerprint: Fingerprint) -> None:
         self.me = myself.node
         self.fingerprint = fingerprint
-        self._own: dict[NodeId, Member] = {}
-        self._common: dict[NodeId, Member] = {}  # of those never looked at; a node of flesh and blood has none
-        self._forgotten: set[NodeId] = set()  # of the common ones
+        self._by_id: dict[NodeId, Member] = {}
         self.region = myself.region
-        self.roster = self.near = _NOBODY  # the live, and those in this node's own region; this node included
+        self.roster = self.near = _NONE  # the live, and those in this node's own region; this node included
         self.abroad: dict[str, MemberIds] = {}  # those of other regions, by region; none is empty
         self.suspects: set[NodeId] = set()
         self.gone: set[NodeId] = set()  # dead, or left
         self.put(myself)
 
-    def found(self, common: Common) -> None:
-        """Knows these too, from the start; this node is one of them."""
-        self._common, self.roster = common.members, common.roster
-        self.abroad = dict(common.regions)
-        self.near = self.abroad.pop(self.region)
-        self.fingerprint.found(common.standings, common.share)
-
     def __len__(self) -> int:
-        if not self._common:
-            return len(self._own)
-        return len(self._common) - len(self._forgotten) + sum(node not in self._common for node in self._own)
+        return len(self._by_id)
 
     def __iter__(self) -> Iterator[Member]:
-        """To be read only: those never looked at are shared."""
-        yield from self._own.values()
-        for node, member in self._common.items():
-            if node not in self._own and node not in self._forgotten:
-                yield member
+        """For reading only."""
+        return iter(self._by_id.values())
 
     def __contains__(self, node: NodeId) -> bool:
-        return node in self._own or (node in self._common and node not in self._forgotten)
+        return node in self._by_id
 
     def get(self, node: NodeId) -> Member | None:
-        member = self._own.get(node)
-        if member is None and node in self._common and node not in self._forgotten:
-            member = self._own[node] = _fresh(self._common[node])
-        return member
+        return self._by_id.get(node)
 
     def __getitem__(self, node: NodeId) -> Member:
         member = self.get(node)
@@ -213,12 +180,11 @@ class Members:
         return member
 
     def peek(self, node: NodeId) -> Member | None:
-        """To be read only: it may be shared."""
-        member = self._own.get(node)
-        return member if member is not None or node in self._forgotten else self._common.get(node)
+        """For reading only: a table in the simulator shares records."""
+        return self._by_id.get(node)
 
     def address_of(self, node: NodeId) -> Address:
-        """Of a member; it is not looked at any closer."""
+        """The address of a member, by `peek`."""
         member = self.peek(node)
         if member is None:
             raise KeyError(node)
@@ -228,8 +194,7 @@ class Members:
         """Records a newcomer, or that a known member's state, standing or region changed."""
         if (before := self.peek(member.node)) is not None:
             member.listed_in = before.listed_in
-        self._own[member.node] = member
-        self._forgotten.discard(member.node)
+        self._by_id[member.node] = member
         self._list(member, member.region if member.live else None)
         if member.state is PeerState.SUSPECT:
             self.suspects.add(member.node)
@@ -245,9 +210,7 @@ class Members:
     def forget(self, node: NodeId) -> None:
         if (member := self.get(node)) is not None:
             self._list(member, None)
-        self._own.pop(node, None)
-        if node in self._common:
-            self._forgotten.add(node)
+        self._by_id.pop(node, None)
         self.suspects.discard(node)
         self.gone.discard(node)
         self.fingerprint.forget(node)
@@ -280,7 +243,7 @@ class Members:
         self.roster = self.roster.lacking(node) if region is None else self.roster.having(node)
 
     def _regional(self, region: str) -> MemberIds:
-        return self.near if region == self.region else self.abroad.get(region) or _NOBODY
+        return self.near if region == self.region else self.abroad.get(region) or _NONE
 
     def _relist(self, region: str, roster: MemberIds) -> None:
         if region == self.region:
@@ -293,11 +256,3 @@ class Members:
     def oldest_tombstone(self) -> NodeId | None:
         gone = [self[node] for node in self.gone if node != self.me]
         return min(gone, key=lambda m: (m.since, m.node)).node if gone else None
-
-
-def _fresh(member: Member) -> Member:
-    """One of its own of a shared record, which nothing was ever measured of."""
-    standing = member.epoch, member.incarnation, member.state
-    own = Member(member.node, member.description, *standing, member.since, key=member.key, signature=member.signature)
-    own.listed_in = member.listed_in
-    return own

@@ -1,7 +1,7 @@
 """What one node knows and still has to send: itself, the members, and pending claims and changes.
 
-Refutation, claim processing, refusal detection and probing (`refutation.py`, `claims.py`, `evidence.py`, `swim.py`) share one
-`NodeState`. Changes of members are collected here until a call from outside ends with `flush`.
+Refutation (`refutation.py`), claim processing (`claims.py`), refusal detection (`refusal_detection.py`) and probing (`swim.py`)
+share one `NodeState`. Changes of members are collected here until a call from outside ends with `flush`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,16 @@ class NodeState:
     """The state that the parts of one failure detector share. No decisions about members here."""
 
     def __init__(
-        self, me: Alive, signer: Signer, config: MembershipConfig, rng: Random, now: float, fingerprint: Fingerprint
+        self,
+        me: Alive,
+        signer: Signer,
+        config: MembershipConfig,
+        rng: Random,
+        now: float,
+        fingerprint: Fingerprint,
+        table: type[Members] = Members,
     ) -> None:
+        """`table`: the member table; the simulator has one of its own."""
         self.me: NodeId = me.node
         self.config = config
         self.rng = rng
@@ -47,7 +55,7 @@ class NodeState:
         self.rumours = Rumours()
         self.myself = Member(me.node, description_of(me), me.epoch, me.incarnation, PeerState.ALIVE, now)
         self.myself.key, self.myself.signature = self.verifier.key, self.verifier.signed(me).signature
-        self.members = Members(self.myself, fingerprint)
+        self.members = table(self.myself, fingerprint)
         self.load, self.load_at = ZERO_LOAD, now
         self.health = LocalHealth()
         self.distances = Distances(rng)

@@ -18,7 +18,7 @@ from membership.core.claims import ClaimProcessing
 from membership.core.config import MembershipConfig
 from membership.core.effects import Effect, LoadMeasured, MemberChanged, PingStream, SendDatagram, StartSync
 from membership.core.health import LAG_MAX_S, missed_nacks
-from membership.core.members import Member
+from membership.core.members import Member, Members
 from membership.core.node_state import NodeState
 from membership.core.probing import Probe, Probes
 from membership.core.refusal_detection import RefusalDetection
@@ -78,9 +78,16 @@ class Swim:
     """The failure detector of one node."""
 
     def __init__(
-        self, me: Alive, signer: Signer, config: MembershipConfig, rng: Random, now: float, fingerprint: Fingerprint
+        self,
+        me: Alive,
+        signer: Signer,
+        config: MembershipConfig,
+        rng: Random,
+        now: float,
+        fingerprint: Fingerprint,
+        table: type[Members] = Members,
     ) -> None:
-        state = self.state = NodeState(me, signer, config, rng, now, fingerprint)
+        state = self.state = NodeState(me, signer, config, rng, now, fingerprint, table)
         self.refutation = Refutation(state, me, now)
         self.claims = ClaimProcessing(state, self.refutation, self._on_newcomer)
         self.refusals = RefusalDetection(state, self.claims)

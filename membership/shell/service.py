@@ -51,9 +51,7 @@ EXCHANGE_TIMEOUT_S = 5.0
 PUSH_TIMEOUT_S = 2.0
 STREAM_PING_TIMEOUT_S = 1.0
 FAREWELL_TIMEOUT_S = 1.0
-FAREWELL_PUSHES = 3
 RECALLED_AT_ONCE = 8
-MAX_FAREWELL_PUSHES = 64
 MAX_ROUNDS = 8  # calls of one exchange: what does not fit into one answer comes in the next
 MAX_CALLS = 32  # exchanges and pushes under way; beyond it they are dropped, for the fingerprints will ask again
 
@@ -192,11 +190,8 @@ class Membership:
     async def leave(self) -> None:
         """Says goodbye: datagrams to many, a call to a few, within a second. Nothing is sent after that; `run` idles on."""
         now = trio.current_time()
-        peers = [peer for peer in self.view.live() if peer.id != self.me]
-        # Those who hold a link with us must know before it ends, or they would take its end for a death.
-        told = [peer.address for peer in peers if peer.id in self._core.swim.state.linked][:MAX_FAREWELL_PUSHES]
         self._carry_out(self._core.leave(now))
-        told += [peer.address for peer in self._core.rng.sample(peers, min(FAREWELL_PUSHES, len(peers)))]
+        told = self._core.farewell_peers()
         tail = sync.encode(self._core.farewell(now))
 
         async def tell(address: Address) -> None:

@@ -28,9 +28,9 @@ from membership.core.effects import (
     TryConnect,
     WatchLinks,
 )
-from membership.core.members import Common
 from membership.simulation import twins
 from membership.simulation.nodes import Carried, ObservedChange, SimNode
+from membership.simulation.shared_members import SharedMembers, SharedRecords
 from membership.simulation.signer import StandInSigner
 from membership.simulation.timeline import VirtualTime
 from membership.simulation.ways import LatencyModel, Span
@@ -47,6 +47,11 @@ CONNECT_TIMEOUT_S = 1.0
 MAX_ROUNDS = 8  # as in the service
 
 
+def sharing_core(me: Alive, signer: Signer, config: MembershipConfig, rng: Random, now: float) -> MembershipCore:
+    """A membership core whose member table shares what all nodes know alike."""
+    return MembershipCore(me, signer, config, rng, now, SharedMembers)
+
+
 class Network(VirtualTime):
     """All nodes, the wires between them, and what has been seen."""
 
@@ -58,7 +63,7 @@ class Network(VirtualTime):
         loss: float = 0.0,
         delay_s: Span = (0.0005, 0.002),
         far_s: Span | None = None,
-        core: Callable[[Alive, Signer, MembershipConfig, Random, float], MembershipCore] = MembershipCore,
+        core: Callable[[Alive, Signer, MembershipConfig, Random, float], MembershipCore] = sharing_core,
         encoded: bool = True,
     ) -> None:
         """`delay_s`: of one way; `far_s`: between two regions, if that takes longer; `core`: makes each node's.
@@ -126,10 +131,12 @@ class Network(VirtualTime):
     def found(self, count: int) -> list[NodeId]:
         """A mesh of `count` nodes that know one another from the start, and their links: for sizes where joining takes long."""
         ids = [self.add() for _ in range(count)]
-        common = Common(copy(self.nodes[node].core.swim.myself) for node in ids)
+        records = SharedRecords(copy(self.nodes[node].core.swim.myself) for node in ids)
         for node in ids:
             it = self.nodes[node]
-            it.core.swim.members.found(common)
+            table = it.core.swim.members
+            assert isinstance(table, SharedMembers), "a core made for a network has a table that shares"
+            table.found(records)
             self.carry_out(it, it.core.swim.refusals.watch())
         self.run(0.1)
         return ids

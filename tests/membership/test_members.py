@@ -6,8 +6,9 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from membership.core.members import Common, Member, Members, description_of
+from membership.core.members import Member, Members, description_of
 from membership.facts.fingerprint import Fingerprint
+from membership.simulation.shared_members import SharedMembers, SharedRecords
 from mesh.ids import NodeId
 from mesh.view import PeerState
 from tests.membership.pieces import alive, peer_id
@@ -30,13 +31,13 @@ def member(number: int, state: PeerState = PeerState.ALIVE, region: str = "", in
     return Member(words.node, description_of(words), 1, incarnation, state, 0.0, key=words.key, signature=words.signature)
 
 
-def two_tables(regions: list[str]) -> tuple[Members, Members, Common]:
+def two_tables(regions: list[str]) -> tuple[Members, SharedMembers, SharedRecords]:
     """One with all for itself, one that shares, and what is shared."""
-    common = Common(member(number, region=region) for number, region in enumerate(regions))
+    common = SharedRecords(member(number, region=region) for number, region in enumerate(regions))
     plain = Members(member(0, region=regions[0]), Fingerprint())
     for number, region in enumerate(regions[1:], 1):
         plain.put(member(number, region=region))
-    sharing = Members(member(0, region=regions[0]), Fingerprint())
+    sharing = SharedMembers(member(0, region=regions[0]), Fingerprint())
     sharing.found(common)
     return plain, sharing, common
 
@@ -91,7 +92,7 @@ def test_a_table_that_shares_shows_what_one_that_does_not_would(
 
 def test_tables_that_learn_of_the_same_death_hold_the_same_list() -> None:
     _, one, common = two_tables([""] * COUNT)
-    other = Members(member(1), Fingerprint())
+    other = SharedMembers(member(1), Fingerprint())
     other.found(common)
     for members in (one, other):
         dead = members[peer_id(5)]
