@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Any
 
 import msgspec
 import trio
@@ -17,6 +16,7 @@ from node.entry.canary import Canary
 from node.entry.entry import Entry
 from node.ops.keys import MeshKeys
 from node.ops.status import status
+from node.reports import DoctorReport, RequestReport, RotationReport, StatusReport
 from node.requests import GenerateEvent, GenerateRequest
 from node.serving.peer_models import PeerModels
 from rag.embed import Embedder
@@ -40,7 +40,7 @@ class Surface:
         documents: Documents,
         embedder: Embedder,
         statistics: Callable[[], Mapping[str, object]],
-        examine: Callable[[], Awaitable[dict[str, Any]]],
+        examine: Callable[[], Awaitable[DoctorReport]],
         keys: MeshKeys | None,
     ) -> None:
         self._view = view
@@ -70,7 +70,7 @@ class Surface:
     def me(self) -> NodeId:
         return self._view().me
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> StatusReport:
         missing = self._readiness.missing_layers()
         view = self._view()
         complete = {ModelId(version.name): version.name not in missing for version in versions(view)}
@@ -78,10 +78,10 @@ class Surface:
         engine, hashing = statistics.get("engine"), getattr(statistics.get("library"), "hashing", {})
         return status(view, self._documents.stores(), complete, trio.current_time(), engine, loading, hashing)
 
-    async def examine(self) -> dict[str, Any]:
+    async def examine(self) -> DoctorReport:
         return await self._examine()
 
-    async def rotate_key(self) -> dict[str, Any]:
+    async def rotate_key(self) -> RotationReport:
         if self._keys is None:
             raise BadRequest("this mesh has no key; make one with mesh key new, and start all nodes with --key-file")
         return await self._keys.rotate()
@@ -109,7 +109,7 @@ class Surface:
     def generate(self, request: GenerateRequest) -> AbstractAsyncContextManager[AsyncIterator[GenerateEvent]]:
         return self._entry.generate(request)
 
-    def explain(self, request_id: str) -> dict[str, Any] | None:
+    def explain(self, request_id: str) -> RequestReport | None:
         record = self._entry.recent.find(request_id)
         return record.report() if record is not None else None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
 
 from mesh.ids import Address, ModelId, NodeId
 from mesh.prefix import PREFIX_PAGE_TOKENS
@@ -15,7 +14,7 @@ from node.engine.api import SequenceKey
 from node.entry.generation_events import StageAt, Stages
 from routing.breaker import Breakers
 from routing.dispatches import Dispatch, Dispatches
-from routing.path import Path, plan
+from routing.path import ScoredCandidate, plan
 from routing.policies import Policy, policy_named
 from routing.prefixes import PrefixMemory, prefix_key
 from routing.score import RequestWork
@@ -43,7 +42,8 @@ class PlanRequest:
 class PlannedPath:
     stages: Stages
     numerics: str  # common fingerprint; empty when the stages differ
-    why: dict[str, Any]
+    cost_ms: float
+    candidates: tuple[ScoredCandidate, ...]  # that were considered for its stages
     last_choice: bool = False  # one node takes all of it, and no other could now
 
 
@@ -87,7 +87,8 @@ class Planning:
         stages = tuple(StageAt(stage.node, stage.address, stage.start, stage.end) for stage in path)
         self.last_wait_s = path.wait_ms / 1000.0
         asked = {each.node for each in path.considered}
-        return PlannedPath(stages, path.numerics, _explanation(path), last_choice=len(stages) == len(asked) == 1)
+        alone = len(stages) == len(asked) == 1
+        return PlannedPath(stages, path.numerics, round(path.cost_ms, 3), path.considered, last_choice=alone)
 
     def _doubted(self, now: float) -> frozenset[NodeId]:
         self._doubted_until = {node: until for node, until in self._doubted_until.items() if until > now}
@@ -145,13 +146,3 @@ class Planning:
         self._dispatches.forget(node)
         self._prefixes.forget(node)
         self._breakers.restarted(node)
-
-
-def _explanation(path: Path) -> dict[str, Any]:
-    return {
-        "path": [{"node": stage.node, "start": stage.start, "end": stage.end} for stage in path],
-        "cost_ms": round(path.cost_ms, 3),
-        "candidates": [
-            {"stage": each.stage, "rank": each.rank, "node": each.node, "terms_ms": each.terms_ms} for each in path.considered
-        ],
-    }

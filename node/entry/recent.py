@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any
 
 from mesh.ids import NodeId, StreamId
 from node.entry.generation import Generation, GenerationPhase
 from node.entry.generation_events import Stages
+from node.reports import PlanReport, RequestReport, StageReport
 
 REMEMBERED = 4096
 
@@ -34,13 +34,12 @@ class RequestRecord:
     seq: int = 0
     generations: dict[int, Generation] = field(default_factory=dict)
     last_paths: dict[int, Stages] = field(default_factory=dict)
-    why: list[dict[str, Any]] = field(default_factory=list)  # one entry a plan: candidates and scores
+    why: list[PlanReport] = field(default_factory=list)
     _final_state: str | None = None
     _final_attempts: int = 1
 
-    def path(self) -> list[dict[str, Any]]:
-        stages = self.last_paths.get(0, ())
-        return [{"node": stage.node, "start": stage.start, "end": stage.end} for stage in stages]
+    def path(self) -> list[StageReport]:
+        return [StageReport(stage.node, stage.start, stage.end) for stage in self.last_paths.get(0, ())]
 
     def state(self) -> str:
         if self._final_state is not None:
@@ -62,18 +61,17 @@ class RequestRecord:
         self._final_state, self._final_attempts = self.state(), self.attempts
         self.generations = {}
 
-    def report(self) -> dict[str, Any]:
-        """The body of `GET /mesh/requests/{id}`; nodes by their id."""
-        return {
-            "id": self.stream,
-            "entry": self.entry,
-            "state": self.state(),
-            "seq": self.seq,
-            "attempts": self.attempts,
-            "path": self.path(),
-            "journal": [],
-            "why": self.why,
-        }
+    def report(self) -> RequestReport:
+        return RequestReport(
+            id=self.stream,
+            entry=self.entry,
+            state=self.state(),
+            seq=self.seq,
+            attempts=self.attempts,
+            path=self.path(),
+            journal=[],
+            why=self.why,
+        )
 
 
 class RecentRequests:

@@ -45,6 +45,7 @@ from node.entry.generation_events import (
 from node.entry.planning import PlannedPath, Planning, PlanRequest
 from node.entry.prompts import Prompt
 from node.entry.recent import RequestRecord
+from node.reports import CandidateReport, PlanReport, StageReport
 from node.requests import ChoiceDone, Finished, GenerateEvent, GenerateRequest, StageUse, Started, TextDelta
 from node.serving.stages import OpenStage, open_path
 
@@ -226,7 +227,7 @@ class RequestRun:
             return
         self._numerics.add(planned.numerics)
         self._planned[choice] = planned
-        self.record.why.append({"choice": choice, "attempt": plan.attempt, "weights": card.weights, **planned.why})
+        self.record.why.append(_plan_report(choice, plan.attempt, card.weights, planned))
         self.tell(choice, PathPlanned(plan.attempt, planned.stages))
 
     async def _open(self, choice: int, effect: OpenPath, scope: trio.CancelScope) -> None:
@@ -374,3 +375,14 @@ class RequestRun:
     def _is_exact(self) -> bool:
         """All paths of all attempts computed with one set of exact kernels."""
         return len(self._numerics) == 1 and all(map(is_exact, self._numerics))
+
+
+def _plan_report(choice: int, attempt: int, weights: str, planned: PlannedPath) -> PlanReport:
+    return PlanReport(
+        choice=choice,
+        attempt=attempt,
+        weights=weights,
+        path=[StageReport(stage.node, stage.start, stage.end) for stage in planned.stages],
+        cost_ms=planned.cost_ms,
+        candidates=[CandidateReport(each.stage, each.rank, each.node, each.terms_ms) for each in planned.candidates],
+    )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
+from typing import Protocol
 
 from mesh.ids import ModelId, NodeId, StreamId
 from mesh.view import ModelCard
+from node.reports import DoctorReport, RequestReport, RotationReport, StatusReport
 from node.requests import GenerateEvent, GenerateRequest
 from rag.types import FileInfo, SearchResult, StoreInfo
 from routing.loading import BeingLoaded
@@ -17,13 +18,13 @@ class NodeServices(Protocol):
     @property
     def me(self) -> NodeId: ...
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> StatusReport:
         """The body of `GET /mesh/status`."""
 
-    async def examine(self) -> dict[str, Any]:
+    async def examine(self) -> DoctorReport:
         """The body of `GET /mesh/doctor`."""
 
-    async def rotate_key(self) -> dict[str, Any]:
+    async def rotate_key(self) -> RotationReport:
         """Gives the mesh a new key. Raises Refused, or BadRequest where there is none, or a live node does not take part."""
 
     def models(self) -> list[ModelCard]:
@@ -50,7 +51,7 @@ class NodeServices(Protocol):
         Raises (on entering, or from the iterator): BadRequest, Refused, NoPath, DeadlineExceeded.
         """
 
-    def explain(self, request_id: str) -> dict[str, Any] | None:
+    def explain(self, request_id: str) -> RequestReport | None:
         """The body of `GET /mesh/requests/{id}`: by stream id or x-request-id; None when unknown here."""
 
     def cancel(self, stream: StreamId) -> bool: ...

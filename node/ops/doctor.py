@@ -13,6 +13,7 @@ from mesh.links.refusals import BAD_ACTIVATIONS, FOREIGN_WORD, MAX_COUNTED, Refu
 from mesh.versions import NAME_DIGITS, ModelVersion, holds, replicas, versions
 from mesh.view import ModelCard, Peer, PeerState, Readiness, View
 from node.host.uncompiled import COSTS, remedy
+from node.reports import Finding
 from rag.types import StoreInfo
 from routing.loading import no_path
 
@@ -45,14 +46,6 @@ _DATAGRAMS = {
     ),
     "malformed": ("open under the mesh key but are no gossip", "run the same release on {who}"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    severity: str
-    about: str  # keys, versions, clocks, nodes, models, documents, disk, links
-    what: str
-    do: str
 
 
 @dataclass(frozen=True, slots=True)

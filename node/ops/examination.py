@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import trio
 
@@ -18,6 +16,7 @@ from mesh.view import Peer, View
 from mesh.wire.calls import CALL_FAILURES, Call, Handlers, Header, Reply
 from node.ops.doctor import PROBLEM, Observations, diagnosis
 from node.ops.keys import MeshKeys
+from node.reports import DoctorReport
 from rag.types import StoreInfo
 
 KIND = "mesh.look"
@@ -47,8 +46,8 @@ class Examination:
         self._keys, self._changed_files = keys, changed_files
         self.handlers: Handlers = {KIND: self._answer}
 
-    async def examine(self) -> dict[str, Any]:
-        """The body of `GET /mesh/doctor`: `healthy`, and the findings, problems first."""
+    async def examine(self) -> DoctorReport:
+        """Examines this node and the mesh, within `READY_S`."""
         view, keys = self._view(), self._keys
         not_ready: str | None = f"no token came through a path within {READY_S:g} s"
         skews: dict[NodeId, float | None] = {}
@@ -75,7 +74,7 @@ class Examination:
             )
         )
         healthy = not any(finding.severity == PROBLEM for finding in found)
-        return {"node": view.me, "name": view.peers[view.me].name, "healthy": healthy, "findings": [asdict(f) for f in found]}
+        return DoctorReport(node=view.me, name=view.peers[view.me].name, healthy=healthy, findings=found)
 
     async def _ask_for_the_time(self, peer: Peer, skews: dict[NodeId, float | None]) -> None:
         asked_at = self._clock()

@@ -23,6 +23,7 @@ from mesh.links.tls import PeerTls
 from mesh.view import Peer, View
 from mesh.wire.calls import CALL_FAILURES, Call, Handlers, Header, Reply
 from node.ops.rotation import RotationPhase, Tags, next_step, unfinished
+from node.reports import RotationReport
 
 KIND = "mesh.key"
 CALL_S = 3.0
@@ -63,7 +64,7 @@ class MeshKeys:
             if looks % round(RENEW_S / LOOK_S) == 0:
                 self._tls.renew()
 
-    async def rotate(self) -> dict[str, Any]:
+    async def rotate(self) -> RotationReport:
         """Gives the mesh a new key, or ends the rotation that was begun and left; see `node.ops.rotation`.
 
         Raises:
@@ -83,12 +84,12 @@ class MeshKeys:
             log.info("key.rotating", key=key.tag.name, begun_before=begun is not None)
             unsaved = await self._bring_to(key, rings)
             log.info("key.rotated", key=key.tag.name)
-            return {
-                "key": key.tag.name,
-                "finished_earlier": begun is not None,
-                "nodes": sorted(peer.id for peer in self._view().live()),
-                "not_saved": sorted(unsaved),
-            }
+            return RotationReport(
+                key=key.tag.name,
+                finished_earlier=begun is not None,
+                nodes=sorted(peer.id for peer in self._view().live()),
+                not_saved=sorted(unsaved),
+            )
 
     async def _bring_to(self, key: RingKey, rings: dict[NodeId, Tags]) -> set[NodeId]:
         """Step by step, each taken by all live nodes before the next; which of them could not write their key file."""

@@ -17,6 +17,7 @@ import trio
 from mesh.errors import BadRequest
 from mesh.ids import ModelId, NodeId, StreamId
 from mesh.view import Load, ModelCard
+from node.reports import DoctorReport, RequestReport, RotationReport, SelfReport, StatusReport
 from node.requests import ChoiceDone, Finished, GenerateEvent, GenerateRequest, StageUse, Started, TextDelta
 from rag.types import FileInfo, Passage, SearchResult, StoreInfo
 from routing.loading import BeingLoaded
@@ -73,16 +74,17 @@ class FakeNode:
     def me(self) -> NodeId:
         return ME
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> StatusReport:
         if self.failure is not None:
             raise self.failure
-        return {"self": {"id": ME, "name": "fake"}, "nodes": [], "models": [], "stores": []}
+        facts = ("fake", 1, "http://fake", "127.0.0.1:1", "0.1.0")
+        return StatusReport(SelfReport(ME, *facts, {}, {}, {}, {}, None, False), [], [], [])
 
-    async def examine(self) -> dict[str, Any]:
-        return {"node": ME, "name": "fake", "healthy": True, "findings": []}
+    async def examine(self) -> DoctorReport:
+        return DoctorReport(ME, "fake", True, [])
 
-    async def rotate_key(self) -> dict[str, Any]:
-        return {"key": "0a1b2c3d", "finished_earlier": False, "nodes": [ME], "not_saved": []}
+    async def rotate_key(self) -> RotationReport:
+        return RotationReport("0a1b2c3d", False, [ME], [])
 
     def models(self) -> list[ModelCard]:
         return [ModelCard(CHAT, 4, 128, "w", "n"), ModelCard(EMBED, 0, 64, "w2", "n2", kind="embed")]
@@ -124,10 +126,10 @@ class FakeNode:
                 assert not isinstance(step, str)
                 yield step
 
-    def explain(self, request_id: str) -> dict[str, Any] | None:
+    def explain(self, request_id: str) -> RequestReport | None:
         for request in self.requests:
             if request_id in (request.id, request.request_id):
-                return {"id": request.id, "entry": ME, "state": "done"}
+                return RequestReport(request.id, ME, "done", 0, 1, [], [], [])
         return None
 
     def cancel(self, stream: StreamId) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import to_builtins
 
 from mesh.ids import ModelId, NodeId
 from mesh.view import Facts, Load, Loading, ModelCard, Peer, PeerState, Span, View
@@ -63,7 +64,7 @@ def seen(*peers: Peer, loading: dict[ModelId, BeingLoaded] | None = None) -> dic
     """The status as JSON carries it."""
     view = View(peers[0].id, MappingProxyType({each.id: each for each in peers}))
     stores = [StoreInfo("vs_1", "handbook", 0, 3, 3, 4, 2, False)]
-    body: dict[str, Any] = json.loads(json.dumps(status(view, stores, {CARD.id: not loading}, 0.0, None, loading or {})))
+    body: dict[str, Any] = to_builtins(status(view, stores, {CARD.id: not loading}, 0.0, None, loading or {}))
     return body
 
 

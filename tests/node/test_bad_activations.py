@@ -19,7 +19,7 @@ def paths_of(mesh: SmallMesh) -> list[list[str]]:
     """The nodes of each attempt of the request."""
     record = mesh.nodes["entry"].entry.recent.find("s1")
     assert record is not None
-    return [[stage["node"] for stage in why["path"]] for why in record.why]
+    return [[stage.node for stage in why.path] for why in record.why]
 
 
 @pytest.mark.parametrize("at", [11, 15, 25])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import trio
+from msgspec import to_builtins
 
 from mesh.ids import ModelId, NodeId
 from mesh.view import Facts, ModelCard, Peer, PeerState, Span, View
@@ -61,7 +62,7 @@ def test_metrics_and_status_show_it() -> None:
     text = render({"coverage": watch.statistics()}).decode()
     assert 'mesh_coverage_least_live{key="m"} 2.0' in text and 'mesh_coverage_least_ready{key="m"} 1.0' in text
     assert "mesh_coverage_changes_total 1.0" in text
-    body = status(shown, [], {MODEL: True}, 0.0, {})
+    body = to_builtins(status(shown, [], {MODEL: True}, 0.0, {}))
     assert body["models"][0]["coverage"] == [
         {"start": 0, "end": 2, "live": 2, "ready": 1},
         {"start": 2, "end": 4, "live": 3, "ready": 2},

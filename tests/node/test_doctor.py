@@ -12,7 +12,8 @@ from mesh.keys.seal import SealFault
 from mesh.links.refusals import FOREIGN_WORD, Refusal
 from mesh.view import Facts, Loading, ModelCard, Peer, PeerState, Readiness, Span, View
 from node.host.uncompiled import BY_NAME, COSTS, NO_COMPILER
-from node.ops.doctor import NOTE, PROBLEM, Finding, Observations, diagnosis
+from node.ops.doctor import NOTE, PROBLEM, Observations, diagnosis
+from node.reports import Finding
 from rag.types import StoreInfo
 
 MODEL = ModelId("tiny")

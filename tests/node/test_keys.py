@@ -136,9 +136,7 @@ async def test_a_rotation_under_a_stream_of_calls_and_datagrams_refuses_none(tmp
             nursery.start_soon(fresh_links)
             done = await mesh.nodes[1].keys.rotate()
             rotated.set()
-        assert (
-            done["nodes"] == sorted(node.id for node in mesh.nodes) and done["not_saved"] == [] and not done["finished_earlier"]
-        )
+        assert done.nodes == sorted(node.id for node in mesh.nodes) and done.not_saved == [] and not done.finished_earlier
         assert {node.keys.ring.tags for node in mesh.nodes} == {mesh.nodes[0].keys.ring.tags}
         assert all(load_keyring(node.path) == node.keys.ring != Keyring((OLD,)) for node in mesh.nodes)
         assert calls > 9 and kept.links.counters.links_lost_total == 0 and kept.links.counters.links_opened_total >= opened
@@ -207,7 +205,7 @@ async def test_a_node_that_dies_between_two_phases_does_not_hold_the_others_up(t
 
         dying.links.handlers[KIND] = die_when_told_to_use_it
         done = await mesh.nodes[0].keys.rotate()
-        assert done["nodes"] == sorted(node.id for node in mesh.nodes[:2])
+        assert done.nodes == sorted(node.id for node in mesh.nodes[:2])
         kept = load_keyring(dying.path)
         assert kept.sealing == OLD.tag and len(kept.keys) == 2, "it comes back with both, and reads the others"
 
@@ -260,7 +258,7 @@ async def test_a_key_file_that_cannot_be_written_is_told_and_the_node_goes_on(tm
         read_only = mesh.nodes[1]
         read_only.keys._path = tmp_path / "absent" / "key"
         done = await mesh.nodes[0].keys.rotate()
-        assert done["not_saved"] == [read_only.id]
+        assert done.not_saved == [read_only.id]
         assert read_only.keys.ring == mesh.nodes[0].keys.ring and not read_only.keys.saved
         mesh.check_datagrams()
 

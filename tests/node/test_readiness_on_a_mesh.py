@@ -7,6 +7,7 @@ from random import Random
 from types import MappingProxyType
 
 import pytest
+from msgspec import to_builtins
 
 from membership.simulation.network import Network
 from mesh.ids import ModelId, NodeId
@@ -106,6 +107,6 @@ def test_a_dead_node_never_looks_idle_nor_ready_to_anybody(silent: bool) -> None
     mesh.network.run(15.0)
     assert mesh.passed_over()
     for by in mesh.network.up:
-        told = status(view_of(mesh.network, by), [], {}, mesh.network.now, {})
+        told = to_builtins(status(view_of(mesh.network, by), [], {}, mesh.network.now, {}))
         (dead,) = [node for node in told["nodes"] if node["id"] == mesh.ids[0]]
         assert (dead["state"], dead["readiness"], dead["load"]) == ("dead", "dead", {})

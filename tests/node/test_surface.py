@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import to_builtins
 from numpy.typing import NDArray
 
 from mesh.ids import ModelId, NodeId
@@ -66,19 +67,19 @@ def test_status_tells_which_kernel_computes_each_span_and_why_and_how_far_one_th
         choices={Span(ModelId("m"), 0, 6): KernelChoice((KERNELS["mesh-bf16"],), "the first", {"mesh-bf16": 10.5}, True)},
         loading={Span(ModelId("m"), 6, 8): LoadProgress(LoadPhase.PACKING, 1, 2, 300, 400, 2.04)},
     )
-    told = status(view, [], {}, 0.0, engine)["self"]
+    told = to_builtins(status(view, [], {}, 0.0, engine))["self"]
     assert told["kernels"] == {"m 0:6": "mesh-bf16 on amx"}
     choice = {"portable": True, "reason": "the first", "cpu_us": {"mesh-bf16": 10.5}, "remembered": True}
     assert told["kernel_choices"] == {"m 0:6": choice}
     assert told["loading"] == {
         "m 6:8": {"phase": "packing", "layers_done": 1, "layers": 2, "bytes_done": 300, "bytes": 400, "seconds": 2.0}
     }
-    assert status(view, [], {}, 0.0, None)["self"]["loading"] == {}, "another engine may tell of nothing"
+    assert to_builtins(status(view, [], {}, 0.0, None))["self"]["loading"] == {}, "another engine may tell of nothing"
 
 
 def test_status_says_what_it_costs_to_be_without_the_compiled_kernel_and_what_to_do() -> None:
     told = [
-        status(View(me.id, {me.id: me}), [], {}, 0.0, None)["self"]["uncompiled"]
+        to_builtins(status(View(me.id, {me.id: me}), [], {}, 0.0, None))["self"]["uncompiled"]
         for me in (Peer(NodeId("a" * 16), "n", ("127.0.0.1", 1), facts=Facts(uncompiled=why)) for why in ("", TURNED_OFF))
     ]
     assert told == [None, {"why": TURNED_OFF, "costs": COSTS, "do": remedy(TURNED_OFF)}]
@@ -105,7 +106,7 @@ def serving(number: int, numerics: str, spans: int = 1) -> Peer:
 )
 def test_status_says_what_the_answers_of_each_model_promise(peers: list[Peer], promise: str) -> None:
     view = View(peers[0].id, {peer.id: peer for peer in peers})
-    assert status(view, [], {}, 0.0, None)["models"][0]["numerics"] == promise
+    assert to_builtins(status(view, [], {}, 0.0, None))["models"][0]["numerics"] == promise
 
 
 def test_status_says_how_far_each_node_and_model_is_that_is_loading() -> None:
@@ -118,10 +119,10 @@ def test_status_says_how_far_each_node_and_model_is_that_is_loading() -> None:
     view = View(peers[0].id, {peer.id: peer for peer in peers})
     missing = being_loaded(view, card.id, ((0, 6),))
     assert missing is not None
-    told = status(view, [], {}, 0.0, None, {card.id: missing})
+    told = to_builtins(status(view, [], {}, 0.0, None, {card.id: missing}))
     assert [node["loading"] for node in told["nodes"]] == [
         [{"model": "m", "start": 2, "end": 6, "progress": 0.4, "eta_s": 7}],
         [],
     ]
     assert told["models"][0]["loading"] == {"layers": [{"start": 2, "end": 6}], "progress": 0.4, "eta_s": 7.0}
-    assert status(view, [], {card.id: True}, 0.0, None)["models"][0]["loading"] is None
+    assert to_builtins(status(view, [], {card.id: True}, 0.0, None))["models"][0]["loading"] is None

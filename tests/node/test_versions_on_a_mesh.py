@@ -74,7 +74,7 @@ async def test_an_answer_waits_for_its_weights_and_is_not_finished_by_others() -
         assert tokens(events) == EXPECTED, "its weights came back"
         assert opened_on(mesh, "c") == opened_on(mesh, "d") == []
         record = mesh.nodes["entry"].entry.recent.find("s1")
-        assert record is not None and {each["weights"] for each in record.why} == {CARD.weights}
+        assert record is not None and {each.weights for each in record.why} == {CARD.weights}
 
 
 def waits_for_a_path(mesh: SmallMesh) -> bool:

@@ -9,14 +9,16 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec import to_builtins
 from structlog.testing import capture_logs
 
 from mesh.ids import ModelId, NodeId
 from mesh.view import Facts, Load, ModelCard, Peer, PeerState, Readiness, Span, View
 from node.entry.canary import Canary
 from node.http.surface import model_object
-from node.ops.doctor import NOTE, PROBLEM, Finding, Observations, diagnosis
+from node.ops.doctor import NOTE, PROBLEM, Observations, diagnosis
 from node.ops.status import status
+from node.reports import Finding
 from node.serving.models import ServedModel, ServedModels
 from node.serving.peer_models import PeerModels
 from node.serving.readiness_monitor import readiness_of
@@ -39,7 +41,7 @@ def view(*peers: Peer, me: str = "") -> View:
 
 def rows(*peers: Peer) -> list[dict[str, Any]]:
     seen = view(*peers)
-    return list(status(seen, [], {TINY: True}, 0.0, None)["models"])
+    return list(to_builtins(status(seen, [], {TINY: True}, 0.0, None))["models"])
 
 
 def test_two_sets_of_weights_are_two_rows_that_share_nothing_but_the_id() -> None:
@@ -60,13 +62,13 @@ def test_three_nodes_that_all_differ_are_no_replicas_of_each_other() -> None:
 
 def test_every_node_of_the_mesh_tells_the_same_rows() -> None:
     peers = [peer("1", A), peer("2", B), peer("3", B)]
-    told = [status(view(*peers, me=me), [], {}, 0.0, None)["models"] for me in "123"]
+    told = [status(view(*peers, me=me), [], {}, 0.0, None).models for me in "123"]
     assert told[0] == told[1] == told[2]
 
 
 def test_how_far_hashing_is_stands_in_the_nodes_own_part() -> None:
     hashing: Any = {"tiny": msgspec.defstruct("Hashed", ["bytes_done", "bytes"])(5, 9)}
-    told = status(view(peer("1", "", end=0)), [], {}, 0.0, None, hashing=hashing)
+    told = to_builtins(status(view(peer("1", "", end=0)), [], {}, 0.0, None, hashing=hashing))
     assert told["self"]["hashing"] == {"tiny": {"bytes_done": 5, "bytes": 9}}
     assert (told["models"][0]["weights"], told["models"][0]["complete"]) == ("", False)
 
