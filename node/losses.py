@@ -14,7 +14,7 @@ from membership.shell.events import MemberEvent
 from mesh.ids import Address, NodeId
 from mesh.view import PeerState, View
 from node.entry.entry import Entry
-from node.entry.generation_events import PeerBack, PeerGone, PeerSuspect
+from node.entry.generation import PeerBack, PeerGone, PeerSuspect
 from node.entry.planning import Planning
 from node.serving.stages import Stages
 

@@ -1,16 +1,85 @@
-"""Admission at the entry: take a request in, or say no before any work is done.
+"""Admission at the entry, and what the entry does with a peer's BUSY.
 
-Bounds are on expected waiting, not on counts alone: a queue of a hundred short requests is fine, one of ten long ones
-may not be. A request that cannot meet its own deadline is refused at once rather than timed out later (Mooncake calls
-it early rejection). The answer tells when it is worth coming back; jitter is added where the answer is written, so that
-this stays a function of what it is told.
+Bounds are on expected waiting, not on counts alone: a queue of a hundred short requests is fine, one of ten long ones may not be.
+A request that cannot meet its own deadline is refused at once rather than timed out later (Mooncake: early rejection). The answer
+says when to try again; jitter is added where the answer is written, so that this stays a pure function.
+
+A peer decides whether it is full, since it alone knows its load now; a refusal costs one round trip and carries that load. After
+a BUSY the entry tries another peer at once, twice; then the request waits at the entry, where it can still go to any peer. In
+simulation two refusals cut the wait of power-of-two tenfold; more gain nothing and load a full mesh.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mesh.errors import BadRequest, Refused
+from mesh.ids import NodeId
+
+if TYPE_CHECKING:
+    from random import Random
+
+
+MAX_BOUNCES = 2
+MIN_WAIT_S = 0.05
+MAX_WAIT_S = 2.0
+"""Of one wait; the request's deadline and admission bound their sum."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanElsewhere:
+    """Plan again, without these."""
+
+    excluded: frozenset[NodeId]
+
+
+@dataclass(frozen=True, slots=True)
+class WaitAtEntry:
+    """Plan again after `wait_s`, with everybody; sooner when a peer's load record tells of room."""
+
+    wait_s: float
+
+
+Bounced = PlanElsewhere | WaitAtEntry
+
+
+class RefusalHistory:
+    """The refusals of one request, since it last waited or was taken."""
+
+    def __init__(self) -> None:
+        self._refused: list[NodeId] = []
+        self._soonest_s = MAX_WAIT_S
+        self._waits = 0
+
+    @property
+    def excluded(self) -> frozenset[NodeId]:
+        return frozenset(self._refused)
+
+    def busy(self, node: NodeId, retry_after_s: float, rng: Random, *, others: bool = True) -> Bounced:
+        """`node` refused, and expects room after `retry_after_s`. others: some peer is left that has not refused.
+
+        The wait is the soonest of what the peers expect, grows with each round, and is spread by half so that those who
+        were refused together do not come back together.
+        """
+        again = node in self._refused  # it was asked although it had refused: there is nobody else
+        if not again:
+            self._refused.append(node)
+        self._soonest_s = min(self._soonest_s, max(MIN_WAIT_S, retry_after_s))
+        if others and not again and len(self._refused) <= MAX_BOUNCES:
+            return PlanElsewhere(self.excluded)
+        self._waits += 1
+        wait_s = min(MAX_WAIT_S, self._soonest_s * 2.0 ** (min(self._waits, 16) - 1))
+        self._refused.clear()
+        self._soonest_s = MAX_WAIT_S
+        return WaitAtEntry(wait_s * rng.uniform(0.5, 1.0))
+
+    def taken(self) -> None:
+        """A path took the request: a later refusal, on a later attempt, starts anew."""
+        self._refused.clear()
+        self._soonest_s = MAX_WAIT_S
+        self._waits = 0
+
 
 MIN_RETRY_S = 0.5
 MAX_RETRY_S = 60.0

@@ -1,10 +1,10 @@
-"""The path of a request: ordered stages, each a peer and some of its layers, that cover the whole model.
+"""Plans the path of a request: ordered stages, each a peer and some of its layers, that cover the whole model.
 
-Rules, in this order. One set of weights over the whole path, and over all attempts of a request. Draining and excluded peers
-never. Suspect or stalled peers and those with an open breaker only if there is no path without them; overloaded ones only
-if there is none without those either. One numerics fingerprint over the whole path, the wanted one if an earlier attempt fixed
-it: only then does another attempt give the same tokens (a wanted fingerprint is kept even at the price of a suspect peer). A
-single peer that holds the whole model before any split path: no hop is cheaper than none. Then cost (`routing.legs`).
+Rules, in this order. One set of weights over the whole path, and over all attempts of a request. No draining and no excluded
+peers. Suspect or stalled peers and those with an open breaker only if there is no path without them; overloaded ones only if
+there is none without those either. One numerics fingerprint over the whole path, the wanted one if an earlier attempt fixed it:
+only then does another attempt give the same tokens (a wanted fingerprint is kept even at the price of a suspect peer). A single
+peer that holds the whole model before any split path: no hop is cheaper than none. Then cost (`routing.legs`).
 """
 
 from __future__ import annotations

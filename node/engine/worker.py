@@ -50,8 +50,7 @@ from node.engine.model.progress import LoadProgress, LoadTracker, gib, log_progr
 from node.engine.model.stored_tensors import require_tensors
 from node.engine.model.structure import structure_of
 from node.engine.page_transfer import PageTransfer, shown_layout
-from node.engine.sampling.constraints import Constraints
-from node.engine.sampling.draw_step import draw
+from node.engine.sampling.constraints import Constraints, draw
 from node.engine.scheduling.scheduler import Scheduler
 from node.engine.scheduling.sequence import StageSequence
 from node.engine.scheduling.step_plan import HeldSpan, SchedulerStatistics, StepPlan

@@ -12,7 +12,7 @@ import trio
 from mesh.errors import BadRequest
 from mesh.ids import Address, NodeId
 from node.engine.api import SequenceLost, TokenOut
-from node.entry.generation_events import PeerNews
+from node.entry.generation import PeerNews
 from node.entry.planning import Planning
 from node.entry.prompts import Prompts
 from node.entry.recent import RecentRequests

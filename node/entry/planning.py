@@ -11,7 +11,7 @@ from mesh.prefix import PREFIX_PAGE_TOKENS
 from mesh.versions import holds
 from mesh.view import ModelCard, PeerState, View
 from node.engine.api import SequenceKey
-from node.entry.generation_events import StageAt, Stages
+from node.entry.generation import StageAt, Stages
 from routing.breaker import Breakers
 from routing.dispatches import Dispatch, Dispatches
 from routing.path import ScoredCandidate, plan

@@ -6,8 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from mesh.ids import NodeId, StreamId
-from node.entry.generation import Generation, GenerationPhase
-from node.entry.generation_events import Stages
+from node.entry.generation import Generation, GenerationPhase, Stages
 from node.reports import PlanReport, RequestReport, StageReport
 
 REMEMBERED = 4096

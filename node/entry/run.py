@@ -1,14 +1,14 @@
-"""One request under way: the cores of its choices, their texts, and the channel to its client.
+"""One request at the entry: the cores of its choices, their texts, and the channel to its client.
 
-One task drives it: events go into the cores, their effects are carried out with no await in between.
-What takes time (opening a path) is a task of its own whose outcome comes back as an event.
+One task drives it: events go into the cores, and their effects are carried out with no `await` in between. What takes time
+(opening a path) is a task of its own whose outcome comes back as an event. The text of a choice is a pure function of its tokens.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -21,9 +21,7 @@ from mesh.prefix import PREFIX_PAGE_TOKENS, further_names, prefix_salt
 from mesh.view import is_exact
 from mesh.wire.calls import Call, Post
 from node.engine.api import OpenSequence, Prefix, SequenceKey, SequenceLost, TokenOut
-from node.entry.choice_text import ChoiceText
-from node.entry.generation import Generation, GenerationPhase
-from node.entry.generation_events import (
+from node.entry.generation import (
     Cancelled,
     ClosePath,
     DoubtPeers,
@@ -31,6 +29,8 @@ from node.entry.generation_events import (
     EmitToken,
     Event,
     Fail,
+    Generation,
+    GenerationPhase,
     NoPathFound,
     Opened,
     OpenPath,
@@ -46,8 +46,59 @@ from node.entry.planning import PlannedPath, Planning, PlanRequest
 from node.entry.prompts import Prompt
 from node.entry.recent import RequestRecord
 from node.reports import CandidateReport, PlanReport, StageReport
-from node.requests import ChoiceDone, Finished, GenerateEvent, GenerateRequest, StageUse, Started, TextDelta
+from node.requests import ChoiceDone, Finished, GenerateEvent, GenerateRequest, StageUse, Started, TextDelta, TokenLogprob
 from node.serving.stages import OpenStage, open_path
+from node.text.detokenize import Decode, TextState
+
+CONTEXT_TOKENS = 4  # of the prompt: whether the answer's first word begins with a space may depend on them
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceStep:
+    """What one token brings out. With `finish_reason` the choice is over; `end_token_ids` are last and brought no text."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: str | None = None
+    end_token_ids: tuple[int, ...] = ()
+
+
+class ChoiceText:
+    def __init__(self, decode: Decode, request: GenerateRequest, prompt: Sequence[int], end_tokens: Sequence[int]) -> None:
+        self.whole = ""
+        self._decode = decode
+        self._wants_logprobs = request.sampling.logprobs is not None
+        self._held: deque[TokenLogprob] = deque()  # of tokens whose text is not out yet
+        self._state = TextState(
+            decode,
+            request.stop,
+            request.include_stop,
+            end_tokens=end_tokens,
+            context=prompt[-CONTEXT_TOKENS:],
+            min_tokens=request.sampling.min_tokens,
+        )
+
+    def feed(self, emit: EmitToken) -> ChoiceStep:
+        """The next token; never called again after an outcome with a finish reason."""
+        if self._wants_logprobs:
+            self._held.append(self._logprob(emit))
+        step = self._state.feed([emit.token])
+        if emit.finish is None and not step.stopped:
+            return self._outcome(step.text, step.token_ids, None, ())
+        end = self._state.finish(emit.finish or "stop")
+        return self._outcome(step.text + end.text, step.token_ids + end.token_ids, end.finish_reason, end.end_token_ids)
+
+    def _outcome(self, text: str, token_ids: tuple[int, ...], reason: str | None, end_token_ids: tuple[int, ...]) -> ChoiceStep:
+        self.whole += text
+        counted = min(len(token_ids), len(self._held))
+        logprobs = tuple(self._held.popleft() for _ in range(counted))
+        return ChoiceStep(text, token_ids, logprobs, reason, end_token_ids)
+
+    def _logprob(self, emit: EmitToken) -> TokenLogprob:
+        top = tuple((token, self._decode([token]), logprob) for token, logprob in emit.top)
+        return TokenLogprob(emit.token, self._decode([emit.token]), emit.logprob or 0.0, top)
+
 
 OPEN_TIMEOUT_S = 5.0  # a peer that does not answer an open in this time is avoided
 

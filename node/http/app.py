@@ -21,8 +21,8 @@ from mesh.errors import PeerLost
 from mesh.ids import Address
 from node.http import documents, generation, openapi, sse, surface
 from node.http.auth import OPEN_PATHS, ApiKeys, check_origin
+from node.http.connection import App, Message, Receive, Send
 from node.http.errors import ClientGone, ErrorAnswer, answer_of, is_expected, single_cause
-from node.http.exchange import App, Message, Receive, Send
 from node.http.services import NodeServices
 from node.http.site import Endpoint, HttpStatistics, Json, Route, Site
 

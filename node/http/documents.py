@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mesh.errors import BadRequest
+from node.http.connection import App
 from node.http.errors import unexpected_field
-from node.http.exchange import App
 from node.http.multipart import parse_multipart
 from node.http.openai import decode_body
 from node.http.schema import AttachBody, EmbeddingBody, RankingOptions, SearchBody, StoreBody

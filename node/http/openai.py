@@ -1,7 +1,9 @@
-"""OpenAI's generation requests, checked, as `GenerateRequest`s. Pure.
+"""Parses OpenAI's generation requests into `GenerateRequest`: messages, tools, structured outputs, sampling. Pure.
 
-What would change the meaning of an answer and is not supported is refused with the field's name; unknown
-harmless fields are ignored. A field that is `null` counts as absent, as the official clients send it.
+A field that would change the meaning of an answer and is not supported is refused by its name; unknown harmless fields are
+ignored. A field that is `null` counts as absent, as the official clients send it. Of the ways to ask for structured output
+(`response_format`, `structured_outputs`, the older `guided_json`, `guided_regex`, `guided_choice`, `guided_grammar`) one may be
+used at a time.
 """
 
 from __future__ import annotations
@@ -18,12 +20,232 @@ import msgspec
 from mesh.errors import BadRequest
 from mesh.ids import ModelId, StreamId
 from node.http.errors import unexpected_field
-from node.http.messages import parse_messages
-from node.http.schema import ChatBody, CompletionBody, GenerationBody
-from node.http.structured import parse_grammar
-from node.http.tools import parse_tools
-from node.requests import GenerateRequest, Retrieval, SamplingParams, ToolUse
+from node.http.schema import ChatBody, CompletionBody, GenerationBody, StructuredOutputs
+from node.requests import GenerateRequest, Grammar, Retrieval, SamplingParams, ToolUse
+from node.text.grammar import MAX_SOURCE_BYTES, check_schema
 from node.text.sampling_defaults import RANGES
+
+MAX_MESSAGES = 4096
+MAX_CALLS = 128  # of one assistant message
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def parse_messages(messages: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Raises BadRequest with the field's path."""
+    if not 1 <= len(messages) <= MAX_MESSAGES:
+        raise BadRequest(f"messages: expected 1 to {MAX_MESSAGES} messages, got {len(messages)}", "messages")
+    return tuple(_message(message, f"messages[{index}]") for index, message in enumerate(messages))
+
+
+def _message(message: Mapping[str, Any], param: str) -> dict[str, Any]:
+    """`developer` is the newer word for `system`."""
+    role = message.get("role")
+    if role not in ROLES:
+        raise unexpected_field(f"one of {', '.join(ROLES)}", role, f"{param}.role")
+    for field in ("function_call", "audio"):
+        if message.get(field):
+            raise BadRequest(f"{param}.{field}: not supported here", f"{param}.{field}")
+    cleaned = {"role": "system" if role == "developer" else role, "content": _content(message, role, f"{param}.content")}
+    name = message.get("name")
+    if name is not None:
+        cleaned["name"] = _text(name, f"{param}.name")
+    if message.get("tool_calls"):
+        cleaned["tool_calls"] = _tool_calls(message["tool_calls"], role, f"{param}.tool_calls")
+    if role == "tool":
+        cleaned["tool_call_id"] = _text(message.get("tool_call_id"), f"{param}.tool_call_id")
+    return cleaned
+
+
+def _tool_calls(calls: Any, role: str, param: str) -> list[dict[str, Any]]:
+    if role != "assistant" or not isinstance(calls, list) or len(calls) > MAX_CALLS:
+        raise unexpected_field(f"a list of at most {MAX_CALLS} calls in an assistant's message", calls, param)
+    cleaned = []
+    for index, call in enumerate(calls):
+        where = f"{param}[{index}]"
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or call.get("type", "function") != "function":
+            raise unexpected_field("an object of type function", call, where)
+        told = {
+            "name": _text(function.get("name"), f"{where}.function.name"),
+            "arguments": _text(function.get("arguments"), f"{where}.function.arguments"),
+        }
+        cleaned.append({"id": _text(call.get("id"), f"{where}.id"), "type": "function", "function": told})
+    return cleaned
+
+
+def _text(value: Any, param: str) -> str:
+    if not isinstance(value, str):
+        raise unexpected_field("a text", value, param)
+    return value
+
+
+def _content(message: Mapping[str, Any], role: str, param: str) -> str:
+    """Text parts are joined by newlines, as vLLM does for models that take text."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if content is None and role == "assistant":
+        return ""
+    if not isinstance(content, list):
+        raise unexpected_field("a text or a list of text parts", content, param)
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "input_text", "output_text"):
+            raise BadRequest(
+                f"{param}[{index}]: expected a part of type text; others are not supported", f"{param}[{index}].type"
+            )
+        texts.append(_text(part.get("text"), f"{param}[{index}].text"))
+    return "\n".join(texts)
+
+
+MAX_CHOICE_TEXTS = 1024  # texts to choose among
+ANY_OBJECT = {"type": "object"}
+GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
+
+
+def parse_grammar(body: GenerationBody) -> Grammar | None:
+    """The one grammar that the request names; None where any text will do.
+
+    Raises:
+        BadRequest: more than one, or of another form. Whether it compiles is seen later, by `node.text.grammar`.
+    """
+    asked = [grammar for grammar in (_response_format(body.response_format), *_extras(body)) if grammar is not None]
+    if len(asked) > 1:
+        raise BadRequest(f"{asked[1].param}: {asked[0].param} says already what the answer must be", asked[1].param)
+    return asked[0] if asked else None
+
+
+def _response_format(form: Mapping[str, Any] | None) -> Grammar | None:
+    match (form or {}).get("type", "text") if form else "text":
+        case "text":
+            return None
+        case "json_object":
+            return json_grammar(ANY_OBJECT, "response_format")
+        case "json_schema":
+            named = (form or {}).get("json_schema")
+            if not isinstance(named, dict):
+                raise unexpected_field("an object with name and schema", named, "response_format.json_schema")
+            schema = named.get("schema", ANY_OBJECT)
+            return json_grammar(schema, "response_format.json_schema.schema", lenient=named.get("strict") is not True)
+        case other:
+            raise unexpected_field("one of text, json_object, json_schema", other, "response_format.type")
+
+
+def _extras(body: GenerationBody) -> list[Grammar]:
+    outputs = body.structured_outputs or StructuredOutputs()
+    asked = [(f"structured_outputs.{name}", name, getattr(outputs, name)) for name in StructuredOutputs.__struct_fields__]
+    asked += [(old, name, getattr(body, old)) for old, name in GUIDED.items()]
+    return [_extra(param, name, value) for param, name, value in asked if value not in (None, False, "", [])]
+
+
+def _extra(param: str, name: str, value: Any) -> Grammar:
+    match name:
+        case "json":
+            return json_grammar(_read_schema(value, param), param)
+        case "json_object":
+            return json_grammar(ANY_OBJECT, param)
+        case "choice":
+            return choice_grammar(value, param)
+        case "regex":
+            return _text_grammar("regex", value, param)
+        case "grammar":
+            return _text_grammar("lark", value, param)
+        case _:
+            raise BadRequest(f"{param}: not supported here; leave it out", param)
+
+
+def _read_schema(value: Any, param: str) -> Any:
+    """A schema may come as an object or as its text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return msgspec.json.decode(value)
+    except (msgspec.DecodeError, RecursionError):
+        raise unexpected_field("a JSON schema", value, param) from None
+
+
+def json_grammar(schema: Any, param: str, *, lenient: bool = False) -> Grammar:
+    """Raises BadRequest: no schema, too large, too deep, or it refers to other documents."""
+    if not isinstance(schema, (dict, bool)):
+        raise unexpected_field("a JSON schema", schema, param)
+    check_schema(schema, param)
+    return Grammar("json", _bounded(msgspec.json.encode(schema).decode(), param), lenient=lenient, param=param)
+
+
+def choice_grammar(choices: Any, param: str) -> Grammar:
+    texts = isinstance(choices, list) and all(isinstance(choice, str) and choice for choice in choices)
+    if not texts or not 1 <= len(choices) <= MAX_CHOICE_TEXTS:
+        raise unexpected_field(f"1 to {MAX_CHOICE_TEXTS} texts that are not empty", choices, param)
+    return Grammar("choice", _bounded(msgspec.json.encode(choices).decode(), param), param=param)
+
+
+def _text_grammar(kind: Any, value: Any, param: str) -> Grammar:
+    if not isinstance(value, str) or not value:
+        raise unexpected_field("a text", value, param)
+    return Grammar(kind, _bounded(value, param), param=param)
+
+
+def _bounded(source: str, param: str) -> str:
+    if len(source.encode()) > MAX_SOURCE_BYTES:
+        raise BadRequest(f"{param}: expected at most {MAX_SOURCE_BYTES} bytes", param)
+    return source
+
+
+MAX_TOOLS = 128
+NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+
+
+def parse_tools(body: ChatBody) -> ToolUse | None:
+    """None where the request offers none.
+
+    Raises:
+        BadRequest: with the field's path.
+    """
+    tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ()))
+    names = [tool["function"]["name"] for tool in tools]
+    if len(tools) > MAX_TOOLS:
+        raise BadRequest(f"tools: expected at most {MAX_TOOLS}, got {len(tools)}", "tools")
+    if len(set(names)) < len(names):
+        raise BadRequest("tools: expected each function's name once", "tools")
+    parallel = body.parallel_tool_calls is not False
+    choice = body.tool_choice
+    if choice in (None, "none", "auto"):
+        return ToolUse(tools, "none" if choice == "none" else "auto", parallel=parallel) if tools else None
+    if not tools:
+        raise BadRequest("tool_choice: there are no tools to choose; expected none or auto", "tool_choice")
+    if choice == "required":
+        return ToolUse(tools, "required", parallel=parallel)
+    named = _named(choice)
+    if named not in names:
+        raise unexpected_field(f"a function among {', '.join(names)}", named, "tool_choice.function.name")
+    return ToolUse(tools, "required", named, parallel)
+
+
+def _named(choice: Any) -> Any:
+    function = choice.get("function") if isinstance(choice, dict) else None
+    if not isinstance(function, dict) or choice.get("type", "function") != "function":
+        raise unexpected_field("none, auto, required, or an object that names a function", choice, "tool_choice")
+    return function.get("name")
+
+
+def _tool(tool: Mapping[str, Any], param: str) -> dict[str, Any]:
+    if tool.get("type") != "function":
+        raise unexpected_field("function", tool.get("type"), f"{param}.type")
+    function = tool.get("function")
+    if not isinstance(function, dict):
+        raise unexpected_field("an object with a name", function, f"{param}.function")
+    name, description, parameters = (function.get(field) for field in ("name", "description", "parameters"))
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise unexpected_field("1 to 64 letters, digits, _ or -", name, f"{param}.function.name")
+    if not isinstance(description, str | None):
+        raise unexpected_field("a text", description, f"{param}.function.description")
+    if not isinstance(parameters, dict | None):
+        raise unexpected_field("a JSON schema", parameters, f"{param}.function.parameters")
+    check_schema(parameters, f"{param}.function.parameters")
+    known = {"name": name, "description": description, "parameters": parameters, "strict": function.get("strict")}
+    return {"type": "function", "function": {field: value for field, value in known.items() if value is not None}}
+
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 32

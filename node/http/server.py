@@ -16,9 +16,8 @@ from typing import Any
 import trio
 
 from mesh.errors import Refused
-from node.http.connection import Connection, refusal
+from node.http.connection import App, Connection, ServerCounts, refusal
 from node.http.errors import answer_of
-from node.http.exchange import App, ServerCounts
 from node.http.limits import Limits
 
 

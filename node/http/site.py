@@ -14,8 +14,8 @@ from starlette.responses import Response
 from mesh.errors import BadRequest
 from mesh.ids import Address
 from node.http.auth import ApiKeys
+from node.http.connection import App
 from node.http.errors import ClientGone, unexpected_field
-from node.http.exchange import App
 from node.http.services import NodeServices
 
 Endpoint = Callable[["Site", Request], Awaitable[App]]

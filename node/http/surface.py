@@ -13,8 +13,8 @@ from mesh.ids import ModelId
 from mesh.versions import plain_id
 from mesh.view import ModelCard
 from node.http import dashboard, metrics
+from node.http.connection import App
 from node.http.errors import RETRY_AFTER_LOADING_S, RETRY_AFTER_NO_PATH_S, loading_fields, retry_headers
-from node.http.exchange import App
 from node.http.site import Json, Route, Site
 
 

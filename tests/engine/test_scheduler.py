@@ -15,7 +15,7 @@ from node.engine.kv.blocks import BLOCK_TOKENS, BlockPool
 from node.engine.scheduling.microbatches import Microbatches
 from node.engine.scheduling.scheduler import Scheduler
 from node.engine.scheduling.step_plan import Drawn, HeldSpan, StepPlan
-from node.engine.scheduling.token_budget import AGEING_STEPS
+from node.engine.scheduling.step_selection import AGEING_STEPS
 from node.requests import SamplingParams
 
 pytestmark = pytest.mark.no_kernel

@@ -13,7 +13,7 @@ import trio
 
 from node.http.app import NodeApp, make_app
 from node.http.auth import ApiKeys
-from node.http.exchange import App
+from node.http.connection import App
 from node.http.limits import Limits
 from node.http.server import Server, serve
 from tests.http.fake_node import FakeNode

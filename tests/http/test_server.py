@@ -9,8 +9,8 @@ import pytest
 import trio
 import trio.testing
 
+from node.http.connection import Message
 from node.http.errors import ClientGone
-from node.http.exchange import Message
 from node.http.limits import Limits
 from node.requests import TextDelta
 from tests.http.fake_node import HANG, FakeNode, saying, started

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from mesh.errors import BadRequest, DeadlineExceeded, NoPath, Refused
 from mesh.ids import ModelId, NodeId
-from node.entry.generation import Generation, GenerationPhase
-from node.entry.generation_events import (
+from node.entry.generation import (
     Cancelled,
     ClosePath,
     DoubtPeers,
@@ -20,6 +19,8 @@ from node.entry.generation_events import (
     EmitToken,
     Fail,
     Finish,
+    Generation,
+    GenerationPhase,
     NoPathFound,
     Opened,
     OpenPath,

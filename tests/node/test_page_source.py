@@ -9,7 +9,7 @@ import pytest
 
 from mesh.ids import ModelId, NodeId
 from mesh.view import Facts, ModelCard, Peer, PeerState, Readiness, Span, View
-from node.entry.generation_events import StageAt
+from node.entry.generation import StageAt
 from node.entry.planning import Planning
 
 MODEL = ModelId("m")

@@ -17,7 +17,7 @@ from typing import Any
 
 from mesh.ids import NodeId
 from mesh.view import Load, Peer
-from routing.bounce import PlanElsewhere, RefusalHistory
+from routing.admission import PlanElsewhere, RefusalHistory
 from routing.dispatches import Dispatch, DispatchedWork, Dispatches
 from routing.policies import PeerCandidate, Policy, policy_named
 from routing.score import PoolMeans, RequestWork, ScoreTerms, costs, pool_of

@@ -10,8 +10,16 @@ from hypothesis import strategies as st
 
 from mesh.errors import BadRequest, Refused
 from mesh.ids import NodeId
-from routing.admission import AdmissionLimits, admit, retry_after_s
-from routing.bounce import MAX_BOUNCES, MAX_WAIT_S, PlanElsewhere, RefusalHistory, WaitAtEntry
+from routing.admission import (
+    MAX_BOUNCES,
+    MAX_WAIT_S,
+    AdmissionLimits,
+    PlanElsewhere,
+    RefusalHistory,
+    WaitAtEntry,
+    admit,
+    retry_after_s,
+)
 from routing.breaker import FAILURES_TO_OPEN, MAX_OPEN_S, PROBE_S, Breakers, Circuit
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")

@@ -1,14 +1,14 @@
-"""Grammars at the sampler: which tokens may come next, as a pure function of (grammar, answer so far).
+"""Samples a step's tokens under grammars: which tokens may come next is a pure function of (grammar, answer so far).
 
-A matcher keeps the state it reached, for speed alone: asked about any answer it moves back to where that answer and its own
-part, and takes the rest. So failover, preemption and speculation need nothing but the tokens. One book a loaded model; its
-token table is built at the first request that needs it.
+A matcher keeps the state it reached, for speed alone: for another answer it rolls back to the common beginning and consumes the
+rest. So failover, preemption and speculation need nothing but the tokens. Each loaded model has one table of its tokens, built at
+the first request that needs it.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -16,6 +16,7 @@ from threading import Lock
 import llguidance
 import llguidance.hf
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -23,9 +24,32 @@ from mesh.errors import BadRequest, LocalError
 from mesh.ids import ModelId
 from node.engine.api import OpenSequence, SequenceKey
 from node.engine.sampling import sampler
-from node.engine.scheduling.step_plan import Drawn
+from node.engine.scheduling.step_plan import Drawn, ScheduledChunk, StepPlan
 from node.requests import Grammar
 from node.text.grammar import compiled
+
+
+def draw(plan: StepPlan, logits: torch.Tensor, constraints: Constraints) -> dict[SequenceKey, list[Drawn]]:
+    """`logits` `[pieces that draw, with a row more for each of their guesses, vocab]`, float32."""
+    drawing = [piece for piece in plan.pieces if piece.draws]
+    rows = iter(logits.numpy() if drawing else ())  # without any, what came out are activations, in bfloat16 at times
+    return {piece.row.key: _draw_piece(piece, rows, constraints) for piece in drawing}
+
+
+def _draw_piece(piece: ScheduledChunk, rows: Iterator[NDArray[np.float32]], constraints: Constraints) -> list[Drawn]:
+    logits = [next(rows) for _ in range(len(piece.draft) + 1)]
+    history = list(piece.history)
+    drawn: list[Drawn] = []
+    for number, guess in enumerate([*piece.draft, None]):
+        at = piece.draws_from + number
+        one = constraints.draw(logits[number], piece.row.opened, at, history, piece.stop_ids)
+        drawn.append(one)
+        if one.token is None or one.token != guess or one.ends:
+            break
+        if piece.history:
+            history.append(one.token)
+    return drawn
+
 
 KEPT = 64  # compiled grammars of one model
 

@@ -1,14 +1,14 @@
-"""Which rows the next step computes. A core: no torch, no clock, no threads.
+"""Decides which sequences the next step computes. A core: no torch, no clock, no threads.
 
-Each (loaded span, layers asked of it) is a *lane*; a step takes rows of one lane, and lanes with work take turns. Within a
-lane `sharing` splits the step's token budget. Any mixture gives the same tokens (`docs/architecture.md`), so fairness is free;
-for the same reason rows may compute tokens that are only guessed (`speculation`) and begin behind pages that others
-computed (`pages`).
+A *lane* is a loaded span and the layers of it that are asked for. A step takes sequences of one lane, and lanes with work take
+turns; within a lane `step_selection` splits the step's token budget. Any mixture gives the same tokens (`docs/architecture.md`),
+so fairness costs no exactness. For the same reason a sequence may compute guessed tokens (`speculation`) and begin behind cached
+prefix pages.
 
-A sequence holds blocks for the tokens known when it was admitted and takes more as it grows. When none is free the
-least important of that span, and of those the youngest, gives its blocks up: the most important always finishes, so there is
-no livelock. It is lost, and its entry goes on with it elsewhere; where there is no elsewhere it waits here and is computed
-again before anything new is taken up. A step that fails is tried again sequence by sequence, so what breaks breaks alone.
+A sequence holds KV blocks for the tokens known when it was admitted and takes more as it grows. When none is free, the least
+important sequence of that span, and of those the youngest, gives its blocks up: the most important one always finishes, so there
+is no livelock. The evicted sequence is lost here and its entry continues it elsewhere; without another node it waits here and is
+recomputed before anything new is admitted. A step that fails is retried sequence by sequence, so that only the faulty one fails.
 """
 
 from __future__ import annotations
@@ -17,16 +17,50 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from mesh.errors import LocalError, Refused
+from mesh.errors import BadRequest, LocalError, Refused
 from mesh.ids import StreamId
+from mesh.prefix import NAME_BYTES, PREFIX_PAGE_TOKENS
 from mesh.view import Load, Span
 from node.engine.api import HiddenOut, Lane, OpenSequence, SequenceKey, SequenceLost, TokenOut
+from node.engine.kv.blocks import blocks_for
 from node.engine.kv.prefix_index import PageCopy, PageName
-from node.engine.scheduling.admission import check
 from node.engine.scheduling.kv_allocator import KvAllocator
 from node.engine.scheduling.sequence import StageSequence
 from node.engine.scheduling.step_plan import Drawn, HeldSpan, ScheduledChunk, SchedulerStatistics, StepPlan, piece_of
 from node.engine.scheduling.step_selection import StepSelection
+
+
+def check(sequence: OpenSequence, held: HeldSpan) -> None:
+    """Raises BadRequest: the sequence can never be served by this span, or says things that cannot be."""
+    end = sequence.prompt_tokens + sequence.sampling.max_tokens
+    if held.whole_only and (sequence.start, sequence.end) != (0, held.layers):
+        raise BadRequest(f"{sequence.model} is served whole only, not its layers {sequence.start}:{sequence.end}", param="layers")
+    if end > held.max_model_len:
+        raise BadRequest(
+            f"{sequence.prompt_tokens} prompt tokens and {sequence.sampling.max_tokens} new ones exceed the context of "
+            f"{held.max_model_len} tokens; shorten the prompt or lower max_tokens",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    if not 1 <= sequence.prompt_tokens <= sequence.known < end:
+        raise BadRequest(f"expected 1 <= prompt tokens <= known tokens < {end}, got {sequence.prompt_tokens}, {sequence.known}")
+    if blocks_for(end) > held.pool.total:
+        raise BadRequest(f"{end} tokens need {blocks_for(end)} KV blocks, but this node has {held.pool.total} in all")
+    if sequence.start == 0 or sequence.end == held.layers:
+        _check_tokens(sequence, held)
+    prefix = sequence.prefix
+    if prefix is not None:
+        whole = sequence.known // PREFIX_PAGE_TOKENS
+        if len(prefix.names) != whole or any(len(name) != NAME_BYTES for name in prefix.names):
+            raise BadRequest(f"expected {whole} names of {NAME_BYTES} bytes for the pages of {sequence.known} tokens")
+
+
+def _check_tokens(sequence: OpenSequence, held: HeldSpan) -> None:
+    if len(sequence.tokens) != sequence.known:
+        raise BadRequest(f"expected all {sequence.known} known tokens at the first and last stage, got {len(sequence.tokens)}")
+    worst = max(sequence.tokens, key=lambda token: token if token >= 0 else held.vocab_size - token)
+    if not 0 <= worst < held.vocab_size:
+        raise BadRequest(f"token {worst} is outside the vocabulary of {held.vocab_size}", param="prompt")
 
 
 class Scheduler:
