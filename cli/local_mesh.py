@@ -1,6 +1,6 @@
 """Several real nodes on this machine: for the demo, the end-to-end tests and the benchmarks.
 
-Each is a process of its own with a data directory of its own. They hang on a leash (`node.host.parent_watch`), so none
+Each is a process of its own with a data directory of its own. They exit with their parent (`node.host.parent_watch`), so none
 outlives the process that started it, even when that is killed.
 """
 
@@ -81,7 +81,7 @@ class LocalMesh:
         # Where the packages are imported from, so that a checkout works from any working directory.
         root = str(Path(__file__).resolve().parent.parent)
         self._environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, self._environment.get("PYTHONPATH"))))
-        self._leash_read, self._leash_write = os.pipe()  # not inheritable but by `pass_fds`
+        self._parent_read, self._parent_write = os.pipe()  # not inheritable but by `pass_fds`
 
     def start(
         self, name: str, *options: str, join: Sequence[LocalNode] | None = None, timeout_s: float = START_TIMEOUT_S
@@ -113,7 +113,7 @@ class LocalMesh:
         data_dir, log = self.folder / name, self.folder / f"{name}.log"
         joined = [node for node in self.nodes if node.alive and node.gossip] if join is None else join
         command = [*self.command, "up", "--name", name, "--bind", "127.0.0.1:0", "--http", "127.0.0.1:0"]
-        command += ["--data-dir", str(data_dir), "--leash", str(self._leash_read)]
+        command += ["--data-dir", str(data_dir), "--exit-with-parent", str(self._parent_read)]
         for other in joined:
             command += ["--join", other.gossip]
         with log.open("a") as stderr:
@@ -124,7 +124,7 @@ class LocalMesh:
                 stderr=stderr,
                 text=True,
                 env=self._environment,
-                pass_fds=(self._leash_read,),
+                pass_fds=(self._parent_read,),
                 start_new_session=True,  # a Ctrl-C at the terminal is ours to handle
             )
         lines: SimpleQueue[str] = SimpleQueue()
@@ -177,8 +177,8 @@ class LocalMesh:
                 node.process.kill()
         for node in self.nodes:
             node.process.wait()
-        os.close(self._leash_write)
-        os.close(self._leash_read)
+        os.close(self._parent_write)
+        os.close(self._parent_read)
         if not self._keep:
             shutil.rmtree(self.folder, ignore_errors=True)
 

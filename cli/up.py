@@ -76,7 +76,7 @@ TraceOption = Annotated[
         help="Keep what membership hears; SIGUSR1 writes it to DATA_DIR/membership.trace, for `mesh simulate --replay`.",
     ),
 ]
-LeashOption = Annotated[int | None, typer.Option("--leash", hidden=True)]
+ParentOption = Annotated[int | None, typer.Option("--exit-with-parent", hidden=True)]
 
 
 def read_config(ctx: typer.Context, path: Path | None) -> config_file.Config | None:
@@ -87,7 +87,9 @@ def read_config(ctx: typer.Context, path: Path | None) -> config_file.Config | N
     """
     if path is None:
         return None
-    options = {str(param.name): param for param in ctx.command.params if param.name not in ("config", "leash", "address")}
+    options = {
+        str(param.name): param for param in ctx.command.params if param.name not in ("config", "exit_with_parent", "address")
+    }
     read = config_file.read(path, options)
     ctx.default_map = {**(ctx.default_map or {}), **read.values}
     ctx.meta[FILE] = read
@@ -129,7 +131,7 @@ def up(
     drain_s: DrainOption = 30.0,
     log_format: LogFormatOption = "text",
     trace_mb: TraceOption = 0,
-    leash: LeashOption = None,
+    exit_with_parent: ParentOption = None,
 ) -> None:
     """Run a node in the foreground; SIGTERM or Ctrl-C drains it and leaves the mesh."""
     start({name: value for name, value in locals().items() if name not in ("config", "ctx")}, ctx)
@@ -162,7 +164,7 @@ def join(
     drain_s: DrainOption = 30.0,
     log_format: LogFormatOption = "text",
     trace_mb: TraceOption = 0,
-    leash: LeashOption = None,
+    exit_with_parent: ParentOption = None,
 ) -> None:
     """Run a node that joins a mesh: `mesh up --join HOST:PORT`."""
     given = {name: value for name, value in locals().items() if name not in ("config", "ctx", "address")}
@@ -180,10 +182,10 @@ def start(given: dict[str, Any], ctx: typer.Context) -> None:
     except BadRequest as error:
         file: config_file.Config | None = ctx.meta.get(FILE)
         raise (file.named(error, ctx) if file is not None else error) from None
-    if (leash_fd := given["leash"]) is not None:
+    if (parent_fd := given["exit_with_parent"]) is not None:
         from node.host import parent_watch
 
-        parent_watch.hold(leash_fd)
+        parent_watch.exit_with_parent(parent_fd)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # nothing is taken yet, and the imports below take seconds
     from node.main import run  # imports torch and trio: after all that can be wrong with the options
 
@@ -198,7 +200,7 @@ def configuration(given: dict[str, Any]) -> NodeConfig:
     read = {name: options.size_bytes(text, "--" + name.replace("_", "-")) for name, text in sizes.items() if text is not None}
     return NodeConfig(
         **{
-            **{name: value for name, value in given.items() if name not in ("leash", "model", *SIZES)},
+            **{name: value for name, value in given.items() if name not in ("exit_with_parent", "model", *SIZES)},
             "join": tuple(options.address(text, "--join") for text in given["join"]),
             "bind": options.address(given["bind"], "--bind"),
             "http": options.address(given["http"], "--http"),

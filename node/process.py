@@ -154,7 +154,7 @@ class Node:
             self._links.add(part.handlers)
         self._links.add(receivers=self._stages.receivers)
         self._membership.subscribe(self._on_member)
-        self._membership.on_cut = self._on_cut
+        self._membership.on_loss_batch = self._on_loss_batch
         twins = self._membership.twins
         watch = self._twin_watch = IdentityWatch(self._identity.id, self._facts)
         twins.on_seen, twins.on_displaced = watch.seen, watch.displaced
@@ -273,7 +273,7 @@ class Node:
         )
         self._losses.member_changed(event)
 
-    def _on_cut(self, cut: LossBatch) -> None:
+    def _on_loss_batch(self, cut: LossBatch) -> None:
         log.info(
             "cut", lost=len(cut.lost), left=len(cut.left), nodes=[*cut.lost, *cut.left][:MAX_NAMED], frozen=self._view().frozen
         )

@@ -61,7 +61,7 @@ class LocalStores:
         self._embedder = embedder
         self._dim = dim
         self._now = now
-        self._shelves: dict[str, OpenStore] = {}
+        self._opened_stores: dict[str, OpenStore] = {}
         self._registry_db: sqlite3.Connection | None = None
         self._registering = trio.Lock()
         self._opening = trio.Lock()
@@ -80,8 +80,8 @@ class LocalStores:
             self.clock.observe(max(entry.hlc, entry.died))
         for entry in (FILES, *self.registry.live()):
             if self._path(entry.id).exists():
-                shelf = await self._shelf(entry)
-                for digest in shelf.replica.digests().values():
+                opened_store = await self._opened_store(entry)
+                for digest in opened_store.replica.digests().values():
                     self.clock.observe(digest.newest)
 
     def _open_registry(self) -> list[StoreEntry]:
@@ -118,17 +118,17 @@ class LocalStores:
     def _path(self, store: str) -> Path:
         return self._directory / f"{store}.sqlite"
 
-    async def _shelf(self, entry: StoreEntry) -> OpenStore:
-        """The store's shelf; opened, or made, at first use."""
+    async def _opened_store(self, entry: StoreEntry) -> OpenStore:
+        """The opened store; opened, or made, at first use."""
         async with self._opening:
-            shelf = self._shelves.get(entry.id)
-            if shelf is None:
-                shelf = await trio.to_thread.run_sync(self._open_shelf, entry)
-                self._shelves[entry.id] = shelf
+            opened_store = self._opened_stores.get(entry.id)
+            if opened_store is None:
+                opened_store = await trio.to_thread.run_sync(self._open_shelf, entry)
+                self._opened_stores[entry.id] = opened_store
                 if entry.died:
-                    shelf.replica.forget_until(entry.died)
+                    opened_store.replica.forget_until(entry.died)
                 self.changes += 1
-        return shelf
+        return opened_store
 
     def _open_shelf(self, entry: StoreEntry) -> OpenStore:
         path = self._path(entry.id)
@@ -155,11 +155,11 @@ class LocalStores:
         log.error("documents_file_damaged", file=path.name, moved_to=aside.name, reason=reason)
 
     def close(self) -> None:
-        for shelf in self._shelves.values():
-            shelf.file.close()
-            if shelf.index is not None:
-                shelf.index.close()
-        self._shelves.clear()
+        for opened_store in self._opened_stores.values():
+            opened_store.file.close()
+            if opened_store.index is not None:
+                opened_store.index.close()
+        self._opened_stores.clear()
         if self._registry_db is not None:
             self._registry_db.close()
             self._registry_db = None
@@ -191,18 +191,18 @@ class LocalStores:
 
     async def _bury(self, entry: StoreEntry) -> None:
         """Drops what the store held up to its deletion."""
-        shelf = self._shelves.get(entry.id)
-        if shelf is None:
+        opened_store = self._opened_stores.get(entry.id)
+        if opened_store is None:
             return  # its file, if there is one, is emptied when it is next opened
-        async with shelf.writing, shelf.reading:
-            await trio.to_thread.run_sync(shelf.file.forget_until, entry.died)
-            shelf.replica.forget_until(entry.died)
+        async with opened_store.writing, opened_store.reading:
+            await trio.to_thread.run_sync(opened_store.file.forget_until, entry.died)
+            opened_store.replica.forget_until(entry.died)
 
     # -- documents
 
     def replica(self, store: str) -> Replica | None:
-        shelf = self._shelves.get(store)
-        return None if shelf is None else shelf.replica
+        opened_store = self._opened_stores.get(store)
+        return None if opened_store is None else opened_store.replica
 
     async def apply(self, entry: StoreEntry, operations: Sequence[Operation]) -> ApplyResult:
         """Stores what is new; on return all that is accepted is on disk."""
@@ -221,58 +221,58 @@ class LocalStores:
                 sound.append(operation)
         if not sound:
             return ApplyResult(0, 0, tuple(rejected))
-        shelf = await self._shelf(held)
-        async with shelf.writing:
+        opened_store = await self._opened_store(held)
+        async with opened_store.writing:
             latest: dict[str, Operation] = {}
             for operation in sorted(sound, key=lambda operation: operation.head.stamp):
-                if shelf.replica.is_news(operation.head):
+                if opened_store.replica.is_news(operation.head):
                     latest[operation.head.doc_id] = operation
             if latest:
-                await trio.to_thread.run_sync(shelf.file.write, list(latest.values()))
+                await trio.to_thread.run_sync(opened_store.file.write, list(latest.values()))
                 for operation in latest.values():
-                    shelf.replica.merge(operation.head)
+                    opened_store.replica.merge(operation.head)
                     self.clock.observe(operation.head.hlc)
                 self.changes += 1
         return ApplyResult(len(sound), len(latest), tuple(rejected))
 
     async def forget(self, store: str, shard: int, known: ShardDigest) -> int:
         """Drops a shard that other nodes hold whole, if it still is as `known`. Returns how many shards were dropped."""
-        shelf = self._shelves.get(store)
-        if shelf is None:
+        opened_store = self._opened_stores.get(store)
+        if opened_store is None:
             return 0
-        async with shelf.writing:
-            if shelf.replica.digest(shard) != known:
+        async with opened_store.writing:
+            if opened_store.replica.digest(shard) != known:
                 return 0
-            await trio.to_thread.run_sync(shelf.file.forget, [shard])
-            shelf.replica.forget(shard)
+            await trio.to_thread.run_sync(opened_store.file.forget, [shard])
+            opened_store.replica.forget(shard)
             self.changes += 1
         return 1
 
     async def content(self, store: str, doc_id: str) -> bytes | None:
-        shelf = self._shelves.get(store)
-        if shelf is None:
+        opened_store = self._opened_stores.get(store)
+        if opened_store is None:
             return None
-        async with shelf.writing:
-            return await trio.to_thread.run_sync(shelf.file.content, doc_id)
+        async with opened_store.writing:
+            return await trio.to_thread.run_sync(opened_store.file.content, doc_id)
 
     async def operations(self, store: str, doc_ids: Sequence[str], limit_bytes: int) -> list[Operation]:
-        shelf = self._shelves.get(store)
-        if shelf is None:
+        opened_store = self._opened_stores.get(store)
+        if opened_store is None:
             return []
-        async with shelf.writing:
-            return await trio.to_thread.run_sync(shelf.file.operations, doc_ids, limit_bytes)
+        async with opened_store.writing:
+            return await trio.to_thread.run_sync(opened_store.file.operations, doc_ids, limit_bytes)
 
     async def search(
         self, store: str, shards: Sequence[int], query: NDArray[np.float32] | None, text: str, depth: int
     ) -> ShardResult:
-        shelf = self._shelves.get(store)
-        if shelf is None:
+        opened_store = self._opened_stores.get(store)
+        if opened_store is None:
             return ShardResult((), tuple(ShardStats(shard, 0, 0, ()) for shard in shards), ())
-        async with shelf.reading:
-            digests = {shard: shelf.replica.digest(shard) for shard in shards}
-            if shelf.index is None:
-                shelf.index = await trio.to_thread.run_sync(Index, shelf.file.path, self._dim)
-            answer = await trio.to_thread.run_sync(shelf.index.search, shards, query, text, depth)
+        async with opened_store.reading:
+            digests = {shard: opened_store.replica.digest(shard) for shard in shards}
+            if opened_store.index is None:
+                opened_store.index = await trio.to_thread.run_sync(Index, opened_store.file.path, self._dim)
+            answer = await trio.to_thread.run_sync(opened_store.index.search, shards, query, text, depth)
         stats = []
         for part in answer.stats:
             digest = digests[part.shard]
@@ -299,8 +299,8 @@ class LocalStores:
     def summary(self) -> Summary:
         """All that this node would tell of its stores."""
         digests = {}
-        for store, shelf in self._shelves.items():
-            held = {str(shard): digest for shard, digest in shelf.replica.digests().items()}
+        for store, opened_store in self._opened_stores.items():
+            held = {str(shard): digest for shard, digest in opened_store.replica.digests().items()}
             if held:
                 digests[store] = held
         return Summary(self.registry.entries(), digests)

@@ -40,7 +40,7 @@ def orphans(local: LocalStores) -> list[tuple[StoreEntry, str]]:
     return found
 
 
-async def sweep(local: LocalStores, peers: Peers, bury: Callable[[StoreEntry, str], Awaitable[None]]) -> None:
+async def sweep(local: LocalStores, peers: Peers, write_tombstone: Callable[[StoreEntry, str], Awaitable[None]]) -> None:
     """Runs until cancelled; looks again whenever anything has changed here, and while anything is left."""
     seen = -1
     while True:
@@ -55,7 +55,7 @@ async def sweep(local: LocalStores, peers: Peers, bury: Callable[[StoreEntry, st
             if head is None or not head.deleted or not heads.certain:
                 continue
             try:
-                await bury(entry, doc_id)
+                await write_tombstone(entry, doc_id)
             except CALL_FAILURES as error:
                 log.info("documents_sweep_failed", store=entry.id, reason=str(error))
         seen = -1 if left else changes

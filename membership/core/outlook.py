@@ -45,8 +45,8 @@ class LossBatching:
         self._doubted: set[NodeId] = set()
         self._lost: set[NodeId] = set()
         self._fresh: set[NodeId] = set()
-        self._cut: dict[NodeId, bool] = {}  # lost since the last cut was told; True: it said goodbye
-        self._cut_since = self._cut_grew_at = now
+        self._batch: dict[NodeId, bool] = {}  # lost since the last cut was told; True: it said goodbye
+        self._batch_since = self._cut_grew_at = now
         self.frozen = False
         self.cuts = 0
 
@@ -54,17 +54,17 @@ class LossBatching:
     def deadline(self) -> float:
         """When `tick` next has something to say, if nothing changes; infinite at rest."""
         changed = self._doubted or self._lost or self._fresh
-        if not changed and not self._cut:
+        if not changed and not self._batch:
             return math.inf  # asked after every datagram
         stable_at = (
             math.inf if self._members.suspects or not changed else self._changed_at + (RESIGNED_S if self.frozen else SETTLED_S)
         )
-        return min(self._cut_at, stable_at)
+        return min(self._batch_at, stable_at)
 
     @property
     def settled(self) -> bool:
         """No losses are under way that have not been told of yet."""
-        return not self._cut
+        return not self._batch
 
     @property
     def stable_count(self) -> int:
@@ -72,11 +72,11 @@ class LossBatching:
         return self._members.live_count - len(self._fresh) + len(self._lost)
 
     @property
-    def _cut_at(self) -> float:
+    def _batch_at(self) -> float:
         """When the losses so far are told, if nothing changes."""
-        if not self._cut:
+        if not self._batch:
             return math.inf
-        last_at = self._cut_since + (RESIGNED_S if self.frozen else PATIENCE_S)
+        last_at = self._batch_since + (RESIGNED_S if self.frozen else PATIENCE_S)
         settled_at = self._cut_grew_at + (FROZEN_SETTLE_S if self.frozen else SETTLE_S)
         return last_at if self._members.suspects else min(last_at, settled_at)
 
@@ -94,13 +94,13 @@ class LossBatching:
 
     def tick(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        if not (self._cut or self._doubted or self._lost or self._fresh):
+        if not (self._batch or self._doubted or self._lost or self._fresh):
             return effects  # as at nearly every tick
         suspects = bool(self._members.suspects)
-        if now >= self._cut_at:
-            gone = sorted(self._cut)
-            effects.append(LossBatch(tuple(n for n in gone if not self._cut[n]), tuple(n for n in gone if self._cut[n])))
-            self._cut = {}
+        if now >= self._batch_at:
+            gone = sorted(self._batch)
+            effects.append(LossBatch(tuple(n for n in gone if not self._batch[n]), tuple(n for n in gone if self._batch[n])))
+            self._batch = {}
             self.cuts += 1
         if not suspects and now >= self._changed_at + (RESIGNED_S if self.frozen else SETTLED_S):
             self._doubted, self._lost, self._fresh = set(), set(), set()
@@ -132,9 +132,9 @@ class LossBatching:
     def _grow_cut(self, node: NodeId, before: PeerState | None, after: PeerState, restarted: bool, now: float) -> None:
         fell = after not in _LIVE and before in _LIVE
         if fell or (restarted and before in _LIVE):
-            if not self._cut:
-                self._cut_since = now
-            self._cut[node] = after is PeerState.LEFT
+            if not self._batch:
+                self._batch_since = now
+            self._batch[node] = after is PeerState.LEFT
             self._cut_grew_at = now
         elif after is PeerState.ALIVE and before not in _LIVE and not restarted:
-            self._cut.pop(node, None)
+            self._batch.pop(node, None)

@@ -103,7 +103,7 @@ class Membership:
         self.handlers: Handlers = MappingProxyType({sync.SYNC_KIND: self._answer_sync, **self.twins.handlers})
         self.on_renewed: Callable[[int], None] = lambda epoch: None  # a higher epoch to keep on disk
         self._subscribers: list[Callable[[MemberEvent], None]] = []
-        self.on_cut: Callable[[LossBatch], None] = lambda cut: None  # must not block or raise
+        self.on_loss_batch: Callable[[LossBatch], None] = lambda cut: None  # must not block or raise
         self._view_changed = trio.Event()
         self._deadline_moved = trio.Event()
         self._armed_for = -math.inf  # when `_keep_time` wakes by itself; it need only hear of earlier deadlines
@@ -216,7 +216,7 @@ class Membership:
         return self.view
 
     async def settled(self) -> None:
-        """Returns when no losses are under way: those that belong together have all been seen, and `on_cut` was told of them."""
+        """Returns when no losses are pending: those that belong together were all reported to `on_loss_batch`."""
         while not self._core.outlook.settled:
             await self._view_changed.wait()
 
@@ -300,7 +300,7 @@ class Membership:
             for callback in list(self._subscribers):
                 callback(event)
         for cut in cuts:
-            self.on_cut(cut)
+            self.on_loss_batch(cut)
         if self._core.deadline < self._armed_for:
             self._deadline_moved.set()
 

@@ -18,7 +18,7 @@ class LatencyModel:
         self._near_s, self._far_s = near_s, far_s or near_s
         self._region: dict[NodeId, str] = {}
         self._regions: set[str] = set()
-        self._cut: set[tuple[NodeId, NodeId]] = set()
+        self._batch: set[tuple[NodeId, NodeId]] = set()
         self.bytes_abroad = 0
 
     def place(self, node: NodeId, region: str) -> None:
@@ -33,7 +33,7 @@ class LatencyModel:
         return shortest_s + (longest_s - shortest_s) * self._rng.random()
 
     def passes(self, source: NodeId, to: NodeId) -> bool:
-        return not self._cut or (source, to) not in self._cut
+        return not self._batch or (source, to) not in self._batch
 
     def carried(self, source: NodeId, to: NodeId, size_bytes: int) -> None:
         if self.abroad(source, to):
@@ -44,9 +44,9 @@ class LatencyModel:
         others = list(others)
         for one in some:
             for other in others:
-                self._cut.add((one, other))
+                self._batch.add((one, other))
                 if not one_way:
-                    self._cut.add((other, one))
+                    self._batch.add((other, one))
 
     def heal(self) -> None:
-        self._cut.clear()
+        self._batch.clear()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 WINDOW_S = 60.0
 MAX_SOURCES = 256
-FOREIGN_WORD = "it spoke of sequences in whose path it has no such part"
+UNAUTHORIZED_FRAME = "it spoke of sequences in whose path it has no such part"
 BAD_ACTIVATIONS = "it sent activations that are not finite numbers"
 MAX_COUNTED = 60  # for one source and reason within the window; more is told as so many
 

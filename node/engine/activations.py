@@ -16,30 +16,30 @@ from node.engine.scheduling.sequence import PushedActivations
 from node.engine.scheduling.step_plan import ScheduledChunk, StepPlan
 
 
-def activations(piece: ScheduledChunk, part: PushedActivations) -> torch.Tensor:
-    """What of a push belongs to the piece, `[rows, hidden]`; its element size tells float32 from bfloat16."""
-    hidden_size = piece.row.hidden_size
+def activations(chunk: ScheduledChunk, part: PushedActivations) -> torch.Tensor:
+    """What of a push belongs to the chunk, `[rows, hidden]`; its element size tells float32 from bfloat16."""
+    hidden_size = chunk.sequence.hidden_size
     dtype = torch.float32 if len(part.data) == 4 * part.count * hidden_size else torch.bfloat16
     rows = torch.frombuffer(bytearray(part.data), dtype=dtype).view(part.count, hidden_size)
-    first = max(piece.position - part.position, 0)
-    return rows[first : min(piece.position + piece.count - part.position, part.count)]
+    first = max(chunk.position - part.position, 0)
+    return rows[first : min(chunk.position + chunk.count - part.position, part.count)]
 
 
 def received(plan: StepPlan, dtype: torch.dtype) -> torch.Tensor:
-    """The rows `[rows, hidden]` of a step behind the first layers, in the order of its pieces."""
-    return torch.cat([activations(piece, part).to(dtype) for piece in plan.pieces for part in piece.pushed])
+    """The rows `[rows, hidden]` of a step behind the first layers, in the order of its chunks."""
+    return torch.cat([activations(chunk, part).to(dtype) for chunk in plan.chunks for part in chunk.pushed])
 
 
 def hidden_outputs(plan: StepPlan, hidden: torch.Tensor) -> list[HiddenOut]:
     """A step's activations `[rows, hidden]`, cut into those of each sequence."""
     outputs = []
     row = 0
-    for piece in plan.pieces:
-        rows = hidden[row : row + piece.count].contiguous()
+    for chunk in plan.chunks:
+        rows = hidden[row : row + chunk.count].contiguous()
         raw = rows.view(torch.int16) if rows.dtype is torch.bfloat16 else rows
         data = raw.numpy().tobytes()
-        outputs.append(HiddenOut(piece.row.key, piece.position, piece.count, data, piece.names, piece.draft, piece.rewinds))
-        row += piece.count
+        outputs.append(HiddenOut(chunk.sequence.key, chunk.position, chunk.count, data, chunk.names, chunk.draft, chunk.rewinds))
+        row += chunk.count
     return outputs
 
 
@@ -48,8 +48,8 @@ def spoiled(plan: StepPlan, rows: torch.Tensor) -> frozenset[SequenceKey]:
     finite = finite_rows(rows)
     if bool(finite.all()):
         return frozenset()
-    parts = finite[: sum(piece.count for piece in plan.pieces)].split([piece.count for piece in plan.pieces])
-    return frozenset(piece.row.key for piece, part in zip(plan.pieces, parts) if not bool(part.all()))
+    parts = finite[: sum(chunk.count for chunk in plan.chunks)].split([chunk.count for chunk in plan.chunks])
+    return frozenset(chunk.sequence.key for chunk, part in zip(plan.chunks, parts) if not bool(part.all()))
 
 
 def not_finite(plan: StepPlan, keys: frozenset[SequenceKey], *, by_previous: bool) -> list[SequenceLost]:
@@ -67,7 +67,7 @@ def not_finite(plan: StepPlan, keys: frozenset[SequenceKey], *, by_previous: boo
 
 def without(plan: StepPlan, rows: torch.Tensor, keys: frozenset[SequenceKey]) -> tuple[StepPlan, torch.Tensor]:
     """The step without these sequences, and what is left of its `rows` `[rows, hidden]`."""
-    parts = rows.split([piece.count for piece in plan.pieces])
-    left = [(piece, part) for piece, part in zip(plan.pieces, parts) if piece.row.key not in keys]
-    pieces = tuple(piece for piece, _ in left)
-    return replace(plan, pieces=pieces), torch.cat([part for _, part in left]) if left else rows[:0]
+    parts = rows.split([chunk.count for chunk in plan.chunks])
+    left = [(chunk, part) for chunk, part in zip(plan.chunks, parts) if chunk.sequence.key not in keys]
+    chunks = tuple(chunk for chunk, _ in left)
+    return replace(plan, chunks=chunks), torch.cat([part for _, part in left]) if left else rows[:0]

@@ -188,10 +188,10 @@ class PageAccess(Protocol):
     def wanted(self, sequence: OpenSequence) -> PagesMissing | None:
         """None: pages of such a sequence are not for exchange here."""
 
-    def take_out(self, ask: PageRequest, most_bytes: int) -> list[bytes]:
+    def export_pages(self, ask: PageRequest, most_bytes: int) -> list[bytes]:
         """The first of the pages asked for, as far as they are here and within `most_bytes`, but one at least (*blocking*)."""
 
-    def put_in(self, sequence: OpenSequence, first: int, contents: list[bytes]) -> int:
+    def import_pages(self, sequence: OpenSequence, first: int, contents: list[bytes]) -> int:
         """Keeps the contents as the sequence's pages from number `first` on; how many there was room for (*blocking*).
 
         Raises:

@@ -58,7 +58,7 @@ class PageTransfer:
         ask = PageRequest(sequence.model, sequence.start, sequence.end, names[0].numerics, layout.name, prefixes)
         return PagesMissing(kept, len(names), layout.size_bytes, ask)
 
-    def take_out(self, ask: PageRequest, most_bytes: int) -> list[bytes]:
+    def export_pages(self, ask: PageRequest, most_bytes: int) -> list[bytes]:
         names = [PageName(ask.start, ask.end, ask.numerics, prefix) for prefix in ask.names]
         with self._lock:
             found = [
@@ -71,7 +71,7 @@ class PageTransfer:
                 return _contents(kept, numbers[: max(1, most_bytes // layout.size_bytes)], layout)
         return []
 
-    def put_in(self, sequence: OpenSequence, first: int, contents: list[bytes]) -> int:
+    def import_pages(self, sequence: OpenSequence, first: int, contents: list[bytes]) -> int:
         with self._lock:
             span, names = self._pages_of(sequence)
             layout = self._spans[span][0].part(sequence.start, sequence.end) if span is not None else None

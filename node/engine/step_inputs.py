@@ -1,4 +1,4 @@
-"""A step's rows as its stage takes them: the pieces of the plan one behind the other, with their keys and values."""
+"""A step's rows as its stage takes them: the chunks of the plan one behind the other, with their keys and values."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ def rows_of(plan: StepPlan, stage: Any, stored: dict[SequenceKey, SequenceKV], k
         PageLost: a page that a sequence begins with cannot be had any more.
     """
     rows = StepInputs()
-    for piece in plan.pieces:
-        kv = stored.get(piece.row.key) or stored.setdefault(piece.row.key, stage.sequence())
-        if piece.restore:
-            kv.restore(kept.get(piece.restore))
-        rows.segments.append(Segment(len(rows.positions), piece.count, piece.position, kv))
-        rows.positions += range(piece.position, piece.position + piece.count)
-        rows.ids += piece.tokens
-        if piece.draws:
-            rows.logits_at += range(len(rows.positions) - 1 - len(piece.draft), len(rows.positions))
+    for chunk in plan.chunks:
+        kv = stored.get(chunk.sequence.key) or stored.setdefault(chunk.sequence.key, stage.sequence())
+        if chunk.restore:
+            kv.restore(kept.get(chunk.restore))
+        rows.segments.append(Segment(len(rows.positions), chunk.count, chunk.position, kv))
+        rows.positions += range(chunk.position, chunk.position + chunk.count)
+        rows.ids += chunk.tokens
+        if chunk.draws:
+            rows.logits_at += range(len(rows.positions) - 1 - len(chunk.draft), len(rows.positions))
     return rows
 
 
 def compute(
     plan: StepPlan, stage: Any, stored: dict[SequenceKey, SequenceKV], kept: PageStore, hidden: torch.Tensor | None
 ) -> torch.Tensor:
-    """One forward: activations `[rows, hidden]`, or logits `[pieces that draw, vocab]` behind the last layer.
+    """One forward: activations `[rows, hidden]`, or logits `[chunks that draw, vocab]` behind the last layer.
 
     `hidden`: the rows that came from the stage before; None: this is the first. Raises PageLost, as `rows_of`.
     """

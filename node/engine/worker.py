@@ -257,12 +257,12 @@ class TorchEngine:
     @property
     def speculates(self) -> bool:
         """Whether tokens are guessed where that pays; may be changed at any time."""
-        return self._scheduler.choosing.speculates
+        return self._scheduler.selection.speculates
 
     @speculates.setter
     def speculates(self, wanted: bool) -> None:
         with self._lock:
-            self._scheduler.choosing.speculates = wanted
+            self._scheduler.selection.speculates = wanted
 
     # ---- figures
 
@@ -343,12 +343,12 @@ class TorchEngine:
             if hidden is not None and (sent := spoiled(plan, hidden)):
                 refused += self._lose(plan, sent, by_previous=True)
                 plan, hidden = without(plan, hidden, sent)
-            if not plan.pieces:
+            if not plan.chunks:
                 self._timing.give_up()
                 with self._lock:
                     return [*refused, *self._scheduler.commit(plan, {})]
             out = compute(plan, loaded.stage, self._kv, kept, hidden)
-            last = plan.pieces[0].row.last
+            last = plan.chunks[0].sequence.last
             drawn = draw(plan, out, self._constraints) if last else {}
             bad = frozenset() if last else spoiled(plan, out)
             onward: list[EngineOutput] = [] if last else [each for each in hidden_outputs(plan, out) if each.key not in bad]
@@ -358,7 +358,7 @@ class TorchEngine:
             with self._lock:
                 return [*refused, *self._scheduler.pages_lost(span, error.numbers, plan)]
         except Exception as error:  # supervised: a background job; the step's sequences are lost, the thread lives
-            log.exception("step failed", model=span.model, sequences=len(plan.pieces))
+            log.exception("step failed", model=span.model, sequences=len(plan.chunks))
             self._timing.give_up()
             with self._lock:
                 self._step_failures += 1
@@ -367,7 +367,7 @@ class TorchEngine:
                 return [*refused, *self._scheduler.fail(plan, f"the step failed: {type(error).__name__}")]
         refused += self._lose(plan, bad, by_previous=False)
         with self._lock:
-            self._scheduler.choosing.costs.measured(sum(piece.count for piece in plan.pieces), self._timing.end(plan) * 1e3)
+            self._scheduler.selection.costs.measured(sum(chunk.count for chunk in plan.chunks), self._timing.end(plan) * 1e3)
             ended = self._scheduler.commit(plan, drawn)
             stores = self._scheduler.pages_to_store()
         self._keep(plan, stores, kept, bad | {each.key for each in ended if isinstance(each, SequenceLost)})
@@ -388,7 +388,7 @@ class TorchEngine:
         """
         gone = [store.number for store in kept.store_all(stores, self._kv)]
         if kept.elsewhere:
-            gone += [number for piece in plan.pieces if piece.row.key in lost for number in self._pages_of(piece.row)]
+            gone += [number for chunk in plan.chunks if chunk.sequence.key in lost for number in self._pages_of(chunk.sequence)]
         if gone and plan.lane is not None:
             with self._lock:
                 self._undelivered += self._scheduler.pages_lost(plan.lane.span, gone)

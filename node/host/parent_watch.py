@@ -1,4 +1,4 @@
-"""A leash: a child ends when the process that started it does, however that ends.
+"""Exit with the parent: a child process ends when the process that started it ends, for any reason.
 
 The starter keeps the only write end of a pipe and hands the read end down. When it dies the kernel closes
 its end, the child's read returns, and the child ends itself at once. The kernel's own parent-death signal
@@ -12,9 +12,9 @@ import signal
 import threading
 
 
-def hold(read_fd: int) -> None:
+def exit_with_parent(read_fd: int) -> None:
     """Ends this process when the other end of the pipe is closed."""
-    threading.Thread(target=_wait, args=(read_fd,), name="leash", daemon=True).start()
+    threading.Thread(target=_wait, args=(read_fd,), name="parent watch", daemon=True).start()
 
 
 def _wait(read_fd: int) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from mesh.errors import ModelLoading
 from mesh.ids import ModelId, NodeId, format_address
 from mesh.keys.seal import REPLAY_WINDOW_S, SealFault
-from mesh.links.refusals import BAD_ACTIVATIONS, FOREIGN_WORD, MAX_COUNTED, Refusal
+from mesh.links.refusals import BAD_ACTIVATIONS, MAX_COUNTED, UNAUTHORIZED_FRAME, Refusal
 from mesh.versions import NAME_DIGITS, ModelVersion, holds, replicas, versions
 from mesh.view import ModelCard, Peer, PeerState, Readiness, View
 from node.host.uncompiled import COSTS, remedy
@@ -94,7 +94,7 @@ def _refused(look: Observations) -> Iterator[Finding]:
             yield Finding(PROBLEM, "keys", f"{often} datagrams in the last minute from {who} {what}", do.format(who=who))
         elif refusal.reason == "too long":
             yield Finding(NOTE, "links", f"{often} datagrams in the last minute from {who} were longer than any of a mesh", "")
-        elif refusal.reason == FOREIGN_WORD:
+        elif refusal.reason == UNAUTHORIZED_FRAME:
             what = f"{often} times in the last minute {_name(look.view, NodeId(refusal.host))} was not believed: {refusal.reason}"
             do = "one or two may be late; more are of a node gone wrong or taken over: stop it, then run mesh key rotate"
             yield Finding(PROBLEM, "nodes", what, do)

@@ -84,7 +84,7 @@ class PageExchange:
             ask = msgspec.convert(header, PageRequest)
         except msgspec.ValidationError as error:
             raise RemoteError(sender, f"{PAGES_KIND}: {error}") from None
-        pages = await trio.to_thread.run_sync(self._engine.pages.take_out, ask, BATCH_BYTES, limiter=self._reading)
+        pages = await trio.to_thread.run_sync(self._engine.pages.export_pages, ask, BATCH_BYTES, limiter=self._reading)
         self._counters.sent_pages_total += len(pages)
         told = PagesTold(tuple(map(_digest, pages)), self._engine.load_report().prefill_tok_s)
         return _header(told), b"".join(pages)
@@ -130,7 +130,7 @@ class PageExchange:
         while len(self._sources) > SOURCES_KEPT:
             self._sources.popitem(last=False)
         try:
-            kept = await trio.to_thread.run_sync(self._engine.pages.put_in, sequence, wanted.kept, pages)
+            kept = await trio.to_thread.run_sync(self._engine.pages.import_pages, sequence, wanted.kept, pages)
         except ValueError as error:
             raise RemoteError(format_address(source), str(error)) from None
         self._counters.fetched_pages_total += kept

@@ -24,7 +24,7 @@ from msgspec.structs import replace as changed
 
 from mesh.errors import BadRequest, MeshError, PeerLost, Refused, RemoteError
 from mesh.ids import Address, NodeId, StreamId, format_address
-from mesh.links.refusals import BAD_ACTIVATIONS, FOREIGN_WORD, WINDOW_S, Refusals
+from mesh.links.refusals import BAD_ACTIVATIONS, UNAUTHORIZED_FRAME, WINDOW_S, Refusals
 from mesh.prefix import NAME_BYTES
 from mesh.wire.calls import Call, Header, Post, Reply
 from node.engine.api import Engine, EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, SpanLost, TokenOut
@@ -307,8 +307,8 @@ class Stages:
 
     def _disbelieve(self, sender: NodeId, kind: str) -> None:
         self._counters.foreign_words_total += 1
-        if self.refusals.note(sender, FOREIGN_WORD, trio.current_time()):
-            log.warning("stage.foreign_word", kind=kind, peer=sender, next_in_s=WINDOW_S)
+        if self.refusals.note(sender, UNAUTHORIZED_FRAME, trio.current_time()):
+            log.warning("stage.unauthorized_frame", kind=kind, peer=sender, next_in_s=WINDOW_S)
 
     # --- what ends a sequence
 

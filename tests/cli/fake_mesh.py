@@ -238,7 +238,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         if self.node in self.mesh.dead:  # a kept connection dies with its node
-            self._cut()
+            self._batch()
             return
         length = int(self.headers.get("content-length") or 0)
         headers = {name.lower(): value for name, value in self.headers.items()}
@@ -262,7 +262,7 @@ class Handler(BaseHTTPRequestHandler):
             self.mesh.bodies[stream] = request.json()
             if self.mesh.cut_before_headers > 0:
                 self.mesh.cut_before_headers -= 1
-                self._cut()
+                self._batch()
                 return
             self._stream(stream, 0)
 
@@ -290,11 +290,11 @@ class Handler(BaseHTTPRequestHandler):
                 self._event("")
                 return
             if cut_after is not None and seq > cut_after:
-                self._cut()
+                self._batch()
                 return
             self._event(f"data: {json.dumps(chunk)}\n\n")
         if cut_after is not None:
-            self._cut()
+            self._batch()
             return
         self._event("data: [DONE]\n\n")
         self._event("")
@@ -303,7 +303,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(f"{len(text.encode()):x}\r\n{text}\r\n".encode())
         self.wfile.flush()
 
-    def _cut(self) -> None:
+    def _batch(self) -> None:
         self.close_connection = True
 
 

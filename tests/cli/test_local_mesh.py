@@ -22,7 +22,7 @@ import signal, sys, time
 from node.host import parent_watch
 words = sys.argv
 option = lambda name: words[words.index(name) + 1]
-parent_watch.hold(int(option("--leash")))
+parent_watch.exit_with_parent(int(option("--exit-with-parent")))
 name = option("--name")
 joined = [words[index + 1] for index, word in enumerate(words) if word == "--join"]
 print("starting", name, "joining", *joined, file=sys.stderr, flush=True)

@@ -35,4 +35,4 @@ def test_the_module_runs_as_the_script_does() -> None:
 def test_the_reference_page_is_what_the_commands_say() -> None:
     page = (ROOT / "docs" / "cli.md").read_text()
     assert page == reference(), "docs/cli.md is stale; run: make docs"
-    assert "--leash" not in page
+    assert "--exit-with-parent" not in page

@@ -105,7 +105,7 @@ def test_a_configuration_file_gives_defaults_that_options_override(started: list
     assert started == [NodeConfig(name="typed", region="r", join=(("127.0.0.1", 1), ("127.0.0.1", 2)), drain_s=3.0)]
 
 
-@pytest.mark.parametrize("text", ['naem = "x"', "= nothing", "leash = 3"])
+@pytest.mark.parametrize("text", ['naem = "x"', "= nothing", "exit_with_parent = 3"])
 def test_a_configuration_file_with_a_mistake_is_a_usage_error(started: list[NodeConfig], tmp_path: Path, text: str) -> None:
     file = tmp_path / "mesh.toml"
     file.write_text(text)

@@ -93,12 +93,12 @@ class ForkServer:
         environment = given["env"]
         if tuple(command[: len(COMMAND)]) != COMMAND or not self._serves(environment):
             return subprocess.Popen(command, **given)
-        (leash,) = given["pass_fds"]
+        (parent_fd,) = given["pass_fds"]
         life, childs_life = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         reads, writes = os.pipe()
-        message = json.dumps({"words": command[3:], "environment": environment, "folder": os.getcwd(), "leash": leash})
+        message = json.dumps({"words": command[3:], "environment": environment, "folder": os.getcwd(), "parent_fd": parent_fd})
         with childs_life:
-            fds = [childs_life.fileno(), writes, given["stderr"].fileno(), leash]
+            fds = [childs_life.fileno(), writes, given["stderr"].fileno(), parent_fd]
             socket.send_fds(self._control, [message.encode()], fds)
         os.close(writes)
         return ForkedProcess(life, os.fdopen(reads))
@@ -173,10 +173,10 @@ def _become_node(asked: dict[str, Any], fds: list[int]) -> NoReturn:
         os.chdir(asked["folder"])
         os.environ.clear()
         os.environ.update(asked["environment"])
-        _, stdout, stderr, leash = (fcntl.fcntl(fd, fcntl.F_DUPFD, FIRST_SPARE_FD) for fd in fds)
+        _, stdout, stderr, parent_fd = (fcntl.fcntl(fd, fcntl.F_DUPFD, FIRST_SPARE_FD) for fd in fds)
         stdin = fcntl.fcntl(os.open(os.devnull, os.O_RDONLY), fcntl.F_DUPFD, FIRST_SPARE_FD)
         os.closerange(3, FIRST_SPARE_FD)
-        for fd, becomes in ((stdin, 0), (stdout, 1), (stderr, 2), (leash, asked["leash"])):
+        for fd, becomes in ((stdin, 0), (stdout, 1), (stderr, 2), (parent_fd, asked["parent_fd"])):
             os.dup2(fd, becomes)
         os.closerange(FIRST_SPARE_FD, FIRST_SPARE_FD + 100)
         sys.argv = ["mesh", *asked["words"]]

@@ -272,7 +272,7 @@ def test_a_frame_of_another_shape_type_or_attempt_is_counted_and_changes_nothing
     engine.open(opening("a", *span, bare=span[1] < 4))
     before = engine.statistics().scheduler.dropped
     engine.push(BAD_FRAMES[kind])
-    row = engine._scheduler._rows[GOOD.key]
+    row = engine._scheduler._sequences[GOOD.key]
     assert engine.statistics().scheduler.dropped == before + 1 and row.pushed_end == row.rewinds == 0 and not row.draft
     engine.push(GOOD)
     assert engine.statistics().scheduler.dropped == before + 1 and row.pushed_end == 3

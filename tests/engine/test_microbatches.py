@@ -108,9 +108,9 @@ class Path:
         elif work_at_s <= self.now:
             plan = stage.scheduler.plan(self.now)
             assert not plan.lost
-            if plan.pieces:
+            if plan.chunks:
                 stage.computing = plan
-                rows = sum(piece.count for piece in plan.pieces)
+                rows = sum(chunk.count for chunk in plan.chunks)
                 ends_at = stage.core.busy(self.now, self.cost(rows, stage.end - stage.start))
                 self._at(ends_at, lambda: self._end(stage))
 
@@ -120,10 +120,10 @@ class Path:
         number = self.stages.index(stage)
         if stage.end < LAYERS:
             stage.scheduler.commit(plan, {})
-            sent = [HiddenOut(p.row.key, p.position, p.count, b"\0" * 4 * HIDDEN * p.count) for p in plan.pieces]
+            sent = [HiddenOut(p.sequence.key, p.position, p.count, b"\0" * 4 * HIDDEN * p.count) for p in plan.chunks]
             self._at(self.now + self.hop_s, lambda: self._arrive(self.stages[number + 1], sent))
         else:
-            drawn = {p.row.key: [Drawn(5 + (p.position * 7) % 900)] for p in plan.pieces if p.draws}
+            drawn = {p.sequence.key: [Drawn(5 + (p.position * 7) % 900)] for p in plan.chunks if p.draws}
             outputs = stage.scheduler.commit(plan, drawn)
             self._at(self.now + self.hop_s, lambda: self._return(outputs))
         self._begin(stage)
@@ -214,7 +214,7 @@ def test_a_prompt_of_one_token_is_a_row_that_decodes() -> None:
     scheduler.add_span(Span(MODEL, 0, 6), HeldSpan(BlockPool(4), LAYERS, HIDDEN, 1000, 1000, frozenset()))
     sampling = SamplingParams(max_tokens=5, seed=1)
     scheduler.open(OpenSequence(StreamId("short"), 0, 1, MODEL, 0, 6, 1, 1, (7,), sampling), 3.0)
-    assert scheduler.work_at_s(3.0) == 3.0 and len(scheduler.plan(3.0).pieces) == 1
+    assert scheduler.work_at_s(3.0) == 3.0 and len(scheduler.plan(3.0).chunks) == 1
     assert Microbatches(stages=3).hold_until_s(1, 0, 3.0) == 3.0
 
 
@@ -225,7 +225,7 @@ def test_a_single_sequence_and_an_unsplit_model_know_no_groups() -> None:
     path.open()
     path.now = path.events[0][0]
     heapq.heappop(path.events)[2]()
-    assert path.stages[0].computing is not None and len(path.stages[0].computing.pieces) == 2
+    assert path.stages[0].computing is not None and len(path.stages[0].computing.chunks) == 2
 
 
 def test_trials_grow_rare_while_they_change_nothing_and_frequent_again_when_one_does() -> None:

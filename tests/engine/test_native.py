@@ -123,7 +123,7 @@ def test_compiled_layers_compute_what_the_plain_model_does(name: str, checkpoint
                 tensor.copy_(1 + numbers(*tensor.shape) / 2)  # as made they are all ones
         plain = plain_output(stage)
         stage.pack()
-        assert isinstance(stage.lean, NativeLayers)
+        assert isinstance(stage.fused, NativeLayers)
         assert difference(stage, plain) < 1e-4
 
 
@@ -135,7 +135,7 @@ def test_compiled_layers_give_the_same_bits_on_every_instruction_set(
 ) -> None:
     stage = LocalStage(read_checkpoint(checkpoint_of(name)), 0, 4, KERNELS[kernel], threads=1)
     stage.pack()
-    assert isinstance(stage.lean, NativeLayers)
+    assert isinstance(stage.fused, NativeLayers)
     ids = torch.randint(0, 500, (19,), generator=torch.Generator().manual_seed(1)).tolist()
     outs = []
     for isa in isas(library):

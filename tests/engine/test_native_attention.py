@@ -65,7 +65,7 @@ def test_every_position_gets_what_the_plain_model_gives_it(checkpoint: Path) -> 
     stage = LocalStage(read_checkpoint(checkpoint), 0, 2, KERNELS["mesh-fp32"], threads=1)
     plain = stage.plain(tokens(), None)
     stage.pack()
-    assert isinstance(stage.lean, NativeLayers)
+    assert isinstance(stage.fused, NativeLayers)
     mine = logits(stage, [300, 70, 185])
     distance = (mine - plain).norm(dim=1) / plain.norm(dim=1)
     assert distance.max() < 1e-4

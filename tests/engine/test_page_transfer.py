@@ -52,11 +52,11 @@ def carry(giver: Running, taker: Running, sequence: OpenSequence, most_bytes: in
         wanted = taker.engine.pages.wanted(sequence)
         assert wanted is not None
         rest = replace(wanted.ask, names=wanted.ask.names[wanted.kept :])
-        contents = giver.engine.pages.take_out(rest, most_bytes) if rest.names else []
+        contents = giver.engine.pages.export_pages(rest, most_bytes) if rest.names else []
         if not contents:
             return came
         assert all(len(content) == wanted.page_bytes for content in contents)
-        came += taker.engine.pages.put_in(sequence, wanted.kept, contents)
+        came += taker.engine.pages.import_pages(sequence, wanted.kept, contents)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -101,7 +101,7 @@ def test_pages_are_of_one_tenant_one_model_and_one_kind_of_kernel(checkpoint_of:
         sequence = own(taker, "warm")
         wanted = taker.engine.pages.wanted(sequence)
         assert wanted is not None and wanted.whole == WHOLE and wanted.kept == 0
-        assert len(giver.engine.pages.take_out(wanted.ask, PLENTY)) == WHOLE
+        assert len(giver.engine.pages.export_pages(wanted.ask, PLENTY)) == WHOLE
         changes: tuple[dict[str, Any], ...] = (
             {"model": "other"},
             {"start": 1},
@@ -114,7 +114,7 @@ def test_pages_are_of_one_tenant_one_model_and_one_kind_of_kernel(checkpoint_of:
             {"names": wanted.ask.names[1:2] + wanted.ask.names[:1] + (b"\0" * 16,)},
         )
         for change in changes:
-            got = giver.engine.pages.take_out(replace(wanted.ask, **change), PLENTY)
+            got = giver.engine.pages.export_pages(replace(wanted.ask, **change), PLENTY)
             assert len(got) == (2 if "names" in change and len(change["names"]) == 3 else 0), change
         assert taker.engine.pages.wanted(replace(sequence, prefix=None)) is None
         assert taker.engine.pages.wanted(replace(sequence, start=0, end=5)) is None, "no such layers here"
@@ -130,10 +130,10 @@ def test_what_is_no_page_is_kept_out(checkpoint_of: Callable[[str], Path]) -> No
         zeros = b"\0" * wanted.page_bytes
         for damaged in (zeros[:-4], zeros + b"\0" * 4, b"", np.full(wanted.page_bytes // 4, np.nan, "<f4").tobytes()):
             with pytest.raises(ValueError, match="page"):
-                one.engine.pages.put_in(sequence, 0, [zeros, damaged])
+                one.engine.pages.import_pages(sequence, 0, [zeros, damaged])
         assert one.engine.statistics().scheduler.pages == 0
         one.engine.unload(Span(MODEL, 0, 4))
-        assert one.engine.pages.put_in(sequence, 0, [zeros]) == 0
+        assert one.engine.pages.import_pages(sequence, 0, [zeros]) == 0
 
 
 def test_pages_of_peers_take_room_that_nobody_needs_and_no_more(checkpoint_of: Callable[[str], Path]) -> None:
@@ -144,9 +144,9 @@ def test_pages_of_peers_take_room_that_nobody_needs_and_no_more(checkpoint_of: C
         assert taker.engine.load_report().kv_blocks_used == 1
         wanted = taker.engine.pages.wanted(own(taker, "warm", long))
         assert wanted is not None and wanted.whole == 47
-        contents = giver.engine.pages.take_out(wanted.ask, PLENTY)
+        contents = giver.engine.pages.export_pages(wanted.ask, PLENTY)
         assert len(contents) == 47
-        taker.engine.pages.put_in(own(taker, "warm", long), 0, contents)
+        taker.engine.pages.import_pages(own(taker, "warm", long), 0, contents)
         now = taker.engine.statistics().scheduler
         assert now.pages <= 16 and now.blocks_used == 1 and now.evicted == 0
 

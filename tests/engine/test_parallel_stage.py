@@ -25,7 +25,7 @@ from node.engine.model.attention import Segment
 from node.engine.model.checkpoint import Checkpoint, read_checkpoint
 from node.engine.model.linear import KERNELS, Kernel
 from node.engine.model.local_stage import LocalStage
-from node.engine.model.tensor_shard import Shard, cutting_of
+from node.engine.model.tensor_shard import Shard, shard_plan_of
 from node.engine.parallel.messages import ForgetNumber, ForwardStep, KeepPage, RestoreSequence
 from node.engine.parallel.reference import plain_output
 from node.engine.parallel.stage import ParallelStage, SharedPage
@@ -176,10 +176,10 @@ def test_a_rank_reads_its_own_part_of_the_span_alone(
     kernel = KERNELS[FLOAT32]
     whole = sum(tensor.nbytes for tensor in LocalStage(checkpoint, 0, 4, kernel, 1).model.parameters())
     for ranks in (2, 4):
-        cutting = cutting_of(checkpoint, ranks)
+        shard_plan = shard_plan_of(checkpoint, ranks)
         for rank in range(ranks):
             read_bytes.clear()
-            LocalStage(checkpoint, 0, 4, kernel, 1, shard=Shard(cutting, rank))
+            LocalStage(checkpoint, 0, 4, kernel, 1, shard=Shard(shard_plan, rank))
             assert sum(read_bytes) < whole * (1 / ranks + 0.05)  # norms are read by all, and KV heads by two of four
 
 
@@ -189,7 +189,9 @@ def test_a_bias_behind_a_sum_is_added_once(tmp_path: Path) -> None:
     stored = load_file(file)
     save_file({name: torch.ones_like(held) if name.endswith(".bias") else held for name, held in stored.items()}, file)
     checkpoint = read_checkpoint(directory)
-    held = [LocalStage(checkpoint, 0, 1, KERNELS[FLOAT32], 1, shard=Shard(cutting_of(checkpoint, 2), rank)) for rank in range(2)]
+    held = [
+        LocalStage(checkpoint, 0, 1, KERNELS[FLOAT32], 1, shard=Shard(shard_plan_of(checkpoint, 2), rank)) for rank in range(2)
+    ]
     first, second = (stage.model.model.layers[0].self_attn.o_proj.bias for stage in held)
     assert first.shape == second.shape == (64,)
     assert first.all() and not second.any()
@@ -215,7 +217,7 @@ class Noted:
 def test_a_rank_reads_the_files_of_the_model_and_no_others(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:
     directory = tmp_path / "copy"
     shutil.copytree(checkpoint_of("llama"), directory)
-    mine = Shard(cutting_of(read_checkpoint(directory), 2), 0)
+    mine = Shard(shard_plan_of(read_checkpoint(directory), 2), 0)
     expected = set(mine.tensors(directory))
     save_file({"stray.weight": torch.zeros(2), "lm_head.weight": torch.zeros(2)}, directory / "zz.safetensors")
     assert set(mine.tensors(directory)) == expected

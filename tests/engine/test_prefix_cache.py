@@ -117,7 +117,7 @@ def test_a_split_path_begins_behind_what_all_its_stages_have(checkpoint_of: Call
         again = path.answer("again", longer, max_tokens=3)
         assert again[0].cached == 160, "pages of the answer are named on the way"
 
-        kept = middle.engine._scheduler._rooms._pages[Span(MODEL, 1, 3)]
+        kept = middle.engine._scheduler._allocator._pages[Span(MODEL, 1, 3)]
         for number in list(kept._names)[2:]:
             kept.drop(number)  # the middle stage had other things to keep
         fewer = path.answer("fewer", prompt, max_tokens=30)
@@ -166,7 +166,7 @@ def test_a_sequence_closed_before_it_began_lets_its_pages_go(checkpoint_of: Call
     with running((directory, 0, 2)) as first, running((directory, 2, 4)) as last:
         SplitPath((first, 0, 2), (last, 2, 4)).answer("cold", numbers(1, 100))
         assert last.engine.open(ask("warm", numbers(1, 100), 2, 4)) == 3
-        pages = last.engine._scheduler._rooms._pages[Span(MODEL, 2, 4)]
+        pages = last.engine._scheduler._allocator._pages[Span(MODEL, 2, 4)]
         assert pages.readers == 3
         last.engine.close(SequenceKey(opening("warm").stream, 0, 1))
         assert pages.readers == 0

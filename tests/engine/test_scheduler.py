@@ -48,7 +48,7 @@ def sequence(
 
 def run(scheduler: Scheduler, token: int | None = 50) -> tuple[StepPlan, list[TokenOut | SequenceLost]]:
     plan = scheduler.plan()
-    outputs = scheduler.commit(plan, {piece.row.key: [Drawn(token)] for piece in plan.pieces if piece.draws})
+    outputs = scheduler.commit(plan, {chunk.sequence.key: [Drawn(token)] for chunk in plan.chunks if chunk.draws})
     return plan, [*plan.lost, *outputs]
 
 
@@ -57,7 +57,7 @@ def key(name: str) -> SequenceKey:
 
 
 def shares(plan: StepPlan) -> dict[str, tuple[int, int]]:
-    return {piece.row.key.stream: (piece.position, piece.count) for piece in plan.pieces}
+    return {chunk.sequence.key.stream: (chunk.position, chunk.count) for chunk in plan.chunks}
 
 
 def push(scheduler: Scheduler, name: str, position: int, count: int, size: int = 4) -> None:
@@ -73,7 +73,7 @@ def test_a_solo_sequence_prefills_then_decodes_to_its_length_and_frees_its_block
     for position in (6, 7):
         plan, outputs = run(scheduler)
         assert shares(plan) == {"a": (position - 1, 1)}
-        assert plan.pieces[0].tokens == (50,)
+        assert plan.chunks[0].tokens == (50,)
         assert outputs == [TokenOut(key("a"), position, 50)]
     assert run(scheduler)[1] == [TokenOut(key("a"), 8, 50, "length")]
     assert scheduler.load().kv_blocks_used == 0 and scheduler.load().running == 0
@@ -98,7 +98,7 @@ def test_decodes_and_prefill_share_a_step_and_prefill_keeps_its_quarter() -> Non
     scheduler.open(sequence("long", prompt=30))
     plan, _ = run(scheduler)
     assert shares(plan)["long"] == (0, 1)
-    assert len(plan.pieces) == 4
+    assert len(plan.chunks) == 4
     served = {name for _ in range(2) for name in shares(run(scheduler)[0])}
     assert served == {*"abcdef", "long"}, "decodes take turns when the budget is short"
 
@@ -127,14 +127,14 @@ def test_a_split_first_stage_waits_for_each_token() -> None:
     scheduler = scheduler_of(EARLY)
     scheduler.open(sequence(span=(0, 3)))
     plan, outputs = run(scheduler)
-    assert shares(plan) == {"a": (0, 5)} and not plan.pieces[0].draws and outputs == []
+    assert shares(plan) == {"a": (0, 5)} and not plan.chunks[0].draws and outputs == []
     assert not scheduler.has_work()
     scheduler.token(key("a"), 5, 77)
     scheduler.token(key("a"), 5, 78)  # twice: the second changes nothing
     scheduler.token(key("a"), 7, 79)  # too early
     scheduler.token(key("b"), 5, 77)  # unknown
     plan, _ = run(scheduler)
-    assert shares(plan) == {"a": (5, 1)} and plan.pieces[0].tokens == (77,)
+    assert shares(plan) == {"a": (5, 1)} and plan.chunks[0].tokens == (77,)
     assert scheduler.statistics().dropped == 3
 
 
@@ -163,7 +163,7 @@ def test_pushes_larger_than_the_budget_are_worked_off_in_pieces() -> None:
     push(scheduler, "a", 6, 5)
     plans = [run(scheduler)[0] for _ in range(3)]
     assert [shares(plan)["a"] for plan in plans] == [(0, 4), (4, 4), (8, 3)]
-    assert [[part.position for part in plan.pieces[0].pushed] for plan in plans] == [[0], [0, 6], [6]]
+    assert [[part.position for part in plan.chunks[0].pushed] for plan in plans] == [[0], [0, 6], [6]]
 
 
 def test_stop_tokens_end_a_sequence_but_not_before_min_tokens() -> None:
@@ -214,7 +214,7 @@ def test_a_sequence_evicted_while_its_own_step_is_planned_is_not_computed() -> N
     run(scheduler)
     scheduler.token(key("old"), BLOCK_TOKENS - 1, 9)  # needs a second block, but the other one is served first
     scheduler.token(key("young"), 5, 9)
-    scheduler.choosing._groups[Lane(EARLY, 0, 3)] = Microbatches(stages=1)  # both in one step
+    scheduler.selection._groups[Lane(EARLY, 0, 3)] = Microbatches(stages=1)  # both in one step
     plan, outputs = run(scheduler)
     assert [out.key.stream for out in outputs] == ["young"]
     assert list(shares(plan)) == ["old"]
@@ -354,7 +354,7 @@ def test_of_a_step_that_failed_each_sequence_is_tried_alone_and_only_the_culprit
         if "bad" in shares(plan):
             lost += [each.key.stream for each in scheduler.fail(plan, "it broke")]
             continue
-        for out in scheduler.commit(plan, {piece.row.key: [Drawn(50)] for piece in plan.pieces}):
+        for out in scheduler.commit(plan, {chunk.sequence.key: [Drawn(50)] for chunk in plan.chunks}):
             said[out.key.stream] += 1
     assert (lost, said) == (["bad"], {"a": 4, "c": 4})
     assert scheduler.load().kv_blocks_used == 0

@@ -29,10 +29,10 @@ PROMPTS = [1, 30, 3 * PREFIX_PAGE_TOKENS + 4, 3 * PREFIX_PAGE_TOKENS + 4, BLOCK_
 STEP_TOKENS = [600, 600, 40, 7, 1]
 
 
-def drawn_for(piece: ScheduledChunk) -> list[Drawn]:
+def drawn_for(chunk: ScheduledChunk) -> list[Drawn]:
     """A text that repeats itself, and at times does not."""
     drawn = []
-    for position, guess in enumerate([*piece.draft, None], piece.draws_from):
+    for position, guess in enumerate([*chunk.draft, None], chunk.draws_from):
         drawn.append(Drawn(60 + position % 3 if position % 11 else 70))
         if drawn[-1].token != guess:
             break
@@ -148,7 +148,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         keys = [one for one, opened in self.opened.items() if opened.start > 0]
         if keys:
             one = keys[pick % len(keys)]
-            row = self.scheduler._rows.get(one)
+            row = self.scheduler._sequences.get(one)
             end, offered = (row.pushed_end, len(row.offered) * PREFIX_PAGE_TOKENS) if row is not None else (0, 0)
             push(self.scheduler, one.stream, {"next": end, "offered": end or offered, "again": 0, "late": end + 7}[at], count)
 
@@ -156,7 +156,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def token(self, pick: int, off: int) -> None:
         if self.opened:
             one = list(self.opened)[pick % len(self.opened)]
-            row = self.scheduler._rows.get(one)
+            row = self.scheduler._sequences.get(one)
             self.scheduler.token(one, (row.known if row else 0) + off, 60)
 
     @rule(pick=st.integers(0, 99))
@@ -176,7 +176,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def disperse(self) -> None:
-        for one in list(self.scheduler._rows):
+        for one in list(self.scheduler._sequences):
             self.close_one(one)
 
     @rule(pick=st.integers(0, 99))
@@ -201,18 +201,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now += 1
         self.running = plan = self.scheduler.plan(self.now)
         self.take_up(plan.lost)
-        assert sum(piece.count for piece in plan.pieces) <= self.scheduler.choosing.step_tokens
-        assert len({piece.row.lane for piece in plan.pieces}) <= 1
+        assert sum(chunk.count for chunk in plan.chunks) <= self.scheduler.selection.step_tokens
+        assert len({chunk.sequence.lane for chunk in plan.chunks}) <= 1
         for page in plan.dropped:
             self.forget_page(page)
-        for piece in plan.pieces:
-            assert piece.row.key not in self.over
-            assert len(piece.row.blocks) * BLOCK_TOKENS >= piece.position + piece.count
-            pages = [self.content[piece.row.lane.span, number] for number in piece.restore]
-            assert pages == [piece.row.page_name(page) for page in range(len(pages))], "others than those of its beginning"
-            assert not pages or piece.position == len(pages) * PREFIX_PAGE_TOKENS
+        for chunk in plan.chunks:
+            assert chunk.sequence.key not in self.over
+            assert len(chunk.sequence.blocks) * BLOCK_TOKENS >= chunk.position + chunk.count
+            pages = [self.content[chunk.sequence.lane.span, number] for number in chunk.restore]
+            assert pages == [chunk.sequence.page_name(page) for page in range(len(pages))], "others than those of its beginning"
+            assert not pages or chunk.position == len(pages) * PREFIX_PAGE_TOKENS
             self.reached["restored"] += len(pages)
-            self.reached["restored from away"] += sum((piece.row.lane.span, number) in self.away for number in piece.restore)
+            self.reached["restored from away"] += sum((chunk.sequence.lane.span, number) in self.away for number in chunk.restore)
         for page in plan.spilling:
             if spills and page in self.content:
                 self.away.add(page)
@@ -225,20 +225,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         plan, self.running = self.running, None
         if plan is None:
             return
-        for piece in plan.pieces:
-            pages = [(piece.row.lane.span, number) for number in piece.restore]
+        for chunk in plan.chunks:
+            pages = [(chunk.sequence.lane.span, number) for number in chunk.restore]
             if missing := [page for page in pages if page in self.damaged or page not in self.content]:
                 self.reached["lost while wanted"] += 1
-                self.lose(piece.row.lane.span, [number for _, number in missing], plan)
+                self.lose(chunk.sequence.lane.span, [number for _, number in missing], plan)
                 return
         if end == "fail":
             self.take_up(self.scheduler.fail(plan, "broken"))
         elif end == "out of memory":
             self.take_up(self.scheduler.out_of_memory(plan))
         else:
-            drawing = {piece.row.key: drawn_for(piece) for piece in plan.pieces if piece.draws}
+            drawing = {chunk.sequence.key: drawn_for(chunk) for chunk in plan.chunks if chunk.draws}
             self.take_up(self.scheduler.commit(plan, drawing))
-        rows = {piece.row.key: piece.row for piece in plan.pieces}
+        rows = {chunk.sequence.key: chunk.sequence for chunk in plan.chunks}
         for store in self.scheduler.pages_to_store():
             if stores:
                 self.content[store.lane.span, store.number] = rows[store.key].page_name(store.position // PREFIX_PAGE_TOKENS)
@@ -282,11 +282,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         for span, one in self.pools.items():
-            rows = [row for row in self.scheduler._rows.values() if row.lane.span == span]
+            rows = [row for row in self.scheduler._sequences.values() if row.lane.span == span]
             blocks = {block for row in rows for block in row.blocks}
-            for pool, more in self.scheduler._rooms._held_by_step:
+            for pool, more in self.scheduler._allocator._held_by_step:
                 blocks |= set(more) if pool is one.pool else set()
-            pages = self.scheduler._rooms._pages[span]
+            pages = self.scheduler._allocator._pages[span]
             assert one.pool.used == len(blocks) + pages.blocks <= one.pool.total
             assert pages.readers == sum(len(row.offered) + len(row.restoring) for row in rows)
             assert all((span, number) in self.content for number in pages._names), "a page is offered that nobody holds"
@@ -299,17 +299,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.now = max(self.now, work_at_s)  # progress: every step computes something, or only frees
             self.begin_step(True)
             plan = self.running
-            assert plan is not None and (plan.pieces or plan.freed or plan.lost)
+            assert plan is not None and (plan.chunks or plan.freed or plan.lost)
             before, known = self.progress(plan)
             self.end_step("commit", True)
-            assert not plan.pieces or self.progress(plan) != (before, known)
+            assert not plan.chunks or self.progress(plan) != (before, known)
         self.reached["preempted"] += self.scheduler.statistics().preempted
         self.scheduler.close_streams(lambda stream: False)
         assert self.scheduler.load().kv_blocks_used == 0 and self.scheduler.load().running == 0
 
     def progress(self, plan: StepPlan) -> tuple[int, int]:
         """Changes with whatever comes of a step; a page that is found to be lost is found once."""
-        return sum(piece.row.computed for piece in plan.pieces), len(self.over) + sum(self.next_position.values())
+        return sum(chunk.sequence.computed for chunk in plan.chunks), len(self.over) + sum(self.next_position.values())
 
 
 TestScheduler = SchedulerMachine.TestCase
@@ -344,7 +344,7 @@ def test_a_damaged_page_is_lost_to_the_step_that_restores_it() -> None:
 def test_spilled_pages_that_a_sequence_waits_to_read_stay_when_others_are_spilled() -> None:
     machine = SchedulerMachine()
     machine.make(600, 3, 3, 3 * PREFIX_PAGE_TOKENS + 4, (2, 4), 30, True, True)
-    assert machine.scheduler._rooms._pages[WHOLE].spilled == machine.scheduler._rooms._pages[WHOLE].readers == 3
+    assert machine.scheduler._allocator._pages[WHOLE].spilled == machine.scheduler._allocator._pages[WHOLE].readers == 3
     machine.open(Wish(1, 3 * PREFIX_PAGE_TOKENS + 4, 1, (0, 4), 0, 0, True, True, None))
     machine.steps(20, True)
     machine.crowd(30, True)

@@ -26,30 +26,30 @@ SHAPE = ShardedModelShape("toy", "llama", PLAN, heads=8, kv_heads=2, mixture=Fal
 
 
 def test_each_matrix_is_cut_as_the_plan_says() -> None:
-    cutting = cutting_for(SHAPE, 2)
+    shard_plan = cutting_for(SHAPE, 2)
     layer = "model.layers.11."
-    assert cutting.cut(layer + "self_attn.q_proj") is TensorSplit.OUTPUTS
-    assert cutting.cut(layer + "self_attn.k_proj") is cutting.cut(layer + "self_attn.v_proj") is TensorSplit.KV_HEADS
-    assert cutting.cut(layer + "self_attn.o_proj") is cutting.cut(layer + "mlp.down_proj") is TensorSplit.INPUTS
-    assert cutting.cut(layer + "self_attn.q_norm") is cutting.cut("lm_head") is cutting.cut("model.norm") is None
+    assert shard_plan.cut(layer + "self_attn.q_proj") is TensorSplit.OUTPUTS
+    assert shard_plan.cut(layer + "self_attn.k_proj") is shard_plan.cut(layer + "self_attn.v_proj") is TensorSplit.KV_HEADS
+    assert shard_plan.cut(layer + "self_attn.o_proj") is shard_plan.cut(layer + "mlp.down_proj") is TensorSplit.INPUTS
+    assert shard_plan.cut(layer + "self_attn.q_norm") is shard_plan.cut("lm_head") is shard_plan.cut("model.norm") is None
 
 
 @pytest.mark.parametrize(("ranks", "copies"), [(1, 1), (2, 1), (4, 2), (8, 4)])
 def test_query_heads_meet_their_own_keys_on_every_rank(ranks: int, copies: int) -> None:
-    cutting = cutting_for(SHAPE, ranks)
-    assert cutting.kv_copies == copies
+    shard_plan = cutting_for(SHAPE, ranks)
+    assert shard_plan.kv_copies == copies
     dim = 16
     shared = SHAPE.heads // SHAPE.kv_heads
     for rank in range(ranks):
-        heads = {at // dim for at in cutting.part(TensorSplit.OUTPUTS, SHAPE.heads * dim, rank)}
-        kv_heads = {at // dim for at in cutting.part(TensorSplit.KV_HEADS, SHAPE.kv_heads * dim, rank)}
+        heads = {at // dim for at in shard_plan.part(TensorSplit.OUTPUTS, SHAPE.heads * dim, rank)}
+        kv_heads = {at // dim for at in shard_plan.part(TensorSplit.KV_HEADS, SHAPE.kv_heads * dim, rank)}
         assert {head // shared for head in heads} == kv_heads
 
 
 @given(st.integers(1, 64), st.integers(64, 300_000))
 def test_every_token_of_the_vocabulary_has_one_rank(ranks: int, size: int) -> None:
-    cutting = ShardPlan(ranks, 8, ())
-    parts = [cutting.vocabulary(size, rank) for rank in range(ranks)]
+    shard_plan = ShardPlan(ranks, 8, ())
+    parts = [shard_plan.vocabulary(size, rank) for rank in range(ranks)]
     assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]]
     assert (parts[0].start, parts[-1].stop) == (0, size)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
@@ -57,10 +57,10 @@ def test_every_token_of_the_vocabulary_has_one_rank(ranks: int, size: int) -> No
 
 @given(st.sampled_from([1, 2, 3, 4, 6, 8]), st.integers(1, 512))
 def test_inputs_and_outputs_are_cut_alike_and_whole(ranks: int, width: int) -> None:
-    cutting = ShardPlan(ranks, 8, ())
+    shard_plan = ShardPlan(ranks, 8, ())
     size = ranks * width
     for cut in (TensorSplit.INPUTS, TensorSplit.OUTPUTS):
-        assert [at for rank in range(ranks) for at in cutting.part(cut, size, rank)] == list(range(size))
+        assert [at for rank in range(ranks) for at in shard_plan.part(cut, size, rank)] == list(range(size))
 
 
 def test_what_does_not_fall_into_equal_parts_is_an_error() -> None:

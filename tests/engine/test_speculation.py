@@ -92,12 +92,12 @@ def packed(tokens: list[int]) -> bytes:
     return b"".join(struct.pack("<I12x", token) for token in tokens)
 
 
-def unpacked(piece: ScheduledChunk) -> list[int]:
+def unpacked(chunk: ScheduledChunk) -> list[int]:
     """The tokens that a piece's activations were computed from, found as the worker finds its rows."""
     tokens: list[int] = []
-    for part in piece.pushed:
+    for part in chunk.pushed:
         all_of_it = [number for (number,) in struct.iter_unpack("<I12x", part.data)]
-        tokens += all_of_it[max(piece.position - part.position, 0) : piece.position + piece.count - part.position]
+        tokens += all_of_it[max(chunk.position - part.position, 0) : chunk.position + chunk.count - part.position]
     return tokens
 
 
@@ -137,25 +137,27 @@ class StageOfTokens:
 
     def finish(self) -> list[HiddenOut | TokenOut | SequenceLost]:
         plan, self.under_way = self.under_way, None
-        if plan is None or not plan.pieces:
+        if plan is None or not plan.chunks:
             return []
         self.steps += 1
-        [piece] = plan.pieces
-        tokens = list(piece.tokens) if self.start == 0 else unpacked(piece)
-        assert len(tokens) == piece.count
-        self.keys.update(zip(range(piece.position, piece.position + piece.count), tokens))
+        [chunk] = plan.chunks
+        tokens = list(chunk.tokens) if self.start == 0 else unpacked(chunk)
+        assert len(tokens) == chunk.count
+        self.keys.update(zip(range(chunk.position, chunk.position + chunk.count), tokens))
         outputs: list[Any] = []
         drawn = {}
         if self.end < LAYERS:
-            names, draft = piece.names, piece.draft
-            outputs.append(HiddenOut(piece.row.key, piece.position, piece.count, packed(tokens), names, draft, piece.rewinds))
-        elif piece.draws:
-            drawn[piece.row.key] = self.draw(piece)
+            names, draft = chunk.names, chunk.draft
+            outputs.append(
+                HiddenOut(chunk.sequence.key, chunk.position, chunk.count, packed(tokens), names, draft, chunk.rewinds)
+            )
+        elif chunk.draws:
+            drawn[chunk.sequence.key] = self.draw(chunk)
         return outputs + list(self.scheduler.commit(plan, drawn))
 
-    def draw(self, piece: ScheduledChunk) -> list[Drawn]:
+    def draw(self, chunk: ScheduledChunk) -> list[Drawn]:
         drawn: list[Drawn] = []
-        for position, guess in enumerate([*piece.draft, None], piece.draws_from):
+        for position, guess in enumerate([*chunk.draft, None], chunk.draws_from):
             seen = [self.keys[at] for at in range(position)]
             assert seen == self.text[:position], f"the token at {position} was drawn behind other tokens"
             drawn.append(Drawn(self.text[position]))
@@ -215,10 +217,12 @@ def test_a_sequence_alone_takes_fewer_steps_for_a_text_that_copies() -> None:
         plan, stage.under_way = stage.under_way, None
         assert plan is not None
         stage.steps += 1
-        [piece] = plan.pieces
-        stage.keys.update(zip(range(piece.position, piece.position + piece.count), piece.tokens))
+        [chunk] = plan.chunks
+        stage.keys.update(zip(range(chunk.position, chunk.position + chunk.count), chunk.tokens))
         said += [
-            out.token for out in stage.scheduler.commit(plan, {piece.row.key: stage.draw(piece)}) if isinstance(out, TokenOut)
+            out.token
+            for out in stage.scheduler.commit(plan, {chunk.sequence.key: stage.draw(chunk)})
+            if isinstance(out, TokenOut)
         ]
     assert said == text[PROMPT:] and stage.steps <= 8
 
@@ -228,12 +232,12 @@ def test_guesses_never_take_another_sequences_block_nor_pass_the_last_token() ->
     widest = 0
     for _ in range(40):
         plan = stage.scheduler.plan()
-        if not plan.pieces:
+        if not plan.chunks:
             break
-        [piece] = plan.pieces
-        widest = max(widest, piece.count)
-        assert piece.position + piece.count <= PROMPT + ANSWER - 1
-        stage.keys.update(zip(range(piece.position, piece.position + piece.count), piece.tokens))
-        outputs = stage.scheduler.commit(plan, {piece.row.key: stage.draw(piece)})
+        [chunk] = plan.chunks
+        widest = max(widest, chunk.count)
+        assert chunk.position + chunk.count <= PROMPT + ANSWER - 1
+        stage.keys.update(zip(range(chunk.position, chunk.position + chunk.count), chunk.tokens))
+        outputs = stage.scheduler.commit(plan, {chunk.sequence.key: stage.draw(chunk)})
     assert isinstance(outputs[-1], TokenOut) and outputs[-1].finish == "length"
     assert widest == 1 + MAX_GUESS

@@ -158,7 +158,7 @@ def test_a_window_that_does_not_reach_the_attention_is_refused_though_the_probe_
         return mesh_attention(*given, **more)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, forgetful)
-    monkeypatch.setattr("node.engine.model.packing.lean_form", lambda *span: None)
+    monkeypatch.setattr("node.engine.model.packing.fused_form", lambda *span: None)
     with pytest.raises(BadRequest, match=f"{name}.*its sliding window does not reach the attention"):
         load_stage(checkpoint, 0, 4, FLOAT32, threads=1)
 

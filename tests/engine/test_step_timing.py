@@ -33,8 +33,8 @@ def timing(clock: Clock) -> StepTiming:
 
 
 def plan(rows: int, layers: int = 4) -> Any:
-    pieces = [SimpleNamespace(count=rows, draft=())]
-    return SimpleNamespace(lane=SimpleNamespace(start=2, end=2 + layers), pieces=pieces)
+    chunks = [SimpleNamespace(count=rows, draft=())]
+    return SimpleNamespace(lane=SimpleNamespace(start=2, end=2 + layers), chunks=chunks)
 
 
 def take(timing: StepTiming, clock: Clock, rows: int, took_s: float, layers: int = 4) -> None:

@@ -184,7 +184,7 @@ async def test_nodes_lost_together_are_one_cut_and_while_most_are_missing_the_vi
         watched = members[0].membership
         await trio.sleep(5)
         cuts: list[tuple[LossBatch, set[PeerState]]] = []
-        watched.on_cut = lambda cut: cuts.append((cut, {watched.view.peers[node].state for node in cut.lost}))
+        watched.on_loss_batch = lambda cut: cuts.append((cut, {watched.view.peers[node].state for node in cut.lost}))
         lost = [running.membership.me for running in members[2:]]
         version = watched.view.version
         for running in members[2:]:

@@ -9,7 +9,7 @@ import pytest
 
 from mesh.ids import ModelId, NodeId
 from mesh.keys.seal import SealFault
-from mesh.links.refusals import FOREIGN_WORD, Refusal
+from mesh.links.refusals import UNAUTHORIZED_FRAME, Refusal
 from mesh.view import Facts, Loading, ModelCard, Peer, PeerState, Readiness, Span, View
 from node.host.uncompiled import BY_NAME, COSTS, NO_COMPILER
 from node.ops.doctor import NOTE, PROBLEM, Observations, diagnosis
@@ -70,7 +70,7 @@ def test_a_refused_link_is_told_with_its_own_reason() -> None:
 
 
 def test_a_node_that_speaks_of_what_is_none_of_its_business_is_named() -> None:
-    finding = only(replace(WELL, refusals=[Refusal(peer(1).id, FOREIGN_WORD, 3)]))
+    finding = only(replace(WELL, refusals=[Refusal(peer(1).id, UNAUTHORIZED_FRAME, 3)]))
     assert finding.severity == PROBLEM and finding.what.startswith("3 times in the last minute node-1 was not believed")
     assert "mesh key rotate" in finding.do
 

@@ -55,10 +55,10 @@ class FakePages:
         kept = next((at for at, name in enumerate(NAMES) if name not in self.held), len(NAMES))
         return PagesMissing(kept, len(NAMES), PAGE, PageRequest(sequence.model, 0, 4, "n", b"layout", NAMES))
 
-    def take_out(self, ask: PageRequest, most_bytes: int) -> list[bytes]:
+    def export_pages(self, ask: PageRequest, most_bytes: int) -> list[bytes]:
         return [self.held[name] for name in ask.names if name in self.held][: max(1, most_bytes // PAGE)]
 
-    def put_in(self, sequence: OpenSequence, first: int, contents: list[bytes]) -> int:
+    def import_pages(self, sequence: OpenSequence, first: int, contents: list[bytes]) -> int:
         if self.refuses:
             raise ValueError(self.refuses)
         taken = contents[: self.room - len(self.held)]

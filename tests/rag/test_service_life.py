@@ -182,9 +182,9 @@ async def test_a_copy_that_breaks_while_in_use_leaves_the_others_answering(tmp_p
         await mesh[0].create_store("pages")
         file = await mesh[0].put_file("a.md", b"otters swim")
         await mesh[0].attach("pages", file.id)
-        shelf = mesh[0]._local._shelves[mesh[0].store("pages").id]
-        shelf.file.path = shelf.file.path.with_name("broken")  # what its index will open
-        await trio.Path(shelf.file.path).write_bytes(b"noise" * 5000)
+        opened_store = mesh[0]._local._opened_stores[mesh[0].store("pages").id]
+        opened_store.file.path = opened_store.file.path.with_name("broken")  # what its index will open
+        await trio.Path(opened_store.file.path).write_bytes(b"noise" * 5000)
         result = await mesh[0].search("pages", "otters", 1)
         assert (result.passages[0].file_id, result.shards_ok) == (file.id, 8)
         again = await mesh[1].search("pages", "otters", 1)

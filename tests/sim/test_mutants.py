@@ -177,7 +177,7 @@ def convicted_at_once(
 
 
 def told_at_once(self: outlook.LossBatching) -> float:
-    return self._cut_since if self._cut else math.inf
+    return self._batch_since if self._batch else math.inf
 
 
 def mutant(target: object, name: str, value: object) -> Mutation:
@@ -215,7 +215,7 @@ MUTANTS: list[tuple[str, Mutation, Callable[[], bool]]] = [
         ),
         block_of_ten_seconds_kills_nobody,
     ),
-    ("each loss is a cut of its own", mutant(outlook.LossBatching, "_cut_at", property(told_at_once)), rack_is_one_cut),
+    ("each loss is a cut of its own", mutant(outlook.LossBatching, "_batch_at", property(told_at_once)), rack_is_one_cut),
     ("nothing freezes", mutant(outlook, "FREEZE_SHARE", 1.0), smaller_side_holds_still),
     ("all freeze", mutant(outlook, "FREEZE_SHARE", 0.0), smaller_side_holds_still),
     (

@@ -132,7 +132,7 @@ class Maker:
                 at += 1
                 text += chance.choice((" ", "\n\n")) + self._paragraphs[at % len(self._paragraphs)]
             at += 1
-            passages.append(_cut(text, share))
+            passages.append(_batch(text, share))
         asked = ask_about(passages, self._rarity, chance, chance.randint(3, 7))
         if chance.random() < 0.25:
             foreign = unanswerable(passages, chance.choice(self._paragraphs), self._rarity, chance)
@@ -188,7 +188,7 @@ def _turns(said: Sequence[tuple[str, str]]) -> Parts:
     return parts
 
 
-def _cut(text: str, characters: int) -> str:
+def _batch(text: str, characters: int) -> str:
     """At most about `characters` of it, whole sentences."""
     if len(text) <= characters:
         return text

@@ -177,7 +177,7 @@ class PackedBatch:
         """Made once for all layers with the same window (0: none)."""
         made = self.readings.get(window)
         if made is None:
-            tiles = [tile for segment in self.segments for tile in _cut(segment, window)]
+            tiles = [tile for segment in self.segments for tile in _batch(segment, window)]
             singles = sorted((tile for tile in tiles if tile.count == 1), key=_neighbourhood)
             longer = [tile for tile in tiles if tile.count > 1]
             for tile in longer:
@@ -242,7 +242,7 @@ def padded(tokens: int, quantum: int) -> int:
     return -(-tokens // quantum) * quantum
 
 
-def _cut(segment: Segment, window: int) -> Iterator[AttentionTile]:
+def _batch(segment: Segment, window: int) -> Iterator[AttentionTile]:
     position, end = segment.position, segment.position + segment.count
     while position < end:
         stretch = position // STRETCH * STRETCH

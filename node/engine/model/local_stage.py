@@ -164,7 +164,7 @@ class LocalStage:
         self._base = getattr(self.model, self.model.base_model_prefix)
         self._slots = find_layers(self._base, self.layers)
         self._inner: list[PackedLinear] = []
-        self.lean: FusedLlama | NativeLayers | None = None
+        self.fused: FusedLlama | NativeLayers | None = None
         self.windows: set[int] = set()  # that attention was asked to look through so far; 0: everything
         self.loose = False  # there are weights that are not packed, whose products promise nothing
         self._store = KVStore()
@@ -238,15 +238,15 @@ class LocalStage:
         every: bool,
     ) -> torch.Tensor:
         """`forward` over rows that fill a bucket, `taken` or else `tokens`; padding comes out too. `every`: all are `wanted`."""
-        if self.lean is None:
+        if self.fused is None:
             return self._through_the_model(batch, where, tokens, wanted)
         entering = taken
         if entering is None:
             assert tokens is not None
-            entering = self.lean.embed(tokens)
-        out = self.lean.run(batch, entering, where)
-        self.windows |= self.lean.windows
-        return out if wanted is None else self.lean.logits(out if every else out[wanted])
+            entering = self.fused.embed(tokens)
+        out = self.fused.run(batch, entering, where)
+        self.windows |= self.fused.windows
+        return out if wanted is None else self.fused.logits(out if every else out[wanted])
 
     def _through_the_model(
         self, batch: PackedBatch, where: torch.Tensor, tokens: torch.Tensor | None, wanted: torch.Tensor | None
@@ -350,7 +350,7 @@ class LocalStage:
 
     @property
     def constants(self) -> str:
-        return self.lean.constants if isinstance(self.lean, NativeLayers) else ""
+        return self.fused.constants if isinstance(self.fused, NativeLayers) else ""
 
     def on_end(self, call: Callable[[str], None]) -> None:
         """A local stage ends with its process only."""
@@ -360,7 +360,7 @@ class LocalStage:
 
     def _finish(self, packing: SpanPacker) -> None:
         packed = packing.finish()
-        self.buckets, self.lean, self.loose = packed.buckets, packed.lean, packed.loose
+        self.buckets, self.fused, self.loose = packed.buckets, packed.fused, packed.loose
         self._inner = packed.inner
         if self.start > 0 and not isinstance(self.model.get_input_embeddings(), AbsentEmbedding):
             self.model.set_input_embeddings(AbsentEmbedding())  # a tied head's is packed now, and never looked up here

@@ -17,7 +17,7 @@ from torch import nn
 from node.engine.model.checkpoint import Checkpoint
 from node.engine.model.compiled_layers import NativeLayer, NativeLayers, fits, native_layer, native_layers
 from node.engine.model.experts import expert_widths, pack_experts, place_routers
-from node.engine.model.fused_llama import FORMS, FusedLlama, lean_form
+from node.engine.model.fused_llama import FORMS, FusedLlama, fused_form
 from node.engine.model.linear import (
     BUCKETS,
     NARROW,
@@ -51,7 +51,7 @@ class PackedSpan:
     """What a packed span is run by."""
 
     buckets: tuple[int, ...]
-    lean: FusedLlama | NativeLayers | None
+    fused: FusedLlama | NativeLayers | None
     inner: list[PackedLinear]  # the layers' products, where they are not compiled as a whole
     loose: bool  # there are weights that are not packed, whose products promise nothing
 
@@ -118,8 +118,8 @@ class SpanPacker:
                 return PackedSpan((1,), native_layers(model, self._span.base, self._native, self._kernel), [], loose=False)
             place_routers(slots, self._threads)
             buckets = self._settle()
-            lean = lean_form(model, self._span.base, slots, self._span.start, self._span.end)
-            return PackedSpan(buckets, lean, self._inner, loose=any(tensor.dim() > 2 for tensor in slots.parameters()))
+            fused = fused_form(model, self._span.base, slots, self._span.start, self._span.end)
+            return PackedSpan(buckets, fused, self._inner, loose=any(tensor.dim() > 2 for tensor in slots.parameters()))
         finally:
             self._let_go(outer)
 

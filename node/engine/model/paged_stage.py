@@ -100,7 +100,7 @@ class DeviceStage(LocalStage):
 
     def _recorder(self, parts: Sequence[PagedSegment], bucket: int) -> RecordedSteps | None:
         """Where a step of these parts may be recorded: its shapes follow from few numbers, and the host asks nothing."""
-        if self.recorded is None or not self.recorded.works or self.lean is None or bucket > MAX_RECORDED:
+        if self.recorded is None or not self.recorded.works or self.fused is None or bucket > MAX_RECORDED:
             return None
         return self.recorded if all(part.count == 1 for part in parts) else None
 

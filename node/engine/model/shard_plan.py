@@ -96,14 +96,14 @@ def cutting_for(shape: ShardedModelShape, ranks: int) -> ShardPlan:
         raise _refusal(
             shape, ranks, f"neither do its {shape.kv_heads} key and value heads divide by {ranks}, nor {ranks} by them"
         )
-    return ShardPlan(ranks, shape.kv_heads, tuple((_pattern(module), _cut(module, style)) for module, style in cuts.items()))
+    return ShardPlan(ranks, shape.kv_heads, tuple((_pattern(module), _batch(module, style)) for module, style in cuts.items()))
 
 
 def _pattern(module: str) -> re.Pattern[str]:
     return re.compile(r"(?:^|\.)" + re.escape(module).replace(r"\*", r"\d+") + "$")
 
 
-def _cut(module: str, style: str) -> TensorSplit:
+def _batch(module: str, style: str) -> TensorSplit:
     if style == "rowwise":
         return TensorSplit.INPUTS
     return TensorSplit.KV_HEADS if module.endswith((".k_proj", ".v_proj")) else TensorSplit.OUTPUTS

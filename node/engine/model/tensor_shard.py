@@ -62,7 +62,7 @@ class StoredPart:
         return whole
 
 
-def cutting_of(checkpoint: Checkpoint, ranks: int) -> ShardPlan:
+def shard_plan_of(checkpoint: Checkpoint, ranks: int) -> ShardPlan:
     """Raises BadRequest, as `cutting_for`."""
     config: Any = checkpoint.config
     heads = int(getattr(config, "num_attention_heads", None) or 1)
@@ -82,8 +82,8 @@ def cutting_of(checkpoint: Checkpoint, ranks: int) -> ShardPlan:
 class Shard:
     """Rank `rank` of those that share a span."""
 
-    def __init__(self, cutting: ShardPlan, rank: int) -> None:
-        self.cutting = cutting
+    def __init__(self, shard_plan: ShardPlan, rank: int) -> None:
+        self.shard_plan = shard_plan
         self.rank = rank
         self._parts: dict[str, ShardPart] = {}
         self._prefix = ""
@@ -106,7 +106,7 @@ class Shard:
         for name, module in model.named_modules():
             if any(module is edge for edge in edges):
                 self._narrow_vocabulary(name, module)
-            elif isinstance(module, nn.Linear) and (cut := self.cutting.cut(name)) is not None:
+            elif isinstance(module, nn.Linear) and (cut := self.shard_plan.cut(name)) is not None:
                 self._narrow_linear(name, module, cut)
             elif ".layers." in f".{name}" and any(tensor.dim() > 1 for tensor in module.parameters(recurse=False)):
                 raise self._uncut(name, f"it is a {type(module).__name__} that no plan names")
@@ -114,13 +114,13 @@ class Shard:
     def _narrow_linear(self, name: str, layer: nn.Linear, cut: TensorSplit) -> None:
         try:
             if cut is TensorSplit.INPUTS:
-                part = self.cutting.part(cut, layer.in_features, self.rank)
+                part = self.shard_plan.part(cut, layer.in_features, self.rank)
                 layer.in_features = len(part)
                 self._resize(name, layer, "weight", ShardPart(1, part))
                 if layer.bias is not None:
                     self._parts[f"{name}.bias"] = ShardPart(0, range(layer.out_features), absent=self.rank > 0)
             else:
-                part = self.cutting.part(cut, layer.out_features, self.rank)
+                part = self.shard_plan.part(cut, layer.out_features, self.rank)
                 layer.out_features = len(part)
                 for tensor in ("weight", "bias"):
                     self._resize(name, layer, tensor, ShardPart(0, part))
@@ -130,7 +130,7 @@ class Shard:
     def _narrow_vocabulary(self, name: str, module: Any) -> None:
         if not isinstance(module, (nn.Linear, nn.Embedding)):
             return  # the span ends before it, or begins behind it
-        part = self.cutting.vocabulary(module.weight.shape[0], self.rank)
+        part = self.shard_plan.vocabulary(module.weight.shape[0], self.rank)
         for tensor in ("weight", "bias"):
             self._resize(name, module, tensor, ShardPart(0, part))
         if isinstance(module, nn.Embedding):
@@ -150,7 +150,7 @@ class Shard:
 
     def _uncut(self, module: str, reason: str) -> BadRequest:
         return BadRequest(
-            f"{module} cannot be computed by {self.cutting.ranks} workers ({reason}); take another number, or leave "
+            f"{module} cannot be computed by {self.shard_plan.ranks} workers ({reason}); take another number, or leave "
             "--tensor-parallel out",
             param="tensor_parallel",
             code="model_not_servable",
@@ -177,7 +177,7 @@ class Shard:
     def join(self, model: Any, summing: AllReduce) -> None:
         """Sums over the ranks behind what was cut by inputs, and in the embedding."""
         for name, module in list(model.named_modules()):
-            if isinstance(module, PackedLinear) and self.cutting.cut(name) is TensorSplit.INPUTS:
+            if isinstance(module, PackedLinear) and self.shard_plan.cut(name) is TensorSplit.INPUTS:
                 module.product = SummedProduct(module.product, summing)
         embedding = model.get_input_embeddings()
         if isinstance(embedding, nn.Embedding):

@@ -51,7 +51,7 @@ class Staging:
         self._pinned = device.type == "cuda"
         make = fence or ((lambda: CudaFence(device)) if self._pinned else NoFence)
         self._fences = [make() for _ in range(BUFFERS)]
-        self._rooms = [torch.empty(0, dtype=torch.uint8) for _ in range(BUFFERS)]
+        self._allocator = [torch.empty(0, dtype=torch.uint8) for _ in range(BUFFERS)]
         self._next = 0
 
     def up(self, source: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
@@ -59,9 +59,9 @@ class Staging:
         turn = self._next
         self._next = (turn + 1) % BUFFERS
         self._fences[turn].wait()
-        if self._rooms[turn].numel() < source.nbytes:
-            self._rooms[turn] = torch.empty(2 * source.nbytes, dtype=torch.uint8, pin_memory=self._pinned)
-        staged = self._rooms[turn][: source.nbytes].view(source.dtype).view(source.shape)
+        if self._allocator[turn].numel() < source.nbytes:
+            self._allocator[turn] = torch.empty(2 * source.nbytes, dtype=torch.uint8, pin_memory=self._pinned)
+        staged = self._allocator[turn][: source.nbytes].view(source.dtype).view(source.shape)
         staged.copy_(source)
         target = torch.empty(source.shape, dtype=source.dtype, device=self._device) if into is None else into
         target.copy_(staged, non_blocking=True)

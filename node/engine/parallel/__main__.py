@@ -1,7 +1,7 @@
-"""`python -m node.engine.parallel SOCKET LEASH`: a worker process, given two file descriptors by its node.
+"""`python -m node.engine.parallel SOCKET PARENT`: a worker process, given two file descriptors by its node.
 
 Signals that a terminal or a supervisor sends to all processes of a node at once are left to the node: it drains, and needs
-its workers for that. The leash is held before anything that takes time: the node may end while this process starts.
+its workers for that. The watch on the parent begins before anything that takes time: the node may end while this process starts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from node.host import parent_watch
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    parent_watch.hold(int(sys.argv[2]))
+    parent_watch.exit_with_parent(int(sys.argv[2]))
     from node.engine.parallel.messages import Channel
     from node.engine.parallel.rank import serve  # imports torch
 

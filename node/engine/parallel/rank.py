@@ -17,7 +17,7 @@ from node.engine.model.attention import Segment
 from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.linear import KERNELS
 from node.engine.model.local_stage import LocalStage
-from node.engine.model.tensor_shard import Shard, cutting_of
+from node.engine.model.tensor_shard import Shard, shard_plan_of
 from node.engine.parallel.messages import (
     Change,
     Channel,
@@ -88,7 +88,7 @@ def serve(channel: Channel) -> None:
     torch.set_num_threads(begin.threads)
     try:
         checkpoint = read_checkpoint(Path(begin.directory))
-        shard = Shard(cutting_of(checkpoint, begin.ranks), begin.rank)
+        shard = Shard(shard_plan_of(checkpoint, begin.ranks), begin.rank)
         stage = LocalStage(checkpoint, begin.start, begin.end, KERNELS[begin.kernel], begin.threads, shard=shard)
         stage.pack()
     except (ValueError, RuntimeError, BadRequest) as error:

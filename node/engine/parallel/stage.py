@@ -22,7 +22,7 @@ from mesh.errors import BadRequest
 from node.engine.model.attention import Segment
 from node.engine.model.checkpoint import Checkpoint
 from node.engine.model.linear import Kernel
-from node.engine.model.tensor_shard import cutting_of
+from node.engine.model.tensor_shard import shard_plan_of
 from node.engine.parallel.messages import (
     Change,
     ForgetNumber,
@@ -93,14 +93,14 @@ class ParallelStage:
         hire: Callable[[int], WorkerGroup] = WorkerGroup,
     ) -> None:
         """Raises BadRequest: the model cannot be cut into so many parts. `threads`: of each rank; `hire`: starts that many."""
-        self.cutting = cutting_of(checkpoint, ranks)
+        self.shard_plan = shard_plan_of(checkpoint, ranks)
         self.checkpoint = checkpoint
         self.start, self.end, self.layers = start, end, checkpoint.layers
         self.kernel = kernel
         self.threads = threads
         self.ranks = ranks
         self.loose = False  # what is cut is packed
-        self.kv_copies = self.cutting.kv_copies
+        self.kv_copies = self.shard_plan.kv_copies
         self.parameters = 0  # of all ranks together
         self.windows: set[int] = set()  # as `Stage.windows`
         self._step_timeout_s = step_timeout_s
@@ -108,7 +108,7 @@ class ParallelStage:
         self._changes: deque[Change] = deque()  # what came about since the last step; any thread may add to it
         self._lock = threading.Lock()
         self._steps = itertools.count()
-        self._crew: WorkerGroup | None = None
+        self._workers: WorkerGroup | None = None
 
     def pack(self) -> None:
         """Starts the workers; each loads its part.
@@ -118,26 +118,26 @@ class ParallelStage:
             BadRequest: the model cannot be computed so.
             WorkersLost: a worker has ended.
         """
-        crew = self._hire(self.ranks)
+        workers = self._hire(self.ranks)
         meeting = Path(tempfile.mkdtemp(prefix="mesh-ranks-"))  # for this user alone; of no use once the ranks have met
         try:
-            crew.tell([self._begin(rank, meeting / "file") for rank in range(self.ranks)], self._step_timeout_s)
-            loaded = crew.hear(ShardLoaded, LOAD_TIMEOUT_S)
+            workers.tell([self._begin(rank, meeting / "file") for rank in range(self.ranks)], self._step_timeout_s)
+            loaded = workers.hear(ShardLoaded, LOAD_TIMEOUT_S)
             for each in loaded:
                 if each.refused:
                     raise BadRequest(each.refused, "model", "model_not_servable") if each.unservable else ValueError(each.refused)
             buckets = tuple(count for count in loaded[0].buckets if all(count in each.buckets for each in loaded))
             if not buckets:
                 raise ValueError(f"{self.kernel.name}: the ranks have no number of rows in common")
-            crew.tell_all(JoinGroup(buckets), self._step_timeout_s)
-            crew.hear(GroupJoined, self._step_timeout_s)
+            workers.tell_all(JoinGroup(buckets), self._step_timeout_s)
+            workers.hear(GroupJoined, self._step_timeout_s)
         except BaseException:
-            crew.end()
+            workers.end()
             raise
         finally:
             shutil.rmtree(meeting, ignore_errors=True)
         self.parameters = sum(each.parameters for each in loaded)
-        self._crew = crew
+        self._workers = workers
 
     def pack_with_reference(self, ids: Sequence[int] | None, hidden: torch.Tensor | None) -> torch.Tensor:
         """Computes the reference whole and plain in this process, then packs.
@@ -156,7 +156,7 @@ class ParallelStage:
     @property
     def processes(self) -> tuple[int, ...]:
         """The workers' process ids, by rank."""
-        return () if self._crew is None else self._crew.processes
+        return () if self._workers is None else self._workers.processes
 
     def sequence(self) -> Any:
         """Keys and values of a new sequence: a `SharedKV`, which passes for a `SequenceKV`."""
@@ -179,7 +179,7 @@ class ParallelStage:
             WorkersLost: a worker has ended, or was not done in time; all of them are ended then.
         """
         with self._lock:
-            if self._crew is None:
+            if self._workers is None:
                 raise WorkersLost("the span's workers were told to end")
             changes = tuple(self._changes.popleft() for _ in range(len(self._changes)))
             rows = tuple(SegmentRows(each.row, each.count, each.position, cast(Any, each.kv).number) for each in segments)
@@ -187,10 +187,10 @@ class ParallelStage:
             known = None if ids is None else tuple(ids)
             number = next(self._steps)
             step = ForwardStep(number, changes, start, end, rows, tuple(positions), known, data, tuple(logits_at))
-            self._crew.tell_all(step, self._step_timeout_s)
-            done = self._crew.hear(ForwardDone, self._step_timeout_s)
+            self._workers.tell_all(step, self._step_timeout_s)
+            done = self._workers.hear(ForwardDone, self._step_timeout_s)
             if any(each.number != number for each in done):
-                self._crew.end("a rank is out of step")
+                self._workers.end("a rank is out of step")
                 raise WorkersLost("a rank is out of step")
         self.windows.update(done[0].windows)
         if logits_at and end == self.layers:
@@ -200,15 +200,15 @@ class ParallelStage:
 
     def on_end(self, call: Callable[[str], None]) -> None:
         """Has `call` called with the reason, once, by any thread, when the workers end although nobody closed the stage."""
-        assert self._crew is not None
-        self._crew.on_end(call)
+        assert self._workers is not None
+        self._workers.on_end(call)
 
     def close(self) -> None:
         """Ends the workers, after the step under way (*blocking*)."""
         with self._lock:
-            crew, self._crew = self._crew, None
-        if crew is not None:
-            crew.end()
+            workers, self._workers = self._workers, None
+        if workers is not None:
+            workers.end()
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

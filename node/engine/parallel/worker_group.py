@@ -2,7 +2,7 @@
 
 Ranks compute in step, so one that dies, errs or is late leaves nothing that the others could do: all are killed, and whoever
 is told of it gives the span up. A watcher notices the end of a rank also while nothing is asked. The workers hold no
-state worth saving, so they are ended by SIGKILL; a node that ends in any other way lets go of their leash
+state worth saving, so they are ended by SIGKILL; when the node ends in any other way they exit with it
 (`node.host.parent_watch`).
 """
 
@@ -45,7 +45,7 @@ class WorkerGroup:
     """`ranks` worker processes. `ask` is for one thread at a time; the rest may be called by any."""
 
     def __init__(self, ranks: int) -> None:
-        self._leash_read, self._leash_write = os.pipe()  # not inheritable but by `pass_fds`
+        self._parent_read, self._parent_write = os.pipe()  # not inheritable but by `pass_fds`
         self._lock = threading.Lock()
         self._ended: str | None = None  # why
         self._over = threading.Event()  # all are gone, and whoever wanted to know has been told
@@ -69,14 +69,14 @@ class WorkerGroup:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", MODULE, str(theirs.fileno()), str(self._leash_read)]
+        command = [sys.executable, "-m", MODULE, str(theirs.fileno()), str(self._parent_read)]
         with theirs:
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), self._leash_read),
+                pass_fds=(theirs.fileno(), self._parent_read),
             )
         self._channels.append(Channel(ours))
         self._processes.append(process)
@@ -154,8 +154,8 @@ class WorkerGroup:
             process.kill()
         for process in self._processes:
             process.wait()
-        os.close(self._leash_read)
-        os.close(self._leash_write)
+        os.close(self._parent_read)
+        os.close(self._parent_write)
         if reason:
             log.error("workers.lost", reason=reason)
         if call is not None:

@@ -30,23 +30,23 @@ from node.text.grammar import compiled
 
 
 def draw(plan: StepPlan, logits: torch.Tensor, constraints: Constraints) -> dict[SequenceKey, list[Drawn]]:
-    """`logits` `[pieces that draw, with a row more for each of their guesses, vocab]`, float32."""
-    drawing = [piece for piece in plan.pieces if piece.draws]
+    """`logits` `[chunks that draw, with a row more for each of their guesses, vocab]`, float32."""
+    drawing = [chunk for chunk in plan.chunks if chunk.draws]
     rows = iter(logits.numpy() if drawing else ())  # without any, what came out are activations, in bfloat16 at times
-    return {piece.row.key: _draw_piece(piece, rows, constraints) for piece in drawing}
+    return {chunk.sequence.key: _draw_chunk(chunk, rows, constraints) for chunk in drawing}
 
 
-def _draw_piece(piece: ScheduledChunk, rows: Iterator[NDArray[np.float32]], constraints: Constraints) -> list[Drawn]:
-    logits = [next(rows) for _ in range(len(piece.draft) + 1)]
-    history = list(piece.history)
+def _draw_chunk(chunk: ScheduledChunk, rows: Iterator[NDArray[np.float32]], constraints: Constraints) -> list[Drawn]:
+    logits = [next(rows) for _ in range(len(chunk.draft) + 1)]
+    history = list(chunk.history)
     drawn: list[Drawn] = []
-    for number, guess in enumerate([*piece.draft, None]):
-        at = piece.draws_from + number
-        one = constraints.draw(logits[number], piece.row.opened, at, history, piece.stop_ids)
+    for number, guess in enumerate([*chunk.draft, None]):
+        at = chunk.draws_from + number
+        one = constraints.draw(logits[number], chunk.sequence.opened, at, history, chunk.stop_ids)
         drawn.append(one)
         if one.token is None or one.token != guess or one.ends:
             break
-        if piece.history:
+        if chunk.history:
             history.append(one.token)
     return drawn
 

@@ -37,18 +37,18 @@ class KvAllocator:
         for span, pages in self._pages.items():
             pages.fit(spill_rooms.get(span, 0))
 
-    def span_for(self, sequence: OpenSequence) -> Span:
+    def span_for(self, request: OpenSequence) -> Span:
         """The span with most room that holds the layers asked for. Raises LocalError: there is none."""
         fitting = [
             span
             for span, held in self.spans.items()
-            if span.model == sequence.model
-            and span.start <= sequence.start < sequence.end <= span.end
-            and sequence.weights in ("", held.weights)
+            if span.model == request.model
+            and span.start <= request.start < request.end <= span.end
+            and request.weights in ("", held.weights)
         ]
         if not fitting:
-            of = f"{sequence.model} with weights {sequence.weights[:16]}" if sequence.weights else sequence.model
-            raise LocalError(f"no loaded span holds layers {sequence.start}:{sequence.end} of {of}")
+            of = f"{request.model} with weights {request.weights[:16]}" if request.weights else request.model
+            raise LocalError(f"no loaded span holds layers {request.start}:{request.end} of {of}")
         return max(fitting, key=lambda span: (self.free(span), -span.start, -span.end))
 
     def free(self, span: Span) -> int:
@@ -72,87 +72,87 @@ class KvAllocator:
     def spilled_pages(self) -> int:
         return sum(pages.spilled for pages in self._pages.values())
 
-    # ---- a row's memory
+    # ---- a sequence's memory
 
-    def give(self, row: StageSequence) -> bool:
+    def give(self, sequence: StageSequence) -> bool:
         """Blocks for the tokens known so far, and the pages that hold their beginning; False: there is no room."""
-        pages, prefix = self._pages[row.lane.span], row.opened.prefix
-        names = [row.page_name(page) for page in range(min(len(row.names), (row.known - 1) // PREFIX_PAGE_TOKENS))]
+        pages, prefix = self._pages[sequence.lane.span], sequence.opened.prefix
+        names = [sequence.page_name(page) for page in range(min(len(sequence.names), (sequence.known - 1) // PREFIX_PAGE_TOKENS))]
         pages.find(names)  # those it wants are now the last to go
-        blocks = pages.take(blocks_for(row.known + 1))
+        blocks = pages.take(blocks_for(sequence.known + 1))
         if blocks is None:
             return False
-        row.blocks = blocks
+        sequence.blocks = blocks
         found = pages.find(names)
-        if row.first and prefix is not None and prefix.elsewhere is not None:
+        if sequence.first and prefix is not None and prefix.elsewhere is not None:
             found = found[: prefix.elsewhere]
         pages.pin(found)
-        row.offered = found
-        if row.first:
-            self.begin(row, len(found) * PREFIX_PAGE_TOKENS)
+        sequence.offered = found
+        if sequence.first:
+            self.begin(sequence, len(found) * PREFIX_PAGE_TOKENS)
         return True
 
-    def begin(self, row: StageSequence, position: int) -> None:
+    def begin(self, sequence: StageSequence, position: int) -> None:
         """It computes from `position` on, and takes what is before from the pages it was offered."""
         count = position // PREFIX_PAGE_TOKENS
-        self._pages[row.lane.span].unpin(row.offered[count:])
-        row.restoring, row.offered = row.offered[:count], []
-        row.computed = row.pushed_end = position
-        row.pages_kept = count
+        self._pages[sequence.lane.span].unpin(sequence.offered[count:])
+        sequence.restoring, sequence.offered = sequence.offered[:count], []
+        sequence.computed = sequence.pushed_end = position
+        sequence.pages_kept = count
 
-    def may_give(self, row: StageSequence) -> bool:
+    def may_give(self, sequence: StageSequence) -> bool:
         """Whether `give` is worth trying."""
-        return blocks_for(row.known + 1) <= self.free(row.lane.span)
+        return blocks_for(sequence.known + 1) <= self.free(sequence.lane.span)
 
-    def grow(self, row: StageSequence, tokens: int) -> bool:
+    def grow(self, sequence: StageSequence, tokens: int) -> bool:
         """More blocks, so that `tokens` fit; False: there are none."""
-        missing = blocks_for(min(tokens, row.limit)) - len(row.blocks)
-        more = self._pages[row.lane.span].take(missing) if missing > 0 else []
+        missing = blocks_for(min(tokens, sequence.limit)) - len(sequence.blocks)
+        more = self._pages[sequence.lane.span].take(missing) if missing > 0 else []
         if more is None:
             return False
-        row.blocks += more
+        sequence.blocks += more
         return True
 
     @staticmethod
-    def spare(row: StageSequence) -> int:
+    def spare(sequence: StageSequence) -> int:
         """Guesses that fit into the blocks it has: none is worth another's block."""
-        return len(row.blocks) * BLOCK_TOKENS - row.known - 1
+        return len(sequence.blocks) * BLOCK_TOKENS - sequence.known - 1
 
-    def give_up(self, row: StageSequence) -> None:
-        self._pages[row.lane.span].unpin([*row.offered, *row.restoring])
-        self.spans[row.lane.span].pool.release(row.blocks)
-        row.blocks, row.offered, row.restoring = [], [], []
+    def give_up(self, sequence: StageSequence) -> None:
+        self._pages[sequence.lane.span].unpin([*sequence.offered, *sequence.restoring])
+        self.spans[sequence.lane.span].pool.release(sequence.blocks)
+        sequence.blocks, sequence.offered, sequence.restoring = [], [], []
 
     # ---- a step's memory
 
-    def hold(self, piece: ScheduledChunk) -> None:
+    def hold(self, chunk: ScheduledChunk) -> None:
         """The step computes on these blocks until `end_step`, whatever becomes of the sequence."""
-        pool = self.spans[piece.row.lane.span].pool
-        pool.retain(piece.row.blocks)
-        self._held_by_step.append((pool, list(piece.row.blocks)))
+        pool = self.spans[chunk.sequence.lane.span].pool
+        pool.retain(chunk.sequence.blocks)
+        self._held_by_step.append((pool, list(chunk.sequence.blocks)))
 
     def end_step(self) -> None:
         for pool, blocks in self._held_by_step:
             pool.release(blocks)
         self._held_by_step = []
 
-    def keep_pages(self, row: StageSequence) -> None:
-        """The row's first piece has read what it restores; has the pages kept that have become whole, if there is room."""
-        pages = self._pages[row.lane.span]
-        pages.unpin(row.restoring)
-        row.restoring = []
-        row.learn_names()
-        before = row.pages_kept
-        while row.pages_kept < min(len(row.names), row.settled // PREFIX_PAGE_TOKENS):
-            name = row.page_name(row.pages_kept)
+    def keep_pages(self, sequence: StageSequence) -> None:
+        """The sequence's first chunk has read what it restores; has the pages kept that have become whole, if there is room."""
+        pages = self._pages[sequence.lane.span]
+        pages.unpin(sequence.restoring)
+        sequence.restoring = []
+        sequence.learn_names()
+        before = sequence.pages_kept
+        while sequence.pages_kept < min(len(sequence.names), sequence.settled // PREFIX_PAGE_TOKENS):
+            name = sequence.page_name(sequence.pages_kept)
             number = pages.add(name)
             if number is not None:
-                self._stores.append(PageCopy(row.key, row.lane, row.pages_kept * PREFIX_PAGE_TOKENS, number))
+                self._stores.append(PageCopy(sequence.key, sequence.lane, sequence.pages_kept * PREFIX_PAGE_TOKENS, number))
             elif name not in pages:
                 break
-            row.pages_kept += 1
-        if row.pages_kept > before:
-            pages.find([row.page_name(page) for page in range(row.pages_kept)])  # its beginning is the last to go
+            sequence.pages_kept += 1
+        if sequence.pages_kept > before:
+            pages.find([sequence.page_name(page) for page in range(sequence.pages_kept)])  # its beginning is the last to go
 
     def pages_to_store(self) -> list[PageCopy]:
         """What is to be copied before the next plan."""

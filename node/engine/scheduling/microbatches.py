@@ -77,7 +77,7 @@ class Microbatches:
     _away_s: float = 0.0  # from a row's step to the token drawn for it
     _held_since_s: float | None = None
 
-    def was_away(self, seconds: float) -> None:
+    def round_trip_observed(self, seconds: float) -> None:
         self._away_s += (seconds - self._away_s) * (AWAY_AVERAGING if self._away_s else 1.0)
 
     def hold_until_s(self, ready: int, rows: int, now: float) -> float:
@@ -97,7 +97,7 @@ class Microbatches:
         """How many of `rows` that decode one step may take."""
         return -(-rows // min(rows, self._tuning(self._rows or rows).groups)) if rows > 1 else 1
 
-    def came_back(self, tokens: int, rows: int, now: float) -> None:
+    def tokens_returned(self, tokens: int, rows: int, now: float) -> None:
         """So many tokens came since the last call, for sequences of which `rows` decode."""
         if rows < 2:
             self._rows = 0

@@ -59,7 +59,7 @@ class StageSequence:
     names_sent: int = 0  # to the next stage
     pages_kept: int = 0  # of its pages, from the first on: kept in the index, by this sequence or another
     offered: list[int] = field(default_factory=list)  # pages pinned until it is known from where on it computes
-    restoring: list[int] = field(default_factory=list)  # pages pinned until its first piece has read them
+    restoring: list[int] = field(default_factory=list)  # pages pinned until its first chunk has read them
     cached: int = 0  # tokens taken from pages when it was opened
     draft: list[int] = field(default_factory=list)  # guesses at the positions known, known + 1, …
     rewinds: int = 0  # guesses that proved wrong

@@ -13,17 +13,17 @@ from node.engine.scheduling.sequence import PushedActivations, StageSequence
 
 @dataclass(frozen=True, slots=True)
 class ScheduledChunk:
-    """One row's share of a step: positions `position … position + count - 1`, as tokens or as pushed activations."""
+    """One sequence's share of a step: positions `position … position + count - 1`, as tokens or as pushed activations."""
 
-    row: StageSequence
+    sequence: StageSequence
     position: int
     count: int
     tokens: tuple[int, ...] = ()
-    pushed: tuple[PushedActivations, ...] = ()  # may begin before `position` and end behind the piece
+    pushed: tuple[PushedActivations, ...] = ()  # may begin before `position` and end behind the chunk
     restore: tuple[int, ...] = ()  # pages that hold all positions before; read before anything is computed
     names: tuple[bytes, ...] = ()  # for the next stage: of the pages that have become whole
     draft: tuple[int, ...] = ()  # the tokens at its last so many positions are guesses
-    rewinds: int = 0  # of the row, when this was planned
+    rewinds: int = 0  # of the sequence, when this was planned
     draws: bool = False  # the logits behind its last position, and those before its guesses, give the next tokens
     draws_from: int = 0  # with `draws`: the position of the first token to be drawn
     history: tuple[int, ...] = ()  # with `draws`: all tokens so far, if sampling or a grammar looks at them
@@ -34,7 +34,7 @@ class ScheduledChunk:
 class StepPlan:
     number: int
     lane: Lane | None  # None: nothing to compute
-    pieces: tuple[ScheduledChunk, ...]
+    chunks: tuple[ScheduledChunk, ...]
     lost: tuple[SequenceLost, ...]
     freed: tuple[SequenceKey, ...]  # sequences gone since the last plan: their tensors can go
     dropped: tuple[tuple[Span, int], ...] = ()  # pages gone since the last plan
@@ -43,7 +43,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What the sampler made of a piece that draws; `token` None: no token can be drawn from these logits."""
+    """What the sampler made of a chunk that draws; `token` None: no token can be drawn from these logits."""
 
     token: int | None
     logprob: float | None = None
@@ -85,31 +85,31 @@ class HeldSpan:
     max_model_len: int
     end_ids: frozenset[int]  # the model's own end-of-sequence tokens
     whole_only: bool = False  # its layers cannot be served apart
-    exact: bool = True  # its kernels give the same bits however rows are cut: what guessing rests on
+    exact: bool = True  # its kernels give the same bits however sequences are cut: what guessing rests on
     weights: str = ""  # which they are (`mesh.manifest`)
 
 
-def piece_of(row: StageSequence, count: int, stop_ids: frozenset[int]) -> ScheduledChunk:
-    """The next `count` positions of a row. `stop_ids`: what ends it, should the piece draw."""
-    position, end = row.computed, row.computed + count
-    draws = row.last and end >= row.known
-    sampling = row.opened.sampling
+def chunk_of(sequence: StageSequence, count: int, stop_ids: frozenset[int]) -> ScheduledChunk:
+    """The next `count` positions of a sequence. `stop_ids`: what ends it, should the chunk draw."""
+    position, end = sequence.computed, sequence.computed + count
+    draws = sequence.last and end >= sequence.known
+    sampling = sequence.opened.sampling
     looks_back = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
     looks_back = looks_back or sampling.grammar is not None
-    row.learn_names()
-    row.void_from = math.inf
+    sequence.learn_names()
+    sequence.void_from = math.inf
     return ScheduledChunk(
-        row,
+        sequence,
         position,
         count,
-        tokens=tuple([*row.tokens, *row.draft][position:end]) if row.first else (),
-        pushed=() if row.first else tuple(part for part in row.pushed if part.position < end),
-        restore=tuple(row.restoring),
-        names=() if row.last else tuple(row.names[row.names_sent :]),
-        draft=tuple(row.draft[max(0, position - row.known) : max(0, end - row.known)]),
-        rewinds=row.rewinds,
+        tokens=tuple([*sequence.tokens, *sequence.draft][position:end]) if sequence.first else (),
+        pushed=() if sequence.first else tuple(part for part in sequence.pushed if part.position < end),
+        restore=tuple(sequence.restoring),
+        names=() if sequence.last else tuple(sequence.names[sequence.names_sent :]),
+        draft=tuple(sequence.draft[max(0, position - sequence.known) : max(0, end - sequence.known)]),
+        rewinds=sequence.rewinds,
         draws=draws,
-        draws_from=row.known,
-        history=tuple(row.tokens) if draws and looks_back else (),
+        draws_from=sequence.known,
+        history=tuple(sequence.tokens) if draws and looks_back else (),
         stop_ids=stop_ids if draws else frozenset(),
     )

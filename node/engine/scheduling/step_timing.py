@@ -46,8 +46,8 @@ class StepTiming:
         took_s, self._under_way = self._clock() - self._under_way[0], None
         before_s = self._average_s.get(_size(plan), took_s)
         self._average_s[_size(plan)] = before_s + (took_s - before_s) * AVERAGING
-        rows = sum(max(1, piece.count - len(piece.draft)) for piece in plan.pieces)
-        decodes = sum(piece.count - len(piece.draft) <= 1 for piece in plan.pieces)
+        rows = sum(max(1, chunk.count - len(chunk.draft)) for chunk in plan.chunks)
+        decodes = sum(chunk.count - len(chunk.draft) <= 1 for chunk in plan.chunks)
         self.decode_tokens += decodes
         self.prefill_tokens += rows - decodes
         if decodes == rows:
@@ -69,5 +69,5 @@ class StepTiming:
 def _size(plan: StepPlan) -> tuple[int, int]:
     """The layers of a step, and its rows as a power of two."""
     assert plan.lane is not None
-    rows = sum(piece.count for piece in plan.pieces)
+    rows = sum(chunk.count for chunk in plan.chunks)
     return plan.lane.end - plan.lane.start, (rows - 1).bit_length()
