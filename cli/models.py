@@ -45,7 +45,7 @@ def models(
 
 
 def default_model() -> dict[str, Any]:
-    """The default model as `/mesh/status` would tell it while nobody serves it. Imports no torch."""
+    """The default model as `/mesh/status` would report it while no node serves it. Imports no torch."""
     from node.engine.default_model import LAYERS, MAX_MODEL_LEN, MODEL_ID
 
     return {"id": MODEL_ID, "layers": LAYERS, "max_model_len": MAX_MODEL_LEN, "complete": False, "min_replicas": 0}

@@ -1,4 +1,4 @@
-"""`mesh nodes`: who is there."""
+"""`mesh nodes`: the members and their states."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from membership.simulation.scenario import Death, Scenario, ScenarioResult
 
 
-_LARGE = 2000  # nodes: whoever waits for so many is told how far it is
+_LARGE = 2000  # nodes: from this size on the progress is shown
 
 
 def replayed(path: Path, json: bool) -> None:
@@ -56,7 +56,7 @@ def replayed(path: Path, json: bool) -> None:
 
 
 def told(scenario: Scenario, outcome: ScenarioResult) -> None:
-    """The deaths as a table, and what became of the rest. From "SUSPECT S" on nobody gives the node new work."""
+    """The deaths as a table, and what became of the rest. From "SUSPECT S" on no node gives it new work."""
     rows = [
         (
             death.node,

@@ -1,1 +1,1 @@
-"""Who is there."""
+"""Membership: which nodes are alive, and what each publishes about itself."""

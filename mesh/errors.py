@@ -35,7 +35,7 @@ class PeerLost(MeshError):
 
 
 class PeerRefused(PeerLost):
-    """Who answers at the address will not link with us (another key or mesh), or is no mesh node: somebody must mend that."""
+    """The node at the address refuses the link (another key or mesh), or is no mesh node: an operator must correct this."""
 
 
 class DeadlineExceeded(MeshError):

@@ -1,4 +1,4 @@
-"""Rendezvous hashing: who owns a key, computed alike by everyone from the list of nodes alone.
+"""Rendezvous hashing: the owners of a key, computed alike by all nodes from the list of nodes alone.
 
 Highest random weight (Thaler & Ravishankar 1998), in its weighted form `-w / ln(u)`: removing a node
 moves only the keys it owned, and a node of weight 2 owns twice as many as one of weight 1.

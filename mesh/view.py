@@ -132,7 +132,7 @@ class Peer:
     load_at: float = 0.0  # when the load record was heard, local monotonic seconds
     rtt_s: float | None = None  # last measured round trip; None: never measured
     rtt_estimate_s: float | None = None  # told from network coordinates, or from its region; None: nothing to tell it from
-    # Of a death: "refused" (its host says that nobody listens there) or "timeout" (silence). Of a suspicion: "stalled"
+    # Of a death: "refused" (its host refuses its port) or "timeout" (silence). Of a suspicion: "stalled"
     # (silent for as long as would be a death, but its host still takes connections for it), else nothing.
     cause: str = ""
 

@@ -62,7 +62,7 @@ def run(config: NodeConfig, announce: Callable[[str], None]) -> NoReturn:
 
 
 def _end_process() -> NoReturn:
-    """At once: a load or a step may run on in a thread that nobody waits for, and with torch an orderly end takes seconds."""
+    """At once: a load or a step may still run in a thread, and with torch an orderly end takes seconds."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(0)

@@ -1,7 +1,7 @@
 """Hybrid logical clock: time stamps that agree with wall time when clocks are good and with causality always.
 
 A stamp is 48 bits of Unix milliseconds and a 16-bit counter in one integer, with the node's id to break ties.
-Whoever has seen a stamp issues greater ones, whatever its own clock says. A stamp far ahead of our clock is
+A node that has seen a stamp issues greater ones, whatever its own clock says. A stamp far ahead of our clock is
 refused: accepted, it would win every later write until real time had caught up with it.
 Source: Kulkarni et al., "Logical Physical Clocks" (2014).
 """
@@ -17,7 +17,7 @@ MAX_AHEAD_S = 60.0
 
 
 class HybridTimestamp(msgspec.Struct, frozen=True, order=True, array_like=True):
-    """When, and by whom, something was written. Ordered: the greater stamp wins everywhere."""
+    """The time and the writer of an entry. Ordered: the greater stamp wins everywhere."""
 
     hlc: int
     node: NodeId

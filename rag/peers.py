@@ -49,7 +49,7 @@ class Peers:
         self.malformed = 0
         self.calls_failed = 0
 
-    # -- who is there
+    # -- members
 
     def live(self) -> list[NodeId]:
         """Live nodes, this one always among them."""
@@ -59,7 +59,7 @@ class Peers:
         return [node for node in self.live() if node != self.me]
 
     def roster(self) -> list[NodeId]:
-        """Who may own shards. While the view is frozen, who did before: no document is copied for one that is only cut off."""
+        """The nodes that may own shards. While the view is frozen, those before: no copies for a node that is only cut off."""
         view, now_s = self._view(), self._now()
         for peer in view.peers.values():
             if peer.state is PeerState.DEAD:
@@ -241,13 +241,13 @@ class Peers:
     # -- reads
 
     def live_owners(self, store: str, shard: int) -> list[NodeId]:
-        """Whom to ask for a shard, best first; copies that missed a write of ours last."""
+        """The owners to ask for a shard, best first; copies that missed a write of ours last."""
         live = set(self.live())
         owners = [node for node in self.owners(store, shard) if node in live]
         return sorted(owners, key=lambda node: (node, store, shard) in self.doubted)
 
     def holders(self, store: str, shard: int) -> list[NodeId]:
-        """Live owners and whoever else has told of entries: hints, and what has not moved yet. Those with the newest first."""
+        """Live owners and other nodes that announced entries: hints, and what has not moved yet. Those with the newest first."""
         owners = self.live_owners(store, shard)
         others = [node for node in self.live() if node not in owners and self.digest_at(node, store, shard).entries]
 
@@ -318,7 +318,7 @@ class Peers:
                 for line, head in zip(lines, heads):
                     found.take(node, line, head)
             except CALL_FAILURES:
-                pass  # counted by `ask`; `found` knows who was not heard
+                pass  # counted by `ask`; `found` knows which owners did not answer
             waiting -= 1
             progress.set()
             progress = trio.Event()
@@ -346,7 +346,7 @@ class Peers:
         return found
 
     async def operation(self, entry: StoreEntry, head: DocumentHead) -> Operation | None:
-        """A document whole, as of this head or later, from whoever has it."""
+        """A whole document, as of this head or later, from any node that has it."""
         shard = shard_of(head.doc_id)
         ranked = sorted(self.holders(entry.id, shard), key=lambda node: node != self.me)
         for node in ranked:

@@ -2,7 +2,7 @@
 
 `Documents` turns files into passages, writes them to their owners, searches over all shards and keeps copies whole
 in the background. Uploaded files live in a reserved store of their own; attaching one to a store parses, chunks and
-embeds it there under the file's id. All of it works on every node, whoever took the write.
+embeds it there under the file's id. All of it works on every node, whichever took the write.
 """
 
 from __future__ import annotations

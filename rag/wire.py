@@ -143,7 +143,7 @@ def file_id(name: str, content: bytes) -> str:
 
 
 def flaw_of(operation: Operation, entry: StoreEntry, dim: int, now_s: float) -> str | None:
-    """Why an operation must not be stored, whoever sent it; None if nothing is wrong with it."""
+    """Why an operation must not be stored; None if nothing is wrong with it."""
     head = operation.head
     if not 0 < len(head.doc_id) <= MAX_ID_CHARS or head.hlc <= 0 or head.hlc >= 1 << 63:
         return "an id or a stamp out of range"

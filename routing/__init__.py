@@ -1,1 +1,1 @@
-"""Who shall do it: pure decisions over the view."""
+"""Routing: score, policies, paths, placement and admission, as pure functions of the view."""

@@ -36,7 +36,7 @@ class PlanElsewhere:
 
 @dataclass(frozen=True, slots=True)
 class WaitAtEntry:
-    """Plan again after `wait_s`, with everybody; sooner when a peer's load record tells of room."""
+    """Plan again after `wait_s`, with all peers; sooner when a peer's load record shows room."""
 
     wait_s: float
 
@@ -59,10 +59,10 @@ class RefusalHistory:
     def busy(self, node: NodeId, retry_after_s: float, rng: Random, *, others: bool = True) -> Bounced:
         """`node` refused, and expects room after `retry_after_s`. others: some peer is left that has not refused.
 
-        The wait is the soonest of what the peers expect, grows with each round, and is spread by half so that those who
+        The wait is the shortest that a peer expects, grows with each round, and is spread by half so that requests that
         were refused together do not come back together.
         """
-        again = node in self._refused  # it was asked although it had refused: there is nobody else
+        again = node in self._refused  # it was asked although it had refused: there is no other peer
         if not again:
             self._refused.append(node)
         self._soonest_s = min(self._soonest_s, max(MIN_WAIT_S, retry_after_s))

@@ -63,8 +63,8 @@ def coverage(view: View) -> dict[ModelId, Coverage]:
 
 
 def changes(before: Mapping[ModelId, Coverage], now: Mapping[ModelId, Coverage], enough: int = 2) -> list[CoverageChanged]:
-    """What is worth telling: the least ready copies differ, and one of the two is below `enough`. A model that nobody knows
-    any more has none; one that nobody knew before is told only when it has no layer without a copy."""
+    """What is worth telling: the least ready copies differ, and one of the two is below `enough`. A model that is not known
+    any more has none; one that was not known before is reported only when it has no layer without a copy."""
     told = []
     for model in sorted({*before, *now}):
         was = before[model].least_ready if model in before else 0

@@ -1,4 +1,4 @@
-"""Who holds which layers: the peers of a view that may take work for a model, and the layers that none of them holds."""
+"""The holders of layers: the peers of a view that may take work for a model, and the layers that none of them holds."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class PathStage:
 
 @dataclass(frozen=True, slots=True)
 class ScoredCandidate:
-    """A candidate that was ranked for a stage, with the terms of its score in ms, for people who ask why."""
+    """A candidate that was ranked for a stage, with the terms of its score in ms, for `mesh why`."""
 
     stage: int
     rank: int

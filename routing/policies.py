@@ -55,7 +55,7 @@ class Policy(Protocol):
     name: str
 
     def pick(self, candidates: Sequence[PeerCandidate], work: RequestWork, rng: Random) -> list[PeerCandidate]:
-        """All candidates, best first: who refuses is followed by the next. Empty in, empty out."""
+        """All candidates, best first: after a refusal the next is asked. Empty in, empty out."""
 
 
 class MeshScore:

@@ -1,7 +1,7 @@
 """The score of a peer for a piece of work: milliseconds until the work is expected to be complete. Lower wins.
 
-One unit for all terms makes them comparable and explainable, where normalised 0..1 points need weights that nobody
-can tune (aibrix #814; llm-d moved the same way in 2026). Each term is a function of its own that says its reason.
+One unit for all terms makes them comparable and explainable, where normalised 0..1 points need weights that are hard to
+tune (aibrix #814; llm-d moved the same way in 2026). Each term is a function of its own that says its reason.
 Stale load drifts to the mean of the pool, never to zero: a silent peer is not an idle one.
 """
 
@@ -17,7 +17,7 @@ from mesh.view import Load, Peer
 from routing.dispatches import NOTHING, DispatchedWork
 
 DEFAULT_STEP_MS_PER_LAYER = 1.0
-"""Of a peer when nobody has measured anything yet: equal for all, so that only its size against the network matters."""
+"""Of a peer that has not been measured yet: equal for all, so that only its size against the network matters."""
 
 DEFAULT_PREFILL_MS_PER_TOKEN_LAYER = 0.05
 """The same for prefill: a layer reads about twenty prompt tokens in the time of one decode step."""

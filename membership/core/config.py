@@ -40,9 +40,7 @@ class MembershipConfig:
     """
 
     probe_period_s: float = 0.8  # one member is probed each period: nearly all that an idle mesh sends
-    probe_round_s: float = (
-        0.5  # from a ping to the suspicion of a member that nobody reaches: routing passes it over from then on
-    )
+    probe_round_s: float = 0.5  # from a ping to the suspicion of a member that answers no probe: routing avoids it from then on
     probe_timeout_s: float = 0.2  # then others are asked to try; above any LAN round trip, even of a busy process
     indirect_peers: int = 3
     suspicion_unit_s: float = 0.5

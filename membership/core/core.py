@@ -211,7 +211,7 @@ class MembershipCore:
         effects: list[Effect] = [FactsChanged(owner) for owner in news]
         passed_on = news if pushed or len(news) <= _MAX_PASS_ON else {owner: news[owner] for owner in news if owner == teller}
         effects = self._settled(self.swim.spread(now), now) + effects
-        # A teller who was ahead of us about ourselves hears the outcome too; else it knows what it told.
+        # A sender that was ahead of us about ourselves gets the outcome too; another knows what it sent.
         current = tuple(delta for owner, delta in passed_on.items() if delta is not None and self.swim.members[owner].live)
         return effects + self._pushes(current, now, () if self.me in passed_on else (teller,))
 

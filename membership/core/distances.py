@@ -41,7 +41,7 @@ class Distances:
         return None if self._pings % every else self._here()
 
     def told_with_ack(self, asked: bytes | None) -> bytes | None:
-        """Whoever says where it is wants to hear where we are."""
+        """Our coordinate, for a message that carried the sender's."""
         return None if asked is None else self._here()
 
     def _here(self) -> bytes:
@@ -51,7 +51,7 @@ class Distances:
         return packed
 
     def heard(self, member: Member, where: bytes | None) -> None:
-        """The member said, or somebody said of it, where it is."""
+        """Stores a member's coordinate, from its own message or another member's record."""
         if where is not None and (point := self.position.told(where)) is not None:
             member.point = point
 
@@ -73,7 +73,7 @@ class Distances:
         self.position.forget(member.node)
 
     def estimate_s(self, member: Member) -> float | None:
-        """The round trip to be expected without asking: by the points, else by others of its region. None: nobody knows."""
+        """The round trip to be expected without asking: by the points, else by others of its region. None: unknown."""
         point, average_s = member.point, self._region_s.get(member.region)
         if point is None or not self.position.samples:
             return average_s

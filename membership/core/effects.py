@@ -19,7 +19,7 @@ class SendDatagram(msgspec.Struct, frozen=True, gc=False):
 
 
 class StartSync(msgspec.Struct, frozen=True):
-    """Compare notes with whoever answers at `to`: a `membership.sync` call with a digest."""
+    """Compare all knowledge with the node at `to`: a `membership.sync` call with a digest."""
 
     to: Address
 
@@ -32,7 +32,7 @@ class PushFacts(msgspec.Struct, frozen=True):
 
 
 class TryConnect(msgspec.Struct, frozen=True):
-    """Find out whether anybody listens at `to`, and tell the core with `tried(number, refused)`; None: no answer."""
+    """Try to connect to `to`, and report the outcome with `tried(number, refused)`; None: no answer."""
 
     number: int
     to: Address
@@ -52,7 +52,7 @@ class WatchLinks(msgspec.Struct, frozen=True):
 
 
 class FindTwin(msgspec.Struct, frozen=True):
-    """Words of this identity came from `to` that this process never said: find out who lives there, and tell `twin_found`."""
+    """A claim of this identity that this process never made came from `to`: ask which process runs there, call `twin_found`."""
 
     to: Address
 
@@ -91,7 +91,7 @@ class LoadMeasured(msgspec.Struct, frozen=True, gc=False):
 
 
 class LossBatch(msgspec.Struct, frozen=True):
-    """All that went within one short while, sorted: what ran on any of these is lost, or moved away by those who left."""
+    """The members lost within one short while, sorted: what ran on any of these is lost, or was moved away by those that left."""
 
     lost: tuple[NodeId, ...]
     left: tuple[NodeId, ...] = ()
@@ -104,7 +104,7 @@ class ViewFrozen(msgspec.Struct, frozen=True):
 
 
 class EpochRenewed(msgspec.Struct, frozen=True):
-    """Somebody knew a later run of this node than this one; it now counts as run `epoch`. Worth keeping on disk."""
+    """A member knew a later run of this node than this one; it now counts as run `epoch`, which must be stored on disk."""
 
     epoch: int
 

@@ -1,4 +1,4 @@
-"""When it is time to compare notes with a peer, which costs a digest of everybody.
+"""Decides when to compare all knowledge with a peer, which costs a digest of all members.
 
 Each peer, and this node, has one only so often. A difference alone is no reason while news is on its way: in a mesh of thousands
 every death would make all of them ask all others, and the rumour has reached them before the answer.

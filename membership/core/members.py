@@ -117,7 +117,7 @@ class Member:
                 return Left(self.node, self.epoch, self.incarnation, self.signature)
 
     def is_to_hear(self, corrections: list[Claim], now: float, gap_s: float) -> bool:
-        """Not when it was told the very same a moment ago: two who put one another right in vain would fill the wire."""
+        """Not if the same corrections were sent a moment ago: two nodes that correct each other in vain would fill the wire."""
         if self.put_right is not None and self.put_right[1] == corrections and now - self.put_right[0] < gap_s:
             return False
         self.put_right = now, corrections

@@ -1,14 +1,13 @@
-"""Many losses seen as one: the cut that a rack or a partition makes, and whether this node may act on what it sees.
+"""Loss batches and frozen views: which losses belong together, and whether this node may act on what it sees.
 
-A **cut** is what was lost within one short while: told once, when nothing more has been lost for `SETTLE_S` and no suspicion
-is open that may belong to it, and within `PATIENCE_S` in any case. While the view is frozen both are longer: whoever finds most
-others silent doubts itself and probes slowly, and nothing is moved meanwhile. Who came back meanwhile is not in it.
-The **last stable view** is who was there when nothing had changed for `SETTLED_S` and nobody was suspect. While more than a third
+A **loss batch** is what was lost within one short while: reported once, when nothing more has been lost for `SETTLE_S` and no
+suspicion is open that may belong to it, and within `PATIENCE_S` in any case. While the view is frozen both are longer: a node that
+finds most others silent doubts itself and probes slowly, and nothing is moved meanwhile. A member that came back is not in it.
+The **last stable view** is the members when nothing had changed for `SETTLED_S` and none was suspect. While more than a third
 of it has fallen silent, the view is *frozen*: this node may be the one that is cut off, and a mesh that shuffles weights and
 documents cannot answer. It thaws when enough of them are back, or when what is left has not changed for `RESIGNED_S`: then they
-are gone. Who said goodbye is not missing, nor one whose own host says that it is dead; and one node alone is never a reason.
+are gone. A member that left is not missing, nor one whose own host refuses its port; and one node alone is never a reason.
 All in constant time for each change of a member.
-Source: the cut detection of Rapid (Suresh et al., USENIX ATC 2018), without its agreement: each node judges its own view.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class LossBatching:
     def __init__(self, members: Members, now: float) -> None:
         self._members = members
         self._changed_at = now
-        # Of the last stable view: who is suspect now, who is dead; and who is live beyond it. All others of it are alive.
+        # Of the last stable view: the members suspect now, and the dead; and live members beyond it. All others of it are alive.
         self._doubted: set[NodeId] = set()
         self._lost: set[NodeId] = set()
         self._fresh: set[NodeId] = set()

@@ -1,4 +1,4 @@
-"""Which probes are under way. No verdicts here: `membership.core.swim` draws them; whom to probe says `membership.core.regions`.
+"""The probes under way. Verdicts are `membership.core.swim`'s; which member is probed next, `membership.core.regions`'s.
 
 Each probe has a number, so a late answer to an older one changes nothing.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from random import Random
 
 _MAX_SEQUENCE = 2**32
-_MAX_RELAYS = 1024  # pings under way for others; an asker beyond that waits in vain and asks somebody else
+_MAX_RELAYS = 1024  # pings under way for others; an asker beyond that gets no answer and asks another relay
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Relay:
-    """A ping sent for somebody else: where its answer goes, under which number, and until when."""
+    """A ping sent for another member: where its answer goes, under which number, and until when."""
 
     target: NodeId
     asker: Address
@@ -94,7 +94,7 @@ class Probes:
         return [self._relays[seq] for seq in due if seq in self._relays]
 
     def relay(self, target: NodeId, asker: Address, asker_seq: int, now: float, nack_at: float, expires_at: float) -> int | None:
-        """A number for a ping on somebody's behalf; None when too many are under way."""
+        """A number for a ping sent for another member; None while too many are under way."""
         if len(self._relays) >= _MAX_RELAYS:
             self._relays = {seq: relay for seq, relay in self._relays.items() if relay.expires_at > now}
             if len(self._relays) >= _MAX_RELAYS:

@@ -89,7 +89,7 @@ class Refutation:
         state, me = self._state, self._state.myself
         before = me.epoch, me.incarnation
         self.refutations += 1
-        state.health.note(+1)  # whoever is suspected often may be slow itself (Lifeguard)
+        state.health.note(+1)  # a node that is suspected often may be slow itself (Lifeguard)
         if claim.epoch > me.epoch:
             me.epoch, me.incarnation = claim.epoch + 1, 0
             state.note(EpochRenewed(me.epoch))

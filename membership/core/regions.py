@@ -1,8 +1,8 @@
-"""Whom to probe and tell when the mesh spans regions: mostly neighbours, and each other region by a few of us.
+"""Which members to probe and inform when the mesh spans regions: mostly neighbours, and each other region by a few nodes.
 
 A probe across an ocean costs more and says less, so three of four go to the own region. Towards each other region a few
 nodes of every region stand watch, and the others look there now and then to know how far it is, newcomers at once; that keeps
-an eye on a region that is lost as a whole, where nobody is left to tell. As soon as anybody there is suspected, all look there
+watch on a region that is lost as a whole, from which no report comes. As soon as a member there is suspected, all probe there
 at every second probe. News goes to neighbours first, but always abroad as well.
 A mesh whose nodes name no region, or one, is probed and told as if there were none.
 Source: the budget and the neighbour's turn are our own; round-robin in random order is SWIM's (section 4.3).
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 WATCHERS = 3  # of each region towards each other region
 ABROAD_EVERY = 4  # of a watcher's probes
-MEASURE_EVERY = 16  # of everybody else's: so that all know how far it is
-DOUBT_EVERY = 2  # of everybody's probes, while somebody abroad is suspected
-NEIGHBOURS = 4  # on the ring, of whom the first that is not suspected already is looked after
+MEASURE_EVERY = 16  # of the other nodes' probes: so that all have measured the round trip
+DOUBT_EVERY = 2  # of every node's probes, while a member abroad is suspected
+NEIGHBOURS = 4  # on the ring; the first of them that is not suspected already is probed
 NEAR_OF_THREE = 2  # of the peers that are told something at once
 
 
 class ProbeRound:
-    """Everybody once, then again: it bounds the time until everyone had a turn, as drawing at random does not.
+    """Every member once, then again: this bounds the time until each is probed, as drawing at random does not.
 
     The order is that of the multiples of a stride that has no divisor with their number in common. So it takes no list of its
     own, and neither do ten thousand of them in a simulated mesh.
@@ -58,7 +58,7 @@ class ProbeRound:
         as_begun = self._length > 0 and self._rosters == tuple(rosters)
         if not as_begun and sum(len(roster) - (me in roster) for roster in rosters) == 0:
             return None
-        as_begun = as_begun and not self._known_newcomers  # then nobody of the round can have gone meanwhile
+        as_begun = as_begun and not self._known_newcomers  # then no member of the round can have gone meanwhile
         while True:
             node = self._next()
             if node is None:
@@ -108,7 +108,7 @@ class ProbeSchedule:
         (self._near if member.region == members.region else self._abroad).joined(member.node)
 
     def next_target(self, members: Members) -> NodeId | None:
-        """None: there is nobody."""
+        """None: there is no member to probe."""
         if not members.abroad:
             return self._at_home(members)
         self._turn += 1

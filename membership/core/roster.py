@@ -1,7 +1,7 @@
-"""Who lives, in the order of ids: one immutable list, and one each for whoever knows of one more or one fewer.
+"""The live members in the order of ids: one immutable list, and one more for each list with a node more or fewer.
 
-A list remembers what it became with, and without, a node. So all who know the same hold the same list, however each got to know
-it: a mesh of ten thousand simulated nodes holds a few lists and not ten thousand copies, and a node's own probing may keep
+A list remembers the lists with, and without, a node. So all simulated nodes that know the same share one list, however each came
+to it: a mesh of ten thousand simulated nodes holds a few lists and not ten thousand copies, and a node's own probing may keep
 the list that its round began with for nothing.
 """
 

@@ -46,13 +46,13 @@ class Suspicion:
     expected: int
     min_s: float
     max_s: float
-    first: NodeId | None  # the first accuser: whom exports of this suspicion name; None: an exchange did not say
+    first: NodeId | None  # the first accuser, which exports of this suspicion name; None: an exchange did not contain it
     accusers: set[NodeId] = field(default_factory=set)
     slack_s: float = 0.0  # lag that it, or we, admitted to
     stall_patience_s: float = 0.0
     listens: bool = False  # its process exists
     stalled: bool = False  # and it has been silent for as long as another's death takes
-    cap_s: float = math.inf  # somebody's verdict fell already: ours follows no later than so long after the start
+    cap_s: float = math.inf  # another member's verdict exists: ours follows no later than so long after the start
 
     def __post_init__(self) -> None:
         if self.first is not None:

@@ -153,7 +153,7 @@ class Swim:
         rtt_s = None  # of the ack, if it times one
         match message:
             case Ping(seq=seq, target=target, where=where):
-                # Somebody else lived at this address before us: the asker is told who does now, and gets no ack.
+                # Another node had this address before us: the asker is sent our claim, and gets no ack.
                 wanted = target == self.me
                 claims = corrections if wanted else [self.myself.alive_claim(), *corrections]
                 answer = self.state.distances.told_with_ack(where)
@@ -293,7 +293,7 @@ class Swim:
         self._schedule.joined(self.members[node], self.members)
 
     def _greet(self, member: Member | None, source: Address, sender: Sender, now: float, arrived_at: float) -> list[Claim]:
-        """Takes note of who speaks; what it should be told about itself, if it does not know how it is seen."""
+        """Notes that the sender is alive; returns the claim about it that it should see, if it is not seen as alive."""
         if member is None or (sender.epoch, sender.incarnation) > (member.epoch, member.incarnation):
             self.state.want_exchange(source, now)
             return []
@@ -302,8 +302,8 @@ class Swim:
             member.lag_s = sender.lag_ms / 1000
         if member.state is PeerState.ALIVE:
             return []
-        # The buddy: a suspect that speaks to us hears of it from us, first of all. One that has lost count of its runs is
-        # shown its own later words: it believes nobody else's, and only knowing them it can speak louder.
+        # Lifeguard's buddy system: a suspect learns of its suspicion with the next message. One that has lost its epoch is
+        # shown its own later claim: it believes no other node's, and only with it can it refute.
         behind = (sender.epoch, sender.incarnation) < member.description[:2]
         return [member.alive_claim() if behind else member.claim(self.me)]
 
@@ -349,7 +349,7 @@ class Swim:
         return min(LAG_MAX_S, _RELAYED_FACTOR * max(2 * way_s + there_s, nack_s))
 
     def _relay(self, asker: Address, asker_seq: int, target: NodeId, now: float) -> list[Effect]:
-        # Only to members, at the address we know: nobody can make us ping strangers.
+        # Only to members, at the address we know: no sender can make this node ping strangers.
         member = self.members.get(target)
         if member is None or target == self.me:
             return []
@@ -408,7 +408,7 @@ class Swim:
         return (member := self.members.get(node)) is not None and member.live
 
     def _redial(self, now: float) -> list[Effect]:
-        """Tries one address where somebody was, so that a mesh that was cut in two becomes one again."""
+        """Tries one address of a lost member or a seed, so that a mesh that was split becomes one again."""
         effects: list[Effect] = []
         gone = [self.members[node] for node in sorted(self.members.gone)]
         for member in gone:

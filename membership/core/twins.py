@@ -46,7 +46,7 @@ class Twins:
         return False, self._ask(place, now)
 
     def asked(self, by: ProcessRun, now: float) -> tuple[TwinAnswer, list[Effect]]:
-        """Somebody asks who says that it is this identity too: it may be, so it is asked in turn."""
+        """A process that claims this identity asks: it may be a twin, so it is asked in turn."""
         if by.address == self._address:
             return TwinAnswer(self.run(now), ""), []
         stops = ""
@@ -57,7 +57,7 @@ class Twins:
     def found(self, place: Address, answer: TwinAnswer | None, now: float) -> list[Effect]:
         """What came of a `FindTwin`: the answer of a process with this identity's key; None: there is none."""
         self._asked_at.pop(place, None)
-        if answer is None or answer.run.address == self._address:  # nobody, or this process by another way
+        if answer is None or answer.run.address == self._address:  # no process, or this one by another address
             self._note(self._nobody_at, place, now)
             return []
         twin = answer.run

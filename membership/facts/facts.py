@@ -29,7 +29,7 @@ class FactsBook:
         self._fingerprint = fingerprint
         self._maps: dict[NodeId, OwnerMap] = {me: OwnerMap(me, epoch)}
         self._shown: dict[NodeId, DecodedFacts] = {me: DecodedFacts()}
-        self._head = ""  # who came first when not everything fitted; the next one is served first next time
+        self._head = ""  # the first owner when not everything fitted; the next one is served first next time
         self.rejected = 0
 
     def __len__(self) -> int:
@@ -120,7 +120,7 @@ class FactsBook:
         return not held.overgrown and (told is None or told.upto < held.version)
 
     def _defend(self, delta: FactsDelta) -> tuple[DeltaOutcome, FactsDelta | None]:
-        """News of ourselves that we never wrote: we lost count, or somebody lies. The mesh must hear ours, so it goes ahead."""
+        """Facts of ours that we never wrote: our count was lost, or they are forged. Our own version is raised above them."""
         mine = self._maps[self.me]
         if (
             delta.epoch != mine.epoch

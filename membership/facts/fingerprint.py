@@ -18,7 +18,7 @@ Standing = tuple[int, int]
 
 class Fingerprint:
     def __init__(self, standings: Mapping[NodeId, Standing] | None = None) -> None:
-        """`standings`: of those who live."""
+        """`standings`: of the live members."""
         self._common: Mapping[NodeId, Standing] = {}
         self._standing: dict[NodeId, Standing | None] = {}  # beyond the common ones; None: not alive
         self._facts: dict[NodeId, tuple[int, int]] = {}  # of all known: epoch, version

@@ -3,8 +3,8 @@
 Only the owner writes, each write with the next version. A copy at version v holds of every key the newest write up to v,
 so what it lacks is exactly what was written after v: a delta is those writes in order, and one that is cut off anywhere
 leaves a copy at a lower version and no gap. A deleted key stays as a tombstone. The owner drops old tombstones
-and says up to which version (`collected`); a copy older than that may hold keys whose deletion nobody can tell it of any
-more, so it is given the map from the start, up to `collected` in one piece, and forgets what it had.
+and publishes up to which version (`collected`); a copy older than that may hold keys whose deletion can no longer be sent to
+it, so it gets the map from the start, up to `collected` in one piece, and forgets what it had.
 Source: Scuttlebutt (van Renesse et al., LADIS 2008); the reset rule closes its hole with deletions.
 """
 
@@ -93,7 +93,7 @@ class OwnerMap:
         return changes
 
     def outbid(self, version: int) -> None:
-        """Somebody holds what was never written, up to `version`: all is written anew above it, and older copies start over."""
+        """A copy holds versions never written, up to `version`: all keys are rewritten above it, older copies start over."""
         live = self.live()
         self._entries, self.size_bytes = {}, 0
         self.version = max(self.version, version)
@@ -132,7 +132,7 @@ class OwnerMap:
         return DeltaOutcome.NEWS, changes
 
     def differs(self, delta: FactsDelta) -> bool:
-        """Does it tell of this map what this map does not hold? For the owner, who alone can say that it is false."""
+        """Whether the delta claims keys that this map does not hold. For the owner, which alone knows that they are false."""
         held = (self._entries.get(entry.key) for entry in delta.entries)
         return delta.upto > self.version or any(
             mine is None or (mine.version <= entry.version and mine != entry)

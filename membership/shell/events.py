@@ -24,7 +24,7 @@ __all__ = ["JoinFailed", "LossBatch", "MemberEvent", "MembershipStatistics"]
 class JoinFailed(MeshError):
     """No seed answered. The message names each seed and why; the node is up, alone, and keeps trying them.
 
-    `refused`: at one of them somebody answers who will not have us, or is no mesh node; time alone will not mend that.
+    `refused`: at one of them a node of another mesh answered, or no mesh node; waiting does not help.
     """
 
     def __init__(self, reasons: Mapping[Address, str], *, refused: bool = False) -> None:

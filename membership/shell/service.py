@@ -60,7 +60,7 @@ _CALL_FAILED = (PeerLost, DeadlineExceeded, RemoteError, Refused, BadRequest)
 
 
 class Membership:
-    """Who is in the mesh, as this node knows it."""
+    """Drives one membership core: sockets, timers and peer calls."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class Membership:
             self._datagrams.close()
 
     async def join(self, seeds: list[Address]) -> int:
-        """Exchanges all knowledge with every seed at once; how many answered. They are tried again whenever nobody is there.
+        """Exchanges all knowledge with every seed at once; returns how many answered. Seeds are retried while no member is there.
 
         Raises:
             JoinFailed: there were seeds, and none answered.
@@ -155,7 +155,7 @@ class Membership:
         return len(others) - len(reasons)
 
     def recall(self, addresses: list[Address]) -> None:
-        """Peers were once here: they are tried now and, while nobody is there, again and again. Fails for nobody's absence."""
+        """Tries peers' addresses from an earlier run, now and again while no member is known there. Absence is no error."""
         for address in addresses:
             if address != self._address:
                 self._core.remember_seed(address)
@@ -178,7 +178,7 @@ class Membership:
     def lost(self, node: NodeId, *, proven: bool = False) -> None:
         """A link to this peer broke: it is probed at once. Cheap; safe to call for every broken link.
 
-        `proven`: `linked` had told of it. Then its host is asked too whether anybody still listens there.
+        `proven`: `linked` had told of it. Then its host is asked too whether the port is still open.
         """
         self._carry_out(self._core.lost(node, trio.current_time(), proven=proven))
 

@@ -32,7 +32,7 @@ def all_see(network: Network, node: NodeId, state: PeerState) -> bool:
 
 
 def deaths_of(network: Network, nodes: Iterable[NodeId], since: float = 0.0) -> list[tuple[float, NodeId, NodeId]]:
-    """(when, by whom, who) of each time one of these was declared or heard dead."""
+    """(time, by, node) of each time one of these nodes was declared or heard dead."""
     wanted = set(nodes)
     fell = (s for s in network.seen if s.after is PeerState.DEAD and s.before is not PeerState.DEAD)
     return [(s.at, s.by, s.node) for s in fell if s.node in wanted and s.at >= since]

@@ -8,7 +8,7 @@ from membership.simulation.network import Network
 from mesh.ids import NodeId
 
 AWAY_S = 2.0  # between a node's going and its coming back
-CALM_S = 5.0  # at the end of each stretch nobody goes, so that what is asked of the mesh then has an answer
+CALM_S = 5.0  # at the end of each stretch no node leaves, so that what is checked then is settled
 
 
 class Churn:
@@ -65,7 +65,7 @@ def cut_some_ways(network: Network, nodes: list[NodeId], count: int, rng: Random
 
 
 class Partition:
-    """The mesh falls into two halves; what one half says of the other meanwhile is nobody's fault."""
+    """The mesh falls into two halves; what one half claims about the other meanwhile is no error."""
 
     def __init__(self, network: Network) -> None:
         self._network = network

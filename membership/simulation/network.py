@@ -1,7 +1,7 @@
 """A mesh of real membership cores on a virtual clock and a network of our own making: one seed, one trace.
 
 Time moves from event to event. Datagrams may be lost, late or cut off (also one way); calls travel
-with the same delays, and fail where the network is cut or nobody lives. A paused node is one under SIGSTOP:
+with the same delays, and fail where the network is split or no process runs. A paused node is one under SIGSTOP:
 its datagrams wait in a bounded socket buffer and are read, all of them, before its timers fire.
 """
 
@@ -266,7 +266,7 @@ class Network(VirtualTime):
                 twins.carry_out(self, it, effect)
 
     def connects(self, it: SimNode, to: Address) -> SimNode | None:
-        """Who has a socket at `to`, if the way is open; a paused process still has its kernel."""
+        """The node with a socket at `to`, if it can be reached; a paused process still has its kernel."""
         target = self._at.get(to)
         if target is None or not self.ways.passes(it.id, target) or not self.ways.passes(target, it.id):
             return None
@@ -377,7 +377,7 @@ class Network(VirtualTime):
         tell(it.core.ask())
 
     def _call(self, it: SimNode, to: Address, ask: sync.Sync, answered: Callable[[bytes], None]) -> None:
-        """A peer call over a stream: never lost in part, so it fails only where there is no way or nobody there."""
+        """A peer call over a stream: never lost in part, so it fails only where there is no route or no process."""
         tail = sync.encode(ask)
         it.bytes_sent += len(tail)
 

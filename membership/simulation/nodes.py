@@ -27,7 +27,7 @@ class SimNode:
     armed_for: float = float("inf")
     bytes_sent: int = 0
     datagrams_sent: int = 0
-    links: set[NodeId] = field(default_factory=set)  # open with these, whoever dialled
+    links: set[NodeId] = field(default_factory=set)  # open with these, in either direction
     starved_s: tuple[float, float] | None = None  # reads each input so late, in order; its timers fire on time
     read_until: float = 0.0
     refuses: bool = False  # dead, but its host is up and says so

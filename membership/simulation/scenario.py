@@ -1,4 +1,4 @@
-"""One question to a simulated mesh: some nodes die, how soon does everybody know, and who was wronged?"""
+"""One scenario for a simulated mesh: some nodes die; how soon do all know, and was a live node declared dead?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_JOINED = 50  # larger meshes start with everyone known: joining is measured 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """`silent`: the hosts of the killed vanish too, so nobody can say that they are dead. `delay_ms`: of one way, on average.
+    """`silent`: the hosts of the killed vanish too, so no refusal shows that they are dead. `delay_ms`: of one way, on average.
 
     `one_way`: so many ways between two nodes carry nothing in one direction. `churn_a_minute`: so many nodes go and come back
     while deaths are watched. `partition_s`: for so long, after all deaths, the mesh is cut in two halves.
@@ -48,7 +48,7 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """Seconds from the kill until the first, half, 99 % and all of those who ever heard of it had heard."""
+    """Seconds from the kill until the first, half, 99 % and all of the nodes that learned of it had learned."""
 
     node: str
     first_s: float
@@ -76,7 +76,7 @@ class ScenarioResult:
 
     @property
     def well(self) -> bool:
-        """Nobody was wronged, every survivor heard of every death, and the mesh is one."""
+        """No live node was declared dead, every survivor knows every death, and the mesh is one."""
         return self.whole and not self.false_deaths and all(death.heard == death.observers for death in self.deaths)
 
 
@@ -141,7 +141,7 @@ def _heal_s(network: Network) -> float | None:
 
 
 def _wronged(network: Network, partition: Partition | None) -> set[tuple[NodeId, int]]:
-    """Who was called dead while it ran, by one who could hear of it; each incarnation once."""
+    """The nodes declared dead while they ran, by a node that could reach them; each incarnation once."""
     return {
         (seen.node, seen.incarnation)
         for seen in network.seen

@@ -1,7 +1,7 @@
 """A stand-in for Ed25519 where thousands of nodes share one process: a checksum in place of a signature.
 
 It keeps what the protocol relies on, that words changed on the way, or said under another's key, do not hold, at a
-hundredth of the price. It keeps out nobody who tries, so no node is ever given it.
+hundredth of the price. It stops no attacker, so no real node uses it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One small mesh through a storm drawn from a seed, and what must be true of it afterwards: made to be run by the thousand.
 
 Three to eight nodes are killed, crashed, stopped, starved, restarted, cut off and sent away while datagrams are lost. Then the
-sky clears, and all that run must soon see one mesh in which nobody was wronged for good.
+faults end, and all running nodes must soon see one mesh in which no live node stays dead.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Sleep:
 
 @dataclass(frozen=True, slots=True)
 class YieldChunk:
-    """Hand a chunk to whoever reads the stream."""
+    """Hand a chunk to the reader of the stream."""
 
     chunk: Chunk
 

@@ -2,7 +2,7 @@
 
 A key is known by its serial and a name made from it, never by its bytes; a later serial replaces an earlier one, and among
 equal serials (two rotations begun at once) the higher name wins everywhere. So every step is one-way: what a ring has been told
-may come late, twice, or from two who rotate at once, and it never goes back to a key that peers may have let go.
+may come late, twice, or from two rotations at once, and it never goes back to a key that peers may have dropped.
 File: a line for each key, base64 and then its serial (none means 0), the sealing key first.
 """
 

@@ -1,10 +1,10 @@
-"""The envelope of a datagram: nobody without the mesh key reads, alters or makes one, and none is taken twice.
+"""The envelope of a datagram: only holders of the mesh key read or make one, changes are detected, and none is accepted twice.
 
 Layout: head 1 (mark, version, kind), cluster 2, then for a sealed one: key 2, time 2, nonce 12, AES-GCM of the body, tag 16;
 for a plain one: checksum 16, body. Associated data is all before the nonce, the whole cluster label, and the whole
-time of which the wire has the low bits: the receiver completes it with its own clock, so whoever moves it by a turn of
+time of which the wire has the low bits: the receiver completes it with its own clock, so a datagram moved by a turn of
 those bits breaks the tag. Cluster and key are named only to tell what is wrong; it is the tag that keeps others out.
-A plain seal keeps strangers' garbage out on loopback, where a mesh without a key lives; it keeps out nobody who tries.
+A plain seal keeps garbage out on loopback, where a mesh without a key runs; it stops no attacker.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Who a node is: an Ed25519 key. Its id is made from the public half, so nobody else can take the id.
+"""A node's identity is an Ed25519 key. Its id is derived from the public half, so no other node can take the id.
 
-What a node says of itself (I live here, I leave, these are my facts) it signs, once for each change; whoever passes it on
+A node signs its claims about itself (address, departure, facts), once for each change; a node that passes one on
 passes the signature on. So a peer, though it holds the mesh key, cannot speak for another node. What others say of a node, that
 it is silent or gone, is by nature not its own word: it is not signed, and the node's next word beats it.
 Eight bytes of a hash are an id: the price of finding a second key for one is in `docs/decisions/0011-identity-is-a-key.md`.

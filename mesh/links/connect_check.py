@@ -1,4 +1,4 @@
-"""Whether anybody listens at an address, by the word of its own host."""
+"""Checks whether a process listens at an address, by its host's answer to a connection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ KNOCK_TIMEOUT_S = 1.0  # a host that is up refuses within a round trip; more is 
 
 
 async def is_refused(to: Address) -> bool | None:
-    """True: the host at `to` says that nobody listens there. False: somebody does. None: silence, or no route."""
+    """True: the host at `to` refused the connection. False: it was accepted. None: silence, or no route."""
     refused = None
     with trio.move_on_after(KNOCK_TIMEOUT_S):
         try:

@@ -105,7 +105,7 @@ class Link:
         return (PeerRefused if self.refused else PeerLost)(format_address(self.to), reason)
 
     def fail(self, reason: str) -> None:
-        """Everything that waits on this link, and whoever still holds it, gets PeerLost."""
+        """Every call that waits on this link, and every later use of it, raises PeerLost."""
         self._failed = reason
         for pending in self._calls.values():
             pending.failure = reason

@@ -34,7 +34,7 @@ log = structlog.get_logger()
 
 OnLost = Callable[[NodeId | None, Address | None, str], None]
 """Told of every link that ended: the peer's id unless the handshake never came so far; its address where we dialled it;
-why. A link that was only to be kept and never came about is nobody's loss."""
+why. A link that was only to be kept and never came about is not reported."""
 
 
 class Links:
@@ -147,7 +147,7 @@ class Links:
             self.on_lost(peer, None, frames.end_reason)
         elif self.config.tls is not None and self.config.tls.asked_for_another_key(connection):
             self._note_refusal(host, OTHER_KEY)
-        elif frames.end_reason != CLOSED:  # who knocks and goes, to see whether we listen, did nothing wrong
+        elif frames.end_reason != CLOSED:  # a connect check connects and closes: no error
             self._note_refusal(host, frames.end_reason or "the handshake was not finished in time")
 
     async def _greet_caller(self, connection: trio.abc.Stream, frames: FrameSource) -> NodeId | None:

@@ -1,6 +1,6 @@
-"""Who was turned away of late, and why: what `mesh doctor` tells, and what is logged once a minute for each peer.
+"""The senders refused in the last minute, and why: reported by `mesh doctor`, logged once a minute for each.
 
-Bounded: whoever makes up addresses fills a table of fixed size with them, and nothing else.
+Bounded: a sender that forges addresses fills a table of fixed size, and nothing else.
 """
 
 from __future__ import annotations

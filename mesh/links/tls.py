@@ -83,7 +83,7 @@ def authority(mesh_key: bytes) -> Authority:
 
 
 class PeerTls:
-    """The contexts of one node, for accepted links and for those it opens: TLS 1.3, and both sides show who they are.
+    """The contexts of one node, for accepted links and for those it opens: TLS 1.3, and both sides authenticate.
 
     `install` makes them anew. Links that are open keep what they began with.
     """
@@ -97,7 +97,7 @@ class PeerTls:
         self.install(mesh_keys)
 
     def install(self, mesh_keys: Sequence[bytes]) -> None:
-        """The first shows who we are, all are trusted. Also gives fresh certificates: do it well within `CERTIFICATE_DAYS`."""
+        """Shows the first key's certificate, trusts all. Also renews certificates: call it well within `CERTIFICATE_DAYS`."""
         self._keys = tuple(mesh_keys)
         trusted = [authority(key) for key in self._keys]
         servers = [_context(ssl.PROTOCOL_TLS_SERVER, signer, trusted, self._identity) for signer in trusted]
@@ -124,7 +124,7 @@ class PeerTls:
 
 
 def peer_node(stream: Any) -> NodeId:
-    """Who is at the other end of a handshaken `ssl.SSLObject`, `ssl.SSLSocket` or `trio.SSLStream`: its key says it.
+    """The node at the other end of a handshaken `ssl.SSLObject`, `ssl.SSLSocket` or `trio.SSLStream`, from its key.
 
     Raises:
         RemoteError: it showed no certificate of a node.

@@ -29,7 +29,7 @@ class FrameSource:
         self.broke_the_protocol = False
 
     def greeted(self) -> None:
-        """The other side said who it is: from here on it may send frames of full size."""
+        """The other side is authenticated: from here on it may send frames of full size."""
         self._reader.allow(MAX_HEADER_BYTES, MAX_TAIL_BYTES)
 
     async def next(self) -> Frame | None:

@@ -61,7 +61,7 @@ def check_description(name: str, host: str, region: str) -> None:
 
 
 class Alive(msgspec.Struct, frozen=True, array_like=True, tag="a"):
-    """`node` lives and is reached here, in its own words: signed by it (`mesh.keys.signing`), whoever passes them on.
+    """`node` is alive and reached here: a claim signed by the node itself (`mesh.keys.signing`), also when others pass it on.
 
     The key travels with the first words of a run, when many do not have it yet; later ones can do without.
     """
@@ -98,7 +98,7 @@ class Suspect(msgspec.Struct, frozen=True, array_like=True, tag="s"):
 
 
 class Dead(msgspec.Struct, frozen=True, array_like=True, tag="d"):
-    """A suspicion of `node` ran out at `by`. `cause`: "timeout" (silence) or "refused" (its host says nobody listens)."""
+    """A suspicion of `node` ran out at `by`. `cause`: "timeout" (silence) or "refused" (its host refuses its port)."""
 
     node: Id
     epoch: Counter
@@ -120,7 +120,7 @@ Claim = Alive | Suspect | Dead | Left
 
 
 class Sender(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Who speaks, and soft state of its own that is newer than any record."""
+    """The sender, and soft state of its own that is newer than any record."""
 
     node: Id
     epoch: Counter
@@ -132,7 +132,7 @@ class Sender(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag="ping"):
-    """Are you there, `target`? Answered by an `Ack` with the same `seq`, unless somebody else got that address."""
+    """A probe of `target`. Answered by an `Ack` with the same `seq`, unless another node now has that address."""
 
     sender: Sender
     seq: Sequence
@@ -184,7 +184,7 @@ class ConnectCheck(msgspec.Struct, frozen=True, array_like=True, tag="knock"):
 
 
 class ConnectChecked(msgspec.Struct, frozen=True, array_like=True, tag="knocked"):
-    """`refused`: nobody listens there, says the host itself. False also when no answer came at all."""
+    """`refused`: the host itself refused the connection. False also when no answer came at all."""
 
     sender: Sender
     seq: Sequence

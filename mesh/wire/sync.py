@@ -141,7 +141,7 @@ class Sync(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Synced(msgspec.Struct, frozen=True, array_like=True):
-    node: Id  # who answers: the caller may know no more than an address, or a host name
+    node: Id  # the node that answers: the caller may know only an address, or a host name
     members: Annotated[tuple[MemberRecord, ...], Meta(max_length=MAX_ENTRIES)] = ()
     deltas: Annotated[tuple[FactsDelta, ...], Meta(max_length=MAX_ENTRIES)] = ()
     wanted: Annotated[tuple[FactsWanted, ...], Meta(max_length=MAX_ENTRIES)] = ()

@@ -58,7 +58,7 @@ def require_servable(device: torch.device, name: str, mixture: bool, quantize: s
 
 
 def prepare(device: torch.device) -> None:
-    """Whole float32 arithmetic, and sums of bfloat16 products in float32: nothing is rounded that nobody asked for."""
+    """Whole float32 arithmetic, and sums of bfloat16 products in float32: nothing is rounded without being asked for."""
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

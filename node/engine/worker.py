@@ -205,7 +205,7 @@ class TorchEngine:
         return lost
 
     def _span_ended(self, span: Span, loaded: LoadedStage, reason: str) -> None:
-        """Its workers are gone. Told before its sequences are, so that nobody sends them here again."""
+        """Its workers are gone. Reported before its sequences, so that no entry sends them here again."""
         with self._lock:
             if self._loaded.get(span) is loaded:
                 self._undelivered += [SpanLost(span, reason), *self._forget_span(span)]

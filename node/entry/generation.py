@@ -125,7 +125,7 @@ class StopFound:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """Nobody wants the rest."""
+    """The client cancelled or disconnected."""
 
 
 PeerNews = PeerGone | PeerSuspect | PeerBack
@@ -154,7 +154,7 @@ class OpenPath:
 
 @dataclass(frozen=True, slots=True)
 class ClosePath:
-    """Free the attempt's sequences on all its stages; nobody waits for it. `lost`: the node that was to blame, if any."""
+    """Free the attempt's sequences on all its stages, without waiting. `lost`: the node that was to blame, if any."""
 
     attempt: int
     path: Stages
@@ -374,7 +374,7 @@ class Generation:
         self._suspects.add(node)
         stalled = self.phase in (GenerationPhase.OPENING, GenerationPhase.RUNNING) and self._stall_at == math.inf
         if stalled and not self._barren and any(stage.node == node for stage in self.path):
-            # Blamed on nobody: with no path without it, the suspect is asked again (`routing.path` takes it last).
+            # No node is blamed: with no path without it, the suspect is asked again (`routing.path` takes it last).
             return self._lost(None, f"{node}: suspect, and nothing came for {self.patience.stall_s:g} s", now)
         return []
 
@@ -393,7 +393,7 @@ class Generation:
         return []
 
     def _wait(self, error: MeshError, now: float, wait_s: float | None = None) -> list[Effect]:
-        """Nothing to be had: fail at once when nothing was ever begun and nobody could serve it, else wait a while."""
+        """There is no path: fail at once when nothing was ever begun and no node could serve it, otherwise wait a while."""
         if isinstance(error, NoPath) and not self.history:
             if not isinstance(self._last_error, Refused):
                 return self._end(GenerationPhase.FAILED, Fail(self._last_error or error))
@@ -401,7 +401,7 @@ class Generation:
         if not isinstance(error, NoPath | Refused):
             return self._end(GenerationPhase.FAILED, Fail(error))
         if wait_s is None:
-            self._bounces.taken()  # nobody is left who has not refused: after the wait all are asked again
+            self._bounces.taken()  # every peer has refused: after the wait all are asked again
         patience_s = self.patience.replan_s if isinstance(error, NoPath) else self.patience.refused_s
         self._give_up_at = min(self._give_up_at, now + patience_s)
         if now >= self._give_up_at:

@@ -63,7 +63,7 @@ class Planning:
         self._sent: dict[SequenceKey, list[Dispatch]] = {}
 
     def plan(self, request: PlanRequest) -> PlannedPath:
-        """Raises NoPath, naming the layers nobody holds; BadRequest for an unknown policy."""
+        """Raises NoPath, naming the layers that no peer holds; BadRequest for an unknown policy."""
         view, now = self._view(), self._now()
         path = plan(
             view,
@@ -124,7 +124,7 @@ class Planning:
         return best
 
     def finished(self, key: SequenceKey, *, ok: bool, lost: NodeId | None = None) -> None:
-        """The attempt ended: well, by the fault of `lost`, or (neither) by nobody's."""
+        """The attempt ended: well, by the fault of `lost`, or (neither) by no node's."""
         now = self._now()
         for sent in self._sent.pop(key, []):
             at_fault = sent.node == lost

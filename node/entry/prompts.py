@@ -68,7 +68,7 @@ class Prompt:
             return None
         result = self.retrieved
         cited = {c.number: c for text in texts for c in citations(text, result.passages)}
-        if not cited:  # an answer that names no source rests, as far as anybody can tell, on all it was given
+        if not cited:  # an answer that cites no passage may rest on all that it was given
             numbers = " ".join(f"[{number}]" for number in range(1, len(result.passages) + 1))
             cited = {c.number: c for c in citations(numbers, result.passages)}
         return RetrievalReport(

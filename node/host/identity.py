@@ -1,6 +1,6 @@
-"""Who this node is, for life: a key kept in its data directory, with a count of its starts.
+"""The node's permanent identity: a key kept in its data directory, with a count of its starts.
 
-The node's id is made from the key, which signs what it says of itself: whoever reads the file can be the node. The epoch
+The node's id is derived from the key, which signs its claims: a process that reads the file can act as the node. The epoch
 grows with every start, so peers can tell a restarted process from a revived one. A lock keeps two processes from being the
 same node at once.
 """

@@ -1,7 +1,7 @@
 """Where peers were last seen, kept in the data directory: so that a mesh whose nodes all restarted finds itself again.
 
-The dead are kept too, for they may be back tomorrow at their old address; only who said goodbye is forgotten, and who
-was not seen for three days. Losing this file costs nothing but `--join`.
+The dead are kept too, for they may be back tomorrow at their old address; only members that left are forgotten, and those
+that were not seen for three days. Losing this file costs nothing but `--join`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class KnownPeers:
         return list(dict.fromkeys((seen.host, seen.port) for seen in known))
 
     def note(self, view: View) -> bool:
-        """Takes in who is there now, and writes what changed; True when something did."""
+        """Stores the current members, and writes what changed; True when something did."""
         now, before = self._clock(), dict(self._peers)
         self._peers = _not_ahead(self._peers, now)
         for peer in view.peers.values():
@@ -86,5 +86,5 @@ class KnownPeers:
 
 
 def _not_ahead(peers: dict[NodeId, _Seen], now: float) -> dict[NodeId, _Seen]:
-    """Nobody was seen later than now: what says so was written by a clock that ran ahead, and would be kept for years."""
+    """Corrects times in the future: they were written by a clock that ran ahead, and would be kept for years."""
     return {node: seen if seen.at <= now else _Seen(seen.host, seen.port, now) for node, seen in peers.items()}

@@ -1,6 +1,6 @@
-"""The node's HTTP application: one door in front of all routes.
+"""The node's HTTP application: one layer in front of all routes.
 
-The door gives every request its id, decides who may ask, and turns whatever goes wrong behind it into the
+This layer gives every request its id, authenticates it, and turns every error behind it into the
 contract's error form. It is the one place in HTTP that goes on after any exception.
 """
 
@@ -47,7 +47,7 @@ def make_app(node: NodeServices, *, auth: ApiKeys | None, bound: Address) -> Nod
     """The ASGI application of a node.
 
     Args:
-        auth: whose keys are let in; None: whoever reaches the node from its own machine.
+        auth: the API keys that are accepted; None: every client on the node's own machine.
         bound: where the HTTP server listens; its host is a name that requests may use.
     """
     return NodeApp(Site(node, auth, bound))
@@ -87,7 +87,7 @@ class NodeApp:
             await self._answer_failure(single_cause(error), scope, outward, request_id)
 
     def _let_in(self, scope: MutableMapping[str, Any]) -> None:
-        """Raises BadRequest, 401 or 403, for who may not ask this."""
+        """Raises BadRequest, 401 or 403, for a client that may not send this."""
         if self._site.auth is None:
             check_origin(_header(scope, b"host"), _header(scope, b"origin"), self._site.bound)
         elif scope["path"] not in OPEN_PATHS:

@@ -1,4 +1,4 @@
-"""Who may ask: API keys where there are some, otherwise only this machine.
+"""Authentication: API keys where there are some, otherwise only clients on this machine.
 
 A key file has one line a key: the SHA-256 of the key in hex, then, if wanted, a label. Keys are random and
 long, so a plain hash suffices; the file gives none of them away. Without keys the Host and Origin headers

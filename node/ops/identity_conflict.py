@@ -15,7 +15,7 @@ from mesh.ids import NodeId, format_address
 from mesh.wire.twin import ProcessRun
 from node.serving.own_facts import OwnFacts
 
-TOLD_FOR_S = 600.0  # since it was last seen: long enough for somebody to ask `mesh doctor`
+TOLD_FOR_S = 600.0  # since it was last seen: long enough for an operator to ask `mesh doctor`
 
 log = structlog.get_logger()
 

@@ -77,7 +77,7 @@ class MeshKeys:
             rings = await self._rings({})
             begun = unfinished(rings.values())
             if begun is not None and self.ring.get(begun) is None:
-                await self._catch_up()  # somebody else has it, and shows it to a holder of the old one
+                await self._catch_up()  # another node has it, and shows it to a holder of the old one
             key = self.ring.successor() if begun is None else self.ring.get(begun)
             if key is None:
                 raise BadRequest(f"key {begun.name if begun else ''} of a rotation begun elsewhere is out of reach; ask again")
@@ -232,7 +232,7 @@ class MeshKeys:
             self._take(unwrap(_serial(serial), bytes(wrapped), under))
         for sealing in _tags_in(answer.get("ring"))[:1]:
             if self.ring.get(sealing) is not None:
-                self._change(self.ring.use(sealing))  # the peer seals with it, so all who were there can read it
+                self._change(self.ring.use(sealing))  # the peer seals with it, so all nodes that took part can read it
 
     def _take(self, key: RingKey) -> None:
         self._change(self.ring.add(key))

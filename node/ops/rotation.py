@@ -1,8 +1,8 @@
 """How a mesh changes its key while it runs: what is to be done next, out of what the nodes' rings hold. No I/O.
 
 Every live node opens by the new key before any seals with it, and all seal with it before any lets the old one go: so at no
-moment does one send what another cannot read. The step is a function of the rings alone. Whoever asks again, after a crash, a
-death or beside another who rotates at the same time, is told how to go on from where the mesh is.
+moment does a node send what another cannot read. The step is a function of the rings alone. A second call, after a crash, a
+death or beside another rotation, continues from where the mesh is.
 """
 
 from __future__ import annotations

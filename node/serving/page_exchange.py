@@ -1,9 +1,9 @@
-"""Pages of keys and values from peer to peer: before a stage begins a sequence whose beginning another node has.
+"""Fetches prefix pages from a peer before a stage computes a sequence whose beginning another node has cached.
 
-The entry says which node was sent such a beginning (`pages_from`); the stage asks it, a few pages at a time, for as long as
-that is cheaper than computing them (`page_gate`), and no longer than an open may take. Links prove who speaks; a page is asked
-for by a name that nobody can guess who does not know the tokens and the tenant's salt. What comes must have the length and
-the hashes that were told, and be numbers; else it is refused, counted, and computed here. A peer that fails costs nothing more.
+The entry names a node that was sent such a beginning (`pages_from`); the stage asks it, a few pages at a time, as long as that is
+cheaper than computing them (`page_gate`), and no longer than an open may take. Links authenticate the sender; a page is requested by
+a name that can be computed only from the tokens and the tenant's salt. The answer must have the announced length and hashes, and
+finite numbers; otherwise it is refused, counted, and computed here. A peer that fails costs nothing more.
 """
 
 from __future__ import annotations

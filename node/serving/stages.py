@@ -212,7 +212,7 @@ class Stages:
         try:
             self._post(route.entry_address, "stage.lost", header)
         except PeerLost:
-            pass  # the entry is gone too: nobody waits
+            pass  # the entry is gone too
 
     def _note_bad_activations(self, route: OpenStage) -> None:
         self._counters.bad_activations_total += 1

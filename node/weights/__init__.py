@@ -1,1 +1,1 @@
-"""A model's files between nodes: who has what, which piece to ask of whom next, what has come."""
+"""A model's files: their manifest, and their transfer between nodes."""

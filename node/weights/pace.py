@@ -6,7 +6,7 @@ BURST_S = 0.25  # so much of a second's worth may go at once
 
 
 class RateLimit:
-    """Bytes are taken before they are sent; who took more than there was waits until it would have been there."""
+    """A token bucket: bytes are taken before they are sent; a sender that takes more than there are waits for them."""
 
     def __init__(self) -> None:
         self._free_at = 0.0  # when all that was taken is paid for

@@ -1,9 +1,9 @@
-"""Which piece to ask of whom next: the core of fetching weights from peers.
+"""Decides which piece to ask of which peer next: the core of fetching weights.
 
 Every source has a few asks under way, so a fast one is asked more often and a slow one does not hold the others up. What
 goes wrong at one source costs a retry at another: one that does not answer in time, is lost or is busy rests for a while,
 longer each time; one whose bytes do not match their hash is never asked again; one that lacks a thing is not asked for
-it again. Nothing is given up: while nobody can be asked, the pull waits for sources to come or to have rested.
+it again. Nothing is given up: while no source can be asked, the pull waits for sources to come or to have rested.
 
 A piece counts when the shell has checked and written it (`PieceKept`). Every ask has a number, and what comes late under an old
 number changes nothing but, if it was right, that the piece is there.
@@ -23,7 +23,7 @@ ASKS_IN_ALL = 16  # pieces that may be in memory at once
 ASK_TIMEOUT_S = 20.0  # a source that gives less than 50 kB/s is not worth waiting for
 FIRST_REST_S = 0.5
 MAX_REST_S = 30.0
-LACKS_FOR_S = 5.0  # who lacks a thing may be fetching it
+LACKS_FOR_S = 5.0  # a source without a piece may be fetching it
 LOOKED_AT = 64  # waiting pieces at a time, where the sources at hand lack the first ones: a pull may have 100,000
 
 
@@ -135,7 +135,7 @@ class Pull:
 
     @property
     def starved(self) -> bool:
-        """Something is missing, and nobody is being asked."""
+        """Pieces are missing, and no source is being asked."""
         return bool(self._missing) and not self._asked
 
     @property
@@ -247,6 +247,6 @@ class Pull:
 
 
 def _least_asked(usable: dict[NodeId, _Source], name: str) -> NodeId | None:
-    """Who may have it, and has the fewest asks under way; of equals the first told."""
+    """The source that may have it with the fewest asks under way; of equals the first announced."""
     free = [node for node, source in usable.items() if source.asked < ASKS_PER_SOURCE and name not in source.lacks]
     return min(free, key=lambda node: usable[node].asked, default=None)

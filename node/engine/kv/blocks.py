@@ -1,4 +1,4 @@
-"""The KV block pool: who may hold how much of the KV memory. Counting only, no torch.
+"""The KV block pool: how much of the KV memory each sequence holds. Counting only, no torch.
 
 A block is room for `BLOCK_TOKENS` tokens of one sequence in all layers of one loaded span. On CPUs a sequence keeps
 its blocks as one contiguous buffer (`kvcache`), which attention there reads fastest. What several sequences begin with is kept

@@ -124,7 +124,7 @@ class SlabSlot:
 
 
 class SequenceKV:
-    """Keys and values of one sequence on the layers it uses here. Its slot is free again once nobody holds it."""
+    """Keys and values of one sequence on the layers it uses here. Its slot is free again once no reference is left."""
 
     def __init__(self, store: KVStore) -> None:
         self.place: SlabSlot | None = SlabSlot(store)  # None: outgrown

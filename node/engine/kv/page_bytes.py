@@ -1,6 +1,6 @@
 """A page as bytes: the layers' keys and values one after the other, raw, in the kernel's own element type. No pickle.
 
-The bytes say nothing of themselves; who reads them knows the layout, and any other length is refused before a tensor is made.
+The bytes carry no header; the reader knows the layout, and any other length is refused before a tensor is made.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ where there is room for that (`spill`): it is found as before and holds no block
 ago is the first to go for good.
 
 A page is copied into a sequence, not shared with it: attention on a CPU wants a sequence's keys in one piece, and copying
-a token costs a thousandth of computing it. So pages never change, and nobody who writes can meet one who reads.
+a token costs a thousandth of computing it. So pages never change, and a writer never meets a reader.
 Exactness: the bits of a page depend on its tokens alone, by the rules of `attention` and `linear`, as long as one kind of
 kernels computed all of them; hence the numerics in the name. Pages are numbered, and numbers never return.
 """
@@ -140,7 +140,7 @@ class PageIndex:
             self._give_back()
 
     def take(self, count: int) -> list[int] | None:
-        """Blocks for a sequence, at the expense of pages that nobody reads; None (then no page goes) when that is not enough."""
+        """Blocks for a sequence, at the expense of unpinned pages; None (then no page is dropped) when that is not enough."""
         missing = count - self._pool.free
         if missing > 0 and not self._free_blocks(missing + max(0, self._pool.used - self._pool.total)):
             return None

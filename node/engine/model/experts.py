@@ -40,13 +40,13 @@ class PackedExperts(nn.Module):
     def forward(self, rows: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """`rows` `[rows, hidden]`, each one's experts `chosen` and their `weights` `[rows, k]`, to `[rows, hidden]`.
 
-        The rows that fill the batch up to a bucket are nobody's: they would only make experts read their weights.
+        The rows that pad the batch to a bucket belong to no sequence: they would only make experts read their weights.
         """
         real = min(running_rows(), len(rows))
         per_row = chosen.shape[1]
         flat = chosen[:real].flatten()
         order = torch.argsort(flat, stable=True)
-        counts = torch.bincount(flat, minlength=len(self._up))[: len(self._up)].tolist()  # numbers beyond are nobody's
+        counts = torch.bincount(flat, minlength=len(self._up))[: len(self._up)].tolist()  # numbers beyond are padding
         shares = weights[:real].flatten()
         out = torch.zeros(rows.shape, dtype=torch.float32)
         at = 0

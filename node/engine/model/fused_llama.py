@@ -1,7 +1,7 @@
 """The layers of Llama-shaped models in few operations: what remains of a decode step beside its matrix products.
 
 At one row a step the Python and the small operations of a model's own forward take a third of the time (8 of 25 ms for
-100 million parameters: casts, decorators, masks nobody reads, rotations in five operations). Models whose layers are all
+100 million parameters: casts, decorators, masks that are never read, rotations in five operations). Models whose layers are all
 of one well-known form are run from here instead: norm, attention, add, norm, gated MLP, add. The self-check of a load
 holds what comes out against the model's own forward, so a form that is not what it seems is found out there.
 """

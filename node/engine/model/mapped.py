@@ -1,7 +1,7 @@
-"""A checkpoint's tensors, mapped into memory rather than read: a page of a file is there only while somebody needs it.
+"""A checkpoint's tensors, mapped into memory rather than read: a page of a file is resident only while it is needed.
 
 What is computed with is held twice for a while, as it is stored and as it is packed. So that this concerns one layer at a
-time and not the whole span, each layer's pages are let go as soon as the layer is packed. Nobody writes to a mapped tensor:
+time and not the whole span, each layer's pages are let go as soon as the layer is packed. No code writes to a mapped tensor:
 pages that were let go are read again from the system's cache, or the disk, where they are needed after all.
 """
 

@@ -1,6 +1,6 @@
 """How far a span has come while it loads: what is being done, layers, bytes, seconds.
 
-transformers reads a checkpoint in one call of seconds to minutes; the one place where it lets anybody look is the progress bar
+transformers reads a checkpoint in one call of seconds to minutes; the one place where it shows its progress is the progress bar
 around its loop over the tensors. We put ourselves in the bar's place, for the thread that loads.
 """
 

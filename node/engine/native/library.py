@@ -88,7 +88,7 @@ class SpanParts(ctypes.Structure):
 
 
 class NativeLibrary:
-    """The functions of entry.c. Pointers come from tensors: whoever calls keeps those alive."""
+    """The functions of entry.c. Pointers come from tensors, which the caller keeps alive."""
 
     def __init__(self, path: Path, most: Isa = Isa.AMX) -> None:
         """`most`: of the instructions it may use.

@@ -79,7 +79,7 @@ class PagedStore:
 
 
 class PagedKV:
-    """Keys and values of one sequence: passes for a `SequenceKV`. Its pages are free again once nobody holds it."""
+    """Keys and values of one sequence: passes for a `SequenceKV`. Its pages are free again once no reference is left."""
 
     def __init__(self, store: PagedStore) -> None:
         self._store = store

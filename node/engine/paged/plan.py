@@ -3,7 +3,7 @@
 Attention is computed in *tiles* of up to eight rows of one sequence, a decoding row being a tile with seven copies of
 itself: one shape for decoding and prefilling, so that a row comes out with the same bits in both. All counts are padded
 to few sizes, for a GPU chooses its kernels by shapes and a recorded step has fixed ones. What is padding writes into
-page 0, which belongs to nobody, and its answers are dropped.
+page 0, which belongs to no sequence, and its answers are dropped.
 
 A step's numbers make one flat array, for one copy to the device.
 """
@@ -122,7 +122,7 @@ def plan_step(parts: Sequence[PagedSegment], ids: Sequence[int], wanted: Sequenc
 
 
 def padded_decode(parts: Sequence[PagedSegment], rows: int) -> list[PagedSegment]:
-    """`parts` of a row each, filled up to `rows` with rows of nobody: what a recorded step is run with."""
+    """`parts` of a row each, padded to `rows`: what a recorded step is run with."""
     return [*parts, *(PagedSegment(row, 1, 0, (0,)) for row in range(len(parts), rows))]
 
 

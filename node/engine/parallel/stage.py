@@ -44,7 +44,7 @@ STEP_TIMEOUT_S = 60.0  # of a step, and of each sum within it: far beyond any, f
 
 
 class RankHandle:
-    """Something that the ranks keep under a number, until nobody holds this."""
+    """Something that the ranks keep under a number, until no reference to this is left."""
 
     _numbers = itertools.count()
 
@@ -199,7 +199,7 @@ class ParallelStage:
         return _tensor(done[0].data, self.kernel.dtype, len(positions))
 
     def on_end(self, call: Callable[[str], None]) -> None:
-        """Has `call` called with the reason, once, by any thread, when the workers end although nobody closed the stage."""
+        """Calls `call` once with the reason, from any thread, when the workers end and the stage was not closed."""
         assert self._workers is not None
         self._workers.on_end(call)
 

@@ -1,9 +1,8 @@
-"""A node's side of its worker processes: starts them, asks all of them the same, ends all of them when one ends.
+"""A node's side of its worker processes: starts them, sends all of them the same requests, ends all when one ends.
 
-Ranks compute in step, so one that dies, errs or is late leaves nothing that the others could do: all are killed, and whoever
-is told of it gives the span up. A watcher notices the end of a rank also while nothing is asked. The workers hold no
-state worth saving, so they are ended by SIGKILL; when the node ends in any other way they exit with it
-(`node.host.parent_watch`).
+Ranks compute in step, so when one dies, fails or is late the others cannot go on: all are killed, and the caller drops the span. A
+watcher notices the end of a rank also between requests. The workers hold no state worth saving, so they are ended by SIGKILL;
+when the node ends in any other way they exit with it (`node.host.parent_watch`).
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class WorkerGroup:
         self._parent_read, self._parent_write = os.pipe()  # not inheritable but by `pass_fds`
         self._lock = threading.Lock()
         self._ended: str | None = None  # why
-        self._over = threading.Event()  # all are gone, and whoever wanted to know has been told
+        self._over = threading.Event()  # all are gone, and the callback has run
         self._on_end: Callable[[str], None] | None = None
         self._channels: list[Channel] = []
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -141,7 +140,7 @@ class WorkerGroup:
         call(self._ended)
 
     def end(self, reason: str = "") -> None:
-        """Ends all workers, and waits for that. `reason`: why, where nobody wanted it."""
+        """Ends all workers, and waits for that. `reason`: why, where the node did not ask for it."""
         with self._lock:
             first = self._ended is None
             if first:

@@ -5,7 +5,7 @@ a first stage takes only a part of them in a step, and sends the next part after
 Groups need no names: the first stage's limit parts what has met, and where fewer rows than a group's are there it waits
 for more, no longer than rows are away on the average.
 
-How many groups is best depends on what nobody here can see: how many stages there are, which is the slowest, whether a step
+How many groups are best depends on what this node cannot see: how many stages there are, which is the slowest, whether a step
 of half the rows takes half the time, what lies between. So it is found out: a window of several rounds is counted in
 tokens a second, one more or one fewer is tried now and then, and ever more seldom while that changes nothing. Any
 grouping gives the same tokens (`docs/architecture.md`, the last section).

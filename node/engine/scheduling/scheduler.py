@@ -240,7 +240,7 @@ class Scheduler:
         return StepPlan(self._steps, lane if chunks else None, tuple(chunks), tuple(lost), freed, *gone)
 
     def _drop_overdue(self, now: float) -> list[SequenceLost]:
-        """Nobody waits for them any more, so they cost no step."""
+        """Their deadline has passed, so no step computes them."""
         overdue = [sequence for sequence in self._sequences.values() if sequence.deadline_at <= now]
         for sequence in overdue:
             self._overdue += 1
@@ -324,7 +324,7 @@ class Scheduler:
         return self._allocator.pages_to_store()
 
     def pages_lost(self, span: Span, numbers: Sequence[int], plan: StepPlan | None = None) -> list[SequenceLost]:
-        """What pages hold could not be kept, or not be read by the step `plan`. Who counted on it computes it again.
+        """The content of pages could not be kept, or not be read by the step `plan`. Sequences that need it recompute it.
 
         Only a sequence whose path goes over other stages is lost here, for they count on it too; it may go anywhere.
         """
@@ -448,5 +448,5 @@ class Scheduler:
 
 
 def _standing(sequence: StageSequence) -> tuple[int, int]:
-    """Who gives way is the greatest: the least important, and of those the youngest."""
+    """The sequence to evict is the greatest: the least important, and of those the youngest."""
     return sequence.opened.priority, sequence.age

@@ -192,7 +192,7 @@ class StageSequence:
     # ---- pages
 
     def learn_names(self) -> None:
-        """Names the pages that have become whole, where the tokens are known here and nobody else names them."""
+        """Names the pages that have become whole, where the tokens are known here and no other stage names them."""
         prefix = self.opened.prefix
         if prefix is not None and self.first and len(self.tokens) // PREFIX_PAGE_TOKENS > len(self.names):
             self.names += further_names(prefix.salt, self.names, self.tokens)
