@@ -1,12 +1,12 @@
 """Loss batches and frozen views: which losses belong together, and whether this node may act on what it sees.
 
 A **loss batch** is what was lost within one short while: reported once, when nothing more has been lost for `SETTLE_S` and no
-suspicion is open that may belong to it, and within `PATIENCE_S` in any case. While the view is frozen both are longer: a node that
-finds most others silent doubts itself and probes slowly, and nothing is moved meanwhile. A member that came back is not in it.
-The **last stable view** is the members when nothing had changed for `SETTLED_S` and none was suspect. While more than a third
-of it has fallen silent, the view is *frozen*: this node may be the one that is cut off, and a mesh that shuffles weights and
-documents cannot answer. It thaws when enough of them are back, or when what is left has not changed for `RESIGNED_S`: then they
-are gone. A member that left is not missing, nor one whose own host refuses its port; and one node alone is never a reason.
+suspicion is open that may belong to it, and within `PATIENCE_S` in any case. While the view is frozen both are longer: a node
+that finds most others silent doubts itself and probes slowly, and nothing is moved meanwhile. A member that came back is not in
+it. The **last stable view** is the members when nothing had changed for `SETTLED_S` and none was suspect. While more than a
+third of it has fallen silent, the view is *frozen*: this node may be the one that is cut off, and a mesh that shuffles weights
+and documents cannot answer. It thaws when enough of them are back, or when what is left has not changed for `RESIGNED_S`: then
+they are gone. A member that left is not missing, nor one whose own host refuses its port; and one node alone is never a reason.
 All in constant time for each change of a member.
 """
 

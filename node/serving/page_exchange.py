@@ -1,9 +1,9 @@
 """Fetches prefix pages from a peer before a stage computes a sequence whose beginning another node has cached.
 
-The entry names a node that was sent such a beginning (`pages_from`); the stage asks it, a few pages at a time, as long as that is
-cheaper than computing them (`page_gate`), and no longer than an open may take. Links authenticate the sender; a page is requested by
-a name that can be computed only from the tokens and the tenant's salt. The answer must have the announced length and hashes, and
-finite numbers; otherwise it is refused, counted, and computed here. A peer that fails costs nothing more.
+The entry names a node that was sent such a beginning (`pages_from`); the stage asks it, a few pages at a time, as long as that
+is cheaper than computing them (`page_gate`), and no longer than an open may take. Links authenticate the sender; a page is
+requested by a name that can be computed only from the tokens and the tenant's salt. The answer must have the announced length
+and hashes, and finite numbers; otherwise it is refused, counted, and computed here. A peer that fails costs nothing more.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A node's side of its worker processes: starts them, sends all of them the same requests, ends all when one ends.
 
-Ranks compute in step, so when one dies, fails or is late the others cannot go on: all are killed, and the caller drops the span. A
-watcher notices the end of a rank also between requests. The workers hold no state worth saving, so they are ended by SIGKILL;
-when the node ends in any other way they exit with it (`node.host.parent_watch`).
+Ranks compute in step, so when one dies, fails or is late the others cannot go on: all are killed, and the caller drops the
+span. A watcher notices the end of a rank also between requests. The workers hold no state worth saving, so they are ended by
+SIGKILL; when the node ends in any other way they exit with it (`node.host.parent_watch`).
 """
 
 from __future__ import annotations
