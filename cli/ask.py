@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cli import options, output
+from mesh.errors import MeshError
 
 
 def ask(
@@ -28,17 +29,23 @@ def ask(
     params["top_k"] = top_k
     text = ""
     with options.client(node, api_key) as client, client.ask(question, store, stream=True, **params) as stream:
-        for piece in stream.texts():
-            text += piece
-            if not json:
-                output.piece(piece)
+        try:
+            for piece in stream.texts():
+                text += piece
+                if not json:
+                    output.piece(piece)
+        except MeshError:
+            if text and not json:
+                output.line("")  # the error stands on a line of its own
+            raise
     cited = citations(stream.progress.last or {})
     if json:
         output.as_json({"answer": text, "citations": cited, "mesh": stream.mesh})
         return
     output.line("\n")
     output.citation_list(cited)
-    output.note(f"(why it went where it went: mesh why {stream.id})")
+    asked = f" --node {node[0]}" if node else ""  # the entry alone knows the request
+    output.note(f"(how it was routed: mesh why {stream.id}{asked})")
     shards_ok, shards_total = stream.mesh.get("shards_ok"), stream.mesh.get("shards_total")
     if shards_ok is not None and shards_ok != shards_total:
         output.note(f"only {shards_ok} of {shards_total} shards of {store} answered: passages may be missing")

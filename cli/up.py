@@ -58,7 +58,9 @@ UploadOption = Annotated[
     str | None,
     typer.Option("--upload", metavar="SIZE", help="Bytes a second of weights for peers; else 64MiB while it computes."),
 ]
-DataDirOption = Annotated[Path | None, typer.Option("--data-dir", metavar="DIR", help="Identity, documents, fetched weights.")]
+DataDirOption = Annotated[
+    Path | None, typer.Option("--data-dir", metavar="DIR", help="Identity, documents, weights; default: per user and name.")
+]
 NewIdentityOption = Annotated[
     bool, typer.Option("--new-identity", help="Be a new node: for a data directory that was copied from another one. Once.")
 ]

@@ -59,7 +59,7 @@ class NoPath(MeshError):
         what, first = (f"layers {_spans(gaps)}", f"{gaps[0][0]}:{gaps[0][1]}") if gaps else ("any layer", "auto")
         super().__init__(
             f"no live peer holds {what} of {model}; "
-            f"start one with: mesh up --join HOST:PORT --layers {first}"
+            f"start one with: mesh up --join HOST:PORT --model {model} --layers {first}"
             + (f" (layers {_spans(loading)} are being loaded)" if loading else "")
         )
         self.model = model

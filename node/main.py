@@ -20,7 +20,7 @@ from mesh.files import text_of
 from mesh.ids import ModelId
 from mesh.keys.keyring import Keyring, load_keyring
 from mesh.keys.mesh_key import BadKeyFile
-from node.checkpoints.capacity import layers_that_fit, memory_budget_bytes
+from node.checkpoints.capacity import layers_that_fit, memory_budget_bytes, needed_mib
 from node.checkpoints.model_directory import require_checkpoint
 from node.config import NodeConfig
 from node.engine.api import Engine, EngineConfig
@@ -153,7 +153,10 @@ def _prepare(config: NodeConfig, directory: Path, budget_bytes: int) -> tuple[En
         if card.whole_only:
             log.info("model.whole_only", model=model, why=card.whole_only)
         models.add(ServedModel(card, directory, ModelText.load(directory)))
-        capacity[model] = layers_that_fit(directory, card.layers, share_bytes)
+        fit = capacity[model] = layers_that_fit(directory, card.layers, share_bytes)
+        if config.layers == "auto" and fit < card.layers:
+            do = f"give --memory {needed_mib(directory, len(references) + len(wanted))}MiB or more to hold it whole"
+            log.warning("model.does_not_fit", model=model, layers=card.layers, fit=fit, share_mib=share_bytes >> 20, do=do)
     return engine, InitialModels(models, capacity, tuple(wanted), share_bytes)
 
 

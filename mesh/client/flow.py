@@ -379,7 +379,7 @@ def _why_not_resumed(answer: HttpResponse) -> str:
     """Of a node that was asked for a stream by its id. The status of a route that is not there would tell a person nothing."""
     if answer.status == 404:
         return str(error_of(answer))
-    return "nodes of its release keep no stream for another node"
+    return "it keeps no stream for another node"
 
 
 def stream_error(node: str, error: Mapping[str, Any]) -> MeshError:

@@ -23,6 +23,7 @@ from mesh.wire.load import pack_load, unpack_load
 MAX_HEADER_BYTES = 4 << 20
 MAX_TAIL_BYTES = 256 << 20  # a 4,096-token chunk of a 16,384-wide fp32 model
 _LENGTHS = struct.Struct(">II")
+_HTTP = b"HTTP"  # what an HTTP server's answer begins with; as a length it would be over the limit
 _MAX_ITEMS = 1 << 20
 _MAX_STRING_BYTES = 1 << 20
 
@@ -74,6 +75,8 @@ class FrameReader:
         frames = []
         while len(self._buffer) >= _LENGTHS.size:
             header_bytes, tail_bytes = _LENGTHS.unpack_from(self._buffer)
+            if bytes(self._buffer[: len(_HTTP)]) == _HTTP:
+                raise FrameError("an HTTP server answers there; give the node's gossip address (mesh nodes shows it)")
             if header_bytes > self._max_header_bytes or tail_bytes > self._max_tail_bytes:
                 raise FrameError(f"frame of {header_bytes} + {tail_bytes} bytes is over the limit")
             end = _LENGTHS.size + header_bytes + tail_bytes

@@ -29,6 +29,12 @@ def layers_that_fit(directory: Path, layers: int, memory_bytes: int) -> int:
     return layers_within(parameters(directory), layers, memory_bytes)
 
 
+def needed_mib(directory: Path, models: int) -> int:
+    """The `--memory` in MiB with which all layers of the checkpoint fit, beside other models: one of `models` equal shares."""
+    weights_bytes = parameters(directory) * BYTES_PER_PARAMETER * PACKING
+    return math.ceil(weights_bytes / WEIGHTS_SHARE * models / (1 << 20)) + 1
+
+
 def layers_within(parameters: int, layers: int, memory_bytes: int) -> int:
     """As `layers_that_fit`, of a model of so many parameters."""
     bytes_per_layer = parameters * BYTES_PER_PARAMETER * PACKING / max(layers, 1)

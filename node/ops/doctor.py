@@ -211,7 +211,7 @@ def _layers(look: Observations, version: ModelVersion) -> Iterator[Finding]:
         yield Finding(NOTE, "models", f"it cannot answer yet: {why}", "wait; see the log of the node that loads if it lasts")
     elif gaps:
         layers = ", ".join(f"{start}:{end}" for start, end in gaps)
-        do = f"start a node that holds them: mesh up --join HOST:PORT --layers {gaps[0][0]}:{gaps[0][1]}"
+        do = f"start a node that holds them: mesh up --join HOST:PORT --model {name} --layers {gaps[0][0]}:{gaps[0][1]}"
         severity = PROBLEM if version.answers else NOTE
         yield Finding(severity, "models", f"no live node holds layers {layers} of {name}: it cannot answer", do)
     elif (copies := min(replicas(look.view, card), default=0)) < LAYER_COPIES_WANTED:

@@ -34,6 +34,8 @@ def parse_reference(reference: str) -> tuple[ModelId, Path]:
     """
     name, equals, path = ("", "", reference) if _exists(reference) else reference.partition("=")
     directory = Path(os.path.expanduser(path if equals else reference))
+    if equals and not path:
+        raise BadRequest(f"--model {reference}: expected NAME=DIR, got no directory behind the =", "model")
     if os.path.isfile(directory):
         raise BadRequest(f"--model {reference}: {_no_directory(directory)}", "model")
     if not os.path.isdir(directory):

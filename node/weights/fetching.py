@@ -111,12 +111,15 @@ class Fetching:
 
     async def wait_for(self, name: ModelId) -> ModelCard:
         """Waits until peers hand out the version that `name` means, as a request would mean it."""
+        waits = False
         while True:
             view = self._view()
             card = announced(view, name)
             if card is not None:
                 return card
-            log.info("weights.waiting", model=name, why="no live peer hands out this model's files yet")
+            if not waits:  # the view changes with every member and load: one line is enough
+                log.info("weights.waiting", model=name, why="no live peer hands out this model's files yet", known=_known(view))
+                waits = True
             await self._changed(view.version)
 
     async def text_side(self, card: ModelCard, limit_bytes: int | None = None) -> FetchedModel:
@@ -342,3 +345,8 @@ def _sums(totals: FetchingStatistics, pulls: Iterable[PullStatistics]) -> dict[s
 
 def _no_disk(error: OSError) -> BadRequest:
     return BadRequest(f"weights cannot be kept: {error.strerror or error}; make room, or give another --data-dir", "data_dir")
+
+
+def _known(view: View) -> list[str]:
+    """The models that live peers announce: a name that is not among them may be mistyped."""
+    return sorted({card.id for peer in view.live() for card in peer.facts.models})

@@ -254,6 +254,7 @@ def test_an_answer_cannot_drive_the_terminal(mesh: FakeMesh, monkeypatch: pytest
 
 def test_ask_lists_what_it_was_answered_from(mesh: FakeMesh) -> None:
     result = mesh_command("ask", "why?", "--store", "s", "--top-k", "2", "--node", mesh.url(0))
+    assert f" --node {mesh.url(0)})" in " ".join(result.stderr.split()), "only the node that was asked knows the request"
     assert result.stdout.startswith(texts(12))
     assert "[1] a.md (3-10): a quote" in result.stdout
     assert "only 3 of 4 shards of s answered" in result.stderr

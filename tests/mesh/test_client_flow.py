@@ -305,8 +305,8 @@ def test_a_stream_that_gets_no_further_gives_up() -> None:
 @pytest.mark.parametrize(
     ("status", "body", "told"),
     [
-        (405, {"error": {"message": "this path does not take this method"}}, "keep no stream for another node"),
-        (501, {}, "keep no stream for another node"),
+        (405, {"error": {"message": "this path does not take this method"}}, "keeps no stream for another node"),
+        (501, {}, "keeps no stream for another node"),
         (404, {"error": {"message": "there is no stream chatcmpl-1"}}, "there is no stream chatcmpl-1"),
     ],
 )

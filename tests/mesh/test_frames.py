@@ -57,3 +57,8 @@ def test_a_header_that_is_no_map_is_refused() -> None:
 def test_an_oversized_frame_is_our_own_bug() -> None:
     with pytest.raises(ValueError, match="too large"):
         encode(Frame("x", {"a": b"\0" * (5 << 20)}))
+
+
+def test_the_answer_of_an_http_server_is_named_as_such() -> None:
+    with pytest.raises(FrameError, match="an HTTP server answers there; give the node's gossip address"):
+        FrameReader().feed(b"HTTP/1.1 400 Bad Request\r\n\r\n")

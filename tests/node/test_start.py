@@ -10,7 +10,7 @@ import pytest
 from mesh.errors import BadRequest
 from mesh.ids import ModelId
 from mesh.view import Facts, ModelCard, Span
-from node.checkpoints.capacity import layers_that_fit, parameters
+from node.checkpoints.capacity import layers_that_fit, needed_mib, parameters
 from node.config import NodeConfig, pinned_spans
 from node.host.identity import take_free_identity, take_identity
 from node.host.sockets import open_listener, open_peer_sockets, reachable
@@ -222,3 +222,15 @@ def test_facts_go_out_once_for_each_change() -> None:
     assert [fact.uncompiled for fact in sent] == ["", "", "", "no C compiler"]
     facts.know(ModelCard(ModelId("pinned"), 2, 100, "w", ""), None)
     assert "pinned" not in facts.now.capacity
+
+
+def test_a_name_without_a_directory_is_refused_and_not_taken_for_this_one() -> None:
+    with pytest.raises(BadRequest, match="expected NAME=DIR, got no directory"):
+        parse_reference("small=")
+
+
+def test_the_memory_that_is_named_for_a_model_that_does_not_fit_holds_it(tmp_path: Path) -> None:
+    safetensors(tmp_path / "model.safetensors", {"weight": [64 << 10, 1024]})
+    needed = needed_mib(tmp_path, models=2)
+    assert layers_that_fit(tmp_path, 14, (needed << 20) // 2) == 14
+    assert layers_that_fit(tmp_path, 14, (needed << 19) // 2) < 14

@@ -72,3 +72,7 @@ def test_what_nodes_with_other_weights_load_does_not_count_and_what_a_hashing_no
     assert being_loaded(view(*old[:1], *others), MODEL, ((3, 6),), "w1") is None
     assert str(no_path(view(*old[:1], *others), MODEL, ((3, 6),), "w1")).startswith("no live peer holds layers 3:6 of tiny")
     assert isinstance(no_path(seen, MODEL, ((2, 6),), "w2"), ModelLoading)
+
+
+def test_the_remedy_for_missing_layers_names_the_model() -> None:
+    assert "start one with: mesh up --join HOST:PORT --model big --layers 0:2" in str(NoPath("big", ((0, 2),)))
