@@ -1,7 +1,7 @@
-"""Where a node computes: the CPU, or one CUDA GPU. `--device auto` is the CPU until the GPU path has been run on a GPU.
+"""Chooses the device that computes: the CPU, or one CUDA GPU. `--device auto` means the CPU until the GPU path has run on a GPU.
 
-The same stage, scheduler and rules of exactness serve both; what differs is in `node/engine/paged`. What cannot be computed
-on a GPU yet is refused here by name, before anything is loaded.
+Stage, scheduler and rules of exactness are the same for both; the differences are in `node/engine/paged`. Features that the GPU
+path lacks are refused here by name, before anything is loaded.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from mesh.errors import BadRequest
 
 CPU = torch.device("cpu")
 MEMORY_SHARE = 0.25  # of a GPU's free memory, for keys and values; the weights come first
-_FORM = re.compile(r"auto|cpu|cuda(?::\d{1,2})?")
+_OPTION = re.compile(r"auto|cpu|cuda(?::\d{1,2})?")
 
 
 def chosen(wanted: str) -> torch.device:
-    """The device that `--device` names.
+    """Returns the device that `--device` names.
 
     Raises:
-        BadRequest: it has another form, or there is no such GPU; with the reason.
+        BadRequest: the option has another form, or there is no such GPU.
     """
-    if not _FORM.fullmatch(wanted):
+    if not _OPTION.fullmatch(wanted):
         raise BadRequest(f"--device: expected auto, cpu, cuda or cuda:N, got {wanted!r}", param="device")
     if not wanted.startswith("cuda"):
         return CPU
@@ -42,30 +42,30 @@ def chosen(wanted: str) -> torch.device:
 
 
 def require_servable(device: torch.device, name: str, mixture: bool, quantize: str, ranks: int) -> None:
-    """Raises BadRequest: what the GPU path does not compute, by name."""
+    """Raises BadRequest, with the name of the feature, if the GPU path cannot compute the model as configured."""
     if device == CPU:
         return
-    lacking = {
+    unsupported = {
         "mixtures of experts": mixture,
         f"{quantize} weights": quantize != "none",
         "--tensor-parallel": ranks > 1,
     }
-    for what, wanted in lacking.items():
-        if wanted:
+    for feature, requested in unsupported.items():
+        if requested:
             raise BadRequest(
-                f"{name}: {what} can be computed on CPUs only so far; take --device cpu", "device", "model_not_servable"
+                f"{name}: {feature} can be computed on CPUs only so far; take --device cpu", "device", "model_not_servable"
             )
 
 
 def prepare(device: torch.device) -> None:
-    """Whole float32 arithmetic, and sums of bfloat16 products in float32: nothing is rounded without being asked for."""
+    """Sets full float32 arithmetic, and float32 sums of bfloat16 products: torch rounds more by default."""
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def name(device: torch.device) -> str:
-    """What kind of device it is, as far as its arithmetic may depend on it; empty for the CPU, of which `machine` tells."""
+    """Returns what a GPU's arithmetic may depend on: model, architecture and CUDA version; empty for the CPU (see `machine`)."""
     if device.type != "cuda":
         return ""
     major, minor = torch.cuda.get_device_capability(device)
@@ -73,7 +73,7 @@ def name(device: torch.device) -> str:
 
 
 def kv_bytes(device: torch.device, configured: int | None, otherwise: int) -> int:
-    """Bytes for keys and values: what is configured, on a GPU never more than a share of what it has free."""
+    """Returns the bytes for keys and values: `configured` or else `otherwise`; on a GPU at most a share of its free memory."""
     wanted = otherwise if configured is None else configured
     if device.type != "cuda":
         return wanted
