@@ -17,27 +17,27 @@ MEMORY_SHARE = 0.25  # of a GPU's free memory, for keys and values; the weights 
 _OPTION = re.compile(r"auto|cpu|cuda(?::\d{1,2})?")
 
 
-def chosen(wanted: str) -> torch.device:
+def select(option: str) -> torch.device:
     """Returns the device that `--device` names.
 
     Raises:
         BadRequest: the option has another form, or there is no such GPU.
     """
-    if not _OPTION.fullmatch(wanted):
-        raise BadRequest(f"--device: expected auto, cpu, cuda or cuda:N, got {wanted!r}", param="device")
-    if not wanted.startswith("cuda"):
+    if not _OPTION.fullmatch(option):
+        raise BadRequest(f"--device: expected auto, cpu, cuda or cuda:N, got {option!r}", param="device")
+    if not option.startswith("cuda"):
         return CPU
     if torch.version.cuda is None:
         raise BadRequest(
-            f"--device {wanted}: this torch ({torch.__version__}) is built for CPUs alone; install a CUDA build of the same "
+            f"--device {option}: this torch ({torch.__version__}) is built for CPUs alone; install a CUDA build of the same "
             "version, or take --device cpu",
             param="device",
         )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = torch.device("cuda", int(wanted.partition(":")[2] or 0))
+    device = torch.device("cuda", int(option.partition(":")[2] or 0))
     if device.index >= count:
-        there = f"only {count} GPUs are" if count else "no GPU is"
-        raise BadRequest(f"--device {wanted}: {there} to be seen here; take --device cpu", param="device")
+        visible = f"only {count} GPUs are" if count else "no GPU is"
+        raise BadRequest(f"--device {option}: {visible} visible here; take --device cpu", param="device")
     return device
 
 
@@ -57,7 +57,7 @@ def require_servable(device: torch.device, name: str, mixture: bool, quantize: s
             )
 
 
-def prepare(device: torch.device) -> None:
+def configure_precision(device: torch.device) -> None:
     """Sets full float32 arithmetic, and float32 sums of bfloat16 products: torch rounds more by default."""
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -74,8 +74,8 @@ def name(device: torch.device) -> str:
 
 def kv_bytes(device: torch.device, configured: int | None, otherwise: int) -> int:
     """Returns the bytes for keys and values: `configured` or else `otherwise`; on a GPU at most a share of its free memory."""
-    wanted = otherwise if configured is None else configured
+    size = otherwise if configured is None else configured
     if device.type != "cuda":
-        return wanted
+        return size
     share = int(torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE)
     return share if configured is None else min(configured, share)

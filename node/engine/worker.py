@@ -92,8 +92,8 @@ class TorchEngine:
     """Implements `Engine` on torch: on CPUs, or on a GPU."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._device = device.chosen(config.device)
-        device.prepare(self._device)
+        self._device = device.select(config.device)
+        device.configure_precision(self._device)
         self._config = config
         self._lock = threading.Condition()
         self._scheduler = Scheduler(config.step_tokens, config.max_sequences, config.speculates)
@@ -292,6 +292,10 @@ class TorchEngine:
         """Returns the stage that computes a loaded span."""
         return self._loaded[span].stage
 
+    def stored_pages(self, span: Span) -> int:
+        """How many pages of a loaded span have their content in the engine's memory."""
+        return len(self._page_stores[span])
+
     # ---- figures
 
     def load_report(self) -> Load:
@@ -385,7 +389,7 @@ class TorchEngine:
                 overflowed = non_finite_sequences(plan, out)
                 onward += [output for output in hidden_outputs(plan, out) if output.key not in overflowed]
         except PageLost as error:
-            log.warning("pages lost", pages=len(error.numbers), why="they are not as they were written; computed again")
+            log.warning("pages lost", pages=len(error.numbers), why="spilled content cannot be read; computed again")
             self._timing.discard()
             with self._lock:
                 return [*refused, *self._scheduler.pages_lost(span, error.numbers, plan)]

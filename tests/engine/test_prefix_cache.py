@@ -141,7 +141,7 @@ def test_without_room_pages_are_evicted_and_sequences_are_not(checkpoint_of: Cal
         statistics = one.engine.statistics().scheduler
         assert statistics.evicted == 0 and 0 < statistics.pages <= 2 * PAGES_PER_BLOCK
         assert path.answer("again", numbers(5, 500))[0].cached == 480
-        wait_until(lambda: len(one.engine._page_stores[Span(MODEL, 0, 4)]) <= statistics.pages + 1)
+        wait_until(lambda: one.engine.stored_pages(Span(MODEL, 0, 4)) <= statistics.pages + 1)
         assert path.answer("gone", numbers(0, 400))[0].cached == 0
 
 

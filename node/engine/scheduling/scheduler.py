@@ -227,7 +227,6 @@ class Scheduler:
                 chunk.sequence.served_step, chunk.sequence.planned_at_s = self._steps, now_s
                 self._allocator.hold_for_step(chunk)
         assert sum(chunk.count for chunk in chunks) <= self.selection.step_tokens
-        assert all(chunk.sequence.lane == lane for chunk in chunks)
         freed, self._freed = tuple(self._freed), []
         return StepPlan(
             self._steps,
