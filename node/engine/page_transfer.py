@@ -18,7 +18,7 @@ from node.engine.faults import all_finite
 from node.engine.kv.page_store import PageLayout, PageLost, PageStore, from_bytes, layout_of, to_bytes
 from node.engine.kv.prefix_index import PageName
 from node.engine.model.stage import Stage
-from node.engine.scheduling.scheduler import Scheduler
+from node.engine.scheduling.kv_allocator import KvAllocator
 from node.engine.selfcheck import SelfcheckInput, run_together
 
 
@@ -34,9 +34,9 @@ def page_layout(stage: Stage) -> PageLayout:
 class PageTransfer:
     """Implements `PageAccess`. `lock`: the lock of the engine, which guards all other arguments and fields."""
 
-    def __init__(self, lock: threading.Condition, scheduler: Scheduler, stores: Mapping[Span, PageStore]) -> None:
+    def __init__(self, lock: threading.Condition, allocator: KvAllocator, stores: Mapping[Span, PageStore]) -> None:
         self._lock = lock
-        self._scheduler = scheduler
+        self._allocator = allocator
         self._stores = stores
         self._spans: dict[Span, tuple[PageLayout, str]] = {}  # that take part -> (layout, numerics)
 
@@ -54,7 +54,7 @@ class PageTransfer:
             if span is None or not names:
                 return None
             layout = self._spans[span][0].part(sequence.start, sequence.end)
-            kept = len(self._scheduler.find_pages(span, names))
+            kept = len(self._allocator.find_pages(span, names))
         prefixes = tuple(name.prefix for name in names)
         request = PageRequest(sequence.model, sequence.start, sequence.end, names[0].numerics, layout.name, prefixes)
         return PagesMissing(kept, len(names), layout.size_bytes, request)
@@ -63,7 +63,7 @@ class PageTransfer:
         names = [PageName(request.start, request.end, request.numerics, prefix) for prefix in request.names]
         with self._lock:
             found = [
-                (self._stores[span], self._scheduler.find_pages(span, names), layout.part(request.start, request.end))
+                (self._stores[span], self._allocator.find_pages(span, names), layout.part(request.start, request.end))
                 for span, (layout, numerics) in self._spans.items()
                 if span.model == request.model
                 and span.start <= request.start < request.end <= span.end
@@ -89,8 +89,8 @@ class PageTransfer:
             store = self._stores.get(span)
             # There may be more contents than names, if the peer sent more than was requested: the rest is ignored.
             for name, page in zip(names[first:], pages, strict=False):
-                number = self._scheduler.add_page(span, name) if store is not None else None
-                if number is None and not self._scheduler.find_pages(span, [name]):
+                number = self._allocator.add_page(span, name) if store is not None else None
+                if number is None and not self._allocator.find_pages(span, [name]):
                     break  # no room
                 if store is not None and number is not None:
                     stored = store.store(number, page)
@@ -102,7 +102,7 @@ class PageTransfer:
         """Returns the span and the names of all whole pages behind which a sequence could start; none if not exchanged."""
         prefix = sequence.prefix
         try:
-            span = self._scheduler.span_for(sequence)
+            span = self._allocator.span_for(sequence)
         except LocalError:
             return None, []
         if prefix is None or span not in self._spans or self._spans[span][1] != prefix.numerics:

@@ -105,7 +105,7 @@ class TorchEngine:
         self._spill = Spill(config.spill_memory_bytes, config.spill_disk_bytes, config.spill_folder)
         self._page_stores: dict[Span, PageStore] = {}
         self._retired_stores: list[PageStore] = []  # of unloaded spans, to be closed by the engine thread
-        self.pages = PageTransfer(self._lock, self._scheduler, self._page_stores)
+        self.pages = PageTransfer(self._lock, self._scheduler.allocator, self._page_stores)
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._undelivered: list[EngineOutput] = []
@@ -237,7 +237,7 @@ class TorchEngine:
             pool.resize(max(1, self._kv_bytes // len(self._pools) // block_bytes))
             if not self._page_stores[span].held_by_workers:  # this process has no content to spill
                 max_spilled_pages[span] = self._spill.capacity(block_bytes // PAGES_PER_BLOCK) // len(self._pools)
-        self._scheduler.apply_limits(max_spilled_pages)
+        self._scheduler.allocator.apply_limits(max_spilled_pages)
 
     # ---- sequences
 
@@ -407,7 +407,7 @@ class TorchEngine:
             took_ms = self._timing.end(plan) * 1e3
             self._scheduler.selection.costs.measured(sum(chunk.count for chunk in plan.chunks), took_ms)
             ended = self._scheduler.commit(plan, drawn)
-            copies = self._scheduler.take_page_copies()
+            copies = self._scheduler.allocator.take_page_copies()
         lost = overflowed | {output.key for output in ended if isinstance(output, SequenceLost)}
         self._store_pages(plan, copies, store, lost)
         return [*refused, *onward, *ended]
@@ -435,7 +435,7 @@ class TorchEngine:
                 sequence = chunk.sequence
                 if sequence.key in lost:
                     names = [sequence.page_name(page) for page in range(sequence.pages_kept)]
-                    dropped += self._scheduler.find_pages(plan.lane.span, names)
+                    dropped += self._scheduler.allocator.find_pages(plan.lane.span, names)
         if dropped:
             with self._lock:
                 self._undelivered += self._scheduler.pages_lost(plan.lane.span, dropped)

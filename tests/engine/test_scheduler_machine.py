@@ -186,7 +186,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(limit=st.sampled_from([0, 3, 40]))
     def spill_up_to(self, limit: int) -> None:
-        self.scheduler.apply_limits(dict.fromkeys(self.pools, limit))
+        self.scheduler.allocator.apply_limits(dict.fromkeys(self.pools, limit))
 
     @rule(pick=st.integers(0, 99))
     def damage(self, pick: int) -> None:
@@ -241,7 +241,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             drawing = {chunk.sequence.key: drawn_for(chunk) for chunk in plan.chunks if chunk.draws}
             self.check_outputs(self.scheduler.commit(plan, drawing))
         states = {chunk.sequence.key: chunk.sequence for chunk in plan.chunks}
-        for store in self.scheduler.take_page_copies():
+        for store in self.scheduler.allocator.take_page_copies():
             if stores:
                 self.content[store.lane.span, store.number] = states[store.key].page_name(store.position // PREFIX_PAGE_TOKENS)
             else:
@@ -286,9 +286,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         for span, one in self.pools.items():
             states = [state for state in self.scheduler._sequences.values() if state.lane.span == span]
             blocks = {block for state in states for block in state.blocks}
-            for pool, more in self.scheduler._allocator._held_by_step:
+            for pool, more in self.scheduler.allocator._held_by_step:
                 blocks |= set(more) if pool is one.pool else set()
-            pages = self.scheduler._allocator._indexes[span]
+            pages = self.scheduler.allocator._indexes[span]
             assert one.pool.used == len(blocks) + pages.blocks <= one.pool.total
             assert pages.readers == sum(len(state.offered_pages) + len(state.restoring_pages) for state in states)
             assert all((span, number) in self.content for number in pages._names), "the index has a page without content"
@@ -346,7 +346,7 @@ def test_a_damaged_page_is_lost_when_a_step_restores_it() -> None:
 def test_pinned_spilled_pages_stay_when_other_pages_are_spilled() -> None:
     machine = SchedulerMachine()
     machine.make(600, 3, 3, 3 * PREFIX_PAGE_TOKENS + 4, (2, 4), 30, True, True)
-    assert machine.scheduler._allocator._indexes[WHOLE].spilled == machine.scheduler._allocator._indexes[WHOLE].readers == 3
+    assert machine.scheduler.allocator._indexes[WHOLE].spilled == machine.scheduler.allocator._indexes[WHOLE].readers == 3
     machine.open(SequenceSpec(1, 3 * PREFIX_PAGE_TOKENS + 4, 1, (0, 4), 0, 0, True, True, None))
     machine.steps(20, True)
     machine.crowd(30, True)

@@ -30,6 +30,8 @@ class HeldSpan:
 
 
 class KvAllocator:
+    """The blocks and pages of all loaded spans."""
+
     def __init__(self) -> None:
         self.spans: dict[Span, HeldSpan] = {}
         self._indexes: dict[Span, PageIndex] = {}
@@ -191,9 +193,11 @@ class KvAllocator:
     # ---- pages
 
     def find_pages(self, span: Span, names: Sequence[PageName]) -> list[int]:
+        """Returns the numbers of the kept pages, up to the first that is not kept."""
         return self._indexes[span].find(names) if span in self._indexes else []
 
     def add_page(self, span: Span, name: PageName) -> int | None:
+        """As `PageIndex.add`; the caller holds the lock until the content of the page is stored."""
         return self._indexes[span].add(name) if span in self._indexes else None
 
     def drop_page(self, span: Span, number: int) -> None:

@@ -25,7 +25,6 @@ from mesh.prefix import NAME_BYTES, PREFIX_PAGE_TOKENS
 from mesh.view import Load, Span
 from node.engine.api import HiddenOut, Lane, OpenSequence, SequenceKey, SequenceLost, TokenOut
 from node.engine.kv.blocks import blocks_for
-from node.engine.kv.prefix_index import PageCopy, PageName
 from node.engine.scheduling.kv_allocator import HeldSpan, KvAllocator
 from node.engine.scheduling.sequence import DrawResult, ScheduledChunk, StageSequence, StepPlan
 from node.engine.scheduling.step_selection import StepSelection
@@ -56,6 +55,7 @@ class SchedulerStatistics:
 class Scheduler:
     """Every method takes microseconds. The caller holds a lock around each; a step runs between `plan` and `commit`.
 
+    `allocator`: the memory of the loaded spans; the caller uses it under the same lock, for pages and their limits.
     `now_s`: seconds of any clock that never goes back.
     """
 
@@ -64,7 +64,7 @@ class Scheduler:
             raise LocalError(f"expected a positive token budget and sequence limit, got {step_tokens} and {max_sequences}")
         self.max_sequences = max_sequences
         self.selection = StepSelection(step_tokens, speculates)
-        self._allocator = KvAllocator()
+        self.allocator = KvAllocator()
         self._sequences: dict[SequenceKey, StageSequence] = {}
         self._lane_steps: dict[Lane, int] = {}  # number of the step that computed the lane last
         self._freed: list[SequenceKey] = []
@@ -76,33 +76,17 @@ class Scheduler:
 
     def add_span(self, span: Span, held: HeldSpan) -> None:
         """Serves `span` from now on; no effect if the span is served already."""
-        self._allocator.add_span(span, held)
+        self.allocator.add_span(span, held)
 
     def drop_span(self, span: Span) -> list[SequenceLost]:
         """Forgets a span; its sequences are lost, and may continue elsewhere."""
         lost = [sequence for sequence in self._sequences.values() if sequence.lane.span == span]
         for sequence in lost:
             self._forget(sequence)
-        self._allocator.drop_span(span)
+        self.allocator.drop_span(span)
         self.selection.forget_span(span)
         reason = f"layers {span.start}:{span.end} of {span.model} were unloaded"
         return [SequenceLost(sequence.key, reason) for sequence in lost]
-
-    def apply_limits(self, max_spilled_pages: Mapping[Span, int]) -> None:
-        """Drops and spills pages until each span fits the new size of its pool and its limit of spilled pages."""
-        self._allocator.apply_limits(max_spilled_pages)
-
-    def span_for(self, request: OpenSequence) -> Span:
-        """Returns the loaded span that would compute the sequence. Raises LocalError: no loaded span holds its layers."""
-        return self._allocator.span_for(request)
-
-    def find_pages(self, span: Span, names: Sequence[PageName]) -> list[int]:
-        """Returns the numbers of the kept pages, up to the first that is not kept."""
-        return self._allocator.find_pages(span, names)
-
-    def add_page(self, span: Span, name: PageName) -> int | None:
-        """As `PageIndex.add`; the caller holds the lock until the content of the page is stored."""
-        return self._allocator.add_page(span, name)
 
     # ---- sequences
 
@@ -111,8 +95,8 @@ class Scheduler:
         if request.key in self._sequences:
             self._dropped += 1
             return 0
-        span = self._allocator.span_for(request)
-        held = self._allocator.spans[span]
+        span = self.allocator.span_for(request)
+        held = self.allocator.spans[span]
         _require_servable(request, held)
         others = [sequence for sequence in self._sequences.values() if sequence.lane.span == span]
         if len(others) >= self.max_sequences:
@@ -134,8 +118,8 @@ class Scheduler:
         if request.remaining_ms is not None:
             sequence.deadline_s = now_s + request.remaining_ms / 1e3
         # Preempted sequences come first: a newcomer would take the blocks for which they wait.
-        if any(other.preempted for other in others) or not self._allocator.allocate(sequence):
-            free = self._allocator.free_blocks(span)
+        if any(other.preempted for other in others) or not self.allocator.allocate(sequence):
+            free = self.allocator.free_blocks(span)
             raise Refused(f"no room for {request.known} tokens: {free} of {held.pool.total} KV blocks are free")
         assert sequence.blocks
         sequence.cached_tokens = sequence.computed
@@ -154,7 +138,7 @@ class Scheduler:
             return
         # The position of its first activations shows a later stage how many pages the whole path restores.
         if hidden.position and sequence.pushed_end == 0:
-            self._allocator.start_at(sequence, hidden.position)
+            self.allocator.start_at(sequence, hidden.position)
             sequence.cached_tokens = hidden.position
         sequence.append_activations(hidden)
 
@@ -164,7 +148,7 @@ class Scheduler:
         if sequence is None or not sequence.on_first_stage or sequence.on_last_stage:
             self._dropped += 1
             return
-        vocab_size = self._allocator.spans[sequence.lane.span].vocab_size
+        vocab_size = self.allocator.spans[sequence.lane.span].vocab_size
         if position != sequence.known or sequence.known + 1 >= sequence.end_position or not 0 <= token < vocab_size:
             self._dropped += 1
             return
@@ -182,7 +166,7 @@ class Scheduler:
 
     def _forget(self, sequence: StageSequence) -> None:
         del self._sequences[sequence.key]
-        self._allocator.release(sequence)
+        self.allocator.release(sequence)
         self._freed.append(sequence.key)
 
     # ---- planning a step
@@ -192,7 +176,7 @@ class Scheduler:
 
     def work_at_s(self, now_s: float) -> float:
         """Returns when there is something to plan, if nothing happens until then; infinite: not before something happens."""
-        if self._freed or any(each.preempted and self._allocator.may_allocate(each) for each in self._sequences.values()):
+        if self._freed or any(each.preempted and self.allocator.may_allocate(each) for each in self._sequences.values()):
             return now_s
         lanes = self._ready_lanes().values()
         return min((self.selection.earliest_begin_s(sequences, now_s) for sequences in lanes), default=math.inf)
@@ -225,7 +209,7 @@ class Scheduler:
             ]
             for chunk in chunks:
                 chunk.sequence.served_step, chunk.sequence.planned_at_s = self._steps, now_s
-                self._allocator.hold_for_step(chunk)
+                self.allocator.hold_for_step(chunk)
         assert sum(chunk.count for chunk in chunks) <= self.selection.step_tokens
         freed, self._freed = tuple(self._freed), []
         return StepPlan(
@@ -234,8 +218,8 @@ class Scheduler:
             tuple(chunks),
             tuple(lost),
             freed,
-            dropped_pages=self._allocator.take_dropped_pages(),
-            pages_to_spill=self._allocator.take_pages_to_spill(),
+            dropped_pages=self.allocator.take_dropped_pages(),
+            pages_to_spill=self.allocator.take_pages_to_spill(),
         )
 
     def _drop_overdue(self, now_s: float) -> list[SequenceLost]:
@@ -249,7 +233,7 @@ class Scheduler:
     def _readmit(self) -> None:
         """Allocates blocks for preempted sequences, the most important first, until one finds too few blocks."""
         for sequence in sorted((each for each in self._sequences.values() if each.preempted), key=_eviction_order):
-            if not self._allocator.allocate(sequence):
+            if not self.allocator.allocate(sequence):
                 return
             sequence.preempted = False
 
@@ -275,15 +259,15 @@ class Scheduler:
         """Returns the sequences of the next step with their counts of positions, guesses included."""
         sequences = (sequence for sequence in self._sequences.values() if sequence.lane == lane)
         selected = self.selection.select(lane, sequences, self._steps, now_s)
-        if lane.start > 0 or not self._allocator.spans[lane.span].exact:
+        if lane.start > 0 or not self.allocator.spans[lane.span].exact:
             return selected
-        return self.selection.add_drafts(selected, self._allocator.spare_tokens)
+        return self.selection.add_drafts(selected, self.allocator.spare_tokens)
 
     def _grow_or_evict(self, sequence: StageSequence, tokens: int, lost: list[SequenceLost]) -> bool:
         """Allocates blocks for `tokens`, evicting the least important sequences of the span. False: `sequence` was evicted."""
         if sequence.preempted:
             return False
-        while not self._allocator.grow(sequence, tokens):
+        while not self.allocator.grow(sequence, tokens):
             span = sequence.lane.span
             holders = (other for other in self._sequences.values() if other.lane.span == span and other.blocks)
             least = max(holders, key=_eviction_order)
@@ -302,7 +286,7 @@ class Scheduler:
         """Takes a sequence's blocks; it waits here and is computed again, except for what pages hold of it by then."""
         assert sequence.on_first_stage and sequence.on_last_stage
         self._preempted += 1
-        self._allocator.release(sequence)
+        self.allocator.release(sequence)
         self._freed.append(sequence.key)
         sequence.preempted, sequence.computed, sequence.draft, sequence.draft_length = True, 0, [], 0
 
@@ -310,7 +294,7 @@ class Scheduler:
         """Returns the tokens that end a sequence; `ignore_eos` removes the model's own, even where the request names them."""
         stops = frozenset(sequence.request.sampling.stop_token_ids)
         if sequence.request.sampling.ignore_eos:
-            return stops - self._allocator.spans[sequence.lane.span].end_ids
+            return stops - self.allocator.spans[sequence.lane.span].end_ids
         return stops
 
     # ---- the result of a step
@@ -327,10 +311,10 @@ class Scheduler:
             sequence.computed = int(min(chunk.position + chunk.count, sequence.void_from))
             sequence.pushed = [part for part in sequence.pushed if part.end > sequence.computed]
             sequence.page_names_sent += len(chunk.page_names)
-            self._allocator.keep_pages(sequence)
+            self.allocator.keep_pages(sequence)
             if chunk.draws:
                 outputs += self._apply_drawn(chunk, drawn[sequence.key])
-        self._allocator.release_step()
+        self.allocator.release_step()
         return outputs
 
     def _apply_drawn(self, chunk: ScheduledChunk, drawn: Sequence[DrawResult]) -> list[TokenOut | SequenceLost]:
@@ -362,10 +346,6 @@ class Scheduler:
                 return outputs
         return outputs
 
-    def take_page_copies(self) -> list[PageCopy]:
-        """Returns the copies of pages due since the last call; the worker makes them before the next plan."""
-        return self._allocator.take_page_copies()
-
     def pages_lost(self, span: Span, numbers: Sequence[int], plan: StepPlan | None = None) -> list[SequenceLost]:
         """Drops pages whose content could not be stored, or not be read by the step `plan`; their readers compute it again.
 
@@ -389,7 +369,7 @@ class Scheduler:
         for sequence in split:
             self._forget(sequence)
         for number in numbers:
-            self._allocator.drop_page(span, number)
+            self.allocator.drop_page(span, number)
         return [SequenceLost(sequence.key, "a page it counted on was not kept") for sequence in split]
 
     def out_of_memory(self, plan: StepPlan) -> list[SequenceLost]:
@@ -420,7 +400,7 @@ class Scheduler:
         for sequence in sequences:
             if sequence.on_first_stage:  # guesses of other stages are part of the activations that they pushed
                 sequence.draft, sequence.draft_length = [], 0
-        self._allocator.release_step()
+        self.allocator.release_step()
         return sequences
 
     # ---- figures
@@ -431,8 +411,8 @@ class Scheduler:
         return Load(
             running=len(sequences),
             waiting=sum(sequence.computed == 0 for sequence in sequences),
-            kv_blocks_used=self._allocator.used_blocks,
-            kv_blocks_total=self._allocator.total_blocks,
+            kv_blocks_used=self.allocator.used_blocks,
+            kv_blocks_total=self.allocator.total_blocks,
             prefill_tokens_queued=sum(tokens for tokens in prefills if tokens > 1),
         )
 
@@ -448,8 +428,8 @@ class Scheduler:
             evicted=self._evicted,
             failed=self._failed,
             dropped=self._dropped,
-            pages=self._allocator.pages,
-            spilled_pages=self._allocator.spilled_pages,
+            pages=self.allocator.pages,
+            spilled_pages=self.allocator.spilled_pages,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             guessed_tokens=self.selection.guessed_tokens,
@@ -482,18 +462,13 @@ def _require_servable(request: OpenSequence, held: HeldSpan) -> None:
     if blocks_for(end) > held.pool.total:
         raise BadRequest(f"{end} tokens need {blocks_for(end)} KV blocks, but this node has {held.pool.total} in all")
     if request.start == 0 or request.end == held.layers:
-        _require_known_tokens(request, held)
+        if len(request.tokens) != request.known:
+            raise BadRequest(f"expected all {request.known} known tokens at the first and last stage, got {len(request.tokens)}")
+        worst = max(request.tokens, key=lambda token: token if token >= 0 else held.vocab_size - token)
+        if not 0 <= worst < held.vocab_size:
+            raise BadRequest(f"token {worst} is outside the vocabulary of {held.vocab_size}", param="prompt")
     if request.prefix is not None:
         whole_pages = request.known // PREFIX_PAGE_TOKENS
         names = request.prefix.names
         if len(names) != whole_pages or any(len(name) != NAME_BYTES for name in names):
             raise BadRequest(f"expected {whole_pages} names of {NAME_BYTES} bytes for the pages of {request.known} tokens")
-
-
-def _require_known_tokens(request: OpenSequence, held: HeldSpan) -> None:
-    """Raises BadRequest: known tokens are missing, or a token is outside the vocabulary."""
-    if len(request.tokens) != request.known:
-        raise BadRequest(f"expected all {request.known} known tokens at the first and last stage, got {len(request.tokens)}")
-    worst = max(request.tokens, key=lambda token: token if token >= 0 else held.vocab_size - token)
-    if not 0 <= worst < held.vocab_size:
-        raise BadRequest(f"token {worst} is outside the vocabulary of {held.vocab_size}", param="prompt")
