@@ -177,7 +177,8 @@ class PageIndex:
             return False
         keep = len(self._blocks) - count
         while len(self._blocks) > keep:
-            self._evict_oldest()
+            evicted = self._evict_oldest()
+            assert evicted  # enough pages have no readers
             self._release_empty_blocks()
         return True
 

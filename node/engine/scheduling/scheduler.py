@@ -306,12 +306,14 @@ class Scheduler:
             sequence = chunk.sequence
             if self._sequences.get(sequence.key) is not sequence:
                 continue
+            assert sequence.computed == chunk.position or sequence.rewinds > chunk.rewinds
             sequence.isolated = False
             # Activations that arrived during the step may have voided the guesses that it computed.
             sequence.computed = int(min(chunk.position + chunk.count, sequence.void_from))
             sequence.pushed = [part for part in sequence.pushed if part.end > sequence.computed]
             sequence.page_names_sent += len(chunk.page_names)
             self.allocator.keep_pages(sequence)
+            assert not sequence.restoring_pages
             if chunk.draws:
                 outputs += self._apply_drawn(chunk, drawn[sequence.key])
         self.allocator.release_step()
