@@ -224,10 +224,10 @@ def main() -> None:
     options = parser.parse_args()
     capped = cap(options.isa)
     try:
-        on = device.chosen(options.device)
+        on = device.select(options.device)
     except BadRequest as error:
         parser.error(str(error))
-    device.prepare(on)
+    device.configure_precision(on)
     torch.set_num_threads(options.threads)
     shape = QUICK_SHAPE if options.quick else FULL_SHAPE
     budget_s = options.budget or (2.0 if options.quick else 30.0)

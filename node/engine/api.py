@@ -1,9 +1,8 @@
-"""The seam between the node and its engine: what goes in, what comes out. No torch here.
+"""The interface between the node and its engine: requests and outputs. No torch.
 
-One engine thread computes; the trio thread talks to it through `Engine`. A sequence is a row of
-one attempt of one choice of one stream on one stage `[start, end)` of a model. Positions count
-tokens from 0 over prompt and answer. Everything is idempotent by (key, position): what comes twice
-changes nothing; what comes for an unknown or closed key is counted and dropped.
+One engine thread computes; the trio thread calls it through `Engine`. A sequence is one attempt of one choice of one stream, on
+one stage `[start, end)` of a model. Positions count tokens from 0 over prompt and answer. Every call is idempotent by (key,
+position): a duplicate changes nothing, and a call for an unknown or closed key is counted and dropped.
 """
 
 from __future__ import annotations
@@ -38,26 +37,25 @@ class Lane:
 
 
 class Prefix(msgspec.Struct, frozen=True):
-    """What a stage needs to find the pages of earlier sequences that begin with the same tokens, and to keep its own.
+    """The names by which a stage finds pages of earlier sequences that begin with the same tokens, and keeps its own.
 
-    `names` are those of the whole pages of the known tokens (`mesh.prefix`). The first stage of several is asked last, and
-    told `elsewhere`: the fewest pages that all others have; it begins behind what all have, and the position of its first
-    activations tells the others where that is.
+    `names`: of the whole pages of the known tokens (`mesh.prefix`). `elsewhere`: the first stage of several is opened last, and
+    is given the number of pages that every other stage has; it starts behind the pages that all stages have, and the position
+    of its first activations shows the other stages where that is.
     """
 
     salt: bytes
     names: tuple[bytes, ...]
-    numerics: str  # of the whole path
+    numerics: str  # of every stage of the path
     elsewhere: int | None = None  # None: there are no other stages
 
 
 class OpenSequence(msgspec.Struct, frozen=True):
-    """Take up one sequence on the layers `[start, end)`, which lie within a span that is loaded here.
+    """A request to compute one sequence on the layers `[start, end)`, which lie within a loaded span.
 
-    `tokens` are all tokens known so far, prompt and then answer; the first stage (`start == 0`) needs
-    them to prefill, the last (`end == layers`) for penalties and for where sampling begins; stages
-    between are sent only `known`, their count. The last stage samples position `known` first; the
-    sequence ends at position `prompt_tokens + sampling.max_tokens`.
+    `tokens`: all tokens known so far, prompt and then answer; the first stage (`start == 0`) needs them for the prefill, the
+    last (`end == layers`) for penalties and grammars; stages between receive only their count, `known`. The last stage draws
+    position `known` first; the sequence ends before position `prompt_tokens + sampling.max_tokens`.
     """
 
     stream: StreamId
@@ -70,11 +68,11 @@ class OpenSequence(msgspec.Struct, frozen=True):
     known: int
     tokens: tuple[int, ...]
     sampling: SamplingParams
-    prefix: Prefix | None = None  # None: nothing is looked up or kept, for the path's numerics are not exact
+    prefix: Prefix | None = None  # None: no page is read or kept, because the path is not exact
     priority: int = 0  # lower goes first
     remaining_ms: int | None = None  # until the request's own deadline
     last_choice: bool = False  # no other node could take this part of the path
-    weights: str = ""  # that compute it, and no others; empty: the entry does not say
+    weights: str = ""  # the only weights that may compute it; empty: the entry named none
 
     @property
     def key(self) -> SequenceKey:
@@ -92,16 +90,16 @@ class HiddenOut:
     position: int
     count: int
     data: bytes
-    names: tuple[bytes, ...] = ()  # of the pages that became whole since the last
+    names: tuple[bytes, ...] = ()  # of the pages that became whole since the last activations
     draft: tuple[int, ...] = ()  # the tokens at the last so many positions are guessed (`speculation`)
-    rewinds: int = 0  # guesses that had proved wrong when this was computed; what is of an older one is void
+    rewinds: int = 0  # wrong guesses found before this was computed; activations with an older count are void
 
 
 @dataclass(frozen=True, slots=True)
 class TokenOut:
     """The token drawn for `position`; with `finish` ("stop" or "length") it is the last.
 
-    `cached`: how many tokens before it were not computed but taken from pages.
+    `cached`: how many tokens before it were restored from pages.
     """
 
     key: SequenceKey
@@ -115,10 +113,10 @@ class TokenOut:
 
 @dataclass(frozen=True, slots=True)
 class SequenceLost:
-    """This stage gave the sequence up and freed its blocks.
+    """This stage stopped computing the sequence and freed its blocks.
 
-    retryable: another attempt may succeed (evicted for lack of KV blocks, step failed); else the request itself is at fault.
-    by_previous: the stage before is to blame, for what it sent.
+    retryable: another attempt may succeed (evicted for lack of KV blocks, step failed); else the cause is the request itself.
+    by_previous: the cause is what the stage before sent.
     """
 
     key: SequenceKey
@@ -129,7 +127,7 @@ class SequenceLost:
 
 @dataclass(frozen=True, slots=True)
 class SpanLost:
-    """The workers that computed a span have ended: it is unloaded, and may be loaded again. Its sequences are lost as well."""
+    """The worker processes of a span have ended: it is unloaded, its sequences are lost, and it may be loaded again."""
 
     span: Span
     reason: str
@@ -138,7 +136,7 @@ class SpanLost:
 EngineOutput = HiddenOut | TokenOut | SequenceLost | SpanLost
 
 Deliver = Callable[[list[EngineOutput]], None]
-"""Called in the ENGINE thread with the outputs of one step; the node's shell passes them on to trio."""
+"""Called in the ENGINE thread with the outputs of one step; the node's shell passes them to the trio thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,23 +144,23 @@ class EngineConfig:
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     dtype: str = "auto"  # auto | float32 | bfloat16 | a linear kernel's name, e.g. fbgemm-fp16
     quantize: str = "none"  # none | int8 | int4: how weights are held
-    graphs: bool = True  # on a GPU: decoding steps are recorded and played again
+    graphs: bool = True  # on a GPU: decoding steps are recorded and replayed as CUDA graphs
     threads: int = 1  # torch threads; several nodes on one machine: 1 each
     tensor_parallel: int = 1  # worker processes that compute a span together, `threads` each; 1: this process computes it
     kv_memory_bytes: int | None = None  # for all KV caches; None: a share of free memory
-    spill_memory_bytes: int = 0  # for pages that the KV memory has no room for: so many in host memory
-    spill_disk_bytes: int = 0  # and so many in files
-    spill_folder: Path | None = None  # of those files, and of nothing else; without it there are none
+    spill_memory_bytes: int = 0  # of host memory, for pages that find no room in the KV memory
+    spill_disk_bytes: int = 0  # of files, for pages that find no room in host memory
+    spill_folder: Path | None = None  # for those files and nothing else; None: no files
     step_tokens: int = 512  # token budget of one step: prefill chunks and decodes together
-    max_sequences: int = 64  # per stage; one more is refused as BUSY
-    speculates: bool = True  # guesses the next tokens from the text where that pays (`speculation`)
+    max_sequences: int = 64  # per span; more are refused as BUSY
+    speculates: bool = True  # guess the next tokens from the text where that pays (`speculation`)
 
 
 PageNames = Annotated[tuple[Annotated[bytes, Meta(min_length=NAME_BYTES, max_length=NAME_BYTES)], ...], Meta(max_length=4096)]
 
 
 class PageRequest(msgspec.Struct, frozen=True):
-    """Whose content a peer wants: the pages of these names, and only of this layout, from these kernels."""
+    """A peer's request for the content of pages: of these names, this layout, and computed by these kernels."""
 
     model: ModelId
     start: Annotated[int, Meta(ge=0, le=2**15)]
@@ -174,33 +172,36 @@ class PageRequest(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class PagesMissing:
-    """Of the `whole` pages that a sequence could begin behind the first `kept` are here. `ask`: for all of them."""
+    """Of the `whole` pages behind which a sequence could start, the first `kept` are here. `request`: for all `whole` pages."""
 
     kept: int
     whole: int
     page_bytes: int
-    ask: PageRequest
+    request: PageRequest
 
 
 class PageAccess(Protocol):
-    """What pages of a prefix hold, in and out of the engine as bytes. Any thread may call."""
+    """Exports pages from the engine, and imports them, as bytes. Any thread may call."""
 
-    def wanted(self, sequence: OpenSequence) -> PagesMissing | None:
-        """None: pages of such a sequence are not for exchange here."""
+    def missing_pages(self, sequence: OpenSequence) -> PagesMissing | None:
+        """Returns which pages of a sequence are missing here; None: its pages cannot be exchanged."""
 
-    def export_pages(self, ask: PageRequest, most_bytes: int) -> list[bytes]:
-        """The first of the pages asked for, as far as they are here and within `most_bytes`, but one at least (*blocking*)."""
+    def export_pages(self, request: PageRequest, max_bytes: int) -> list[bytes]:
+        """Returns the contents of the requested pages up to the first that is missing, within `max_bytes` but at least one.
+
+        *Blocking*.
+        """
 
     def import_pages(self, sequence: OpenSequence, first: int, contents: list[bytes]) -> int:
-        """Keeps the contents as the sequence's pages from number `first` on; how many there was room for (*blocking*).
+        """Keeps the contents as pages `first`, `first + 1`, … of the sequence; returns how many found room (*blocking*).
 
         Raises:
-            ValueError: they are no such pages.
+            ValueError: a content has the wrong length, or holds numbers that are not finite.
         """
 
 
 class Engine(Protocol):
-    """All methods may be called from the trio thread; those marked *blocking* in a worker thread."""
+    """All methods may be called from the trio thread, except those marked *blocking*: call them from a worker thread."""
 
     @property
     def pages(self) -> PageAccess: ...
@@ -217,13 +218,13 @@ class Engine(Protocol):
 
         Raises:
             BadRequest: not a directory, not a causal LM, pickled or missing weights, or an architecture that cannot be served
-                exactly; the message gives the reason and what would work.
+                exactly; the message gives the reason and the remedy.
         """
 
     def load(self, directory: Path, model: ModelId, start: int, end: int, weights: str = "") -> ModelCard:
-        """Loads layers `[start, end)`, runs the self-check, and serves them from its return on (*blocking*).
+        """Loads layers `[start, end)`, runs the self-check, and serves them from then on (*blocking*).
 
-        `weights`: which they are (`mesh.manifest`); empty: the files are hashed for it.
+        `weights`: the identity of the weights (`mesh.manifest`); empty: the files are hashed to find it.
 
         Raises:
             BadRequest: as `inspect`; also layers out of range, or the self-check failed.
@@ -233,39 +234,39 @@ class Engine(Protocol):
         """Drops a span; its sequences are lost (*blocking*)."""
 
     def prepare(self, sequence: OpenSequence) -> None:
-        """What must be ready before `open`: compiles the sequence's grammar, if it is drawn here (*blocking*).
+        """Compiles the grammar of a sequence that is drawn here, before `open` (*blocking*).
 
         Raises:
-            BadRequest: the grammar does not compile within its limits.
+            BadRequest: the grammar does not compile within the limits.
         """
 
     def open(self, sequence: OpenSequence) -> int:
         """Admits a sequence; a first stage begins its prefill at the next step.
 
-        Returns how many of its pages are kept here; they stay until it begins.
+        Returns how many of its pages are kept here; they are pinned until the sequence starts.
 
         Raises:
-            Refused: no room (sequences or KV blocks); try elsewhere or later.
-            BadRequest: it can never fit here.
+            Refused: too many sequences, or too few free KV blocks; try elsewhere or later.
+            BadRequest: the sequence can never be served here.
             LocalError: no loaded span holds `[start, end)`.
         """
 
     def push(self, *hidden: HiddenOut) -> None:
-        """Activations from the stage before, for sequences that are open here. What comes together is computed together."""
+        """Takes activations from the stage before, for open sequences. Those of one call are computed in one step if they fit."""
 
     def token(self, *drawn: TokenOut) -> None:
-        """Tokens drawn by the last stage, back at the first: it decodes on from there, with all of them together."""
+        """Takes tokens drawn by the last stage, on the first stage, which computes them next. Those of one call share a step."""
 
     def close(self, key: SequenceKey) -> None:
-        """Frees the sequence within a step. Unknown keys are fine."""
+        """Frees the sequence, at the latest after the step under way; no effect for an unknown key."""
 
     def close_streams(self, keep: Callable[[StreamId], bool]) -> None:
-        """Frees every sequence whose stream `keep` does not want (its entry node died)."""
+        """Frees every sequence for whose stream `keep` returns False, for instance because its entry node died."""
 
     def load_report(self) -> Load: ...
 
     def overdue_s(self) -> float:
-        """How long the step under way is past all that earlier ones explain: an engine that hangs. 0 when it does well."""
+        """Returns for how long the step under way has taken longer than earlier steps explain, in seconds; 0 if it has not."""
 
     def statistics(self) -> object:
-        """A frozen dataclass of counters and of what is loaded, for metrics."""
+        """Returns a frozen dataclass of counters and of the loaded spans, for metrics."""

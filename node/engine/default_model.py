@@ -1,6 +1,6 @@
-"""The default model `mesh-demo`, a part of the package: what can be said of it without reading it.
+"""The properties of the default model `mesh-demo`, which is part of the package, without reading its files.
 
-`tools/default_model` trains it from scratch; the README.md in its directory says what it can do, what it learned from, how well.
+`tools/default_model` trains it from scratch; README.md in its directory describes its abilities, training data and quality.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The built-in engine: one thread that plans, computes and delivers step after step.
 
-The lock is held for planning and committing only, never while a model computes, so the trio thread's calls return
-in microseconds. Decisions are the scheduler's; here they meet tensors. Models are loaded in the caller's thread and
-shared with the engine thread once they are whole.
+The lock is held for planning and committing only, never while a model computes, so calls of the trio thread return in
+microseconds. The scheduler decides; this module holds the tensors. Models are loaded in the caller's thread, and the engine
+thread uses them once they are complete.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from mesh.errors import LocalError
 from mesh.ids import ModelId, StreamId
 from mesh.view import Load, ModelCard, Span, is_exact
 from node.engine import device
-from node.engine.activations import hidden_outputs, not_finite, received, spoiled, without
 from node.engine.api import (
     Deliver,
     EngineConfig,
@@ -47,17 +46,25 @@ from node.engine.kv.spill import Spill, SpillStatistics
 from node.engine.loading import LoadedStage, bare_card, card, kv_token_bytes, load_stage
 from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.progress import LoadProgress, LoadTracker, gib, log_progress
+from node.engine.model.stage import Stage
 from node.engine.model.stored_tensors import require_tensors
 from node.engine.model.structure import structure_of
-from node.engine.page_transfer import PageTransfer, shown_layout
-from node.engine.sampling.constraints import Constraints, draw
-from node.engine.scheduling.scheduler import Scheduler
-from node.engine.scheduling.sequence import StageSequence
-from node.engine.scheduling.step_plan import HeldSpan, SchedulerStatistics, StepPlan
+from node.engine.page_transfer import PageTransfer, page_layout
+from node.engine.sampling.constraints import CompiledGrammars, StepSampler
+from node.engine.scheduling.kv_allocator import HeldSpan
+from node.engine.scheduling.scheduler import Scheduler, SchedulerStatistics
+from node.engine.scheduling.sequence import StepPlan
 from node.engine.scheduling.step_timing import StepTiming
-from node.engine.step_inputs import compute
+from node.engine.step_tensors import (
+    forward,
+    hidden_outputs,
+    non_finite_losses,
+    non_finite_sequences,
+    received_activations,
+    without_sequences,
+)
 
-KV_SHARE = 0.25  # of free memory, where nothing is configured: several nodes may share a machine
+KV_SHARE = 0.25  # of free memory, if nothing is configured: several nodes may share a machine
 
 log = structlog.get_logger()
 
@@ -68,15 +75,15 @@ class EngineStatistics:
     isa: str
     threads: int
     kernels: dict[Span, str]  # span -> name of its linear kernel and the instructions it runs on, `mesh-bf16 on amx`
-    choices: dict[Span, KernelChoice]  # why that kernel
-    uncompiled: str  # why a span is computed on the CPU without the compiled kernel; empty: none is
+    choices: dict[Span, KernelChoice]  # why that kernel was chosen
+    uncompiled: str  # why a span is computed on the CPU without the compiled kernel; empty: no span is
     numerics: dict[Span, str]
     parameters: dict[Span, int]
     prefill_tokens: int
     decode_tokens: int
     step_failures: int
-    bad_activations_total: int  # sequences of which a peer sent what is no finite number
-    numeric_failures_total: int  # sequences of which finite activations became what is no finite number here
+    bad_activations_total: int  # sequences for which a peer sent numbers that are not finite
+    numeric_failures_total: int  # sequences whose finite activations overflowed here
     loading: dict[Span, LoadProgress]
     spill: SpillStatistics
 
@@ -85,31 +92,31 @@ class TorchEngine:
     """Implements `Engine` on torch: on CPUs, or on a GPU."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._device = device.chosen(config.device)
-        device.prepare(self._device)
+        self._device = device.select(config.device)
+        device.configure_precision(self._device)
         self._config = config
         self._lock = threading.Condition()
         self._scheduler = Scheduler(config.step_tokens, config.max_sequences, config.speculates)
         self._loaded: dict[Span, LoadedStage] = {}
         self._cards: dict[Span, ModelCard] = {}
         self._pools: dict[Span, tuple[BlockPool, int]] = {}  # with the bytes of one block
-        self._kv: dict[SequenceKey, SequenceKV] = {}
-        self._constraints = Constraints()
+        self._caches: dict[SequenceKey, SequenceKV] = {}
+        self._sampler = StepSampler()
         self._spill = Spill(config.spill_memory_bytes, config.spill_disk_bytes, config.spill_folder)
-        self._kept: dict[Span, PageStore] = {}
-        self._retired: list[PageStore] = []  # of spans that were unloaded
-        self.pages = PageTransfer(self._lock, self._scheduler, self._kept)
+        self._page_stores: dict[Span, PageStore] = {}
+        self._retired_stores: list[PageStore] = []  # of unloaded spans, to be closed by the engine thread
+        self.pages = PageTransfer(self._lock, self._scheduler.allocator, self._page_stores)
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._undelivered: list[EngineOutput] = []
-        self._loading = threading.Lock()
-        self._watches: dict[Span, LoadTracker] = {}
+        self._load_lock = threading.Lock()  # one span at a time: loading sets torch's default type
+        self._trackers: dict[Span, LoadTracker] = {}
         self._timing = StepTiming()
         self._step_failures = self._bad_activations = self._numeric_failures = 0
         self._kv_bytes = device.kv_bytes(self._device, config.kv_memory_bytes, int(psutil.virtual_memory().available * KV_SHARE))
         torch.set_num_threads(config.threads)
 
-    # ---- life
+    # ---- start and stop
 
     def start(self, deliver: Deliver) -> None:
         if self._thread is not None:
@@ -134,38 +141,41 @@ class TorchEngine:
 
     def inspect(self, directory: Path, model: ModelId) -> ModelCard:
         checkpoint = read_checkpoint(directory)
-        told = bare_card(checkpoint, model)
+        without_weights = bare_card(checkpoint, model)
         require_tensors(checkpoint)
-        return told
+        return without_weights
 
     def load(self, directory: Path, model: ModelId, start: int, end: int, weights: str = "") -> ModelCard:
         span = Span(model, start, end)
-        with self._loading:
+        with self._load_lock:
             if span in self._cards:
                 return self._cards[span]
             torch.set_num_threads(self._config.threads)
             checkpoint = read_checkpoint(directory, weights)
             config = self._config
-            watch = self._watches[span] = LoadTracker(end - start, partial(log_progress, span))
-            wanted = config.dtype, config.threads, config.quantize
+            tracker = self._trackers[span] = LoadTracker(end - start, partial(log_progress, span))
+            kernel_options = config.dtype, config.threads, config.quantize
+            run_options = config.tensor_parallel, self._device, config.graphs
             try:
-                loaded = load_stage(checkpoint, start, end, *wanted, watch, config.tensor_parallel, self._device, config.graphs)
+                loaded = load_stage(checkpoint, start, end, *kernel_options, tracker, *run_options)
             finally:
-                del self._watches[span]
-            plain = loaded.stage if loaded.stage.holds_kv and is_exact(loaded.numerics) else None
-            layout = shown_layout(plain) if plain is not None else None  # of pages that may go to peers; those of ranks stay
-            dtype, copies = loaded.stage.kernel.dtype, loaded.stage.kv_copies
-            block_bytes = BLOCK_TOKENS * kv_token_bytes(checkpoint, start, end, dtype, copies)
+                del self._trackers[span]
+            # Only exact pages may be exchanged with peers, and pages that worker processes hold stay there.
+            stage = loaded.stage
+            layout = page_layout(stage) if stage.holds_kv and is_exact(loaded.numerics) else None
+            token_bytes = kv_token_bytes(checkpoint, start, end, stage.kernel.dtype, stage.kv_copies)
+            block_bytes = BLOCK_TOKENS * token_bytes
             pool = BlockPool(max(1, self._kv_bytes // block_bytes))
             with self._lock:
                 self._pools[span] = (pool, block_bytes)
                 self._loaded[span] = loaded
-                self._kept[span] = PageStore(span, self._spill, not loaded.stage.holds_kv)
+                self._page_stores[span] = PageStore(span, self._spill, held_by_workers=not stage.holds_kv)
                 if layout is not None:
                     self.pages.add(span, layout, loaded.numerics)
                 self._cards[span] = card(checkpoint, model, loaded.numerics)
                 if end == checkpoint.layers:
-                    self._constraints.serve(model, checkpoint.directory, checkpoint.vocab_size, checkpoint.end_ids)
+                    grammars = CompiledGrammars(checkpoint.directory, checkpoint.vocab_size, checkpoint.end_ids)
+                    self._sampler.serve(model, grammars)
                 self._scheduler.add_span(
                     span,
                     HeldSpan(
@@ -180,10 +190,18 @@ class TorchEngine:
                         weights=checkpoint.weights,
                     ),
                 )
-                self._share_memory()
-            loaded.stage.on_end(lambda reason: self._span_ended(span, loaded, reason))
-            told = {"kernel": machine.named(loaded.stage.kernel), "numerics": loaded.numerics, "read": gib(watch.now.bytes)}
-            log.info("span loaded", model=model, start=start, end=end, seconds=round(watch.now.seconds, 3), **told)
+                self._apply_memory_limits()
+            stage.on_end(lambda reason: self._workers_ended(span, loaded, reason))
+            log.info(
+                "span loaded",
+                model=model,
+                start=start,
+                end=end,
+                seconds=round(tracker.now.seconds, 3),
+                kernel=machine.named(stage.kernel),
+                numerics=loaded.numerics,
+                read=gib(tracker.now.bytes),
+            )
             return card(checkpoint, model, loaded.numerics)
 
     def unload(self, span: Span) -> None:
@@ -196,34 +214,35 @@ class TorchEngine:
 
     def _forget_span(self, span: Span) -> list[SequenceLost]:
         lost = self._scheduler.drop_span(span)
-        for held in (self._loaded, self._cards, self._pools):
-            held.pop(span, None)
-        if span in self._kept:
-            self._retired.append(self._kept.pop(span))
+        for by_span in (self._loaded, self._cards, self._pools):
+            by_span.pop(span, None)
+        if span in self._page_stores:
+            self._retired_stores.append(self._page_stores.pop(span))
         self.pages.drop(span)
-        self._share_memory()
+        self._apply_memory_limits()
         return lost
 
-    def _span_ended(self, span: Span, loaded: LoadedStage, reason: str) -> None:
-        """Its workers are gone. Reported before its sequences, so that no entry sends them here again."""
+    def _workers_ended(self, span: Span, loaded: LoadedStage, reason: str) -> None:
+        """Unloads a span whose worker processes have ended; called in any thread."""
         with self._lock:
+            # The loss of the span is delivered before those of its sequences, so that no entry opens them here again.
             if self._loaded.get(span) is loaded:
                 self._undelivered += [SpanLost(span, reason), *self._forget_span(span)]
                 self._lock.notify_all()
 
-    def _share_memory(self) -> None:
-        """Every span gets the same share of the KV memory; a shrunken pool gives no block out until it fits again."""
-        rooms = {}
+    def _apply_memory_limits(self) -> None:
+        """Divides the KV memory and the spill memory evenly among the loaded spans."""
+        max_spilled_pages = {}
         for span, (pool, block_bytes) in self._pools.items():
             pool.resize(max(1, self._kv_bytes // len(self._pools) // block_bytes))
-            if self._loaded[span].stage.holds_kv:  # whose pages lie with its ranks
-                rooms[span] = self._spill.room_for(block_bytes // PAGES_PER_BLOCK) // len(self._pools)
-        self._scheduler.fit_pages(rooms)
+            if not self._page_stores[span].held_by_workers:  # this process has no content to spill
+                max_spilled_pages[span] = self._spill.capacity(block_bytes // PAGES_PER_BLOCK) // len(self._pools)
+        self._scheduler.allocator.apply_limits(max_spilled_pages)
 
     # ---- sequences
 
     def prepare(self, sequence: OpenSequence) -> None:
-        self._constraints.prepare(sequence)
+        self._sampler.prepare(sequence)
 
     def open(self, sequence: OpenSequence) -> int:
         with self._lock:
@@ -233,15 +252,15 @@ class TorchEngine:
 
     def push(self, *hidden: HiddenOut) -> None:
         with self._lock:
-            for each in hidden:
-                self._scheduler.push(each)
+            for activations in hidden:
+                self._scheduler.push(activations)
             self._lock.notify_all()
 
     def token(self, *drawn: TokenOut) -> None:
         with self._lock:
             now_s = time.monotonic()
-            for each in drawn:
-                self._scheduler.token(each.key, each.position, each.token, now_s)
+            for token in drawn:
+                self._scheduler.token(token.key, token.position, token.token, now_s)
             self._lock.notify_all()
 
     def close(self, key: SequenceKey) -> None:
@@ -256,13 +275,26 @@ class TorchEngine:
 
     @property
     def speculates(self) -> bool:
-        """Whether tokens are guessed where that pays; may be changed at any time."""
+        """Whether next tokens are guessed where that pays; may be changed at any time."""
         return self._scheduler.selection.speculates
 
     @speculates.setter
-    def speculates(self, wanted: bool) -> None:
+    def speculates(self, enabled: bool) -> None:
         with self._lock:
-            self._scheduler.selection.speculates = wanted
+            self._scheduler.selection.speculates = enabled
+
+    @property
+    def constrained_sequences(self) -> int:
+        """How many sequences have a grammar state; it is freed with the step after they end."""
+        return self._sampler.constrained_sequences
+
+    def stage(self, span: Span) -> Stage:
+        """Returns the stage that computes a loaded span."""
+        return self._loaded[span].stage
+
+    def stored_pages(self, span: Span) -> int:
+        """How many pages of a loaded span have their content in the engine's memory."""
+        return len(self._page_stores[span])
 
     # ---- figures
 
@@ -290,7 +322,7 @@ class TorchEngine:
                 step_failures=self._step_failures,
                 bad_activations_total=self._bad_activations,
                 numeric_failures_total=self._numeric_failures,
-                loading={span: watch.now for span, watch in list(self._watches.items())},
+                loading={span: tracker.now for span, tracker in list(self._trackers.items())},
                 spill=self._spill.statistics(),
             )
 
@@ -300,7 +332,7 @@ class TorchEngine:
         torch.set_num_threads(self._config.threads)
         while True:
             with self._lock:
-                while not (self._stopping or self._undelivered or self._retired):
+                while not (self._stopping or self._undelivered or self._retired_stores):
                     wait_s = self._scheduler.work_at_s(now_s := time.monotonic()) - now_s
                     if wait_s <= 0.0:
                         break
@@ -310,88 +342,100 @@ class TorchEngine:
                 plan = self._scheduler.plan(time.monotonic())
                 outputs: list[EngineOutput] = [*self._undelivered, *plan.lost]
                 self._undelivered.clear()
+                # Taken with the plan: a span may be unloaded while its step is computed.
                 loaded = self._loaded[plan.lane.span] if plan.lane is not None else None
-                kept = dict(self._kept)
-                retired, self._retired = self._retired, []
+                stores = dict(self._page_stores)
+                retired, self._retired_stores = self._retired_stores, []
             for key in plan.freed:
-                self._kv.pop(key, None)
-                self._constraints.forget(key)
-            for gone in retired:
-                gone.close()
-            self._move_pages(plan, kept)
+                self._caches.pop(key, None)
+                self._sampler.forget(key)
+            for store in retired:
+                store.close()
+            self._move_pages(plan, stores)
             if plan.lane is not None and loaded is not None:
-                outputs += self._step(plan, loaded, kept[plan.lane.span])
+                outputs += self._step(plan, loaded, stores[plan.lane.span])
             if outputs:
                 deliver(outputs)
 
-    def _move_pages(self, plan: StepPlan, kept: dict[Span, PageStore]) -> None:
-        for span, number in plan.dropped:
-            kept[span].drop(number)
-        for span, number in plan.spilling:
-            if not kept[span].spill(number):
+    def _move_pages(self, plan: StepPlan, stores: dict[Span, PageStore]) -> None:
+        for span, number in plan.dropped_pages:
+            stores[span].drop(number)
+        for span, number in plan.pages_to_spill:
+            if not stores[span].spill(number):
                 with self._lock:
                     self._undelivered += self._scheduler.pages_lost(span, [number])
 
-    def _step(self, plan: StepPlan, loaded: LoadedStage, kept: PageStore) -> list[EngineOutput]:
-        assert plan.lane is not None
+    def _step(self, plan: StepPlan, loaded: LoadedStage, store: PageStore) -> list[EngineOutput]:
+        """Computes a step and returns its outputs; a fault ends as few of its sequences as possible."""
+        assert plan.lane is not None and plan.chunks
         span = plan.lane.span
         self._timing.begin(plan)
         refused: list[EngineOutput] = []
-        bad: frozenset[SequenceKey] = frozenset()
+        overflowed: frozenset[SequenceKey] = frozenset()
         try:
-            hidden = received(plan, loaded.stage.kernel.dtype) if plan.lane.start else None
-            if hidden is not None and (sent := spoiled(plan, hidden)):
-                refused += self._lose(plan, sent, by_previous=True)
-                plan, hidden = without(plan, hidden, sent)
+            hidden = received_activations(plan, loaded.stage.kernel.dtype) if plan.lane.start else None
+            if hidden is not None and (sent_non_finite := non_finite_sequences(plan, hidden)):
+                refused += self._close_non_finite(plan, sent_non_finite, by_previous=True)
+                plan, hidden = without_sequences(plan, hidden, sent_non_finite)
             if not plan.chunks:
-                self._timing.give_up()
+                self._timing.discard()
                 with self._lock:
                     return [*refused, *self._scheduler.commit(plan, {})]
-            out = compute(plan, loaded.stage, self._kv, kept, hidden)
-            last = plan.chunks[0].sequence.last
-            drawn = draw(plan, out, self._constraints) if last else {}
-            bad = frozenset() if last else spoiled(plan, out)
-            onward: list[EngineOutput] = [] if last else [each for each in hidden_outputs(plan, out) if each.key not in bad]
+            out = forward(plan, loaded.stage, self._caches, store, hidden)
+            last = plan.chunks[0].sequence.on_last_stage  # as of all its chunks: they are of one lane
+            drawn = self._sampler.draw_step(plan, out) if last else {}
+            onward: list[EngineOutput] = []
+            if not last:
+                overflowed = non_finite_sequences(plan, out)
+                onward += [output for output in hidden_outputs(plan, out) if output.key not in overflowed]
         except PageLost as error:
-            log.warning("pages lost", pages=len(error.numbers), why="they are not as they were written; computed again")
-            self._timing.give_up()
+            log.warning("pages lost", pages=len(error.numbers), why="spilled content cannot be read; computed again")
+            self._timing.discard()
             with self._lock:
                 return [*refused, *self._scheduler.pages_lost(span, error.numbers, plan)]
         except Exception as error:  # supervised: a background job; the step's sequences are lost, the thread lives
             log.exception("step failed", model=span.model, sequences=len(plan.chunks))
-            self._timing.give_up()
+            self._timing.discard()
             with self._lock:
                 self._step_failures += 1
                 if is_out_of_memory(error):
                     return [*refused, *self._scheduler.out_of_memory(plan)]
                 return [*refused, *self._scheduler.fail(plan, f"the step failed: {type(error).__name__}")]
-        refused += self._lose(plan, bad, by_previous=False)
+        # Closed before the commit, which then neither draws for these sequences nor keeps their pages.
+        refused += self._close_non_finite(plan, overflowed, by_previous=False)
         with self._lock:
-            self._scheduler.selection.costs.measured(sum(chunk.count for chunk in plan.chunks), self._timing.end(plan) * 1e3)
+            took_ms = self._timing.end(plan) * 1e3
+            self._scheduler.selection.costs.measured(sum(chunk.count for chunk in plan.chunks), took_ms)
             ended = self._scheduler.commit(plan, drawn)
-            stores = self._scheduler.pages_to_store()
-        self._keep(plan, stores, kept, bad | {each.key for each in ended if isinstance(each, SequenceLost)})
+            copies = self._scheduler.allocator.take_page_copies()
+        lost = overflowed | {output.key for output in ended if isinstance(output, SequenceLost)}
+        self._store_pages(plan, copies, store, lost)
         return [*refused, *onward, *ended]
 
-    def _lose(self, plan: StepPlan, keys: frozenset[SequenceKey], *, by_previous: bool) -> list[SequenceLost]:
-        """Closes sequences of the step whose numbers are not finite: as they were sent by a peer, or as they came out here."""
+    def _close_non_finite(self, plan: StepPlan, keys: frozenset[SequenceKey], *, by_previous: bool) -> list[SequenceLost]:
+        """Closes sequences of a step with numbers that are not finite: received so (`by_previous`), or computed so here."""
         with self._lock:
             for key in keys:
                 self._scheduler.close(key)
-            self._bad_activations += len(keys) if by_previous else 0
-            self._numeric_failures += 0 if by_previous else len(keys)
-        return not_finite(plan, keys, by_previous=by_previous)
+            if by_previous:
+                self._bad_activations += len(keys)
+            else:
+                self._numeric_failures += len(keys)
+        return non_finite_losses(plan, keys, by_previous=by_previous)
 
-    def _keep(self, plan: StepPlan, stores: list[PageCopy], kept: PageStore, lost: frozenset[SequenceKey]) -> None:
-        """Has pages kept; a page less costs no token. Those that worker processes keep are not looked through, so those of
-        a sequence that ended in no usable numbers are not trusted.
+    def _store_pages(self, plan: StepPlan, copies: list[PageCopy], store: PageStore, lost: frozenset[SequenceKey]) -> None:
+        """Stores the pages that the commit added to the index, and drops those whose content could not be stored.
+
+        The content that worker processes hold cannot be checked here, so all pages of a lost sequence are dropped there.
         """
-        gone = [store.number for store in kept.store_all(stores, self._kv)]
-        if kept.elsewhere:
-            gone += [number for chunk in plan.chunks if chunk.sequence.key in lost for number in self._pages_of(chunk.sequence)]
-        if gone and plan.lane is not None:
+        assert plan.lane is not None
+        dropped = [copy.number for copy in store.store_copies(copies, self._caches)]
+        if store.held_by_workers:
+            for chunk in plan.chunks:
+                sequence = chunk.sequence
+                if sequence.key in lost:
+                    names = [sequence.page_name(page) for page in range(sequence.pages_kept)]
+                    dropped += self._scheduler.allocator.find_pages(plan.lane.span, names)
+        if dropped:
             with self._lock:
-                self._undelivered += self._scheduler.pages_lost(plan.lane.span, gone)
-
-    def _pages_of(self, row: StageSequence) -> list[int]:
-        return self._scheduler.find_pages(row.lane.span, [row.page_name(page) for page in range(row.pages_kept)])
+                self._undelivered += self._scheduler.pages_lost(plan.lane.span, dropped)

@@ -105,7 +105,7 @@ class PageExchange:
 
     async def _fetch_some(self, sequence: OpenSequence, source: Address) -> bool:
         """One batch; False: there is no more to be had, or it is no use."""
-        wanted = self._engine.pages.wanted(sequence)
+        wanted = self._engine.pages.missing_pages(sequence)
         if wanted is None or wanted.kept == wanted.whole:
             return False
         known, rate = self._known(source), self._engine.load_report().prefill_tok_s
@@ -120,7 +120,7 @@ class PageExchange:
             self._counters.not_worth_total += 1
             return False
         began_s = trio.current_time()
-        ask = msgspec.structs.replace(wanted.ask, names=wanted.ask.names[wanted.kept : wanted.kept + count])
+        ask = msgspec.structs.replace(wanted.request, names=wanted.request.names[wanted.kept : wanted.kept + count])
         pages, told_rate = await self._ask(ask, wanted.page_bytes, source)
         if not pages:
             return False

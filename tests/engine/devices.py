@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mesh.errors import BadRequest
-from node.engine.device import CPU, chosen
+from node.engine.device import CPU, select
 from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.linear import KERNELS
 from node.engine.model.local_stage import LocalStage
@@ -22,7 +22,7 @@ from node.engine.model.paged_stage import DeviceStage
 from node.engine.paged.recorded import Recorder, as_it_is, cuda_graph
 from tests.engine.offered import offered
 
-DEVICE = chosen(os.environ.get("MESH_TEST_DEVICE", "cpu"))
+DEVICE = select(os.environ.get("MESH_TEST_DEVICE", "cpu"))
 
 
 def kernels(*on_cpu: str) -> list[Any]:
@@ -33,7 +33,7 @@ def kernels(*on_cpu: str) -> list[Any]:
 def no_gpu() -> str:
     """Why there is no GPU here; empty where there is one."""
     try:
-        chosen("cuda")
+        select("cuda")
     except BadRequest as error:
         return str(error)
     return ""

@@ -1,4 +1,4 @@
-"""What one sequence or one frame does wrong hurts nobody else: the others of its batch stay exact, the node lives."""
+"""A bad sequence or frame affects no other: the other sequences of its batch stay exact, and the node continues."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from mesh.errors import BadRequest
 from mesh.view import Span
-from node.engine.api import HiddenOut, SequenceKey, SequenceLost, SpanLost, TokenOut
+from node.engine.api import HiddenOut, SequenceKey, SequenceLost, TokenOut
 from node.engine.faults import is_out_of_memory
 from tests.engine.test_prefix_cache import SplitPath, ask, bits, numbers
 from tests.engine.test_worker import MODEL, Running, opening, running
@@ -32,21 +32,21 @@ def rows(name: str, count: int) -> bytes:
 
 
 def ends(one: Running, count: int) -> dict[str, list[TokenOut] | SequenceLost]:
-    """What becomes of so many sequences."""
-    became: dict[str, Any] = {}
+    """Waits for the end of `count` sequences; returns the tokens or the loss of each by stream."""
+    results: dict[str, Any] = {}
     while count:
         out = one.next()
         if isinstance(out, SequenceLost):
-            became[out.key.stream] = out
+            results[out.key.stream] = out
         elif isinstance(out, TokenOut):
-            became.setdefault(out.key.stream, []).append(out)
+            results.setdefault(out.key.stream, []).append(out)
         count -= isinstance(out, SequenceLost) or (isinstance(out, TokenOut) and out.finish is not None)
-    return became
+    return results
 
 
 def computed_together(one: Running, monkeypatch: pytest.MonkeyPatch, spoil: Callable[..., Any]) -> dict[str, Any]:
-    """Three sequences that are all open before the first step; `spoil(forward, segments, …)` stands for each forward."""
-    stage = one.engine._loaded[WHOLE].stage
+    """Computes three sequences that are open before the first step; `spoil(forward, …)` replaces each forward pass."""
+    stage = one.engine.stage(WHOLE)
     forward = stage.forward
     with monkeypatch.context() as patch:
         patch.setattr(stage, "forward", lambda *args, **named: spoil(forward, *args, **named))
@@ -60,7 +60,7 @@ def plain(forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
     return forward(*args, **named)
 
 
-def test_logits_that_are_no_numbers_fail_alone(checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sequence_with_nan_logits_fails_alone(checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with running((checkpoint_of("llama"), 0, 4), speculates=False) as one:
         expected = computed_together(one, monkeypatch, plain)
         steps = 0
@@ -73,13 +73,13 @@ def test_logits_that_are_no_numbers_fail_alone(checkpoint_of: Callable[[str], Pa
                 logits[1] = float("nan")
             return logits
 
-        became = computed_together(one, monkeypatch, poison)
-        assert isinstance(became["b"], SequenceLost) and not became["b"].retryable
-        assert all(bits(became[name]) == bits(expected[name]) for name in "ac")
+        results = computed_together(one, monkeypatch, poison)
+        assert isinstance(results["b"], SequenceLost) and not results["b"].retryable
+        assert all(bits(results[name]) == bits(expected[name]) for name in "ac")
 
 
 def spoiled_rows(bad: float, kind: str) -> bytes:
-    """37 rows of which one number of one row is `bad`, as float32 or as bfloat16."""
+    """Returns 37 rows with one number replaced by `bad`, as float32 or bfloat16."""
     sent = np.frombuffer(rows("bad", 37), "<f4").reshape(37, 64).copy()
     sent[17, 5] = bad
     return sent.tobytes() if kind == "float32" else (sent.view("<u4") >> 16).astype("<u2").tobytes()
@@ -87,54 +87,50 @@ def spoiled_rows(bad: float, kind: str) -> bytes:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-def test_activations_that_are_no_finite_numbers_are_refused_alone_and_the_peers_are_to_blame(
+def test_non_finite_activations_are_refused_alone_with_the_peer_as_cause(
     kind: str, bad: float, checkpoint_of: Callable[[str], Path]
 ) -> None:
     with running((checkpoint_of("llama"), 2, 4), dtype=kind) as one:
         answers = []
-        for company in (False, True):
-            good, sick = opening(f"good{company}", 2, 4, max_tokens=1, logprobs=3), opening("bad", 2, 4)
+        for beside_bad in (False, True):
+            good, bad_request = opening(f"good{beside_bad}", 2, 4, max_tokens=1, logprobs=3), opening("bad", 2, 4)
             one.engine.open(good)
-            if company:
-                one.engine.open(sick)
-            with one.engine._lock:  # one step takes both
-                if company:
-                    one.engine.push(HiddenOut(sick.key, 0, 37, spoiled_rows(bad, kind)))
-                one.engine.push(HiddenOut(good.key, 0, 37, rows("good", 37)))
-            became = ends(one, 1 + company)
-            answers.append(bits(became[good.key.stream]))  # type: ignore[arg-type]
-            assert became.get("bad") == (SequenceLost(sick.key, SENT, by_previous=True) if company else None)
+            if beside_bad:
+                one.engine.open(bad_request)
+            pushes = [HiddenOut(bad_request.key, 0, 37, spoiled_rows(bad, kind))] if beside_bad else []
+            one.engine.push(*pushes, HiddenOut(good.key, 0, 37, rows("good", 37)))  # one call: computed in one step
+            results = ends(one, 1 + beside_bad)
+            answers.append(bits(results[good.key.stream]))  # type: ignore[arg-type]
+            assert results.get("bad") == (SequenceLost(bad_request.key, SENT, by_previous=True) if beside_bad else None)
         assert answers[0] == answers[1]
         statistics = one.engine.statistics()
         assert (statistics.bad_activations_total, statistics.numeric_failures_total) == (1, 0)
         assert one.engine.load_report().running == one.engine.load_report().kv_blocks_used == 0
 
 
-def test_a_step_of_nothing_but_bad_activations_computes_nothing_and_holds_nothing(checkpoint_of: Callable[[str], Path]) -> None:
+def test_a_step_of_only_non_finite_activations_computes_nothing(checkpoint_of: Callable[[str], Path]) -> None:
     with running((checkpoint_of("llama"), 2, 4), dtype="float32") as one:
         for name in NAMES:
             one.engine.open(opening(name, 2, 4))
-        with one.engine._lock:
-            for name in NAMES:
-                one.engine.push(HiddenOut(opening(name).key, 0, 37, spoiled_rows(np.nan, "float32")))
-        became = ends(one, len(NAMES))
-        assert all(lost == SequenceLost(opening(name).key, SENT, by_previous=True) for name, lost in became.items())
+        one.engine.push(*(HiddenOut(opening(name).key, 0, 37, spoiled_rows(np.nan, "float32")) for name in NAMES))
+        results = ends(one, len(NAMES))
+        assert all(lost == SequenceLost(opening(name).key, SENT, by_previous=True) for name, lost in results.items())
         assert one.engine.load_report().kv_blocks_used == 0 and one.engine.statistics().prefill_tokens == 0
         one.engine.open(opening("good", 2, 4, max_tokens=1))
         one.engine.push(HiddenOut(opening("good").key, 0, 37, rows("good", 37)))
         assert isinstance(ends(one, 1)["good"], list)
 
 
-def test_numbers_that_a_stage_lets_overflow_are_its_models_failure_and_go_nowhere(
+def test_overflow_in_a_stage_is_a_model_failure_and_is_not_sent(
     checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running((checkpoint_of("llama"), 0, 2)) as one:
-        stage = one.engine._loaded[Span(MODEL, 0, 2)].stage
+        stage = one.engine.stage(Span(MODEL, 0, 2))
         forward = stage.forward
 
         def overflow(*args: Any, **named: Any) -> torch.Tensor:
             out = forward(*args, **named).clone()
-            out[45, 3] = float("inf")  # of the second sequence: 40 rows each
+            out[45, 3] = float("inf")  # a row of the second sequence: each has 40 rows
             return out
 
         monkeypatch.setattr(stage, "forward", overflow)
@@ -142,7 +138,7 @@ def test_numbers_that_a_stage_lets_overflow_are_its_models_failure_and_go_nowher
             for name in NAMES:
                 one.engine.open(opening(name, 0, 2, tokens=numbers(ord(name), 40)))
         outputs = [one.next() for _ in NAMES]
-        sent = {str(out.key.stream): out for out in outputs if not isinstance(out, SpanLost)}
+        sent = {str(out.key.stream): out for out in outputs if isinstance(out, HiddenOut | SequenceLost)}
         lost = sent["b"]
         assert isinstance(lost, SequenceLost) and not lost.by_previous and not lost.retryable
         assert (
@@ -153,18 +149,18 @@ def test_numbers_that_a_stage_lets_overflow_are_its_models_failure_and_go_nowher
         assert (statistics.bad_activations_total, statistics.numeric_failures_total) == (0, 1)
 
 
-def test_a_page_that_holds_no_finite_numbers_is_not_kept(
+def test_a_page_with_non_finite_numbers_is_not_kept(
     checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running((checkpoint_of("llama"), 0, 4), speculates=False) as one:
         path = SplitPath((one, 0, 4))
         cold = path.answer("cold", numbers(1, 70))
-        stage = one.engine._loaded[WHOLE].stage
+        stage = one.engine.stage(WHOLE)
         forward = stage.forward
 
         @torch.inference_mode()
         def spoil(start: int, end: int, segments: list[Any], *args: Any, **named: Any) -> torch.Tensor:
-            out = forward(start, end, segments, *args, **named)
+            out: torch.Tensor = forward(start, end, segments, *args, **named)
             if segments[0].position < 40 <= segments[0].position + segments[0].count:
                 segments[0].kv.write(2, 40, torch.full((1, 2, 2, 16), float("nan"), dtype=stage.kernel.dtype))
             return out
@@ -179,7 +175,7 @@ def test_a_page_that_holds_no_finite_numbers_is_not_kept(
         assert bits(path.answer("warm", numbers(1, 70))) == bits(cold)
 
 
-def test_a_sequence_that_breaks_every_step_is_found_and_the_others_go_on_exactly(
+def test_a_sequence_that_breaks_every_step_is_isolated_and_others_continue(
     checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running((checkpoint_of("llama"), 0, 4)) as one:
@@ -187,20 +183,20 @@ def test_a_sequence_that_breaks_every_step_is_found_and_the_others_go_on_exactly
         culprit = next(token for token in numbers(ord("b"), 40) if token not in numbers(ord("a"), 40) + numbers(ord("c"), 40))
 
         def break_down(forward: Callable[..., Any], *args: Any, **named: Any) -> torch.Tensor:
-            if culprit in named["ids"] and len(named["ids"]) >= 40:  # a prefill, not a step that happens to draw it
+            if culprit in named["ids"] and len(named["ids"]) >= 40:  # a prefill with this token, not a step that drew it
                 raise ArithmeticError("this one")
-            output: torch.Tensor = forward(*args, **named)
-            return output
+            computed: torch.Tensor = forward(*args, **named)
+            return computed
 
-        became = computed_together(one, monkeypatch, break_down)
-        assert isinstance(became["b"], SequenceLost) and "ArithmeticError" in became["b"].reason
-        assert all(bits(became[name]) == bits(expected[name]) for name in "ac")
+        results = computed_together(one, monkeypatch, break_down)
+        assert isinstance(results["b"], SequenceLost) and "ArithmeticError" in results["b"].reason
+        assert all(bits(results[name]) == bits(expected[name]) for name in "ac")
         assert one.engine.statistics().scheduler.isolated == 1
         assert one.engine.load_report().kv_blocks_used == 0
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError(NO_MEMORY), torch.OutOfMemoryError("CUDA out of memory")])
-def test_out_of_memory_ends_the_youngest_and_never_the_node(
+def test_out_of_memory_ends_the_youngest_sequence_and_not_the_node(
     error: Exception, checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running((checkpoint_of("llama"), 0, 4)) as one:
@@ -213,13 +209,13 @@ def test_out_of_memory_ends_the_youngest_and_never_the_node(
                 raise error
             return forward(segments_of, end, segments, *args, **named)
 
-        became = computed_together(one, monkeypatch, too_much)
-        lost = became["c"]
+        results = computed_together(one, monkeypatch, too_much)
+        lost = results["c"]
         assert isinstance(lost, SequenceLost) and lost.retryable and "memory" in lost.reason
-        assert all(bits(became[name]) == bits(expected[name]) for name in "ab")
+        assert all(bits(results[name]) == bits(expected[name]) for name in "ab")
 
 
-def test_only_a_lack_of_memory_is_taken_for_one() -> None:
+def test_other_errors_are_not_taken_for_lack_of_memory() -> None:
     assert not is_out_of_memory(RuntimeError("Tensors must have the same shape")) and not is_out_of_memory(KeyError("x"))
 
 
@@ -234,7 +230,7 @@ def test_only_a_lack_of_memory_is_taken_for_one() -> None:
         {"known": -5, "tokens": ()},
     ],
 )
-def test_what_can_never_be_served_is_refused_at_once(changes: dict[str, Any], checkpoint_of: Callable[[str], Path]) -> None:
+def test_a_sequence_that_can_never_be_served_is_refused(changes: dict[str, Any], checkpoint_of: Callable[[str], Path]) -> None:
     with running((checkpoint_of("llama"), 0, 4)) as one:
         with pytest.raises(BadRequest):
             one.engine.open(replace(opening("a"), **changes))
@@ -258,14 +254,14 @@ BAD_FRAMES = {
     "past the end": HiddenOut(GOOD.key, 0, 80, rows("a", 80)),
     "guesses within the prompt": HiddenOut(GOOD.key, 0, 3, GOOD.data, draft=(1, 2)),
     "more guesses than rows": HiddenOut(GOOD.key, 0, 3, GOOD.data, draft=(1, 2, 3, 4)),
-    "of a guess that nobody made": HiddenOut(GOOD.key, 0, 3, GOOD.data, rewinds=1),
+    "after a guess that no stage made": HiddenOut(GOOD.key, 0, 3, GOOD.data, rewinds=1),
     "names where none are kept": HiddenOut(GOOD.key, 0, 3, GOOD.data, names=(b"x" * 16,)),
 }
 
 
 @pytest.mark.parametrize("span", [(2, 4), (1, 3)])
 @pytest.mark.parametrize("kind", BAD_FRAMES)
-def test_a_frame_of_another_shape_type_or_attempt_is_counted_and_changes_nothing(
+def test_activations_that_do_not_continue_the_sequence_are_counted_and_dropped(
     kind: str, span: tuple[int, int], stages: dict[tuple[int, int], Running]
 ) -> None:
     engine = stages[span].engine

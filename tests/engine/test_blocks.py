@@ -1,4 +1,4 @@
-"""The block pool: conserved, never handed out twice, nothing leaked."""
+"""The block pool: no block is allocated twice, lost or leaked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.no_kernel
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Takes, shares, releases and resizes at will; `holds` is the model: one entry for each holder."""
+    """Takes, retains, releases and resizes in any order; `holds` is the model: one entry for each holder."""
 
     @initialize(total=st.integers(1, 12))
     def make(self, total: int) -> None:
@@ -63,13 +63,13 @@ TestPool = PoolMachine.TestCase
 
 
 @given(st.integers(0, 10_000))
-def test_blocks_for_is_the_least_number_that_holds_the_tokens(tokens: int) -> None:
+def test_blocks_for_returns_the_smallest_sufficient_number(tokens: int) -> None:
     count = blocks_for(tokens)
     assert count * BLOCK_TOKENS >= tokens
     assert count == 1 or (count - 1) * BLOCK_TOKENS < tokens
 
 
-def test_releasing_twice_and_sharing_what_is_free_are_our_own_bugs() -> None:
+def test_releasing_twice_and_retaining_a_free_block_raise_local_errors() -> None:
     pool = BlockPool(2)
     blocks = pool.take(1)
     assert blocks is not None

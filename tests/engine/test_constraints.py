@@ -1,4 +1,4 @@
-"""Grammars at the sampler: the mask is a pure function of (grammar, answer), and every finished answer fits."""
+"""Grammar constraints: the mask is a pure function of (grammar, answer), and every finished answer fits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mesh.errors import BadRequest
 from mesh.ids import ModelId, StreamId
 from node.engine.api import OpenSequence, SequenceLost, TokenOut
-from node.engine.sampling.constraints import CompiledGrammars, Constraints, GrammarConstraint, Ungrammatical
+from node.engine.sampling.constraints import CompiledGrammars, GrammarConstraint, StepSampler, Ungrammatical
 from node.requests import Grammar, SamplingParams
 from node.text.grammar import compiled
 from node.text.tokenizer import ModelText
@@ -45,14 +45,14 @@ VOCAB = 2048
 @pytest.fixture(scope="module")
 def tiny(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of four small layers that has a tokenizer."""
-    directory = make_checkpoint(tmp_path_factory.mktemp("spoken"), "llama", vocab_size=VOCAB, eos_token_id=2)
+    directory = make_checkpoint(tmp_path_factory.mktemp("tokenized"), "llama", vocab_size=VOCAB, eos_token_id=2)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(random_model / name, directory / name)
     return directory
 
 
 @pytest.fixture(scope="module")
-def book(random_model: Path) -> CompiledGrammars:
+def grammars(random_model: Path) -> CompiledGrammars:
     return CompiledGrammars(random_model, VOCAB, frozenset({0, 2}))
 
 
@@ -76,12 +76,12 @@ def fits(grammar: Grammar, answer: str) -> bool:
     )
 
 
-def walk(constraint: GrammarConstraint, seed: int, most: int = 200) -> tuple[list[int], list[np.ndarray]]:
-    """A random answer within the grammar, to its end, and the mask before each of its tokens."""
+def random_answer(constraint: GrammarConstraint, seed: int, max_tokens: int = 200) -> tuple[list[int], list[np.ndarray]]:
+    """Draws a random answer within the grammar, to its end; returns it and the mask before each of its tokens."""
     rng = np.random.default_rng(seed)
     answer: list[int] = []
     masks = []
-    while len(answer) < most and not constraint.complete(answer):
+    while len(answer) < max_tokens and not constraint.complete(answer):
         masks.append(constraint.allowed(answer))
         token = int(rng.choice(np.flatnonzero(masks[-1])))
         answer.append(token)
@@ -91,17 +91,17 @@ def walk(constraint: GrammarConstraint, seed: int, most: int = 200) -> tuple[lis
 
 
 @pytest.mark.parametrize("grammar", [JSON, CHOICE, REGEX], ids=lambda grammar: grammar.kind)
-def test_every_answer_drawn_within_a_grammar_fits_it_and_ends(grammar: Grammar, book: CompiledGrammars, text: ModelText) -> None:
-    answers = {text.decode(walk(book.constraint(grammar), seed)[0]) for seed in range(30)}
+def test_every_answer_drawn_within_a_grammar_fits_it(grammar: Grammar, grammars: CompiledGrammars, text: ModelText) -> None:
+    answers = {text.decode(random_answer(grammars.constraint(grammar), seed)[0]) for seed in range(30)}
     assert len(answers) > 2 and all(fits(grammar, answer) for answer in answers), answers
 
 
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**32), order=st.randoms(use_true_random=False))
-def test_the_mask_depends_on_the_answer_alone_not_on_what_was_asked_before(seed: int, order: Any, shared_book: Any) -> None:
-    answer, masks = walk(shared_book.constraint(JSON), seed)
-    other, _ = walk(shared_book.constraint(JSON), seed + 1)
-    asked = shared_book.constraint(JSON)
+def test_the_mask_depends_on_the_answer_alone_not_on_earlier_calls(seed: int, order: Any, shared_grammars: Any) -> None:
+    answer, masks = random_answer(shared_grammars.constraint(JSON), seed)
+    other, _ = random_answer(shared_grammars.constraint(JSON), seed + 1)
+    asked = shared_grammars.constraint(JSON)
     positions = list(range(len(masks))) * 2
     order.shuffle(positions)
     for position in positions:
@@ -111,42 +111,42 @@ def test_the_mask_depends_on_the_answer_alone_not_on_what_was_asked_before(seed:
 
 
 @pytest.fixture(scope="module")
-def shared_book(book: CompiledGrammars) -> Iterator[CompiledGrammars]:
-    yield book
+def shared_grammars(grammars: CompiledGrammars) -> Iterator[CompiledGrammars]:
+    yield grammars
 
 
-def test_an_answer_that_does_not_fit_is_told_and_so_is_one_that_is_over(book: CompiledGrammars, text: ModelText) -> None:
+def test_an_answer_that_does_not_fit_or_is_complete_raises(grammars: CompiledGrammars, text: ModelText) -> None:
     with pytest.raises(Ungrammatical):
-        book.constraint(JSON).allowed(text.encode("hello"))
-    done = book.constraint(Grammar("choice", '["a"]'))
+        grammars.constraint(JSON).allowed(text.encode("hello"))
+    done = grammars.constraint(Grammar("choice", '["a"]'))
     [token] = text.encode("a")
     assert done.complete([token])
     with pytest.raises(Ungrammatical):
         done.allowed([token, token])
 
 
-def test_the_end_may_be_ruled_out_while_anything_else_is_left(book: CompiledGrammars, text: ModelText) -> None:
-    constraint = book.constraint(OPEN)
+def test_end_tokens_can_be_excluded_while_other_tokens_are_allowed(grammars: CompiledGrammars, text: ModelText) -> None:
+    constraint = grammars.constraint(OPEN)
     x = list(text.encode("x"))
     assert constraint.allowed(x)[[0, 2]].all()
     assert not constraint.allowed(x, may_end=False)[[0, 2]].any()
-    one = book.constraint(Grammar("regex", "(x)?"))
+    one = grammars.constraint(Grammar("regex", "(x)?"))
     assert one.allowed([], may_end=False).any()
 
 
-def test_a_grammar_is_compiled_once_and_the_oldest_is_forgotten(random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grammar_is_compiled_once_and_the_oldest_is_dropped(random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Grammar] = []
 
     def counting(grammar: Grammar, tokenizer: Any) -> Any:
         made.append(grammar)
         return compiled(grammar, tokenizer)
 
-    monkeypatch.setattr("node.engine.sampling.constraints.KEPT", 2)
+    monkeypatch.setattr("node.engine.sampling.constraints.MAX_COMPILED", 2)
     monkeypatch.setattr("node.engine.sampling.constraints.compiled", counting)
-    book = CompiledGrammars(random_model, VOCAB, frozenset({2}))
+    grammars = CompiledGrammars(random_model, VOCAB, frozenset({2}))
     for grammar in (CHOICE, CHOICE, REGEX, OPEN, REGEX, CHOICE):
-        book.prepare(grammar)
-    assert made == [CHOICE, REGEX, OPEN, CHOICE]  # the first choice had gone
+        grammars.prepare(grammar)
+    assert made == [CHOICE, REGEX, OPEN, CHOICE]  # the first grammar had been dropped
 
 
 def test_a_model_without_a_readable_tokenizer_refuses_grammars_by_field(tmp_path: Path) -> None:
@@ -164,67 +164,62 @@ def opened(**sampling: Any) -> OpenSequence:
 
 
 @pytest.fixture
-def constraints(random_model: Path, monkeypatch: pytest.MonkeyPatch, book: CompiledGrammars) -> Constraints:
-    one = Constraints()
-    one.serve(ModelId("toy"), random_model, VOCAB, frozenset({0, 2}))
-    monkeypatch.setitem(one._books, ModelId("toy"), book)  # compiled grammars are shared between tests
+def step_sampler(grammars: CompiledGrammars) -> StepSampler:
+    one = StepSampler()
+    one.serve(ModelId("toy"), grammars)  # compiled grammars are shared between tests
     return one
 
 
-def drawn(constraints: Constraints, sequence: OpenSequence, answer: list[int], logits: Any = None, stop: Any = (2,)) -> Any:
+def drawn(step_sampler: StepSampler, sequence: OpenSequence, answer: list[int], logits: Any = None, stop: Any = (2,)) -> Any:
     given = np.zeros(VOCAB, dtype=np.float32) if logits is None else logits
-    constraints.forget(sequence.key)
-    return constraints.draw(given, sequence, len(PROMPT) + len(answer), (*PROMPT, *answer), stop)
+    step_sampler.forget(sequence.key)
+    return step_sampler.draw(given, sequence, len(PROMPT) + len(answer), (*PROMPT, *answer), stop)
 
 
-def test_the_likeliest_allowed_token_is_drawn_by_either_way_through_the_sampler(
-    constraints: Constraints, text: ModelText
-) -> None:
+def test_the_likeliest_allowed_token_is_drawn_with_any_sampling_parameters(step_sampler: StepSampler, text: ModelText) -> None:
     logits = np.zeros(VOCAB, dtype=np.float32)
     logits[5] = 9.0
     [brace] = text.encode("{")
     for more in ({}, {"temperature": 1.0}, {"logprobs": 2}, {"repetition_penalty": 1.5}):
-        assert drawn(constraints, opened(grammar=Grammar("json", '{"type":"object"}'), **more), [], logits).token in (
+        assert drawn(step_sampler, opened(grammar=Grammar("json", '{"type":"object"}'), **more), [], logits).token in (
             brace,
             *(token for token in range(VOCAB) if text.decode([token]).startswith("{")),
         )
 
 
-def test_a_bias_cannot_break_the_grammar(constraints: Constraints) -> None:
-    free = drawn(constraints, opened(logit_bias={5: 100.0}), []).token
-    bound = drawn(constraints, opened(logit_bias={5: 100.0}, grammar=CHOICE), []).token
+def test_a_logit_bias_cannot_break_the_grammar(step_sampler: StepSampler) -> None:
+    free = drawn(step_sampler, opened(logit_bias={5: 100.0}), []).token
+    bound = drawn(step_sampler, opened(logit_bias={5: 100.0}, grammar=CHOICE), []).token
     assert free == 5 and bound != 5
 
 
-def test_logits_that_are_no_numbers_fail_within_a_grammar_too(constraints: Constraints) -> None:
+def test_logits_with_nan_draw_no_token_within_a_grammar(step_sampler: StepSampler) -> None:
     logits = np.zeros(VOCAB, dtype=np.float32)
-    logits[5] = np.nan  # a token that the grammar does not even allow
+    logits[5] = np.nan  # a token that the grammar does not allow
     for temperature in (0.0, 1.0):
-        assert drawn(constraints, opened(grammar=CHOICE, temperature=temperature), [], logits).token is None
+        assert drawn(step_sampler, opened(grammar=CHOICE, temperature=temperature), [], logits).token is None
 
 
-def test_an_answer_ends_with_the_token_behind_which_nothing_may_follow(constraints: Constraints, text: ModelText) -> None:
+def test_an_answer_ends_with_the_token_that_completes_the_grammar(step_sampler: StepSampler, text: ModelText) -> None:
     [n] = text.encode("n")
-    out = drawn(constraints, opened(grammar=Grammar("choice", '["no"]')), [n])
+    out = drawn(step_sampler, opened(grammar=Grammar("choice", '["no"]')), [n])
     assert text.decode([out.token]) == "o" and out.ends
-    assert not drawn(constraints, opened(grammar=OPEN), []).ends
+    assert not drawn(step_sampler, opened(grammar=OPEN), []).ends
 
 
-def test_min_tokens_and_ignore_eos_put_the_end_off_as_long_as_the_grammar_has_more(
-    constraints: Constraints, text: ModelText
-) -> None:
+def test_min_tokens_and_ignore_eos_delay_the_end_while_the_grammar_allows(step_sampler: StepSampler, text: ModelText) -> None:
     x = list(text.encode("x"))
     logits = np.zeros(VOCAB, dtype=np.float32)
     logits[[0, 2]] = 9.0
-    assert drawn(constraints, opened(grammar=OPEN), x, logits, (0, 2)).token in (0, 2)
-    assert drawn(constraints, opened(grammar=OPEN, min_tokens=5), x, logits, (0, 2)).token not in (0, 2)
-    assert drawn(constraints, opened(grammar=OPEN, ignore_eos=True), x, logits, ()).token not in (0, 2)
+    assert drawn(step_sampler, opened(grammar=OPEN), x, logits, (0, 2)).token in (0, 2)
+    assert drawn(step_sampler, opened(grammar=OPEN, min_tokens=5), x, logits, (0, 2)).token not in (0, 2)
+    assert drawn(step_sampler, opened(grammar=OPEN, ignore_eos=True), x, logits, ()).token not in (0, 2)
     short = opened(grammar=Grammar("choice", '["x"]'), min_tokens=5)
-    assert drawn(constraints, short, [], logits, (0, 2)).ends  # one token is all there can be
+    assert drawn(step_sampler, short, [], logits, (0, 2)).ends  # the grammar allows a single token
 
 
-def test_an_answer_outside_its_grammar_draws_nothing_and_says_why(constraints: Constraints, text: ModelText) -> None:
-    out = drawn(constraints, opened(grammar=CHOICE), list(text.encode("maybe")))
+def test_an_answer_outside_its_grammar_draws_no_token_with_a_reason(step_sampler: StepSampler, text: ModelText) -> None:
+    out = drawn(step_sampler, opened(grammar=CHOICE), list(text.encode("maybe")))
     assert out.token is None and "response_format" in out.why_none
 
 
@@ -235,9 +230,7 @@ def constrained(name: str, grammar: Grammar = JSON, **more: Any) -> OpenSequence
     return opening(name, tokens=PROMPT, end=4, **{"grammar": grammar, "max_tokens": 120, "temperature": 1.0, **more})
 
 
-def test_a_constrained_answer_is_the_same_alone_in_company_split_and_after_a_failover_anywhere(
-    tiny: Path, text: ModelText
-) -> None:
+def test_a_constrained_answer_is_the_same_batched_split_and_after_failover(tiny: Path, text: ModelText) -> None:
     with running((tiny, 0, 4)) as one:
         for number in range(3):
             one.engine.open(opening(f"free{number}", end=4, seed=number, max_tokens=40))
@@ -264,17 +257,17 @@ def opening_from(sequence: OpenSequence, known: tuple[int, ...]) -> OpenSequence
     return OpenSequence(**{**fields, "tokens": known, "known": len(known)})
 
 
-def test_choices_with_seeds_of_their_own_fit_each_and_differ(tiny: Path, text: ModelText) -> None:
+def test_choices_with_different_seeds_fit_the_grammar_and_differ(tiny: Path, text: ModelText) -> None:
     with running((tiny, 0, 4)) as one:
         answers = []
         for seed in range(4):
             one.engine.open(constrained(f"seed{seed}", seed=seed))
             answers.append(text.decode(one.tokens_of(constrained(f"seed{seed}").key)))
-        assert len(one.engine._constraints._of) <= 1  # what finished sequences kept is freed with the next step
+        assert one.engine.constrained_sequences <= 1  # the state of ended sequences is freed with the next step
     assert all(fits(JSON, answer) for answer in answers) and len(set(answers)) > 1
 
 
-def test_a_sequence_that_leaves_its_grammar_fails_alone(tiny: Path, text: ModelText) -> None:
+def test_a_sequence_outside_its_grammar_fails_alone(tiny: Path, text: ModelText) -> None:
     free = alone_in(tiny, opening("free", end=4))
     with running((tiny, 0, 4)) as one:
         broken = constrained("broken")

@@ -1,7 +1,7 @@
-"""The contract of exactness as one matrix: what a node serves as exact is so, in logits and in keys and values, in every cell.
+"""The contract of exactness as a matrix: logits, keys and values of an exact node are equal bit by bit in every cell.
 
-Down: a dense model and a mixture of experts; each dtype; one thread and two; with the kernel that a node would choose.
-Across, for each: all the ways in which a sequence can come to be computed.
+Rows: a dense model and a mixture of experts; each dtype; one thread and two; with the kernel that a node would choose.
+Columns: all the ways in which a sequence can be computed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def kept(sequence: Sequence, count: int) -> list[torch.Tensor]:
-    """Keys and values of the first `count` positions, layer by layer."""
+    """Returns the keys and values of the first `count` positions, by layer."""
     pages = [kv.page(0, count, range(start, end)) for kv, (_, start, end) in zip(sequence.kv, sequence.path)]
     return [page[layer] for page in pages for layer in sorted(page)]
 
@@ -50,14 +50,14 @@ def assert_same_bits(one: Sequence, other: Sequence) -> None:
     assert all(map(torch.equal, kept(one, count), kept(other, count))), "keys or values differ"
 
 
-def asked(path: Collection[Part], known: Sequence | None = None, after: int = 0) -> Sequence:
-    """A sequence that nothing is computed of: the prompt, or what was known `after` so many tokens of the answer."""
+def uncomputed(path: Collection[Part], known: Sequence | None = None, after: int = 0) -> Sequence:
+    """Returns a sequence without computed positions: the prompt, or `known` up to `after` tokens of its answer."""
     return Sequence(prompt(1, PROMPT) if known is None else known.tokens[: PROMPT + after], path)
 
 
 def beside_others(path: Collection[Part]) -> Sequence:
-    """Prefilled in two pieces and decoded in batches with sequences of other lengths."""
-    one = asked(path)
+    """Computes a sequence in two prefill chunks, and decodes it in batches with sequences of other lengths."""
+    one = uncomputed(path)
     others = [Sequence(prompt(seed, 9 * seed), path) for seed in range(2, 6)]
     step([(others[0], 18), (one, 83), (others[1], 27)])
     step([(others[2], 36), (others[0], 1), (one, PROMPT - 83), (others[3], 40)])
@@ -67,7 +67,7 @@ def beside_others(path: Collection[Part]) -> Sequence:
 
 
 @pytest.mark.parametrize(("name", "dtype", "quantize", "threads"), LINES, indirect=["threads"])
-def test_every_cell_has_the_same_bits(
+def test_every_way_to_compute_a_sequence_gives_the_same_bits(
     name: str, dtype: str, quantize: str, threads: int, checkpoint_of: Callable[[str], Path]
 ) -> None:
     checkpoint = read_checkpoint(checkpoint_of(name))
@@ -79,17 +79,17 @@ def test_every_cell_has_the_same_bits(
     late.pack()
     path = [(whole, 0, 4)]
 
-    alone = generate(asked(path), chunk=512, answer=ANSWER)
+    alone = generate(uncomputed(path), chunk=512, answer=ANSWER)
     assert_same_bits(alone, beside_others(path))
     for chunk in (16, 128):
-        assert_same_bits(alone, generate(asked(path), chunk, ANSWER))
+        assert_same_bits(alone, generate(uncomputed(path), chunk, ANSWER))
     for tokens in range(1, ANSWER):
-        assert_same_bits(alone, generate(asked(path, alone, after=tokens), 512, ANSWER - tokens))
+        assert_same_bits(alone, generate(uncomputed(path, alone, after=tokens), 512, ANSWER - tokens))
     for pages in (1, 4):
         hit = continued(alone, 32 * pages, [32] * pages, PROMPT)
         assert_same_bits(alone, generate(hit, 512, ANSWER))
         preempted = continued(alone, 32 * pages, [32] * pages, PROMPT + 2)
         assert_same_bits(alone, generate(preempted, 512, ANSWER - 2))
     for split in ([(early, 0, 2), (late, 2, 4)], [(early, 0, 1), (early, 1, 3), (late, 3, 4)]):
-        assert_same_bits(alone, generate(asked(split), 33, ANSWER))
+        assert_same_bits(alone, generate(uncomputed(split), 33, ANSWER))
     assert_same_bits(alone, beside_others(split))

@@ -1,4 +1,4 @@
-"""The default model of the package: what is said of it is true, and it shows its documents to itself as it was trained."""
+"""The default model of the package: its stated properties are true, and its template renders prompts as in training."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from tools.default_model.export import MAX_BYTES, size_bytes
 from tools.default_model.prompts import grounded, opening
 
 
-def test_what_is_said_of_it_without_reading_it_is_true() -> None:
+def test_the_stated_properties_match_the_checkpoint() -> None:
     checkpoint = read_checkpoint(DIRECTORY)
     assert (checkpoint.layers, checkpoint.max_model_len) == (LAYERS, MAX_MODEL_LEN)
     assert checkpoint.end_ids == {0, 2}
 
 
-def test_it_is_small_and_says_what_it_is() -> None:
+def test_the_model_is_small_and_its_card_describes_it() -> None:
     assert size_bytes(DIRECTORY) <= MAX_BYTES
     card = (DIRECTORY / "README.md").read_text()
     assert "demonstration" in card and "not measured" not in card and "<<" not in card
     assert json.loads((DIRECTORY / "training.json").read_text())["train_tokens"] > 10_000_000
 
 
-def test_its_template_makes_of_a_nodes_prompt_what_it_was_trained_on() -> None:
+def test_the_template_renders_a_prompt_as_in_training() -> None:
     tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
     texts = ("One is here. Two is there.\n\n- A list\n- of two", "Three, as `code`, ends.")
     passages = [Passage("file-0", "notes.md", text, 0, len(text), 1.0) for text in texts]
@@ -37,7 +37,7 @@ def test_its_template_makes_of_a_nodes_prompt_what_it_was_trained_on() -> None:
     assert shown == opening(grounded("Where is two?", texts))
 
 
-def test_its_tokenizer_gives_back_any_text() -> None:
+def test_the_tokenizer_round_trips_any_text() -> None:
     tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
     for text in ("Hello, mesh!", "naïve 李白 🦊\n\n\tif x:  return", " leading and trailing ", "<|not special|>"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -45,7 +45,7 @@ def test_its_tokenizer_gives_back_any_text() -> None:
     assert tokenizer.decode(tokenizer.encode("<|s3|>It is so. [1]<|end|>"), skip_special_tokens=True) == "It is so. [1]"
 
 
-def test_its_template_shows_tools_and_their_calls() -> None:
+def test_the_template_renders_tools_and_their_calls() -> None:
     tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
     call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

@@ -1,4 +1,4 @@
-"""Real models with and without guesses: the same tokens and the same logits, whatever is sampled and wherever it is split."""
+"""Real models with and without guesses: the same tokens and logits, for any sampling parameters and any split."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def guesses(*engines: Running) -> tuple[int, int]:
 def test_no_guess_changes_a_token_or_a_logit(
     name: str, dtype: str, checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(StepCosts, "pays", lambda *given: True)  # else the times of a busy machine decide what is guessed
+    monkeypatch.setattr(StepCosts, "pays", lambda *given: True)  # otherwise measured step times decide what is guessed
     directory = checkpoint_of(name)
     with running((directory, 0, 4), dtype=dtype, speculates=False) as plain:
         path = SplitPath((plain, 0, 4))
@@ -46,7 +46,7 @@ def test_no_guess_changes_a_token_or_a_logit(
         for n, each in enumerate(SAMPLINGS):
             assert bits(path.answer(f"s{n}", PROMPT, **{"max_tokens": ANSWER, **each})) == expected[n], each
         guessed, true = guesses(solo)
-        assert 0 < true < guessed, "some came true and some did not, or nothing was tried"
+        assert 0 < true < guessed, "some guesses must be right and some wrong"
     with running((directory, 0, 2), dtype=dtype) as first, running((directory, 2, 4), dtype=dtype, step_tokens=7) as last:
         path = SplitPath((first, 0, 2), (last, 2, 4))
         for n, each in enumerate(SAMPLINGS):
@@ -54,7 +54,7 @@ def test_no_guess_changes_a_token_or_a_logit(
         assert 0 < guesses(first)[1] < guesses(first)[0] and guesses(last) == (0, 0), "the first stage guesses"
 
 
-def test_an_attempt_that_was_lost_in_mid_guess_is_replayed_elsewhere_to_the_same_end(
+def test_an_attempt_lost_during_guesses_replays_to_the_same_tokens(
     checkpoint_of: Callable[[str], Path],
 ) -> None:
     directory = checkpoint_of("copying-llama")
@@ -63,33 +63,33 @@ def test_an_attempt_that_was_lost_in_mid_guess_is_replayed_elsewhere_to_the_same
         expected = [out.token for out in SplitPath((plain, 0, 4)).answer("plain", PROMPT, **sampling)]
     with running((directory, 0, 3)) as first, running((directory, 1, 4)) as last:
         path = SplitPath((first, 0, 3), (last, 3, 4))
-        for said in (1, 5, 17, 30, 46):
-            before = opening("lost", 3, 4, PROMPT, attempt=said, **sampling)
+        for lost_after in (1, 5, 17, 30, 46):
+            before = opening("lost", 3, 4, PROMPT, attempt=lost_after, **sampling)
             last.engine.open(before)
-            first.engine.open(opening("lost", 0, 3, PROMPT, attempt=said, **sampling))
+            first.engine.open(opening("lost", 0, 3, PROMPT, attempt=lost_after, **sampling))
             seen: list[int] = []
-            while len(seen) < said:
+            while len(seen) < lost_after:
                 out = last.next()
                 if isinstance(out, TokenOut) and out.key == before.key:
                     seen.append(out.token)
             for engine in (first, last):
                 engine.engine.close(before.key)
-            assert seen == expected[:said]
+            assert seen == expected[:lost_after]
             so_far = PROMPT + tuple(seen)
-            again = {**sampling, "prompt": len(PROMPT), "attempt": 100 + said}
+            again = {**sampling, "prompt": len(PROMPT), "attempt": 100 + lost_after}
             path.stages[1][0].engine.open(opening("lost", 2, 4, so_far, **again))
             first.engine.open(opening("lost", 0, 2, so_far, **again))
             rest: list[int] = []
-            while len(rest) < ANSWER - said:
+            while len(rest) < ANSWER - lost_after:
                 out = last.next()
-                if isinstance(out, TokenOut) and out.key == SequenceKey(StreamId("lost"), 0, 100 + said):
+                if isinstance(out, TokenOut) and out.key == SequenceKey(StreamId("lost"), 0, 100 + lost_after):
                     rest.append(out.token)
-            assert rest == expected[said:]
-            first.engine.close(SequenceKey(StreamId("lost"), 0, 100 + said))
+            assert rest == expected[lost_after:]
+            first.engine.close(SequenceKey(StreamId("lost"), 0, 100 + lost_after))
         assert guesses(first)[0] > 0
 
 
-def test_guessing_sequences_in_one_batch_leave_their_neighbours_alone(checkpoint_of: Callable[[str], Path]) -> None:
+def test_guesses_in_a_batch_change_no_other_sequence(checkpoint_of: Callable[[str], Path]) -> None:
     directory = checkpoint_of("copying-qwen3")
     wanted = {f"s{n}": {"max_tokens": ANSWER, **each} for n, each in enumerate(SAMPLINGS)}
     with running((directory, 0, 4), speculates=False) as plain:
@@ -100,12 +100,12 @@ def test_guessing_sequences_in_one_batch_leave_their_neighbours_alone(checkpoint
     with running((directory, 0, 4), step_tokens=40) as together:
         for name, each in wanted.items():
             together.engine.open(opening(name, 0, 4, PROMPT, **each))
-        said: dict[str, list[int]] = {name: [] for name in wanted}
-        running_still = len(wanted)
-        while running_still:
+        drawn: dict[str, list[int]] = {name: [] for name in wanted}
+        unfinished = len(wanted)
+        while unfinished:
             out = together.next()
             assert isinstance(out, TokenOut), out
-            said[out.key.stream].append(out.token)
-            running_still -= out.finish is not None
-        assert said == expected
+            drawn[out.key.stream].append(out.token)
+            unfinished -= out.finish is not None
+        assert drawn == expected
         assert guesses(together)[1] > 0

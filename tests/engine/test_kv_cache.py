@@ -1,4 +1,4 @@
-"""Slots and buffers: who may stand where, what is left behind, and that no bit depends on it."""
+"""Slots and buffers of keys and values: how they are taken and released, and that no bit depends on the placement."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ def ones(count: int) -> torch.Tensor:
     return torch.ones(count, 2, 2, 8)
 
 
-def test_a_slot_given_back_is_zero_again_and_the_next_to_be_taken() -> None:
+def test_a_released_slot_is_zeroed_and_taken_next() -> None:
     store = KVStore()
-    kept, gone = SequenceKV(store), SequenceKV(store)
-    assert kept.place is not None and gone.place is not None
-    slab, slot = gone.place.slab, gone.place.slot
-    gone.expect(5)
-    gone.write(0, 0, ones(5))
-    del gone
-    heir = SequenceKV(store)
-    assert heir.place is not None and (heir.place.slab, heir.place.slot) == (slab, slot)
-    heir.expect(1)
-    heir.write(0, 0, 2 * ones(1))
-    keys, values = heir.read(0, 0, 128)
+    kept, released = SequenceKV(store), SequenceKV(store)
+    assert kept.place is not None and released.place is not None
+    slab, slot = released.place.slab, released.place.slot
+    released.expect(5)
+    released.write(0, 0, ones(5))
+    del released
+    successor = SequenceKV(store)
+    assert successor.place is not None and (successor.place.slab, successor.place.slot) == (slab, slot)
+    successor.expect(1)
+    successor.write(0, 0, 2 * ones(1))
+    keys, values = successor.read(0, 0, 128)
     assert keys[0, :, 0].eq(2).all() and values[0, :, 0].eq(2).all()
     assert not keys[0, :, 1:].any() and not values[0, :, 1:].any()
 
 
-def test_a_sequence_that_outgrows_its_slot_takes_its_keys_along_and_gives_the_slot_back() -> None:
+def test_a_sequence_that_outgrows_its_slot_keeps_its_keys_and_releases_it() -> None:
     store = KVStore()
     kept, long = SequenceKV(store), SequenceKV(store)
     assert kept.place is not None and long.place is not None
@@ -52,7 +52,7 @@ def test_a_sequence_that_outgrows_its_slot_takes_its_keys_along_and_gives_the_sl
     assert not keys[0, :, BLOCK_TOKENS + 2 :].any()
 
 
-def test_neighbours_share_a_call_and_gaps_stretches_and_slabs_part_them() -> None:
+def test_neighbouring_slots_share_an_attention_call_within_a_stretch_and_slab() -> None:
     store = KVStore()
     sequences = [SequenceKV(store) for _ in range(SLOTS + 2)]
     places = {0: 5, 1: 5, 2: 7, 4: 9, 5: 200, SLOTS: 3, SLOTS + 1: 4}  # sequence -> position
@@ -66,7 +66,7 @@ def test_neighbours_share_a_call_and_gaps_stretches_and_slabs_part_them() -> Non
 
 @pytest.mark.parametrize("kernel", offered(FLOAT32, BFLOAT16))
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "qwen3"])
-def test_neither_gaps_nor_heirs_nor_growth_of_a_neighbour_change_a_bit(
+def test_no_bit_depends_on_gaps_reused_slots_or_growing_neighbours(
     name: str, kernel: str, checkpoint_of: Callable[[str], Path]
 ) -> None:
     whole = load(checkpoint_of(name), 0, 4, kernel)
@@ -80,10 +80,10 @@ def test_neither_gaps_nor_heirs_nor_growth_of_a_neighbour_change_a_bit(
     gone.kv.clear()
     for _ in range(2):
         step([(batched, 1), (growing, 1), (first, 1)])
-    heir = Sequence(prompt(1, 50), path)
-    step([(heir, 50), (first, 1), (batched, 1)])
+    successor = Sequence(prompt(1, 50), path)
+    step([(successor, 50), (first, 1), (batched, 1)])
     for _ in range(2):
-        step([(growing, 1), (batched, 1), (heir, 1), (first, 1)])
+        step([(growing, 1), (batched, 1), (successor, 1), (first, 1)])
     assert_same(alone, batched)
-    assert_same(generate(Sequence(prompt(1, 50), path), chunk=512, answer=3), heir)
+    assert_same(generate(Sequence(prompt(1, 50), path), chunk=512, answer=3), successor)
     assert_same(growing, generate(Sequence(prompt(4, 508), path), chunk=100, answer=8))

@@ -1,4 +1,4 @@
-"""Answers of a split model go round in groups: as many as keep its stages busy, found out by counting tokens."""
+"""Microbatches of a split model: the number of groups that keeps the stages busy is found by measuring tokens a second."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from mesh.ids import ModelId, StreamId
 from mesh.view import Span
 from node.engine.api import HiddenOut, OpenSequence, SequenceLost, TokenOut
 from node.engine.kv.blocks import BlockPool
-from node.engine.scheduling.microbatches import MAX_GROUPS, MAX_PATIENCE, GroupTuning, Microbatches
+from node.engine.scheduling.kv_allocator import HeldSpan
+from node.engine.scheduling.microbatches import MAX_GROUPS, MAX_TRIAL_INTERVAL, GroupTuning, Microbatches
 from node.engine.scheduling.scheduler import Scheduler
-from node.engine.scheduling.step_plan import Drawn, HeldSpan, StepPlan
+from node.engine.scheduling.sequence import DrawResult, StepPlan
 from node.requests import SamplingParams
 
 pytestmark = pytest.mark.no_kernel
@@ -33,18 +34,18 @@ Cost = Callable[[int, int], float]
 
 
 def by_memory(rows: int, layers: int) -> float:
-    """Reading the weights is what counts, as for a few rows on a CPU."""
+    """The time to read the weights dominates, as for a few rows on a CPU."""
     return layers * (1e-3 + rows * 2e-5)
 
 
 def by_arithmetic(rows: int, layers: int) -> float:
-    """Every row counts."""
+    """The time is nearly proportional to the rows."""
     return layers * (5e-5 + rows * 1e-4)
 
 
 @dataclass
 class Machine:
-    """One core: what runs on it runs one after the other."""
+    """One core: it runs one step at a time."""
 
     free_s: float = 0.0
 
@@ -64,7 +65,7 @@ class Stage:
 
 @dataclass
 class Path:
-    """Stages in virtual time. Sequences are opened again as they end, so that the load stays."""
+    """Stages in virtual time. A new sequence is opened when one ends, so that the load is constant."""
 
     cuts: list[int]
     cost: Cost
@@ -72,7 +73,7 @@ class Path:
     one_core: bool = False
     answer: int = 200
     now: float = 0.0
-    said: int = 0
+    drawn: int = 0
     events: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -123,8 +124,8 @@ class Path:
             sent = [HiddenOut(p.sequence.key, p.position, p.count, b"\0" * 4 * HIDDEN * p.count) for p in plan.chunks]
             self._at(self.now + self.hop_s, lambda: self._arrive(self.stages[number + 1], sent))
         else:
-            drawn = {p.sequence.key: [Drawn(5 + (p.position * 7) % 900)] for p in plan.chunks if p.draws}
-            outputs = stage.scheduler.commit(plan, drawn)
+            results = {p.sequence.key: [DrawResult(5 + (p.position * 7) % 900)] for p in plan.chunks if p.draws}
+            outputs = stage.scheduler.commit(plan, results)
             self._at(self.now + self.hop_s, lambda: self._return(outputs))
         self._begin(stage)
 
@@ -137,7 +138,7 @@ class Path:
         first = self.stages[0]
         for out in outputs:
             assert isinstance(out, TokenOut)
-            self.said += 1
+            self.drawn += 1
             self.answers[out.key.stream].append(out.position)
             if out.finish is None and len(self.stages) > 1:
                 first.scheduler.token(out.key, out.position, out.token, self.now)
@@ -148,18 +149,18 @@ class Path:
         self._begin(first)
 
     def run(self, sequences: int, seconds: float) -> float:
-        """Tokens a second over the second half."""
+        """Returns the tokens a second over the second half of the time."""
         rng = Random(sequences)
         for _ in range(sequences):
-            self.open(rng.randint(1, self.answer))  # so that they do not end together
+            self.open(rng.randint(1, self.answer))  # different lengths, so that they do not end together
         half = 0
         while self.now < seconds:
             when, _, what = heapq.heappop(self.events)
             if self.now < seconds / 2 <= when:
-                half = self.said
+                half = self.drawn
             self.now = when
             what()
-        return (self.said - half) / (seconds / 2)
+        return (self.drawn - half) / (seconds / 2)
 
 
 def rate(cuts: list[int], cost: Cost, seconds: float = SECONDS, **given: Any) -> float:
@@ -167,59 +168,59 @@ def rate(cuts: list[int], cost: Cost, seconds: float = SECONDS, **given: Any) ->
 
 
 @pytest.mark.parametrize("cuts", [[6], [4, 8]])
-def test_stages_on_machines_of_their_own_compute_at_the_same_time(cuts: list[int]) -> None:
-    """The ideal: the slowest stage never waits."""
+def test_stages_on_different_machines_compute_at_the_same_time(cuts: list[int]) -> None:
+    """The ideal throughput: the slowest stage never waits."""
     one = rate([], by_arithmetic)
     slowest = max(end - start for start, end in pairwise([0, *cuts, LAYERS]))
     assert rate(cuts, by_arithmetic) > 0.85 * one * LAYERS / slowest
 
 
 def with_groups(groups: int, cuts: list[int], cost: Cost, **given: Any) -> float:
-    """As `rate`, with so many groups from first to last."""
+    """As `rate`, with a fixed number of groups."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GroupTuning, "groups", groups)
-        patch.setattr(GroupTuning, "measured", lambda *ignored: None)
+        patch.setattr(GroupTuning, "window_measured", lambda *ignored: None)
         return rate(cuts, cost, **given)
 
 
-def test_two_stages_on_one_core_do_not_read_their_weights_more_often_than_they_must() -> None:
-    """Where nothing runs at the same time more groups only cost: it finds out."""
+def test_two_stages_on_one_core_settle_on_one_group() -> None:
+    """Where stages cannot overlap, more groups only read the weights more often."""
     together, apart = (with_groups(groups, [6], by_memory, one_core=True) for groups in (1, 2))
     assert rate([6], by_memory, one_core=True, seconds=2 * SECONDS) > 0.9 * together > 1.2 * apart
 
 
-def test_a_far_stage_is_given_about_as_many_groups_as_pay() -> None:
+def test_a_long_round_trip_leads_to_more_groups() -> None:
     fixed = [with_groups(groups, [6], by_arithmetic, hop_s=0.03) for groups in (1, 6)]
     assert rate([6], by_arithmetic, hop_s=0.03) > 0.85 * max(fixed) > fixed[0]
 
 
-def test_groups_that_fall_apart_are_brought_together_by_waiting_a_little() -> None:
+def test_waiting_briefly_merges_groups_that_have_split() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Microbatches, "hold_until_s", lambda self, ready, rows, now: now)
+        patch.setattr(Microbatches, "wait_until_s", lambda self, ready, decoding, now_s: now_s)
         never_waiting = rate([6], by_memory)
     assert rate([6], by_memory) > 1.1 * never_waiting
 
 
-def test_no_sequence_waits_for_another_group_for_ever() -> None:
+def test_no_sequence_waits_forever_for_another_group() -> None:
     path = Path([4, 8], by_arithmetic, answer=40)
     path.run(17, seconds=2.0)
     for name, positions in path.answers.items():
         assert positions == list(range(PROMPT, PROMPT + len(positions))), name
     oldest = list(path.answers.values())[: len(path.answers) - 17]
-    assert oldest and all(oldest), "all that came before the last seventeen have ended"
+    assert oldest and all(oldest), "every sequence but the last seventeen has ended"
 
 
-def test_a_prompt_of_one_token_is_a_row_that_decodes() -> None:
+def test_a_prompt_of_one_token_counts_as_decoding() -> None:
     scheduler = Scheduler(512, 64)
     scheduler.add_span(Span(MODEL, 0, 6), HeldSpan(BlockPool(4), LAYERS, HIDDEN, 1000, 1000, frozenset()))
     sampling = SamplingParams(max_tokens=5, seed=1)
     scheduler.open(OpenSequence(StreamId("short"), 0, 1, MODEL, 0, 6, 1, 1, (7,), sampling), 3.0)
     assert scheduler.work_at_s(3.0) == 3.0 and len(scheduler.plan(3.0).chunks) == 1
-    assert Microbatches(stages=3).hold_until_s(1, 0, 3.0) == 3.0
+    assert Microbatches(stages=3).wait_until_s(1, 0, 3.0) == 3.0
 
 
-def test_a_single_sequence_and_an_unsplit_model_know_no_groups() -> None:
-    assert Microbatches(stages=3).most_rows(1) == 1
+def test_a_single_sequence_or_an_unsplit_model_has_no_groups() -> None:
+    assert Microbatches(stages=3).group_size(1) == 1
     path = Path([], by_memory)
     path.open()
     path.open()
@@ -228,15 +229,15 @@ def test_a_single_sequence_and_an_unsplit_model_know_no_groups() -> None:
     assert path.stages[0].computing is not None and len(path.stages[0].computing.chunks) == 2
 
 
-def test_trials_grow_rare_while_they_change_nothing_and_frequent_again_when_one_does() -> None:
+def test_trials_become_rare_without_gain_and_frequent_after_one() -> None:
     tuning, trials = GroupTuning(best=2), 0
     for _ in range(400):
         trials += tuning.trial > 0
-        tuning.measured(100.0 if tuning.groups == 2 else 90.0, rows=32)
-    assert tuning.best == 2 and tuning.patience == MAX_PATIENCE and 4 < trials < 16
+        tuning.window_measured(100.0 if tuning.groups == 2 else 90.0, decoding=32)
+    assert tuning.best == 2 and tuning.trial_interval == MAX_TRIAL_INTERVAL and 4 < trials < 16
     for _ in range(400):
-        tuning.measured(40.0 * tuning.groups, rows=32)
+        tuning.window_measured(40.0 * tuning.groups, decoding=32)
     assert tuning.best == MAX_GROUPS
     for _ in range(600):
-        tuning.measured(40.0 * tuning.groups, rows=3)
-        assert tuning.trial <= 3, "there are no more groups than rows"
+        tuning.window_measured(40.0 * tuning.groups, decoding=3)
+        assert tuning.trial <= 3, "there are at most as many groups as sequences"

@@ -1,4 +1,4 @@
-"""What is no finite number stays with its own sequence: those beside it in a step, and those after it, keep their bits."""
+"""NaN and infinity stay within their own sequence: other sequences of the step, and later ones, keep their bits."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests.engine.offered import FLOAT32
 
 NAN, INF = float("nan"), float("inf")
 ON_CPU = ["mesh-bf16", "mesh-fp32", "mesh-int8", "mesh-int4-fp32", "onednn-fp32", "aten-fp32"]
-PAGED = ["cuda-fp32", "cuda-bf16-tiled"]  # the path of GPUs, run on the CPU
+PAGED = ["cuda-fp32", "cuda-bf16-tiled"]  # the kernels for GPUs, run on the CPU
 
 
 def paths(names: tuple[str, ...], *on_cpu: str) -> list[Any]:
-    """Each of the checkpoints with each of the kernels, as parameters of a test."""
+    """Returns each checkpoint with each kernel, as parameters of a test."""
     found = []
     for name in names:
         for kernel in kernels(*on_cpu):
@@ -33,11 +33,11 @@ def paths(names: tuple[str, ...], *on_cpu: str) -> list[Any]:
 
 PATHS = paths(("llama",), *ON_CPU, *PAGED)
 PATHS += paths(("mistral", "gemma2", "gpt2"), FLOAT32, *PAGED)
-PATHS += paths(("mixtral", "gpt_oss", "deepseek_v3"), FLOAT32)  # of experts
+PATHS += paths(("mixtral", "gpt_oss", "deepseek_v3"), FLOAT32)  # mixtures of experts
 
 
 class Fed:
-    """A sequence behind layer 1, by the activations that it is given."""
+    """A sequence on the layers from 1 on, with random activations as input."""
 
     def __init__(self, stage: LocalStage, seed: int, bad: float | None = None) -> None:
         self.stage = stage
@@ -50,7 +50,7 @@ class Fed:
     def rows(self, count: int) -> torch.Tensor:
         rows = torch.randn(count, 64, generator=self.numbers)
         if self.bad is not None:
-            rows[:: 1 + count // 3, 5] = self.bad  # some of its rows, and one number of each
+            rows[:: 1 + count // 3, 5] = self.bad  # one number of some of its rows
         return rows
 
 
@@ -75,28 +75,28 @@ def alone(stage: LocalStage, *counts: int, seed: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("name", "kernel"), PATHS)
-def test_a_row_that_is_no_number_reaches_none_beside_it_and_none_after_it(
+def test_a_row_with_nan_changes_no_other_sequence_and_no_later_one(
     name: str, kernel: str, checkpoint_of: Callable[[str], Path]
 ) -> None:
     stage = stage_on(checkpoint_of(name), 1, 4, kernel)
     expected = alone(stage, 20, 30, 1, 1, 1)
-    for order in (1, -1):  # the bad sequences behind the good ones, and before them
+    for order in (1, -1):  # the spoiled sequences behind the good ones, and before them
         good, short, *spoiled = (Fed(stage, seed, bad) for seed, bad in enumerate((None, None, NAN, INF, -INF), 1))
         longest, *others = spoiled
-        step(*[(good, 20), (longest, 520), *((one, 7) for one in others)][::order])  # it outgrows a page, and its slot
+        step(*[(good, 20), (longest, 520), *((one, 7) for one in others)][::order])  # the longest outgrows a page, and its slot
         step(*[(good, 30), (short, 3), *((one, 9) for one in spoiled)][::order])
         for _ in range(3):
             step(*[(good, 1), (short, 1), *((one, 1) for one in spoiled)][::order])
-        assert not any(torch.cat(one.out).isfinite().all() for one in spoiled), "they are spoiled themselves"
+        assert not any(torch.cat(one.out).isfinite().all() for one in spoiled), "the spoiled sequences have non-finite output"
         assert torch.equal(torch.cat(good.out), expected)
         assert torch.equal(torch.cat(short.out), alone(stage, 3, 1, 1, 1, seed=2))
         del spoiled, longest, others, good, short
         gc.collect()
-        assert torch.equal(alone(stage, 20, 30, 1, 1, 1), expected), "what takes their place finds nothing of them"
+        assert torch.equal(alone(stage, 20, 30, 1, 1, 1), expected), "a sequence in their slots is not affected"
 
 
 @pytest.mark.parametrize("kernel", kernels(*ON_CPU, *PAGED))
-def test_a_wrong_guess_that_is_no_number_is_gone_with_the_guess(kernel: str, checkpoint_of: Callable[[str], Path]) -> None:
+def test_nan_of_a_wrong_guess_is_discarded_with_the_guess(kernel: str, checkpoint_of: Callable[[str], Path]) -> None:
     stage = stage_on(checkpoint_of("llama"), 1, 4, kernel)
     expected = alone(stage, 20, 1, 1)
     one = Fed(stage, 1)
@@ -115,8 +115,8 @@ LARGEST = {torch.float32: 3.4e38, torch.bfloat16: 3.3895e38}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_number_that_is_finite_is_taken_for_one_and_no_other(dtype: torch.dtype) -> None:
-    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).to(dtype)  # all that bfloat16 has
+def test_finite_rows_recognises_exactly_the_finite_numbers(dtype: torch.dtype) -> None:
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).to(dtype)  # every bfloat16 number
     rows = torch.zeros(len(every), 5, dtype=dtype)
     rows[:, 3] = every
     assert torch.equal(finite_rows(rows), every.isfinite())

@@ -239,26 +239,26 @@ def test_what_cannot_be_recorded_is_tried_once() -> None:
 @pytest.mark.parametrize("wanted", ["gpu", "cuda:", "cuda:x", "cuda:123", "CPU", ""])
 def test_a_device_of_another_form_is_refused(wanted: str) -> None:
     with pytest.raises(BadRequest, match="expected auto, cpu, cuda or cuda:N"):
-        device.chosen(wanted)
+        device.select(wanted)
 
 
 def test_auto_is_the_cpu_for_as_long_as_the_gpu_path_was_not_run() -> None:
-    assert device.chosen("auto") == device.chosen("cpu") == CPU
+    assert device.select("auto") == device.select("cpu") == CPU
 
 
 def test_a_gpu_that_is_not_there_is_refused_in_plain_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(BadRequest, match="is built for CPUs alone; install a CUDA build"):
-        device.chosen("cuda")
+        device.select("cuda")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BadRequest, match="--device cuda:1: no GPU is to be seen here; take --device cpu"):
-        device.chosen("cuda:1")
+    with pytest.raises(BadRequest, match="--device cuda:1: no GPU is visible here; take --device cpu"):
+        device.select("cuda:1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert device.chosen("cuda") == torch.device("cuda", 0)
+    assert device.select("cuda") == torch.device("cuda", 0)
     with pytest.raises(BadRequest, match="only 1 GPUs are"):
-        device.chosen("cuda:1")
+        device.select("cuda:1")
 
 
 @pytest.mark.parametrize(
@@ -291,5 +291,5 @@ def test_the_fingerprint_names_the_kind_of_gpu(monkeypatch: pytest.MonkeyPatch) 
 
 @needs_gpu
 def test_a_gpu_is_named_by_what_its_arithmetic_depends_on() -> None:
-    assert "sm" in device.name(device.chosen("cuda"))
-    assert 0 < device.kv_bytes(device.chosen("cuda"), None, 1) < 1 << 50
+    assert "sm" in device.name(device.select("cuda"))
+    assert 0 < device.kv_bytes(device.select("cuda"), None, 1) < 1 << 50

@@ -31,7 +31,7 @@ def test_two_workers_answer_like_one_engine_and_the_loss_of_one_ends_the_span(
     directory = checkpoint_of("llama")
     with running((directory, 0, 4), tensor_parallel=2) as one:
         span = Span(MODEL, 0, 4)
-        stage: Any = one.engine._loaded[span].stage
+        stage: Any = one.engine.stage(span)
         numerics = one.engine.statistics().numerics[span]
         assert numerics.endswith("-tp2") and is_exact(numerics)
         assert [listening(pid) for pid in stage.processes] == [{"127.0.0.1"}] * 2

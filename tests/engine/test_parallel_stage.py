@@ -304,7 +304,7 @@ def test_what_is_dropped_here_is_forgotten_by_the_ranks_with_the_next_step(check
 
 
 def test_a_page_that_workers_keep_cannot_be_spilled() -> None:
-    kept = PageStore(Span(ModelId("toy"), 0, 4), cast(Any, None), elsewhere=True)
+    kept = PageStore(Span(ModelId("toy"), 0, 4), cast(Any, None), held_by_workers=True)
     kept.store(1, cast(Any, SharedPage(deque(), page=True)))
     assert not kept.spill(1) and len(kept) == 0
 

@@ -1,4 +1,4 @@
-"""Pages of earlier sequences: what is found is not computed again, on any stage, and no bit of an answer depends on it."""
+"""The prefix cache: positions found in pages are not computed again, on any stage, and no bit of an answer depends on it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from mesh.errors import Refused
 from mesh.prefix import PREFIX_PAGE_TOKENS, further_names, prefix_salt
 from mesh.view import Span
 from node.engine.api import EngineOutput, HiddenOut, OpenSequence, Prefix, SequenceKey, TokenOut
@@ -26,24 +27,24 @@ def numbers(seed: int, count: int) -> tuple[int, ...]:
     return tuple(torch.randint(3, 500, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
 
 
-def keeping(sequence: OpenSequence, tokens: tuple[int, ...], salt: bytes = SALT) -> OpenSequence:
+def with_prefix(sequence: OpenSequence, tokens: tuple[int, ...], salt: bytes = SALT) -> OpenSequence:
     return replace(sequence, prefix=Prefix(salt, tuple(further_names(salt, [], tokens)), "n"))
 
 
 def ask(name: str, tokens: tuple[int, ...], start: int = 0, end: int = 4, salt: bytes = SALT, **given: Any) -> OpenSequence:
-    return keeping(opening(name, start, end, tokens, logprobs=3, **given), tokens, salt)
+    return with_prefix(opening(name, start, end, tokens, logprobs=3, **given), tokens, salt)
 
 
 class SplitPath:
-    """Stages one after another, as `node.serving.stages` joins them."""
+    """Connects the stages of a path, as `node.serving.stages` does."""
 
     def __init__(self, *stages: tuple[Running, int, int]) -> None:
         self.stages = stages
         self.counts: list[int] = []
         for number, (one, _, _) in enumerate(stages):
-            one.forward = partial(self.carry, number)
+            one.forward = partial(self.forward_output, number)
 
-    def carry(self, number: int, out: EngineOutput) -> None:
+    def forward_output(self, number: int, out: EngineOutput) -> None:
         if isinstance(out, HiddenOut):
             self.counts.append(out.count)
             self.stages[number + 1][0].engine.push(out)
@@ -51,7 +52,7 @@ class SplitPath:
             self.stages[0][0].engine.token(out)
 
     def answer(self, name: str, tokens: tuple[int, ...], **given: Any) -> list[TokenOut]:
-        """Opens the last stages first, as a path is opened, and waits for the end."""
+        """Opens the last stage first, as an entry does, and waits for the end of the answer."""
         pages = []
         for one, start, end in self.stages[:0:-1]:
             pages.append(one.engine.open(ask(name, tokens, start, end, bare=end < 4, **given)))
@@ -70,7 +71,7 @@ class SplitPath:
 
 
 def bits(drawn: list[TokenOut]) -> list[tuple[Any, ...]]:
-    """All but the names: tokens, and logits as far as logprobs show them."""
+    """Returns everything but the keys: tokens, and logits as far as logprobs show them."""
     return [(out.position, out.token, out.finish, out.logprob, out.top) for out in drawn]
 
 
@@ -81,13 +82,13 @@ def test_a_cached_answer_equals_the_cold_one_bit_by_bit(dtype: str, checkpoint_o
     with running((directory, 0, 4), dtype=dtype) as one:
         other_salts = [prefix_salt(b"secret", f"tenant{number}", "weights") for number in range(3)]
         cold = [SplitPath((one, 0, 4)).answer(f"cold{n}", prompt, salt=other_salts[n]) for n, prompt in enumerate(prompts)]
-        assert [drawn[0].cached for drawn in cold] == [0, 0, 0], "no tenant finds another's pages"
+        assert [drawn[0].cached for drawn in cold] == [0, 0, 0], "no tenant finds the pages of another"
         warm = [SplitPath((one, 0, 4)).answer(f"warm{n}", prompts[n]) for n in (0, 0, 1, 2)]
         assert [drawn[0].cached // PREFIX_PAGE_TOKENS for drawn in warm] == [0, 4, 2, 1], "one token at least is computed"
         assert [bits(drawn) for drawn in warm] == [bits(cold[n]) for n in (0, 0, 1, 2)]
         chat = prompts[0] + tuple(out.token for out in cold[0]) + numbers(5, 30)  # the next turn of a conversation
         turn = SplitPath((one, 0, 4)).answer("turn", chat)
-        assert turn[0].cached == 160, "what was answered is kept too"
+        assert turn[0].cached == 160, "pages of the answer are kept too"
         assert bits(turn) == bits(SplitPath((one, 0, 4)).answer("coldturn", chat, salt=other_salts[0][::-1]))
 
 
@@ -101,10 +102,10 @@ def test_prompts_longer_than_a_block_are_restored_into_buffers(checkpoint_of: Ca
         assert bits(cold) == bits(warm)
         statistics = one.engine.statistics().scheduler
         assert statistics.cached_tokens == 992 + 576 and statistics.prompt_tokens == 2600
-        assert one.engine.load_report().kv_blocks_used == 0, "kept pages are as good as free"
+        assert one.engine.load_report().kv_blocks_used == 0, "blocks of kept pages count as free"
 
 
-def test_a_split_path_begins_behind_what_all_its_stages_have(checkpoint_of: Callable[[str], Path]) -> None:
+def test_a_split_path_starts_behind_the_pages_that_all_stages_have(checkpoint_of: Callable[[str], Path]) -> None:
     directory = checkpoint_of("qwen3")
     prompt = numbers(4, 140)
     with running((directory, 0, 2)) as first, running((directory, 1, 3)) as middle, running((directory, 2, 4)) as last:
@@ -112,26 +113,26 @@ def test_a_split_path_begins_behind_what_all_its_stages_have(checkpoint_of: Call
         cold = path.answer("cold", prompt, max_tokens=30)
         warm = path.answer("warm", prompt, max_tokens=30)
         assert bits(warm) == bits(cold) and warm[0].cached == 128
-        assert sum(path.counts) == 2 * (140 + 29) + 2 * (12 + 29), "both hops carry what was computed, and no more"
+        assert sum(path.counts) == 2 * (140 + 29) + 2 * (12 + 29), "both links carry the computed positions and no others"
         longer = prompt + tuple(out.token for out in cold)
         again = path.answer("again", longer, max_tokens=3)
-        assert again[0].cached == 160, "pages of the answer are named on the way"
+        assert again[0].cached == 160, "names of the answer's pages reach the later stages"
 
-        kept = middle.engine._scheduler._allocator._pages[Span(MODEL, 1, 3)]
-        for number in list(kept._names)[2:]:
-            kept.drop(number)  # the middle stage had other things to keep
+        middle.engine.unload(Span(MODEL, 1, 3))
+        middle.engine.load(directory, MODEL, 1, 3)
+        path.answer("short", prompt[:70], max_tokens=3)  # now the middle stage has fewer pages than the others
         fewer = path.answer("fewer", prompt, max_tokens=30)
         assert bits(fewer) == bits(cold) and fewer[0].cached == 64
 
 
-def test_a_stage_that_is_told_to_begin_where_it_has_no_pages_does_nothing(checkpoint_of: Callable[[str], Path]) -> None:
+def test_activations_that_start_behind_missing_pages_are_dropped(checkpoint_of: Callable[[str], Path]) -> None:
     with running((checkpoint_of("llama"), 2, 4)) as one:
         one.engine.open(ask("a", numbers(1, 70), 2, 4))
         one.engine.push(HiddenOut(opening("a").key, 64, 6, b"\0" * (6 * 64 * 4)))
         assert one.engine.statistics().scheduler.dropped == 1
 
 
-def test_without_room_pages_go_and_sequences_stay(checkpoint_of: Callable[[str], Path]) -> None:
+def test_without_room_pages_are_evicted_and_sequences_are_not(checkpoint_of: Callable[[str], Path]) -> None:
     with running((checkpoint_of("llama"), 0, 4), kv_memory_bytes=2 * BLOCK_TOKENS * 4 * 2 * 2 * 16 * 4) as one:
         assert one.engine.load_report().kv_blocks_total == 2
         path = SplitPath((one, 0, 4))
@@ -140,7 +141,7 @@ def test_without_room_pages_go_and_sequences_stay(checkpoint_of: Callable[[str],
         statistics = one.engine.statistics().scheduler
         assert statistics.evicted == 0 and 0 < statistics.pages <= 2 * PAGES_PER_BLOCK
         assert path.answer("again", numbers(5, 500))[0].cached == 480
-        wait_until(lambda: len(one.engine._kept[Span(MODEL, 0, 4)]) <= statistics.pages + 1)
+        wait_until(lambda: one.engine.stored_pages(Span(MODEL, 0, 4)) <= statistics.pages + 1)
         assert path.answer("gone", numbers(0, 400))[0].cached == 0
 
 
@@ -161,12 +162,14 @@ def test_a_page_that_cannot_be_copied_is_not_offered(
         assert path.answer("third", numbers(1, 100))[0].cached == 96
 
 
-def test_a_sequence_closed_before_it_began_lets_its_pages_go(checkpoint_of: Callable[[str], Path]) -> None:
+def test_closing_a_sequence_before_its_start_unpins_its_pages(checkpoint_of: Callable[[str], Path]) -> None:
     directory = checkpoint_of("llama")
-    with running((directory, 0, 2)) as first, running((directory, 2, 4)) as last:
+    two_blocks = 2 * BLOCK_TOKENS * 2 * 2 * 2 * 16 * 4
+    with running((directory, 0, 2)) as first, running((directory, 2, 4), kv_memory_bytes=two_blocks) as last:
         SplitPath((first, 0, 2), (last, 2, 4)).answer("cold", numbers(1, 100))
         assert last.engine.open(ask("warm", numbers(1, 100), 2, 4)) == 3
-        pages = last.engine._scheduler._allocator._pages[Span(MODEL, 2, 4)]
-        assert pages.readers == 3
+        with pytest.raises(Refused):
+            last.engine.open(opening("other", 2, 4))  # one block is the sequence's, the other has the pages that it will read
         last.engine.close(SequenceKey(opening("warm").stream, 0, 1))
-        assert pages.readers == 0
+        for name in ("other", "another"):
+            last.engine.open(opening(name, 2, 4))

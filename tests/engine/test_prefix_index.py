@@ -1,4 +1,4 @@
-"""The index of kept pages: what is found, what goes first, and that its blocks are counted right whatever happens."""
+"""The page index: which pages are found and which are evicted first; blocks are counted right after any operations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_same_tokens_in_other_layers_or_by_other_kernels_are_other_pages() -
     assert not index.find([PageName(0, 3, "n", b"\1")]) and not index.find([PageName(0, 4, "m", b"\1")])
 
 
-def test_a_full_index_drops_what_was_wanted_longest_ago_and_the_end_of_a_run_before_its_beginning() -> None:
+def test_the_least_recently_used_page_is_dropped_and_runs_end_first() -> None:
     _, index = filled(1, *range(PAGES_PER_BLOCK))
     index.find(named(0, 1))
     for new in range(PAGES_PER_BLOCK - 2):
@@ -47,22 +47,22 @@ def test_a_full_index_drops_what_was_wanted_longest_ago_and_the_end_of_a_run_bef
     assert index.find(named(0, 1)) == [0]
 
 
-def test_a_sequence_that_wants_a_block_gets_that_of_unread_pages() -> None:
+def test_a_sequence_takes_the_block_of_unpinned_pages() -> None:
     pool, index = filled(2, *range(PAGES_PER_BLOCK + 1))
     assert pool.free == 0 and index.blocks == 2
     assert index.take(1) == [1] and index.blocks == 1 and len(index) == PAGES_PER_BLOCK
-    assert index.dropped() == (0,) and index.dropped() == ()
+    assert index.take_dropped() == (0,) and index.take_dropped() == ()
 
 
-def test_pages_that_somebody_is_about_to_read_stay() -> None:
+def test_pinned_pages_are_not_evicted() -> None:
     _, index = filled(1, *range(PAGES_PER_BLOCK))
     index.pin([3])
-    assert index.take(1) is None and len(index) == PAGES_PER_BLOCK, "nothing goes for a block that cannot be had"
+    assert index.take(1) is None and len(index) == PAGES_PER_BLOCK, "no page is evicted if the block cannot be freed"
     index.unpin([3])
     assert index.take(1) is not None and len(index) == 0
 
 
-def test_without_room_for_one_more_page_nothing_is_kept() -> None:
+def test_without_room_for_another_page_none_is_added() -> None:
     pool, index = filled(1)
     taken = pool.take(1)
     assert taken is not None and index.add(named(1)[0]) is None
@@ -70,36 +70,36 @@ def test_without_room_for_one_more_page_nothing_is_kept() -> None:
     assert index.add(named(1)[0]) == 0
 
 
-def test_a_pool_that_shrinks_is_given_blocks_back() -> None:
+def test_pages_release_blocks_to_a_pool_that_was_made_smaller() -> None:
     pool, index = filled(3, *range(3 * PAGES_PER_BLOCK))
     pool.resize(1)
-    index.fit()
+    index.apply_limits()
     assert pool.used == 1 and len(index) == PAGES_PER_BLOCK
 
 
-def test_a_page_that_must_go_is_spilled_and_found_as_before() -> None:
+def test_an_evicted_page_is_spilled_and_found_as_before() -> None:
     pool, index = filled(1, *range(PAGES_PER_BLOCK))
-    index.fit(spill_room=2)
+    index.apply_limits(max_spilled=2)
     index.find(named(5))
-    assert index.add(named(100)[0]) == PAGES_PER_BLOCK and index.spilling() == (0,) and index.dropped() == ()
-    assert index.find(named(0)) == [0] and index.add(named(0)[0]) is None, "it is kept"
-    assert index.take(1) is not None and pool.free == 0, "what is spilled holds no block"
-    assert index.spilled == 2 == len(index) and set(index.dropped()) == {*range(PAGES_PER_BLOCK + 1)} - {5, PAGES_PER_BLOCK}
+    assert index.add(named(100)[0]) == PAGES_PER_BLOCK and index.take_spilled() == (0,) and index.take_dropped() == ()
+    assert index.find(named(0)) == [0] and index.add(named(0)[0]) is None, "the page is kept"
+    assert index.take(1) is not None and pool.free == 0, "a spilled page holds no block"
+    assert index.spilled == 2 == len(index) and set(index.take_dropped()) == {*range(PAGES_PER_BLOCK + 1)} - {5, PAGES_PER_BLOCK}
 
 
-def test_a_spilled_page_goes_for_good_when_it_was_spilled_or_wanted_longest_ago_and_nobody_reads_it() -> None:
+def test_the_least_recently_used_spilled_page_without_readers_is_dropped() -> None:
     _, index = filled(1, *range(PAGES_PER_BLOCK))
-    index.fit(spill_room=3)
+    index.apply_limits(max_spilled=3)
     for new in range(3):
         index.add(named(100 + new)[0])
     index.pin(index.find(named(1)))
     index.find(named(0))
     index.add(named(103)[0])
-    assert index.dropped() == (2,) and index.find(named(0)) == [0]
-    index.fit(spill_room=0)
+    assert index.take_dropped() == (2,) and index.find(named(0)) == [0]
+    index.apply_limits(max_spilled=0)
     assert index.spilled == 1 and index.find(named(1)) == [1], "pinned"
     index.unpin([1])
-    index.fit()
+    index.apply_limits()
     assert index.spilled == 0 and not index.find(named(1))
 
 
@@ -110,21 +110,21 @@ ACTS = st.lists(
 
 @settings(max_examples=200)
 @given(ACTS, st.integers(1, 4), st.sampled_from([0, 1, 7, 30]))
-def test_blocks_are_those_of_pages_and_sequences_whatever_happens(
-    acts: list[tuple[str, int]], total: int, spill_room: int
+def test_blocks_are_those_of_pages_and_sequences_after_any_operations(
+    acts: list[tuple[str, int]], total: int, max_spilled: int
 ) -> None:
     pool = BlockPool(total)
-    index = PageIndex(pool, spill_room=spill_room)
+    index = PageIndex(pool, max_spilled=max_spilled)
     held: list[int] = []
-    here: set[int] = set()  # whose content is at hand, as a worker would see it
-    away: set[int] = set()
+    resident: set[int] = set()  # resident pages, as a worker would see them
+    spilled: set[int] = set()
     pinned: list[int] = []
     for act, number in acts:
         match act:
             case "add":
                 for prefix in range(number):
                     added = index.add(named(prefix)[0])
-                    here |= set() if added is None else {added}
+                    resident |= set() if added is None else {added}
             case "find":
                 index.find(named(*range(number)))
             case "pin":
@@ -141,20 +141,20 @@ def test_blocks_are_those_of_pages_and_sequences_whatever_happens(
                 index.drop(number)
             case "resize":
                 pool.resize(1 + number % 4)
-                index.fit()
+                index.apply_limits()
             case "spill":
-                spill_room = number % 10
-                index.fit(spill_room)
-        gone, going = set(index.dropped()), set(index.spilling())
-        assert going <= here and not gone & set(pinned), "what somebody reads is not dropped"
-        here, away = here - gone - going, (away | going) - gone
-        assert index.spilled == len(away) and len(index) == len(here | away) and not here & away
-        assert len(away) <= max(spill_room, len(set(pinned) & away))
-        resident = len(here)
+                max_spilled = number % 10
+                index.apply_limits(max_spilled)
+        gone, going = set(index.take_dropped()), set(index.take_spilled())
+        assert going <= resident and not gone & set(pinned), "a pinned page is not dropped"
+        resident, spilled = resident - gone - going, (spilled | going) - gone
+        assert index.spilled == len(spilled) and len(index) == len(resident | spilled) and not resident & spilled
+        assert len(spilled) <= max(max_spilled, len(set(pinned) & spilled))
+        count = len(resident)
         assert pool.used == len(held) + index.blocks
-        assert (index.blocks - 1) * PAGES_PER_BLOCK < resident <= index.blocks * PAGES_PER_BLOCK or resident == index.blocks == 0
+        assert (index.blocks - 1) * PAGES_PER_BLOCK < count <= index.blocks * PAGES_PER_BLOCK or count == index.blocks == 0
         assert index.readers == len(pinned)
     index.unpin(pinned)
     pool.release(held)
     pool.resize(total)
-    assert index.take(total) is not None and len(index) == index.spilled, "whatever is only kept can be had back"
+    assert index.take(total) is not None and len(index) == index.spilled, "all blocks of pages can be freed"

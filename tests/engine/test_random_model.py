@@ -37,7 +37,7 @@ def test_its_tokenizer_gives_back_any_text_and_knows_chat(random_model: Path) ->
     assert tokenizer.encode("<|im_end|>") == [tokenizer.eos_token_id] == [2]
 
 
-def test_its_template_shows_tools_and_their_calls(random_model: Path) -> None:
+def test_the_template_renders_tools_and_their_calls(random_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(random_model)
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
     call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

@@ -1,4 +1,4 @@
-"""The scheduler: what a step takes, in which order, and that nothing leaks or starves."""
+"""The scheduler: what a step computes and in which order; no block leaks and no sequence starves."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from mesh.ids import ModelId, StreamId
 from mesh.view import Span
 from node.engine.api import HiddenOut, Lane, OpenSequence, SequenceKey, SequenceLost, TokenOut
 from node.engine.kv.blocks import BLOCK_TOKENS, BlockPool
+from node.engine.scheduling.kv_allocator import HeldSpan
 from node.engine.scheduling.microbatches import Microbatches
 from node.engine.scheduling.scheduler import Scheduler
-from node.engine.scheduling.step_plan import Drawn, HeldSpan, StepPlan
+from node.engine.scheduling.sequence import DrawResult, StepPlan
 from node.engine.scheduling.step_selection import AGEING_STEPS
 from node.requests import SamplingParams
 
@@ -48,7 +49,7 @@ def sequence(
 
 def run(scheduler: Scheduler, token: int | None = 50) -> tuple[StepPlan, list[TokenOut | SequenceLost]]:
     plan = scheduler.plan()
-    outputs = scheduler.commit(plan, {chunk.sequence.key: [Drawn(token)] for chunk in plan.chunks if chunk.draws})
+    outputs = scheduler.commit(plan, {chunk.sequence.key: [DrawResult(token)] for chunk in plan.chunks if chunk.draws})
     return plan, [*plan.lost, *outputs]
 
 
@@ -64,7 +65,7 @@ def push(scheduler: Scheduler, name: str, position: int, count: int, size: int =
     scheduler.push(HiddenOut(key(name), position, count, b"\0" * (count * HIDDEN * size)))
 
 
-def test_a_solo_sequence_prefills_then_decodes_to_its_length_and_frees_its_blocks() -> None:
+def test_a_sequence_prefills_decodes_to_its_length_and_frees_its_blocks() -> None:
     scheduler = scheduler_of()
     scheduler.open(sequence())
     plan, outputs = run(scheduler)
@@ -81,7 +82,7 @@ def test_a_solo_sequence_prefills_then_decodes_to_its_length_and_frees_its_block
     assert not scheduler.has_work()
 
 
-def test_a_long_prompt_is_cut_and_only_its_last_piece_draws() -> None:
+def test_a_long_prompt_is_split_and_only_its_last_chunk_draws() -> None:
     scheduler = scheduler_of(step_tokens=16)
     scheduler.open(sequence(prompt=40))
     seen = [run(scheduler) for _ in range(3)]
@@ -89,7 +90,7 @@ def test_a_long_prompt_is_cut_and_only_its_last_piece_draws() -> None:
     assert [len(outputs) for _, outputs in seen] == [0, 0, 1]
 
 
-def test_decodes_and_prefill_share_a_step_and_prefill_keeps_its_quarter() -> None:
+def test_a_quarter_of_a_step_is_reserved_for_prefill() -> None:
     scheduler = scheduler_of(step_tokens=4, max_sequences=8)
     for name in "abcdef":
         scheduler.open(sequence(name, prompt=1, max_tokens=50))
@@ -110,7 +111,7 @@ def test_prefill_is_first_come_first_served() -> None:
     assert [shares(run(scheduler)[0]) for _ in range(2)] == [{"old": (0, 16)}, {"old": (16, 8), "new": (0, 8)}]
 
 
-def test_lanes_take_turns_even_when_others_keep_coming_and_going() -> None:
+def test_lanes_take_turns_even_while_other_lanes_come_and_go() -> None:
     scheduler = scheduler_of(WHOLE, LATE, step_tokens=8)
     scheduler.open(sequence("steady", prompt=2000))
     for name in ("x", "y"):
@@ -130,7 +131,7 @@ def test_a_split_first_stage_waits_for_each_token() -> None:
     assert shares(plan) == {"a": (0, 5)} and not plan.chunks[0].draws and outputs == []
     assert not scheduler.has_work()
     scheduler.token(key("a"), 5, 77)
-    scheduler.token(key("a"), 5, 78)  # twice: the second changes nothing
+    scheduler.token(key("a"), 5, 78)  # a duplicate
     scheduler.token(key("a"), 7, 79)  # too early
     scheduler.token(key("b"), 5, 77)  # unknown
     plan, _ = run(scheduler)
@@ -138,15 +139,15 @@ def test_a_split_first_stage_waits_for_each_token() -> None:
     assert scheduler.statistics().dropped == 3
 
 
-def test_a_last_stage_draws_once_all_known_positions_have_come() -> None:
+def test_a_last_stage_draws_once_all_known_positions_were_received() -> None:
     scheduler = scheduler_of(LATE)
     scheduler.open(sequence(span=(1, 4), known=7))
     push(scheduler, "a", 0, 3)
     assert run(scheduler)[1] == []
-    push(scheduler, "a", 0, 3)  # twice
+    push(scheduler, "a", 0, 3)  # a duplicate
     push(scheduler, "a", 5, 2)  # a gap
-    push(scheduler, "a", 3, 4, size=3)  # no whole rows of either type
-    push(scheduler, "a", 3, 5)  # past what is known
+    push(scheduler, "a", 3, 4, size=3)  # not whole rows in either type
+    push(scheduler, "a", 3, 5)  # behind the known positions
     assert not scheduler.has_work()
     push(scheduler, "a", 3, 4, size=2)
     plan, outputs = run(scheduler)
@@ -156,7 +157,7 @@ def test_a_last_stage_draws_once_all_known_positions_have_come() -> None:
     assert scheduler.statistics().dropped == 4
 
 
-def test_pushes_larger_than_the_budget_are_worked_off_in_pieces() -> None:
+def test_pushes_larger_than_the_budget_are_computed_in_chunks() -> None:
     scheduler = scheduler_of(LATE, step_tokens=4)
     scheduler.open(sequence(span=(1, 3), prompt=11))
     push(scheduler, "a", 0, 6)
@@ -172,29 +173,29 @@ def test_stop_tokens_end_a_sequence_but_not_before_min_tokens() -> None:
     assert [run(scheduler)[1][0].finish for _ in range(2)] == [None, "stop"]  # type: ignore[union-attr]
 
 
-def test_ignore_eos_ignores_the_models_own_end_only() -> None:
+def test_ignore_eos_ignores_only_the_models_own_end_tokens() -> None:
     scheduler = scheduler_of()
     scheduler.open(sequence(max_tokens=9, ignore_eos=True, stop_token_ids=(EOS, 50)))
     assert [run(scheduler, token)[1][0].finish for token in (EOS, 50)] == [None, "stop"]  # type: ignore[union-attr]
 
 
-def test_a_resumed_sequence_counts_its_sent_tokens() -> None:
+def test_a_resumed_sequence_counts_the_tokens_drawn_before() -> None:
     scheduler = scheduler_of()
     scheduler.open(sequence(prompt=5, known=8, max_tokens=4))
     assert run(scheduler)[1] == [TokenOut(key("a"), 8, 50, "length")]
 
 
-def test_logits_without_a_token_lose_the_sequence_for_good_and_leave_the_others() -> None:
+def test_unusable_logits_end_one_sequence_without_retry_and_no_other() -> None:
     scheduler = scheduler_of()
     scheduler.open(sequence("bad"))
     scheduler.open(sequence("good"))
     plan = scheduler.plan()
-    outputs = scheduler.commit(plan, {key("bad"): [Drawn(None)], key("good"): [Drawn(9)]})
+    outputs = scheduler.commit(plan, {key("bad"): [DrawResult(None)], key("good"): [DrawResult(9)]})
     assert [(type(out), out.key.stream) for out in outputs] == [(SequenceLost, "bad"), (TokenOut, "good")]
     assert isinstance(outputs[0], SequenceLost) and not outputs[0].retryable
 
 
-def test_when_no_block_is_free_the_youngest_is_evicted_and_may_be_tried_again() -> None:
+def test_without_a_free_block_the_youngest_is_evicted_and_may_be_retried() -> None:
     scheduler = scheduler_of(blocks=2, step_tokens=1024)
     scheduler.open(sequence("old", prompt=BLOCK_TOKENS - 2, max_tokens=50))
     scheduler.open(sequence("young", prompt=5, max_tokens=50))
@@ -205,14 +206,14 @@ def test_when_no_block_is_free_the_youngest_is_evicted_and_may_be_tried_again() 
     assert scheduler.load().kv_blocks_used == 2
 
 
-def test_a_sequence_evicted_while_its_own_step_is_planned_is_not_computed() -> None:
+def test_a_sequence_evicted_while_its_step_is_planned_is_not_computed() -> None:
     scheduler = scheduler_of(EARLY, blocks=2, step_tokens=1024)
     scheduler.open(sequence("old", prompt=BLOCK_TOKENS - 2, span=(0, 3), max_tokens=50))
     scheduler.open(sequence("young", prompt=5, span=(0, 3), max_tokens=50))
     run(scheduler)
     scheduler.token(key("old"), BLOCK_TOKENS - 2, 9)
     run(scheduler)
-    scheduler.token(key("old"), BLOCK_TOKENS - 1, 9)  # needs a second block, but the other one is served first
+    scheduler.token(key("old"), BLOCK_TOKENS - 1, 9)  # needs a second block, but the other sequence is selected first
     scheduler.token(key("young"), 5, 9)
     scheduler.selection._groups[Lane(EARLY, 0, 3)] = Microbatches(stages=1)  # both in one step
     plan, outputs = run(scheduler)
@@ -220,13 +221,13 @@ def test_a_sequence_evicted_while_its_own_step_is_planned_is_not_computed() -> N
     assert list(shares(plan)) == ["old"]
 
 
-def test_closing_in_mid_step_gives_the_blocks_back_only_after_it() -> None:
+def test_blocks_of_a_sequence_closed_during_a_step_are_freed_after_it() -> None:
     scheduler = scheduler_of()
     scheduler.open(sequence())
     plan = scheduler.plan()
     scheduler.close(key("a"))
     assert scheduler.load().kv_blocks_used == 1
-    assert scheduler.commit(plan, {key("a"): [Drawn(50)]}) == []
+    assert scheduler.commit(plan, {key("a"): [DrawResult(50)]}) == []
     assert scheduler.load().kv_blocks_used == 0
 
 
@@ -242,7 +243,7 @@ def test_a_failed_step_loses_its_own_sequences_only() -> None:
     assert scheduler.load().kv_blocks_used == 0
 
 
-def test_admission_refuses_what_does_not_fit_now_and_rejects_what_never_will() -> None:
+def test_admission_distinguishes_no_room_now_from_never_servable() -> None:
     scheduler = scheduler_of(blocks=3, max_sequences=2)
     with pytest.raises(BadRequest, match="context of 4096"):
         scheduler.open(sequence("a", prompt=4000, max_tokens=97))
@@ -263,7 +264,7 @@ def test_admission_refuses_what_does_not_fit_now_and_rejects_what_never_will() -
     assert scheduler.load().running == 2
 
 
-def test_dropping_a_span_loses_its_sequences_and_close_streams_frees_the_rest() -> None:
+def test_dropping_a_span_or_closing_streams_frees_their_sequences() -> None:
     scheduler = scheduler_of(EARLY, LATE)
     scheduler.open(sequence("a", span=(0, 3)))
     scheduler.open(sequence("b", span=(1, 4)))
@@ -274,16 +275,16 @@ def test_dropping_a_span_loses_its_sequences_and_close_streams_frees_the_rest() 
     assert set(scheduler.plan().freed) == {key("a"), key("b")}
 
 
-def important(one: OpenSequence, priority: int) -> OpenSequence:
-    return replace(one, priority=priority)
+def with_priority(request: OpenSequence, priority: int) -> OpenSequence:
+    return replace(request, priority=priority)
 
 
-def test_the_more_important_prefills_first_and_among_equals_the_older() -> None:
+def test_the_more_important_prefills_first_and_of_equals_the_older() -> None:
     scheduler = scheduler_of(step_tokens=16)
     scheduler.open(sequence("plain", prompt=16))
-    scheduler.open(important(sequence("idle", prompt=16), 5))
-    scheduler.open(important(sequence("urgent", prompt=16), -5))
-    scheduler.open(important(sequence("urgent too", prompt=16), -5))
+    scheduler.open(with_priority(sequence("idle", prompt=16), 5))
+    scheduler.open(with_priority(sequence("urgent", prompt=16), -5))
+    scheduler.open(with_priority(sequence("urgent too", prompt=16), -5))
     first = [next(iter(shares(plan))) for plan, _ in (run(scheduler) for _ in range(3))]
     assert first[0] == "urgent"
     order: list[str] = []
@@ -292,38 +293,38 @@ def test_the_more_important_prefills_first_and_among_equals_the_older() -> None:
     assert order[-1] == "idle"
 
 
-def test_no_priority_starves_another_however_many_important_ones_keep_coming() -> None:
+def test_no_priority_starves_another_however_many_important_sequences_arrive() -> None:
     scheduler = scheduler_of(step_tokens=16, max_sequences=8)
-    scheduler.open(important(sequence("patient", prompt=16), 2))
+    scheduler.open(with_priority(sequence("waiting", prompt=16), 2))
     for step in range((2 + 3) * AGEING_STEPS + 4):
-        scheduler.open(important(sequence(f"pushy{step}", prompt=16, max_tokens=1), -3))
-        if "patient" in shares(run(scheduler)[0]):
+        scheduler.open(with_priority(sequence(f"newer{step}", prompt=16, max_tokens=1), -3))
+        if "waiting" in shares(run(scheduler)[0]):
             break
     else:
-        pytest.fail("it was never served")
-    assert step > AGEING_STEPS, "its importance counts for a while"
+        pytest.fail("the sequence was never computed")
+    assert step > AGEING_STEPS, "its priority counts for a while"
 
 
-def test_the_least_important_gives_way_and_not_the_youngest_of_all() -> None:
+def test_the_least_important_is_evicted_even_if_another_is_younger() -> None:
     scheduler = scheduler_of(blocks=2, step_tokens=1024)
-    scheduler.open(important(sequence("idle", prompt=5, max_tokens=50), 1))
-    scheduler.open(important(sequence("growing", prompt=BLOCK_TOKENS - 2, max_tokens=50), 0))
+    scheduler.open(with_priority(sequence("idle", prompt=5, max_tokens=50), 1))
+    scheduler.open(with_priority(sequence("growing", prompt=BLOCK_TOKENS - 2, max_tokens=50), 0))
     outputs = [out for _ in range(4) for out in run(scheduler)[1]]
     assert [out.key.stream for out in outputs if isinstance(out, SequenceLost)] == ["idle"]
 
 
-def test_a_sequence_past_its_deadline_costs_no_step() -> None:
+def test_a_sequence_past_its_deadline_is_not_computed() -> None:
     scheduler = scheduler_of()
-    scheduler.open(replace(sequence("late"), remaining_ms=2000), now=10.0)
-    scheduler.open(sequence("patient"), now=10.0)
-    assert set(shares(scheduler.plan(now=11.9))) == {"late", "patient"}
-    plan = scheduler.plan(now=12.0)
-    assert set(shares(plan)) == {"patient"}
+    scheduler.open(replace(sequence("late"), remaining_ms=2000), now_s=10.0)
+    scheduler.open(sequence("waiting"), now_s=10.0)
+    assert set(shares(scheduler.plan(now_s=11.9))) == {"late", "waiting"}
+    plan = scheduler.plan(now_s=12.0)
+    assert set(shares(plan)) == {"waiting"}
     assert [(lost.key.stream, lost.retryable) for lost in plan.lost] == [("late", True)]
     assert scheduler.statistics().overdue == 1 and key("late") in plan.freed
 
 
-def test_a_sequence_with_no_other_choice_waits_here_for_blocks_and_goes_on_where_it_was() -> None:
+def test_a_preempted_sequence_continues_where_it_was_once_blocks_are_free() -> None:
     scheduler = scheduler_of(blocks=2, step_tokens=1024)
     scheduler.open(sequence("old", prompt=BLOCK_TOKENS - 4, max_tokens=12))
     scheduler.open(replace(sequence("young", prompt=5, max_tokens=30), last_choice=True))
@@ -336,31 +337,31 @@ def test_a_sequence_with_no_other_choice_waits_here_for_blocks_and_goes_on_where
             with pytest.raises(Refused):
                 scheduler.open(sequence("newcomer"))
     tokens = [out for out in outputs if isinstance(out, TokenOut)]
-    said = {name: [out.position for out in tokens if out.key.stream == name] for name in ("old", "young")}
-    assert waited and not any(isinstance(out, SequenceLost) for out in outputs)
-    assert said == {"old": list(range(BLOCK_TOKENS - 4, BLOCK_TOKENS + 8)), "young": list(range(5, 35))}
+    drawn = {name: [out.position for out in tokens if out.key.stream == name] for name in ("old", "young")}
+    assert waited and tokens == outputs
+    assert drawn == {"old": list(range(BLOCK_TOKENS - 4, BLOCK_TOKENS + 8)), "young": list(range(5, 35))}
     assert scheduler.load().kv_blocks_used == 0 and scheduler.load().running == 0
 
 
-def test_of_a_step_that_failed_each_sequence_is_tried_alone_and_only_the_culprit_is_lost() -> None:
+def test_each_sequence_of_a_failed_step_is_retried_alone() -> None:
     scheduler = scheduler_of()
     for name in ("a", "bad", "c"):
         scheduler.open(sequence(name))
     assert scheduler.fail(scheduler.plan(), "it broke") == []
-    said: dict[str, int] = {"a": 0, "c": 0}
+    drawn: dict[str, int] = {"a": 0, "c": 0}
     lost: list[str] = []
     while scheduler.has_work():
         plan = scheduler.plan()
         if "bad" in shares(plan):
-            lost += [each.key.stream for each in scheduler.fail(plan, "it broke")]
+            lost += [loss.key.stream for loss in scheduler.fail(plan, "it broke")]
             continue
-        for out in scheduler.commit(plan, {chunk.sequence.key: [Drawn(50)] for chunk in plan.chunks}):
-            said[out.key.stream] += 1
-    assert (lost, said) == (["bad"], {"a": 4, "c": 4})
+        for out in scheduler.commit(plan, {chunk.sequence.key: [DrawResult(50)] for chunk in plan.chunks}):
+            drawn[out.key.stream] += 1
+    assert (lost, drawn) == (["bad"], {"a": 4, "c": 4})
     assert scheduler.load().kv_blocks_used == 0
 
 
-def test_without_memory_for_a_step_its_youngest_goes_and_the_others_are_tried_again() -> None:
+def test_without_memory_for_a_step_its_youngest_sequence_is_lost() -> None:
     scheduler = scheduler_of()
     for name in ("old", "young"):
         scheduler.open(sequence(name))

@@ -1,4 +1,4 @@
-"""Pages that went out of the engine's memory: an answer that begins with them equals the cold one bit by bit."""
+"""Spilled pages: an answer that begins with them equals the cold one bit by bit."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ TWO_BLOCKS = 2 * BLOCK_TOKENS * TOKEN_BYTES
 PLENTY = 64 << 20
 
 
-def spilled(path: SplitPath, seeds: range, length: int = 400) -> dict[int, list[TokenOut]]:
-    """Prompts one after another, until those of the first are out of the engine's memory."""
+def fill_memory(path: SplitPath, seeds: range, length: int = 400) -> dict[int, list[TokenOut]]:
+    """Answers one prompt after another, so that the pages of the first are spilled; returns the answers by seed."""
     return {seed: path.answer(f"cold{seed}", numbers(seed, length)) for seed in seeds}
 
 
@@ -33,7 +33,7 @@ def test_an_answer_from_spilled_pages_equals_the_cold_one_bit_by_bit(
     kv_bytes = TWO_BLOCKS // (1 if dtype == "float32" else 2)
     with running((checkpoint_of("llama"), 0, 4), kv_memory_bytes=kv_bytes, dtype=dtype, **given) as one:
         path = SplitPath((one, 0, 4))
-        cold = spilled(path, range(4))
+        cold = fill_memory(path, range(4))
         wait_until(lambda: one.engine.statistics().scheduler.spilled_pages > 30)
         assert bool(list((tmp_path / "spill").glob("*"))) == (disk > 0)
         for seed, answer in cold.items():
@@ -41,7 +41,7 @@ def test_an_answer_from_spilled_pages_equals_the_cold_one_bit_by_bit(
             assert warm[0].cached == 384 and bits(warm) == bits(answer)
         now = one.engine.statistics()
         assert now.spill.read_total > 12 and now.spill.damaged_total == now.spill.refused_total == now.scheduler.preempted == 0
-        assert one.engine.load_report().kv_blocks_used == 0, "what is spilled counts for nothing"
+        assert one.engine.load_report().kv_blocks_used == 0, "spilled pages hold no blocks"
         one.engine.unload(Span(MODEL, 0, 4))
         wait_until(lambda: one.engine.statistics().spill.disk_bytes + one.engine.statistics().spill.memory_bytes == 0)
     assert not (tmp_path / "spill").exists()
@@ -52,64 +52,62 @@ def damage(folder: Path) -> None:
         file.write_bytes(b"\0" * file.stat().st_size)
 
 
-def test_damaged_pages_are_computed_again_and_nobody_notices(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_damaged_pages_are_computed_again_with_the_same_answer(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "spill"
     with running((checkpoint_of("llama"), 0, 4), kv_memory_bytes=TWO_BLOCKS, spill_disk_bytes=PLENTY, spill_folder=folder) as one:
         path = SplitPath((one, 0, 4))
-        cold = spilled(path, range(4))
+        cold = fill_memory(path, range(4))
         damage(folder)
         again = path.answer("again", numbers(0, 400))
         assert bits(again) == bits(cold[0])
         now = one.engine.statistics()
         assert now.spill.damaged_total == 12 and now.scheduler.preempted == 1 and now.step_failures == 0
-        assert again[0].cached == now.scheduler.cached_tokens == 0, "nobody is told that it was cached"
+        assert again[0].cached == now.scheduler.cached_tokens == 0, "the answer does not count as cached"
         assert one.engine.load_report().kv_blocks_used == 0
         third = path.answer("third", numbers(0, 400))
-        assert third[0].cached == 384 and bits(third) == bits(cold[0]), "and are kept anew"
+        assert third[0].cached == 384 and bits(third) == bits(cold[0]), "the pages are kept again"
 
 
-def test_a_split_path_is_lost_for_another_when_a_page_of_it_is_damaged(
-    checkpoint_of: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_damaged_page_on_a_split_path_loses_the_attempt(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:
     folder, directory = tmp_path / "spill", checkpoint_of("llama")
     given: dict[str, Any] = {"kv_memory_bytes": TWO_BLOCKS // 2, "spill_disk_bytes": PLENTY, "spill_folder": folder}
     with running((directory, 0, 2)) as first, running((directory, 2, 4), **given) as last:
         path = SplitPath((first, 0, 2), (last, 2, 4))
-        cold = spilled(path, range(4))
+        cold = fill_memory(path, range(4))
         damage(folder)
         with pytest.raises(AssertionError, match=r"a page it counted on was not kept.*retryable=True"):
             path.answer("again", numbers(0, 400))
         first.engine.close(ask("again", numbers(0, 400)).key)
-        assert last.engine.statistics().spill.damaged_total > 1, "all of them are found at once"
+        assert last.engine.statistics().spill.damaged_total > 1, "all damaged pages are found at once"
         answer = path.answer("attempt 2", numbers(0, 400))
         assert answer[0].cached == 0 and bits(answer) == bits(cold[0])
 
 
-def test_pages_that_cannot_be_written_are_only_not_kept(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_pages_that_cannot_be_written_are_dropped_without_an_error(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "spill"
     with running((checkpoint_of("llama"), 0, 4), kv_memory_bytes=TWO_BLOCKS, spill_disk_bytes=PLENTY, spill_folder=folder) as one:
         folder.rmdir()
         path = SplitPath((one, 0, 4))
-        cold = spilled(path, range(4))
+        cold = fill_memory(path, range(4))
         wait_until(lambda: one.engine.statistics().scheduler.spilled_pages == 0)
         assert bits(path.answer("again", numbers(0, 400))) == bits(cold[0])
         assert one.engine.statistics().spill.refused_total > 0 == one.engine.statistics().spill.damaged_total
 
 
-def test_a_spill_that_is_full_lets_what_was_spilled_longest_ago_go_first(checkpoint_of: Callable[[str], Path]) -> None:
+def test_a_full_spill_drops_the_least_recently_used_pages_first(checkpoint_of: Callable[[str], Path]) -> None:
     room = 16 * 32 * TOKEN_BYTES
     with running((checkpoint_of("llama"), 0, 4), kv_memory_bytes=TWO_BLOCKS, spill_memory_bytes=room) as one:
         path = SplitPath((one, 0, 4))
-        cold = spilled(path, range(5))
+        cold = fill_memory(path, range(5))
         now = one.engine.statistics()
         assert now.scheduler.spilled_pages == 16 and now.spill.memory_bytes == room and now.spill.refused_total == 0
         late = path.answer("late", numbers(2, 400))
-        assert 0 < late[0].cached < 384 and bits(late) == bits(cold[2]), "of a prompt its end goes before its beginning"
+        assert 0 < late[0].cached < 384 and bits(late) == bits(cold[2]), "the last pages of a prompt are dropped before the first"
         assert path.answer("early", numbers(0, 400))[0].cached == 0
         assert bits(path.answer("again", numbers(3, 400))) == bits(cold[3])
 
 
-def test_nothing_is_spilled_unless_asked(checkpoint_of: Callable[[str], Path]) -> None:
+def test_without_spill_memory_configured_nothing_is_spilled(checkpoint_of: Callable[[str], Path]) -> None:
     with running((checkpoint_of("llama"), 0, 4), kv_memory_bytes=TWO_BLOCKS) as one:
-        spilled(SplitPath((one, 0, 4)), range(3))
+        fill_memory(SplitPath((one, 0, 4)), range(3))
         assert one.engine.statistics().scheduler.spilled_pages == one.engine.statistics().spill.put_total == 0

@@ -1,4 +1,4 @@
-"""The engine through its protocol, with its real thread and real models."""
+"""The engine through its public interface, with its thread and real models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WAIT_S = 20.0
 
 
 class Running:
-    """A started engine and what it delivered."""
+    """An engine and the outputs that it delivered."""
 
     def __init__(self, **config: Any) -> None:
         self.engine = TorchEngine(EngineConfig(**{"kv_memory_bytes": 64 << 20, **config}))
@@ -47,12 +47,12 @@ class Running:
         return self.outputs.get(timeout=WAIT_S)
 
     def tokens_of(self, key: SequenceKey) -> list[int]:
-        """Waits for the end of a sequence and gives its tokens; outputs of others are put aside."""
+        """Waits for the end of a sequence and returns its tokens; outputs of other sequences stay in the queue."""
         tokens: list[int] = []
         others = []
         while True:
             out = self.next()
-            if isinstance(out, SpanLost) or out.key != key or isinstance(out, HiddenOut):
+            if isinstance(out, SpanLost | HiddenOut) or out.key != key:
                 others.append(out)
                 continue
             assert isinstance(out, TokenOut), out
@@ -93,12 +93,12 @@ def opening(
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + WAIT_S
     while not condition():
-        assert time.monotonic() < deadline_s, "it never came"
+        assert time.monotonic() < deadline_s, "the condition never became true"
         time.sleep(0.001)
 
 
 def connect(first: Running, last: Running) -> None:
-    """Two stages of a path: activations forward, tokens back."""
+    """Connects two stages of a path: activations forward, tokens back."""
 
     def onward(out: EngineOutput) -> None:
         if isinstance(out, HiddenOut):
@@ -118,9 +118,7 @@ def alone(directory: Path, sequence: OpenSequence, **config: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tokens_are_the_same_alone_in_company_split_over_two_engines_and_after_a_failover(
-    dtype: str, checkpoint_of: Callable[[str], Path]
-) -> None:
+def test_tokens_are_the_same_batched_split_and_after_failover(dtype: str, checkpoint_of: Callable[[str], Path]) -> None:
     directory = checkpoint_of("llama")
     undisturbed = alone(directory, opening("a"), dtype=dtype)
     assert len(undisturbed) == 12 and len(set(undisturbed)) > 4
@@ -137,19 +135,19 @@ def test_tokens_are_the_same_alone_in_company_split_over_two_engines_and_after_a
         first.engine.open(opening("a", 0, 2))
         assert last.tokens_of(opening("a").key) == undisturbed
 
-        so_far = PROMPT + tuple(undisturbed[:5])  # the first attempt died after five tokens: another split goes on
+        so_far = PROMPT + tuple(undisturbed[:5])  # the first attempt was lost after five tokens: another split continues
         last.engine.open(opening("a", 1, 4, tokens=so_far, prompt=len(PROMPT), attempt=2))
         first.engine.open(opening("a", 0, 1, tokens=so_far, prompt=len(PROMPT), attempt=2))
         assert last.tokens_of(SequenceKey(StreamId("a"), 0, 2)) == undisturbed[5:]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_prompt_of_several_steps_is_answered(dtype: str, checkpoint_of: Callable[[str], Path]) -> None:
+def test_a_prompt_of_several_steps_gives_the_same_answer(dtype: str, checkpoint_of: Callable[[str], Path]) -> None:
     directory = checkpoint_of("llama")
     assert alone(directory, opening("a"), dtype=dtype, step_tokens=16) == alone(directory, opening("a"), dtype=dtype)
 
 
-def test_three_stages_of_which_the_middle_never_sees_a_token(checkpoint_of: Callable[[str], Path]) -> None:
+def test_a_middle_stage_needs_no_tokens(checkpoint_of: Callable[[str], Path]) -> None:
     directory = checkpoint_of("qwen3")
     undisturbed = alone(directory, opening("a"))
     with running((directory, 0, 2)) as first, running((directory, 1, 3)) as middle, running((directory, 2, 4)) as last:
@@ -160,7 +158,7 @@ def test_three_stages_of_which_the_middle_never_sees_a_token(checkpoint_of: Call
         middle.engine.open(opening("a", 1, 3, bare=True))
         first.engine.open(opening("a", 0, 1))
         assert last.tokens_of(opening("a").key) == undisturbed
-        assert last.engine.load_report().kv_blocks_used == 0, "the last stage frees a finished sequence by itself"
+        assert last.engine.load_report().kv_blocks_used == 0, "the last stage frees a finished sequence without a close"
         assert middle.engine.load_report().running == 1
         middle.engine.close_streams(lambda stream: False)
         wait_until(lambda: middle.engine.load_report().kv_blocks_used == 0)
@@ -178,7 +176,7 @@ def test_one_engine_serves_several_spans_of_a_model_at_once(checkpoint_of: Calla
         assert last.tokens_of(opening("split").key) == undisturbed
 
 
-def test_activations_that_are_no_numbers_lose_their_own_sequence_only(checkpoint_of: Callable[[str], Path]) -> None:
+def test_activations_with_nan_lose_only_their_own_sequence(checkpoint_of: Callable[[str], Path]) -> None:
     good = np.random.Generator(np.random.Philox(1)).normal(size=(len(PROMPT), 64)).astype("<f4").tobytes()
     with running((checkpoint_of("llama"), 2, 4)) as one:
         answers = []
@@ -197,12 +195,12 @@ def test_activations_that_are_no_numbers_lose_their_own_sequence_only(checkpoint
         assert answers[0] == answers[1]
 
 
-def test_a_failing_step_loses_its_sequences_and_the_thread_lives(
+def test_a_failing_step_loses_its_sequences_and_not_the_thread(
     checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = checkpoint_of("llama")
     with running((directory, 0, 4)) as one:
-        stage = one.engine._loaded[Span(MODEL, 0, 4)].stage
+        stage = one.engine.stage(Span(MODEL, 0, 4))
         with monkeypatch.context() as patch:
             patch.setattr(stage, "_slots", None)
             patch.setattr(stage, "buckets", ())
@@ -218,7 +216,7 @@ def test_a_failing_step_loses_its_sequences_and_the_thread_lives(
 def test_calls_return_while_a_step_computes(checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     computing, go_on = threading.Event(), threading.Event()
     with running((checkpoint_of("llama"), 0, 4)) as one:
-        stage = one.engine._loaded[Span(MODEL, 0, 4)].stage
+        stage = one.engine.stage(Span(MODEL, 0, 4))
         forward = stage.forward
 
         def slow(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -229,25 +227,23 @@ def test_calls_return_while_a_step_computes(checkpoint_of: Callable[[str], Path]
         monkeypatch.setattr(stage, "forward", slow)
         one.engine.open(opening("a"))
         assert computing.wait(WAIT_S)
-        one.engine.open(opening("b"))  # each of these would hang for ever if the step held the lock
+        one.engine.open(opening("b"))  # each of these calls would block if the step held the lock
         one.engine.token(TokenOut(opening("b").key, 3, 3))
         one.engine.push(HiddenOut(opening("b").key, 0, 1, b""))
         one.engine.close(opening("a").key)
         assert one.engine.load_report().running == 1
         go_on.set()
-        assert len(one.tokens_of(opening("b").key)) == 12  # and nothing of "a", closed in mid-step
+        assert len(one.tokens_of(opening("b").key)) == 12  # and no token of "a", which was closed during the step
         assert one.outputs.empty()
 
 
-def test_a_step_that_hangs_is_overdue_and_one_that_ends_is_not(
-    checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hanging_step_is_overdue_until_it_ends(checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     computing, go_on = threading.Event(), threading.Event()
     with running((checkpoint_of("llama"), 0, 4)) as one:
         assert one.engine.overdue_s() == 0.0
         one.engine.open(opening("a"))
         assert len(one.tokens_of(opening("a").key)) == 12
-        stage = one.engine._loaded[Span(MODEL, 0, 4)].stage
+        stage = one.engine.stage(Span(MODEL, 0, 4))
         forward = stage.forward
 
         def hang(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -265,10 +261,10 @@ def test_a_step_that_hangs_is_overdue_and_one_that_ends_is_not(
         assert one.engine.overdue_s() == 0.0
 
 
-def test_a_span_may_be_unloaded_in_mid_step(checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_span_can_be_unloaded_during_a_step(checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     computing, go_on = threading.Event(), threading.Event()
     with running((checkpoint_of("llama"), 0, 4)) as one:
-        stage = one.engine._loaded[Span(MODEL, 0, 4)].stage
+        stage = one.engine.stage(Span(MODEL, 0, 4))
         forward = stage.forward
 
         def slow(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -286,7 +282,7 @@ def test_a_span_may_be_unloaded_in_mid_step(checkpoint_of: Callable[[str], Path]
         assert one.engine.statistics().step_failures == 0
 
 
-def test_unloading_loses_the_spans_sequences_and_its_memory(checkpoint_of: Callable[[str], Path]) -> None:
+def test_unloading_a_span_loses_its_sequences_and_frees_its_memory(checkpoint_of: Callable[[str], Path]) -> None:
     with running((checkpoint_of("llama"), 1, 3)) as one:
         one.engine.open(opening("a", 1, 3, bare=True))
         one.engine.unload(Span(MODEL, 1, 3))
@@ -297,7 +293,7 @@ def test_unloading_loses_the_spans_sequences_and_its_memory(checkpoint_of: Calla
         assert one.engine.load_report().kv_blocks_total == 0
 
 
-def test_equal_numerics_are_claimed_across_spans_and_not_across_kernels(checkpoint_of: Callable[[str], Path]) -> None:
+def test_spans_share_numerics_and_different_kernels_do_not(checkpoint_of: Callable[[str], Path]) -> None:
     directory = checkpoint_of("llama")
     one, other = TorchEngine(EngineConfig(dtype="float32")), TorchEngine(EngineConfig(dtype="bfloat16"))
     cards = [one.load(directory, MODEL, 0, 2), one.load(directory, MODEL, 1, 4), other.load(directory, MODEL, 0, 2)]
@@ -309,7 +305,7 @@ def test_equal_numerics_are_claimed_across_spans_and_not_across_kernels(checkpoi
     assert (bare.layers, bare.max_model_len, bare.weights, bare.numerics) == (4, 2048, "", "")
 
 
-def test_a_sequence_is_computed_by_the_weights_that_its_entry_names_or_not_at_all(checkpoint_of: Callable[[str], Path]) -> None:
+def test_a_sequence_is_computed_only_by_the_weights_it_names(checkpoint_of: Callable[[str], Path]) -> None:
     with running((checkpoint_of("llama"), 0, 4)) as one:
         held = one.engine.load(checkpoint_of("llama"), MODEL, 0, 4).weights
         with pytest.raises(LocalError, match="no loaded span holds layers 0:4 of toy with weights 0000000000000000"):
@@ -318,7 +314,7 @@ def test_a_sequence_is_computed_by_the_weights_that_its_entry_names_or_not_at_al
             one.engine.open(msgspec.structs.replace(opening(stream, 0, 4), weights=weights))
 
 
-def test_the_cpu_thread_limits_room_and_device_are_told_plainly(checkpoint_of: Callable[[str], Path]) -> None:
+def test_a_bad_device_and_too_long_a_sequence_are_refused(checkpoint_of: Callable[[str], Path]) -> None:
     with pytest.raises(BadRequest, match="expected auto, cpu, cuda or cuda:N, got 'gpu'"):
         TorchEngine(EngineConfig(device="gpu"))
     with running((checkpoint_of("llama"), 0, 4), kv_memory_bytes=1, max_sequences=1) as one:
@@ -327,7 +323,7 @@ def test_the_cpu_thread_limits_room_and_device_are_told_plainly(checkpoint_of: C
             one.engine.open(opening("long", max_tokens=600))
 
 
-def test_at_most_so_many_sequences_run_at_once(checkpoint_of: Callable[[str], Path]) -> None:
+def test_sequences_above_the_limit_are_refused(checkpoint_of: Callable[[str], Path]) -> None:
     with running((checkpoint_of("llama"), 1, 4), max_sequences=2) as one:
         for name in ("a", "b"):
             one.engine.open(opening(name, 1, 4))
@@ -335,15 +331,15 @@ def test_at_most_so_many_sequences_run_at_once(checkpoint_of: Callable[[str], Pa
             one.engine.open(opening("c", 1, 4))
         one.engine.close(opening("a").key)
         one.engine.open(opening("c", 1, 4))
-        one.engine.open(opening("c", 1, 4))  # twice: nothing happens
+        one.engine.open(opening("c", 1, 4))  # a duplicate has no effect
         assert one.engine.load_report().running == 2
 
 
-def test_a_model_loaded_meanwhile_changes_no_token(checkpoint_of: Callable[[str], Path]) -> None:
+def test_loading_another_model_meanwhile_changes_no_token(checkpoint_of: Callable[[str], Path]) -> None:
     directory = checkpoint_of("gemma")
     long = opening("a", max_tokens=250)
     undisturbed = alone(directory, long)
-    other = TorchEngine(EngineConfig(dtype="bfloat16"))  # building it makes bfloat16 torch's default type for a while
+    other = TorchEngine(EngineConfig(dtype="bfloat16"))  # loading makes bfloat16 torch's default type for a while
     with running((directory, 0, 4)) as one:
         one.engine.open(long)
         for number, name in enumerate(("llama", "gpt2", "qwen3", "phi3")):
@@ -351,7 +347,7 @@ def test_a_model_loaded_meanwhile_changes_no_token(checkpoint_of: Callable[[str]
         assert one.tokens_of(long.key) == undisturbed
 
 
-def test_quantised_weights_are_served_when_asked_for_and_told_of(random_model: Path) -> None:
+def test_quantised_weights_are_served_and_reported(random_model: Path) -> None:
     engine = TorchEngine(EngineConfig(quantize="int8"))
     plain = TorchEngine(EngineConfig())
     card, other = (each.load(random_model, MODEL, 0, 6) for each in (engine, plain))

@@ -62,7 +62,7 @@ from mesh.wire.load import pack_load
 from mesh.wire.statements import alive_statement, left_statement
 from mesh.wire.twin import statement
 from node.checkpoints.safetensors_header import make_header
-from node.engine.kv.page_bytes import layout_of, to_bytes
+from node.engine.kv.page_store import layout_of, to_bytes
 from node.http import sse
 from rag.replica import DocumentHead, shard_of
 from rag.store import StoreFile

@@ -50,13 +50,13 @@ class FakePages:
     room: int = 1000
     refuses: str = ""
 
-    def wanted(self, sequence: OpenSequence) -> PagesMissing | None:
+    def missing_pages(self, sequence: OpenSequence) -> PagesMissing | None:
         assert sequence.prefix is not None
         kept = next((at for at, name in enumerate(NAMES) if name not in self.held), len(NAMES))
         return PagesMissing(kept, len(NAMES), PAGE, PageRequest(sequence.model, 0, 4, "n", b"layout", NAMES))
 
-    def export_pages(self, ask: PageRequest, most_bytes: int) -> list[bytes]:
-        return [self.held[name] for name in ask.names if name in self.held][: max(1, most_bytes // PAGE)]
+    def export_pages(self, ask: PageRequest, max_bytes: int) -> list[bytes]:
+        return [self.held[name] for name in ask.names if name in self.held][: max(1, max_bytes // PAGE)]
 
     def import_pages(self, sequence: OpenSequence, first: int, contents: list[bytes]) -> int:
         if self.refuses:

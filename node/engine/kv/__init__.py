@@ -1,1 +1,1 @@
-"""Keys and values: blocks, the prefix cache and what is spilled."""
+"""Keys and values: their memory in blocks, the tensors, the prefix cache, and spilled pages."""

@@ -1,12 +1,12 @@
-"""The KV block pool: how much of the KV memory each sequence holds. Counting only, no torch.
+"""Counts the KV memory in blocks: which are free, and how many holders each has. No torch.
 
-A block is room for `BLOCK_TOKENS` tokens of one sequence in all layers of one loaded span. On CPUs a sequence keeps
-its blocks as one contiguous buffer (`kvcache`), which attention there reads fastest. What several sequences begin with is kept
-apart from that, in pages that are copied in and out (`pages`, `docs/decisions/0015-pages-are-copied.md`); on a GPU blocks
-are counted in the same way and lie in pages (`paged/`).
+A block is memory for `BLOCK_TOKENS` tokens of one sequence in all layers of one loaded span. On CPUs the keys and values of a
+sequence are one contiguous buffer (`cache`), the form that attention reads fastest there. The common beginnings of sequences
+are stored apart, in pages that are copied in and out (`prefix_index`, `docs/decisions/0015-pages-are-copied.md`); on a GPU blocks
+are counted in the same way, and the tensors are divided into pages (`paged/`).
 
-Blocks are numbered and reference-counted: a sequence holds its blocks, and so does the step that computes on
-them, so closing a sequence in mid-step gives nothing away before the step is over.
+Blocks are numbered and reference-counted: a sequence holds its blocks, and so does the step that computes on them, so the
+blocks of a sequence that is closed during a step are free only after the step.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ BLOCK_TOKENS = 512
 
 
 def blocks_for(tokens: int) -> int:
-    """Blocks that hold `tokens` tokens; one at least."""
+    """Returns how many blocks hold `tokens` tokens; at least one."""
     return max(1, -(-tokens // BLOCK_TOKENS))
 
 
 class BlockPool:
-    """Hands out numbered blocks; `free + used == total` except while a shrink waits for blocks to come home."""
+    """Allocates numbered blocks; `free + used == total` unless more blocks are in use than a smaller new size allows."""
 
     def __init__(self, total: int) -> None:
         if total < 1:
@@ -42,24 +42,26 @@ class BlockPool:
         return max(0, self.total - self.used)
 
     def take(self, count: int) -> list[int] | None:
-        """`count` blocks with one holder each, or None (and no change) when fewer are free."""
+        """Returns `count` blocks with one holder each, or None, without a change, if fewer are free."""
         if count < 0:
             raise LocalError(f"cannot take {count} blocks")
         if count > self.free:
             return None
+        assert count <= len(self._free)
         blocks = [self._free.pop() for _ in range(count)]
+        assert self._holders.keys().isdisjoint(blocks)
         self._holders.update(dict.fromkeys(blocks, 1))
         return blocks
 
     def retain(self, blocks: Iterable[int]) -> None:
-        """One more holder for each block."""
+        """Adds a holder to each block."""
         for block in blocks:
             if block not in self._holders:
                 raise LocalError(f"block {block} is not held, so it cannot be shared")
             self._holders[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:
-        """One holder less for each block; the last one frees it."""
+        """Removes a holder from each block; a block without holders is free."""
         for block in blocks:
             holders = self._holders.get(block)
             if holders is None:
@@ -72,7 +74,7 @@ class BlockPool:
                     self._free.append(block)
 
     def resize(self, total: int) -> None:
-        """Changes the pool's size; blocks in use beyond a smaller size go when they are released."""
+        """Changes the size of the pool; blocks in use beyond a smaller size are removed when they are released."""
         if total < 1:
             raise LocalError(f"a block pool needs at least one block, got {total}")
         self.total = total

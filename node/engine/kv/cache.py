@@ -1,13 +1,14 @@
-"""The tensors behind the blocks: short sequences side by side in shared slabs, longer ones in a buffer of their own.
+"""The tensors of keys and values: short sequences side by side in shared slabs, longer ones in a buffer of their own.
 
-A sequence's first block (512 tokens) lies in a slot of a slab `[2, slots, kv_heads, 512, dim]` (keys, then values), one
-slab a layer. So one attention call serves all decoding sequences in neighbouring slots, and one write stores their new
-keys: on two cores a step of 32 sequences took 54 ms with a call a sequence. Slabs are mapped, not filled: a page becomes
-memory when a token is written to it. A sequence that outgrows its slot moves to a buffer `[2, 1, kv_heads, capacity, dim]`,
-which grows block by block: one copy in 512 tokens, under half a percent of what attention reads in between.
+A sequence's first block (512 tokens) is a slot of a slab `[2, slots, kv_heads, 512, dim]` (keys, then values), with one tensor
+for each layer. So one attention call serves all decoding sequences in neighbouring slots, and one write stores their new keys:
+with a call for each sequence a step of 32 sequences took 54 ms on two cores. Slabs are mapped, not filled: the system provides a
+memory page when a token is first written to it. A sequence that outgrows its slot moves to a buffer
+`[2, 1, kv_heads, capacity, dim]`, which grows block by block: one copy in 512 tokens, under half a percent of what attention
+reads in between.
 
-What lies behind a sequence's end is always zero: it is masked, but 0 x NaN would not be, and nothing of another
-sequence can be there.
+Everything behind the end of a sequence is zero: attention masks it by a factor of zero, but 0 x NaN is NaN; and nothing of
+another sequence may remain there.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from node.engine.native.arena import mapped
 Page = dict[int, torch.Tensor]
 """Keys and values of some positions of a sequence: layer -> `[2, kv_heads, positions, dim]`."""
 
-STRETCH = 128  # positions: attention reads keys in whole stretches, so capacities are whole stretches too
+STRETCH = 128  # positions: attention reads keys in whole stretches, so capacities are multiples of it
 SLOTS = 16
-KEPT_VIEWS = 4096
+MAX_VIEWS = 4096  # of one slab
 
 
 class Slab:
-    """Slots for the first blocks of some sequences, in every layer that they use."""
+    """Slots for the first blocks of `SLOTS` sequences, in every layer that they use."""
 
     def __init__(self) -> None:
         self.free = list(range(SLOTS))
@@ -40,16 +41,15 @@ class Slab:
         self._starts: dict[range, torch.Tensor] = {}
 
     def layer(self, number: int, like: torch.Tensor) -> torch.Tensor:
-        """`[2, slots, kv_heads, 512, dim]`, made on first use for such as `like` `[rows, 2, kv_heads, dim]`."""
+        """Returns `[2, slots, kv_heads, 512, dim]`, created on first use in the form of `like` `[rows, 2, kv_heads, dim]`."""
         held = self.layers.get(number)
         if held is None:
             shape = (2, SLOTS, like.shape[2], BLOCK_TOKENS, like.shape[3])
-            held = _mapped_zeros(shape, like.dtype)
-            self.layers[number] = held
+            held = self.layers[number] = _mapped_zeros(shape, like.dtype)
         return held
 
     def starts(self, layers: range, like: torch.Tensor) -> torch.Tensor:
-        """Addresses of slot 0's keys and values, `[2, layers]` int64."""
+        """Returns the addresses of the keys and values of slot 0, `[2, layers]` int64."""
         found = self._starts.get(layers)
         if found is None:
             held = [self.layer(number, like) for number in layers]
@@ -57,18 +57,18 @@ class Slab:
         return found
 
     def put(self, number: int, at: tuple[torch.Tensor, torch.Tensor], kv: torch.Tensor) -> None:
-        """Stores `kv` `[rows, 2, kv_heads, dim]` of layer `number` at slots and positions `at`, one of each a row."""
+        """Stores `kv` `[rows, 2, kv_heads, dim]` of layer `number`; `at`: the slots `[rows]` and positions `[rows]`."""
         target = self._targets.get(number)
         if target is None:
             target = self._targets[number] = self.layer(number, kv).permute(1, 3, 0, 2, 4)
         target.index_put_(at, kv)
 
     def read(self, number: int, slot: int, slots: int, first: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of keys and values `[slots, kv_heads, length, dim]`; kept, for five new views cost as much as an addition."""
+        """Returns views of keys and values, `[slots, kv_heads, length, dim]`; cached: five views take as long as an addition."""
         key = number, slot, slots, first, length
         views = self._views.get(key)
         if views is None:
-            if len(self._views) >= KEPT_VIEWS:
+            if len(self._views) >= MAX_VIEWS:
                 self._views.clear()
             keys, values = self.layers[number][:, slot : slot + slots, :, first : first + length].unbind(0)
             views = self._views[key] = keys, values
@@ -76,34 +76,37 @@ class Slab:
 
     @torch.inference_mode()
     def clear(self, slot: int, tokens: int) -> None:
+        """Sets the first `tokens` positions of a slot to zero, in every layer."""
         for held in self.layers.values():
             held[:, slot, :, :tokens].zero_()
 
 
 def _mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros in small pages, which cost nothing until they are written: most slots are empty."""
+    """Returns zeros in small memory pages, which take no memory until they are written: most slots are empty."""
     size_bytes = torch.Size(shape).numel() * dtype.itemsize
     pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 class KVStore:
-    """The slabs of one stage. Touched by one thread at a time, as the sequences in it."""
+    """The slabs of one stage. One thread at a time may use it and its sequences."""
 
     def __init__(self) -> None:
         self._slabs: list[Slab] = []
 
     def take(self) -> tuple[Slab, int]:
-        """The lowest free slot, so that running sequences are neighbours."""
+        """Returns the lowest free slot, so that running sequences are neighbours."""
         slab = next((slab for slab in self._slabs if slab.free), None)
         if slab is None:
             slab = Slab()
             self._slabs.append(slab)
         slot = min(slab.free)
         slab.free.remove(slot)
+        assert 0 <= slot < SLOTS
         return slab, slot
 
     def release(self, slab: Slab, slot: int, tokens: int) -> None:
+        assert slot not in slab.free
         slab.free.append(slot)
         if len(slab.free) == SLOTS:
             self._slabs.remove(slab)
@@ -112,7 +115,7 @@ class KVStore:
 
 
 class SlabSlot:
-    """A slot that one sequence holds. `tokens`: how much of it may have been written."""
+    """A slot that one sequence holds. `tokens`: how many of its positions may have been written."""
 
     def __init__(self, store: KVStore) -> None:
         self.slab, self.slot = store.take()
@@ -124,35 +127,35 @@ class SlabSlot:
 
 
 class SequenceKV:
-    """Keys and values of one sequence on the layers it uses here. Its slot is free again once no reference is left."""
+    """Keys and values of one sequence on the layers that it uses here. Its slot is released when the object is collected."""
 
     def __init__(self, store: KVStore) -> None:
-        self.place: SlabSlot | None = SlabSlot(store)  # None: outgrown
-        self._give_up = weakref.finalize(self, self.place.release)
-        self._give_up.atexit = False
+        self.place: SlabSlot | None = SlabSlot(store)  # None: the sequence has outgrown its slot
+        self._release_slot = weakref.finalize(self, self.place.release)
+        self._release_slot.atexit = False
         self._buffers: dict[int, torch.Tensor] = {}
         self._end = 0
 
     def expect(self, end: int) -> None:
-        """Says that positions up to `end` are about to be written, in every layer, and that nothing behind counts any more."""
+        """Prepares for writing positions up to `end`, in every layer; positions behind `end` are discarded."""
         if end < self._end:
-            self._forget(end, self._end)
+            self._zero(end, self._end)
         self._end = end
         if self.place is None:
             return
         if self._buffers and all(buffer.shape[3] >= end for buffer in self._buffers.values()):
-            self.place = None  # all layers have moved in the step before
-            self._give_up()
+            self.place = None  # every layer has moved to a buffer in the step before
+            self._release_slot()
         else:
             self.place.tokens = max(self.place.tokens, min(end, BLOCK_TOKENS))
 
     def write(self, layer: int, position: int, kv: torch.Tensor) -> None:
-        """Stores `[count, 2, kv_heads, dim]` (keys, values) at `position …`; writing a position again replaces it."""
+        """Stores `[count, 2, kv_heads, dim]` (keys, values) from `position` on; writing a position again replaces its content."""
         end = position + kv.shape[0]
-        self._room(layer, end, kv)[:, 0, :, position:end] = kv.permute(1, 2, 0, 3)
+        self._with_capacity(layer, end, kv)[:, 0, :, position:end] = kv.permute(1, 2, 0, 3)
 
     def read(self, layer: int, first: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of keys and values `[1, kv_heads, length, dim]` from position `first` on, up to the end of a stretch."""
+        """Returns views of keys and values, `[1, kv_heads, length, dim]`, from position `first` to the end of a stretch."""
         held = self._buffers.get(layer)
         if held is None:
             assert self.place is not None
@@ -161,8 +164,8 @@ class SequenceKV:
         return keys, values
 
     @torch.inference_mode()
-    def _forget(self, position: int, end: int) -> None:
-        """Zeros where guesses were that proved wrong."""
+    def _zero(self, position: int, end: int) -> None:
+        """Sets the positions `position … end - 1` to zero: they held wrong guesses."""
         held = list(self._buffers.values())
         if not held and self.place is not None:
             slot = self.place.slot
@@ -171,20 +174,21 @@ class SequenceKV:
             layer[:, :, :, position:end].zero_()
 
     def addresses(self, layers: range, end: int, like: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Where keys and values lie, `[2, layers]` int64, and how many positions a KV head has room for: `end` at least.
+        """Returns the addresses of keys and values, `[2, layers]` int64, and the capacity of a KV head: at least `end` positions.
 
-        `like`: a tensor `[…, 2, kv_heads, dim]` such as are written. Good until the sequence is next expected to grow.
+        `like`: a tensor `[…, 2, kv_heads, dim]` of the form that is written. The addresses are valid until the next `expect`.
         """
         if self.place is not None and self.in_slab and end <= BLOCK_TOKENS:
             slot_bytes = like.shape[2] * BLOCK_TOKENS * like.shape[3] * like.itemsize
             return self.place.slab.starts(layers, like) + self.place.slot * slot_bytes, BLOCK_TOKENS
-        end = max(self._room(number, end, like).shape[3] for number in layers)  # a layer more may have been used before
-        held = [self._room(number, end, like) for number in layers]
+        # Layers that were used before may be larger: the second pass makes all of them as large as the largest.
+        end = max(self._with_capacity(number, end, like).shape[3] for number in layers)
+        held = [self._with_capacity(number, end, like) for number in layers]
         return torch.tensor([[side[at].data_ptr() for side in held] for at in (0, 1)]), end
 
     @torch.inference_mode()
     def page(self, position: int, count: int, layers: Iterable[int]) -> Page:
-        """A copy of what is stored at `position … position + count - 1`; layers that store nothing are left out."""
+        """Returns a copy of `position … position + count - 1`; layers that store nothing are left out."""
         copied = {}
         for layer in layers:
             held = self._held(layer)
@@ -194,11 +198,11 @@ class SequenceKV:
 
     @torch.inference_mode()
     def restore(self, pages: Sequence[Page]) -> None:
-        """Begins the sequence with what the pages hold, one after the other from position 0 on."""
+        """Copies the pages into the sequence, one after another from position 0 on."""
         end = sum(next(iter(page.values())).shape[2] for page in pages)
         self.expect(end)
         for layer, first in pages[0].items():
-            target = self._room(layer, end, first.permute(2, 0, 1, 3))
+            target = self._with_capacity(layer, end, first.permute(2, 0, 1, 3))
             position = 0
             for page in pages:
                 part = page[layer]
@@ -206,7 +210,7 @@ class SequenceKV:
                 position += part.shape[2]
 
     def _held(self, layer: int) -> torch.Tensor | None:
-        """`[2, 1, kv_heads, capacity, dim]`, or None where nothing was ever written."""
+        """Returns `[2, 1, kv_heads, capacity, dim]`, or None if the layer was never written."""
         if layer in self._buffers or self.place is None:
             return self._buffers.get(layer)
         held = self.place.slab.layers.get(layer)
@@ -214,10 +218,11 @@ class SequenceKV:
 
     @property
     def in_slab(self) -> bool:
+        """Whether no layer has moved to a buffer."""
         return not self._buffers
 
-    def _room(self, layer: int, end: int, like: torch.Tensor) -> torch.Tensor:
-        """`[2, 1, kv_heads, capacity, dim]` with a capacity of `end` at least."""
+    def _with_capacity(self, layer: int, end: int, like: torch.Tensor) -> torch.Tensor:
+        """Returns `[2, 1, kv_heads, capacity, dim]` with a capacity of at least `end`, moved to a larger buffer if needed."""
         held = self._held(layer)
         if held is None:
             assert self.place is not None
@@ -227,5 +232,6 @@ class SequenceKV:
             shape = (2, 1, like.shape[2], blocks_for(end) * BLOCK_TOKENS, like.shape[3])
             grown = torch.frombuffer(mapped(torch.Size(shape).numel() * like.itemsize), dtype=like.dtype).view(shape)
             grown[:, :, :, : held.shape[3]] = held
+            assert grown.shape[3] >= end
             self._buffers[layer] = held = grown
         return held

@@ -1,8 +1,8 @@
-"""Samples a step's tokens under grammars: which tokens may come next is a pure function of (grammar, answer so far).
+"""Draws the tokens of a step, within the grammars of their sequences: what may come next is a function of (grammar, answer).
 
-A matcher keeps the state it reached, for speed alone: for another answer it rolls back to the common beginning and consumes the
-rest. So failover, preemption and speculation need nothing but the tokens. Each loaded model has one table of its tokens, built at
-the first request that needs it.
+A matcher keeps the state that it reached, for speed alone: for another answer it rolls back to the common beginning and consumes
+the rest. So failover, preemption and speculation need nothing but the tokens. The grammars of a model are compiled over its
+own token table, which is built at the first request that needs it.
 """
 
 from __future__ import annotations
@@ -24,54 +24,31 @@ from mesh.errors import BadRequest, LocalError
 from mesh.ids import ModelId
 from node.engine.api import OpenSequence, SequenceKey
 from node.engine.sampling import sampler
-from node.engine.scheduling.step_plan import Drawn, ScheduledChunk, StepPlan
+from node.engine.scheduling.sequence import DrawResult, ScheduledChunk, StepPlan
 from node.requests import Grammar
 from node.text.grammar import compiled
 
-
-def draw(plan: StepPlan, logits: torch.Tensor, constraints: Constraints) -> dict[SequenceKey, list[Drawn]]:
-    """`logits` `[chunks that draw, with a row more for each of their guesses, vocab]`, float32."""
-    drawing = [chunk for chunk in plan.chunks if chunk.draws]
-    rows = iter(logits.numpy() if drawing else ())  # without any, what came out are activations, in bfloat16 at times
-    return {chunk.sequence.key: _draw_chunk(chunk, rows, constraints) for chunk in drawing}
-
-
-def _draw_chunk(chunk: ScheduledChunk, rows: Iterator[NDArray[np.float32]], constraints: Constraints) -> list[Drawn]:
-    logits = [next(rows) for _ in range(len(chunk.draft) + 1)]
-    history = list(chunk.history)
-    drawn: list[Drawn] = []
-    for number, guess in enumerate([*chunk.draft, None]):
-        at = chunk.draws_from + number
-        one = constraints.draw(logits[number], chunk.sequence.opened, at, history, chunk.stop_ids)
-        drawn.append(one)
-        if one.token is None or one.token != guess or one.ends:
-            break
-        if chunk.history:
-            history.append(one.token)
-    return drawn
-
-
-KEPT = 64  # compiled grammars of one model
+MAX_COMPILED = 64  # grammars of one model
 
 
 class Ungrammatical(Exception):
-    """The answer so far is not one that the grammar allows, or going on with it exceeds the grammar's limits."""
+    """The grammar does not allow the answer so far, or to continue it exceeds the limits of the matcher."""
 
 
 class GrammarConstraint:
-    """One sequence's grammar."""
+    """The grammar of one sequence, and the state that its matcher reached."""
 
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, end_ids: frozenset[int]) -> None:
         self._matcher = matcher
-        self._taken: list[int] = []
+        self._consumed: list[int] = []
         self._vocab_size = vocab_size
-        self._ends = [end for end in sorted(end_ids) if end < vocab_size]
+        self._end_ids = [end for end in sorted(end_ids) if end < vocab_size]
 
     def allowed(self, answer: Sequence[int], *, may_end: bool = True) -> NDArray[np.bool_]:
-        """`[vocab]`: the tokens that may follow `answer`. `may_end` False leaves the end tokens out, unless only they are left.
+        """Returns which tokens may follow `answer`, `[vocab]`. `may_end` False excludes end tokens, unless only they may follow.
 
         Raises:
-            Ungrammatical: also where no token may follow.
+            Ungrammatical: the grammar does not allow `answer`, or no token may follow it.
         """
         self._move_to(answer)
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
@@ -79,35 +56,37 @@ class GrammarConstraint:
             raise Ungrammatical("the grammar became too complex to follow")
         mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(np.bool_)
         if not may_end:
-            without = mask.copy()
-            without[self._ends] = False
-            mask = without if without.any() else mask
+            without_ends = mask.copy()
+            without_ends[self._end_ids] = False
+            mask = without_ends if without_ends.any() else mask
         if not mask.any():
             raise Ungrammatical("the grammar allows nothing more")
         return mask
 
     def complete(self, answer: Sequence[int]) -> bool:
-        """Whether nothing but the end may follow `answer`."""
+        """Returns whether no token but the end may follow `answer`."""
         self._move_to(answer)
         return bool(self._matcher.is_stopped())
 
     def _move_to(self, answer: Sequence[int]) -> None:
-        wanted = list(answer)
-        common = len(self._taken)
-        if wanted[:common] != self._taken:
-            common = next(i for i, (mine, other) in enumerate(zip([*self._taken, -1], [*wanted, -2])) if mine != other)
-            if not self._matcher.rollback(len(self._taken) - common):
+        target = list(answer)
+        common = len(self._consumed)
+        if target[:common] != self._consumed:
+            # The terminators differ, so that an answer which is a prefix of the other differs behind its end.
+            common = next(i for i, (mine, other) in enumerate(zip([*self._consumed, -1], [*target, -2])) if mine != other)
+            if not self._matcher.rollback(len(self._consumed) - common):
                 self._matcher.reset()
                 common = 0
-            del self._taken[common:]
-        fresh = wanted[common:]
-        if self._matcher.is_error() or (fresh and not self._matcher.consume_tokens(fresh)):
+            del self._consumed[common:]
+        assert self._consumed == target[:common]
+        further = target[common:]
+        if self._matcher.is_error() or (further and not self._matcher.consume_tokens(further)):
             raise Ungrammatical("the answer so far does not fit the grammar")
-        self._taken = wanted
+        self._consumed = target
 
 
 class CompiledGrammars:
-    """Grammars compiled for one model. `prepare` in worker threads, `constraint` in the engine's."""
+    """Grammars compiled for one model. Worker threads call `prepare`, the engine thread `constraint`."""
 
     def __init__(self, directory: Path, vocab_size: int, end_ids: frozenset[int]) -> None:
         self._directory = directory
@@ -118,28 +97,28 @@ class CompiledGrammars:
         self._lock = Lock()
 
     def prepare(self, grammar: Grammar) -> None:
-        """Compiles `grammar` for this model, once (*blocking*; the first time also reads the tokenizer).
+        """Compiles `grammar` for this model, once (*blocking*; the first call also reads the tokenizer).
 
         Raises:
-            BadRequest: it does not compile within the limits, or the model's tokens cannot be read.
+            BadRequest: the grammar does not compile within the limits, or the model's tokens cannot be read.
         """
         self._matcher(grammar)
 
     def constraint(self, grammar: Grammar) -> GrammarConstraint:
-        """For a new sequence; microseconds for a grammar that is prepared. Raises BadRequest, as `prepare`."""
+        """Returns the constraint of a new sequence, within microseconds after `prepare`. Raises BadRequest, as `prepare`."""
         return GrammarConstraint(self._matcher(grammar).deep_copy(), self._vocab_size, self._end_ids)
 
     def _matcher(self, grammar: Grammar) -> llguidance.LLMatcher:
         with self._lock:
-            known = self._matchers.get(grammar)
-            if known is not None:
+            matcher = self._matchers.get(grammar)
+            if matcher is not None:
                 self._matchers.move_to_end(grammar)
-                return known
+                return matcher
             tokenizer = self._tokenizer = self._tokenizer or self._read_tokenizer(grammar.param)
-        matcher = compiled(grammar, tokenizer)
+        matcher = compiled(grammar, tokenizer)  # without the lock: compiling may take long, and other grammars are in use
         with self._lock:
             self._matchers[grammar] = matcher
-            while len(self._matchers) > KEPT:
+            while len(self._matchers) > MAX_COMPILED:
                 self._matchers.popitem(last=False)
         return matcher
 
@@ -155,54 +134,87 @@ class CompiledGrammars:
             raise BadRequest(f"{param}: this model's tokens cannot be read for a grammar: {reason}", param) from None
 
 
-class Constraints:
-    """The grammars of all models that end here, and the states of the sequences under way."""
+class StepSampler:
+    """Draws the tokens of a step on the last stage, and holds the grammars of the models whose last layers are loaded."""
 
     def __init__(self) -> None:
-        self._books: dict[ModelId, CompiledGrammars] = {}
-        self._of: dict[SequenceKey, GrammarConstraint] = {}  # the engine thread's
+        self._grammars: dict[ModelId, CompiledGrammars] = {}
+        self._constraints: dict[SequenceKey, GrammarConstraint] = {}  # used by the engine thread alone
 
-    def serve(self, model: ModelId, directory: Path, vocab_size: int, end_ids: frozenset[int]) -> None:
-        """The last layers of `model` are served here from now on."""
-        self._books[model] = CompiledGrammars(directory, vocab_size, end_ids)
+    def serve(self, model: ModelId, grammars: CompiledGrammars) -> None:
+        """Draws for `model` from now on; the last layers of the model are loaded."""
+        self._grammars[model] = grammars
 
-    def prepare(self, sequence: OpenSequence) -> None:
-        """Compiles the sequence's grammar, if it has one and is drawn here (*blocking*). Raises BadRequest."""
-        book = self._books.get(sequence.model)
-        if sequence.sampling.grammar is not None and book is not None:
-            book.prepare(sequence.sampling.grammar)
+    def prepare(self, request: OpenSequence) -> None:
+        """Compiles the grammar of a sequence that is drawn here, if it has one (*blocking*). Raises BadRequest."""
+        grammars = self._grammars.get(request.model)
+        if request.sampling.grammar is not None and grammars is not None:
+            grammars.prepare(request.sampling.grammar)
+
+    @property
+    def constrained_sequences(self) -> int:
+        """How many sequences have a matcher state."""
+        return len(self._constraints)
 
     def forget(self, key: SequenceKey) -> None:
-        self._of.pop(key, None)
+        self._constraints.pop(key, None)
+
+    def draw_step(self, plan: StepPlan, logits: torch.Tensor) -> dict[SequenceKey, list[DrawResult]]:
+        """Draws for each chunk that draws: the next token, and one more behind each guess that proves right.
+
+        `logits`: float32 `[rows, vocab]`, for each such chunk one row and one more for each of its guesses.
+        """
+        chunks = [chunk for chunk in plan.chunks if chunk.draws]
+        # If no chunk draws, the tensor holds activations, possibly bfloat16, which numpy does not have.
+        rows = iter(logits.numpy() if chunks else ())
+        return {chunk.sequence.key: self._draw_chunk(chunk, rows) for chunk in chunks}
+
+    def _draw_chunk(self, chunk: ScheduledChunk, rows: Iterator[NDArray[np.float32]]) -> list[DrawResult]:
+        logits = [next(rows) for _ in range(len(chunk.draft) + 1)]
+        history = list(chunk.history)
+        drawn: list[DrawResult] = []
+        for number, guess in enumerate([*chunk.draft, None]):
+            position = chunk.draws_from + number
+            result = self.draw(logits[number], chunk.sequence.request, position, history, chunk.stop_ids)
+            drawn.append(result)
+            # The rows behind a wrong guess, or behind the end, were computed from tokens that are not in the answer.
+            if result.token is None or result.token != guess or result.ends:
+                break
+            if chunk.history:
+                history.append(result.token)
+        return drawn
 
     def draw(
         self,
         logits: NDArray[np.float32],
-        sequence: OpenSequence,
+        request: OpenSequence,
         position: int,
         history: Sequence[int],
         stop_ids: Collection[int],
-    ) -> Drawn:
-        """The token for `position`, as `sampler.draw`, within the sequence's grammar if it has one.
+    ) -> DrawResult:
+        """Draws the token for `position`, as `sampler.draw`, within the grammar of the sequence if it has one.
 
-        `history`: all tokens before `position`. An answer that cannot go on gives a `Drawn` without a token.
+        `logits`: `[vocab]`; `history`: all tokens before `position`, needed for penalties and grammars only. An answer that
+        the grammar does not allow to continue gives a result without a token.
         """
-        grammar, params = sequence.sampling.grammar, sequence.sampling
+        grammar, params = request.sampling.grammar, request.sampling
         if grammar is None:
-            return sampler.draw(logits, params, position, sequence.prompt_tokens, history, stop_ids)
-        answer = list(history[sequence.prompt_tokens :])
+            return sampler.draw(logits, params, position, request.prompt_tokens, history, stop_ids)
+        assert len(history) == position
+        answer = list(history[request.prompt_tokens :])
         try:
-            constraint = self._of.get(sequence.key) or self._of.setdefault(sequence.key, self._constraint(sequence))
+            constraint = self._constraints.get(request.key)
+            if constraint is None:
+                constraint = self._constraints[request.key] = self._constraint(request.model, grammar)
             allowed = constraint.allowed(answer, may_end=not params.ignore_eos)
-            drawn = sampler.draw(logits, params, position, sequence.prompt_tokens, history, stop_ids, allowed)
+            drawn = sampler.draw(logits, params, position, request.prompt_tokens, history, stop_ids, allowed)
             if drawn.token is None:
                 return drawn
             return replace(drawn, ends=constraint.complete([*answer, drawn.token]))
         except (Ungrammatical, BadRequest) as error:
-            return Drawn(None, why_none=f"{grammar.param}: {error}")
+            return DrawResult(None, why_none=f"{grammar.param}: {error}")
 
-    def _constraint(self, sequence: OpenSequence) -> GrammarConstraint:
-        book = self._books.get(sequence.model)
-        if book is None or sequence.sampling.grammar is None:
-            raise LocalError(f"the last layers of {sequence.model} are not served here")
-        return book.constraint(sequence.sampling.grammar)
+    def _constraint(self, model: ModelId, grammar: Grammar) -> GrammarConstraint:
+        if model not in self._grammars:
+            raise LocalError(f"the last layers of {model} are not served here")
+        return self._grammars[model].constraint(grammar)

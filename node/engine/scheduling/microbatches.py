@@ -1,13 +1,13 @@
-"""In how many groups the answers of a split model go round, so that its stages compute at the same time.
+"""Chooses into how many groups (microbatches) the decoding sequences of a split model are divided, so that stages overlap.
 
-Were all rows that decode taken in one step, they would march together: while one stage computes them the others wait. So
-a first stage takes only a part of them in a step, and sends the next part after it while the later stages have the first.
-Groups need no names: the first stage's limit parts what has met, and where fewer rows than a group's are there it waits
-for more, no longer than rows are away on the average.
+If every decoding sequence were in each step, all of them would be on the same stage at any time, and the other stages idle. So
+a first stage takes only a part of them in a step, and begins the next part while the later stages compute the first.
+Groups have no identity: the limit of the first stage divides the sequences that are ready. Where fewer than a group are ready,
+the stage waits for more, for no longer than an average round trip.
 
-How many groups are best depends on what this node cannot see: how many stages there are, which is the slowest, whether a step
-of half the rows takes half the time, what lies between. So it is found out: a window of several rounds is counted in
-tokens a second, one more or one fewer is tried now and then, and ever more seldom while that changes nothing. Any
+The best number of groups depends on what this stage cannot observe: the number of stages, which of them is the slowest, how
+the time of a step depends on its size, and the links. So it is searched by measurement: the tokens a second of a window of
+several rounds are compared with those of one group more or fewer, in trials that become rarer while they change nothing. Any
 grouping gives the same tokens (`docs/architecture.md`, the last section).
 """
 
@@ -16,107 +16,110 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 MAX_GROUPS = 6
-ROUNDS = 4  # in a window, after one that does not count: what was decided before it is still on its way
-AVERAGING = 0.5  # weight of the newest window
-AWAY_AVERAGING = 0.05  # weight of the newest token
-BETTER = 1.03  # by less it may as well be chance
-FIRST_PATIENCE, MAX_PATIENCE = 2, 64  # windows between two trials
+WINDOW_ROUNDS = 4  # in a window, after one round that is not counted: it was planned with the number of groups before
+RATE_AVERAGING = 0.5  # weight of the newest window
+ROUND_TRIP_AVERAGING = 0.05  # weight of the newest token
+MIN_GAIN = 1.03  # a smaller improvement may be chance
+MIN_TRIAL_INTERVAL, MAX_TRIAL_INTERVAL = 2, 64  # windows between two trials
 
 
 @dataclass(slots=True)
 class GroupTuning:
-    """The number of groups for one order of magnitude of rows."""
+    """The search for the number of groups, for one power of two of decoding sequences."""
 
     best: int
-    trial: int = 0  # being tried; 0: none
-    patience: int = FIRST_PATIENCE
-    until_trial: int = FIRST_PATIENCE
-    step: int = 1  # what the next trial adds
+    trial: int = 0  # number of groups being tried; 0: none
+    trial_interval: int = MIN_TRIAL_INTERVAL
+    windows_until_trial: int = MIN_TRIAL_INTERVAL
+    next_step: int = 1  # what the next trial adds to `best`
     rates: dict[int, float] = field(default_factory=dict)  # groups -> tokens a second
 
     @property
     def groups(self) -> int:
         return self.trial or self.best
 
-    def measured(self, tokens_per_s: float, rows: int) -> None:
-        """A window of `groups` groups went by."""
+    def window_measured(self, tokens_per_s: float, decoding: int) -> None:
+        """Counts a window that ran with `groups` groups and `decoding` decoding sequences."""
         groups = self.groups
         before = self.rates.get(groups, tokens_per_s)
-        self.rates[groups] = before + (tokens_per_s - before) * AVERAGING
+        self.rates[groups] = before + (tokens_per_s - before) * RATE_AVERAGING
         if self.trial:
-            self._judge()
+            self._end_trial()
             return
-        self.until_trial -= 1
-        if self.until_trial <= 0:
-            wanted = self.best + self.step
-            if 1 <= wanted <= min(MAX_GROUPS, rows):
-                self.trial = wanted
-            self.step = -self.step
-            self.until_trial = self.patience
+        self.windows_until_trial -= 1
+        if self.windows_until_trial <= 0:
+            candidate = self.best + self.next_step
+            if 1 <= candidate <= min(MAX_GROUPS, decoding):
+                self.trial = candidate
+            self.next_step = -self.next_step
+            self.windows_until_trial = self.trial_interval
 
-    def _judge(self) -> None:
-        better = self.rates[self.trial] > self.rates[self.best] * BETTER
-        if better:
-            self.step = self.trial - self.best  # further that way
-            self.best, self.patience = self.trial, FIRST_PATIENCE
+    def _end_trial(self) -> None:
+        assert self.trial != self.best and abs(self.trial - self.best) == 1
+        if self.rates[self.trial] > self.rates[self.best] * MIN_GAIN:
+            self.next_step = self.trial - self.best  # continue in the direction that improved
+            self.best, self.trial_interval = self.trial, MIN_TRIAL_INTERVAL
         else:
-            self.patience = min(MAX_PATIENCE, 2 * self.patience)
-        self.trial, self.until_trial = 0, self.patience
+            self.trial_interval = min(MAX_TRIAL_INTERVAL, 2 * self.trial_interval)
+        self.trial, self.windows_until_trial = 0, self.trial_interval
 
 
 @dataclass(slots=True)
 class Microbatches:
-    """Of one first stage. `stages`: of equal parts there would be so many; what to begin with."""
+    """The groups of one first stage. `stages`: how many stages of its size the model would take; the search begins there."""
 
     stages: int
-    _tunings: dict[int, GroupTuning] = field(default_factory=dict)  # by order of magnitude of rows
-    _rows: int = 0  # when the window under way began; 0: none
-    _settling: int = 0  # tokens that do not count
-    _counted: int = 0
+    _tunings: dict[int, GroupTuning] = field(default_factory=dict)  # by the bit length of the number of decoding sequences
+    _window_decoding: int = 0  # decoding sequences when the window began; 0: no window
+    _uncounted_tokens: int = 0  # tokens still to come that belong to the round before the window
+    _counted_tokens: int = 0
     _began_s: float = 0.0
-    _away_s: float = 0.0  # from a row's step to the token drawn for it
-    _held_since_s: float | None = None
+    _round_trip_s: float = 0.0  # average time from a sequence's step to the return of its token
+    _waiting_since_s: float | None = None
 
     def round_trip_observed(self, seconds: float) -> None:
-        self._away_s += (seconds - self._away_s) * (AWAY_AVERAGING if self._away_s else 1.0)
+        self._round_trip_s += (seconds - self._round_trip_s) * (ROUND_TRIP_AVERAGING if self._round_trip_s else 1.0)
 
-    def hold_until_s(self, ready: int, rows: int, now: float) -> float:
-        """Until when to wait for more rows than those that are ready, if no more become so; `now`: begin."""
-        if ready >= rows // self._tuning(self._rows or rows).groups:
-            self._held_since_s = None
-            return now
-        if self._held_since_s is None:
-            self._held_since_s = now
-        return max(now, self._held_since_s + self._away_s)
+    def wait_until_s(self, ready: int, decoding: int, now_s: float) -> float:
+        """Returns until when to wait for more ready sequences if no more become ready; `now_s`: the step may begin.
 
-    def begun(self) -> None:
-        """A step was planned."""
-        self._held_since_s = None
+        `ready` of the `decoding` sequences are ready.
+        """
+        if ready >= decoding // self._tuning(self._window_decoding or decoding).groups:
+            self._waiting_since_s = None
+            return now_s
+        if self._waiting_since_s is None:
+            self._waiting_since_s = now_s
+        return max(now_s, self._waiting_since_s + self._round_trip_s)
 
-    def most_rows(self, rows: int) -> int:
-        """How many of `rows` that decode one step may take."""
-        return -(-rows // min(rows, self._tuning(self._rows or rows).groups)) if rows > 1 else 1
+    def step_planned(self) -> None:
+        self._waiting_since_s = None
 
-    def tokens_returned(self, tokens: int, rows: int, now: float) -> None:
-        """So many tokens came since the last call, for sequences of which `rows` decode."""
-        if rows < 2:
-            self._rows = 0
-        elif not self._rows / 2 < rows < self._rows * 2:
-            self._begin(rows)
-        elif self._settling > 0:
-            self._settling -= tokens
-            self._counted, self._began_s = 0, now
+    def group_size(self, decoding: int) -> int:
+        """Returns how many of the `decoding` sequences one step may take."""
+        return -(-decoding // min(decoding, self._tuning(self._window_decoding or decoding).groups)) if decoding > 1 else 1
+
+    def tokens_returned(self, tokens: int, decoding: int, now_s: float) -> None:
+        """Counts tokens that came back since the last call; `decoding`: sequences that decode now."""
+        if decoding < 2:
+            self._window_decoding = 0
+        elif not self._window_decoding / 2 < decoding < self._window_decoding * 2:
+            self._begin_window(decoding)  # rates at such different loads cannot be compared
+        elif self._uncounted_tokens > 0:
+            self._uncounted_tokens -= tokens
+            self._counted_tokens, self._began_s = 0, now_s
         else:
-            self._counted += tokens
-            if self._counted >= ROUNDS * rows and now > self._began_s:
-                self._tuning(self._rows).measured(self._counted / (now - self._began_s), rows)
-                self._begin(self._rows)
+            self._counted_tokens += tokens
+            if self._counted_tokens >= WINDOW_ROUNDS * decoding and now_s > self._began_s:
+                tokens_per_s = self._counted_tokens / (now_s - self._began_s)
+                self._tuning(self._window_decoding).window_measured(tokens_per_s, decoding)
+                self._begin_window(self._window_decoding)
 
-    def _begin(self, rows: int) -> None:
-        self._rows, self._settling = rows, rows
+    def _begin_window(self, decoding: int) -> None:
+        self._window_decoding, self._uncounted_tokens = decoding, decoding
 
-    def _tuning(self, rows: int) -> GroupTuning:
-        magnitude = rows.bit_length()
+    def _tuning(self, decoding: int) -> GroupTuning:
+        magnitude = decoding.bit_length()
         if magnitude not in self._tunings:
-            self._tunings[magnitude] = GroupTuning(best=max(1, min(self.stages, rows, MAX_GROUPS)))
+            self._tunings[magnitude] = GroupTuning(best=max(1, min(self.stages, decoding, MAX_GROUPS)))
         return self._tunings[magnitude]

@@ -1,14 +1,15 @@
-"""Decides which sequences the next step computes. A core: no torch, no clock, no threads.
+"""Schedules steps: admits sequences, plans which positions the next step computes, and applies its results. No torch.
 
-A *lane* is a loaded span and the layers of it that are asked for. A step takes sequences of one lane, and lanes with work take
-turns; within a lane `step_selection` splits the step's token budget. Any mixture gives the same tokens (`docs/architecture.md`),
-so fairness costs no exactness. For the same reason a sequence may compute guessed tokens (`speculation`) and begin behind cached
-prefix pages.
+This is a core: it reads no clock and starts no thread. Each pair of a loaded span and the layers requested of it is a *lane*; a
+step computes sequences of one lane, and lanes that have work take turns. Within a lane `step_selection` splits the token budget
+of the step. Any mixture gives the same tokens (`docs/architecture.md`), so every order is allowed; for the same reason a step may
+compute guessed tokens (`speculation`), and a sequence may start behind pages that other sequences computed (`prefix_index`).
 
-A sequence holds KV blocks for the tokens known when it was admitted and takes more as it grows. When none is free, the least
-important sequence of that span, and of those the youngest, gives its blocks up: the most important one always finishes, so there
-is no livelock. The evicted sequence is lost here and its entry continues it elsewhere; without another node it waits here and is
-recomputed before anything new is admitted. A step that fails is retried sequence by sequence, so that only the faulty one fails.
+A sequence is admitted with blocks for its known tokens and takes more as it grows. When no block is free, the least important
+sequence of that span, and of those the youngest, gives up its blocks: the most important sequence always finishes, so there is
+no livelock. A sequence that gave up its blocks is lost here, and its entry continues it elsewhere; where no other node could
+continue it, it waits here and is computed again before any new sequence is admitted. A step that fails is tried again sequence
+by sequence, so that only a sequence that fails alone is lost.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from mesh.errors import BadRequest, LocalError, Refused
 from mesh.ids import StreamId
@@ -23,15 +25,430 @@ from mesh.prefix import NAME_BYTES, PREFIX_PAGE_TOKENS
 from mesh.view import Load, Span
 from node.engine.api import HiddenOut, Lane, OpenSequence, SequenceKey, SequenceLost, TokenOut
 from node.engine.kv.blocks import blocks_for
-from node.engine.kv.prefix_index import PageCopy, PageName
-from node.engine.scheduling.kv_allocator import KvAllocator
-from node.engine.scheduling.sequence import StageSequence
-from node.engine.scheduling.step_plan import Drawn, HeldSpan, ScheduledChunk, SchedulerStatistics, StepPlan, chunk_of
+from node.engine.scheduling.kv_allocator import HeldSpan, KvAllocator
+from node.engine.scheduling.sequence import DrawResult, ScheduledChunk, StageSequence, StepPlan
 from node.engine.scheduling.step_selection import StepSelection
 
 
-def check(request: OpenSequence, held: HeldSpan) -> None:
-    """Raises BadRequest: the sequence can never be served by this span, or says things that cannot be."""
+@dataclass(frozen=True, slots=True)
+class SchedulerStatistics:
+    sequences: int
+    blocks_used: int
+    blocks_total: int
+    steps: int
+    opened: int
+    finished: int
+    evicted: int
+    failed: int
+    dropped: int  # pushes, tokens and opens that were duplicates, too early or too late
+    pages: int = 0
+    spilled_pages: int = 0  # those of `pages` that are spilled
+    prompt_tokens: int = 0  # of all sequences that a first stage admitted
+    cached_tokens: int = 0  # those of `prompt_tokens` that were restored from pages
+    guessed_tokens: int = 0  # by first stages
+    true_guesses: int = 0
+    preempted: int = 0  # sequences that gave up their blocks and waited here for others
+    overdue: int = 0  # sequences whose deadline passed
+    isolated: int = 0  # steps that failed and were tried again sequence by sequence
+
+
+class Scheduler:
+    """Every method takes microseconds. The caller holds a lock around each; a step runs between `plan` and `commit`.
+
+    `allocator`: the memory of the loaded spans; the caller uses it under the same lock, for pages and their limits.
+    `now_s`: seconds of any clock that never goes back.
+    """
+
+    def __init__(self, step_tokens: int, max_sequences: int, speculates: bool = True) -> None:
+        if step_tokens < 1 or max_sequences < 1:
+            raise LocalError(f"expected a positive token budget and sequence limit, got {step_tokens} and {max_sequences}")
+        self.max_sequences = max_sequences
+        self.selection = StepSelection(step_tokens, speculates)
+        self.allocator = KvAllocator()
+        self._sequences: dict[SequenceKey, StageSequence] = {}
+        self._lane_steps: dict[Lane, int] = {}  # number of the step that computed the lane last
+        self._freed: list[SequenceKey] = []
+        self._steps = self._opened = self._finished = self._evicted = self._failed = self._dropped = 0
+        self._prompt_tokens = self._cached_tokens = self._true_guesses = 0
+        self._preempted = self._overdue = self._isolated = 0
+
+    # ---- spans
+
+    def add_span(self, span: Span, held: HeldSpan) -> None:
+        """Serves `span` from now on; no effect if the span is served already."""
+        self.allocator.add_span(span, held)
+
+    def drop_span(self, span: Span) -> list[SequenceLost]:
+        """Forgets a span; its sequences are lost, and may continue elsewhere."""
+        lost = [sequence for sequence in self._sequences.values() if sequence.lane.span == span]
+        for sequence in lost:
+            self._forget(sequence)
+        self.allocator.drop_span(span)
+        self.selection.forget_span(span)
+        reason = f"layers {span.start}:{span.end} of {span.model} were unloaded"
+        return [SequenceLost(sequence.key, reason) for sequence in lost]
+
+    # ---- sequences
+
+    def open(self, request: OpenSequence, now_s: float = 0.0) -> int:
+        """As `Engine.open`; no effect if the sequence is open already."""
+        if request.key in self._sequences:
+            self._dropped += 1
+            return 0
+        span = self.allocator.span_for(request)
+        held = self.allocator.spans[span]
+        _require_servable(request, held)
+        others = [sequence for sequence in self._sequences.values() if sequence.lane.span == span]
+        if len(others) >= self.max_sequences:
+            raise Refused(f"{self.max_sequences} sequences are running on layers {span.start}:{span.end} of {span.model}")
+        page_names = list(request.prefix.names) if request.prefix is not None else []
+        sequence = StageSequence(
+            request,
+            Lane(span, request.start, request.end),
+            model_layers=held.layers,
+            hidden_size=held.hidden_size,
+            number=self._opened + 1,
+            tokens=list(request.tokens),
+            known=request.known,
+            admitted_step=self._steps,
+            served_step=self._steps,
+            page_names=page_names,
+            page_names_sent=len(page_names),  # the entry sent them to every stage
+        )
+        if request.remaining_ms is not None:
+            sequence.deadline_s = now_s + request.remaining_ms / 1e3
+        # Preempted sequences come first: a newcomer would take the blocks for which they wait.
+        if any(other.preempted for other in others) or not self.allocator.allocate(sequence):
+            free = self.allocator.free_blocks(span)
+            raise Refused(f"no room for {request.known} tokens: {free} of {held.pool.total} KV blocks are free")
+        assert sequence.blocks
+        sequence.cached_tokens = sequence.computed
+        if sequence.on_first_stage:
+            self._prompt_tokens += sequence.known
+            self._cached_tokens += sequence.cached_tokens
+        self._opened += 1
+        self._sequences[request.key] = sequence
+        return len(sequence.offered_pages) + len(sequence.restoring_pages)
+
+    def push(self, hidden: HiddenOut) -> None:
+        """Appends activations that continue an open sequence; counts and drops all others."""
+        sequence = self._sequences.get(hidden.key)
+        if sequence is None or not sequence.accepts(hidden):
+            self._dropped += 1
+            return
+        # The position of its first activations shows a later stage how many pages the whole path restores.
+        if hidden.position and sequence.pushed_end == 0:
+            self.allocator.start_at(sequence, hidden.position)
+            sequence.cached_tokens = hidden.position
+        sequence.append_activations(hidden)
+
+    def token(self, key: SequenceKey, position: int, token: int, now_s: float = 0.0) -> None:
+        """Takes the token drawn for `position`, on a first stage that is not also the last; counts and drops all others."""
+        sequence = self._sequences.get(key)
+        if sequence is None or not sequence.on_first_stage or sequence.on_last_stage:
+            self._dropped += 1
+            return
+        vocab_size = self.allocator.spans[sequence.lane.span].vocab_size
+        if position != sequence.known or sequence.known + 1 >= sequence.end_position or not 0 <= token < vocab_size:
+            self._dropped += 1
+            return
+        self._true_guesses += sequence.confirm_token(token)
+        self.selection.token_returned(sequence, now_s)
+
+    def close(self, key: SequenceKey) -> None:
+        sequence = self._sequences.get(key)
+        if sequence is not None:
+            self._forget(sequence)
+
+    def close_streams(self, keep: Callable[[StreamId], bool]) -> None:
+        for sequence in [sequence for sequence in self._sequences.values() if not keep(sequence.request.stream)]:
+            self._forget(sequence)
+
+    def _forget(self, sequence: StageSequence) -> None:
+        del self._sequences[sequence.key]
+        self.allocator.release(sequence)
+        self._freed.append(sequence.key)
+
+    # ---- planning a step
+
+    def has_work(self, now_s: float = 0.0) -> bool:
+        return self.work_at_s(now_s) <= now_s
+
+    def work_at_s(self, now_s: float) -> float:
+        """Returns when there is something to plan, if nothing happens until then; infinite: not before something happens."""
+        if self._freed or any(each.preempted and self.allocator.may_allocate(each) for each in self._sequences.values()):
+            return now_s
+        lanes = self._ready_lanes().values()
+        return min((self.selection.earliest_begin_s(sequences, now_s) for sequences in lanes), default=math.inf)
+
+    def _ready_lanes(self) -> dict[Lane, list[StageSequence]]:
+        """Returns all sequences of each lane in which at least one sequence is ready."""
+        lanes = defaultdict[Lane, list[StageSequence]](list)
+        for sequence in self._sequences.values():
+            lanes[sequence.lane].append(sequence)
+        return {lane: sequences for lane, sequences in lanes.items() if any(each.ready > 0 for each in sequences)}
+
+    def plan(self, now_s: float = 0.0) -> StepPlan:
+        """Returns the next step. Its blocks stay allocated until `commit`, even if sequences are closed meanwhile."""
+        lost = self._drop_overdue(now_s)
+        self._readmit()
+        lane = self._next_lane(now_s)
+        chunks: list[ScheduledChunk] = []
+        if lane is not None:
+            self._steps += 1
+            for sequence, count in self._select(lane, now_s):
+                # Growing an earlier sequence may have evicted this one.
+                still_open = sequence.key in self._sequences
+                if still_open and self._grow_or_evict(sequence, sequence.computed + count + 1, lost):
+                    chunks.append(sequence.next_chunk(count, self._stop_ids(sequence)))
+            # Growing a later sequence may have evicted or preempted one that already had its chunk.
+            chunks = [
+                chunk
+                for chunk in chunks
+                if self._sequences.get(chunk.sequence.key) is chunk.sequence and not chunk.sequence.preempted
+            ]
+            for chunk in chunks:
+                chunk.sequence.served_step, chunk.sequence.planned_at_s = self._steps, now_s
+                self.allocator.hold_for_step(chunk)
+        assert sum(chunk.count for chunk in chunks) <= self.selection.step_tokens
+        freed, self._freed = tuple(self._freed), []
+        return StepPlan(
+            self._steps,
+            lane if chunks else None,
+            tuple(chunks),
+            tuple(lost),
+            freed,
+            dropped_pages=self.allocator.take_dropped_pages(),
+            pages_to_spill=self.allocator.take_pages_to_spill(),
+        )
+
+    def _drop_overdue(self, now_s: float) -> list[SequenceLost]:
+        """Forgets sequences whose deadline passed: no client waits for their tokens."""
+        overdue = [sequence for sequence in self._sequences.values() if sequence.deadline_s <= now_s]
+        for sequence in overdue:
+            self._overdue += 1
+            self._forget(sequence)
+        return [SequenceLost(sequence.key, "the request's deadline passed") for sequence in overdue]
+
+    def _readmit(self) -> None:
+        """Allocates blocks for preempted sequences, the most important first, until one finds too few blocks."""
+        for sequence in sorted((each for each in self._sequences.values() if each.preempted), key=_eviction_order):
+            if not self.allocator.allocate(sequence):
+                return
+            sequence.preempted = False
+
+    def _next_lane(self, now_s: float) -> Lane | None:
+        """Returns the lane with work that was computed longest ago; a new lane counts as never computed."""
+        ready = {
+            lane: sequences
+            for lane, sequences in self._ready_lanes().items()
+            if self.selection.earliest_begin_s(sequences, now_s) <= now_s
+        }
+        if not ready:
+            return None
+
+        def turn(lane: Lane) -> tuple[int, int]:
+            return self._lane_steps.get(lane, -1), min(each.number for each in ready[lane] if each.ready > 0)
+
+        lane = min(ready, key=turn)
+        in_use = {sequence.lane for sequence in self._sequences.values()}
+        self._lane_steps = {each: step for each, step in self._lane_steps.items() if each in in_use} | {lane: self._steps + 1}
+        return lane
+
+    def _select(self, lane: Lane, now_s: float) -> list[tuple[StageSequence, int]]:
+        """Returns the sequences of the next step with their counts of positions, guesses included."""
+        sequences = (sequence for sequence in self._sequences.values() if sequence.lane == lane)
+        selected = self.selection.select(lane, sequences, self._steps, now_s)
+        if lane.start > 0 or not self.allocator.spans[lane.span].exact:
+            return selected
+        return self.selection.add_drafts(selected, self.allocator.spare_tokens)
+
+    def _grow_or_evict(self, sequence: StageSequence, tokens: int, lost: list[SequenceLost]) -> bool:
+        """Allocates blocks for `tokens`, evicting the least important sequences of the span. False: `sequence` was evicted."""
+        if sequence.preempted:
+            return False
+        while not self.allocator.grow(sequence, tokens):
+            span = sequence.lane.span
+            holders = (other for other in self._sequences.values() if other.lane.span == span and other.blocks)
+            least = max(holders, key=_eviction_order)
+            # The other stages of a split path have computed on, so only a sequence that is whole here can start again.
+            if least.request.last_choice and least.on_first_stage and least.on_last_stage:
+                self._preempt(least)
+            else:
+                self._evicted += 1
+                self._forget(least)
+                lost.append(SequenceLost(least.key, "evicted: no KV block was free, and it was the youngest sequence"))
+            if least is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: StageSequence) -> None:
+        """Takes a sequence's blocks; it waits here and is computed again, except for what pages hold of it by then."""
+        assert sequence.on_first_stage and sequence.on_last_stage
+        self._preempted += 1
+        self.allocator.release(sequence)
+        self._freed.append(sequence.key)
+        sequence.preempted, sequence.computed, sequence.draft, sequence.draft_length = True, 0, [], 0
+
+    def _stop_ids(self, sequence: StageSequence) -> frozenset[int]:
+        """Returns the tokens that end a sequence; `ignore_eos` removes the model's own, even where the request names them."""
+        stops = frozenset(sequence.request.sampling.stop_token_ids)
+        if sequence.request.sampling.ignore_eos:
+            return stops - self.allocator.spans[sequence.lane.span].end_ids
+        return stops
+
+    # ---- the result of a step
+
+    def commit(self, plan: StepPlan, drawn: Mapping[SequenceKey, Sequence[DrawResult]]) -> list[TokenOut | SequenceLost]:
+        """Applies the results of a step; those of sequences that were closed meanwhile are discarded."""
+        outputs: list[TokenOut | SequenceLost] = []
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            if self._sequences.get(sequence.key) is not sequence:
+                continue
+            assert sequence.computed == chunk.position or sequence.rewinds > chunk.rewinds
+            sequence.isolated = False
+            # Activations that arrived during the step may have voided the guesses that it computed.
+            sequence.computed = int(min(chunk.position + chunk.count, sequence.void_from))
+            sequence.pushed = [part for part in sequence.pushed if part.end > sequence.computed]
+            sequence.page_names_sent += len(chunk.page_names)
+            self.allocator.keep_pages(sequence)
+            assert not sequence.restoring_pages
+            if chunk.draws:
+                outputs += self._apply_drawn(chunk, drawn[sequence.key])
+        self.allocator.release_step()
+        return outputs
+
+    def _apply_drawn(self, chunk: ScheduledChunk, drawn: Sequence[DrawResult]) -> list[TokenOut | SequenceLost]:
+        """Appends the drawn tokens: the next token, and one more behind each right guess."""
+        assert 1 <= len(drawn) <= len(chunk.draft) + 1
+        sequence, outputs = chunk.sequence, list[TokenOut | SequenceLost]()
+        for result in drawn:
+            position, sampling = sequence.known, sequence.request.sampling
+            if result.token is None:
+                self._failed += 1
+                self._forget(sequence)
+                reason = result.why_none or "the model gave no usable logits (not a number, or nothing left to draw)"
+                return [*outputs, SequenceLost(sequence.key, reason, retryable=False)]
+            finish = None
+            may_stop = position - sequence.request.prompt_tokens >= sampling.min_tokens
+            if result.ends or (result.token in chunk.stop_ids and may_stop):
+                finish = "stop"
+            elif position + 1 >= sequence.end_position:
+                finish = "length"
+            cached = sequence.cached_tokens
+            outputs.append(TokenOut(sequence.key, position, result.token, finish, result.logprob, result.top, cached))
+            if finish is not None:
+                self._finished += 1
+                self._forget(sequence)
+                return outputs
+            guessed_right = sequence.confirm_token(result.token)
+            self._true_guesses += guessed_right and sequence.on_first_stage
+            if not guessed_right:
+                return outputs
+        return outputs
+
+    def pages_lost(self, span: Span, numbers: Sequence[int], plan: StepPlan | None = None) -> list[SequenceLost]:
+        """Drops pages whose content could not be stored, or not be read by the step `plan`; their readers compute it again.
+
+        Returns the readers that are lost: those whose path has other stages, which start behind the same pages. They may
+        continue on any path.
+        """
+        if plan is not None:
+            self._roll_back(plan)
+        gone = set(numbers)
+        readers = [
+            sequence
+            for sequence in self._sequences.values()
+            if sequence.lane.span == span and not gone.isdisjoint([*sequence.offered_pages, *sequence.restoring_pages])
+        ]
+        whole = [sequence for sequence in readers if sequence.on_first_stage and sequence.on_last_stage]
+        for sequence in whole:
+            self._cached_tokens -= sequence.cached_tokens
+            sequence.cached_tokens = 0
+            self._preempt(sequence)
+        split = [sequence for sequence in readers if sequence not in whole]
+        for sequence in split:
+            self._forget(sequence)
+        for number in numbers:
+            self.allocator.drop_page(span, number)
+        return [SequenceLost(sequence.key, "a page it counted on was not kept") for sequence in split]
+
+    def out_of_memory(self, plan: StepPlan) -> list[SequenceLost]:
+        """Loses the least important sequence of a step for which there was no memory; the others are tried again."""
+        sequences = self._roll_back(plan)
+        if not sequences:
+            return []
+        least = max(sequences, key=_eviction_order)
+        self._failed += 1
+        self._forget(least)
+        return [SequenceLost(least.key, "out of memory, and it was the youngest sequence of the step")]
+
+    def fail(self, plan: StepPlan, reason: str) -> list[SequenceLost]:
+        """Handles a failed step: its only sequence is lost; of several each is tried again alone."""
+        sequences = self._roll_back(plan)
+        if len(sequences) == 1 and len(plan.chunks) == 1:
+            self._failed += 1
+            self._forget(sequences[0])
+            return [SequenceLost(sequences[0].key, reason)]
+        self._isolated += 1
+        for sequence in sequences:
+            sequence.isolated = True
+        return []
+
+    def _roll_back(self, plan: StepPlan) -> list[StageSequence]:
+        """Releases a step without result and returns its sequences that are still open, in the state before the step."""
+        sequences = [chunk.sequence for chunk in plan.chunks if self._sequences.get(chunk.sequence.key) is chunk.sequence]
+        for sequence in sequences:
+            if sequence.on_first_stage:  # guesses of other stages are part of the activations that they pushed
+                sequence.draft, sequence.draft_length = [], 0
+        self.allocator.release_step()
+        return sequences
+
+    # ---- figures
+
+    def load(self) -> Load:
+        sequences = self._sequences.values()
+        prefills = (sequence.request.known - sequence.computed for sequence in sequences)
+        return Load(
+            running=len(sequences),
+            waiting=sum(sequence.computed == 0 for sequence in sequences),
+            kv_blocks_used=self.allocator.used_blocks,
+            kv_blocks_total=self.allocator.total_blocks,
+            prefill_tokens_queued=sum(tokens for tokens in prefills if tokens > 1),
+        )
+
+    def statistics(self) -> SchedulerStatistics:
+        load = self.load()
+        return SchedulerStatistics(
+            sequences=load.running,
+            blocks_used=load.kv_blocks_used,
+            blocks_total=load.kv_blocks_total,
+            steps=self._steps,
+            opened=self._opened,
+            finished=self._finished,
+            evicted=self._evicted,
+            failed=self._failed,
+            dropped=self._dropped,
+            pages=self.allocator.pages,
+            spilled_pages=self.allocator.spilled_pages,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            guessed_tokens=self.selection.guessed_tokens,
+            true_guesses=self._true_guesses,
+            preempted=self._preempted,
+            overdue=self._overdue,
+            isolated=self._isolated,
+        )
+
+
+def _eviction_order(sequence: StageSequence) -> tuple[int, int]:
+    """The sequence with the greatest value is evicted first: the least important, and of those the youngest."""
+    return sequence.request.priority, sequence.number
+
+
+def _require_servable(request: OpenSequence, held: HeldSpan) -> None:
+    """Raises BadRequest: the span can never serve the sequence, or the request contradicts itself."""
     end = request.prompt_tokens + request.sampling.max_tokens
     if held.whole_only and (request.start, request.end) != (0, held.layers):
         raise BadRequest(f"{request.model} is served whole only, not its layers {request.start}:{request.end}", param="layers")
@@ -47,406 +464,13 @@ def check(request: OpenSequence, held: HeldSpan) -> None:
     if blocks_for(end) > held.pool.total:
         raise BadRequest(f"{end} tokens need {blocks_for(end)} KV blocks, but this node has {held.pool.total} in all")
     if request.start == 0 or request.end == held.layers:
-        _check_tokens(request, held)
-    prefix = request.prefix
-    if prefix is not None:
-        whole = request.known // PREFIX_PAGE_TOKENS
-        if len(prefix.names) != whole or any(len(name) != NAME_BYTES for name in prefix.names):
-            raise BadRequest(f"expected {whole} names of {NAME_BYTES} bytes for the pages of {request.known} tokens")
-
-
-def _check_tokens(request: OpenSequence, held: HeldSpan) -> None:
-    if len(request.tokens) != request.known:
-        raise BadRequest(f"expected all {request.known} known tokens at the first and last stage, got {len(request.tokens)}")
-    worst = max(request.tokens, key=lambda token: token if token >= 0 else held.vocab_size - token)
-    if not 0 <= worst < held.vocab_size:
-        raise BadRequest(f"token {worst} is outside the vocabulary of {held.vocab_size}", param="prompt")
-
-
-class Scheduler:
-    """Every method takes microseconds. The caller holds a lock around each; a step runs between `plan` and `commit`.
-
-    `now`: seconds of any clock that only goes forward.
-    """
-
-    def __init__(self, step_tokens: int, max_sequences: int, speculates: bool = True) -> None:
-        if step_tokens < 1 or max_sequences < 1:
-            raise LocalError(f"expected a positive token budget and sequence limit, got {step_tokens} and {max_sequences}")
-        self.max_sequences = max_sequences
-        self.selection = StepSelection(step_tokens, speculates)
-        self._allocator = KvAllocator()
-        self._sequences: dict[SequenceKey, StageSequence] = {}
-        self._turns: dict[Lane, int] = {}  # number of the step that served the lane last
-        self._freed: list[SequenceKey] = []
-        self._steps = self._opened = self._finished = self._evicted = self._failed = self._dropped = 0
-        self._prompt_tokens = self._cached_tokens = self._true_guesses = 0
-        self._preempted = self._overdue = self._isolated = 0
-
-    # ---- spans
-
-    def add_span(self, span: Span, held: HeldSpan) -> None:
-        """Serves `span` from now on; a span that is there already stays as it is."""
-        self._allocator.add(span, held)
-
-    def drop_span(self, span: Span) -> list[SequenceLost]:
-        """Forgets a span; its sequences are lost, and may go elsewhere."""
-        sequences = [sequence for sequence in self._sequences.values() if sequence.lane.span == span]
-        for sequence in sequences:
-            self._forget(sequence)
-        self._allocator.drop(span)
-        self.selection.forget(span)
-        return [
-            SequenceLost(sequence.key, f"layers {span.start}:{span.end} of {span.model} were unloaded") for sequence in sequences
-        ]
-
-    def fit_pages(self, spill_rooms: Mapping[Span, int]) -> None:
-        """The pools have other sizes now, and so many pages of each span may be spilled."""
-        self._allocator.fit(spill_rooms)
-
-    def span_for(self, request: OpenSequence) -> Span:
-        """Raises LocalError: none that is loaded holds its layers."""
-        return self._allocator.span_for(request)
-
-    def find_pages(self, span: Span, names: Sequence[PageName]) -> list[int]:
-        """The numbers of the pages that are kept, up to the first that is not."""
-        return self._allocator.find_pages(span, names)
-
-    def add_page(self, span: Span, name: PageName) -> int | None:
-        """As `PageIndex.add`; the caller holds the lock until its content is stored."""
-        return self._allocator.add_page(span, name)
-
-    # ---- sequences
-
-    def open(self, request: OpenSequence, now: float = 0.0) -> int:
-        """As `Engine.open`; a sequence that is open already stays as it is."""
-        if request.key in self._sequences:
-            self._dropped += 1
-            return 0
-        span = self._allocator.span_for(request)
-        held = self._allocator.spans[span]
-        check(request, held)
-        there = [sequence for sequence in self._sequences.values() if sequence.lane.span == span]
-        if len(there) >= self.max_sequences:
-            raise Refused(f"{self.max_sequences} sequences are running on layers {span.start}:{span.end} of {span.model}")
-        sequence = StageSequence(
-            request,
-            Lane(span, request.start, request.end),
-            held.layers,
-            held.hidden_size,
-            self._opened + 1,
-            [],
-            list(request.tokens),
-            request.known,
-            admitted=self._steps,
-            served=self._steps,
-            names=list(request.prefix.names) if request.prefix is not None else [],
-        )
-        sequence.names_sent = len(sequence.names)
-        if request.remaining_ms is not None:
-            sequence.deadline_at = now + request.remaining_ms / 1e3
-        if any(other.waiting for other in there) or not self._allocator.give(sequence):
-            free = self._allocator.free(span)
-            raise Refused(f"no room for {request.known} tokens: {free} of {held.pool.total} KV blocks are free")
-        sequence.cached = sequence.computed
-        if sequence.first:
-            self._prompt_tokens += sequence.known
-            self._cached_tokens += sequence.cached
-        self._opened += 1
-        self._sequences[request.key] = sequence
-        return len(sequence.offered) + len(sequence.restoring)
-
-    def push(self, hidden: HiddenOut) -> None:
-        """Takes activations that continue what came before; all else is counted and dropped."""
-        sequence = self._sequences.get(hidden.key)
-        if sequence is None or not sequence.continues(hidden):
-            self._dropped += 1
-            return
-        if hidden.position and sequence.pushed_end == 0:
-            self._allocator.begin(sequence, hidden.position)
-            sequence.cached = hidden.position
-        sequence.take(hidden)
-
-    def token(self, key: SequenceKey, position: int, token: int, now: float = 0.0) -> None:
-        """The token at `position`, for a first stage that is not also the last; all else is counted and dropped."""
-        sequence = self._sequences.get(key)
-        if (
-            sequence is None
-            or not sequence.first
-            or sequence.last
-            or position != sequence.known
-            or sequence.known + 1 >= sequence.limit
-        ):
-            self._dropped += 1
-            return
-        if not 0 <= token < self._allocator.spans[sequence.lane.span].vocab_size:
-            self._dropped += 1
-            return
-        self._true_guesses += sequence.confirm(token)
-        self.selection.tokens_returned(sequence, now)
-
-    def close(self, key: SequenceKey) -> None:
-        sequence = self._sequences.get(key)
-        if sequence is not None:
-            self._forget(sequence)
-
-    def close_streams(self, keep: Callable[[StreamId], bool]) -> None:
-        for sequence in [sequence for sequence in self._sequences.values() if not keep(sequence.opened.stream)]:
-            self._forget(sequence)
-
-    def _forget(self, sequence: StageSequence) -> None:
-        del self._sequences[sequence.key]
-        self._allocator.give_up(sequence)
-        self._freed.append(sequence.key)
-
-    # ---- steps
-
-    def has_work(self, now: float = 0.0) -> bool:
-        return self.work_at_s(now) <= now
-
-    def work_at_s(self, now: float) -> float:
-        """When there is something to plan, if nothing happens until then; infinite: not before something does."""
-        if self._freed or any(sequence.waiting and self._allocator.may_give(sequence) for sequence in self._sequences.values()):
-            return now
-        return min((self.selection.begins_s(sequences, now) for sequences in self._ready_lanes().values()), default=math.inf)
-
-    def _ready_lanes(self) -> dict[Lane, list[StageSequence]]:
-        """All sequences of the lanes in which some could be computed."""
-        sequences = defaultdict[Lane, list[StageSequence]](list)
-        for sequence in self._sequences.values():
-            sequences[sequence.lane].append(sequence)
-        return {lane: there for lane, there in sequences.items() if any(sequence.ready > 0 for sequence in there)}
-
-    def plan(self, now: float = 0.0) -> StepPlan:
-        """The next step. Its blocks stay held until `commit`, whatever is closed meanwhile."""
-        lost = self._drop_overdue(now)
-        self._readmit()
-        lane = self._next_lane(now)
-        chunks: list[ScheduledChunk] = []
-        if lane is not None:
-            self._steps += 1
-            for sequence, count in self._chosen(lane, now):
-                if sequence.key in self._sequences and self._grow(sequence, sequence.computed + count + 1, lost):
-                    chunks.append(chunk_of(sequence, count, self._stop_ids(sequence)))
-            chunks = [
-                chunk
-                for chunk in chunks
-                if self._sequences.get(chunk.sequence.key) is chunk.sequence and not chunk.sequence.waiting
-            ]
-            for chunk in chunks:
-                chunk.sequence.served, chunk.sequence.planned_s = self._steps, now
-                self._allocator.hold(chunk)
-        freed, self._freed = tuple(self._freed), []
-        gone = self._allocator.dropped_pages(), self._allocator.spilling_pages()
-        return StepPlan(self._steps, lane if chunks else None, tuple(chunks), tuple(lost), freed, *gone)
-
-    def _drop_overdue(self, now: float) -> list[SequenceLost]:
-        """Their deadline has passed, so no step computes them."""
-        overdue = [sequence for sequence in self._sequences.values() if sequence.deadline_at <= now]
-        for sequence in overdue:
-            self._overdue += 1
-            self._forget(sequence)
-        return [SequenceLost(sequence.key, "the request's deadline passed") for sequence in overdue]
-
-    def _readmit(self) -> None:
-        """Preempted sequences go on, the most important first, as soon as there is room for what they know."""
-        for sequence in sorted((sequence for sequence in self._sequences.values() if sequence.waiting), key=_standing):
-            if not self._allocator.give(sequence):
-                return
-            sequence.waiting = False
-
-    def _next_lane(self, now: float) -> Lane | None:
-        """The lane with work that was served longest ago; a new one counts as never served."""
-        ready = {
-            lane: sequences for lane, sequences in self._ready_lanes().items() if self.selection.begins_s(sequences, now) <= now
-        }
-        if not ready:
-            return None
-        lane = min(
-            ready,
-            key=lambda lane: (self._turns.get(lane, -1), min(sequence.age for sequence in ready[lane] if sequence.ready > 0)),
-        )
-        in_use = {sequence.lane for sequence in self._sequences.values()}
-        self._turns = {kept: step for kept, step in self._turns.items() if kept in in_use} | {lane: self._steps + 1}
-        return lane
-
-    def _chosen(self, lane: Lane, now: float) -> list[tuple[StageSequence, int]]:
-        """The sequences of the next step with their counts of positions, guesses among them."""
-        chosen = self.selection.select(
-            lane, (sequence for sequence in self._sequences.values() if sequence.lane == lane), self._steps, now
-        )
-        if lane.start > 0 or not self._allocator.spans[lane.span].exact:
-            return chosen
-        return self.selection.with_guesses(chosen, self._allocator.spare)
-
-    def _grow(self, sequence: StageSequence, tokens: int, lost: list[SequenceLost]) -> bool:
-        """Gives `row` room for `tokens`; while there is none the least of its span goes. False: that was `row` itself."""
-        if sequence.waiting:
-            return False
-        while not self._allocator.grow(sequence, tokens):
-            rivals = (other for other in self._sequences.values() if other.lane.span == sequence.lane.span and other.blocks)
-            least = max(rivals, key=_standing)
-            if least.opened.last_choice and least.first and least.last:
-                self._preempt(least)
-            else:
-                self._evicted += 1
-                self._forget(least)
-                lost.append(SequenceLost(least.key, "evicted: no KV block was free, and it was the youngest sequence"))
-            if least is sequence:
-                return False
-        return True
-
-    def _preempt(self, sequence: StageSequence) -> None:
-        """It waits here for blocks and begins anew; what pages hold of it by then it need not compute."""
-        self._preempted += 1
-        self._allocator.give_up(sequence)
-        self._freed.append(sequence.key)
-        sequence.waiting, sequence.computed, sequence.draft, sequence.guessed = True, 0, [], 0
-
-    def commit(self, plan: StepPlan, drawn: Mapping[SequenceKey, Sequence[Drawn]]) -> list[TokenOut | SequenceLost]:
-        """Takes the step's results up; nothing comes of sequences that were closed in mid-step."""
-        outputs: list[TokenOut | SequenceLost] = []
-        for chunk in plan.chunks:
-            sequence = chunk.sequence
-            if self._sequences.get(sequence.key) is not sequence:
-                continue
-            sequence.alone = False
-            sequence.computed = int(min(chunk.position + chunk.count, sequence.void_from))
-            sequence.pushed = [part for part in sequence.pushed if part.end > sequence.computed]
-            sequence.names_sent += len(chunk.names)
-            self._allocator.keep_pages(sequence)
-            if chunk.draws:
-                outputs += self._take_drawn(chunk, drawn[sequence.key])
-        self._allocator.end_step()
-        return outputs
-
-    def pages_to_store(self) -> list[PageCopy]:
-        """What the last commit wants kept; to be copied before the next plan."""
-        return self._allocator.pages_to_store()
-
-    def pages_lost(self, span: Span, numbers: Sequence[int], plan: StepPlan | None = None) -> list[SequenceLost]:
-        """The content of pages could not be kept, or not be read by the step `plan`. Sequences that need it recompute it.
-
-        Only a sequence whose path goes over other stages is lost here, for they count on it too; it may go anywhere.
-        """
-        if plan is not None:
-            self._again(plan)
-        sequences = [sequence for sequence in self._sequences.values() if sequence.lane.span == span]
-        sequences = [sequence for sequence in sequences if not set(numbers).isdisjoint([*sequence.offered, *sequence.restoring])]
-        alone = [sequence for sequence in sequences if sequence.first and sequence.last]
-        for sequence in alone:
-            self._cached_tokens -= sequence.cached
-            sequence.cached = 0
-            self._preempt(sequence)
-        spread = [sequence for sequence in sequences if sequence not in alone]
-        for sequence in spread:
-            self._forget(sequence)
-        for number in numbers:
-            self._allocator.drop_page(span, number)
-        return [SequenceLost(sequence.key, "a page it counted on was not kept") for sequence in spread]
-
-    def _take_drawn(self, chunk: ScheduledChunk, drawn: Sequence[Drawn]) -> list[TokenOut | SequenceLost]:
-        """One token, and one for each guess before it that was right."""
-        sequence, outputs = chunk.sequence, list[TokenOut | SequenceLost]()
-        for each in drawn:
-            position, sampling = sequence.known, sequence.opened.sampling
-            if each.token is None:
-                self._failed += 1
-                self._forget(sequence)
-                reason = each.why_none or "the model gave no usable logits (not a number, or nothing left to draw)"
-                return [*outputs, SequenceLost(sequence.key, reason, retryable=False)]
-            finish = None
-            late_enough = position - sequence.opened.prompt_tokens >= sampling.min_tokens
-            if each.ends or (each.token in chunk.stop_ids and late_enough):
-                finish = "stop"
-            elif position + 1 >= sequence.limit:
-                finish = "length"
-            outputs.append(TokenOut(sequence.key, position, each.token, finish, each.logprob, each.top, sequence.cached))
-            if finish is not None:
-                self._finished += 1
-                self._forget(sequence)
-                return outputs
-            was_true = sequence.confirm(each.token)
-            self._true_guesses += was_true and sequence.first
-            if not was_true:
-                return outputs
-        return outputs
-
-    def _stop_ids(self, sequence: StageSequence) -> frozenset[int]:
-        """Tokens that end this sequence; `ignore_eos` takes the model's own out, wherever they came from."""
-        stops = frozenset(sequence.opened.sampling.stop_token_ids)
-        return stops - self._allocator.spans[sequence.lane.span].end_ids if sequence.opened.sampling.ignore_eos else stops
-
-    def out_of_memory(self, plan: StepPlan) -> list[SequenceLost]:
-        """There was no memory for the step: its least important sequence is lost, the others are tried again."""
-        sequences = self._again(plan)
-        if not sequences:
-            return []
-        least = max(sequences, key=_standing)
-        self._failed += 1
-        self._forget(least)
-        return [SequenceLost(least.key, "out of memory, and it was the youngest sequence of the step")]
-
-    def fail(self, plan: StepPlan, reason: str) -> list[SequenceLost]:
-        """The step failed. A sequence that was alone in it is lost; of several each is tried alone, and all others go on."""
-        sequences = self._again(plan)
-        if len(sequences) == 1 and len(plan.chunks) == 1:
-            self._failed += 1
-            self._forget(sequences[0])
-            return [SequenceLost(sequences[0].key, reason)]
-        self._isolated += 1
-        for sequence in sequences:
-            sequence.alone = True
-        return []
-
-    def _again(self, plan: StepPlan) -> list[StageSequence]:
-        """Nothing came of the step: its sequences are as they were before it."""
-        sequences = [chunk.sequence for chunk in plan.chunks if self._sequences.get(chunk.sequence.key) is chunk.sequence]
-        for sequence in sequences:
-            if sequence.first:
-                sequence.draft, sequence.guessed = [], 0
-        self._allocator.end_step()
-        return sequences
-
-    # ---- figures
-
-    def load(self) -> Load:
-        sequences = self._sequences.values()
-        return Load(
-            running=len(self._sequences),
-            waiting=sum(sequence.computed == 0 for sequence in sequences),
-            kv_blocks_used=self._allocator.used,
-            kv_blocks_total=self._allocator.total,
-            prefill_tokens_queued=sum(
-                sequence.opened.known - sequence.computed
-                for sequence in sequences
-                if sequence.opened.known - sequence.computed > 1
-            ),
-        )
-
-    def statistics(self) -> SchedulerStatistics:
-        load = self.load()
-        return SchedulerStatistics(
-            sequences=load.running,
-            blocks_used=load.kv_blocks_used,
-            blocks_total=load.kv_blocks_total,
-            steps=self._steps,
-            opened=self._opened,
-            finished=self._finished,
-            evicted=self._evicted,
-            failed=self._failed,
-            dropped=self._dropped,
-            pages=self._allocator.pages,
-            spilled_pages=self._allocator.spilled_pages,
-            prompt_tokens=self._prompt_tokens,
-            cached_tokens=self._cached_tokens,
-            guessed_tokens=self.selection.guessed_tokens,
-            true_guesses=self._true_guesses,
-            preempted=self._preempted,
-            overdue=self._overdue,
-            isolated=self._isolated,
-        )
-
-
-def _standing(sequence: StageSequence) -> tuple[int, int]:
-    """The sequence to evict is the greatest: the least important, and of those the youngest."""
-    return sequence.opened.priority, sequence.age
+        if len(request.tokens) != request.known:
+            raise BadRequest(f"expected all {request.known} known tokens at the first and last stage, got {len(request.tokens)}")
+        worst = max(request.tokens, key=lambda token: token if token >= 0 else held.vocab_size - token)
+        if not 0 <= worst < held.vocab_size:
+            raise BadRequest(f"token {worst} is outside the vocabulary of {held.vocab_size}", param="prompt")
+    if request.prefix is not None:
+        whole_pages = request.known // PREFIX_PAGE_TOKENS
+        names = request.prefix.names
+        if len(names) != whole_pages or any(len(name) != NAME_BYTES for name in names):
+            raise BadRequest(f"expected {whole_pages} names of {NAME_BYTES} bytes for the pages of {request.known} tokens")

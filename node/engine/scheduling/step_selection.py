@@ -1,13 +1,14 @@
-"""Selects the sequences of a lane for a step, and how many positions of each: token budget, microbatches, worthwhile guesses.
+"""Selects which sequences of a lane a step computes, and how many positions of each: token budget, groups, and guesses.
 
-Decoding sequences go first, ordered by priority and then by how long ago they were served. A quarter of the budget stays for
-prefill while any waits, ordered by priority and then by age. A sequence gains one priority for every `AGEING_STEPS` that it
-waits, so each one is served in the end.
+Decoding sequences go first: the more important first, and of equals the one served longest ago. A quarter of the budget is
+reserved for prefill while a prefill is ready, again the more important first, and of equals the oldest. The priority of a
+sequence rises by one for every `AGEING_STEPS` steps that it waits, so every sequence is served in the end, however many more
+important ones arrive later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 from mesh.view import Span
 from node.engine.api import Lane
@@ -15,40 +16,8 @@ from node.engine.scheduling.microbatches import Microbatches
 from node.engine.scheduling.sequence import StageSequence
 from node.engine.scheduling.speculation import MAX_GUESS, StepCosts
 
-PREFILL_SHARE = 4  # one part in so many of a step's budget is kept for prefill
+PREFILL_SHARE = 4  # one part in so many of a step's budget is reserved for prefill
 AGEING_STEPS = 16
-
-
-def share(
-    ready: Iterable[StageSequence], step_tokens: int, step: int = 0, most_decodes: int | None = None
-) -> Iterator[tuple[StageSequence, int]]:
-    """Splits the budget: (sequence, tokens) pairs. `step`: its number; `most_decodes`: at most so many decode."""
-    sequences = list(ready)
-
-    def waits(sequence: StageSequence) -> tuple[int, int, int]:
-        return sequence.opened.priority - (step - sequence.served) // AGEING_STEPS, sequence.served, sequence.age
-
-    decodes = sorted((sequence for sequence in sequences if sequence.decodes), key=waits)
-    prefills = sorted(
-        (sequence for sequence in sequences if not sequence.decodes),
-        key=lambda sequence: (sequence.opened.priority - (step - sequence.admitted) // AGEING_STEPS, sequence.age),
-    )
-    left = step_tokens
-    kept = -(-left // PREFILL_SHARE) if prefills else 0
-    if prefills and left == 1 and decodes and waits(decodes[0]) < waits(prefills[0]):
-        kept = 0  # a budget of one token: take turns
-    for sequence in decodes[:most_decodes]:
-        count = min(sequence.ready, left - kept)
-        if count < 1:
-            break
-        left -= count
-        yield sequence, count
-    for sequence in prefills:
-        if left < 1:
-            return
-        count = min(sequence.ready, left)
-        left -= count
-        yield sequence, count
 
 
 class StepSelection:
@@ -58,70 +27,115 @@ class StepSelection:
         self.costs = StepCosts()
         self.guessed_tokens = 0
         self._groups: dict[Lane, Microbatches] = {}
-        self._tokens_returned: dict[Lane, int] = {}  # tokens since the lane's last step
+        self._tokens_returned: dict[Lane, int] = {}  # since the lane's last step
 
-    def tokens_returned(self, sequence: StageSequence, now: float) -> None:
-        """The token drawn for a first stage's sequence that is not also the last."""
+    def token_returned(self, sequence: StageSequence, now_s: float) -> None:
+        """Counts a drawn token that came back to a first stage which is not also the last."""
         self._tokens_returned[sequence.lane] = self._tokens_returned.get(sequence.lane, 0) + 1
-        self._groups_of(sequence).round_trip_observed(now - sequence.planned_s)
+        self._groups_of(sequence).round_trip_observed(now_s - sequence.planned_at_s)
 
-    def forget(self, span: Span) -> None:
-        """What was learnt of its lanes; they outlast their sequences, and are as few as a span has parts."""
+    def forget_span(self, span: Span) -> None:
+        """Forgets what was measured for the span's lanes. Measurements outlive sequences; there are few lanes for a span."""
         self._groups = {lane: groups for lane, groups in self._groups.items() if lane.span != span}
         self._tokens_returned = {lane: tokens for lane, tokens in self._tokens_returned.items() if lane.span != span}
 
-    def select(self, lane: Lane, sequences: Iterable[StageSequence], step: int, now: float) -> list[tuple[StageSequence, int]]:
-        """Of the lane's sequences those that step number `step` computes, with their counts of positions. No guesses yet."""
+    def select(self, lane: Lane, sequences: Iterable[StageSequence], step: int, now_s: float) -> list[tuple[StageSequence, int]]:
+        """Returns the sequences of the lane that step number `step` computes, with counts of positions; no guesses yet."""
         sequences = list(sequences)
         ready = [sequence for sequence in sequences if sequence.ready > 0]
-        suspects = [sequence for sequence in ready if sequence.alone]
-        return list(share(suspects[:1] or ready, self.step_tokens, step, self._most_decodes(lane, sequences, now)))
+        isolated = [sequence for sequence in ready if sequence.isolated]
+        # A sequence with which a step failed runs alone: if that step fails too, this sequence is the cause.
+        return split_budget(isolated[:1] or ready, self.step_tokens, step, self._max_decodes(lane, sequences, now_s))
 
-    def begins_s(self, sequences: list[StageSequence], now: float) -> float:
-        """When a step of a lane's sequences may begin, of which some are ready, if nothing else happens until then."""
-        if not sequences[0].first or sequences[0].last:
-            return now
+    def earliest_begin_s(self, sequences: list[StageSequence], now_s: float) -> float:
+        """Returns when a step of a lane's sequences may begin if nothing else happens until then; some must be ready."""
+        if not sequences[0].on_first_stage or sequences[0].on_last_stage:
+            return now_s
         ready = [sequence for sequence in sequences if sequence.ready > 0]
-        if not all(sequence.decodes for sequence in ready) or any(sequence.alone for sequence in ready):
-            return now
-        return self._groups_of(sequences[0]).hold_until_s(len(ready), sum(map(_answers, sequences)), now)
+        if not all(sequence.decodes for sequence in ready) or any(sequence.isolated for sequence in ready):
+            return now_s
+        return self._groups_of(sequences[0]).wait_until_s(len(ready), sum(map(_is_answering, sequences)), now_s)
 
-    def _most_decodes(self, lane: Lane, sequences: list[StageSequence], now: float) -> int:
-        if not sequences or lane.start > 0 or sequences[0].last:
+    def _max_decodes(self, lane: Lane, sequences: list[StageSequence], now_s: float) -> int:
+        """Returns how many decoding sequences the step may take: one group of them on a first stage that is not also the last."""
+        if not sequences or lane.start > 0 or sequences[0].on_last_stage:
             return len(sequences)
-        answering = sum(map(_answers, sequences))
+        answering = sum(map(_is_answering, sequences))
         groups = self._groups_of(sequences[0])
-        groups.tokens_returned(self._tokens_returned.pop(lane, 0), answering, now)
-        groups.begun()
-        return groups.most_rows(answering)
+        groups.tokens_returned(self._tokens_returned.pop(lane, 0), answering, now_s)
+        groups.step_planned()
+        return groups.group_size(answering)
 
     def _groups_of(self, sequence: StageSequence) -> Microbatches:
         lane = sequence.lane
         if lane not in self._groups:
-            self._groups[lane] = Microbatches(stages=-(-sequence.layers // (lane.end - lane.start)))
+            self._groups[lane] = Microbatches(stages=-(-sequence.model_layers // (lane.end - lane.start)))
         return self._groups[lane]
 
-    def with_guesses(
-        self, chosen: list[tuple[StageSequence, int]], spare: Callable[[StageSequence], int]
+    def add_drafts(
+        self, selected: list[tuple[StageSequence, int]], spare_tokens: Callable[[StageSequence], int]
     ) -> list[tuple[StageSequence, int]]:
-        """For a first stage whose path is exact: guesses where they pay. `spare`: how many there is room for."""
+        """Returns the selection with guesses added where they pay, for a first stage whose path is exact.
+
+        `spare_tokens`: how many guesses fit into the blocks of a sequence.
+        """
         if not self.speculates:
-            return chosen
-        sequences, tokens = sum(count for _, count in chosen), float(len(chosen))
-        with_guesses = []
-        for sequence, count in chosen:
-            if sequence.decodes and not sequence.alone:
-                guess = sequence.guess(min(MAX_GUESS, self.step_tokens - sequences, spare(sequence)))
-                likely = sequence.pace.rate * len(guess)
-                if guess and self.costs.pays(sequences, tokens, len(guess), likely):
-                    sequence.draft, sequence.guessed = list(guess), len(guess)
-                    self.guessed_tokens += len(guess)
-                    count += len(guess)
-                    sequences, tokens = sequences + len(guess), tokens + likely
-            with_guesses.append((sequence, count))
-        return with_guesses
+            return selected
+        rows, tokens = sum(count for _, count in selected), float(len(selected))
+        with_drafts = []
+        for sequence, count in selected:
+            if sequence.decodes and not sequence.isolated:
+                draft = sequence.propose_draft(min(MAX_GUESS, self.step_tokens - rows, spare_tokens(sequence)))
+                expected_tokens = sequence.next_draft.rate * len(draft)
+                if draft and self.costs.pays(rows, tokens, len(draft), expected_tokens):
+                    sequence.draft, sequence.draft_length = list(draft), len(draft)
+                    self.guessed_tokens += len(draft)
+                    count += len(draft)
+                    rows, tokens = rows + len(draft), tokens + expected_tokens
+            with_drafts.append((sequence, count))
+        assert rows <= self.step_tokens
+        return with_drafts
 
 
-def _answers(sequence: StageSequence) -> bool:
-    """Whether its prefill is done, or all but its last token: one of a single token decodes from the first."""
-    return sequence.computed >= sequence.opened.known - 1 and not sequence.waiting
+def split_budget(
+    ready: Iterable[StageSequence], step_tokens: int, step: int = 0, max_decodes: int | None = None
+) -> list[tuple[StageSequence, int]]:
+    """Splits a step's token budget among sequences that have ready positions: (sequence, positions) pairs.
+
+    `step`: the number of the step that is planned; `max_decodes`: how many decoding sequences it may take, None: all.
+    """
+    sequences = list(ready)
+
+    def decode_order(sequence: StageSequence) -> tuple[int, int, int]:
+        aged_priority = sequence.request.priority - (step - sequence.served_step) // AGEING_STEPS
+        return aged_priority, sequence.served_step, sequence.number
+
+    def prefill_order(sequence: StageSequence) -> tuple[int, int]:
+        return sequence.request.priority - (step - sequence.admitted_step) // AGEING_STEPS, sequence.number
+
+    decodes = sorted((sequence for sequence in sequences if sequence.decodes), key=decode_order)
+    prefills = sorted((sequence for sequence in sequences if not sequence.decodes), key=prefill_order)
+    reserved = -(-step_tokens // PREFILL_SHARE) if prefills else 0
+    if prefills and step_tokens == 1 and decodes and decode_order(decodes[0]) < decode_order(prefills[0]):
+        reserved = 0  # a budget of one token cannot be split: decode and prefill take turns
+    left = step_tokens
+    selected = []
+    for sequence in decodes[:max_decodes]:
+        count = min(sequence.ready, left - reserved)
+        if count < 1:
+            break
+        left -= count
+        selected.append((sequence, count))
+    for sequence in prefills:
+        if left < 1:
+            break
+        count = min(sequence.ready, left)
+        left -= count
+        selected.append((sequence, count))
+    assert left >= 0
+    return selected
+
+
+def _is_answering(sequence: StageSequence) -> bool:
+    """Returns whether all known tokens but the last are computed; a sequence of one token is answering from the start."""
+    return sequence.computed >= sequence.request.known - 1 and not sequence.preempted
