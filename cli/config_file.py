@@ -40,7 +40,7 @@ class Config:
         return BadRequest(f"{self.path}, line {self.lines[name]}: {error}", error.param, error.code, error.status)
 
 
-def read(path: Path, options: Mapping[str, Any]) -> Config:
+def read(path: Path, options: Mapping[str, object]) -> Config:
     """`options`: those of the command, by name.
 
     Raises:
@@ -56,7 +56,7 @@ def read(path: Path, options: Mapping[str, Any]) -> Config:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise typer.BadParameter(f"{path}, {_place(text, str(error))}") from None
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     lines: dict[str, int] = {}
     for key, value in table.items():
         name, line = _plain(key), _line_of(text, key)
@@ -89,7 +89,7 @@ def _line_of(text: str, key: str) -> int:
     return next((number for number, line in enumerate(text.splitlines(), 1) if begins.match(line)), 1)
 
 
-def _unknown(where: str, key: str, value: Any, options: Mapping[str, Any]) -> str:
+def _unknown(where: str, key: str, value: object, options: Mapping[str, object]) -> str:
     if isinstance(value, dict | list) and (isinstance(value, dict) or any(isinstance(each, dict) for each in value)):
         return f"{where}: expected the options at the top level, got the table [{key}]; write its lines without it"
     known = sorted(name.replace("_", "-") for name in options)
@@ -98,7 +98,7 @@ def _unknown(where: str, key: str, value: Any, options: Mapping[str, Any]) -> st
     return f"{where}: there is no such option{hint}"
 
 
-def _shaped(where: str, option: Any, value: Any) -> Any:
+def _shaped(where: str, option: Any, value: object) -> object:
     """The value as the option takes it. Raises typer.BadParameter."""
     if option.multiple:
         listed = value if isinstance(value, list) else [value]
@@ -114,7 +114,7 @@ def _shaped(where: str, option: Any, value: Any) -> Any:
     return _text(where, value, "a text")
 
 
-def _number(where: str, kind: type[int] | type[float], value: Any) -> int | float:
+def _number(where: str, kind: type[int] | type[float], value: object) -> int | float:
     whole = "a whole number" if kind is int else "a number"
     if isinstance(value, bool) or not isinstance(value, int | float | str) or (kind is int and isinstance(value, float)):
         raise _other(where, whole, value)
@@ -124,7 +124,7 @@ def _number(where: str, kind: type[int] | type[float], value: Any) -> int | floa
         raise _other(where, whole, value) from None
 
 
-def _text(where: str, value: Any, expected: str) -> str:
+def _text(where: str, value: object, expected: str) -> str:
     """Numbers stand for the text that they are written as: a size, a name."""
     if isinstance(value, str):
         return value
@@ -133,7 +133,7 @@ def _text(where: str, value: Any, expected: str) -> str:
     raise _other(where, expected, value)
 
 
-def _other(where: str, expected: str, value: Any) -> typer.BadParameter:
+def _other(where: str, expected: str, value: object) -> typer.BadParameter:
     kinds = {bool: "true or false", list: "a list", dict: "a table", int: "a whole number", float: "a number", str: "a text"}
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:60] + "…"
     return typer.BadParameter(f"{where}: expected {expected}, got {kinds.get(type(value), type(value).__name__)}: {shown}")

@@ -19,7 +19,7 @@ from mesh.errors import MeshError
 class OneLineErrors(TyperGroup):
     """A `MeshError` ends a command with its message on stderr and exit code 1; anything else is a bug and shows as one."""
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: Any) -> object:
         try:
             return super().invoke(ctx)
         except MeshError as error:

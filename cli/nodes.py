@@ -11,7 +11,7 @@ WRAPS = ("STATE", "LAYERS")
 COLUMNS = ("NODE", "STATE", "HTTP", "LAYERS", "RUNNING", "WAITING", "KV BLOCKS", "RTT MS", "REGION", "ID")
 
 
-def rtt(node: Mapping[str, Any]) -> str:
+def rtt(node: Mapping[str, object]) -> str:
     """The round trip from the node that was asked: measured, else told from coordinates with a `~`."""
     measured_ms, estimate_ms = node.get("rtt_ms"), node.get("rtt_estimate_ms")
     if node["state"] not in ("alive", "suspect") or (measured_ms is None and estimate_ms is None):

@@ -47,7 +47,7 @@ def piece(text: str) -> None:
     sys.stdout.flush()
 
 
-def as_json(value: Any) -> None:
+def as_json(value: object) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 

@@ -18,7 +18,7 @@ def reference() -> str:
     return "\n".join([head, *_sections(get_command(app), "mesh")]).rstrip() + "\n"
 
 
-def _sections(command: Any, name: str) -> Iterator[str]:
+def _sections(command: object, name: str) -> Iterator[str]:
     subcommands = getattr(command, "commands", {})
     if not subcommands:
         yield _section(command, name)

@@ -12,12 +12,12 @@ GIB = 1 << 30
 HASH_DIGITS = 8  # of the hash of a model's weights: enough to tell two apart
 
 
-def short_hash(model: Mapping[str, Any]) -> str:
+def short_hash(model: Mapping[str, object]) -> str:
     """Which weights a row of a status is about; a dash where they are not known yet."""
     return str(model.get("weights", ""))[:HASH_DIGITS] or "-"
 
 
-def several_versions(models: Sequence[Mapping[str, Any]]) -> list[str]:
+def several_versions(models: Sequence[Mapping[str, object]]) -> list[str]:
     """Says of each id that stands for several sets of weights which of them answers, by which rule, and the others' names."""
     told = []
     for answering in models:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 from rag import place, wire
 from rag.peers import Peers
@@ -66,7 +65,7 @@ def store_info(entry: StoreEntry, peers: Peers) -> StoreInfo:
     return StoreInfo(entry.id, entry.name, entry.created_at, documents, chunks, SHARDS, replicas, in_sync)
 
 
-def published(summary: Summary) -> dict[str, Any]:
+def published(summary: Summary) -> dict[str, object]:
     """The summary for gossip, in plain values; only its name where it would be too large."""
     raw = wire.ENCODER.encode(summary)
     if len(raw) > MAX_PUBLISHED_BYTES:

@@ -51,7 +51,7 @@ class Documents:
         embedder: Embedder,
         view: Callable[[], View],
         call: Call,
-        publish: Callable[[dict[str, Any]], None],
+        publish: Callable[[dict[str, object]], None],
         now: Callable[[], float],
     ) -> None:
         """`now` gives Unix seconds; `publish` is told what goes into `Facts.documents`, whenever it changes."""
@@ -75,7 +75,7 @@ class Documents:
         """Answers to peers' calls, by kind; those that come before `run` has opened the files are refused."""
 
         def guarded(handler: Any) -> Any:
-            async def answer(sender: NodeId, header: dict[str, Any], tail: bytes) -> Any:
+            async def answer(sender: NodeId, header: dict[str, object], tail: bytes) -> object:
                 if not self._open.is_set():
                     raise Refused("this node is opening its documents", 1.0)
                 return await handler(sender, header, tail)

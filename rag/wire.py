@@ -7,7 +7,7 @@ once, by the node that took the document, and never again: replicas cannot drift
 from __future__ import annotations
 
 import hashlib
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -106,13 +106,13 @@ ANSWER = msgspec.msgpack.Decoder(ShardResult)
 T = TypeVar("T")
 
 
-def header_of(call: msgspec.Struct) -> dict[str, Any]:
+def header_of(call: msgspec.Struct) -> dict[str, object]:
     """The struct as plain MessagePack values."""
-    built: dict[str, Any] = msgspec.to_builtins(call)
+    built: dict[str, object] = msgspec.to_builtins(call)
     return built
 
 
-def call_of(kind: type[T], header: dict[str, Any]) -> T:
+def call_of(kind: type[T], header: dict[str, object]) -> T:
     """The typed call that a peer's header claims to be.
 
     Raises:

@@ -11,7 +11,6 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mesh.errors import BadRequest
 
@@ -82,13 +81,13 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[below] + (ordered[above] - ordered[below]) * (rank - below)
 
 
-def report(outcomes: Sequence[RequestOutcome], duration_s: float, objectives_ms: Mapping[str, float]) -> dict[str, Any]:
+def report(outcomes: Sequence[RequestOutcome], duration_s: float, objectives_ms: Mapping[str, float]) -> dict[str, object]:
     """All figures. Without objectives every request that completed counts as good."""
     completed = [outcome for outcome in outcomes if not outcome.error]
     tokens = sum(outcome.tokens for outcome in completed)
     prompt_tokens = sum(outcome.prompt_tokens for outcome in completed)
     per_second = 1.0 / duration_s if duration_s > 0 else 0.0
-    figures: dict[str, Any] = {
+    figures: dict[str, object] = {
         "duration": duration_s,
         "completed": len(completed),
         "failed": len(outcomes) - len(completed),

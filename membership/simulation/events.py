@@ -27,7 +27,7 @@ class Events:
         self._bucket: list[Event] = []
         self._next = 0  # in that bucket
 
-    def put(self, at: float, what: Callable[..., None], with_what: tuple[Any, ...]) -> None:
+    def put(self, at: float, what: Callable[..., None], with_what: tuple[object, ...]) -> None:
         """`at`: not before the last one taken."""
         self._count += 1
         event = (at, self._count, what, with_what)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from membership.simulation.events import Events
 
@@ -41,5 +40,5 @@ class VirtualTime:
             self.run(step_s)
         return self.now - start
 
-    def later(self, delay_s: float, happen: Callable[..., None], *with_what: Any) -> None:
+    def later(self, delay_s: float, happen: Callable[..., None], *with_what: object) -> None:
         self._events.put(self.now + delay_s, happen, with_what)

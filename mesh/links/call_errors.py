@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, Refused, RemoteError
 from mesh.wire.calls import Header
@@ -21,7 +20,7 @@ def error_to_header(error: Exception) -> Header:
     return header
 
 
-def error_from_header(peer: str, header: Any) -> MeshError:
+def error_from_header(peer: str, header: object) -> MeshError:
     if not isinstance(header, dict):
         return RemoteError(peer, "answered with a malformed error")
     message = str(header.get("message", ""))[:MAX_MESSAGE_CHARS]
@@ -42,7 +41,7 @@ def error_from_header(peer: str, header: Any) -> MeshError:
             return RemoteError(peer, f"{str(kind)[:100]}: {message}")
 
 
-def _seconds(told: Any) -> float:
+def _seconds(told: object) -> float:
     """A wait as a peer told it: a number that clocks can be set by, whatever came."""
     if not isinstance(told, int | float) or math.isnan(told):
         return 1.0

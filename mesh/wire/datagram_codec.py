@@ -169,7 +169,7 @@ def _read_tail(opened: bytes, at: int) -> tuple[tuple[Claim, ...], bytes | None]
     return tuple(_read_claim(fields) for fields in told), where
 
 
-def _read_claim(fields: Any) -> Claim:
+def _read_claim(fields: object) -> Claim:
     if not isinstance(fields, list):
         raise BadDatagram("expected a claim as a list")
     tag, node, *rest = fields
@@ -179,7 +179,7 @@ def _read_claim(fields: Any) -> Claim:
     return claim
 
 
-def _eight(raw: Any) -> bytes:
+def _eight(raw: object) -> bytes:
     if not isinstance(raw, bytes) or len(raw) != 8:
         raise BadDatagram("an id takes 8 bytes")
     return raw

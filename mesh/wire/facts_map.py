@@ -68,7 +68,7 @@ class DecodedFacts:
 
     def __init__(self) -> None:
         self.facts = _NO_FACTS
-        self._values: dict[str, dict[Path, Any]] = {}  # by field
+        self._values: dict[str, dict[Path, object]] = {}  # by field
 
     def update(self, changes: Mapping[str, bytes | None]) -> int:
         """Takes in keys with their new values, None for one that is gone; how many held nothing that can be shown."""
@@ -92,7 +92,7 @@ class DecodedFacts:
         self.facts = msgspec.structs.replace(self.facts, **fields)
         return refused
 
-    def _field(self, field: str, values: Mapping[Path, Any]) -> Any:
+    def _field(self, field: str, values: Mapping[Path, Any]) -> object:
         """One field of `Facts` out of the values of its keys."""
         default = getattr(_NO_FACTS, field)
         if field in _PLAIN:
@@ -103,13 +103,13 @@ class DecodedFacts:
             return tuple(values[path] for path in sorted(values))
         if field in _BY_MODEL:
             return {ModelId(path[0]): values[path] for path in sorted(values)}
-        record: dict[str, Any] = {}
+        record: dict[str, object] = {}
         for path in sorted(values):
             _graft(record, path, values[path])
         return record
 
 
-def _shown(field: str, path: Path, raw: bytes) -> Any:
+def _shown(field: str, path: Path, raw: bytes) -> object:
     """A key's value, decoded.
 
     Raises:
@@ -125,7 +125,7 @@ def _shown(field: str, path: Path, raw: bytes) -> Any:
 
 def _leaves(place: Path, record: Mapping[str, Any]) -> list[tuple[Path, Any]]:
     """The record cut into parts that get a key each: as deep as keys go, and no further than all names can be part of one."""
-    found: list[tuple[Path, Any]] = []
+    found: list[tuple[Path, object]] = []
     for name, value in record.items():
         here = (*place, name)
         inner = isinstance(value, dict) and len(here) < DOCUMENT_DEPTH and bool(value) and all(map(_is_name, value))
@@ -137,7 +137,7 @@ def _is_name(name: object) -> bool:
     return isinstance(name, str) and SEPARATOR not in name
 
 
-def _graft(record: dict[str, Any], path: Path, value: Any) -> None:
+def _graft(record: dict[str, object], path: Path, value: object) -> None:
     """Puts a part back into its place; where a peer told both a whole and parts of it, the parts count."""
     for name in path[:-1]:
         inner = record.get(name)

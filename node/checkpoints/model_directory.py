@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from mesh.errors import BadRequest
 from node.checkpoints.quantised import REMEDY, quantisation, quantisation_of_tensors
@@ -31,7 +30,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 MAX_NAMED = 5  # directories in one message
 
 
-def require_checkpoint(directory: Path) -> dict[str, Any]:
+def require_checkpoint(directory: Path) -> dict[str, object]:
     """The config of the checkpoint in `directory`, as JSON has it.
 
     Raises:
@@ -133,7 +132,7 @@ def _current_snapshot(directory: Path) -> Path | None:
     return snapshots / current if current else None
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def _read_config(directory: Path) -> dict[str, object]:
     path = directory / "config.json"
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -148,7 +147,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _refuse_other_kinds(directory: Path, names: set[str], config: dict[str, Any]) -> None:
+def _refuse_other_kinds(directory: Path, names: set[str], config: dict[str, object]) -> None:
     """An adapter beside its base, or a model that makes vectors of texts."""
     adapter = next((name for name in ADAPTER_FILES if name in names), None)
     if adapter is not None:

@@ -48,7 +48,7 @@ TENSOR_NAMES = {  # endings of the names of tensors of integers that one method 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
-def quantisation(directory: Path, config: Mapping[str, Any]) -> str | None:
+def quantisation(directory: Path, config: Mapping[str, object]) -> str | None:
     """How the checkpoint was quantised, to follow "is quantised", as config.json or a file beside it says; None: it was not."""
     for part in (config, config.get("text_config"), config.get("llm_config")):
         said = _said(part) if isinstance(part, dict) else None
@@ -83,14 +83,14 @@ def _said(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _method(said: Mapping[str, Any]) -> str:
+def _method(said: Mapping[str, object]) -> str:
     method = str(said.get("quant_method") or said.get("method") or "").lower()
     if not method and (said.get("load_in_8bit") or said.get("load_in_4bit")):
         return "bitsandbytes"
     return method or "an unnamed method"
 
 
-def _named(method: str, said: Mapping[str, Any]) -> str:
+def _named(method: str, said: Mapping[str, object]) -> str:
     named = METHODS.get(method) or METHODS.get(method.partition("_")[0], f"with {method[:60]}")
     bits = said.get("bits") or said.get("w_bit") or said.get("nbits")
     bits = bits or (8 if said.get("load_in_8bit") else 4 if said.get("load_in_4bit") else None)
@@ -99,7 +99,7 @@ def _named(method: str, said: Mapping[str, Any]) -> str:
     return f"{named} ({said['quant_algo']!s:.40})" if said.get("quant_algo") else named
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(path: Path) -> Mapping[str, object]:
     try:
         said = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

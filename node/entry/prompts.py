@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from random import SystemRandom
-from typing import Any
 
 import msgspec
 import trio
@@ -193,7 +192,7 @@ def _prompt_field(request: GenerateRequest) -> str:
 
 def _check_vocabulary(tokens: tuple[int, ...], model: ServedModel, request: GenerateRequest) -> None:
     """Raises BadRequest for a token id that the model does not have."""
-    bad: Any = next((token for token in tokens if not 0 <= token < model.text.vocab_size), None)
+    bad: object = next((token for token in tokens if not 0 <= token < model.text.vocab_size), None)
     if bad is not None:
         raise BadRequest(
             f"token {bad} is not in the vocabulary of {model.card.id} (0 to {model.text.vocab_size - 1})", _prompt_field(request)

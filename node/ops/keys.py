@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import structlog
 import trio
@@ -257,13 +256,13 @@ def _told(ring: Keyring) -> list[list[int | str]]:
     return [[tag.serial, tag.name] for tag in ring.tags]
 
 
-def _serial(told: Any) -> int:
+def _serial(told: object) -> int:
     if type(told) is not int or not 0 <= told <= MAX_SERIAL:
         raise RingError(f"a key's serial is a number up to {MAX_SERIAL}, got {str(told)[:20]!r}")
     return told
 
 
-def _tags_in(told: Any) -> Tags:
+def _tags_in(told: object) -> Tags:
     """A ring as a peer told it; empty when that is none."""
     if not isinstance(told, list) or len(told) > MAX_KEYS:
         return ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 
@@ -22,7 +21,7 @@ class OwnFacts:
     def now(self) -> Facts:
         return self._facts
 
-    def _set(self, **changes: Any) -> None:
+    def _set(self, **changes: object) -> None:
         changed = msgspec.structs.replace(self._facts, **changes)
         if changed != self._facts:
             self._facts = changed
@@ -74,5 +73,5 @@ class OwnFacts:
     def drain(self) -> None:
         self._set(draining=True, readiness=Readiness.DRAINING)
 
-    def documents(self, record: dict[str, Any]) -> None:
+    def documents(self, record: dict[str, object]) -> None:
         self._set(documents=record)

@@ -76,7 +76,7 @@ def check_schema(schema: object, param: str) -> None:
             raise BadRequest(f"{param}: expected references within the schema (#/…), got $ref {reference[:80]!r}", param)
 
 
-def _subschemas(schema: object) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _subschemas(schema: object) -> Iterator[tuple[int, Mapping[str, object]]]:
     """Every object in a schema with its depth. Not recursive: the depth is a client's."""
     waiting: list[tuple[int, object]] = [(1, schema)]
     while waiting:

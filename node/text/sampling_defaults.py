@@ -55,7 +55,7 @@ NOT_FOLLOWED: Mapping[str, tuple[Any, ...]] = {
 log = structlog.get_logger()
 
 
-def generation_config(directory: Path) -> dict[str, Any]:
+def generation_config(directory: Path) -> dict[str, object]:
     """The fields of the model's file (*blocking*); empty where it has none, or one that cannot be read."""
     path = directory / FILE
     try:
@@ -73,7 +73,7 @@ def generation_config(directory: Path) -> dict[str, Any]:
     return said
 
 
-def end_tokens(said: Mapping[str, Any]) -> tuple[int, ...]:
+def end_tokens(said: Mapping[str, object]) -> tuple[int, ...]:
     """The end-of-sequence ids that the file names: one, or a list of them."""
     named = said.get("eos_token_id")
     listed = named if isinstance(named, list) else [named]

@@ -54,7 +54,7 @@ class ModelText:
         return "\n".join(template.values()) if isinstance(template, dict) else str(template)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] | None = None
     ) -> tuple[int, ...]:
         """The conversation through the model's own chat template, ready for the assistant's turn.
 

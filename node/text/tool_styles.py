@@ -53,7 +53,7 @@ def knows_tools(template: str) -> bool:
     return "tools" in template
 
 
-def conversation(messages: Sequence[Mapping[str, Any]], use: ToolUse | None, template: str) -> list[dict[str, Any]]:
+def conversation(messages: Sequence[Mapping[str, object]], use: ToolUse | None, template: str) -> list[dict[str, Any]]:
     """The messages as the template takes them: with calls' arguments as objects; told in text where it knows no tools."""
     if knows_tools(template):
         return [_with_objects(message) for message in messages]
@@ -66,7 +66,7 @@ def conversation(messages: Sequence[Mapping[str, Any]], use: ToolUse | None, tem
     return [{"role": "system", "content": described}, *told]
 
 
-def _with_objects(message: Mapping[str, Any]) -> dict[str, Any]:
+def _with_objects(message: Mapping[str, Any]) -> dict[str, object]:
     if "tool_calls" not in message:
         return dict(message)
     calls = []
@@ -76,7 +76,7 @@ def _with_objects(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": calls}
 
 
-def _object_of(arguments: str) -> Any:
+def _object_of(arguments: str) -> object:
     try:
         return json.loads(arguments)
     except (ValueError, RecursionError):
@@ -141,12 +141,12 @@ def _marker(text: str, special_id: Callable[[str], int | None]) -> str:
     return lark_text(text) if special is None else f"<[{special}]>"
 
 
-def _body_rule(number: int, function: Mapping[str, Any], style: ToolStyle) -> str:
+def _body_rule(number: int, function: Mapping[str, object], style: ToolStyle) -> str:
     before = f'{{"name": {json.dumps(function["name"])}, "{style.arguments}": '
     schema = _inline(function.get("parameters") or NO_PARAMETERS, lenient=function.get("strict") is not True)
     return f"call{number}: {lark_text(before)} arguments{number} {lark_text('}')}\narguments{number}: {schema}"
 
 
-def _inline(schema: Any, *, lenient: bool) -> str:
+def _inline(schema: object, *, lenient: bool) -> str:
     bounded = schema if isinstance(schema, dict) else {}
     return "%json " + json.dumps({**bounded, "x-guidance": {**JSON_SPACING, "lenient": lenient}})

@@ -16,7 +16,6 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import structlog
 
@@ -79,7 +78,7 @@ def _text(key: Key) -> str:
     return json.dumps(sorted(key.items()))
 
 
-def _are_times(times: Any) -> bool:
+def _are_times(times: object) -> bool:
     """Those of one kernel; empty for one that cannot compute here."""
     return (
         isinstance(times, list)

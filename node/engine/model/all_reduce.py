@@ -53,7 +53,7 @@ def join_group(meeting: Path, rank: int, ranks: int, device: torch.device, timeo
     """
     store = torch._C._distributed_c10d.FileStore(str(meeting), ranks)
     store.set_timeout(timedelta(seconds=timeout_s))
-    group: Any
+    group: object
     if device.type == "cuda":
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = timedelta(seconds=timeout_s)

@@ -88,7 +88,7 @@ def read_checkpoint(directory: Path, weights: str = "") -> Checkpoint:
     )
 
 
-def config_value(config: PretrainedConfig, name: str, default: Any = None) -> Any:
+def config_value(config: PretrainedConfig, name: str, default: object = None) -> Any:
     """A field of the config; `default` where there is none, or where each layer has its own."""
     try:
         return getattr(config, name, default)
@@ -100,7 +100,7 @@ def _refusal(message: str) -> BadRequest:
     return BadRequest(message, param="model", code="model_not_servable")
 
 
-def _why_no_config(directory: Path, raw: dict[str, Any], error: Exception) -> str:
+def _why_no_config(directory: Path, raw: dict[str, object], error: Exception) -> str:
     """Why transformers makes no config of what the file holds."""
     kind = str(raw.get("model_type"))[:100]
     if kind not in CONFIG_MAPPING_NAMES:

@@ -156,7 +156,7 @@ def fits(model: Any, base: Any, slots: nn.ModuleList, start: int, end: int) -> b
     return all(hasattr(norm, "variance_epsilon") for norm in norms)
 
 
-def native_layers(model: Any, base: Any, layers: dict[int, NativeLayer], kernel: Kernel) -> NativeLayers:
+def native_layers(model: Any, base: object, layers: dict[int, NativeLayer], kernel: Kernel) -> NativeLayers:
     """The packed `layers` of a model that `fits`, with its head, whose own weights are freed if nothing else has them."""
     head = None
     own = model.get_output_embeddings()
@@ -166,14 +166,14 @@ def native_layers(model: Any, base: Any, layers: dict[int, NativeLayer], kernel:
     return NativeLayers(base, head, layers, kernel.dtype)
 
 
-def _take(parent: Any, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _take(parent: object, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A linear layer's weight and bias; the layer is gone afterwards."""
     layer = getattr(parent, name)
     setattr(parent, name, nn.Identity())
     return layer.weight.data, None if layer.bias is None else layer.bias.data
 
 
-def _packed(parent: Any, names: tuple[str, ...], join: Join, quantize: str, let_go: LetGo) -> NativeProduct:
+def _packed(parent: object, names: tuple[str, ...], join: Join, quantize: str, let_go: LetGo) -> NativeProduct:
     taken = [_take(parent, name) for name in names]
     weights, biases = [weight for weight, _ in taken], [bias for _, bias in taken]
     bias = None

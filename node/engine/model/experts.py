@@ -82,7 +82,7 @@ def _packed(experts: Any, name: str, kernel: Kernel) -> list[PackedLinear]:
     return packed
 
 
-def experts_modules(root: nn.Module) -> Iterable[tuple[nn.Module, str, Any]]:
+def experts_modules(root: nn.Module) -> Iterable[tuple[nn.Module, str, object]]:
     """Every set of experts below `root` that can be packed, as (parent, name, experts)."""
     for parent in list(root.modules()):
         for name, child in list(parent.named_children()):
@@ -126,7 +126,7 @@ class Router:
         self._candidates = tuple(count for count in BUCKETS if count * choices % chunk == 0) or BUCKETS
         self._buckets: tuple[int, ...] = ()
 
-    def __call__(self, x: torch.Tensor, *further: torch.Tensor) -> Any:
+    def __call__(self, x: torch.Tensor, *further: torch.Tensor) -> object:
         """What the router answers for `x` `[…, hidden]`. `further`: what it adds to every row's scores, if it is handed that.
 
         A router of another form is left to itself: the self-check of a load says what comes of that.

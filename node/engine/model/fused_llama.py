@@ -114,7 +114,7 @@ class FusedLlama:
         return out.float()
 
 
-def fused_form(model: Any, base: Any, slots: nn.ModuleList, start: int, end: int) -> FusedLlama | None:
+def fused_form(model: Any, base: object, slots: nn.ModuleList, start: int, end: int) -> FusedLlama | None:
     """The packed `model` in few operations, or None where its layers are not known to have the form."""
     kind = model.config.model_type
     if kind not in FORMS:

@@ -46,7 +46,7 @@ class AbsentLayer(nn.Module):
         super().__init__()
         self._structure = structure
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> object:
         return self._structure.layer_output(hidden_states)
 
 
@@ -64,12 +64,12 @@ class AbsentHead(nn.Identity):
 
     weight = torch.empty(0)  # as of `AbsentEmbedding`
 
-    def __init__(self, head: Any) -> None:
+    def __init__(self, head: object) -> None:
         super().__init__()
         self._bias_of = (getattr(head, "bias", None),)  # a tuple: no parameter of this module
 
     @property
-    def bias(self) -> Any:
+    def bias(self) -> object:
         """The head's own: some models make it a parameter of another module too."""
         return self._bias_of[0]
 
@@ -93,7 +93,7 @@ def load_model(
     cls: Any = checkpoint.model_class
     layers, structure = checkpoint.layers, structure_of(checkpoint)
 
-    def prune(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def prune(self: Any, config: object, *args: object, **kwargs: object) -> None:
         cls.__init__(self, config, *args, **kwargs)
         slots = find_layers(getattr(self, self.base_model_prefix), layers)
         for number in range(layers):
@@ -107,7 +107,7 @@ def load_model(
             shard.narrow(self)
         watch.begins({name: tensor.numel() * dtype.itemsize for name, tensor in self.named_parameters()})
 
-    body: dict[str, Any] = {"__init__": prune, "__module__": cls.__module__, "_keys_to_ignore_on_load_unexpected": [".*"]}
+    body: dict[str, object] = {"__init__": prune, "__module__": cls.__module__, "_keys_to_ignore_on_load_unexpected": [".*"]}
     if end < layers:
         body["_tied_weights_keys"] = {}
     pruned: Any = type(cls.__name__, (cls,), body)
@@ -174,8 +174,8 @@ class LocalStage:
             layer = self._slots[number]
             layer.forward = self._slot(number, layer.forward)
 
-    def _slot(self, number: int, run: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _slot(self, number: int, run: Callable[..., object]) -> Callable[..., object]:
+        def forward(hidden_states: torch.Tensor, *args: object, **kwargs: object) -> object:
             batch = self._running
             if batch is None or not batch.start <= number < batch.end:
                 return self._structure.layer_output(hidden_states)
@@ -252,7 +252,7 @@ class LocalStage:
         self, batch: PackedBatch, where: torch.Tensor, tokens: torch.Tensor | None, wanted: torch.Tensor | None
     ) -> torch.Tensor:
         """`_compute` by the model's own code."""
-        inputs: dict[str, Any] = {"position_ids": where[None], "use_cache": False}
+        inputs: dict[str, object] = {"position_ids": where[None], "use_cache": False}
         if batch.hidden is not None:
             inputs["inputs_embeds"] = self._no_embeddings(batch.hidden)
         else:
@@ -285,7 +285,7 @@ class LocalStage:
         Returns what `forward` would: activations `[rows, hidden_size]`, or logits `[rows, vocab]`. Only before `pack`.
         `ran` is told of each layer that is done.
         """
-        inputs: dict[str, Any] = {"use_cache": False}  # and no positions: the model's own are those that ours must equal
+        inputs: dict[str, object] = {"use_cache": False}  # and no positions: the model's own are those that ours must equal
         taken = None if hidden is None else hidden.to(self.device, self.kernel.dtype)[None]
         if ids is not None:
             inputs["input_ids"] = torch.tensor([list(ids)], device=self.device)

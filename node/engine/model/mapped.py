@@ -70,10 +70,10 @@ class LazyTensor:
         self._mapped = mapped
         self._held = held
 
-    def __getitem__(self, whole: Any) -> LazyTensor:
+    def __getitem__(self, whole: object) -> LazyTensor:
         return self
 
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def to(self, device: object = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         return self._mapped.taken(self._held[...], dtype)
 
 
@@ -88,10 +88,10 @@ class _InUse:
         layer.register_forward_pre_hook(self._widen)
         layer.register_forward_hook(self._restore, always_call=True)
 
-    def _widen(self, layer: nn.Module, given: Any) -> None:
+    def _widen(self, layer: nn.Module, given: object) -> None:
         layer.weight = nn.Parameter(self._held.data.to(self._dtype), requires_grad=False)
 
-    def _restore(self, layer: nn.Module, given: Any, answer: Any) -> None:
+    def _restore(self, layer: nn.Module, given: object, answer: object) -> None:
         layer.weight = self._held
 
 

@@ -137,13 +137,13 @@ def _layer_of(name: str) -> str:
 _thread = threading.local()
 
 
-def _followed(items: Iterable[tuple[str, Any]], watch: LoadTracker) -> Iterator[tuple[str, Any]]:
+def _followed(items: Iterable[tuple[str, object]], watch: LoadTracker) -> Iterator[tuple[str, object]]:
     for name, way in items:
         yield name, way
         watch.read(name)
 
 
-def _bar(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _bar(factory: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, object]) -> object:
     watch: LoadTracker | None = getattr(_thread, "watch", None)
     if watch is None or kwargs.get("desc") != READING_BAR:
         return factory(*args, **kwargs)

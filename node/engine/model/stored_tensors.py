@@ -28,10 +28,10 @@ class HeaderTensor:
     def __init__(self, stored: StoredTensor) -> None:
         self._stored = stored
 
-    def __getitem__(self, whole: Any) -> HeaderTensor:
+    def __getitem__(self, whole: object) -> HeaderTensor:
         return self
 
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def to(self, device: object = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(self._stored.shape, dtype=dtype or DTYPES.get(self._stored.dtype, torch.int64), device=META)
 
 

@@ -46,7 +46,7 @@ class Structure:
     kv_numbers: tuple[int, ...] = ()
     embedding_width: int = 0
 
-    def layer_output(self, hidden: torch.Tensor) -> Any:
+    def layer_output(self, hidden: torch.Tensor) -> object:
         """`hidden` as a layer returns it."""
         return (hidden, *[None] * (self.outputs - 1)) if self.outputs else hidden
 
@@ -60,7 +60,7 @@ def activations_in(layer_output: Any) -> torch.Tensor:
 def structure_of(checkpoint: Checkpoint) -> Structure:
     """Raises BadRequest: its layers cannot be served; with the reason and what would work."""
     config: Any = checkpoint.config
-    kind: Any = type(config)
+    kind: object = type(config)
     try:
         return _structure(checkpoint.model_class, kind, config.to_json_string(use_diff=False), checkpoint.layers)
     except Exception as error:  # whatever the code of some architecture raises
@@ -142,7 +142,7 @@ class _Attention:
     calls: Counter[int] = field(default_factory=Counter)
     numbers: dict[int, int] = field(default_factory=dict)  # layer -> of a token's keys and values
 
-    def attend(self, layer: int, q: torch.Tensor, kv: torch.Tensor, *more: Any) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, kv: torch.Tensor, *more: object) -> torch.Tensor:
         self.calls[layer] += 1
         self.numbers[layer] = kv[0].numel()
         return q.clone()
@@ -154,7 +154,7 @@ class _Positions(torch.Tensor):
     computed_with: bool
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         for each in _tensors([*args, *(kwargs or {}).values()]):
             if isinstance(each, _Positions) and func.__name__ != "__get__":
                 each.computed_with = True
@@ -217,7 +217,7 @@ class _Trial:
         self._numbers_rows = bool(names) and not positions.computed_with
         return True
 
-    def _before_layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def _before_layer(self, number: int, layer: nn.Module, args: tuple[object, ...], named: dict[str, object]) -> None:
         self._batch.layer = number
         self._runs[number] += 1
         given = _arguments(layer, args, named)
@@ -229,7 +229,7 @@ class _Trial:
         if made and number:
             self._given[number] = made
 
-    def _after_layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+    def _after_layer(self, number: int, layer: nn.Module, args: tuple[object, ...], out: object) -> object:
         self._outputs.add(len(out) if isinstance(out, (tuple, list)) else 0)
         if number < self._layers - 1:
             return None
@@ -276,13 +276,13 @@ class _Trial:
         return tuple(self._attention.numbers.get(number, meant) for number in range(self._layers))
 
 
-def _arguments(layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+def _arguments(layer: nn.Module, args: tuple[object, ...], named: dict[str, object]) -> dict[str, object]:
     """The arguments of a call by name, those without a name first."""
     names = list(inspect.signature(layer.forward).parameters)
     return {name: value for name, value in zip(names, args)} | named
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def _tensors(value: object) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (dict, list, tuple, set)):

@@ -56,7 +56,7 @@ class StoredPart:
         dtype: str = self._stored.get_dtype()
         return dtype
 
-    def __getitem__(self, everything: Any) -> torch.Tensor:
+    def __getitem__(self, everything: object) -> torch.Tensor:
         part = self._part()
         whole: torch.Tensor = self._stored[everything] if part is None else part.of(self._stored)
         return whole
@@ -88,7 +88,7 @@ class Shard:
         self._parts: dict[str, ShardPart] = {}
         self._prefix = ""
         self._renamings: list[Any] = []
-        self._names: dict[str, Any] = {}
+        self._names: dict[str, object] = {}
         self._first_token = 0
 
     # ---- before the weights are read
@@ -127,7 +127,7 @@ class Shard:
         except ValueError as error:
             raise self._uncut(name, str(error)) from None
 
-    def _narrow_vocabulary(self, name: str, module: Any) -> None:
+    def _narrow_vocabulary(self, name: str, module: object) -> None:
         if not isinstance(module, (nn.Linear, nn.Embedding)):
             return  # the span ends before it, or begins behind it
         part = self.shard_plan.vocabulary(module.weight.shape[0], self.rank)

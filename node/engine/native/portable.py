@@ -127,7 +127,7 @@ class PortableMath(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         replaced = REPLACED.get(func)
         if replaced is None:
             return func(*args, **(kwargs or {}))

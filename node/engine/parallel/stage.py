@@ -158,7 +158,7 @@ class ParallelStage:
         """The workers' process ids, by rank."""
         return () if self._workers is None else self._workers.processes
 
-    def sequence(self) -> Any:
+    def sequence(self) -> object:
         """Keys and values of a new sequence: a `SharedKV`, which passes for a `SequenceKV`."""
         return SharedKV(self._changes)
 
