@@ -1,11 +1,11 @@
-"""Admission at the entry, and what the entry does with a peer's BUSY.
+"""Admission at the entry, and what the entry does when a peer refuses to open a sequence.
 
 Bounds are on expected waiting, not on counts alone: a queue of a hundred short requests is fine, one of ten long ones may not be.
 A request that cannot meet its own deadline is refused at once rather than timed out later (Mooncake: early rejection). The answer
 says when to try again; jitter is added where the answer is written, so that this stays a pure function.
 
 A peer decides whether it is full, since it alone knows its load now; a refusal costs one round trip and carries that load. After
-a BUSY the entry tries another peer at once, twice; then the request waits at the entry, where it can still go to any peer. In
+a refusal the entry tries another peer at once, twice; then the request waits at the entry, where it can still go to any peer. In
 simulation two refusals cut the wait of power-of-two tenfold; more gain nothing and load a full mesh.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from random import Random
 
 
-MAX_BOUNCES = 2
+MAX_REROUTES = 2  # refusals that are answered by another path at once, between two waits
 MIN_WAIT_S = 0.05
 MAX_WAIT_S = 2.0
 """Of one wait; the request's deadline and admission bound their sum."""
@@ -36,12 +36,12 @@ class PlanElsewhere:
 
 @dataclass(frozen=True, slots=True)
 class WaitAtEntry:
-    """Plan again after `wait_s`, with all peers; sooner when a peer's load record shows room."""
+    """Plan again after `wait_s`, with all peers."""
 
     wait_s: float
 
 
-Bounced = PlanElsewhere | WaitAtEntry
+AfterRefusal = PlanElsewhere | WaitAtEntry
 
 
 class RefusalHistory:
@@ -56,7 +56,7 @@ class RefusalHistory:
     def excluded(self) -> frozenset[NodeId]:
         return frozenset(self._refused)
 
-    def busy(self, node: NodeId, retry_after_s: float, rng: Random, *, others: bool = True) -> Bounced:
+    def refused(self, node: NodeId, retry_after_s: float, rng: Random, *, others: bool = True) -> AfterRefusal:
         """`node` refused, and expects room after `retry_after_s`. others: some peer is left that has not refused.
 
         The wait is the shortest that a peer expects, grows with each round, and is spread by half so that requests that
@@ -66,7 +66,7 @@ class RefusalHistory:
         if not again:
             self._refused.append(node)
         self._soonest_s = min(self._soonest_s, max(MIN_WAIT_S, retry_after_s))
-        if others and not again and len(self._refused) <= MAX_BOUNCES:
+        if others and not again and len(self._refused) <= MAX_REROUTES:
             return PlanElsewhere(self.excluded)
         self._waits += 1
         wait_s = min(MAX_WAIT_S, self._soonest_s * 2.0 ** (min(self._waits, 16) - 1))

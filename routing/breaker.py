@@ -53,7 +53,7 @@ class Breakers:
         self._records.pop(node, None)
 
     def failed(self, node: NodeId, now: float) -> None:
-        """The peer failed what it was sent. A refusal (BUSY) is no failure, nor is a cancelled request."""
+        """The peer failed what it was sent. A refusal is no failure, nor is a cancelled request."""
         record = self._records.setdefault(node, _Record())
         record.failures += 1
         half_open = record.opened > 0 and now >= record.open_until

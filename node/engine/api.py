@@ -152,7 +152,7 @@ class EngineConfig:
     spill_disk_bytes: int = 0  # of files, for pages that find no room in host memory
     spill_folder: Path | None = None  # for those files and nothing else; None: no files
     step_tokens: int = 512  # token budget of one step: prefill chunks and decodes together
-    max_sequences: int = 64  # per span; more are refused as BUSY
+    max_sequences: int = 64  # per span; more are refused
     speculates: bool = True  # guess the next tokens from the text where that pays (`speculation`)
 
 

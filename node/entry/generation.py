@@ -2,7 +2,8 @@
 
 It decides which attempt counts, which token comes next, and when to plan a new path. Rules:
 
-1. Only the current attempt speaks: whatever an older one still sends changes nothing (fencing).
+1. Events of an older attempt change nothing (fencing). Tokens and losses are compared with the attempt already in
+   `RequestRun`, which also checks their sender against the path; `receive` here compares every event.
 2. Tokens come in order of position, each once; a repeat is dropped, a gap loses the attempt.
 3. Whatever is lost (a stage, its link, its member, its answer in time) leads to the same transition:
    close the old attempt, plan the next, replay prompt and tokens, go on. There is no other failover.
@@ -66,7 +67,7 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class OpenRefused:
-    """A stage said BUSY; nothing is open any more on the others."""
+    """A stage refused to open the sequence; nothing is open any more on the others."""
 
     attempt: int
     node: NodeId
@@ -137,7 +138,7 @@ Event = PathPlanned | NoPathFound | Opened | OpenRefused | TokenDrawn | StageLos
 
 @dataclass(frozen=True, slots=True)
 class PlanPath:
-    """Find a path for `attempt` that avoids `exclude`; answer with Planned or Unplannable."""
+    """Find a path for `attempt` that avoids `exclude`; answer with `PathPlanned` or `NoPathFound`."""
 
     attempt: int
     exclude: frozenset[NodeId]
@@ -231,13 +232,14 @@ class Generation:
     path: Stages = ()
     history: list[str] = field(default_factory=list)  # why each attempt after the first was needed
     _avoid: dict[NodeId, float] = field(default_factory=dict)
-    _bounces: RefusalHistory = field(default_factory=RefusalHistory)
+    _refusals: RefusalHistory = field(default_factory=RefusalHistory)
     _barren: int = 0
     _wake_at: float = math.inf
     _stall_at: float = math.inf  # when the silence of a running attempt becomes suspicious; infinite once it has
     _suspects: set[NodeId] = field(default_factory=set)
     _give_up_at: float = math.inf
     _last_error: MeshError | None = None
+    _full: Refused | None = None  # of the latest refusal for want of room
 
     @property
     def ended(self) -> bool:
@@ -252,7 +254,7 @@ class Generation:
         return self._plan(now)
 
     def receive(self, event: Event, now: float) -> list[Effect]:
-        """The one door: every event passes here, and is dropped when it is not of the current attempt."""
+        """Every event passes here; one of another attempt is dropped."""
         attempt = getattr(event, "attempt", self.attempt)
         if self.ended or attempt != self.attempt:
             return []
@@ -299,7 +301,7 @@ class Generation:
         self.attempt += 1
         self._wake_at = self._stall_at = math.inf  # the shell answers a Plan at once
         self._avoid = {node: until for node, until in self._avoid.items() if until > now}
-        return [PlanPath(self.attempt, frozenset(self._avoid) | self._bounces.excluded)]
+        return [PlanPath(self.attempt, frozenset(self._avoid) | self._refusals.excluded)]
 
     def _open(self, path: Stages, now: float) -> list[Effect]:
         self.phase, self.path = GenerationPhase.OPENING, path
@@ -324,7 +326,7 @@ class Generation:
         self.tokens.append(drawn.token)
         self._wake_at, self._stall_at = now + self.patience.silence_s, now + self.patience.stall_s
         self._barren = 0
-        self._bounces.taken()
+        self._refusals.taken()
         self._give_up_at = math.inf
         emit = EmitToken(drawn.position, drawn.token, drawn.finish, drawn.logprob, drawn.top)
         return [emit] if drawn.finish is None else [emit, *self._end(GenerationPhase.DONE, Finish(drawn.finish))]
@@ -337,12 +339,12 @@ class Generation:
             self._avoid[node] = math.inf
             self._last_error = fault
             return self._plan(now)
-        self._last_error = Refused("every node that could serve this is full", retry_after_s)
-        match self._bounces.busy(node, retry_after_s, self.rng):
+        self._full = Refused("every node that could serve this is full", retry_after_s)
+        match self._refusals.refused(node, retry_after_s, self.rng):
             case PlanElsewhere():
                 return self._plan(now)
             case WaitAtEntry(wait_s=wait_s):
-                return self._wait(self._last_error, now, wait_s)
+                return self._wait(self._full, now, wait_s)
 
     def _lost(
         self, node: NodeId | None, reason: str, now: float, fault: MeshError | None = None, unreachable: bool = False
@@ -394,14 +396,17 @@ class Generation:
 
     def _wait(self, error: MeshError, now: float, wait_s: float | None = None) -> list[Effect]:
         """There is no path: fail at once when nothing was ever begun and no node could serve it, otherwise wait a while."""
-        if isinstance(error, NoPath) and not self.history:
-            if not isinstance(self._last_error, Refused):
-                return self._end(GenerationPhase.FAILED, Fail(self._last_error or error))
-            error = self._last_error  # the path exists, but all its nodes have just refused
+        if isinstance(error, NoPath):
+            if self._full is not None and self._refusals.excluded:
+                error = self._full  # a path exists, but its nodes have just refused
+            elif not self.history:
+                if not isinstance(self._last_error, Refused):
+                    return self._end(GenerationPhase.FAILED, Fail(self._last_error or error))
+                error = self._last_error
         if not isinstance(error, NoPath | Refused):
             return self._end(GenerationPhase.FAILED, Fail(error))
         if wait_s is None:
-            self._bounces.taken()  # every peer has refused: after the wait all are asked again
+            self._refusals.taken()  # every peer has refused: after the wait all are asked again
         patience_s = self.patience.replan_s if isinstance(error, NoPath) else self.patience.refused_s
         self._give_up_at = min(self._give_up_at, now + patience_s)
         if now >= self._give_up_at:

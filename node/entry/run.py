@@ -128,6 +128,7 @@ class EntryCounters:
     cancelled_total: int = 0
     tokens_total: int = 0
     prompt_tokens_total: int = 0
+    opens_refused_total: int = 0
     attempts_lost_total: int = 0
     late_tokens_total: int = 0
 
@@ -198,6 +199,7 @@ class RequestRun:
         """False: tokens of this path are not for `sender` to draw."""
         key = token.key
         if not (path := self._path_of(key)):
+            self._counters.late_tokens_total += 1
             return True
         if path[-1].node != sender:
             return False
@@ -292,6 +294,7 @@ class RequestRun:
             node = next(stage.node for stage in effect.path if stage.address == failure.address)
             match failure.error:
                 case (Refused() | BadRequest()) as error:
+                    self._counters.opens_refused_total += 1
                     self._post_close(choice, effect.attempt, effect.path)
                     self._planning.finished(self._key(choice, effect.attempt), ok=False)
                     retry_after_s, fault = (error.retry_after_s, None) if isinstance(error, Refused) else (0.0, error)

@@ -15,7 +15,8 @@ from tests.golden.golden import TRACE, golden
 from tests.golden.samples import sample, structs_of
 from tests.membership.test_trace import recorded_run
 
-KNOWN = [each for module in STRUCTS for each in structs_of(module)]
+# The base of all recorded inputs has no form of its own.
+KNOWN = [each for module in STRUCTS for each in structs_of(module) if each is not trace_format._Input]
 
 
 def test_every_struct_is_encoded_as_before() -> None:
@@ -24,8 +25,6 @@ def test_every_struct_is_encoded_as_before() -> None:
 
 @pytest.mark.parametrize("kind", KNOWN, ids=lambda kind: kind.__name__)
 def test_a_struct_comes_back_from_its_bytes(kind: type[msgspec.Struct]) -> None:
-    if kind is trace_format._Input:
-        pytest.skip("the base of all inputs has no form of its own")
     made = sample(kind)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(made), type=kind) == made
 

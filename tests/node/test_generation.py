@@ -138,6 +138,36 @@ def test_all_nodes_full_for_too_long_is_refused_with_when_to_retry() -> None:
     assert 29 < now < 32
 
 
+def test_full_nodes_are_waited_for_after_a_lost_attempt_too_and_the_refusal_is_reported() -> None:
+    generation = running()
+    generation.receive(TokenDrawn(1, 10, 7), 0.0)
+    now, effects = 0.0, generation.receive(StageLost(1, C, "link broke"), 0.0)
+    while not generation.ended:
+        plans = [effect for effect in effects if isinstance(effect, PlanPath)]
+        if not plans:
+            now = generation.deadline
+            effects = generation.tick(now)
+        elif B in plans[0].exclude:
+            effects = generation.receive(NoPathFound(plans[0].attempt, NoPath(ModelId("m"), ((3, 6),))), now)
+        else:
+            generation.receive(PathPlanned(plans[0].attempt, PATH), now)
+            effects = generation.receive(OpenRefused(plans[0].attempt, B, 0.5), now)
+    assert failed_by(effects[-1], Refused) and 29 < now < 32
+
+
+def test_a_full_node_is_waited_for_although_another_could_never_fit_the_request() -> None:
+    never = BadRequest("it needs 40 blocks, this node has 10", "max_tokens")
+    generation = Generation(prompt_tokens=10, deadline_at=100.0, rng=Random(0))
+    generation.start(0.0)
+    generation.receive(PathPlanned(1, PATH), 0.0)
+    generation.receive(OpenRefused(1, B, 0.1), 0.0)
+    generation.receive(PathPlanned(2, OTHER), 0.0)
+
+    assert generation.receive(OpenRefused(2, C, 0.0, never), 0.0) == [PlanPath(3, frozenset({B, C}))]
+    assert generation.receive(NoPathFound(3, NoPath(ModelId("m"), ((3, 6),))), 0.0) == []
+    assert generation.tick(generation.deadline) == [PlanPath(4, frozenset({C}))]
+
+
 def test_no_path_at_the_beginning_fails_at_once_and_in_mid_answer_waits_for_one() -> None:
     no_path = NoPath(ModelId("m"), ((3, 6),))
     fresh = Generation(prompt_tokens=10, deadline_at=100.0, rng=Random(0))

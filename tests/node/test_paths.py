@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from mesh.errors import BadRequest, NoPath, RemoteError
+from mesh.ids import NodeId, StreamId
 from node.engine.api import SequenceKey, TokenOut
 from node.entry.entry import Entry
 from node.entry.recent import RequestRecord
@@ -134,11 +135,28 @@ async def test_an_evicted_sequence_is_replayed_elsewhere_from_what_was_said() ->
         assert replays and all(opened.known == 17 for opened in replays)
 
 
+async def test_a_late_token_of_an_older_attempt_is_dropped_and_counted() -> None:
+    async with small_mesh(**SPLIT) as mesh:
+        entry = mesh.nodes["entry"].entry
+        for name in "abc":
+            engine = mesh.nodes[name].engine
+            engine.faults[17] = engine.lose
+
+        def late(event: Any) -> None:
+            if isinstance(event, TextDelta) and event.seq == 15:
+                old = SequenceKey(StreamId("s1"), 0, 1)
+                assert entry.token(TokenOut(old, 18, 99), NodeId("b"))
+
+        assert tokens(await run(mesh, each=late)) == EXPECTED
+        assert entry.statistics().counters.late_tokens_total == 1
+
+
 async def test_a_node_that_is_full_is_passed_over_and_waited_for() -> None:
     async with small_mesh(entry=(), only=((0, 6),)) as mesh:
         mesh.nodes["only"].engine.refuse = 4
 
         assert tokens(await run(mesh)) == EXPECTED
+        assert mesh.nodes["entry"].entry.statistics().counters.opens_refused_total == 4
 
 
 async def test_no_path_is_an_error_that_names_the_gap() -> None:

@@ -99,11 +99,11 @@ class Mesh:
         heapq.heappush(self.events, (when, next(self.order), what, details))
 
     def arrive(self, now: float, entry: int) -> None:
-        knows, bounces = self.entries[entry], RefusalHistory()
+        knows, history = self.entries[entry], RefusalHistory()
         chosen = self.choose(now, entry, frozenset())
         while self.refuse and self.servers[chosen].busy >= PLACES:
             self.hear(now, chosen, self.servers[chosen].load(SPEEDS[chosen]), entry)
-            match bounces.busy(NAMES[chosen], 1.0, self.rng):
+            match history.refused(NAMES[chosen], 1.0, self.rng):
                 case PlanElsewhere(excluded=excluded):
                     chosen = self.choose(now, entry, excluded)
                 case _:

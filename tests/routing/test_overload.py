@@ -1,4 +1,4 @@
-"""Admission, breaker and bounces: what keeps a mesh in trouble from drowning itself."""
+"""Admission, breaker and refusals: what keeps a mesh in trouble from drowning itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mesh.errors import BadRequest, Refused
 from mesh.ids import NodeId
 from routing.admission import (
-    MAX_BOUNCES,
+    MAX_REROUTES,
     MAX_WAIT_S,
     AdmissionLimits,
     PlanElsewhere,
@@ -159,40 +159,40 @@ def test_every_peer_gets_a_chance_within_a_minute_of_silence(events: list[tuple[
     assert breakers.allows(A, now + MAX_OPEN_S + PROBE_S)
 
 
-# Bounces
+# Refusals
 
 
-def test_two_bounces_then_a_wait_at_the_entry_and_all_peers_count_again() -> None:
-    bounces, rng = RefusalHistory(), Random(0)
-    assert bounces.busy(A, 1.0, rng) == PlanElsewhere(frozenset({A}))
-    assert bounces.busy(B, 0.2, rng) == PlanElsewhere(frozenset({A, B}))
-    waiting = bounces.busy(C, 1.5, rng)
+def test_two_reroutes_then_a_wait_at_the_entry_and_all_peers_count_again() -> None:
+    history, rng = RefusalHistory(), Random(0)
+    assert history.refused(A, 1.0, rng) == PlanElsewhere(frozenset({A}))
+    assert history.refused(B, 0.2, rng) == PlanElsewhere(frozenset({A, B}))
+    waiting = history.refused(C, 1.5, rng)
     assert isinstance(waiting, WaitAtEntry) and 0.1 <= waiting.wait_s <= 0.2
-    assert bounces.excluded == frozenset()
-    assert bounces.busy(A, 1.0, rng) == PlanElsewhere(frozenset({A}))
+    assert history.excluded == frozenset()
+    assert history.refused(A, 1.0, rng) == PlanElsewhere(frozenset({A}))
 
 
 def test_without_other_peers_the_request_waits_at_once_and_each_round_longer() -> None:
-    bounces, rng = RefusalHistory(), Random(0)
-    waits = [bounces.busy(A, 0.1, rng, others=False) for _ in range(8)]
+    history, rng = RefusalHistory(), Random(0)
+    waits = [history.refused(A, 0.1, rng, others=False) for _ in range(8)]
     limits = [min(MAX_WAIT_S, 0.1 * 2**round_) for round_ in range(8)]
     for waiting, limit_s in zip(waits, limits):
         assert isinstance(waiting, WaitAtEntry) and limit_s / 2 <= waiting.wait_s <= limit_s
-    bounces.taken()
-    again = bounces.busy(A, 0.1, rng, others=False)
+    history.taken()
+    again = history.refused(A, 0.1, rng, others=False)
     assert isinstance(again, WaitAtEntry) and again.wait_s <= 0.1
 
 
 @given(st.lists(st.tuples(st.sampled_from([A, B, C]), st.floats(-1.0, 100.0), st.booleans()), max_size=50), st.integers(0, 99))
-def test_never_more_than_two_bounces_between_waits_and_no_wait_without_bounds(
+def test_never_more_than_two_reroutes_between_waits_and_no_wait_without_bounds(
     refusals: list[tuple[NodeId, float, bool]], seed: int
 ) -> None:
-    bounces, rng, since_wait = RefusalHistory(), Random(seed), set[NodeId]()
+    history, rng, since_wait = RefusalHistory(), Random(seed), set[NodeId]()
     for node, retry_s, others in refusals:
         since_wait.add(node)
-        match bounces.busy(node, retry_s, rng, others=others):
+        match history.refused(node, retry_s, rng, others=others):
             case PlanElsewhere(excluded=excluded):
-                assert excluded == since_wait and len(since_wait) <= MAX_BOUNCES and others
+                assert excluded == since_wait and len(since_wait) <= MAX_REROUTES and others
             case WaitAtEntry(wait_s=wait_s):
                 assert 0.0 < wait_s <= MAX_WAIT_S
                 since_wait.clear()
