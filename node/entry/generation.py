@@ -9,8 +9,10 @@ It decides which attempt counts, which token comes next, and when to plan a new 
    close the old attempt, plan the next, replay prompt and tokens, go on. There is no other failover.
 4. An attempt that falls silent has its nodes looked at (`DoubtPeers`); if membership then cannot reach one of them either, the
    attempt goes elsewhere and does not wait for the verdict. Once per token: a mesh that is merely slow must not chase itself.
-5. A refusal costs no attempt's work: another path at once, twice; then the request waits here, at the
-   entry, where it can still go anywhere (`routing.admission`).
+5. A refusal for want of room costs nothing: the request takes its place in the entry's queue again, and is placed when a node
+   has room (`routing.entry_queue`). It waits there as long as its deadline allows.
+6. A path that exists is never reported as missing: a node that was lost is avoided where there is another, and otherwise
+   tried again after a while.
 
 A later journal commits each token to a peer before `EmitToken`; it slots in between `token` and `EmitToken`.
 """
@@ -20,14 +22,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
 
 from mesh.errors import DeadlineExceeded, MeshError, NoPath, Refused
 from mesh.ids import Address, NodeId
-from routing.admission import PlanElsewhere, RefusalHistory, WaitAtEntry
-
-if TYPE_CHECKING:
-    from random import Random
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +51,7 @@ class PathPlanned:
 
 @dataclass(frozen=True, slots=True)
 class NoPathFound:
-    """Routing found no path, or no peer that would take it."""
+    """Live nodes hold no path for it, whatever room they have; or it can never be served."""
 
     attempt: int
     error: MeshError
@@ -71,7 +68,6 @@ class OpenRefused:
 
     attempt: int
     node: NodeId
-    retry_after_s: float
     fault: MeshError | None = None  # the request can never fit there
 
 
@@ -138,10 +134,14 @@ Event = PathPlanned | NoPathFound | Opened | OpenRefused | TokenDrawn | StageLos
 
 @dataclass(frozen=True, slots=True)
 class PlanPath:
-    """Find a path for `attempt` that avoids `exclude`; answer with `PathPlanned` or `NoPathFound`."""
+    """Queue for a path; answer with `PathPlanned` once there is room, or with `NoPathFound`.
+
+    `avoid`: nodes that were just lost, used where there is no path without them; `exclude`: those that can never hold it.
+    """
 
     attempt: int
-    exclude: frozenset[NodeId]
+    avoid: frozenset[NodeId]
+    exclude: frozenset[NodeId] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +195,8 @@ Effect = PlanPath | OpenPath | ClosePath | DoubtPeers | EmitToken | Finish | Fai
 
 class GenerationPhase(Enum):
     NEW = "new"
-    PLANNING = "planning"  # a Plan effect is out
-    WAITING = "waiting"  # nothing to be had just now; tick plans again
+    QUEUED = "queued"  # a PlanPath effect is out: the request waits in the entry's queue for a path with room
+    WAITING = "waiting"  # no path exists just now; tick plans again
     OPENING = "opening"  # an OpenPath effect is out
     RUNNING = "running"
     DONE = "done"
@@ -209,12 +209,11 @@ class RetryLimits:
     """How long and how often to try."""
 
     replan_s: float = 20.0  # a path that breaks may come back: a peer restarts, a span is placed anew
-    refused_s: float = 30.0  # how long a request may wait at the entry for room
     retry_s: float = 0.25  # between plans while waiting; membership events plan at once
     silence_s: float = 30.0  # no token for so long, and no other sign: the attempt is lost
     stall_s: float = 1.0  # no token for so long: its nodes are looked at, and one that is suspect is waited for no longer
     prefill_tok_s: float = 20.0  # the slowest prefill believed in, added to the first token's silence and stall
-    avoid_s: float = 3.0  # a node that was lost gets no part of the next plans for so long
+    avoid_s: float = 3.0  # a node that was lost gets no part of the next plans for so long, where there are others
     barren_attempts: int = 6  # attempts lost in a row without one new token: give up
 
 
@@ -224,7 +223,6 @@ class Generation:
 
     prompt_tokens: int
     deadline_at: float
-    rng: Random
     patience: RetryLimits = field(default_factory=RetryLimits)
     phase: GenerationPhase = GenerationPhase.NEW
     attempt: int = 0
@@ -232,14 +230,13 @@ class Generation:
     path: Stages = ()
     history: list[str] = field(default_factory=list)  # why each attempt after the first was needed
     _avoid: dict[NodeId, float] = field(default_factory=dict)
-    _refusals: RefusalHistory = field(default_factory=RefusalHistory)
+    _excluded: set[NodeId] = field(default_factory=set)
     _barren: int = 0
     _wake_at: float = math.inf
     _stall_at: float = math.inf  # when the silence of a running attempt becomes suspicious; infinite once it has
     _suspects: set[NodeId] = field(default_factory=set)
     _give_up_at: float = math.inf
-    _last_error: MeshError | None = None
-    _full: Refused | None = None  # of the latest refusal for want of room
+    _fault: MeshError | None = None  # why a node can never hold it
 
     @property
     def ended(self) -> bool:
@@ -260,13 +257,13 @@ class Generation:
             return []
         match event:
             case PathPlanned(path=path):
-                return self._open(path, now) if self.phase is GenerationPhase.PLANNING else []
+                return self._open(path, now) if self.phase is GenerationPhase.QUEUED else []
             case NoPathFound(error=error):
-                return self._wait(error, now) if self.phase is GenerationPhase.PLANNING else []
+                return self._no_path(error, now) if self.phase is GenerationPhase.QUEUED else []
             case Opened():
                 return self._opened(now)
             case OpenRefused():
-                return self._refused(event.node, event.retry_after_s, event.fault, now)
+                return self._refused(event.node, event.fault, now)
             case TokenDrawn():
                 return self._token(event, now)
             case StageLost():
@@ -297,11 +294,11 @@ class Generation:
     # --- transitions
 
     def _plan(self, now: float) -> list[Effect]:
-        self.phase = GenerationPhase.PLANNING
+        self.phase = GenerationPhase.QUEUED
         self.attempt += 1
-        self._wake_at = self._stall_at = math.inf  # the shell answers a Plan at once
+        self._wake_at = self._stall_at = math.inf  # the queue answers, or the deadline passes
         self._avoid = {node: until for node, until in self._avoid.items() if until > now}
-        return [PlanPath(self.attempt, frozenset(self._avoid) | self._refusals.excluded)]
+        return [PlanPath(self.attempt, frozenset(self._avoid), frozenset(self._excluded))]
 
     def _open(self, path: Stages, now: float) -> list[Effect]:
         self.phase, self.path = GenerationPhase.OPENING, path
@@ -326,25 +323,18 @@ class Generation:
         self.tokens.append(drawn.token)
         self._wake_at, self._stall_at = now + self.patience.silence_s, now + self.patience.stall_s
         self._barren = 0
-        self._refusals.taken()
         self._give_up_at = math.inf
         emit = EmitToken(drawn.position, drawn.token, drawn.finish, drawn.logprob, drawn.top)
         return [emit] if drawn.finish is None else [emit, *self._end(GenerationPhase.DONE, Finish(drawn.finish))]
 
-    def _refused(self, node: NodeId, retry_after_s: float, fault: MeshError | None, now: float) -> list[Effect]:
+    def _refused(self, node: NodeId, fault: MeshError | None, now: float) -> list[Effect]:
         if self.phase is not GenerationPhase.OPENING:
             return []
         self.path, self._stall_at = (), math.inf
         if fault is not None:  # it can never fit there; a larger node may still take it
-            self._avoid[node] = math.inf
-            self._last_error = fault
-            return self._plan(now)
-        self._full = Refused("every node that could serve this is full", retry_after_s)
-        match self._refusals.refused(node, retry_after_s, self.rng):
-            case PlanElsewhere():
-                return self._plan(now)
-            case WaitAtEntry(wait_s=wait_s):
-                return self._wait(self._full, now, wait_s)
+            self._excluded.add(node)
+            self._fault = fault
+        return self._plan(now)
 
     def _lost(
         self, node: NodeId | None, reason: str, now: float, fault: MeshError | None = None, unreachable: bool = False
@@ -357,12 +347,15 @@ class Generation:
             self._barren += 1
         self.history.append(reason)
         close: list[Effect] = [ClosePath(self.attempt, self.path, node)]
+        again = node in self._avoid  # it was taken for want of another
         if node is not None:
             self._avoid[node] = now + self.patience.avoid_s
         self.path = ()
         if self._barren >= self.patience.barren_attempts:
             error = Refused(f"{self._barren} attempts in a row were lost without a token; the last: {reason}", 1.0)
             return close + self._end(GenerationPhase.FAILED, Fail(error))
+        if again and unreachable:
+            return close + self._wait(Refused(f"the only nodes that hold its layers cannot be reached: {reason}", 1.0), now)
         return close + self._plan(now)
 
     def _stalled(self, now: float) -> list[Effect]:
@@ -383,9 +376,7 @@ class Generation:
     def _peer_back(self, node: NodeId, now: float) -> list[Effect]:
         self._suspects.discard(node)
         self._avoid.pop(node, None)
-        if self.phase is GenerationPhase.WAITING and isinstance(self._last_error, NoPath):
-            return self._plan(now)
-        return []
+        return self._plan(now) if self.phase is GenerationPhase.WAITING else []
 
     def _peer_gone(self, node: NodeId, reason: str, now: float) -> list[Effect]:
         self._suspects.discard(node)
@@ -394,25 +385,19 @@ class Generation:
             return self._lost(node, f"{node}: {reason}", now, unreachable=True)
         return []
 
-    def _wait(self, error: MeshError, now: float, wait_s: float | None = None) -> list[Effect]:
-        """There is no path: fail at once when nothing was ever begun and no node could serve it, otherwise wait a while."""
-        if isinstance(error, NoPath):
-            if self._full is not None and self._refusals.excluded:
-                error = self._full  # a path exists, but its nodes have just refused
-            elif not self.history:
-                if not isinstance(self._last_error, Refused):
-                    return self._end(GenerationPhase.FAILED, Fail(self._last_error or error))
-                error = self._last_error
-        if not isinstance(error, NoPath | Refused):
-            return self._end(GenerationPhase.FAILED, Fail(error))
-        if wait_s is None:
-            self._refusals.taken()  # every peer has refused: after the wait all are asked again
-        patience_s = self.patience.replan_s if isinstance(error, NoPath) else self.patience.refused_s
-        self._give_up_at = min(self._give_up_at, now + patience_s)
+    def _no_path(self, error: MeshError, now: float) -> list[Effect]:
+        """No live nodes hold a path: fail at once when nothing was ever begun, otherwise wait for one to come back."""
+        if not isinstance(error, NoPath) or not self.history:
+            return self._end(GenerationPhase.FAILED, Fail(self._fault or error))
+        return self._wait(error, now)
+
+    def _wait(self, error: MeshError, now: float) -> list[Effect]:
+        """Plans again after a while; fails with `error` when no path has brought a token for `replan_s`."""
+        self._give_up_at = min(self._give_up_at, now + self.patience.replan_s)
         if now >= self._give_up_at:
             return self._end(GenerationPhase.FAILED, Fail(error))
-        self.phase, self.path, self._last_error = GenerationPhase.WAITING, (), error
-        self._wake_at = now + (self.patience.retry_s if wait_s is None else wait_s)
+        self.phase, self.path = GenerationPhase.WAITING, ()
+        self._wake_at = now + self.patience.retry_s
         return []
 
     def _end(self, phase: GenerationPhase, last: Effect | None = None) -> list[Effect]:

@@ -32,10 +32,11 @@ class PlanRequest:
     weights: str  # that compute the request, at every attempt
     known_tokens: int  # prompt, and answer so far: what the new path must prefill
     tokens_to_come: int
-    exclude: frozenset[NodeId]
+    exclude: frozenset[NodeId]  # that have no room for it now, or never
     numerics: str  # the fingerprint of the attempt before: an equal one keeps the promise of equal tokens; empty: any
     policy: str  # empty: the default
     names: Sequence[bytes] = ()  # of the pages of the known tokens (`mesh.prefix`)
+    avoid: frozenset[NodeId] = frozenset()  # that were just lost: taken where there is no path without them
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,6 @@ class Planning:
         self._breakers = Breakers()
         self._prefixes = PrefixMemory(PREFIX_PAGE_TOKENS)
         self._doubted_until: dict[NodeId, float] = {}
-        self.last_wait_s = 0.0  # expected in the queues of the path planned last: what admission looks at
         self._sent: dict[SequenceKey, list[Dispatch]] = {}
 
     def plan(self, request: PlanRequest) -> PlannedPath:
@@ -80,12 +80,11 @@ class Planning:
             ),
             dispatches=self._dispatches,
             excluded=request.exclude,
-            avoided=self._breakers.avoided([peer.id for peer in view.live()], now) | self._doubted(now),
+            avoided=self._breakers.avoided([peer.id for peer in view.live()], now) | self._doubted(now) | request.avoid,
             numerics=request.numerics,
             weights=request.weights,
         )
         stages = tuple(StageAt(stage.node, stage.address, stage.start, stage.end) for stage in path)
-        self.last_wait_s = path.wait_ms / 1000.0
         asked = {each.node for each in path.considered}
         alone = len(stages) == len(asked) == 1
         return PlannedPath(stages, path.numerics, round(path.cost_ms, 3), path.considered, last_choice=alone)

@@ -17,7 +17,6 @@ from typing import Any
 
 from mesh.ids import NodeId
 from mesh.view import Load, Peer
-from routing.admission import PlanElsewhere, RefusalHistory
 from routing.dispatches import Dispatch, DispatchedWork, Dispatches
 from routing.policies import PeerCandidate, Policy, policy_named
 from routing.score import PoolMeans, RequestWork, ScoreTerms, costs, pool_of
@@ -28,6 +27,7 @@ SPEEDS = [(0.5, 1.0, 1.0, 2.0)[index % 4] for index in range(NODES)]
 GOSSIP_S, GOSSIP_DELAY_S = 1.0, 0.2
 HORIZON_S, WARM_S = 120.0, 30.0
 OUTPUT_TOKENS = 100
+REROUTES = 2  # refusals after which a request queues where it is: more gain little
 NAMES = [NodeId(f"n{index:02}") for index in range(NODES)]
 
 
@@ -99,15 +99,12 @@ class Mesh:
         heapq.heappush(self.events, (when, next(self.order), what, details))
 
     def arrive(self, now: float, entry: int) -> None:
-        knows, history = self.entries[entry], RefusalHistory()
-        chosen = self.choose(now, entry, frozenset())
-        while self.refuse and self.servers[chosen].busy >= PLACES:
+        knows, excluded = self.entries[entry], frozenset[NodeId]()
+        chosen = self.choose(now, entry, excluded)
+        while self.refuse and self.servers[chosen].busy >= PLACES and len(excluded) < REROUTES:
             self.hear(now, chosen, self.servers[chosen].load(SPEEDS[chosen]), entry)
-            match history.refused(NAMES[chosen], 1.0, self.rng):
-                case PlanElsewhere(excluded=excluded):
-                    chosen = self.choose(now, entry, excluded)
-                case _:
-                    break
+            excluded |= {NAMES[chosen]}
+            chosen = self.choose(now, entry, excluded)
         sent = knows.dispatches.dispatch(NAMES[chosen], now)
         self.servers[chosen].queue.append((now, entry, sent, self.rng.expovariate(1.0 / SERVICE_S)))
         self.serve(now, chosen)

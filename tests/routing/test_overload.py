@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from random import Random
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.errors import BadRequest, Refused
 from mesh.ids import NodeId
-from routing.admission import (
-    MAX_REROUTES,
-    MAX_WAIT_S,
-    AdmissionLimits,
-    PlanElsewhere,
-    RefusalHistory,
-    WaitAtEntry,
-    admit,
-    retry_after_s,
-)
+from routing.admission import MAX_RETRY_S, WAIT_SHARES, Admission, AdmissionLimits, Queue, retry_after_s
 from routing.breaker import FAILURES_TO_OPEN, MAX_OPEN_S, PROBE_S, Breakers, Circuit
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
@@ -29,30 +18,59 @@ A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
 
 
 @pytest.mark.parametrize(
-    ("wait_s", "deadline_s", "retry_s"),
-    [(0.0, None, None), (30.0, None, None), (31.5, None, 1.5), (5.0, 6.0, None), (7.0, 6.0, 7.0), (999.0, None, 60.0)],
+    ("wait_s", "retries", "deadline_s", "refused"),
+    [
+        (0.0, 0, None, False),
+        (1.8, 0, None, False),
+        (1.9, 0, None, True),
+        (1.9, 1, None, False),
+        (3.1, 1, None, True),
+        (6.0, 2, None, False),
+        (6.1, 9, None, True),
+        (1.5, 0, 2.5, False),
+        (1.5, 0, 1.4, True),
+    ],
 )
 def test_a_request_is_refused_by_its_expected_wait_and_its_own_deadline(
-    wait_s: float, deadline_s: float | None, retry_s: float | None
+    wait_s: float, retries: int, deadline_s: float | None, refused: bool
 ) -> None:
     def ask() -> None:
-        admit(AdmissionLimits(), running=3, waiting=1, expected_wait_s=wait_s, deadline_s=deadline_s)
+        Admission().admit(Queue(3, 1, wait_s, 1.0), 0.0, retries=retries, deadline_s=deadline_s)
 
-    if retry_s is None:
+    if not refused:
         ask()
     else:
         with pytest.raises(Refused) as caught:
             ask()
-        assert (caught.value.retry_after_s, caught.value.quota) == (retry_s, False)
+        assert (caught.value.retry_after_s, caught.value.quota) == (wait_s, False)
 
 
 def test_a_full_entry_says_so() -> None:
-    limits = AdmissionLimits(running=2, waiting=1)
-    admit(limits, running=1, waiting=0)
+    admission = Admission(AdmissionLimits(running=2, waiting=1))
+    admission.admit(Queue(1, 0, 0.0, 1.0), 0.0)
     with pytest.raises(Refused, match="1 of them waiting"):
-        admit(limits, running=1, waiting=1)
+        admission.admit(Queue(1, 1, 0.0, 1.0), 0.0)
     with pytest.raises(Refused, match="drives 2 requests"):
-        admit(limits, running=2, waiting=0)
+        admission.admit(Queue(2, 0, 0.0, 1.0), 0.0)
+
+
+def test_refused_clients_come_back_one_after_another_at_the_rate_of_starts() -> None:
+    admission, times = Admission(), []
+    for _ in range(200):
+        with pytest.raises(Refused) as caught:
+            admission.admit(Queue(900, 900, 20.0, 10.0), 100.0)
+        times.append(caught.value.retry_after_s)
+    assert times[0] == 20.0
+    assert [round(later - earlier, 6) for earlier, later in zip(times, times[1:])] == [0.1] * 199
+
+
+def test_appointments_never_lie_beyond_what_clients_obey_and_do_not_outlive_the_load() -> None:
+    admission = Admission()
+    for _ in range(5000):
+        with pytest.raises(Refused) as caught:
+            admission.admit(Queue(900, 900, 20.0, 10.0), 100.0)
+        assert caught.value.retry_after_s <= MAX_RETRY_S
+    admission.admit(Queue(1, 0, 0.0, 10.0), 100.1)  # the queue is empty: nobody has to keep an appointment
 
 
 def test_senseless_limits_are_named() -> None:
@@ -157,42 +175,3 @@ def test_every_peer_gets_a_chance_within_a_minute_of_silence(events: list[tuple[
             case _:
                 breakers.given_up(A)
     assert breakers.allows(A, now + MAX_OPEN_S + PROBE_S)
-
-
-# Refusals
-
-
-def test_two_reroutes_then_a_wait_at_the_entry_and_all_peers_count_again() -> None:
-    history, rng = RefusalHistory(), Random(0)
-    assert history.refused(A, 1.0, rng) == PlanElsewhere(frozenset({A}))
-    assert history.refused(B, 0.2, rng) == PlanElsewhere(frozenset({A, B}))
-    waiting = history.refused(C, 1.5, rng)
-    assert isinstance(waiting, WaitAtEntry) and 0.1 <= waiting.wait_s <= 0.2
-    assert history.excluded == frozenset()
-    assert history.refused(A, 1.0, rng) == PlanElsewhere(frozenset({A}))
-
-
-def test_without_other_peers_the_request_waits_at_once_and_each_round_longer() -> None:
-    history, rng = RefusalHistory(), Random(0)
-    waits = [history.refused(A, 0.1, rng, others=False) for _ in range(8)]
-    limits = [min(MAX_WAIT_S, 0.1 * 2**round_) for round_ in range(8)]
-    for waiting, limit_s in zip(waits, limits):
-        assert isinstance(waiting, WaitAtEntry) and limit_s / 2 <= waiting.wait_s <= limit_s
-    history.taken()
-    again = history.refused(A, 0.1, rng, others=False)
-    assert isinstance(again, WaitAtEntry) and again.wait_s <= 0.1
-
-
-@given(st.lists(st.tuples(st.sampled_from([A, B, C]), st.floats(-1.0, 100.0), st.booleans()), max_size=50), st.integers(0, 99))
-def test_never_more_than_two_reroutes_between_waits_and_no_wait_without_bounds(
-    refusals: list[tuple[NodeId, float, bool]], seed: int
-) -> None:
-    history, rng, since_wait = RefusalHistory(), Random(seed), set[NodeId]()
-    for node, retry_s, others in refusals:
-        since_wait.add(node)
-        match history.refused(node, retry_s, rng, others=others):
-            case PlanElsewhere(excluded=excluded):
-                assert excluded == since_wait and len(since_wait) <= MAX_REROUTES and others
-            case WaitAtEntry(wait_s=wait_s):
-                assert 0.0 < wait_s <= MAX_WAIT_S
-                since_wait.clear()
