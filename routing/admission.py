@@ -1,12 +1,12 @@
 """Admission at the entry, and what the entry does when a peer refuses to open a sequence.
 
-Bounds are on expected waiting, not on counts alone: a queue of a hundred short requests is fine, one of ten long ones may not be.
-A request that cannot meet its own deadline is refused at once rather than timed out later (Mooncake: early rejection). The answer
-says when to try again; jitter is added where the answer is written, so that this stays a pure function.
+Bounds are on the expected wait, not on counts alone: a queue of a hundred short requests is fine, ten long ones may be too many.
+A request that cannot meet its own deadline is refused at once rather than timed out later (Mooncake: early rejection). The
+refusal carries a time after which to try again; HTTP adds jitter when it writes the answer, so that this stays a pure function.
 
-A peer decides whether it is full, since it alone knows its load now; a refusal costs one round trip and carries that load. After
-a refusal the entry tries another peer at once, twice; then the request waits at the entry, where it can still go to any peer. In
-simulation two refusals cut the wait of power-of-two tenfold; more gain nothing and load a full mesh.
+Each peer decides whether it is full, since only the peer has its current load; a refusal costs one round trip and carries that
+load. After a refusal the entry tries another path at once, twice; then the request waits at the entry, from where any peer can
+still be chosen. In simulation two such retries cut the wait of power-of-two tenfold; more gain nothing and load a full mesh.
 """
 
 from __future__ import annotations
@@ -21,31 +21,14 @@ if TYPE_CHECKING:
     from random import Random
 
 
-MAX_REROUTES = 2  # refusals that are answered by another path at once, between two waits
+MAX_REROUTES = 2  # refusals after which another path is planned at once, between two waits
 MIN_WAIT_S = 0.05
 MAX_WAIT_S = 2.0
-"""Of one wait; the request's deadline and admission bound their sum."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlanElsewhere:
-    """Plan again, without these."""
-
-    excluded: frozenset[NodeId]
-
-
-@dataclass(frozen=True, slots=True)
-class WaitAtEntry:
-    """Plan again after `wait_s`, with all peers."""
-
-    wait_s: float
-
-
-AfterRefusal = PlanElsewhere | WaitAtEntry
+"""Of one wait; `RetryLimits.refused_s` and the request's deadline bound their sum."""
 
 
 class RefusalHistory:
-    """The refusals of one request, since it last waited or was taken."""
+    """The refusals of one generation's opens since its last wait or its last token."""
 
     def __init__(self) -> None:
         self._refused: list[NodeId] = []
@@ -54,28 +37,31 @@ class RefusalHistory:
 
     @property
     def excluded(self) -> frozenset[NodeId]:
+        """The peers that have refused; the next plan leaves them out."""
         return frozenset(self._refused)
 
-    def refused(self, node: NodeId, retry_after_s: float, rng: Random, *, others: bool = True) -> AfterRefusal:
-        """`node` refused, and expects room after `retry_after_s`. others: some peer is left that has not refused.
+    def refused(self, node: NodeId, retry_after_s: float, rng: Random, *, others: bool = True) -> float | None:
+        """Records that `node` refused and expects room after `retry_after_s`, and decides what to do about it.
 
-        The wait is the shortest that a peer expects, grows with each round, and is spread by half so that requests that
-        were refused together do not come back together.
+        Returns None to plan another path at once, without the `excluded` peers; or how long to wait in seconds, after which
+        no peer is excluded. The wait is the shortest that a peer expects, doubles with each wait, and is spread by half so that
+        requests that were refused together do not return together. others: some peer has not refused yet.
         """
-        again = node in self._refused  # it was asked although it had refused: there is no other peer
+        again = node in self._refused  # planned although it had refused, so there is no other peer
         if not again:
             self._refused.append(node)
         self._soonest_s = min(self._soonest_s, max(MIN_WAIT_S, retry_after_s))
         if others and not again and len(self._refused) <= MAX_REROUTES:
-            return PlanElsewhere(self.excluded)
+            return None
         self._waits += 1
         wait_s = min(MAX_WAIT_S, self._soonest_s * 2.0 ** (min(self._waits, 16) - 1))
         self._refused.clear()
         self._soonest_s = MAX_WAIT_S
-        return WaitAtEntry(wait_s * rng.uniform(0.5, 1.0))
+        assert wait_s > 0.0, "a plan without a wait would ask a full mesh in a loop"
+        return wait_s * rng.uniform(0.5, 1.0)
 
-    def taken(self) -> None:
-        """A path took the request: a later refusal, on a later attempt, starts anew."""
+    def reset(self) -> None:
+        """Forgets all refusals: a path has computed a token, or every peer has refused and a wait begins."""
         self._refused.clear()
         self._soonest_s = MAX_WAIT_S
         self._waits = 0
@@ -88,8 +74,8 @@ MAX_RETRY_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    running: int = 4096  # requests that this entry drives at once: each holds text, a core and a connection
-    waiting: int = 2048  # of them, those without a token yet
+    running: int = 4096  # requests that this entry holds at once, each with text, cores and a connection
+    waiting: int = 2048  # those of them that have no token yet
     wait_s: float = 30.0  # longest expected wait before the first token is computed
 
     def __post_init__(self) -> None:
@@ -100,13 +86,13 @@ class AdmissionLimits:
 def admit(
     limits: AdmissionLimits, *, running: int, waiting: int, expected_wait_s: float = 0.0, deadline_s: float | None = None
 ) -> None:
-    """Returns when one request more may come in.
+    """Returns if one more request may be admitted.
 
-    running, waiting: what this entry drives now, those that wait included in the first. expected_wait_s: queues on the
-    best path now. deadline_s: what is left of the request's own time; None: no end.
+    running: requests at this entry now; waiting: those of them without a token. expected_wait_s: queues on the path planned
+    last. deadline_s: what is left of the request's own time; None: no end.
 
     Raises:
-        Refused: too many, too long, or too late; with the time after which it may be otherwise.
+        Refused: too many requests, too long a wait, or a deadline that cannot be met; with the time after which to try again.
     """
     if running >= limits.running or waiting >= limits.waiting:
         raise Refused(
@@ -128,5 +114,5 @@ def admit(
 
 
 def retry_after_s(expected_s: float) -> float:
-    """When it is worth coming back: the expected time, within bounds."""
+    """Time after which to try again: the expected time, within bounds."""
     return min(MAX_RETRY_S, max(MIN_RETRY_S, expected_s))

@@ -27,7 +27,7 @@ from routing.windows import SPARE_STEPS, Window, best_windows
 MAX_SPANS_WEIGHED = 4
 """Nodes with more spans of a model than this keep all or none of them in a move; else every subset is weighed."""
 
-Standing = tuple[int, ...]
+PlacementShortfall = tuple[int, ...]
 """How far the mesh is from its aims; smaller is better: (0 if a path exists, layers with no copy, with less than 2, …)."""
 
 
@@ -92,7 +92,7 @@ def next_move(
     if any(_spans(peer.facts.intends, card) for peer in peers):
         return None
     held = {peer.id: _spans(peer.facts.spans, card) for peer in peers}
-    before = _standing(held, card.layers, replicas_wanted)
+    before = _shortfall(held, card.layers, replicas_wanted)
     if not any(before):
         return None
     epoch = _epoch(card, held)
@@ -113,7 +113,7 @@ def _best_move(
     held: Mapping[NodeId, tuple[Window, ...]],
     capacity: int,
     card: ModelCard,
-    before: Standing,
+    before: PlacementShortfall,
     wanted: int,
     epoch: str,
 ) -> PlacementMove | None:
@@ -121,7 +121,7 @@ def _best_move(
     current = held[node]
     others = {other: spans for other, spans in held.items() if other != node}
     elsewhere = _copies(others.values(), card.layers)
-    options: list[tuple[Standing, int, int, PlacementMove]] = []
+    options: list[tuple[PlacementShortfall, int, int, PlacementMove]] = []
     for kept in _subsets(current):
         dropped = tuple(span for span in current if span not in kept)
         taken = _to_take(kept, dropped, elsewhere, capacity, wanted, node)
@@ -130,7 +130,7 @@ def _best_move(
         breakable = bool(before[0]) or all(elsewhere[layer] > 0 for layer in _layers(dropped) - _layers(kept))
         if not taken or not (fits_beside or breakable) or (card.whole_only and taken != ((0, card.layers),)):
             continue
-        after = _standing({**others, node: (*kept, *taken)}, card.layers, wanted)
+        after = _shortfall({**others, node: (*kept, *taken)}, card.layers, wanted)
         first, last = ((), dropped) if fits_beside else (dropped, ())
         move = PlacementMove(node, _as_spans(first, card), _as_spans(taken, card), _as_spans(last, card), epoch)
         options.append((after, _size(taken), len(dropped), move))
@@ -158,7 +158,7 @@ def _to_take(
     return best_windows(counts, min(max(short, _size(dropped)), capacity - _size(kept)), wanted, node, edges)
 
 
-def _standing(held: Mapping[NodeId, tuple[Window, ...]], layers: int, wanted: int) -> Standing:
+def _shortfall(held: Mapping[NodeId, tuple[Window, ...]], layers: int, wanted: int) -> PlacementShortfall:
     counts = _copies(held.values(), layers)
     short = tuple(sum(1 for count in counts if count < copies) for copies in range(1, wanted + 1))
     return (0 if connected(list(held.values()), layers) else 1, *short)

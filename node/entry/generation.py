@@ -5,14 +5,15 @@ It decides which attempt counts, which token comes next, and when to plan a new 
 1. Events of an older attempt change nothing (fencing). Tokens and losses are compared with the attempt already in
    `RequestRun`, which also checks their sender against the path; `receive` here compares every event.
 2. Tokens come in order of position, each once; a repeat is dropped, a gap loses the attempt.
-3. Whatever is lost (a stage, its link, its member, its answer in time) leads to the same transition:
-   close the old attempt, plan the next, replay prompt and tokens, go on. There is no other failover.
-4. An attempt that falls silent has its nodes looked at (`DoubtPeers`); if membership then cannot reach one of them either, the
-   attempt goes elsewhere and does not wait for the verdict. Once per token: a mesh that is merely slow must not chase itself.
-5. A refusal costs no attempt's work: another path at once, twice; then the request waits here, at the
-   entry, where it can still go anywhere (`routing.admission`).
+3. Every loss (of a stage, its link, its member, or an answer in time) leads to the same transition:
+   close the old attempt, plan the next, replay prompt and tokens, continue. There is no other failover.
+4. When an attempt falls silent, membership is asked to probe its nodes (`DoubtPeers`). If membership suspects one of them, the
+   attempt is lost without waiting for the verdict. At most once per token, so that a slow mesh does not replan for ever.
+5. A refused open (`_refused`) costs no computed work: another path is planned at once, twice; then the request waits here, at
+   the entry, from where any peer can still be chosen (`routing.admission.RefusalHistory` has the limits and waiting times).
+   After `RetryLimits.refused_s` the request fails with `Refused`, which HTTP answers with 503 and `Retry-After`.
 
-A later journal commits each token to a peer before `EmitToken`; it slots in between `token` and `EmitToken`.
+A later journal commits each token to a peer before `EmitToken`, between `TokenDrawn` and `EmitToken`.
 """
 
 from __future__ import annotations
@@ -23,38 +24,26 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from mesh.errors import DeadlineExceeded, MeshError, NoPath, Refused
-from mesh.ids import Address, NodeId
-from routing.admission import PlanElsewhere, RefusalHistory, WaitAtEntry
+from mesh.ids import NodeId
+from routing.admission import RefusalHistory
+from routing.path import PathStages
 
 if TYPE_CHECKING:
     from random import Random
 
 
-@dataclass(frozen=True, slots=True)
-class StageAt:
-    """One stage of a path: `node` at `address` computes layers `[start, end)`."""
-
-    node: NodeId
-    address: Address
-    start: int
-    end: int
-
-
-Stages = tuple[StageAt, ...]
-
-
-# --- what happens to a generation
+# --- events: what happens to a generation
 
 
 @dataclass(frozen=True, slots=True)
 class PathPlanned:
     attempt: int
-    path: Stages
+    path: PathStages
 
 
 @dataclass(frozen=True, slots=True)
 class NoPathFound:
-    """Routing found no path, or no peer that would take it."""
+    """Routing found no path."""
 
     attempt: int
     error: MeshError
@@ -67,12 +56,12 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class OpenRefused:
-    """A stage refused to open the sequence; nothing is open any more on the others."""
+    """The stage on `node` refused to open the sequence; the attempt's other stages have been closed."""
 
     attempt: int
     node: NodeId
     retry_after_s: float
-    fault: MeshError | None = None  # the request can never fit there
+    fault: MeshError | None = None  # set where the request can never fit on the node
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +76,7 @@ class TokenDrawn:
 
 @dataclass(frozen=True, slots=True)
 class StageLost:
-    """A stage gave the attempt up, or cannot be reached (`unreachable`). `node` None: it is not known which."""
+    """A stage gave the attempt up, or cannot be reached (`unreachable`). `node` None: the stage is not known."""
 
     attempt: int
     node: NodeId | None
@@ -99,7 +88,7 @@ class StageLost:
 
 @dataclass(frozen=True, slots=True)
 class PeerGone:
-    """Membership or a broken link says that a node is lost, whatever it did."""
+    """A node died, left, restarted or stalled, or a link to it broke."""
 
     node: NodeId
     reason: str
@@ -107,21 +96,21 @@ class PeerGone:
 
 @dataclass(frozen=True, slots=True)
 class PeerSuspect:
-    """Membership cannot reach a node, and gives it some seconds yet."""
+    """Membership cannot reach a node and has not declared it dead yet, or its engine makes no progress."""
 
     node: NodeId
 
 
 @dataclass(frozen=True, slots=True)
 class PeerBack:
-    """A node lives after all, or runs anew."""
+    """A suspect node is alive, or a node has joined or restarted."""
 
     node: NodeId
 
 
 @dataclass(frozen=True, slots=True)
 class StopFound:
-    """The entry found a stop string in the text: the answer ends here."""
+    """The entry found a stop string in the text, which ends the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +119,10 @@ class Cancelled:
 
 
 PeerNews = PeerGone | PeerSuspect | PeerBack
-Event = PathPlanned | NoPathFound | Opened | OpenRefused | TokenDrawn | StageLost | PeerNews | StopFound | Cancelled
+GenerationEvent = PathPlanned | NoPathFound | Opened | OpenRefused | TokenDrawn | StageLost | PeerNews | StopFound | Cancelled
 
 
-# --- what is to be done about it
+# --- effects: what the shell (`node.entry.run`) has to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,29 +138,29 @@ class OpenPath:
     """Open every stage for prompt and `tokens` (the answer so far); answer with Opened, OpenRefused or StageLost."""
 
     attempt: int
-    path: Stages
+    path: PathStages
     tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ClosePath:
-    """Free the attempt's sequences on all its stages, without waiting. `lost`: the node that was to blame, if any."""
+    """Free the attempt's sequences on all its stages, without waiting. `lost`: the node that failed, if one did."""
 
     attempt: int
-    path: Stages
+    path: PathStages
     lost: NodeId | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DoubtPeers:
-    """Have membership look at these nodes now: they were expected to bring a token."""
+    """Have membership probe these nodes now: a token from them is overdue."""
 
     nodes: frozenset[NodeId]
 
 
 @dataclass(frozen=True, slots=True)
 class EmitToken:
-    """The next token of the answer, for the client; with `finish` it is the last."""
+    """The next token of the answer, for the client; the last one if `finish` is set."""
 
     position: int
     token: int
@@ -190,14 +179,14 @@ class Fail:
     error: MeshError
 
 
-Effect = PlanPath | OpenPath | ClosePath | DoubtPeers | EmitToken | Finish | Fail
+GenerationEffect = PlanPath | OpenPath | ClosePath | DoubtPeers | EmitToken | Finish | Fail
 
 
 class GenerationPhase(Enum):
     NEW = "new"
-    PLANNING = "planning"  # a Plan effect is out
-    WAITING = "waiting"  # nothing to be had just now; tick plans again
-    OPENING = "opening"  # an OpenPath effect is out
+    PLANNING = "planning"  # `PlanPath` was returned and is not answered yet
+    WAITING = "waiting"  # no path, or all peers are full; `tick` plans again
+    OPENING = "opening"  # `OpenPath` was returned and is not answered yet
     RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
@@ -206,40 +195,40 @@ class GenerationPhase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RetryLimits:
-    """How long and how often to try."""
+    """How long and how often a generation tries."""
 
-    replan_s: float = 20.0  # a path that breaks may come back: a peer restarts, a span is placed anew
-    refused_s: float = 30.0  # how long a request may wait at the entry for room
+    replan_s: float = 20.0  # longest wait for a path where there is none: a peer may restart, a span may be placed anew
+    refused_s: float = 30.0  # longest wait at the entry while all peers are full
     retry_s: float = 0.25  # between plans while waiting; membership events plan at once
-    silence_s: float = 30.0  # no token for so long, and no other sign: the attempt is lost
-    stall_s: float = 1.0  # no token for so long: its nodes are looked at, and one that is suspect is waited for no longer
-    prefill_tok_s: float = 20.0  # the slowest prefill believed in, added to the first token's silence and stall
-    avoid_s: float = 3.0  # a node that was lost gets no part of the next plans for so long
-    barren_attempts: int = 6  # attempts lost in a row without one new token: give up
+    silence_s: float = 30.0  # an attempt without a token for this long is lost
+    stall_s: float = 1.0  # after this long without a token the attempt's nodes are probed, and a suspect one is given up
+    prefill_tok_s: float = 20.0  # slowest prefill allowed for: extends `silence_s` and `stall_s` before the first token
+    avoid_s: float = 3.0  # a lost node is excluded from plans for this long
+    tokenless_attempts: int = 6  # the request fails after this many attempts lost in a row without a new token
 
 
 @dataclass(slots=True)
 class Generation:
-    """One choice. Positions count from 0 over prompt and answer; the answer begins at `prompt_tokens`."""
+    """The state of one choice. Positions count from 0 over prompt and answer; the answer begins at `prompt_tokens`."""
 
     prompt_tokens: int
     deadline_at: float
     rng: Random
-    patience: RetryLimits = field(default_factory=RetryLimits)
+    limits: RetryLimits = field(default_factory=RetryLimits)
     phase: GenerationPhase = GenerationPhase.NEW
     attempt: int = 0
     tokens: list[int] = field(default_factory=list)
-    path: Stages = ()
+    path: PathStages = ()
     history: list[str] = field(default_factory=list)  # why each attempt after the first was needed
-    _avoid: dict[NodeId, float] = field(default_factory=dict)
+    _avoid: dict[NodeId, float] = field(default_factory=dict)  # nodes excluded from plans, until when
     _refusals: RefusalHistory = field(default_factory=RefusalHistory)
-    _barren: int = 0
-    _wake_at: float = math.inf
-    _stall_at: float = math.inf  # when the silence of a running attempt becomes suspicious; infinite once it has
+    _tokenless_attempts: int = 0  # lost in a row since the latest token
+    _wake_at: float = math.inf  # WAITING: time of the next plan; OPENING, RUNNING: the attempt is lost then
+    _stall_at: float = math.inf  # when the attempt's nodes are to be probed; infinite once they have been
     _suspects: set[NodeId] = field(default_factory=set)
-    _give_up_at: float = math.inf
+    _give_up_at: float = math.inf  # end of the present wait for a path or for room
     _last_error: MeshError | None = None
-    _full: Refused | None = None  # of the latest refusal for want of room
+    _full: Refused | None = None  # the latest refusal for lack of room
 
     @property
     def ended(self) -> bool:
@@ -247,15 +236,21 @@ class Generation:
 
     @property
     def deadline(self) -> float:
-        """When `tick` next has something to do; infinite once ended."""
+        """The time at which `tick` is next due; infinite once ended."""
         return math.inf if self.ended else min(self._wake_at, self._stall_at, self.deadline_at)
 
-    def start(self, now: float) -> list[Effect]:
+    @property
+    def avoided(self) -> frozenset[NodeId]:
+        """Nodes that the latest plan had to exclude because they were lost or could never fit the request."""
+        return frozenset(self._avoid)
+
+    def start(self, now: float) -> list[GenerationEffect]:
+        assert self.phase is GenerationPhase.NEW
         return self._plan(now)
 
-    def receive(self, event: Event, now: float) -> list[Effect]:
-        """Every event passes here; one of another attempt is dropped."""
-        attempt = getattr(event, "attempt", self.attempt)
+    def receive(self, event: GenerationEvent, now: float) -> list[GenerationEffect]:
+        """Applies an event. Every event passes here; events of another attempt, or after the end, change nothing."""
+        attempt = getattr(event, "attempt", self.attempt)  # events about peers and the client concern every attempt
         if self.ended or attempt != self.attempt:
             return []
         match event:
@@ -270,7 +265,8 @@ class Generation:
             case TokenDrawn():
                 return self._token(event, now)
             case StageLost():
-                return self._lost(event.node, event.reason, now, None if event.retryable else _fault(event), event.unreachable)
+                fault = None if event.retryable else event.error or MeshError(event.reason)
+                return self._lost(event.node, event.reason, now, fault, event.unreachable)
             case PeerGone(node=node, reason=reason):
                 return self._peer_gone(node, reason, now)
             case PeerSuspect(node=node):
@@ -282,7 +278,7 @@ class Generation:
             case Cancelled():
                 return self._end(GenerationPhase.CANCELLED)
 
-    def tick(self, now: float) -> list[Effect]:
+    def tick(self, now: float) -> list[GenerationEffect]:
         if self.ended:
             return []
         if now >= self.deadline_at:
@@ -290,136 +286,139 @@ class Generation:
                 GenerationPhase.FAILED, Fail(DeadlineExceeded("the request's deadline passed before its answer was complete"))
             )
         if now >= self._wake_at:
-            waits = self.phase is GenerationPhase.WAITING
-            return self._plan(now) if waits else self._lost(None, f"no token for {self.patience.silence_s:g} s", now)
+            if self.phase is GenerationPhase.WAITING:
+                return self._plan(now)
+            return self._lost(None, f"no token for {self.limits.silence_s:g} s", now)
         return self._stalled(now) if now >= self._stall_at else []
 
     # --- transitions
 
-    def _plan(self, now: float) -> list[Effect]:
+    def _plan(self, now: float) -> list[GenerationEffect]:
         self.phase = GenerationPhase.PLANNING
         self.attempt += 1
-        self._wake_at = self._stall_at = math.inf  # the shell answers a Plan at once
+        self._wake_at = self._stall_at = math.inf  # the shell answers `PlanPath` at once
         self._avoid = {node: until for node, until in self._avoid.items() if until > now}
         return [PlanPath(self.attempt, frozenset(self._avoid) | self._refusals.excluded)]
 
-    def _open(self, path: Stages, now: float) -> list[Effect]:
+    def _open(self, path: PathStages, now: float) -> list[GenerationEffect]:
         self.phase, self.path = GenerationPhase.OPENING, path
-        self._wake_at, self._stall_at = now + self.patience.silence_s, now + self.patience.stall_s
+        self._wake_at, self._stall_at = now + self.limits.silence_s, now + self.limits.stall_s
         return [OpenPath(self.attempt, path, tuple(self.tokens))]
 
-    def _opened(self, now: float) -> list[Effect]:
-        if self.phase is GenerationPhase.OPENING:
+    def _opened(self, now: float) -> list[GenerationEffect]:
+        if self.phase is GenerationPhase.OPENING:  # else the first token came before the answer to the open
             self.phase = GenerationPhase.RUNNING
             replayed = self.prompt_tokens + len(self.tokens)
-            first_token_at = now + replayed / self.patience.prefill_tok_s
-            self._wake_at, self._stall_at = first_token_at + self.patience.silence_s, first_token_at + self.patience.stall_s
+            first_token_at = now + replayed / self.limits.prefill_tok_s
+            self._wake_at, self._stall_at = first_token_at + self.limits.silence_s, first_token_at + self.limits.stall_s
         return []
 
-    def _token(self, drawn: TokenDrawn, now: float) -> list[Effect]:
+    def _token(self, drawn: TokenDrawn, now: float) -> list[GenerationEffect]:
         expected = self.prompt_tokens + len(self.tokens)
         if self.phase not in (GenerationPhase.RUNNING, GenerationPhase.OPENING) or drawn.position < expected:
-            return []
-        if drawn.position > expected:
+            return []  # no path is open, or the token is a repeat
+        if drawn.position > expected:  # a frame was lost with its link: only a replay brings the missing token again
             return self._lost(None, f"a gap: token {drawn.position} came where {expected} was due", now)
+        assert self.path, "a token counts only while a path is open"
         self.phase = GenerationPhase.RUNNING
         self.tokens.append(drawn.token)
-        self._wake_at, self._stall_at = now + self.patience.silence_s, now + self.patience.stall_s
-        self._barren = 0
-        self._refusals.taken()
+        self._wake_at, self._stall_at = now + self.limits.silence_s, now + self.limits.stall_s
+        self._tokenless_attempts = 0
+        self._refusals.reset()
         self._give_up_at = math.inf
         emit = EmitToken(drawn.position, drawn.token, drawn.finish, drawn.logprob, drawn.top)
         return [emit] if drawn.finish is None else [emit, *self._end(GenerationPhase.DONE, Finish(drawn.finish))]
 
-    def _refused(self, node: NodeId, retry_after_s: float, fault: MeshError | None, now: float) -> list[Effect]:
+    def _refused(self, node: NodeId, retry_after_s: float, fault: MeshError | None, now: float) -> list[GenerationEffect]:
+        """A stage refused the open: plans another path at once, or waits at the entry when too many peers have refused."""
         if self.phase is not GenerationPhase.OPENING:
             return []
-        self.path, self._stall_at = (), math.inf
-        if fault is not None:  # it can never fit there; a larger node may still take it
+        self.path, self._stall_at = (), math.inf  # no ClosePath: the shell has closed the other stages already
+        if fault is not None:  # the request can never fit on this node; a larger one may still take it
             self._avoid[node] = math.inf
             self._last_error = fault
             return self._plan(now)
         self._full = Refused("every node that could serve this is full", retry_after_s)
-        match self._refusals.refused(node, retry_after_s, self.rng):
-            case PlanElsewhere():
-                return self._plan(now)
-            case WaitAtEntry(wait_s=wait_s):
-                return self._wait(self._full, now, wait_s)
+        wait_s = self._refusals.refused(node, retry_after_s, self.rng)
+        return self._plan(now) if wait_s is None else self._wait(self._full, now, wait_s)
 
     def _lost(
         self, node: NodeId | None, reason: str, now: float, fault: MeshError | None = None, unreachable: bool = False
-    ) -> list[Effect]:
+    ) -> list[GenerationEffect]:
         if self.phase not in (GenerationPhase.OPENING, GenerationPhase.RUNNING):
             return []
+        assert self.path, "an attempt that is open has a path to close"
         if fault is not None:
-            return self._end(GenerationPhase.FAILED, Fail(fault))  # the request is to blame, no node
-        if not unreachable:  # else its nodes are avoided until none is left, and patience decides
-            self._barren += 1
+            return self._end(GenerationPhase.FAILED, Fail(fault))  # the request is at fault, not a node
+        if not unreachable:  # unreachable nodes are avoided until no path is left; then `replan_s` bounds the wait
+            self._tokenless_attempts += 1
         self.history.append(reason)
-        close: list[Effect] = [ClosePath(self.attempt, self.path, node)]
+        close: list[GenerationEffect] = [ClosePath(self.attempt, self.path, node)]
         if node is not None:
-            self._avoid[node] = now + self.patience.avoid_s
+            self._avoid[node] = now + self.limits.avoid_s
         self.path = ()
-        if self._barren >= self.patience.barren_attempts:
-            error = Refused(f"{self._barren} attempts in a row were lost without a token; the last: {reason}", 1.0)
+        if self._tokenless_attempts >= self.limits.tokenless_attempts:
+            error = Refused(f"{self._tokenless_attempts} attempts in a row were lost without a token; the last: {reason}", 1.0)
             return close + self._end(GenerationPhase.FAILED, Fail(error))
         return close + self._plan(now)
 
-    def _stalled(self, now: float) -> list[Effect]:
+    def _stalled(self, now: float) -> list[GenerationEffect]:
+        """A token is overdue: gives the attempt up if one of its nodes is suspect, else has them probed."""
         self._stall_at = math.inf
         nodes = frozenset(stage.node for stage in self.path)
         if suspects := nodes & self._suspects:
             return self._peer_suspect(min(suspects), now)
         return [DoubtPeers(nodes)]
 
-    def _peer_suspect(self, node: NodeId, now: float) -> list[Effect]:
+    def _peer_suspect(self, node: NodeId, now: float) -> list[GenerationEffect]:
         self._suspects.add(node)
         stalled = self.phase in (GenerationPhase.OPENING, GenerationPhase.RUNNING) and self._stall_at == math.inf
-        if stalled and not self._barren and any(stage.node == node for stage in self.path):
-            # No node is blamed: with no path without it, the suspect is asked again (`routing.path` takes it last).
-            return self._lost(None, f"{node}: suspect, and nothing came for {self.patience.stall_s:g} s", now)
+        # Only for the first attempt since the latest token: a mesh that is slow everywhere must not replan for ever.
+        if stalled and not self._tokenless_attempts and any(stage.node == node for stage in self.path):
+            # The node is not avoided: where no path exists without it, the suspect is used again (`routing.path` ranks it last).
+            return self._lost(None, f"{node}: suspect, and nothing came for {self.limits.stall_s:g} s", now)
         return []
 
-    def _peer_back(self, node: NodeId, now: float) -> list[Effect]:
+    def _peer_back(self, node: NodeId, now: float) -> list[GenerationEffect]:
         self._suspects.discard(node)
         self._avoid.pop(node, None)
         if self.phase is GenerationPhase.WAITING and isinstance(self._last_error, NoPath):
             return self._plan(now)
         return []
 
-    def _peer_gone(self, node: NodeId, reason: str, now: float) -> list[Effect]:
+    def _peer_gone(self, node: NodeId, reason: str, now: float) -> list[GenerationEffect]:
         self._suspects.discard(node)
-        self._avoid[node] = now + self.patience.avoid_s
+        self._avoid[node] = now + self.limits.avoid_s
         if any(stage.node == node for stage in self.path):
             return self._lost(node, f"{node}: {reason}", now, unreachable=True)
         return []
 
-    def _wait(self, error: MeshError, now: float, wait_s: float | None = None) -> list[Effect]:
-        """There is no path: fail at once when nothing was ever begun and no node could serve it, otherwise wait a while."""
+    def _wait(self, error: MeshError, now: float, wait_s: float | None = None) -> list[GenerationEffect]:
+        """Waits at the entry for a path or for room; fails at once where waiting cannot help, or has lasted too long.
+
+        `wait_s`: as `RefusalHistory.refused` returned it; None: no path was found.
+        """
         if isinstance(error, NoPath):
             if self._full is not None and self._refusals.excluded:
                 error = self._full  # a path exists, but its nodes have just refused
-            elif not self.history:
+            elif not self.history:  # no attempt was ever open: without a refusal before, no node can serve the request
                 if not isinstance(self._last_error, Refused):
                     return self._end(GenerationPhase.FAILED, Fail(self._last_error or error))
                 error = self._last_error
         if not isinstance(error, NoPath | Refused):
             return self._end(GenerationPhase.FAILED, Fail(error))
         if wait_s is None:
-            self._refusals.taken()  # every peer has refused: after the wait all are asked again
-        patience_s = self.patience.replan_s if isinstance(error, NoPath) else self.patience.refused_s
-        self._give_up_at = min(self._give_up_at, now + patience_s)
+            self._refusals.reset()  # every peer has refused: after the wait none is excluded
+        longest_wait_s = self.limits.replan_s if isinstance(error, NoPath) else self.limits.refused_s
+        self._give_up_at = min(self._give_up_at, now + longest_wait_s)
         if now >= self._give_up_at:
             return self._end(GenerationPhase.FAILED, Fail(error))
         self.phase, self.path, self._last_error = GenerationPhase.WAITING, (), error
-        self._wake_at = now + (self.patience.retry_s if wait_s is None else wait_s)
+        self._wake_at = now + (self.limits.retry_s if wait_s is None else wait_s)
         return []
 
-    def _end(self, phase: GenerationPhase, last: Effect | None = None) -> list[Effect]:
-        effects: list[Effect] = [ClosePath(self.attempt, self.path)] if self.path else []
+    def _end(self, phase: GenerationPhase, last: GenerationEffect | None = None) -> list[GenerationEffect]:
+        effects: list[GenerationEffect] = [ClosePath(self.attempt, self.path)] if self.path else []
         self.phase = phase
+        assert self.ended
         return effects if last is None else [*effects, last]
-
-
-def _fault(event: StageLost) -> MeshError:
-    return event.error or MeshError(event.reason)

@@ -23,10 +23,9 @@ from mesh.links.link import Link, LinkConfig
 from mesh.links.links import Links
 from mesh.view import Facts, Load, ModelCard, Peer, PeerState, Readiness, Span, View
 from node.engine.api import EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
-from node.entry.entry import Entry
+from node.entry.entry import Entry, EntryNode
 from node.entry.planning import Planning
 from node.entry.prompts import Prompt
-from node.entry.run import EntryNode
 from node.losses import LossHandling
 from node.requests import GenerateRequest, SamplingParams
 from node.serving.stages import Stages

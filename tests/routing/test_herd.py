@@ -17,7 +17,7 @@ from typing import Any
 
 from mesh.ids import NodeId
 from mesh.view import Load, Peer
-from routing.admission import PlanElsewhere, RefusalHistory
+from routing.admission import RefusalHistory
 from routing.dispatches import Dispatch, DispatchedWork, Dispatches
 from routing.policies import PeerCandidate, Policy, policy_named
 from routing.score import PoolMeans, RequestWork, ScoreTerms, costs, pool_of
@@ -103,11 +103,9 @@ class Mesh:
         chosen = self.choose(now, entry, frozenset())
         while self.refuse and self.servers[chosen].busy >= PLACES:
             self.hear(now, chosen, self.servers[chosen].load(SPEEDS[chosen]), entry)
-            match history.refused(NAMES[chosen], 1.0, self.rng):
-                case PlanElsewhere(excluded=excluded):
-                    chosen = self.choose(now, entry, excluded)
-                case _:
-                    break
+            if history.refused(NAMES[chosen], 1.0, self.rng) is not None:
+                break
+            chosen = self.choose(now, entry, history.excluded)
         sent = knows.dispatches.dispatch(NAMES[chosen], now)
         self.servers[chosen].queue.append((now, entry, sent, self.rng.expovariate(1.0 / SERVICE_S)))
         self.serve(now, chosen)

@@ -14,9 +14,7 @@ from routing.admission import (
     MAX_REROUTES,
     MAX_WAIT_S,
     AdmissionLimits,
-    PlanElsewhere,
     RefusalHistory,
-    WaitAtEntry,
     admit,
     retry_after_s,
 )
@@ -164,23 +162,23 @@ def test_every_peer_gets_a_chance_within_a_minute_of_silence(events: list[tuple[
 
 def test_two_reroutes_then_a_wait_at_the_entry_and_all_peers_count_again() -> None:
     history, rng = RefusalHistory(), Random(0)
-    assert history.refused(A, 1.0, rng) == PlanElsewhere(frozenset({A}))
-    assert history.refused(B, 0.2, rng) == PlanElsewhere(frozenset({A, B}))
-    waiting = history.refused(C, 1.5, rng)
-    assert isinstance(waiting, WaitAtEntry) and 0.1 <= waiting.wait_s <= 0.2
+    assert (history.refused(A, 1.0, rng), history.excluded) == (None, frozenset({A}))
+    assert (history.refused(B, 0.2, rng), history.excluded) == (None, frozenset({A, B}))
+    wait_s = history.refused(C, 1.5, rng)
+    assert wait_s is not None and 0.1 <= wait_s <= 0.2
     assert history.excluded == frozenset()
-    assert history.refused(A, 1.0, rng) == PlanElsewhere(frozenset({A}))
+    assert (history.refused(A, 1.0, rng), history.excluded) == (None, frozenset({A}))
 
 
 def test_without_other_peers_the_request_waits_at_once_and_each_round_longer() -> None:
     history, rng = RefusalHistory(), Random(0)
     waits = [history.refused(A, 0.1, rng, others=False) for _ in range(8)]
     limits = [min(MAX_WAIT_S, 0.1 * 2**round_) for round_ in range(8)]
-    for waiting, limit_s in zip(waits, limits):
-        assert isinstance(waiting, WaitAtEntry) and limit_s / 2 <= waiting.wait_s <= limit_s
-    history.taken()
-    again = history.refused(A, 0.1, rng, others=False)
-    assert isinstance(again, WaitAtEntry) and again.wait_s <= 0.1
+    for wait_s, limit_s in zip(waits, limits):
+        assert wait_s is not None and limit_s / 2 <= wait_s <= limit_s
+    history.reset()
+    after_reset_s = history.refused(A, 0.1, rng, others=False)
+    assert after_reset_s is not None and after_reset_s <= 0.1
 
 
 @given(st.lists(st.tuples(st.sampled_from([A, B, C]), st.floats(-1.0, 100.0), st.booleans()), max_size=50), st.integers(0, 99))
@@ -190,9 +188,9 @@ def test_never_more_than_two_reroutes_between_waits_and_no_wait_without_bounds(
     history, rng, since_wait = RefusalHistory(), Random(seed), set[NodeId]()
     for node, retry_s, others in refusals:
         since_wait.add(node)
-        match history.refused(node, retry_s, rng, others=others):
-            case PlanElsewhere(excluded=excluded):
-                assert excluded == since_wait and len(since_wait) <= MAX_REROUTES and others
-            case WaitAtEntry(wait_s=wait_s):
-                assert 0.0 < wait_s <= MAX_WAIT_S
-                since_wait.clear()
+        wait_s = history.refused(node, retry_s, rng, others=others)
+        if wait_s is None:
+            assert history.excluded == since_wait and len(since_wait) <= MAX_REROUTES and others
+        else:
+            assert 0.0 < wait_s <= MAX_WAIT_S
+            since_wait.clear()
