@@ -31,10 +31,9 @@ from mesh.view import Facts, Load, Span, View
 from node.config import NodeConfig
 from node.engine.api import Engine
 from node.entry.canary import Canary
-from node.entry.entry import Entry
+from node.entry.entry import Entry, EntryNode
 from node.entry.planning import Planning
 from node.entry.prompts import Prompts
-from node.entry.run import EntryNode
 from node.host.identity import Identity
 from node.host.known_peers import KnownPeers
 from node.host.sockets import PeerSockets, reachable

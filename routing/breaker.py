@@ -1,10 +1,10 @@
-"""A circuit breaker for each peer: after several failures in a row it gets nothing new for a while, then one probe.
+"""A circuit breaker for each peer: after several failures in a row the peer gets no new requests for a time, then one probe.
 
-Unlike gossip's verdict this is a local opinion, of a peer that is alive but fails what it is sent. It opens after five
-failures in a row, for a time that doubles with each failed probe. When the time is over exactly one request goes there
-as a probe: opening the gate to all (as SGLang's breaker does) kills a peer that is just recovering. Any success closes
-it, and so does a restart of the peer; a mark that only traffic could clear would exclude idle peers for ever (dynamo
-#12138). Were more than half of the peers open, the fault is likelier here or everywhere: then none counts as open.
+Unlike membership's record this is local to one entry, and about a peer that is alive but fails its requests. A circuit opens
+after five failures in a row, for a time that doubles with each failed probe. After that time exactly one request is sent
+to the peer as a probe: sending all requests again (as SGLang's breaker does) overloads a peer that is just recovering. Any success
+closes the circuit, and so does a restart of the peer; a circuit that only traffic could close would exclude idle peers for ever
+(dynamo #12138). If more than half of the peers' circuits are open, the fault is likelier here or everywhere: then none counts.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ FAILURES_TO_OPEN = 5
 FIRST_OPEN_S = 1.0
 MAX_OPEN_S = 30.0
 PROBE_S = 30.0
-"""A probe that has not reported by then is taken for lost, and another may go."""
+"""A probe without an outcome by then counts as lost, and another may be sent."""
 
 PANIC_SHARE = 0.5
+"""If more than this share of the peers would be avoided, none is."""
 
 
 class Circuit(Enum):
     CLOSED = "closed"
     OPEN = "open"
-    HALF_OPEN = "half-open"  # the time is over: one probe may go, or is out
+    HALF_OPEN = "half-open"  # the time is over: one probe may be sent, or is under way
 
 
 @dataclass(slots=True)
 class _Record:
     failures: int = 0  # in a row
-    opened: int = 0  # times in a row, with no success between
+    opened: int = 0  # how many times in a row, without a success in between
     open_until: float = 0.0
-    probe_until: float = 0.0  # a probe is out until then
+    probe_until: float = 0.0  # a probe is under way until then
 
 
 class Breakers:
@@ -45,33 +46,33 @@ class Breakers:
         self._records: dict[NodeId, _Record] = {}
 
     def succeeded(self, node: NodeId) -> None:
-        """Any success closes the circuit at once."""
+        """Closes the circuit: one success is enough."""
         self._records.pop(node, None)
 
     def restarted(self, node: NodeId) -> None:
-        """The peer left, died or came back with a new epoch: its past says nothing of its next life."""
+        """Drops the record of a peer that left, died or started again: it does not hold for its next start."""
         self._records.pop(node, None)
 
     def failed(self, node: NodeId, now: float) -> None:
-        """The peer failed what it was sent. A refusal is no failure, nor is a cancelled request."""
+        """Records that the peer failed a request. Refused and cancelled requests are no failures."""
         record = self._records.setdefault(node, _Record())
         record.failures += 1
         half_open = record.opened > 0 and now >= record.open_until
         if record.failures < FAILURES_TO_OPEN and not half_open:
             return
         if record.opened > 0 and not half_open:
-            return  # late failures of what was sent before it opened
+            return  # a late failure of a request that was sent before the circuit opened
         record.opened += 1
         record.open_until = now + min(MAX_OPEN_S, FIRST_OPEN_S * 2.0 ** (min(record.opened, 16) - 1))
         record.probe_until = 0.0
 
     def dispatched(self, node: NodeId, now: float) -> None:
-        """Something is sent there: if the circuit is half-open, this is its probe."""
+        """Records that a request is sent to the peer; if the circuit is half-open, it is the probe."""
         if self.circuit(node, now) is Circuit.HALF_OPEN:
             self._records[node].probe_until = now + PROBE_S
 
     def given_up(self, node: NodeId) -> None:
-        """What was sent there was cancelled or refused: it says nothing, another probe may go."""
+        """Records that a request was cancelled or refused: if it was the probe, another may be sent."""
         record = self._records.get(node)
         if record is not None:
             record.probe_until = 0.0
@@ -83,7 +84,7 @@ class Breakers:
         return Circuit.OPEN if now < record.open_until else Circuit.HALF_OPEN
 
     def allows(self, node: NodeId, now: float) -> bool:
-        """Closed, or half-open with no probe out."""
+        """Whether a request may be sent to the peer: closed, or half-open without a probe under way."""
         match self.circuit(node, now):
             case Circuit.CLOSED:
                 return True
@@ -93,10 +94,10 @@ class Breakers:
                 return now >= self._records[node].probe_until
 
     def avoided(self, nodes: Collection[NodeId], now: float) -> frozenset[NodeId]:
-        """Of `nodes` those that should get nothing now; none of them when it would be more than half."""
-        shut = frozenset(node for node in nodes if not self.allows(node, now))
-        return frozenset() if len(shut) > PANIC_SHARE * len(nodes) else shut
+        """Those of `nodes` that should get no requests now; none if they would be more than `PANIC_SHARE`."""
+        not_allowed = frozenset(node for node in nodes if not self.allows(node, now))
+        return frozenset() if len(not_allowed) > PANIC_SHARE * len(nodes) else not_allowed
 
     def statistics(self, now: float) -> dict[NodeId, Circuit]:
-        """Circuits that are not closed."""
+        """The circuits that are not closed."""
         return {node: self.circuit(node, now) for node in self._records if self.circuit(node, now) is not Circuit.CLOSED}

@@ -1,7 +1,7 @@
-"""How well each version of a model is covered: how many live peers hold each layer, and how many may be given work now.
+"""How well each version of a model is covered: how many live peers hold each layer, and how many of them take new work.
 
-A pure function of the view, and what changed between two of them. A model is worth a word when a layer comes to its last
-ready copy, loses it, or gets it back; not for every copy more or less.
+Pure functions of one view, and of the change between two. A change is reported when a layer comes down to its last ready copy,
+loses that copy, or gets a second one back; not for every copy more or less.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from routing.holders import SpanHolder, holders
 
 @dataclass(frozen=True, slots=True)
 class CoverageRun:
-    """Layers `[start, end)` that are held by equally many."""
+    """Consecutive layers `[start, end)` with equally many copies."""
 
     start: int
     end: int
-    live: int  # holders that are alive or suspect, and stay
-    ready: int  # of them, those that may be given new work
+    live: int  # holders that are alive or suspect, and not draining
+    ready: int  # those of them that may be given new work
 
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """Of one model; the runs are in order and leave no layer out."""
+    """The coverage of one version; the runs are in order and cover all layers."""
 
     runs: tuple[CoverageRun, ...]
 
@@ -43,13 +43,13 @@ class Coverage:
 
     @property
     def weakest(self) -> tuple[CoverageRun, ...]:
-        """Where the fewest ready copies are."""
+        """The runs with the fewest ready copies."""
         return tuple(run for run in self.runs if run.ready == self.least_ready)
 
 
 @dataclass(frozen=True, slots=True)
 class CoverageChanged:
-    """The least number of ready copies of any layer went from `before` to `now`; `weakest`: the layers it is about."""
+    """The least number of ready copies of any layer changed from `before` to `now`; `weakest`: the layers with so few."""
 
     model: ModelId  # the name of a version
     before: int
@@ -58,31 +58,33 @@ class CoverageChanged:
 
 
 def coverage(view: View) -> dict[ModelId, Coverage]:
-    """Of every version of a model that some live peer knows, by the name that requests ask for it by."""
+    """The coverage of every version in some live peer's cards, by the name that requests use for it."""
     return {ModelId(version.name): _of(view, version.card) for version in versions(view)}
 
 
 def changes(before: Mapping[ModelId, Coverage], now: Mapping[ModelId, Coverage], enough: int = 2) -> list[CoverageChanged]:
-    """What is worth telling: the least ready copies differ, and one of the two is below `enough`. A model that is not known
-    any more has none; one that was not known before is reported only when it has no layer without a copy."""
-    told = []
+    """The changes to report: those of the least number of ready copies where the old or the new number is below `enough`.
+
+    A version that is in only one of the two has no copy in the other, so a new one is reported once it is covered.
+    """
+    found = []
     for model in sorted({*before, *now}):
-        was = before[model].least_ready if model in before else 0
-        now_has = now[model].least_ready if model in now else 0
-        if was != now_has and min(was, now_has) < enough:
+        old_least = before[model].least_ready if model in before else 0
+        new_least = now[model].least_ready if model in now else 0
+        if old_least != new_least and min(old_least, new_least) < enough:
             weakest = now[model].weakest if model in now else ()
-            told.append(CoverageChanged(model, was, now_has, tuple((run.start, run.end) for run in weakest)))
-    return told
+            found.append(CoverageChanged(model, old_least, new_least, tuple((run.start, run.end) for run in weakest)))
+    return found
 
 
 def _of(view: View, card: ModelCard) -> Coverage:
-    steps: Counter[int] = Counter()  # at a layer: so many holders more than at the one before
+    steps: Counter[int] = Counter()  # by layer: how many more holders than the layer before has
     ready_steps: Counter[int] = Counter()
     for holder in holders(view, card.id, card.layers, weights=card.weights):
         for start, end in _merged(holder):
             steps[start] += 1
             steps[end] -= 1
-            if _is_ready(holder):
+            if holder.peer.usable and not holder.peer.overloaded:
                 ready_steps[start] += 1
                 ready_steps[end] -= 1
     return Coverage(tuple(_runs(steps, ready_steps, card.layers)))
@@ -105,7 +107,7 @@ def _runs(steps: Mapping[int, int], ready_steps: Mapping[int, int], layers: int)
 
 
 def _merged(holder: SpanHolder) -> list[tuple[int, int]]:
-    """Its spans as they cover layers: what two of them share counts once."""
+    """The holder's spans without overlaps: a layer in two spans is one copy."""
     merged: list[tuple[int, int]] = []
     for start, end in holder.spans:
         if merged and start <= merged[-1][1]:
@@ -113,7 +115,3 @@ def _merged(holder: SpanHolder) -> list[tuple[int, int]]:
         else:
             merged.append((start, end))
     return merged
-
-
-def _is_ready(holder: SpanHolder) -> bool:
-    return holder.peer.usable and not holder.peer.overloaded

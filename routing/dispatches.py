@@ -1,11 +1,10 @@
-"""Own work in flight, per peer: what this node sent out that gossip has not told of yet.
+"""This node's own work in flight, per peer: dispatches that the peers' gossiped load records do not include yet.
 
-A load record is a snapshot. Between two snapshots an entry that sends ten requests to the peer that
-looked idle would see it idle ten times, as routers do that count load only when an answer begins
-(vllm-project/router #179: one of eight engines got everything). So every dispatch counts from the
-moment it is made, until a newer record of that peer includes it.
+A load record is a snapshot. Between two snapshots an entry that sends ten requests to a peer that looked idle would see
+it idle ten times, as do routers that count load only when an answer begins (vllm-project/router #179: one of eight engines
+got everything). So every dispatch counts from the moment it is made, until a newer record of that peer includes it.
 
-Times are local monotonic seconds and come in as arguments.
+Times are local monotonic seconds, passed in as arguments.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from mesh.errors import LocalError
 from mesh.ids import NodeId
 
 ENDED_KEPT = 512
-"""Ended dispatches remembered per peer, to take back what a record still counts; enough for 100 a second over 5 s of gossip."""
+"""Ended dispatches kept per peer, to subtract what a record still counts; enough for 100 a second over 5 s of gossip."""
 
 RESPONSE_WEIGHT = 0.1
 """Weight of the newest response time in its moving average (the value of Parallax's `ttft_ema`, and of C3's)."""
 
 OUTCOME_HALF_LIFE = 200.0
-"""Outcomes after which an old failure counts half: a peer that was mended must not stay marked."""
+"""Number of later outcomes after which a failure counts half, so that a repaired peer recovers its score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +37,13 @@ class Dispatch:
 
 @dataclass(frozen=True, slots=True)
 class DispatchedWork:
-    """What this node knows of its own work at one peer, relative to a load record heard at some time."""
+    """This node's own work at one peer, relative to a load record that arrived at some time."""
 
     added: int = 0  # dispatched since the record, still running: the record does not count them yet
     ended: int = 0  # dispatched before the record and ended since: the record still counts them
     prefill_tokens: int = 0  # of `added`
-    in_flight: int = 0  # all of ours that run there now
-    response_ms: float = 0.0  # moving average of our completed dispatches; 0: none yet
+    in_flight: int = 0  # all own dispatches that run there now
+    response_ms: float = 0.0  # moving average of own completed dispatches; 0: none yet
     failed: float = 0.0  # decayed counts of outcomes
     finished: float = 0.0
 
@@ -62,23 +61,23 @@ NOTHING = DispatchedWork()
 
 
 class Dispatches:
-    """The ledger of own dispatches. `dispatch` before sending, `done` on every way out."""
+    """The ledger of own dispatches: `dispatch` before a request is sent, `done` however it ends."""
 
     def __init__(self) -> None:
         self._peers: dict[NodeId, _PeerLedger] = {}
         self._next = 0
 
     def dispatch(self, node: NodeId, now: float, prefill_tokens: int = 0) -> Dispatch:
-        """Counts from this moment, not from the first answer."""
+        """Records a dispatch; it counts from this moment, not from the first answer."""
         self._next += 1
         sent = Dispatch(self._next, node, now, prefill_tokens)
         self._peers.setdefault(node, _PeerLedger()).running[sent.number] = sent
         return sent
 
     def done(self, sent: Dispatch, now: float, *, ok: bool | None = True) -> None:
-        """`ok`: True came to its end, False the peer failed it, None cancelled (says nothing of the peer).
+        """Records the end of a dispatch. `ok`: True completed, False failed by the peer, None cancelled or refused.
 
-        Twice is fine: the second changes nothing. A peer that was forgotten in between is fine too.
+        A second call for one dispatch changes nothing, nor does a call for a peer that was forgotten.
 
         Raises:
             LocalError: `now` lies before the dispatch.
@@ -100,11 +99,11 @@ class Dispatches:
             ledger.response_ms += (took_ms - ledger.response_ms) * (RESPONSE_WEIGHT if known else 1.0)
 
     def forget(self, node: NodeId) -> None:
-        """The peer died, left or restarted: what ran there runs no more, and its past says nothing of its next life."""
+        """Drops all records of a peer that died, left or restarted."""
         self._peers.pop(node, None)
 
     def own(self, node: NodeId, record_at: float) -> DispatchedWork:
-        """Own work at `node` beside a load record heard at `record_at`."""
+        """Own work at `node` that is to be combined with a load record which arrived at `record_at`."""
         ledger = self._peers.get(node)
         if ledger is None:
             return NOTHING
@@ -121,10 +120,10 @@ class Dispatches:
         )
 
     def residency_s(self, otherwise: float) -> float:
-        """How long our requests stay with a peer: the mean over the peers' averages, `otherwise` before any has ended."""
+        """How long own requests stay with a peer: the mean of the peers' averages; `otherwise` before any has ended."""
         known = [ledger.response_ms for ledger in self._peers.values() if ledger.response_ms > 0.0]
         return max(0.001, sum(known) / len(known) / 1000.0) if known else otherwise
 
     def in_flight(self) -> dict[NodeId, int]:
-        """Peers that run something of ours, and how much."""
+        """The number of own dispatches that run at each peer, for peers with any."""
         return {node: len(ledger.running) for node, ledger in self._peers.items() if ledger.running}

@@ -12,19 +12,19 @@ from mesh.view import Peer, PeerState, View
 
 @dataclass(frozen=True, slots=True)
 class SpanHolder:
-    """A peer and its spans of one model. A stage lies within one span: spans that touch are still two."""
+    """A peer and its spans of one model. A stage is within one span, also where two spans touch."""
 
     peer: Peer
     spans: tuple[tuple[int, int], ...]
     held: int  # distinct layers
-    numerics: str  # fingerprint; empty: not told
+    numerics: str  # fingerprint; empty: not published
 
     @property
     def node(self) -> NodeId:
         return self.peer.id
 
     def reach(self, layer: int) -> int:
-        """The furthest end of a stage here that begins at `layer`; `layer` itself when it is not held."""
+        """The furthest end of a stage of this holder that begins at `layer`; `layer` itself if it is not held."""
         return max((end for start, end in self.spans if start <= layer < end), default=layer)
 
 
@@ -48,7 +48,7 @@ def holders(
             sorted(
                 (span.start, min(span.end, layers))
                 for span in peer.facts.spans
-                if _serves(span.start, span.end, layers, span.model == model)
+                if span.model == model and 0 <= span.start < min(span.end, layers)
             )
         )
         if spans:
@@ -58,7 +58,7 @@ def holders(
 
 
 def gaps(found: Iterable[SpanHolder], layers: int) -> tuple[tuple[int, int], ...]:
-    """Layers that none of them holds, as `(start, end)` runs in order."""
+    """Layers that none of the holders has, as `(start, end)` runs in order."""
     open_from = 0
     missing = []
     for start, end in sorted(span for holder in found for span in holder.spans):
@@ -71,18 +71,18 @@ def gaps(found: Iterable[SpanHolder], layers: int) -> tuple[tuple[int, int], ...
 
 
 def connected(spans_of: Sequence[Sequence[tuple[int, int]]], layers: int) -> bool:
-    """Whether some path visits each node at most once and covers all layers; one entry a node.
+    """Whether some path visits each node at most once and covers all layers. spans_of: the spans of each node.
 
-    A stage may as well run to the end of its span: whatever could follow an earlier end can follow this one.
+    Only stages to the end of their span are tried: whatever continues from an earlier end also continues from there.
     """
     last_end = [max((end for _, end in spans), default=0) for spans in spans_of]
-    dead: set[tuple[int, frozenset[int]]] = set()
+    dead_ends: set[tuple[int, frozenset[int]]] = set()
 
-    def leads_on(layer: int, used: frozenset[int]) -> bool:
+    def reaches_end(layer: int, used: frozenset[int]) -> bool:
         if layer >= layers:
             return True
         state = (layer, frozenset(node for node in used if last_end[node] > layer))
-        if state in dead:
+        if state in dead_ends:
             return False
         reaches: dict[int, int] = {}
         for node, spans in enumerate(spans_of):
@@ -91,18 +91,14 @@ def connected(spans_of: Sequence[Sequence[tuple[int, int]]], layers: int) -> boo
                 if reach > layer:
                     reaches[node] = reach
         for node in sorted(reaches, key=lambda node: -reaches[node]):
-            if leads_on(reaches[node], used | {node}):
+            if reaches_end(reaches[node], used | {node}):
                 return True
-        dead.add(state)
+        dead_ends.add(state)
         return False
 
-    return leads_on(0, frozenset())
+    return reaches_end(0, frozenset())
 
 
 def is_suspect(holder: SpanHolder) -> bool:
-    """Silent, or alive with an engine that makes no progress."""
+    """Whether membership suspects the holder, or its engine makes no progress."""
     return holder.peer.state is PeerState.SUSPECT or holder.peer.stalled
-
-
-def _serves(start: int, end: int, layers: int, same_model: bool) -> bool:
-    return same_model and 0 <= start < min(end, layers)

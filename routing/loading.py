@@ -1,6 +1,6 @@
-"""What of a model is missing because it is being loaded: told apart from what no node has, for which something must be done.
+"""Separates the missing layers of a model that some node is loading from those that no node has and an operator must add.
 
-Pure functions of the view: nodes tell which layers they intend to serve (`Facts.intends`) and how far they are with them
+Pure functions of the view: nodes publish which layers they intend to serve (`Facts.intends`) and how far they have loaded them
 (`Facts.loading`).
 """
 
@@ -14,50 +14,50 @@ from mesh.ids import ModelId
 from mesh.versions import answering, card_of, versions
 from mesh.view import Loading, Peer, View
 
-UNKNOWN = Loading(0, 10)  # of a node that has told its intent and not yet how far it is: it has just begun
+UNKNOWN = Loading(0, 10)  # assumed of a node that has published its intent but no progress yet, as it has just begun
 MAX_NAMED = 4  # nodes in a message
 
 
 @dataclass(frozen=True, slots=True)
 class BeingLoaded:
-    """Layers of one model that no node serves and some load. `progress` and `eta_s` are those of the layers that come last."""
+    """Layers of one model that no node serves and some load. `progress` and `eta_s` are of the layers that are ready last."""
 
     layers: tuple[tuple[int, int], ...]
     progress: float  # 0 to 1
     eta_s: float
-    nodes: tuple[str, ...]  # names of those that load any of them
+    nodes: tuple[str, ...]  # names of the nodes that load any of them
 
 
 def being_loaded(
     view: View, model: ModelId, missing: Iterable[tuple[int, int]], weights: str | None = None
 ) -> BeingLoaded | None:
-    """What of the `missing` layers live nodes are loading; None: nothing of it.
+    """Those of the `missing` layers that live nodes are loading; None if there are none.
 
-    weights: of the version that lacks them; None for the one that answers to the model's id. A layer that several nodes load
-    counts as that of the one which will be there first.
+    weights: of the version that lacks them; None for the version that answers to the model's id. A layer that several nodes load
+    has the progress of the node that will serve it first.
     """
-    wanted = {layer for start, end in missing for layer in range(start, end)}
+    missing_layers = _layers(missing)
     if weights is None:
         version = answering(view, model)
         weights = version.card.weights if version is not None else ""
-    first: dict[int, Loading] = {}
-    names: dict[str, None] = {}
+    first: dict[int, Loading] = {}  # by layer: of the node that will serve it first
+    names: dict[str, None] = {}  # an ordered set
     for peer in sorted(view.live(), key=lambda peer: peer.id):
-        told = peer.facts.loading.get(model, UNKNOWN)
-        for layer in _intended(peer, model, weights) & wanted:
+        loading = peer.facts.loading.get(model, UNKNOWN)
+        for layer in _intended(peer, model, weights) & missing_layers:
             names[peer.name or peer.id] = None
-            if layer not in first or told.eta_s < first[layer].eta_s:
-                first[layer] = told
+            if layer not in first or loading.eta_s < first[layer].eta_s:
+                first[layer] = loading
     if not first:
         return None
-    last = max(first.values(), key=lambda told: (told.eta_s, -told.percent))
+    last = max(first.values(), key=lambda loading: (loading.eta_s, -loading.percent))
     return BeingLoaded(_runs(first), last.percent / 100, float(last.eta_s), tuple(names))
 
 
 def no_path(view: View, model: ModelId, missing: tuple[tuple[int, int], ...], weights: str | None = None) -> NoPath:
-    """The error that says why the `missing` layers are: all of them are being loaded, or some are nowhere.
+    """The error for `missing` layers: ModelLoading if all of them are being loaded, else NoPath with those that no node has.
 
-    weights: as of `being_loaded`; the message calls the version by the name that requests ask for it by.
+    weights: as in `being_loaded`; the message has the name that requests use for the version.
     """
     known = [each for each in versions(view) if each.card.id == model and weights in (None, each.card.weights)]
     name = known[0].name if known else model
@@ -70,7 +70,7 @@ def no_path(view: View, model: ModelId, missing: tuple[tuple[int, int], ...], we
 
 
 def _intended(peer: Peer, model: ModelId, weights: str) -> set[int]:
-    """A node that still hashes its files may turn out to have these weights."""
+    """Layers of the version that a peer is about to serve. A peer that still hashes its files may have these weights."""
     own = card_of(peer, model)
     if peer.facts.draining or (own is not None and own.weights not in (weights, "")):
         return set()

@@ -1,10 +1,9 @@
-"""One door for every way to choose a peer: `Policy.pick(candidates, work, rng)` ranks the candidates, best first.
+"""Routing policies: `Policy.pick(candidates, work, rng)` ranks the candidates for a stage, best first.
 
-All policies see the same candidates, behind the same filters, refusals and breakers, so that a benchmark compares
-nothing but the choice. Late information beats clever scores: with load that is a second old, the global minimum of the
-best score is three times worse than the better of two drawn at random, since every entry runs to the same peer.
-Hence the default policy: two at random, ourselves, the peer with most of the prompt cached and the prompt's
-rendezvous home; then the least cost. Measured in `tests/routing/test_herd.py`.
+All policies get the same candidates, after the same filters, refusals and breakers, so that a benchmark compares only the choice.
+With load that is a second old, the global minimum of the best score waits three times longer than the better of two drawn at
+random, since every entry chooses the same peer. Hence the default policy: the least cost among two drawn at random, this node,
+the peer with most of the prompt cached and the prompt's rendezvous home. Measured in `tests/routing/test_herd.py`.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ if TYPE_CHECKING:
     from random import Random
 
 EXPLORE = 0.01
-"""Share of picks that go to a peer drawn at random: averages of peers that are never chosen would never change."""
+"""Share of picks in random order: the averages of peers that are never chosen would never change."""
 
 BOUND_ON_HOME = 1.25
-"""A home is passed over while it runs more than this many times the mean, plus one (bounded-load consistent hashing)."""
+"""A home is skipped while its load is above this many times the mean, plus one (bounded-load consistent hashing)."""
 
 
 @dataclass(frozen=True)
 class PeerCandidate:
-    """One peer that could take the work. `price` is called once, and only by policies that ask for it."""
+    """One peer that could take the work. `price` is called once, and only by policies that compare costs."""
 
     node: NodeId
     price: Callable[[], ScoreTerms]
-    load: float = 0.0  # sequences running and waiting there, as far as this node knows
-    in_flight: int = 0  # of them our own
-    response_ms: float = 0.0  # our own average there; 0: none yet
+    load: float = 0.0  # sequences running and waiting there, by its load record and own dispatches
+    in_flight: int = 0  # own dispatches running there
+    response_ms: float = 0.0  # average of own dispatches there; 0: none yet
     onward_ms: float = 0.0  # cost of the rest of the path after this stage
     mine: bool = False  # this node itself
 
@@ -52,14 +51,16 @@ class PeerCandidate:
 
 
 class Policy(Protocol):
+    """A way to choose among candidates; it may keep counters from pick to pick."""
+
     name: str
 
     def pick(self, candidates: Sequence[PeerCandidate], work: RequestWork, rng: Random) -> list[PeerCandidate]:
-        """All candidates, best first: after a refusal the next is asked. Empty in, empty out."""
+        """Ranks the candidates, best first, and leaves none out."""
 
 
 class MeshScore:
-    """The default. A small random set and the score; the rest follow in random order."""
+    """The default: a small set ranked by cost, then the rest in random order."""
 
     name = "mesh"
 
@@ -79,7 +80,7 @@ class MeshScore:
 
 
 class PowerOfTwo:
-    """Two at random, the one of less cost first (Mitzenmacher 2001)."""
+    """Two drawn at random by cost, then the rest in random order (Mitzenmacher 2001)."""
 
     name = "power_of_two"
 
@@ -89,6 +90,8 @@ class PowerOfTwo:
 
 
 class RandomChoice:
+    """Uniformly random order."""
+
     name = "random"
 
     def pick(self, candidates: Sequence[PeerCandidate], work: RequestWork, rng: Random) -> list[PeerCandidate]:
@@ -96,7 +99,7 @@ class RandomChoice:
 
 
 class RoundRobin:
-    """In turn, by node id; each entry counts for itself, from a random start so that entries do not march in step."""
+    """In turn, by node id; each entry has its own turn, from a random start so that entries do not choose in step."""
 
     name = "round_robin"
 
@@ -117,7 +120,7 @@ class RoundRobin:
 
 
 class LeastConnections:
-    """Fewest of our own in flight, ties at random: what a classical proxy does, without any word from the peers."""
+    """Fewest own dispatches in flight, ties at random: as classical proxies do, without load records of the peers."""
 
     name = "least_connections"
 
@@ -146,10 +149,10 @@ def warmest(candidates: Sequence[PeerCandidate], work: RequestWork) -> list[Node
 
 
 def home(candidates: Sequence[PeerCandidate], work: RequestWork) -> list[NodeId]:
-    """The rendezvous home of the prompt's prefix, or the next in its order that is not overloaded.
+    """The rendezvous home of the prompt's prefix, or the next node in its order that is not overloaded.
 
-    All entries agree on it without a word, so one peer gets to hold the prefix: 0.80 of prompt tokens were hits in
-    simulation, against 0.50 where each router remembers only what it sent.
+    All entries compute the same home without messages, so one peer caches the prefix: 0.80 of prompt tokens were cache hits in
+    simulation, against 0.50 where each router uses only its own record of what it sent.
     """
     if not work.prefix_key or not candidates:
         return []
@@ -172,15 +175,15 @@ DEFAULT_POLICY = "mesh"
 
 
 def policy_names() -> list[str]:
-    """All names that `policy_named` takes, the default first."""
+    """The names that `policy_named` accepts, the default first."""
     return list(_POLICIES)
 
 
 def policy_named(name: str) -> Policy:
-    """A new policy, with counters of its own; an empty name is the default.
+    """A new policy, with counters of its own; an empty name stands for the default.
 
     Raises:
-        BadRequest: no such policy; the message lists those there are.
+        BadRequest: no such policy; the message lists the known ones.
     """
     make = _POLICIES.get(name or DEFAULT_POLICY)
     if make is None:

@@ -1,8 +1,8 @@
-"""The score of a peer for a piece of work: milliseconds until the work is expected to be complete. Lower wins.
+"""The score of a peer for a piece of work: the expected milliseconds until the work is complete. Lower is better.
 
-One unit for all terms makes them comparable and explainable, where normalised 0..1 points need weights that are hard to
-tune (aibrix #814; llm-d moved the same way in 2026). Each term is a function of its own that says its reason.
-Stale load drifts to the mean of the pool, never to zero: a silent peer is not an idle one.
+One unit for all terms makes them comparable and explainable, whereas normalised 0..1 points need weights that are hard to tune
+(aibrix #814; llm-d moved the same way in 2026). Each term is a function of its own. The estimate of a stale load record drifts to
+the mean of the pool, never to zero, as a peer without a recent record need not be idle.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from mesh.view import Load, Peer
 from routing.dispatches import NOTHING, DispatchedWork
 
 DEFAULT_STEP_MS_PER_LAYER = 1.0
-"""Of a peer that has not been measured yet: equal for all, so that only its size against the network matters."""
+"""Assumed of a peer that has not been measured yet; equal for all, so that layers and distance alone make a difference."""
 
 DEFAULT_PREFILL_MS_PER_TOKEN_LAYER = 0.05
-"""The same for prefill: a layer reads about twenty prompt tokens in the time of one decode step."""
+"""The same for prefill: a layer computes about twenty prompt tokens in the time of one decode step."""
 
 DEFAULT_RESIDENCY_S = 4.0
-"""How long a request stays, before this node has seen any end. Also the time after which a load record is worth 1/e."""
+"""How long a request stays at a peer, until this node has measured it. Also the time after which a load record is worth 1/e."""
 
 ROWS_AT_HALF = 8.0
-"""Rows at which reading the weights and computing the rows cost a decode step the same; a step takes (8 + rows) units."""
+"""Batch size at which reading the weights and computing the batch take equally long; a decode step takes (8 + rows) units."""
 
 HOP_MS = 0.5
-"""Own cost of a hop per token: frame, event loop, wake-up of the engine thread. An assumption, the same for all peers."""
+"""Cost of a hop per token beside the round trip: frame, event loop, wake-up of the engine thread. Assumed, for all peers alike."""
 
 UNMEASURED_RTT_MS = 1.0
 UNMEASURED_FAR_RTT_MS = 60.0
-"""Round trips taken for granted within a region and between regions until the first probe came back."""
+"""Round trips assumed within a region and between regions until the first probe is answered."""
 
 REGION_MS = 25.0
-"""Price of leaving the region beyond its round trip: links between regions vary and cost money."""
+"""Cost of leaving the region in addition to the round trip: links between regions vary and cost money."""
 
 SHORT_OF_MEMORY_MS = 10_000.0
-"""A peer without KV blocks evicts or refuses: ten seconds, as Petals charges for it in its sequence manager."""
+"""Cost of a peer without free KV blocks, which evicts or refuses; as in Petals' sequence manager."""
 
 NEVER_FITS_MS = 10_000_000.0
-"""A peer whose whole KV cache is smaller than the request. Finite, so that sums stay comparable."""
+"""Cost of a peer whose whole KV cache is smaller than the request. Finite, so that sums stay comparable."""
 
 PRIOR_FAILURES, PRIOR_OUTCOMES = 1.0, 20.0
-"""One failure in twenty is believed of a peer before it has shown anything (Beta prior)."""
+"""Beta prior: a peer without outcomes is assumed to fail one request in twenty."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestWork:
-    """What a request will ask of the path, as the entry estimates it."""
+    """The work of one attempt, as the entry estimates it."""
 
     prompt_tokens: int = 0
     output_tokens: int = 128  # expected, at most max_tokens
@@ -61,7 +61,7 @@ class RequestWork:
 
 @dataclass(frozen=True, slots=True)
 class ScoreWeights:
-    """How much each term counts. A policy is a vector of these; all 1 is time."""
+    """The weight of each term; with all 1 the score is an expected time."""
 
     queue: float = 1.0
     prefill: float = 1.0
@@ -74,7 +74,7 @@ class ScoreWeights:
 
 @dataclass(frozen=True, slots=True)
 class ScoreTerms:
-    """The terms of one score, each in ms and already weighted; what `explain` prints."""
+    """The terms of one score, each in ms and already weighted, as reported by `mesh why`."""
 
     queue: float = 0.0
     prefill: float = 0.0
@@ -94,7 +94,7 @@ EVERY_TERM = ScoreWeights()
 
 @dataclass(frozen=True, slots=True)
 class PoolMeans:
-    """Means over the peers that hold the model: what an unknown or stale figure is taken to be."""
+    """Means over the peers that hold the model, which replace unknown and stale figures."""
 
     running: float = 0.0
     waiting: float = 0.0
@@ -107,7 +107,7 @@ class PoolMeans:
 
 @dataclass(frozen=True, slots=True)
 class LoadEstimate:
-    """A peer's load as it probably is now: drifted with its record's age, corrected by own dispatches."""
+    """An estimate of a peer's load now: its record, drifted with age to the pool's means, and own dispatches since."""
 
     running: float
     waiting: float
@@ -115,8 +115,8 @@ class LoadEstimate:
     kv_blocks_free: float
     step_ms_per_layer: float
     prefill_ms_per_token_layer: float
-    measured_rows: float  # rows that `step_ms_per_layer` was measured with
-    counts_only: bool  # requests wait there, and it does not say how many prompt tokens they have
+    measured_rows: float  # batch size at which `step_ms_per_layer` was measured
+    counts_only: bool  # the record counts waiting requests, but not their prompt tokens
 
 
 def held_layers(peer: Peer, model: ModelId) -> int:
@@ -125,17 +125,17 @@ def held_layers(peer: Peer, model: ModelId) -> int:
 
 
 def step_ms_per_layer(load: Load, held: int) -> float | None:
-    """A peer's decode step per layer; None: not yet measured."""
+    """Time of a peer's decode step per layer; None: not measured yet."""
     return load.step_ms / held if load.step_ms > 0.0 and held > 0 else None
 
 
 def prefill_ms_per_token_layer(load: Load, held: int) -> float | None:
-    """A peer's prefill per prompt token and layer; None: not yet measured."""
+    """Time of a peer's prefill per prompt token and layer; None: not measured yet."""
     return 1000.0 / (load.prefill_tok_s * held) if load.prefill_tok_s > 0.0 and held > 0 else None
 
 
 def pool_of(peers: Iterable[Peer], model: ModelId, residency_s: float = DEFAULT_RESIDENCY_S) -> PoolMeans:
-    """The means over `peers`. Unmeasured speeds are left out; without any, the defaults stand."""
+    """The means over `peers`. Unmeasured speeds are left out; if none is measured, the defaults are used."""
     members = list(peers)
     if not members:
         return PoolMeans(residency_s=residency_s)
@@ -156,15 +156,15 @@ def pool_of(peers: Iterable[Peer], model: ModelId, residency_s: float = DEFAULT_
 
 
 def trust(age_s: float, residency_s: float) -> float:
-    """How much of a load record of this age still holds, 0..1.
+    """The weight of a load record of this age, 0..1.
 
-    Requests that ran when it was made leave with the rate 1/residency, so what it counted decays as exp(-age/residency).
+    The requests that the record counted end at the rate 1/residency, so their number decays as exp(-age/residency).
     """
     return math.exp(-max(0.0, age_s) / residency_s)
 
 
 def estimate(load: Load, age_s: float, held: int, pool: PoolMeans, own: DispatchedWork = NOTHING) -> LoadEstimate:
-    """The load as it probably is now. Counts drift to the pool's mean with age; own work since the record is exact."""
+    """Estimates a peer's load now: counts drift to the pool's mean with age, own work since the record is added exactly."""
     keep = trust(age_s, pool.residency_s)
 
     def drifted(count: float, mean: float) -> float:
@@ -184,11 +184,10 @@ def estimate(load: Load, age_s: float, held: int, pool: PoolMeans, own: Dispatch
 
 
 def queue_ms(now_there: LoadEstimate, held: int, own_added: int, residency_s: float) -> float:
-    """Wait before the first own row is computed.
+    """Expected wait before the first own position is computed.
 
-    Queued prompt tokens are read at the node's prefill rate. A node that only counts waiting requests (an engine of
-    another make) has all places taken and lets one in whenever one of the running leaves; our own dispatches since its
-    record queue up behind those.
+    Queued prompt tokens are computed at the node's prefill rate. A node that only counts waiting requests (another engine) is
+    assumed to be full and to admit a request whenever a running one ends; own dispatches since its record come after those.
     """
     backlog_ms = now_there.prefill_tokens_queued * now_there.prefill_ms_per_token_layer * held
     if not now_there.counts_only:
@@ -198,19 +197,20 @@ def queue_ms(now_there: LoadEstimate, held: int, own_added: int, residency_s: fl
 
 
 def prefill_ms(work: RequestWork, cached_tokens: int, layers: int, ms_per_token_layer: float) -> float:
-    """Reading the part of the prompt that is not cached there, over the layers used."""
+    """Prefill of the part of the prompt that is not cached there, over the layers used."""
     return max(0, work.prompt_tokens - cached_tokens) * layers * ms_per_token_layer
 
 
 def decode_ms(work: RequestWork, layers: int, now_there: LoadEstimate) -> float:
-    """All expected steps, at the batch that our row will find: weights are read once a step, rows are computed each."""
+    """All expected decode steps at the estimated batch size: weights are read once a step, each row of the batch is computed."""
     growth = (ROWS_AT_HALF + now_there.running + 1.0) / (ROWS_AT_HALF + max(1.0, now_there.measured_rows))
     return work.output_tokens * layers * now_there.step_ms_per_layer * growth
 
 
 def network_ms(rtt_ms: float, output_tokens: int, *, solo: bool) -> float:
-    """The way there. A whole model streams its tokens back, so their latency overlaps: one round trip. A stage of a
-    split path is on the way of every token: half a round trip and a hop, each step (Petals: rtt/2 + overhead).
+    """Latency of the network. A node with the whole model streams its tokens back, so latencies overlap: one round trip.
+
+    Every token passes each stage of a split path: half a round trip and a hop a step (Petals: rtt/2 + overhead).
     """
     if solo:
         return rtt_ms + HOP_MS
@@ -218,13 +218,13 @@ def network_ms(rtt_ms: float, output_tokens: int, *, solo: bool) -> float:
 
 
 def redo_ms(failed: float, finished: float, at_stake_ms: float) -> float:
-    """Expected cost of doing it again: odds of a failure times what would be lost, half the decode on average."""
+    """Expected cost of a replay: the odds of a failure times the work that would be lost, half the decode on average."""
     failure = (PRIOR_FAILURES + failed) / (PRIOR_OUTCOMES + finished)
     return failure / (1.0 - failure) * at_stake_ms if failure < 1.0 else NEVER_FITS_MS
 
 
 def memory_ms(kv_blocks_needed: int, kv_blocks_free: float, kv_blocks_total: int) -> float:
-    """Nothing while the request's blocks are free; else the share that is missing of a fixed fine."""
+    """Cost of missing KV blocks: the missing share of `SHORT_OF_MEMORY_MS`; 0 while the request's blocks are free."""
     if kv_blocks_needed <= 0 or kv_blocks_total <= 0 or kv_blocks_needed <= kv_blocks_free:
         return 0.0
     if kv_blocks_needed > kv_blocks_total:
@@ -233,12 +233,12 @@ def memory_ms(kv_blocks_needed: int, kv_blocks_free: float, kv_blocks_total: int
 
 
 def region_ms(mine: str, theirs: str) -> float:
-    """Nothing within a region or where one is not named."""
+    """Cost of leaving the region; 0 within a region, or if either region has no name."""
     return REGION_MS if mine and theirs and mine != theirs else 0.0
 
 
 def rtt_ms(peer: Peer, me: NodeId, my_region: str) -> float:
-    """Round trip to the peer: measured, else by its network coordinate, else what its region makes likely. None to ourselves."""
+    """Round trip to the peer: measured, else by its network coordinate, else assumed by its region; 0 to this node itself."""
     if peer.id == me:
         return 0.0
     if peer.rtt_s is not None:
@@ -262,7 +262,7 @@ def costs(
     solo: bool = True,
     weights: ScoreWeights = EVERY_TERM,
 ) -> ScoreTerms:
-    """All terms for `layers` layers of the `held` ones at `peer`. Affine in `layers`, which the path planner relies on."""
+    """The terms for computing `layers` of the `held` layers of `peer`. Affine in `layers`, which `PathSearch` relies on."""
     age_s = 0.0 if peer.id == me else now - peer.load_at
     there = estimate(peer.load, age_s, held, pool, own)
     queue = queue_ms(there, held, own.added, pool.residency_s)
@@ -280,7 +280,7 @@ def costs(
 
 
 def terms(of: ScoreTerms) -> dict[str, float]:
-    """The terms by name, rounded for people, without those that are zero."""
+    """The terms that are not zero by name, rounded for display."""
     named = ((term.name, round(getattr(of, term.name), 3)) for term in fields(of))
     return {name: ms for name, ms in named if ms}
 

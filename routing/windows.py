@@ -1,12 +1,12 @@
-"""Which layers a node should hold, given how often each is held by others: an exact choice, not a heuristic.
+"""Chooses which layers a node should hold, given how often each is held by others: exactly, not by a heuristic.
 
-Among all sets of as many layers as there is room for, the one that is best in this order:
+Of all sets of as many layers as the node has room for, it chooses the best by these criteria, in this order:
 1. the least replicated layers first: no uncovered layer is left for a second copy of another;
-2. few pieces, since a path visits a node once and every piece is a stage at most;
+2. few windows, since a path visits a node once and a stage lies within one window;
 3. layers of which there are fewest copies beyond those wanted;
-4. edges where other spans (or the model) begin and end, so that stages fit together without waste;
-5. a hash of the node's id, so that nodes that choose at the same moment do not choose alike.
-A dynamic programme over the layers, with these five packed into one integer (lexicographic order survives addition).
+4. edges where other spans (or the model) begin and end, so that stages of different nodes fit together;
+5. a hash of the node's id, so that nodes that choose at the same moment choose differently.
+A dynamic programme over the layers, with the five criteria packed into one integer (sums keep the lexicographic order).
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ Window = tuple[int, int]
 """Layers `[start, end)`."""
 
 HASH_STEPS = 1024
-"""Resolution of the last criterion."""
+"""Resolution of the fifth criterion."""
 
 
 def best_windows(
     counts: Sequence[int], capacity: int, wanted: int, node: NodeId, edges: Collection[int] = ()
 ) -> tuple[Window, ...]:
-    """The best windows for `node`, in order, together `capacity` layers or all; empty when there is no capacity.
+    """The best windows for `node`, in order, `capacity` layers together or all layers; empty without capacity.
 
-    counts: copies of each layer held by others; wanted: copies after which another one is worth little.
+    counts: copies of each layer held by others. wanted: replicas after which another copy is worth little. edges: where others'
+    spans begin and end.
     """
     layers = len(counts)
     room = min(capacity, layers)
@@ -43,7 +44,7 @@ def best_windows(
 
 
 def _radices(layers: int) -> tuple[int, int, int]:
-    """Weights of criteria 2, 3 and 4 in units of the fifth, each beyond what all lower ones can sum up to."""
+    """Weights of criteria 2, 3 and 4 in units of the fifth; each is above what all lower criteria can sum up to."""
     edge = HASH_STEPS * (layers + 1)
     spare = edge * 2 * (layers + 1)
     piece = spare * (layers + 1) * SPARE_STEPS
@@ -51,11 +52,11 @@ def _radices(layers: int) -> tuple[int, int, int]:
 
 
 SPARE_STEPS = 64
-"""Copies beyond the wanted ones are told apart up to this many."""
+"""Copies beyond the wanted ones are distinguished up to this many."""
 
 
 def _layer_gain(count: int, wanted: int, layers: int) -> int:
-    """What one more copy of a layer is worth."""
+    """The value of one more copy of a layer (criteria 1 and 3)."""
     piece, spare, _ = _radices(layers)
     above_pieces = piece * (layers + 1)
     scarcity = (layers + 1) ** (wanted - count) if count < wanted else 0
@@ -64,9 +65,10 @@ def _layer_gain(count: int, wanted: int, layers: int) -> int:
 
 
 def _begin_gain(layer: int, edges: Collection[int], layers: int, node: NodeId) -> int:
+    """The value of beginning a window at a layer (criteria 2, 4 and 5)."""
     piece, _, _ = _radices(layers)
-    luck = score(b"window/%d" % layer, node)
-    return -piece + _edge_gain(layer in edges or layer == 0, layers) + int(HASH_STEPS * luck / (1.0 + luck))
+    hashed = score(b"window/%d" % layer, node)
+    return -piece + _edge_gain(layer in edges or layer == 0, layers) + int(HASH_STEPS * hashed / (1.0 + hashed))
 
 
 def _edge_gain(fits: bool, layers: int) -> int:
@@ -78,12 +80,12 @@ Chain = tuple[int, int, "Chain | None"]
 
 
 def _best(gain: Sequence[int], begin: Sequence[int], finish: Sequence[int], room: int) -> tuple[Window, ...]:
-    """Maximises the sum over windows of their layers' gains, `begin[start]` and `finish[end]`.
+    """The windows of `room` layers with the greatest sum of their layers' gains, `begin[start]` and `finish[end]`.
 
-    `outside[n]` and `inside[n]` are the best (value, windows) with n layers chosen so far, with no window open or with
-    the last one open; windows are kept as a linked list of (start, end, earlier).
+    `outside[n]` and `inside[n]` are the best (value, windows) with n layers chosen so far: with no window open, and with the last
+    window open.
     """
-    none: tuple[int, Chain | None] | None = None
+    none: tuple[int, Chain | None] | None = None  # so many layers cannot be chosen in this state
     outside = [none] * (room + 1)
     inside = [none] * (room + 1)
     starts: list[int] = [0] * (room + 1)  # where the open window of inside[n] began
@@ -110,7 +112,9 @@ def _best(gain: Sequence[int], begin: Sequence[int], finish: Sequence[int], room
                     outside[taken] = (value, (new_starts[taken], layer + 1, closing[1]))
         inside, starts = new_inside, new_starts
     full = outside[room]
-    return _unrolled(full[1] if full is not None else None)
+    windows = _unrolled(full[1] if full is not None else None)
+    assert sum(end - start for start, end in windows) == room
+    return windows
 
 
 def _unrolled(chain: Chain | None) -> tuple[Window, ...]:

@@ -1,4 +1,4 @@
-"""The entry's door to routing: plans paths over the current view, and keeps the ledger of what was sent where."""
+"""Plans paths over the current view for the entry's requests, and records what was sent to which peer and how it ended."""
 
 from __future__ import annotations
 
@@ -11,45 +11,44 @@ from mesh.prefix import PREFIX_PAGE_TOKENS
 from mesh.versions import holds
 from mesh.view import ModelCard, PeerState, View
 from node.engine.api import SequenceKey
-from node.entry.generation import StageAt, Stages
 from routing.breaker import Breakers
 from routing.dispatches import Dispatch, Dispatches
-from routing.path import ScoredCandidate, plan
+from routing.path import PathStage, PathStages, ScoredCandidate, plan
 from routing.policies import Policy, policy_named
 from routing.prefixes import PrefixMemory, prefix_key
 from routing.score import RequestWork
 
-DOUBT_S = 5.0  # a node whose link broke gets no part of new paths, if there are others; membership has spoken by then
-EXPECTED_OUTPUT_TOKENS = 256  # of an answer that may be longer; until averages per model are kept
+DOUBT_S = 5.0  # a node whose link broke is avoided for this long, by when membership has decided whether it is dead
+EXPECTED_OUTPUT_TOKENS = 256  # upper bound of the answer length that a plan counts with
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """What planning needs to know of a request."""
+    """What a plan depends on beside the view: one attempt of one choice."""
 
     model: ModelId
     layers: int
-    weights: str  # that compute the request, at every attempt
-    known_tokens: int  # prompt, and answer so far: what the new path must prefill
+    weights: str  # of the version that computes the request, at every attempt
+    known_tokens: int  # prompt and answer so far: what the new path must prefill
     tokens_to_come: int
-    exclude: frozenset[NodeId]  # that have no room for it now, or never
-    numerics: str  # the fingerprint of the attempt before: an equal one keeps the promise of equal tokens; empty: any
+    exclude: frozenset[NodeId]  # nodes without room for it now, and those that can never hold it
+    numerics: str  # fingerprint of earlier attempts: only an equal one gives equal tokens; empty: any
     policy: str  # empty: the default
-    names: Sequence[bytes] = ()  # of the pages of the known tokens (`mesh.prefix`)
-    avoid: frozenset[NodeId] = frozenset()  # that were just lost: taken where there is no path without them
+    names: Sequence[bytes] = ()  # of the prefix pages of the known tokens (`mesh.prefix`)
+    avoid: frozenset[NodeId] = frozenset()  # nodes that were just lost: used where there is no path without them
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedPath:
-    stages: Stages
+    stages: PathStages
     numerics: str  # common fingerprint; empty when the stages differ
     cost_ms: float
-    candidates: tuple[ScoredCandidate, ...]  # that were considered for its stages
-    last_choice: bool = False  # one node takes all of it, and no other could now
+    candidates: tuple[ScoredCandidate, ...]  # ranked for its stages
+    last_choice: bool = False  # one node computes all layers, and was the only candidate
 
 
 class Planning:
-    """One for a node: all its requests' own dispatches count against the peers at once."""
+    """One for a node, so that what it dispatches for any request counts at once in the plans of all."""
 
     def __init__(self, view: Callable[[], View], now: Callable[[], float], rng: Random) -> None:
         self._view = view
@@ -60,10 +59,10 @@ class Planning:
         self._breakers = Breakers()
         self._prefixes = PrefixMemory(PREFIX_PAGE_TOKENS)
         self._doubted_until: dict[NodeId, float] = {}
-        self._sent: dict[SequenceKey, list[Dispatch]] = {}
+        self._dispatched: dict[SequenceKey, list[Dispatch]] = {}  # by attempt: a dispatch for each stage
 
     def plan(self, request: PlanRequest) -> PlannedPath:
-        """Raises NoPath, naming the layers that no peer holds; BadRequest for an unknown policy."""
+        """Plans a path. Raises NoPath, naming the layers that no peer holds; BadRequest for an unknown policy."""
         view, now = self._view(), self._now()
         path = plan(
             view,
@@ -84,10 +83,9 @@ class Planning:
             numerics=request.numerics,
             weights=request.weights,
         )
-        stages = tuple(StageAt(stage.node, stage.address, stage.start, stage.end) for stage in path)
-        asked = {each.node for each in path.considered}
-        alone = len(stages) == len(asked) == 1
-        return PlannedPath(stages, path.numerics, round(path.cost_ms, 3), path.considered, last_choice=alone)
+        candidates = {each.node for each in path.considered}
+        is_only = len(path.stages) == len(candidates) == 1
+        return PlannedPath(path.stages, path.numerics, round(path.cost_ms, 3), path.considered, last_choice=is_only)
 
     def _doubted(self, now: float) -> frozenset[NodeId]:
         self._doubted_until = {node: until for node, until in self._doubted_until.items() if until > now}
@@ -98,49 +96,51 @@ class Planning:
             self._policies[name] = policy_named(name)
         return self._policies[name]
 
-    def dispatched(self, key: SequenceKey, stages: Stages, prefill_tokens: int) -> None:
+    def dispatched(self, key: SequenceKey, stages: PathStages, prefill_tokens: int) -> None:
+        """Counts the attempt against each stage's node, from before its opens are sent until `finished`."""
         now = self._now()
-        self._sent[key] = [self._dispatches.dispatch(stage.node, now, prefill_tokens) for stage in stages]
+        assert key not in self._dispatched, "each attempt is dispatched once"
+        self._dispatched[key] = [self._dispatches.dispatch(stage.node, now, prefill_tokens) for stage in stages]
         for stage in stages:
             self._breakers.dispatched(stage.node, now)
 
-    def opened(self, stages: Stages, names: Sequence[bytes]) -> None:
-        """The stages took up a sequence with these pages, and will have them for a while."""
+    def opened(self, stages: PathStages, names: Sequence[bytes]) -> None:
+        """Records that the stages have opened a sequence with these pages, and so will have them cached for a while."""
         self._prefixes.sent(names, [stage.node for stage in stages])
 
-    def page_source(self, stage: StageAt, card: ModelCard, names: Sequence[bytes]) -> Address | None:
-        """Where more of the prompt's beginning may be than at the stage itself: the node that was sent most of it.
+    def page_source(self, stage: PathStage, card: ModelCard, names: Sequence[bytes]) -> Address | None:
+        """The address of the node that was sent most of the prompt's beginning; None if no node was sent more than the stage.
 
-        Only nodes with the same weights are asked; the names of pages depend on them, too (`mesh.prefix`).
+        Only nodes with the same weights count, as pages are named by the weights too (`mesh.prefix`).
         """
         cached, view = self._prefixes.cached_tokens(names), self._view()
         best, most = None, cached.get(stage.node, 0)
         for peer in sorted(view.live(), key=lambda peer: peer.id):
             spans = [span for span in peer.facts.spans if span.model == card.id]
-            has_it = holds(peer, card) and any(span.start <= stage.start and stage.end <= span.end for span in spans)
-            if cached.get(peer.id, 0) > most and has_it and not peer.stalled and peer.state is PeerState.ALIVE:
+            has_layers = holds(peer, card) and any(span.start <= stage.start and stage.end <= span.end for span in spans)
+            if cached.get(peer.id, 0) > most and has_layers and not peer.stalled and peer.state is PeerState.ALIVE:
                 best, most = peer.address, cached[peer.id]
         return best
 
     def finished(self, key: SequenceKey, *, ok: bool, lost: NodeId | None = None) -> None:
-        """The attempt ended: well, by the fault of `lost`, or (neither) by no node's."""
+        """Records the end of an attempt: completed (`ok`), lost by the node `lost`, or (neither) cancelled or refused."""
         now = self._now()
-        for sent in self._sent.pop(key, []):
-            at_fault = sent.node == lost
-            self._dispatches.done(sent, now, ok=False if at_fault else (True if ok else None))
+        for dispatch in self._dispatched.pop(key, []):
+            at_fault = dispatch.node == lost
+            self._dispatches.done(dispatch, now, ok=False if at_fault else (True if ok else None))
             if at_fault:
-                self._breakers.failed(sent.node, now)
+                self._breakers.failed(dispatch.node, now)
             elif ok:
-                self._breakers.succeeded(sent.node)
+                self._breakers.succeeded(dispatch.node)
             else:
-                self._breakers.given_up(sent.node)
+                self._breakers.given_up(dispatch.node)
 
     def link_lost(self, node: NodeId) -> None:
-        """A link to the node broke: no request need find out for itself, before membership does, that it is dead."""
+        """Avoids a node whose link broke for `DOUBT_S`: no further request is sent there before membership has decided."""
         self._doubted_until[node] = self._now() + DOUBT_S
 
     def forget(self, node: NodeId) -> None:
-        """The node died, left or restarted: its past says nothing of its next life."""
+        """Drops all records of a node that died, left or restarted: they do not hold for its next start."""
         self._doubted_until.pop(node, None)
         self._dispatches.forget(node)
         self._prefixes.forget(node)

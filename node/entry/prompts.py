@@ -22,52 +22,54 @@ from rag.context import build, citations
 from rag.service import Documents
 from rag.types import SearchResult
 
-COMPILE_TIMEOUT_S = 5.0  # of a grammar, the wait for others' included; its own limits end it within a second
-MAX_SHRINKING = 4  # characters that one of the longest tokens may stand for, beside its own: normalisers drop some
-CONTEXT_SHARE = 0.6  # of the model's context that passages may fill; the rest is the question's and the answer's
-
+COMPILE_TIMEOUT_S = 5.0  # for a grammar, with the wait for other grammars; its own limits end a compilation within a second
+MAX_SHRINKING = 4  # bound on input characters per character of a token: normalisers drop some
+CONTEXT_SHARE = 0.6  # share of the model's context that passages may fill; the rest is for the question and the answer
 
 FindModel = Callable[[ModelId | None], Awaitable[ServedModel]]  # as `PeerModels.get`
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
+    """A request's prompt in tokens, with the model and the sampling that it is computed with."""
+
     model: ServedModel
     tokens: tuple[int, ...]
     sampling: SamplingParams  # max_tokens, seed and end tokens settled
     seed: int
-    asked_as: ModelId | None = None  # the name that the request gave the model; None: the model's id
+    requested_name: ModelId | None = None  # the name by which the request asked for the model; None: the model's id
     retrieved: SearchResult | None = None
-    tool_style: str = ""  # of the model, where the request offers tools
-    markers: frozenset[int] = frozenset()  # special tokens that belong to the text: they begin a tool call
+    tool_style: str = ""  # how the model writes tool calls, where the request offers tools
+    markers: frozenset[int] = frozenset()  # special tokens that are kept in the text, as they delimit tool calls
 
     @property
     def name(self) -> ModelId:
-        """What the answer calls the model."""
-        return self.asked_as or self.model.card.id
+        """The model's name in the answer."""
+        return self.requested_name or self.model.card.id
 
     @property
     def decode(self) -> Decode:
         return self.model.text.decode_with(self.markers) if self.markers else self.model.text.decode
 
     def choice_sampling(self, choice: int) -> SamplingParams:
-        """Choice 0 draws with the request's seed; the others with seeds that follow from it."""
+        """The sampling parameters of a choice: choice 0 has the request's seed, the others have seeds derived from it."""
         if choice == 0:
             return self.sampling
         digest = hashlib.blake2b(f"{self.seed}:{choice}".encode(), digest_size=8).digest()
         return msgspec.structs.replace(self.sampling, seed=int.from_bytes(digest, "big") >> 1)
 
     def stage_sampling(self, choice: int, *, last: bool) -> SamplingParams:
-        """`choice_sampling` as a stage needs it: only the last one draws, so only there the grammar goes."""
+        """`choice_sampling` for a stage: without the grammar unless it is the last stage, which alone draws tokens."""
         sampling = self.choice_sampling(choice)
         return sampling if last or sampling.grammar is None else msgspec.structs.replace(sampling, grammar=None)
 
     def retrieval_report(self, texts: Sequence[str]) -> RetrievalReport | None:
+        """The passages that the answer's texts cite; all that the prompt contained, where they cite none."""
         if self.retrieved is None:
             return None
         result = self.retrieved
         cited = {c.number: c for text in texts for c in citations(text, result.passages)}
-        if not cited:  # an answer that cites no passage may rest on all that it was given
+        if not cited:
             numbers = " ".join(f"[{number}]" for number in range(1, len(result.passages) + 1))
             cited = {c.number: c for c in citations(numbers, result.passages)}
         return RetrievalReport(
@@ -81,20 +83,25 @@ class Prompt:
 
 class Prompts:
     def __init__(self, find_model: FindModel, documents: Documents, *, models_defaults: bool = True) -> None:
-        """`models_defaults`: what a request leaves unset is taken from the model's generation config."""
+        """`models_defaults`: sampling fields that a request leaves unset are taken from the model's generation config."""
         self._find_model = find_model
         self._models_defaults = models_defaults
         self._documents = documents
         self._grammars = GrammarCheck()
-        self._compiling = trio.CapacityLimiter(1)  # one at a time: a burst of large grammars must not take every core
+        self._compiling = trio.CapacityLimiter(1)  # so that a burst of large grammars does not occupy every core
 
     async def prepare(self, request: GenerateRequest) -> Prompt:
-        """Raises BadRequest: unknown model or store, a prompt that does not fit, tokens out of range; and as `FindModel` does."""
+        """Turns a request into its prompt.
+
+        Raises:
+            BadRequest: unknown model or store, a prompt that does not fit, tokens out of range, a grammar that does not compile.
+            NoPath, ModelLoading, Refused: as `PeerModels.get`.
+        """
         model = await self._find_model(request.model)
         retrieved = None
         if request.retrieval is not None and request.messages is not None:
             request, retrieved = await self._with_passages(request, model)
-        _refuse_hopeless(request, model)
+        _check_length(request, model)
         tokens = await trio.to_thread.run_sync(encode, request, model)
         if not tokens:
             raise BadRequest("the prompt is empty: at least one token is needed", _prompt_field(request))
@@ -112,7 +119,8 @@ class Prompts:
         grammar, style, markers = _tool_form(request, model)
         if grammar is not None:
             await self._check_grammar(grammar)
-        seed = request.seed if request.seed is not None else SystemRandom().getrandbits(53)  # 53 bits: exact in JSON
+        # Drawn here, before the first attempt, so that every attempt draws with the same noise. 53 bits are exact in JSON.
+        seed = request.seed if request.seed is not None else SystemRandom().getrandbits(53)
         ends = () if request.sampling.ignore_eos else model.text.end_tokens
         defaults = model.text.sampling_defaults if self._models_defaults else {}
         sampling = msgspec.structs.replace(
@@ -122,10 +130,11 @@ class Prompts:
             stop_token_ids=tuple(sorted({*request.sampling.stop_token_ids, *ends})),
             grammar=grammar,
         )
+        assert 1 <= sampling.max_tokens <= room
         return Prompt(model, tokens, sampling, seed, request.model, retrieved, style, markers)
 
     async def _check_grammar(self, grammar: Grammar) -> None:
-        """Raises BadRequest: it does not compile, or not in time."""
+        """Raises BadRequest if the grammar does not compile, or not in time."""
         if self._grammars.knows(grammar):
             return
         with trio.move_on_after(COMPILE_TIMEOUT_S):
@@ -134,24 +143,24 @@ class Prompts:
         raise BadRequest(f"{grammar.param}: took more than {COMPILE_TIMEOUT_S:g} s to compile; make it simpler", grammar.param)
 
     async def _with_passages(self, request: GenerateRequest, model: ServedModel) -> tuple[GenerateRequest, SearchResult]:
-        """Puts what the store knows of the last user message in front of it."""
+        """Puts the passages that a search for the last user message finds in front of that message."""
         assert request.retrieval is not None and request.messages is not None
         messages = [dict(message) for message in request.messages]
-        asked = next((m for m in reversed(messages) if m.get("role") == "user"), None)
-        if asked is None:
+        last = next((m for m in reversed(messages) if m.get("role") == "user"), None)
+        if last is None:
             raise BadRequest("retrieval needs a user message to search for", "messages")
-        question = str(asked["content"])
+        question = str(last["content"])
         result = await self._documents.search(request.retrieval.store, question, request.retrieval.top_k)
         budget_tokens = int(CONTEXT_SHARE * (model.card.max_model_len - (request.max_tokens or 0)))
         context = await trio.to_thread.run_sync(
             build, question, result.passages, budget_tokens, lambda text: len(model.text.encode(text))
         )
-        asked["content"] = context.prompt
+        last["content"] = context.prompt
         return replace(request, messages=tuple(messages)), replace(result, passages=context.passages)
 
 
-def _refuse_hopeless(request: GenerateRequest, model: ServedModel) -> None:
-    """Refuses unread what no tokenizer makes fit: to read megabytes takes a minute of a core."""
+def _check_length(request: GenerateRequest, model: ServedModel) -> None:
+    """Raises BadRequest, before it is tokenized, for a prompt that cannot fit: tokenizing megabytes takes a minute of a core."""
     texts = [message.get("content") for message in request.messages or ()] if request.prompt is None else [request.prompt]
     characters = sum(len(text) for text in texts if isinstance(text, str))
     if characters > MAX_SHRINKING * model.text.longest_token * model.card.max_model_len:
@@ -164,7 +173,7 @@ def _refuse_hopeless(request: GenerateRequest, model: ServedModel) -> None:
 
 
 def encode(request: GenerateRequest, model: ServedModel) -> tuple[int, ...]:
-    """The request's tokens (*blocking*, milliseconds for a long prompt)."""
+    """Encodes the request's prompt as tokens (*blocking*, milliseconds for a long prompt)."""
     if request.prompt_ids is not None:
         return request.prompt_ids
     if request.messages is not None:
@@ -176,14 +185,14 @@ def encode(request: GenerateRequest, model: ServedModel) -> tuple[int, ...]:
 
 
 def _tool_form(request: GenerateRequest, model: ServedModel) -> tuple[Grammar | None, str, frozenset[int]]:
-    """What the answer must be, the style of the calls in it, and the special tokens that are part of them."""
+    """Returns the answer's grammar, how the model writes tool calls, and the special tokens that delimit them."""
     use, grammar = request.tools, request.sampling.grammar
     if use is None or use.choice == "none":
         return grammar, "", frozenset()
     style = style_of(model.text.template)
     markers = (model.text.special_id(marker) for marker in (style.opening, style.closing))
-    kept = frozenset(marker for marker in markers if marker is not None)
-    return grammar_for(use, style, model.text.special_id, grammar), style.name, kept
+    kept_markers = frozenset(marker for marker in markers if marker is not None)
+    return grammar_for(use, style, model.text.special_id, grammar), style.name, kept_markers
 
 
 def _prompt_field(request: GenerateRequest) -> str:

@@ -1,4 +1,4 @@
-"""What became of recent requests: for `GET /mesh/requests/{id}` and `mesh why`. Bounded, in memory, no prompts."""
+"""Records of running and recent requests, for `GET /mesh/requests/{id}` and `mesh why`. Bounded, in memory, without prompts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from mesh.ids import NodeId, StreamId
-from node.entry.generation import Generation, GenerationPhase, Stages
+from node.entry.generation import Generation, GenerationPhase
 from node.reports import PlanReport, RequestReport, StageReport
+from routing.path import PathStages
 
 REMEMBERED = 4096
 
@@ -25,20 +26,17 @@ _STATE = {
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One request at its entry node, alive while it runs and kept for a while after."""
+    """One request at its entry, updated while it runs and kept for a while after."""
 
     stream: StreamId
     request_id: str
     entry: NodeId
     seq: int = 0
     generations: dict[int, Generation] = field(default_factory=dict)
-    last_paths: dict[int, Stages] = field(default_factory=dict)
+    last_paths: dict[int, PathStages] = field(default_factory=dict)  # by choice
     why: list[PlanReport] = field(default_factory=list)
     _final_state: str | None = None
     _final_attempts: int = 1
-
-    def path(self) -> list[StageReport]:
-        return [StageReport(stage.node, stage.start, stage.end) for stage in self.last_paths.get(0, ())]
 
     def state(self) -> str:
         if self._final_state is not None:
@@ -51,12 +49,12 @@ class RequestRecord:
 
     @property
     def attempts(self) -> int:
-        """1 when undisturbed, one more for each path that was lost; of several choices, that of the one that lost most."""
+        """1 and one more for each path that was lost; of several choices, the most."""
         lost = (len(generation.history) for generation in self.generations.values())
         return max(self._final_attempts, 1 + max(lost, default=0))
 
     def close(self) -> None:
-        """The request has ended: what it held of its answer is let go, what became of it stays."""
+        """Marks the request as ended: keeps its final state and count of attempts, and drops the answer's tokens."""
         self._final_state, self._final_attempts = self.state(), self.attempts
         self.generations = {}
 
@@ -67,14 +65,14 @@ class RequestRecord:
             state=self.state(),
             seq=self.seq,
             attempts=self.attempts,
-            path=self.path(),
+            path=[StageReport(stage.node, stage.start, stage.end) for stage in self.last_paths.get(0, ())],
             journal=[],
             why=self.why,
         )
 
 
 class RecentRequests:
-    """Found by stream id, else by x-request-id (the newest of that name)."""
+    """The newest `REMEMBERED` records, found by stream id, else by x-request-id (the newest request with that id)."""
 
     def __init__(self) -> None:
         self._by_stream: OrderedDict[StreamId, RequestRecord] = OrderedDict()
@@ -90,5 +88,6 @@ class RecentRequests:
                 del self._by_request_id[oldest.request_id]
 
     def find(self, name: str) -> RequestRecord | None:
-        known = self._by_stream.get(StreamId(name))  # a client chooses its x-request-id, but no stream's id
-        return known or self._by_stream.get(self._by_request_id.get(name, StreamId("")))
+        # The stream id goes first: the entry draws it, while any client may send another request's x-request-id.
+        record = self._by_stream.get(StreamId(name))
+        return record or self._by_stream.get(self._by_request_id.get(name, StreamId("")))

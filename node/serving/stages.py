@@ -1,12 +1,13 @@
-"""The shell between peers and the engine: opens sequences for others, and carries what steps bring.
+"""The shell between peers and the engine: opens sequences for entries, and sends the outputs of engine steps to peers.
 
-Activations go straight to the next stage; a token goes to the entry node and back to the first
-stage, which decodes on without waiting for the entry. What the engine gives in one step for one
-peer shares a frame. No decision is made here: which path, which token, when to try again is the
-generation's (`node.entry.generation`), at the entry.
+Activations go straight to the next stage; a token goes to the entry and back to the first stage, which decodes on without waiting
+for the entry. The outputs of one step for one peer share a frame. Which path, which token and when to try again is decided at the
+entry (`node.entry.generation`), not here. An open that the engine refuses (`_on_open`: too many sequences, too few KV blocks)
+raises `Refused` to the entry.
 
-A link proves which node is at its other end, and of a sequence each node is believed in its own part alone: activations come
-from the stage before, tokens from the last stage, opens and closes from the entry. Holding the mesh key is not enough.
+A link authenticates the node at its other end, and frames about a sequence are accepted only from the node whose part they are:
+activations from the previous stage, tokens from the last stage, opens and closes from the entry. All others are unauthorized,
+although their sender holds the mesh key: they are counted and dropped.
 """
 
 from __future__ import annotations
@@ -29,50 +30,51 @@ from mesh.prefix import NAME_BYTES
 from mesh.wire.calls import Call, Header, Post, Reply
 from node.engine.api import Engine, EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, SpanLost, TokenOut
 
-IDLE_S = 120.0  # a sequence that nothing came for: its close was lost with a link; longer than any wait for a step
-GRAMMARS_AT_ONCE = 2  # compiled side by side; each is a thread that takes up to a second, beside the engine's own
-TAKEN_RETRY_S = 1.0  # a client that asks two nodes under one id: the first may be done by then
-CLOSED_REMEMBERED = 8192  # an open that was overtaken by its close must find it here; seconds of requests
+IDLE_S = 120.0  # a sequence idle for this long is freed, as its close was lost with a link; longer than any wait for a step
+MAX_COMPILATIONS = 2  # grammars compiled in parallel; each takes a thread for up to a second, beside the engine's own
+TAKEN_RETRY_S = 1.0  # after this long, the request that another entry runs under the same id may have ended
+MAX_CLOSED_KEPT = 8192  # closed sequences that an open is compared with, in case its close came first; seconds of requests
 
 log = structlog.get_logger()
 
-# Rows of one-way frames, as peers may send them: types and ranges are checked before anything believes them.
+# Rows of one-way frames as peers send them: msgspec checks types and ranges before anything reads them.
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-Key = tuple[StreamId, Count, Count]  # stream, choice, attempt
-Names = tuple[Annotated[bytes, Meta(min_length=NAME_BYTES, max_length=NAME_BYTES)], ...]
-Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-Draft = tuple[Count, ...]
-HiddenRow = tuple[StreamId, Count, Count, Count, Positive, Count, Names, Draft, Count]  # key, then `HiddenOut` with data's size
-Top = tuple[tuple[Count, float], ...]
-TokenRow = tuple[StreamId, Count, Count, Count, Count, Literal["stop", "length"] | None, float | None, Top, Count]
+EncodedKey = tuple[StreamId, Count, Count]  # a `SequenceKey`: stream, choice, attempt
+PageNames = tuple[Annotated[bytes, Meta(min_length=NAME_BYTES, max_length=NAME_BYTES)], ...]
+PositiveCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+DraftTokens = tuple[Count, ...]
+# Key, then the fields of `HiddenOut`, with the data's size in place of the data.
+HiddenRow = tuple[StreamId, Count, Count, Count, PositiveCount, Count, PageNames, DraftTokens, Count]
+TopLogprobs = tuple[tuple[Count, float], ...]
+TokenRow = tuple[StreamId, Count, Count, Count, Count, Literal["stop", "length"] | None, float | None, TopLogprobs, Count]
 
 
 class StageOpened(msgspec.Struct, frozen=True):
     """The answer to `stage.open`."""
 
-    pages: Count = 0  # of the sequence's, kept at the stage
+    pages: Count = 0  # of the sequence's prefix, cached at the stage
 
 
 class LostStage(msgspec.Struct, frozen=True):
-    """The frame `stage.lost`. `address`: of the stage to blame; None: not known."""
+    """The frame `stage.lost`: the sender gives the attempt up. `address`: of the stage that failed; None: not known."""
 
-    key: Key
+    key: EncodedKey
     reason: str
     retryable: bool
     address: Address | None
 
 
 class OpenStage(msgspec.Struct, frozen=True):
-    """The call `stage.open`: compute `sequence` for `entry`; where its activations and tokens go."""
+    """The call `stage.open`: asks a node to compute `sequence` for `entry`, with the sources and targets of its frames."""
 
     sequence: OpenSequence
     entry: NodeId
-    previous: NodeId | None  # whose activations are computed here; None: this is the first stage
-    last: NodeId  # whose tokens the first stage goes on with
+    previous: NodeId | None  # the stage that sends activations; None: this is the first stage
+    last: NodeId  # the stage that draws the tokens
     entry_address: Address
     first_address: Address
     next_address: Address | None  # None: this is the last stage
-    pages_from: Address | None = None  # of a node that was sent more of this sequence's beginning; None: none is known
+    pages_from: Address | None = None  # of a node that was sent more of this sequence's beginning; None: no such node is known
     previous_address: Address | None = None  # None: this is the first stage
 
 
@@ -80,12 +82,15 @@ FetchPages = Callable[[OpenSequence, Address], Awaitable[None]]
 
 
 class TokenSink(Protocol):
-    """What the entry node hears of its own generations; False: of one that runs, and it was not for the sender to say."""
+    """Takes peers' frames for this node's own generations (`node.entry.entry.Entry`).
+
+    Both return False if the generation runs here and the sender is not entitled to send the frame.
+    """
 
     def token(self, token: TokenOut, sender: NodeId) -> bool: ...
 
     def lost(self, lost: SequenceLost, address: Address | None, sender: NodeId) -> bool:
-        """`address`: of the stage to blame; None: not known."""
+        """`address`: of the stage that failed; None: not known."""
 
 
 @dataclass(slots=True)
@@ -98,8 +103,8 @@ class StagesStatistics:
     token_frames_total: int = 0
     rejected_rows_total: int = 0
     lost_to_peers_total: int = 0
-    foreign_words_total: int = 0  # of what runs here, from nodes whose word on it is not taken
-    bad_activations_total: int = 0  # sequences for which the stage before sent what is no finite number
+    foreign_words_total: int = 0  # unauthorized frames: about sequences here, from nodes whose part they are not
+    bad_activations_total: int = 0  # sequences for which the previous stage sent activations that are not finite
 
 
 class Stages:
@@ -114,7 +119,7 @@ class Stages:
         span_lost: Callable[[SpanLost], None] | None = None,
         fetch_pages: FetchPages | None = None,
     ) -> None:
-        """`fetch_pages`: has pages of a sequence here that the node at an address has; None: they are computed."""
+        """`fetch_pages`: fetches a sequence's prefix pages from the node at an address; None: they are computed."""
         self._address = address
         self._fetch_pages = fetch_pages
         self._span_lost = span_lost
@@ -129,30 +134,31 @@ class Stages:
         self._post = post
         self._sink = sink
         self._routes: dict[SequenceKey, OpenStage] = {}
-        self._heard_at: dict[SequenceKey, float] = {}
-        self._closed: OrderedDict[tuple[SequenceKey, NodeId], None] = OrderedDict()  # with its entry: others close theirs
-        self.refusals = Refusals()  # of foreign words and bad activations, by the node that sent them
-        self._compiling = trio.CapacityLimiter(GRAMMARS_AT_ONCE)
+        self._active_at: dict[SequenceKey, float] = {}  # time of the open, or of the engine's latest output
+        # By sequence and closing node, so that a close from any other node does not prevent the entry's open.
+        self._closed: OrderedDict[tuple[SequenceKey, NodeId], None] = OrderedDict()
+        self.refusals = Refusals()  # of unauthorized frames and bad activations, by the node that sent them
+        self._compiling = trio.CapacityLimiter(MAX_COMPILATIONS)
         self._counters = StagesStatistics()
 
     def statistics(self) -> StagesStatistics:
         return replace(self._counters)
 
     def deliverer(self, token: trio.lowlevel.TrioToken) -> Callable[[list[EngineOutput]], None]:
-        """The engine thread's way back into trio; outputs of one step are carried as one."""
+        """Returns a function for the engine's thread that passes the outputs of one step to `carry` in trio's thread."""
 
         def deliver(outputs: list[EngineOutput]) -> None:
             try:
                 token.run_sync_soon(self.carry, outputs)
             except trio.RunFinishedError:
-                pass  # the node has stopped; so will the engine
+                pass  # the node has stopped, and the engine is about to
 
         return deliver
 
-    # --- what the engine brings
+    # --- outputs of the engine
 
     def carry(self, outputs: list[EngineOutput]) -> None:
-        """Sends the outputs of one engine step on their ways, one frame a peer."""
+        """Sends the outputs of one engine step to their peers, one frame of each kind a peer."""
         hidden: defaultdict[Address, list[HiddenOut]] = defaultdict(list)
         tokens: defaultdict[Address, list[TokenOut]] = defaultdict(list)
         for output in outputs:
@@ -163,7 +169,7 @@ class Stages:
             route = self._routes.get(output.key)
             if route is None:
                 continue  # closed while the step ran
-            self._heard_at[output.key] = trio.current_time()
+            self._active_at[output.key] = trio.current_time()
             if isinstance(output, HiddenOut):
                 if route.next_address is not None:
                     hidden[route.next_address].append(output)
@@ -220,9 +226,16 @@ class Stages:
         if self.refusals.note(peer, BAD_ACTIVATIONS, trio.current_time()):
             log.warning("stage.bad_activations", peer=peer, next_in_s=WINDOW_S)
 
-    # --- what peers bring
+    # --- frames of peers
 
     async def _on_open(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
+        """Opens a sequence; answers with the number of its prefix pages that are cached here.
+
+        Raises:
+            BadRequest: the sender is not the sequence's entry, or the sequence can never fit here.
+            Refused: the engine is full, or the stream runs here for another entry.
+            RemoteError: the entry has closed the sequence already.
+        """
         stage = _decode_open(sender, tail)
         key = stage.sequence.key
         if stage.entry != sender:
@@ -231,14 +244,14 @@ class Stages:
             await trio.to_thread.run_sync(self._engine.prepare, stage.sequence, limiter=self._compiling)
         if stage.pages_from is not None and self._fetch_pages is not None and key not in self._routes:
             await self._fetch_pages(stage.sequence, stage.pages_from)
-        if (key, sender) in self._closed:  # perhaps while its grammar was compiled, or its pages came
+        if (key, sender) in self._closed:  # the close may have come while the grammar was compiled or pages were fetched
             raise RemoteError(sender, "closed before it was opened")
         if key in self._routes and self._routes[key].entry != sender:
             raise Refused(f"stream {key.stream} is computed here for another entry", TAKEN_RETRY_S)
         pages = 0
-        if key not in self._routes:  # a repeat changes nothing; that it offers no page costs no more than computing them
+        if key not in self._routes:  # a repeated open changes nothing; its answer of 0 pages only costs a longer prefill
             self._routes[key] = stage
-            self._heard_at[key] = trio.current_time()
+            self._active_at[key] = trio.current_time()
             try:
                 pages = self._engine.open(stage.sequence)
             except MeshError:
@@ -254,13 +267,13 @@ class Stages:
         rows = msgspec.convert(header["rows"], list[HiddenRow])
         for stream, choice, attempt, position, count, size_bytes, names, draft, rewinds in rows:
             if size_bytes > len(tail) - offset:
-                raise RemoteError(sender, "activations shorter than their header says")
+                raise RemoteError(sender, "activations are shorter than the size in their header")
             key = SequenceKey(stream, choice, attempt)
             data = tail[offset : offset + size_bytes]
             offset += size_bytes
             route = self._routes.get(key)
             if route is not None and route.previous != sender:
-                self._disbelieve(sender, "stage.hidden")
+                self._note_unauthorized(sender, "stage.hidden")
             elif route is not None:
                 arrived.append(HiddenOut(key, position, count, data, names, draft, rewinds))
             else:
@@ -268,82 +281,79 @@ class Stages:
         self._engine.push(*arrived)
 
     def _on_tokens(self, sender: NodeId, header: Header, tail: bytes) -> None:
+        accepted: list[TokenOut] = []
+        to_decode: list[TokenOut] = []
         rows = msgspec.convert(header["tokens"], list[TokenRow])
-        drawn = [TokenOut(SequenceKey(*row[:3]), *row[3:]) for row in rows]
-        believed = [each for each in drawn if self._may_draw(sender, each.key)]
-        self._engine.token(*(each for each in believed if each.finish is None and self._decodes_on(each.key)))
-        for each in believed:
-            if not self._sink.token(each, sender):
-                self._disbelieve(sender, "stage.tokens")
-
-    def _may_draw(self, sender: NodeId, key: SequenceKey) -> bool:
-        """Whether the sender is the last stage of the path, as far as that is known here."""
-        route = self._routes.get(key)
-        foreign = route is not None and route.last != sender
-        if foreign:
-            self._disbelieve(sender, "stage.tokens")
-        return not foreign
-
-    def _decodes_on(self, key: SequenceKey) -> bool:
-        """Whether the first stage of a path is here, and the last one elsewhere."""
-        route = self._routes.get(key)
-        return route is not None and route.sequence.start == 0 and route.next_address is not None
+        for token in [TokenOut(SequenceKey(*row[:3]), *row[3:]) for row in rows]:
+            route = self._routes.get(token.key)
+            if route is not None and route.last != sender:
+                self._note_unauthorized(sender, "stage.tokens")
+                continue
+            accepted.append(token)
+            # The first stage decodes on with the token, unless it is the last stage too: then its engine has drawn the token.
+            if route is not None and route.sequence.start == 0 and route.next_address is not None and token.finish is None:
+                to_decode.append(token)
+        self._engine.token(*to_decode)
+        for token in accepted:
+            if not self._sink.token(token, sender):
+                self._note_unauthorized(sender, "stage.tokens")
 
     def _on_lost(self, sender: NodeId, header: Header, tail: bytes) -> None:
         lost = msgspec.convert(header, LostStage)
         if not self._sink.lost(SequenceLost(SequenceKey(*lost.key), lost.reason[:500], lost.retryable), lost.address, sender):
-            self._disbelieve(sender, "stage.lost")
+            self._note_unauthorized(sender, "stage.lost")
 
     def _on_close(self, sender: NodeId, header: Header, tail: bytes) -> None:
-        for row in msgspec.convert(header["keys"], list[Key]):
+        for row in msgspec.convert(header["keys"], list[EncodedKey]):
             key = SequenceKey(*row)
             route = self._routes.get(key)
             self._note_closed(key, sender)
             if route is not None and route.entry != sender:
-                self._disbelieve(sender, "stage.close")
+                self._note_unauthorized(sender, "stage.close")
             else:
                 self._forget(key)
                 self._engine.close(key)
 
-    def _disbelieve(self, sender: NodeId, kind: str) -> None:
+    def _note_unauthorized(self, sender: NodeId, kind: str) -> None:
         self._counters.foreign_words_total += 1
         if self.refusals.note(sender, UNAUTHORIZED_FRAME, trio.current_time()):
             log.warning("stage.unauthorized_frame", kind=kind, peer=sender, next_in_s=WINDOW_S)
 
-    # --- what ends a sequence
+    # --- ends of sequences
 
     def _forget(self, key: SequenceKey) -> None:
         route = self._routes.pop(key, None)
-        self._heard_at.pop(key, None)
+        self._active_at.pop(key, None)
         if route is not None:
             self._note_closed(key, route.entry)
 
     def _note_closed(self, key: SequenceKey, entry: NodeId) -> None:
         self._closed[key, entry] = None
-        while len(self._closed) > CLOSED_REMEMBERED:
+        while len(self._closed) > MAX_CLOSED_KEPT:
             self._closed.popitem(last=False)
 
     def entry_lost(self, node: NodeId, reason: str) -> None:
-        """The entry `node` is gone, or its opens and closes may have been lost: what was computed for it is freed.
+        """Frees the sequences of the entry `node`, which is gone, or whose opens and closes may have been lost with a link.
 
-        It is told, for it may only have slept, or its link alone have broken.
+        The entry is sent their loss, as it may have been suspended only, or have lost no more than a link.
         """
         for key, route in [(key, route) for key, route in self._routes.items() if route.entry == node]:
             self._engine.close(key)
             self._give_up(route, SequenceLost(key, f"its stage lost the entry: {reason}"), None)
 
     def link_lost(self, address: Address, reason: str) -> None:
-        """A link broke: sequences whose activations or tokens went over it are given up here."""
-        over = {
+        """Gives up the sequences whose activations or tokens were sent over a link that broke."""
+        sent_over_link = {
             key
             for key, route in self._routes.items()
             if address in (route.next_address, route.first_address, route.entry_address)
         }
-        self._lose(over, address, reason)
+        self._lose(sent_over_link, address, reason)
 
     def sweep(self, now: float) -> None:
-        """Frees sequences that nothing has come for since `IDLE_S`."""
-        for key in [key for key, heard_at in self._heard_at.items() if now - heard_at > IDLE_S]:
+        """Frees sequences that have been idle for `IDLE_S`."""
+        assert self._active_at.keys() == self._routes.keys()
+        for key in [key for key, active_at in self._active_at.items() if now - active_at > IDLE_S]:
             route = self._routes[key]
             self._engine.close(key)
             self._give_up(route, SequenceLost(key, f"nothing came for it for {IDLE_S:g} s"), None)
@@ -351,6 +361,10 @@ class Stages:
     @property
     def open_sequences(self) -> int:
         return len(self._routes)
+
+    def route(self, key: SequenceKey) -> OpenStage | None:
+        """The open sequence as its entry sent it; None if it is not open here."""
+        return self._routes.get(key)
 
 
 def _decode_open(sender: NodeId, tail: bytes) -> OpenStage:
@@ -367,10 +381,10 @@ class OpenFailure:
 
 
 async def open_path(call: Call, stages: list[tuple[Address, OpenStage]], *, timeout_s: float) -> OpenFailure | None:
-    """Opens all stages but the first together, then the first, which begins to compute at once.
+    """Opens all stages but the first together, then the first, which begins to compute at once. Returns the first failure.
 
-    The first is told how many pages all others have, so that it begins behind what the whole path has. On a failure some
-    stages may be open: the caller closes them all.
+    The first stage's open contains how many prefix pages every other stage has, so that it starts behind what the whole path has
+    cached. After a failure some stages may be open: the caller closes them all.
     """
     failures: list[OpenFailure] = []
     pages: list[int] = []

@@ -23,10 +23,9 @@ from mesh.links.link import Link, LinkConfig
 from mesh.links.links import Links
 from mesh.view import Facts, Load, ModelCard, Peer, PeerState, Readiness, Span, View
 from node.engine.api import EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
-from node.entry.entry import Entry
+from node.entry.entry import Entry, EntryNode
 from node.entry.planning import Planning
 from node.entry.prompts import Prompt
-from node.entry.run import EntryNode
 from node.losses import LossHandling
 from node.requests import GenerateRequest, SamplingParams
 from node.serving.stages import Stages
@@ -82,7 +81,7 @@ class CountingEngine:
         self.sequences[sequence.key] = sequence
         self.opened.append(sequence)
         if sequence.start == 0:
-            self._compute(sequence, 0, sequence.known)
+            self.compute(sequence, 0, sequence.known)
         return self.pages
 
     def push(self, *hidden: HiddenOut) -> None:
@@ -90,14 +89,14 @@ class CountingEngine:
             if each.key in self.sequences:
                 position, count = each.position, each.count
                 assert each.data == bytes([position % 256]) * count, "activations of other positions"
-                self._compute(self.sequences[each.key], position, count)
+                self.compute(self.sequences[each.key], position, count)
 
     def token(self, *drawn: TokenOut) -> None:
         for each in drawn:
             if each.key in self.sequences:
-                self._compute(self.sequences[each.key], each.position, 1)
+                self.compute(self.sequences[each.key], each.position, 1)
 
-    def _compute(self, sequence: OpenSequence, position: int, count: int) -> None:
+    def compute(self, sequence: OpenSequence, position: int, count: int) -> None:
         drawn = position + count
         fault = self.faults.pop(drawn, None)
         if fault is not None:

@@ -15,11 +15,11 @@ from node.entry.generation import (
     Cancelled,
     ClosePath,
     DoubtPeers,
-    Effect,
     EmitToken,
     Fail,
     Finish,
     Generation,
+    GenerationEffect,
     GenerationPhase,
     NoPathFound,
     Opened,
@@ -30,18 +30,18 @@ from node.entry.generation import (
     PeerGone,
     PeerSuspect,
     PlanPath,
-    StageAt,
     StageLost,
     StopFound,
     TokenDrawn,
 )
+from routing.path import PathStage, PathStages
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
-PATH = (StageAt(A, ("h", 1), 0, 3), StageAt(B, ("h", 2), 3, 6))
-OTHER = (StageAt(A, ("h", 1), 0, 3), StageAt(C, ("h", 3), 3, 6))
+PATH = (PathStage(A, ("h", 1), 0, 3), PathStage(B, ("h", 2), 3, 6))
+OTHER = (PathStage(A, ("h", 1), 0, 3), PathStage(C, ("h", 3), 3, 6))
 
 
-def running(path: tuple[StageAt, ...] = PATH, prompt_tokens: int = 10) -> Generation:
+def running(path: PathStages = PATH, prompt_tokens: int = 10) -> Generation:
     generation = Generation(prompt_tokens=prompt_tokens, deadline_at=100.0, rng=Random(0))
     assert generation.start(0.0) == [PlanPath(1, frozenset())]
     assert generation.receive(PathPlanned(1, path), 0.0) == [OpenPath(1, path, ())]
@@ -49,7 +49,7 @@ def running(path: tuple[StageAt, ...] = PATH, prompt_tokens: int = 10) -> Genera
     return generation
 
 
-def failed_by(effect: Effect, error: type[Exception]) -> bool:
+def failed_by(effect: GenerationEffect, error: type[Exception]) -> bool:
     return isinstance(effect, Fail) and isinstance(effect.error, error)
 
 
@@ -315,7 +315,7 @@ def test_nodes_that_stay_unreachable_are_not_waited_for_for_ever() -> None:
     generation.receive(TokenDrawn(1, 10, 7), now)
     effects = generation.receive(PeerGone(A, "dead"), now)
     while not generation.ended and now < 60.0:
-        if generation.phase is GenerationPhase.PLANNING and generation._avoid:
+        if generation.phase is GenerationPhase.PLANNING and generation.avoided:
             effects = generation.receive(NoPathFound(generation.attempt, NoPath(ModelId("m"), ((0, 6),))), now)
         elif generation.phase is GenerationPhase.PLANNING:
             generation.receive(PathPlanned(generation.attempt, PATH), now)

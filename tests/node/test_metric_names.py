@@ -8,7 +8,7 @@ from typing import Any
 
 from membership.core.swim import SwimStatistics
 from membership.shell.events import MembershipStatistics
-from node.entry.run import EntryCounters
+from node.entry.entry import EntryCounters
 from node.http.metrics import render
 from node.serving.stages import StagesStatistics
 from node.weights.pull import PullStatistics

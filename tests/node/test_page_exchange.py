@@ -19,8 +19,7 @@ from mesh.view import Load
 from mesh.wire.calls import Header, Reply
 from node.engine.api import OpenSequence, PageRequest, PagesMissing, Prefix
 from node.requests import SamplingParams
-from node.serving.page_exchange import MAX_WAIT_S, PAGES_KIND, PageExchange
-from node.serving.page_gate import PROBE_PAGES
+from node.serving.page_exchange import MAX_WAIT_S, PAGES_KIND, PROBE_PAGES, PageExchange
 from node.serving.stages import OpenStage, Stages
 
 PEER: Address = ("127.0.0.1", 7)

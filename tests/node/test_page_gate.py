@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.serving.page_gate import BATCH_BYTES, MIN_PAGES, PROBE_PAGES, pages_to_fetch
+from node.serving.page_exchange import BATCH_BYTES, MIN_PAGES, PROBE_PAGES, pages_to_fetch
 
 MIB = 1 << 20
 

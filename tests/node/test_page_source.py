@@ -9,8 +9,8 @@ import pytest
 
 from mesh.ids import ModelId, NodeId
 from mesh.view import Facts, ModelCard, Peer, PeerState, Readiness, Span, View
-from node.entry.generation import StageAt
 from node.entry.planning import Planning
+from routing.path import PathStage
 
 MODEL = ModelId("m")
 CARD = ModelCard(MODEL, 4, 64, "w", "n")
@@ -18,8 +18,8 @@ NAMES = [bytes([number]) * 16 for number in range(8)]
 ADDRESS = {name: ("127.0.0.1", number) for number, name in enumerate("abcd", 1)}
 
 
-def stage(name: str, start: int = 0, end: int = 4) -> StageAt:
-    return StageAt(NodeId(name), ADDRESS[name], start, end)
+def stage(name: str, start: int = 0, end: int = 4) -> PathStage:
+    return PathStage(NodeId(name), ADDRESS[name], start, end)
 
 
 def planning(**changes: Peer) -> Planning:

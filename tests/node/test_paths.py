@@ -71,7 +71,7 @@ async def test_any_stage_that_dies_at_any_token_costs_no_token(after: int) -> No
 
             def kill(event: Any, mesh: SmallMesh = mesh, entry: Entry = entry, victim_stage: int = victim_stage) -> None:
                 if isinstance(event, TextDelta) and event.seq == after and len(mesh.nodes) == 4:
-                    path = record_of(entry).path()
+                    path = record_of(entry).report().path
                     victim = mesh.nodes[path[victim_stage].node]
                     if not victim.scope.cancel_called and record_of(entry).attempts == 1:
                         victim.kill()

@@ -43,6 +43,7 @@ class Mesh:
         self.network: Any = Network()
         self.own = ServedModels()
         library = ModelLibrary(lambda: self.network.view, self.network.changed, self.network.call, folder, lambda: False)
+        self.library = library
         self.models = PeerModels(lambda: self.network.view, self.own, library)
 
     def peer_serves(self, name: str, catalogue: Catalogue, card: ModelCard = CARD, spans: tuple[Span, ...] | None = None) -> None:
@@ -151,7 +152,7 @@ async def test_a_slow_peer_costs_a_request_a_bounded_wait_and_the_fetch_goes_on(
         await slow.wait()
         return await call(to, kind, header, tail, timeout_s=timeout_s)
 
-    monkeypatch.setattr(mesh.models._library.fetching, "_call", slowly)
+    monkeypatch.setattr(mesh.library.fetching, "_call", slowly)
     async with running(mesh) as models:
         with pytest.raises(ModelLoading, match="being fetched from a: 0% done"):
             await models.get(CARD.id)
@@ -194,7 +195,7 @@ async def test_of_many_models_those_that_were_asked_for_last_are_kept(
         text: Any = None
         return ServedModel(fetched.card, DIRECTORY, text)
 
-    monkeypatch.setattr(mesh.models._library, "read", read)
+    monkeypatch.setattr(mesh.library, "read", read)
     for number in range(MAX_MODELS + 2):
         mesh.peer_serves(f"p{number}", catalogue, msgspec.structs.replace(CARD, id=ModelId(f"m{number}")))
     async with running(mesh) as models:
@@ -202,7 +203,7 @@ async def test_of_many_models_those_that_were_asked_for_last_are_kept(
         for number in range(1, MAX_MODELS + 2):
             await models.get(ModelId(f"m{number}"))
             assert await models.get(ModelId("m0")) is first
-        assert len(models._texts) == MAX_MODELS
+        assert models.texts_kept == MAX_MODELS
 
 
 # --- several sets of weights under one id

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from mesh.errors import BadRequest, Refused
-from mesh.ids import NodeId
+from mesh.ids import NodeId, StreamId
 from node.engine.api import HiddenOut, SequenceKey
 from node.serving.stages import OpenStage
 from tests.node.paths import SmallMesh, a_request, small_mesh
@@ -19,7 +19,7 @@ from tests.node.test_paths import EXPECTED, at_rest, run, tokens
 
 PATH = {"entry": (), "a": ((0, 3),), "b": ((3, 6),), "stranger": ()}
 HELD_AT = 15  # the position whose token the last stage keeps back, until the test lets it go on
-KEY = ("s1", 0, 1)
+KEY = SequenceKey(StreamId("s1"), 0, 1)
 A_TOKEN: dict[str, Any] = {"tokens": [[*KEY, HELD_AT, 33, None, None, [], 0]]}
 THE_LAST_TOKEN: dict[str, Any] = {"tokens": [[*KEY, HELD_AT, 33, "stop", None, [], 0]]}
 SOME_ACTIVATIONS = {"rows": [[*KEY, HELD_AT - 1, 1, 1, [], [], 0]]}
@@ -33,7 +33,9 @@ class Held:
         self.events: list[Any] = []
 
     def opened(self, name: str) -> OpenStage:
-        return self.mesh.nodes[name].stages._routes[SequenceKey(*KEY)]  # type: ignore[arg-type]
+        route = self.mesh.nodes[name].stages.route(KEY)
+        assert route is not None
+        return route
 
     def foreign_words(self, name: str) -> int:
         return self.mesh.nodes[name].stages.statistics().foreign_words_total
@@ -63,7 +65,7 @@ async def held_stream() -> AsyncIterator[Held]:
                 nursery.start_soon(stream)
                 await reached.wait()
                 yield held
-                engine._compute(engine.sequences[SequenceKey(*KEY)], HELD_AT - 1, 1)  # type: ignore[arg-type]
+                engine.compute(engine.sequences[KEY], HELD_AT - 1, 1)
             await at_rest(mesh)
         assert tokens(held.events) == EXPECTED
         assert held.events[-1].attempts == 1
