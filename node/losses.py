@@ -15,6 +15,7 @@ from mesh.ids import Address, NodeId
 from mesh.view import PeerState, View
 from node.entry.entry import Entry
 from node.entry.generation import PeerBack, PeerGone, PeerSuspect
+from node.entry.path_queue import PathQueue
 from node.entry.planning import Planning
 from node.serving.stages import Stages
 
@@ -28,7 +29,16 @@ class DoubtPeer(Protocol):
 class LossHandling:
     """`doubt`: told of a peer whose link ended, so that membership looks at it at once."""
 
-    def __init__(self, view: Callable[[], View], entry: Entry, stages: Stages, planning: Planning, doubt: DoubtPeer) -> None:
+    def __init__(
+        self,
+        view: Callable[[], View],
+        entry: Entry,
+        queue: PathQueue,
+        stages: Stages,
+        planning: Planning,
+        doubt: DoubtPeer,
+    ) -> None:
+        self._queue = queue
         self._view = view
         self._entry = entry
         self._stages = stages
@@ -47,6 +57,7 @@ class LossHandling:
             self._stages.entry_lost(node, reason)
         if node is not None:
             self._planning.link_lost(node)
+            self._queue.node_gone(node)
             self._entry.peer_news(PeerGone(node, reason))
             self._doubt(node, proven=proven)
 
@@ -59,6 +70,7 @@ class LossHandling:
             if view.is_live(node) and view.peers[node].state is PeerState.ALIVE:
                 self._entry.peer_news(PeerBack(node))
         self._stalled = stalled
+        self._queue.view_changed()
 
     def member_changed(self, event: MemberEvent) -> None:
         """Nothing that ran on a member that is down will be heard of again."""
@@ -67,6 +79,7 @@ class LossHandling:
         if event.down:
             reason = "restarted" if event.restarted else event.after.value
             self._planning.forget(event.node)
+            self._queue.node_gone(event.node)
             self._entry.peer_news(PeerGone(event.node, reason))
             self._stages.entry_lost(event.node, reason)
         if event.stalled:  # what it computes for our clients goes on elsewhere

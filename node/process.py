@@ -32,6 +32,7 @@ from node.config import NodeConfig
 from node.engine.api import Engine
 from node.entry.canary import Canary
 from node.entry.entry import Entry, EntryNode
+from node.entry.path_queue import PathQueue
 from node.entry.planning import Planning
 from node.entry.prompts import Prompts
 from node.host.identity import Identity
@@ -113,10 +114,11 @@ class Node:
         self._documents = self._make_documents(embedder)
         self._library = self._make_library()
         self._models = PeerModels(self._view, holdings.models, self._library)
-        self._entry = self._make_entry(rng)
+        self._queue = PathQueue(self._sockets.address, self._links.post, self._view, trio.current_time)
+        self._entry = self._make_entry()
         self._pages = PageExchange(engine, self._links.call)
         self._stages = self._make_stages()
-        self._losses = LossHandling(self._view, self._entry, self._stages, self._planning, self._membership.lost)
+        self._losses = LossHandling(self._view, self._entry, self._queue, self._stages, self._planning, self._membership.lost)
         self._coverage = CoverageWatch(self._membership.changed)
         self._readiness_monitor = ReadinessMonitor(self._facts, self._load, engine.overdue_s)
         self._canary = Canary(self._view, self._models, self._entry, self._library.hashing)
@@ -151,19 +153,19 @@ class Node:
     def _wire(self) -> None:
         for part in (self._membership, self._documents, self._stages, self._pages, self._library, self._examination):
             self._links.add(part.handlers)
-        self._links.add(receivers=self._stages.receivers)
+        self._links.add(receivers={**self._stages.receivers, **self._queue.receivers})
         self._membership.subscribe(self._on_member)
         self._membership.on_loss_batch = self._on_loss_batch
         twins = self._membership.twins
         watch = self._twin_watch = IdentityWatch(self._identity.id, self._facts)
         twins.on_seen, twins.on_displaced = watch.seen, watch.displaced
 
-    def _make_entry(self, rng: Random) -> Entry:
+    def _make_entry(self) -> Entry:
         own_defaults = self._config.generation_config == "auto"
         prompts = Prompts(self._models.get, self._documents, models_defaults=own_defaults)
         voice = self._links.call, self._links.post, self._membership.lost
         entry_node = EntryNode(self._identity.id, self._sockets.address, *voice, self._prefix_secret)
-        return Entry(entry_node, prompts, self._planning, self._config.request_timeout_s, rng)
+        return Entry(entry_node, prompts, self._planning, self._queue, self._config.request_timeout_s)
 
     def _make_stages(self) -> Stages:
         return Stages(

@@ -96,6 +96,7 @@ class GenerateRequest:
     request_id: str = ""  # x-request-id
     policy: str = ""  # routing policy; empty: the node's default
     priority: int = 0  # lower goes first, as in vLLM
+    retries: int = 0  # how often the client has come back after a refusal, as it says itself
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ full mesh (power of two choices). Two things are tried again by time alone. A fu
 one request, since it may have restarted, or run a release that grants nothing. And a lane that has waited for `WIDEN_S` tries nodes
 that are not known to be full, if there are any.
 
-This is a core: it does no I/O, `place` asks routing for a path, and `due_demands` says what to send to the stages.
+This is a core: it does no I/O; `place` plans a path, and `due_demands` returns what to send to the stages.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ class EntryQueue:
     # --- what the entry does
 
     def join(self, ticket: Ticket, lane: Lane, now: float) -> None:
-        """Puts a ticket into the lane, or back to its place there after an open that failed; places it if nothing stands before it."""
+        """Puts a ticket into the lane, or back to its place there after an open that failed; places it if it is first."""
+        if self._lane_of.get(ticket.number, lane) != lane:
+            self.leave(ticket, now)
         self._answered(ticket)
         waits = self._lanes.setdefault(lane, _Lane())
         waits.tickets += ticket.number not in self._lane_of

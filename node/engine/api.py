@@ -265,6 +265,12 @@ class Engine(Protocol):
 
     def load_report(self) -> Load: ...
 
+    def has_model(self, model: ModelId) -> bool:
+        """Returns whether a span of the model is loaded."""
+
+    def room(self, model: ModelId) -> int:
+        """Returns how many more sequences of usual length the loaded spans of a model have memory for."""
+
     def overdue_s(self) -> float:
         """Returns for how long the step under way has taken longer than earlier steps explain, in seconds; 0 if it has not."""
 

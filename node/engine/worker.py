@@ -303,6 +303,14 @@ class TorchEngine:
             timing = self._timing
             return msgspec.structs.replace(self._scheduler.load(), prefill_tok_s=timing.prefill_tok_s, step_ms=timing.step_ms)
 
+    def has_model(self, model: ModelId) -> bool:
+        with self._lock:
+            return any(span.model == model for span in self._scheduler.allocator.spans)
+
+    def room(self, model: ModelId) -> int:
+        with self._lock:
+            return self._scheduler.room(model)
+
     def overdue_s(self) -> float:
         return self._timing.overdue_s()
 

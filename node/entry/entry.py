@@ -13,12 +13,11 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
-from random import Random
 
 import structlog
 import trio
 
-from mesh.errors import BadRequest, DeadlineExceeded, MeshError, PeerLost, Refused
+from mesh.errors import BadRequest, DeadlineExceeded, MeshError, NoPath, PeerLost, Refused
 from mesh.ids import Address, NodeId
 from mesh.prefix import PREFIX_PAGE_TOKENS, further_names, prefix_salt
 from mesh.view import is_exact
@@ -45,6 +44,7 @@ from node.entry.generation import (
     StopFound,
     TokenDrawn,
 )
+from node.entry.path_queue import PathQueue
 from node.entry.planning import PlannedPath, Planning, PlanRequest
 from node.entry.prompts import Prompt, Prompts
 from node.entry.recent import RecentRequests, RequestRecord
@@ -52,11 +52,13 @@ from node.reports import CandidateReport, PlanReport, StageReport
 from node.requests import ChoiceDone, Finished, GenerateEvent, GenerateRequest, StageUse, Started, TextDelta, TokenLogprob
 from node.serving.stages import OpenStage, open_path
 from node.text.detokenize import Decode, TextState
-from routing.admission import AdmissionLimits, admit
+from routing.admission import Admission, AdmissionLimits
+from routing.entry_queue import Lane
+from routing.fair_queue import Ticket
 from routing.path import PathStages
 
 CONTEXT_TOKENS = 4  # last tokens of the prompt; whether the answer's first word begins with a space may depend on them
-OPEN_TIMEOUT_S = 5.0  # a peer that does not answer an open in this time is avoided
+OUTPUT_COST = 2.0  # of a token to draw, in tokens to prefill, for the shares of tenants
 
 log = structlog.get_logger()
 
@@ -140,19 +142,23 @@ class RequestRun:
         self,
         node: EntryNode,
         planning: Planning,
+        queue: PathQueue,
         counters: EntryCounters,
         request: GenerateRequest,
         prompt: Prompt,
         deadline_at: float,
-        rng: Random,
     ) -> None:
         self.request = request
         self.record = RequestRecord(request.id, request.request_id, node.id)
         self._node = node
         self._planning = planning
+        self._queue = queue
         self._counters = counters
         self._prompt = prompt
-        self._cores = {choice: Generation(len(prompt.tokens), deadline_at, rng) for choice in range(request.n)}
+        self._began_at = trio.current_time()
+        self._cores = {choice: Generation(len(prompt.tokens), deadline_at) for choice in range(request.n)}
+        self._tickets: dict[int, Ticket] = {}  # by choice: its place in the queue, while it needs a path
+        self._plans: dict[int, PlanPath] = {}  # by choice: what it queues for
         ends = prompt.sampling.stop_token_ids
         self._texts = {choice: ChoiceText(prompt.decode, request, prompt.tokens, ends) for choice in self._cores}
         self.record.generations = self._cores
@@ -165,6 +171,7 @@ class RequestRun:
         self._planned: dict[int, PlannedPath] = {}  # by choice: the latest plan
         self._names: dict[int, list[bytes]] = {choice: [] for choice in self._cores}  # by choice: of its whole prefix pages
         self._cached_tokens = 0
+        self._has_begun = False
         self._has_token = False
         # Unbounded, for the reader may be slower than the mesh; the request's own max_tokens bounds it.
         self._events_in, self._events_out = trio.open_memory_channel[GenerateEvent | MeshError](math.inf)
@@ -229,8 +236,6 @@ class RequestRun:
 
     async def drive(self) -> None:
         """Runs the request until every choice has ended."""
-        prompt = self._prompt
-        self._send(Started(prompt.name, prompt.seed, len(prompt.tokens), prompt.tool_style))
         async with trio.open_nursery() as open_nursery:
             for choice, core in self._cores.items():
                 self._carry_out(choice, core.start(trio.current_time()), open_nursery)
@@ -251,7 +256,7 @@ class RequestRun:
         for effect in effects:
             match effect:
                 case PlanPath():
-                    self._plan(choice, effect)
+                    self._join(choice, effect)
                 case OpenPath():
                     scope = self._opening[choice] = trio.CancelScope()
                     self.record.last_paths[choice] = effect.path
@@ -267,25 +272,48 @@ class RequestRun:
                 case Fail(error=error):
                     self._send(error)
                     self.enqueue_all(Cancelled())
+        if self._cores[choice].ended and choice in self._tickets:
+            self._queue.leave(self._tickets.pop(choice))
 
-    def _plan(self, choice: int, plan: PlanPath) -> None:
-        card, core = self._prompt.model.card, self._cores[choice]
+    def _join(self, choice: int, plan: PlanPath) -> None:
+        """Queues the choice for a path. A new ticket after a loss keeps the time of arrival, and goes first if tokens are out."""
+        core, card = self._cores[choice], self._prompt.model.card
+        self._plans[choice] = plan
+        ticket = self._tickets.get(choice)
+        if ticket is None or ticket not in self._queue:
+            cost = self._known_tokens(choice) + OUTPUT_COST * self._tokens_to_come(choice)
+            ticket = self._queue.ticket(
+                self._began_at, self.request.priority, self.request.tenant, cost, continued=bool(core.tokens)
+            )
+            self._tickets[choice] = ticket
+        self._queue.join(self, ticket, (card.id, card.weights, self._wanted_numerics(), *sorted(plan.exclude)))
+
+    def place(self, ticket: Ticket, without: frozenset[NodeId]) -> tuple[NodeId, ...] | None:
+        """Plans a path for the choice whose turn it is (`routing.entry_queue.Place`)."""
+        choice = next(choice for choice, own in self._tickets.items() if own == ticket)
+        card, plan = self._prompt.model.card, self._plans[choice]
         request = PlanRequest(
             model=card.id,
             layers=card.layers,
             weights=card.weights,
             known_tokens=self._known_tokens(choice),
-            tokens_to_come=self._prompt.sampling.max_tokens - len(core.tokens),
-            exclude=plan.exclude,
-            numerics=next(iter(self._numerics)) if len(self._numerics) == 1 else "",
+            tokens_to_come=self._tokens_to_come(choice),
+            exclude=plan.exclude | without,
+            numerics=self._wanted_numerics(),
             policy=self.request.policy,
             names=self._names_of(choice),
+            avoid=plan.avoid,
         )
         try:
             planned = self._planning.plan(request)
+        except NoPath as error:
+            if without and self._planning.covers(card, plan.exclude):
+                return None  # there is a path, of which a node is full
+            self.enqueue(choice, NoPathFound(plan.attempt, error))
+            return ()
         except MeshError as error:
             self.enqueue(choice, NoPathFound(plan.attempt, error))
-            return
+            return ()
         self._numerics.add(planned.numerics)
         self._planned[choice] = planned
         self.record.why.append(
@@ -299,6 +327,18 @@ class RequestRun:
             )
         )
         self.enqueue(choice, PathPlanned(plan.attempt, planned.stages))
+        return tuple(stage.node for stage in planned.stages)
+
+    def _wanted_numerics(self) -> str:
+        """The fingerprint of the paths so far; empty where there was none yet, or several."""
+        return next(iter(self._numerics)) if len(self._numerics) == 1 else ""
+
+    def _begin(self) -> None:
+        """A path has taken the request: the answer begins. Before that, a refusal is an HTTP status."""
+        if not self._has_begun:
+            self._has_begun = True
+            prompt = self._prompt
+            self._send(Started(prompt.name, prompt.seed, len(prompt.tokens), prompt.tool_style))
 
     async def _open(self, choice: int, effect: OpenPath, scope: trio.CancelScope) -> None:
         """Opens every stage of the path and queues the outcome: Opened, OpenRefused or StageLost.
@@ -306,10 +346,14 @@ class RequestRun:
         After a refusal the stages that were opened are closed here. What follows is decided in `Generation._refused`.
         """
         stages = [(stage.address, self._open_stage(choice, effect, index)) for index, stage in enumerate(effect.path)]
+        ticket = self._tickets[choice]
+        timeout_s = max(0.0, self._cores[choice].deadline_at - trio.current_time())  # a late answer is no sign of a lost peer
         with scope:
-            failure = await open_path(self._node.call, stages, timeout_s=OPEN_TIMEOUT_S)
+            failure = await open_path(self._node.call, stages, timeout_s=timeout_s)
             if failure is None:
                 self._planning.opened(effect.path, self._names[choice])
+                self._queue.opened(ticket)
+                self._begin()
                 self.enqueue(choice, Opened(effect.attempt))
                 return
             node = next(stage.node for stage in effect.path if stage.address == failure.address)
@@ -318,8 +362,9 @@ class RequestRun:
                     self._counters.opens_refused_total += 1
                     self._post_close(choice, effect.attempt, effect.path)
                     self._planning.finished(self._key(choice, effect.attempt), ok=False)
-                    retry_after_s, fault = (error.retry_after_s, None) if isinstance(error, Refused) else (0.0, error)
-                    self.enqueue(choice, OpenRefused(effect.attempt, node, retry_after_s, fault))
+                    if isinstance(error, Refused):
+                        self._queue.refused(ticket, node)
+                    self.enqueue(choice, OpenRefused(effect.attempt, node, error if isinstance(error, BadRequest) else None))
                 case PeerLost() | DeadlineExceeded() as error:
                     self.enqueue(choice, StageLost(effect.attempt, node, f"{node}: {error}", unreachable=True))
                 case error:
@@ -397,12 +442,16 @@ class RequestRun:
     def _known_tokens(self, choice: int) -> int:
         return len(self._prompt.tokens) + len(self._cores[choice].tokens)
 
+    def _tokens_to_come(self, choice: int) -> int:
+        return self._prompt.sampling.max_tokens - len(self._cores[choice].tokens)
+
     # --- tokens to events
 
     def _send(self, event: GenerateEvent | MeshError) -> None:
         self._events_in.send_nowait(event)
 
     def _on_token(self, choice: int, emit: EmitToken) -> None:
+        self._begin()  # a token may come before the answer to the open
         if not self._has_token:
             self._has_token = True
             self._counters.speaking += 1
@@ -419,6 +468,7 @@ class RequestRun:
 
     def _finish(self) -> None:
         assert all(core.ended for core in self._cores.values())
+        assert not self._tickets
         self._counters.speaking -= self._has_token
         phases = {core.phase for core in self._cores.values()}
         if phases == {GenerationPhase.DONE}:
@@ -450,7 +500,9 @@ class RequestRun:
 @dataclass(frozen=True, slots=True)
 class EntryStatistics:
     running: int
-    waiting: int
+    waiting: int  # requests without a token yet
+    queued: int  # choices that wait for room
+    full_nodes: int  # for which they wait
     counters: EntryCounters
 
 
@@ -462,8 +514,8 @@ class Entry:
         node: EntryNode,
         prompts: Prompts,
         planning: Planning,
+        queue: PathQueue,
         request_timeout_s: float,
-        rng: Random,
         limits: AdmissionLimits | None = None,
     ) -> None:
         self.node = node
@@ -472,38 +524,36 @@ class Entry:
         self._planning = planning
         self._request_timeout_s = request_timeout_s
         self._runs: dict[str, RequestRun] = {}
-        self._rng = rng
-        self._limits = limits or AdmissionLimits()
+        self._queue = queue
+        self._admission = Admission(limits)
+        self._lanes: dict[str | None, Lane] = {}  # by the name that requests ask for a model by
         self._nursery: trio.Nursery | None = None
         self._counters = EntryCounters()
 
     def statistics(self) -> EntryStatistics:
         running = self._counters.speaking
-        return EntryStatistics(running, len(self._runs) - running, replace(self._counters))
+        waiting = len(self._runs) - running
+        return EntryStatistics(running, waiting, len(self._queue), len(self._queue.full_nodes), replace(self._counters))
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Owns the tasks of all requests, until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
-            await trio.sleep_forever()
+            await self._queue.run()
 
     @asynccontextmanager
     async def generate(self, request: GenerateRequest) -> AsyncIterator[AsyncIterator[GenerateEvent]]:
         """See `node.http.services.NodeServices.generate`."""
-        statistics = self.statistics()
-        admit(
-            self._limits,
-            running=len(self._runs),
-            waiting=statistics.waiting,
-            expected_wait_s=self._planning.last_wait_s,
-            deadline_s=request.deadline_s,
-        )
+        queue = self._queue.state(len(self._runs), self._lanes.get(request.model), request.priority)
+        self._admission.admit(queue, trio.current_time(), retries=request.retries, deadline_s=request.deadline_s)
         if request.id in self._runs:
             raise BadRequest(f"stream {request.id} is running already", status=409)
         deadline_at = trio.current_time() + (request.deadline_s or self._request_timeout_s)
         prompt = await self._prompts.prepare(request)
-        run = RequestRun(self.node, self._planning, self._counters, request, prompt, deadline_at, self._rng)
+        card = prompt.model.card
+        self._lanes[request.model] = (card.id, card.weights, "")
+        run = RequestRun(self.node, self._planning, self._queue, self._counters, request, prompt, deadline_at)
         self._runs[request.id] = run
         self.recent.add(run.record)
         self._counters.requests_total += 1

@@ -27,7 +27,6 @@ from mesh.errors import DeadlineExceeded, MeshError, NoPath, Refused
 from mesh.ids import NodeId
 from routing.path import PathStages
 
-
 # --- events: what happens to a generation
 
 
@@ -218,6 +217,7 @@ class Generation:
     path: PathStages = ()
     history: list[str] = field(default_factory=list)  # why each attempt after the first was needed
     _avoid: dict[NodeId, float] = field(default_factory=dict)  # lost nodes, and until when plans avoid them
+    _avoided: frozenset[NodeId] = frozenset()  # by the latest plan, if it could
     _excluded: set[NodeId] = field(default_factory=set)  # nodes that can never hold it
     _tokenless_attempts: int = 0  # lost in a row since the latest token
     _wake_at: float = math.inf  # WAITING: time of the next plan; OPENING, RUNNING: the attempt is lost then
@@ -237,7 +237,7 @@ class Generation:
 
     @property
     def avoided(self) -> frozenset[NodeId]:
-        """Nodes that the latest plan had to exclude because they were lost or could never fit the request."""
+        """Nodes that were lost a short while ago, and that plans avoid."""
         return frozenset(self._avoid)
 
     def start(self, now: float) -> list[GenerationEffect]:
@@ -294,7 +294,8 @@ class Generation:
         self.attempt += 1
         self._wake_at = self._stall_at = math.inf  # the queue answers, or the deadline passes
         self._avoid = {node: until for node, until in self._avoid.items() if until > now}
-        return [PlanPath(self.attempt, frozenset(self._avoid), frozenset(self._excluded))]
+        self._avoided = frozenset(self._avoid)
+        return [PlanPath(self.attempt, self._avoided, frozenset(self._excluded))]
 
     def _open(self, path: PathStages, now: float) -> list[GenerationEffect]:
         self.phase, self.path = GenerationPhase.OPENING, path
@@ -346,7 +347,7 @@ class Generation:
             self._tokenless_attempts += 1
         self.history.append(reason)
         close: list[GenerationEffect] = [ClosePath(self.attempt, self.path, node)]
-        again = node in self._avoid  # it was used for lack of another
+        again = node in self._avoided  # it was used for lack of another
         if node is not None:
             self._avoid[node] = now + self.limits.avoid_s
         self.path = ()

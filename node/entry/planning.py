@@ -13,6 +13,7 @@ from mesh.view import ModelCard, PeerState, View
 from node.engine.api import SequenceKey
 from routing.breaker import Breakers
 from routing.dispatches import Dispatch, Dispatches
+from routing.holders import gaps, holders
 from routing.path import PathStage, PathStages, ScoredCandidate, plan
 from routing.policies import Policy, policy_named
 from routing.prefixes import PrefixMemory, prefix_key
@@ -86,6 +87,10 @@ class Planning:
         candidates = {each.node for each in path.considered}
         is_only = len(path.stages) == len(candidates) == 1
         return PlannedPath(path.stages, path.numerics, round(path.cost_ms, 3), path.considered, last_choice=is_only)
+
+    def covers(self, card: ModelCard, exclude: frozenset[NodeId]) -> bool:
+        """Whether live nodes outside `exclude` hold all layers of the model, whatever room they have."""
+        return not gaps(holders(self._view(), card.id, card.layers, exclude, card.weights), card.layers)
 
     def _doubted(self, now: float) -> frozenset[NodeId]:
         self._doubted_until = {node: until for node, until in self._doubted_until.items() if until > now}

@@ -14,7 +14,7 @@ REMEMBERED = 4096
 
 _STATE = {
     GenerationPhase.NEW: "queued",
-    GenerationPhase.PLANNING: "queued",
+    GenerationPhase.QUEUED: "queued",
     GenerationPhase.WAITING: "queued",
     GenerationPhase.OPENING: "queued",
     GenerationPhase.RUNNING: "running",

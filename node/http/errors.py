@@ -116,7 +116,7 @@ def is_expected(error: BaseException) -> bool:
 
 def retry_headers(retry_after_s: float, jitter: float) -> tuple[tuple[bytes, bytes], ...]:
     """`Retry-After` (whole seconds, rounded up) and `retry-after-ms`, up to half again as long, 60 s at most."""
-    wait_s = min(max(retry_after_s, 0.05) * (1 + jitter / 2), RETRY_AFTER_MAX_S)
+    wait_s = min(max(retry_after_s, 0.05) * (1 + jitter / 4), RETRY_AFTER_MAX_S)
     return ((b"retry-after", b"%d" % math.ceil(wait_s)), (b"retry-after-ms", b"%d" % round(wait_s * 1000)))
 
 

@@ -361,17 +361,25 @@ WRITE_EVENTS = 64  # at most so many in one write, so that a fast source does no
 Item = tuple[int, GenerateEvent | MeshError]
 
 
+def retries_of(request: Request) -> int:
+    """How often the client tried before, as the official clients send it; 0 where it sends nothing, or no number."""
+    value = request.headers.get("x-stainless-retry-count", "")
+    return int(value) if value.isascii() and value.isdigit() and len(value) < 4 else 0
+
+
 async def chat(site: Site, request: Request) -> App:
     id = StreamId(f"chatcmpl-{secrets.token_hex(16)}")
     state = request.state
-    asked = parse_chat(await read_json(request), id, tenant=state.tenant, request_id=state.request_id)
+    body = await read_json(request)
+    asked = parse_chat(body, id, tenant=state.tenant, request_id=state.request_id, retries=retries_of(request))
     return GenerationResponse(site, check_model(site.node, asked), with_ids=request.headers.get("x-mesh-sse-id") == "1")
 
 
 async def completion(site: Site, request: Request) -> App:
     id = StreamId(f"cmpl-{secrets.token_hex(16)}")
     state = request.state
-    asked = parse_completion(await read_json(request), id, tenant=state.tenant, request_id=state.request_id)
+    body = await read_json(request)
+    asked = parse_completion(body, id, tenant=state.tenant, request_id=state.request_id, retries=retries_of(request))
     return GenerationResponse(site, check_model(site.node, asked), with_ids=request.headers.get("x-mesh-sse-id") == "1")
 
 

@@ -353,14 +353,14 @@ def _with_special_floats(raw: bytes, error: Exception) -> Any:
     raise malformed from error
 
 
-def parse_chat(raw: bytes, id: StreamId, *, tenant: str = "", request_id: str = "") -> ParsedRequest:
+def parse_chat(raw: bytes, id: StreamId, *, tenant: str = "", request_id: str = "", retries: int = 0) -> ParsedRequest:
     """A body of `POST /v1/chat/completions`. Raises BadRequest."""
     body, fields = decode_body(raw, ChatBody)
     _refuse_unsupported(fields)
     logprobs = _top_logprobs(body)
     limit_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    base = _base_request(body, id, limit, limit_name, logprobs, tenant, request_id)
+    base = _base_request(body, id, limit, limit_name, logprobs, tenant, request_id, retries)
     tools = parse_tools(body)
     if tools is not None and tools.forced and base.sampling.grammar is not None:
         asked = base.sampling.grammar.param
@@ -369,14 +369,14 @@ def parse_chat(raw: bytes, id: StreamId, *, tenant: str = "", request_id: str = 
     return _asked(body, id, (request,), chat=True)
 
 
-def parse_completion(raw: bytes, id: StreamId, *, tenant: str = "", request_id: str = "") -> ParsedRequest:
+def parse_completion(raw: bytes, id: StreamId, *, tenant: str = "", request_id: str = "", retries: int = 0) -> ParsedRequest:
     """A body of `POST /v1/completions`. Raises BadRequest."""
     body, fields = decode_body(raw, CompletionBody)
     _refuse_unsupported(fields)
     if body.mesh is not None and body.mesh.store is not None:
         raise BadRequest("mesh.store: retrieval needs messages; ask /v1/chat/completions", "mesh.store")
     logprobs = _in_range("logprobs", body.logprobs, 0, MAX_TOP_LOGPROBS)
-    base = _base_request(body, id, body.max_tokens, "max_tokens", logprobs, tenant, request_id)
+    base = _base_request(body, id, body.max_tokens, "max_tokens", logprobs, tenant, request_id, retries)
     prompts = _prompts(body.prompt)
     requests = []
     for own_id, prompt in zip(generation_ids(id), prompts):
@@ -418,6 +418,7 @@ def _base_request(
     logprobs: int | None,
     tenant: str,
     request_id: str,
+    retries: int,
 ) -> GenerateRequest:
     options = body.mesh
     if options is not None and options.deadline_s is not None:
@@ -438,6 +439,7 @@ def _base_request(
         deadline_s=options.deadline_s if options else None,
         tenant=tenant,
         request_id=request_id,
+        retries=retries,
         policy=(options.policy or "") if options else "",
         priority=_in_range("priority", body.priority, -MAX_PRIORITY, MAX_PRIORITY) or 0,
     )

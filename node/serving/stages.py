@@ -3,7 +3,8 @@
 Activations go straight to the next stage; a token goes to the entry and back to the first stage, which decodes on without waiting
 for the entry. The outputs of one step for one peer share a frame. Which path, which token and when to try again is decided at the
 entry (`node.entry.generation`), not here. An open that the engine refuses (`_on_open`: too many sequences, too few KV blocks)
-raises `Refused` to the entry.
+raises `Refused` to the entry. Entries then send what waits with them (`stage.demand`), and get the places that become free
+(`stage.room`), the longest wait first: `routing.room_grants`.
 
 A link authenticates the node at its other end, and frames about a sequence are accepted only from the node whose part they are:
 activations from the previous stage, tokens from the last stage, opens and closes from the entry. All others are unauthorized,
@@ -24,11 +25,12 @@ from msgspec import Meta
 from msgspec.structs import replace as changed
 
 from mesh.errors import BadRequest, MeshError, PeerLost, Refused, RemoteError
-from mesh.ids import Address, NodeId, StreamId, format_address
+from mesh.ids import Address, ModelId, NodeId, StreamId, format_address
 from mesh.links.refusals import BAD_ACTIVATIONS, UNAUTHORIZED_FRAME, WINDOW_S, Refusals
 from mesh.prefix import NAME_BYTES
 from mesh.wire.calls import Call, Header, Post, Reply
 from node.engine.api import Engine, EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, SpanLost, TokenOut
+from routing.room_grants import MAX_HEADS, RoomGrants, WaitingRequest
 
 IDLE_S = 120.0  # a sequence idle for this long is freed, as its close was lost with a link; longer than any wait for a step
 MAX_COMPILATIONS = 2  # grammars compiled in parallel; each takes a thread for up to a second, beside the engine's own
@@ -62,6 +64,15 @@ class LostStage(msgspec.Struct, frozen=True):
     reason: str
     retryable: bool
     address: Address | None
+
+
+class RoomDemand(msgspec.Struct, frozen=True):
+    """The frame `stage.demand`: the first requests that wait at an entry for room here, as (continued, priority, seconds waited)."""
+
+    model: ModelId
+    address: Address
+    heads: Annotated[tuple[tuple[bool, int, Annotated[float, Meta(ge=0.0)]], ...], Meta(max_length=MAX_HEADS)]
+    received: Count  # grants that the entry has received from here
 
 
 class OpenStage(msgspec.Struct, frozen=True):
@@ -102,6 +113,7 @@ class StagesStatistics:
     hidden_frames_total: int = 0
     token_frames_total: int = 0
     rejected_rows_total: int = 0
+    room_granted_total: int = 0
     lost_to_peers_total: int = 0
     foreign_words_total: int = 0  # unauthorized frames: about sequences here, from nodes whose part they are not
     bad_activations_total: int = 0  # sequences for which the previous stage sent activations that are not finite
@@ -129,8 +141,11 @@ class Stages:
             "stage.tokens": self._on_tokens,
             "stage.lost": self._on_lost,
             "stage.close": self._on_close,
+            "stage.demand": self._on_demand,
         }
         self._engine = engine
+        self._rooms: dict[ModelId, RoomGrants] = {}  # of models that requests wait for, or did
+        self._entries: dict[NodeId, Address] = {}  # that sent demand
         self._post = post
         self._sink = sink
         self._routes: dict[SequenceKey, OpenStage] = {}
@@ -187,6 +202,7 @@ class Stages:
             self._send_hidden(address, rows)
         for address, drawn in tokens.items():
             self._send_tokens(address, drawn)
+        self._grant_room()
 
     def _send_hidden(self, address: Address, rows: list[HiddenOut]) -> None:
         header = {"rows": [[*row.key, row.position, row.count, len(row.data), row.names, row.draft, row.rewinds] for row in rows]}
@@ -248,6 +264,10 @@ class Stages:
             raise RemoteError(sender, "closed before it was opened")
         if key in self._routes and self._routes[key].entry != sender:
             raise Refused(f"stream {key.stream} is computed here for another entry", TAKEN_RETRY_S)
+        room = self._rooms.get(stage.sequence.model)
+        if room is not None and key not in self._routes and not room.admits(sender, self._engine.room(stage.sequence.model)):
+            self._counters.refused_total += 1
+            raise Refused("the places that are free here are kept for requests that have waited longer")
         pages = 0
         if key not in self._routes:  # a repeated open changes nothing; its answer of 0 pages only costs a longer prefill
             self._routes[key] = stage
@@ -313,11 +333,35 @@ class Stages:
             else:
                 self._forget(key)
                 self._engine.close(key)
+        self._grant_room()
 
     def _note_unauthorized(self, sender: NodeId, kind: str) -> None:
         self._counters.foreign_words_total += 1
         if self.refusals.note(sender, UNAUTHORIZED_FRAME, trio.current_time()):
             log.warning("stage.unauthorized_frame", kind=kind, peer=sender, next_in_s=WINDOW_S)
+
+    # --- room for requests that wait at their entries
+
+    def _on_demand(self, sender: NodeId, header: Header, tail: bytes) -> None:
+        demand, now = msgspec.convert(header, RoomDemand), trio.current_time()
+        if demand.model not in self._rooms and not self._engine.has_model(demand.model):
+            return
+        heads = [WaitingRequest(continued, priority, now - waited_s) for continued, priority, waited_s in demand.heads]
+        self._entries[sender] = demand.address
+        self._rooms.setdefault(demand.model, RoomGrants()).demand(sender, heads, demand.received, now)
+        self._grant_room()
+
+    def _grant_room(self) -> None:
+        """Reserves the places that are free now for the requests that have waited longest, and sends their entries the grants."""
+        for model, room in self._rooms.items():
+            if not room.waiting:
+                continue
+            for entry, count in room.grant(self._engine.room(model), trio.current_time()).items():
+                self._counters.room_granted_total += count
+                try:
+                    self._post(self._entries[entry], "stage.room", {"model": model, "count": count})
+                except PeerLost:
+                    room.forget(entry)
 
     # --- ends of sequences
 
@@ -337,6 +381,8 @@ class Stages:
 
         The entry is sent their loss, as it may have been suspended only, or have lost no more than a link.
         """
+        for room in self._rooms.values():
+            room.forget(node)
         for key, route in [(key, route) for key, route in self._routes.items() if route.entry == node]:
             self._engine.close(key)
             self._give_up(route, SequenceLost(key, f"its stage lost the entry: {reason}"), None)

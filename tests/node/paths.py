@@ -24,6 +24,7 @@ from mesh.links.links import Links
 from mesh.view import Facts, Load, ModelCard, Peer, PeerState, Readiness, Span, View
 from node.engine.api import EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, TokenOut
 from node.entry.entry import Entry, EntryNode
+from node.entry.path_queue import PathQueue
 from node.entry.planning import Planning
 from node.entry.prompts import Prompt
 from node.losses import LossHandling
@@ -83,6 +84,12 @@ class CountingEngine:
         if sequence.start == 0:
             self.compute(sequence, 0, sequence.known)
         return self.pages
+
+    def has_model(self, model: ModelId) -> bool:
+        return model == MODEL
+
+    def room(self, model: ModelId) -> int:
+        return 100
 
     def push(self, *hidden: HiddenOut) -> None:
         for each in hidden:
@@ -206,10 +213,11 @@ class SmallMesh:
         links = CuttableLinks(LinkConfig(me, address), on_lost=lambda *lost: losses.link_lost(*lost))  # type: ignore[has-type]
         planning = Planning(self.view, trio.current_time, Random(1))
         entry_node = EntryNode(me, address, links.call, links.post, lambda node: self.looked_at(node))
-        entry = Entry(entry_node, CountingPrompts(), planning, 60.0, Random(1))  # type: ignore[arg-type]
+        queue = PathQueue(address, links.post, self.view, trio.current_time)
+        entry = Entry(entry_node, CountingPrompts(), planning, queue, 60.0)  # type: ignore[arg-type]
         stages = engine.stages = Stages(address, engine, links.post, entry)  # type: ignore[arg-type]
-        losses = LossHandling(self.view, entry, stages, planning, lambda node, proven=False: None)
-        links.add(stages.handlers, stages.receivers)
+        losses = LossHandling(self.view, entry, queue, stages, planning, lambda node, proven=False: None)
+        links.add(stages.handlers, {**stages.receivers, **queue.receivers})
         self.nodes[name] = SmallNode(me, links, engine, entry, stages, losses, spans, trio.CancelScope())
         await self._nursery.start(self._run, self.nodes[name], listener)
         self.nodes[name].state = PeerState.ALIVE

@@ -1,7 +1,6 @@
 """What is remembered of a request that is over."""
 
 from collections.abc import Sequence
-from random import Random
 from typing import Any
 
 from mesh.ids import NodeId, StreamId
@@ -10,7 +9,7 @@ from node.entry.recent import REMEMBERED, RecentRequests, RequestRecord
 
 
 def record(stream: str = "s1", request_id: str = "", *histories: Sequence[Any]) -> RequestRecord:
-    generations = {choice: Generation(3, 100.0, Random(0), history=list(history)) for choice, history in enumerate(histories)}
+    generations = {choice: Generation(3, 100.0, history=list(history)) for choice, history in enumerate(histories)}
     return RequestRecord(StreamId(stream), request_id, NodeId("n"), generations=generations)
 
 

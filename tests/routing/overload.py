@@ -10,6 +10,7 @@ import heapq
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from random import Random
 from types import MappingProxyType
@@ -20,12 +21,12 @@ from mesh.view import Load, View
 from node.engine.api import SequenceKey
 from node.entry.generation import (
     ClosePath,
-    Effect,
     EmitToken,
-    Event,
     Fail,
     Finish,
     Generation,
+    GenerationEffect,
+    GenerationEvent,
     NoPathFound,
     Opened,
     OpenPath,
@@ -157,19 +158,20 @@ class Node:
         except MeshError as error:
             if without:
                 return None
-            self.mesh.after(0.0, self, lambda: self.receive(run, NoPathFound(run.core.attempt, error)))
+            found = NoPathFound(run.core.attempt, error)
+            self.mesh.after(0.0, self, lambda: self.receive(run, found))
             return ()
         attempt = run.core.attempt
         self.planning.dispatched(SequenceKey(run.stream, 0, attempt), path.stages, 10)
         self.mesh.after(0.0, self, lambda: self.receive(run, PathPlanned(attempt, path.stages)))
         return tuple(stage.node for stage in path.stages)
 
-    def receive(self, run: Running, event: Event) -> None:
+    def receive(self, run: Running, event: GenerationEvent) -> None:
         if not run.core.ended:
             self.carry_out(run, run.core.receive(event, self.mesh.now))
 
-    def carry_out(self, run: Running, effects: list[Effect]) -> None:
-        mesh, number = self.mesh, run.ticket.number
+    def carry_out(self, run: Running, effects: list[GenerationEffect]) -> None:
+        mesh = self.mesh
         for effect in effects:
             match effect:
                 case PlanPath():
@@ -184,7 +186,7 @@ class Node:
                     key = SequenceKey(run.stream, 0, attempt)
                     self.planning.finished(key, ok=run.core.ended, lost=effect.lost)
                     stage = mesh.nodes[path[0].node]
-                    mesh.send(self, stage, lambda: stage.end(key))
+                    mesh.send(self, stage, partial(stage.end, key))
                 case Finish():
                     mesh.totals.done += 1
                     mesh.totals.done_at.append(mesh.now)

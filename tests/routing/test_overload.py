@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.errors import BadRequest, Refused
 from mesh.ids import NodeId
-from routing.admission import MAX_RETRY_S, WAIT_SHARES, Admission, AdmissionLimits, Queue, retry_after_s
+from routing.admission import MAX_RETRY_S, Admission, AdmissionLimits, Queue, retry_after_s
 from routing.breaker import FAILURES_TO_OPEN, MAX_OPEN_S, PROBE_S, Breakers, Circuit
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
@@ -61,7 +63,7 @@ def test_refused_clients_come_back_one_after_another_at_the_rate_of_starts() -> 
             admission.admit(Queue(900, 900, 20.0, 10.0), 100.0)
         times.append(caught.value.retry_after_s)
     assert times[0] == 20.0
-    assert [round(later - earlier, 6) for earlier, later in zip(times, times[1:])] == [0.1] * 199
+    assert [round(later - earlier, 6) for earlier, later in pairwise(times)] == [0.1] * 199
 
 
 def test_appointments_never_lie_beyond_what_clients_obey_and_do_not_outlive_the_load() -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mesh.errors import BadRequest, LocalError, Refused
-from mesh.ids import StreamId
+from mesh.ids import ModelId, StreamId
 from mesh.prefix import NAME_BYTES, PREFIX_PAGE_TOKENS
 from mesh.view import Load, Span
 from node.engine.api import HiddenOut, Lane, OpenSequence, SequenceKey, SequenceLost, TokenOut
@@ -28,6 +28,8 @@ from node.engine.kv.blocks import blocks_for
 from node.engine.scheduling.kv_allocator import HeldSpan, KvAllocator
 from node.engine.scheduling.sequence import DrawResult, ScheduledChunk, StageSequence, StepPlan
 from node.engine.scheduling.step_selection import StepSelection
+
+GROWTH_TOKENS = 256  # by which each running sequence may grow without giving up blocks: no newcomer is admitted into these
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +120,9 @@ class Scheduler:
         if request.remaining_ms is not None:
             sequence.deadline_s = now_s + request.remaining_ms / 1e3
         # Preempted sequences come first: a newcomer would take the blocks for which they wait.
-        if any(other.preempted for other in others) or not self.allocator.allocate(sequence):
-            free = self.allocator.free_blocks(span)
+        free = self.allocator.free_blocks(span)
+        fits = free - self._reserved_blocks(others) >= blocks_for(request.known + 1) or not others
+        if not fits or any(other.preempted for other in others) or not self.allocator.allocate(sequence):
             raise Refused(f"no room for {request.known} tokens: {free} of {held.pool.total} KV blocks are free")
         assert sequence.blocks
         sequence.cached_tokens = sequence.computed
@@ -406,6 +409,23 @@ class Scheduler:
         return sequences
 
     # ---- figures
+
+    def room(self, model: ModelId) -> int:
+        """Returns how many more sequences could be opened now on the spans of a model, if each were as long as the usual one."""
+        return sum(self._room(span) for span in self.allocator.spans if span.model == model)
+
+    def _room(self, span: Span) -> int:
+        running = [sequence for sequence in self._sequences.values() if sequence.lane.span == span]
+        if any(sequence.preempted for sequence in running):
+            return 0
+        usual = max(1, math.ceil(sum(len(sequence.blocks) for sequence in running) / len(running))) if running else 1
+        free = self.allocator.free_blocks(span) - self._reserved_blocks(running)
+        return max(0, min(self.max_sequences - len(running), free // usual))
+
+    def _reserved_blocks(self, running: Sequence[StageSequence]) -> int:
+        """Returns the blocks that running sequences are going to need soon, and do not hold yet."""
+        ends = (min(each.end_position, each.known + GROWTH_TOKENS) for each in running)
+        return sum(max(0, blocks_for(end) - len(each.blocks)) for each, end in zip(running, ends, strict=True))
 
     def load(self) -> Load:
         sequences = self._sequences.values()
