@@ -32,7 +32,7 @@ PROBE_S = 5.0
 RENEW_S = 1.0  # demand is sent again after so long: a message that was lost costs no more
 CREDIT_S = 1.5  # a grant is used by then or not at all; less than the stage reserves the place for (`GRANT_S`)
 SEND_S = 0.02  # between two demands to one stage: what changes meanwhile goes with the next
-RATE_WINDOW_S = 10.0  # over which the rate of starts is averaged
+RATE_WINDOW_S = 5.0  # over which the rate of starts is averaged
 
 Lane = tuple[str, ...]  # model id, then what else keeps requests from sharing a queue
 
