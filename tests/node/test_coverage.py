@@ -34,7 +34,7 @@ def test_each_change_is_told_once_after_it_can_be_read() -> None:
     watch.on_change = lambda change: told.append((change, watch.now[MODEL].least_ready))
     both = view(peer("a", 0, 4), peer("b", 0, 4))
     for shown in (both, both, view(peer("a", 0, 4), peer("b", 0, 4, PeerState.SUSPECT)), view(peer("a", 0, 4))):
-        watch.look(shown)
+        watch.update(shown)
     assert told == [(CoverageChanged(MODEL, 0, 2, ((0, 4),)), 2), (CoverageChanged(MODEL, 2, 1, ((0, 4),)), 1)]
 
 
@@ -58,7 +58,7 @@ async def test_it_looks_at_every_new_view(autojump_clock: trio.abc.Clock) -> Non
 def test_metrics_and_status_show_it() -> None:
     watch = CoverageWatch(no_view)
     shown = view(peer("a", 0, 4), peer("b", 2, 4), peer("c", 0, 4, PeerState.SUSPECT))
-    watch.look(shown)
+    watch.update(shown)
     text = render({"coverage": watch.statistics()}).decode()
     assert 'mesh_coverage_least_live{key="m"} 2.0' in text and 'mesh_coverage_least_ready{key="m"} 1.0' in text
     assert "mesh_coverage_changes_total 1.0" in text

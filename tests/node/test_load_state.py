@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from mesh.ids import ModelId
 from mesh.view import Facts, Loading, ModelCard, Span
-from node.serving.load_state import FIRST_GUESS_S, LOG_EVERY_S, TELL_EVERY_S, LoadState, eta_s
+from node.serving.load_state import FIRST_GUESS_S, LOG_EVERY_S, PUBLISH_EVERY_S, LoadState, eta_s
 from node.serving.own_facts import OwnFacts
 
 CARD = ModelCard(ModelId("toy"), 8, 64, "w", "n")
@@ -28,14 +28,14 @@ class Watched:
     def __init__(self) -> None:
         self.published: list[Facts] = []
         self.facts = OwnFacts(Facts(), self.published.append)
-        self.facts.know(CARD, None)
-        self.facts.intend((FIRST, SECOND))
+        self.facts.set_model(CARD, None)
+        self.facts.set_intended((FIRST, SECOND))
         self.engine: dict[Span, Share] = {}
         self.fetching: float | None = None
         self.watch = LoadState(self.facts, lambda: self.engine, lambda model: self.fetching)
 
     def told_at(self, now: float) -> Loading | None:
-        self.watch.look(now)
+        self.watch.update(now)
         return self.facts.now.loading.get(CARD.id)
 
 
@@ -44,12 +44,12 @@ def test_each_layer_counts_alike_and_the_time_to_go_follows_from_the_time_it_too
     assert node.told_at(100.0) == Loading(0, round(FIRST_GUESS_S))
     node.engine[FIRST] = Share(0.5)
     assert node.told_at(105.0) == Loading(12, 35), "one of eight layers after 5 s"
-    node.facts.serve(CARD, (FIRST,))
+    node.facts.set_serving(CARD, (FIRST,))
     node.engine = {SECOND: Share(0.0)}
     assert node.told_at(110.0) == Loading(25, 30)
     node.engine = {SECOND: Share(1.0)}
     assert node.told_at(120.0) == Loading(99, 0), "it is there when it serves, not before"
-    node.facts.serve(CARD, (FIRST, SECOND))
+    node.facts.set_serving(CARD, (FIRST, SECOND))
     assert node.told_at(125.0) is None and node.facts.now.intends == ()
 
 
@@ -60,7 +60,7 @@ def test_fetching_the_files_from_peers_is_half_of_the_way() -> None:
     assert node.told_at(10.0) == Loading(6, 150), "half of half of two of eight layers"
     node.fetching, node.engine = None, {FIRST: Share(0.5)}
     assert node.told_at(20.0) == Loading(18, 87)
-    node.facts.serve(CARD, (FIRST,))
+    node.facts.set_serving(CARD, (FIRST,))
     node.fetching, node.engine = 1.0, {}
     assert node.told_at(30.0) == Loading(62, 18)
 
@@ -71,13 +71,13 @@ def test_peers_are_told_seldom_and_only_what_is_new() -> None:
         node.engine[FIRST] = Share(step / 400)
         node.told_at(step * 0.1)
     changes = [now.loading for before, now in pairwise(node.published) if before.loading != now.loading]
-    assert 10 <= len(changes) <= 40.0 / TELL_EVERY_S + 1
+    assert 10 <= len(changes) <= 40.0 / PUBLISH_EVERY_S + 1
     before = len(node.published)
     node.told_at(40.0)
     told = len(node.published)
     assert told - before <= 1
     for _ in range(5):
-        node.watch.look(40.0)
+        node.watch.update(40.0)
     assert len(node.published) == told
 
 
@@ -88,7 +88,7 @@ def test_the_log_tells_begin_progress_and_end_and_nothing_at_rest() -> None:
         node.told_at(LOG_EVERY_S - 0.1)
         node.engine[SECOND] = Share(0.5)
         node.told_at(LOG_EVERY_S)
-        node.facts.serve(CARD, (FIRST, SECOND))
+        node.facts.set_serving(CARD, (FIRST, SECOND))
         node.told_at(8.0)
         node.told_at(100.0)
     begin, middle, end = logs
@@ -101,7 +101,7 @@ def test_the_log_tells_begin_progress_and_end_and_nothing_at_rest() -> None:
 def test_a_choice_that_changes_before_anything_is_loaded_starts_no_second_count() -> None:
     node = Watched()
     node.told_at(0.0)
-    node.facts.intend((SECOND,))
+    node.facts.set_intended((SECOND,))
     node.engine[SECOND] = Share(0.5)
     assert node.told_at(10.0) == Loading(50, 10)
 

@@ -69,7 +69,7 @@ class Running:
         membership: Any = None
         holdings = InitialModels(self.models, {TINY: LAYERS}, (), 1 << 30)
         engine: Any = self.engine
-        self.placing = Placement(f"0:{LAYERS}", engine, holdings, self.facts, membership, self.library)
+        self.placement = Placement(f"0:{LAYERS}", engine, holdings, self.facts, membership, self.library)
 
     def serves(self) -> str:
         """The weights in service; empty: none."""
@@ -95,7 +95,7 @@ async def never_asked(*_: object, **__: object) -> Any:
 async def running(tmp_path: Path) -> AsyncIterator[Running]:
     node = Running(tmp_path / "model", tmp_path / "own")
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(node.placing.run)
+        nursery.start_soon(node.placement.run)
         yield node
         node.said()
         nursery.cancel_scope.cancel()
@@ -190,14 +190,14 @@ async def test_what_was_loaded_is_served_on_when_its_files_are_replaced_or_remov
 async def test_a_span_that_is_lost_after_its_files_were_replaced_comes_back_as_what_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("node.serving.placement.MEND_AFTER_S", 0.01)
+    monkeypatch.setattr("node.serving.placement.RELOAD_AFTER_S", 0.01)
     with capture_logs() as logs:
         async with running(tmp_path) as node:
             await node.until(node.serves)
             before = node.serves()
             replaced(node.directory / "config.json", '{"vocab_size": 40, "other": 1}')
             await node.until(lambda: [line for line in logs if line["event"] == "weights.replaced"])
-            node.placing.lost(SpanLost(WHOLE, "its workers ended"))
+            node.placement.span_lost(SpanLost(WHOLE, "its workers ended"))
             await node.until(node.serves)
             assert node.serves() == identity_of(node.directory) != before
             assert node.facts.now.models[0].manifest == node.serves()
@@ -241,7 +241,7 @@ async def test_damaged_files_at_the_start_end_the_node_with_the_reason(tmp_path:
     path.write_bytes(path.read_bytes()[:-1])
     node = Running(tmp_path / "model", tmp_path / "own")
     with pytest.raises(BadRequest, match="download it again"):
-        await node.placing.run()
+        await node.placement.run()
 
 
 def test_two_models_under_one_name_on_one_node_are_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ class Told:
         self.published: list[Readiness] = []
         self.overdue_s = 0.0
         self.load = Load()
-        self.pulse = ReadinessMonitor(OwnFacts(facts, self._publish), lambda: self.load, lambda: self.overdue_s)
+        self.monitor = ReadinessMonitor(OwnFacts(facts, self._publish), lambda: self.load, lambda: self.overdue_s)
 
     def _publish(self, facts: Facts) -> None:
         self.published.append(facts.readiness)
@@ -40,7 +40,7 @@ def test_each_state_and_which_is_the_gravest() -> None:
 async def test_a_stall_is_told_within_a_look_and_its_end_too(autojump_clock: trio.abc.Clock) -> None:
     told = Told()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(told.pulse.run)
+        nursery.start_soon(told.monitor.run)
         await trio.sleep(1)
         assert told.published == [], "what everyone knows is not told"
         told.overdue_s = 0.2
@@ -50,15 +50,15 @@ async def test_a_stall_is_told_within_a_look_and_its_end_too(autojump_clock: tri
         await trio.sleep(0.3)
         nursery.cancel_scope.cancel()
     assert told.published == [Readiness.STALLED, Readiness.WARM]
-    assert told.pulse.stalls == 1
+    assert told.monitor.stalls == 1
 
 
 def test_an_overload_that_comes_and_goes_is_told_once() -> None:
     told = Told()
     for step in range(20):
         told.load = FULL if step % 2 == 0 else Load()
-        told.pulse.look(step * 0.25)
+        told.monitor.check(step * 0.25)
     assert told.published == [Readiness.OVERLOADED]
-    told.pulse.look(100.0)
-    told.pulse.look(100.0 + CALM_S)
+    told.monitor.check(100.0)
+    told.monitor.check(100.0 + CALM_S)
     assert told.published == [Readiness.OVERLOADED, Readiness.WARM]

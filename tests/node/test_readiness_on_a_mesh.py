@@ -14,7 +14,7 @@ from mesh.ids import ModelId, NodeId
 from mesh.view import Facts, Load, ModelCard, PeerState, Readiness, Span, View
 from node.ops.status import status
 from node.serving.own_facts import OwnFacts
-from node.serving.readiness_monitor import LOOK_EVERY_S, ReadinessMonitor
+from node.serving.readiness_monitor import CHECK_EVERY_S, ReadinessMonitor
 from routing.path import plan
 from routing.policies import policy_named
 
@@ -50,7 +50,7 @@ class Serving:
         for node in self.ids:
             self.network.publish(node, facts)
         own = OwnFacts(facts, lambda told: self.network.publish(self.ids[0], told))
-        self.pulse = ReadinessMonitor(own, lambda: self.load, self._overdue_s)
+        self.monitor = ReadinessMonitor(own, lambda: self.load, self._overdue_s)
         self.network.run(1.0)
 
     def _overdue_s(self) -> float:
@@ -61,8 +61,8 @@ class Serving:
         end = self.network.now + within_s
         while not condition():
             assert self.network.now < end, f"not within {within_s} s"
-            self.network.run(LOOK_EVERY_S)
-            self.pulse.look(self.network.now)
+            self.network.run(CHECK_EVERY_S)
+            self.monitor.check(self.network.now)
 
     def passed_over(self) -> bool:
         """Nobody, itself included, would give the first node new work."""

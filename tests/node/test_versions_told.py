@@ -157,7 +157,7 @@ def test_a_node_that_holds_other_weights_says_so_once_and_when_it_is_over() -> N
     watch = watching(A)
     with capture_logs() as logs:
         for seen in (view(mine), view(mine, *theirs), view(mine, *theirs, peer("4", B)), view(mine, *theirs)):
-            watch.look(seen)
+            watch.update(seen)
         assert [line["event"] for line in logs] == ["weights.other_version"], "once, whatever else changes"
         told = logs[0]
         assert (told["log_level"], told["model"], told["weights"], told["answering"]) == (
@@ -167,17 +167,17 @@ def test_a_node_that_holds_other_weights_says_so_once_and_when_it_is_over() -> N
             "bbbbbbbb",
         )
         assert (told["nodes"], told["answering_nodes"], told["asked_for_as"]) == (1, 2, "tiny@aaaaaaaa")
-        watch.look(view(mine))
-        watch.look(view(mine))
+        watch.update(view(mine))
+        watch.update(view(mine))
     assert [line["event"] for line in logs] == ["weights.other_version", "weights.answer"]
     with capture_logs() as logs:
         for other in (B, "c" * 64):
-            watch.look(view(mine, peer("2", other), peer("3", other)))
+            watch.update(view(mine, peer("2", other), peer("3", other)))
     assert [line["answering"] for line in logs] == ["bbbbbbbb", "cccccccc"], "other weights are told anew"
 
 
 @pytest.mark.parametrize("weights", [A, ""])
 def test_a_node_whose_weights_answer_or_are_not_known_yet_says_nothing(weights: str) -> None:
     with capture_logs() as logs:
-        watching(weights).look(view(replace(peer("1", weights), id=NodeId("1")), peer("2", A), peer("3", A)))
+        watching(weights).update(view(replace(peer("1", weights), id=NodeId("1")), peer("2", A), peer("3", A)))
     assert logs == []
