@@ -41,7 +41,7 @@ async def test_another_attempt_goes_round_the_peer_that_sent_what_is_no_number(f
         assert (told.host, told.reason, told.count) == (sender, BAD_ACTIVATIONS, 1)
 
 
-async def test_numbers_of_a_peer_that_are_never_good_end_the_request_with_the_reason() -> None:
+async def test_a_peers_persistent_bad_activations_end_the_request_with_the_reason() -> None:
     async with small_mesh(entry=(), only=((0, 3),), last=((3, 6),)) as mesh:
         engine = mesh.nodes["last"].engine
 
@@ -55,7 +55,7 @@ async def test_numbers_of_a_peer_that_are_never_good_end_the_request_with_the_re
         await at_rest(mesh)
 
 
-async def test_a_failure_of_the_models_own_numbers_ends_the_request_at_once_and_blames_no_peer() -> None:
+async def test_bad_logits_of_the_model_end_the_request_at_once() -> None:
     async with small_mesh(**PATHS) as mesh:
         node = mesh.nodes["middle"]
         node.engine.faults[15] = lambda key: node.engine.lose(key, "a failure of the model's numbers", retryable=False)

@@ -28,7 +28,7 @@ async def no_view(version: int) -> View:
     raise AssertionError("nobody waits")
 
 
-def test_each_change_is_told_once_after_it_can_be_read() -> None:
+def test_each_change_is_reported_once_after_it_can_be_read() -> None:
     watch = CoverageWatch(no_view)
     told: list[tuple[CoverageChanged, int]] = []
     watch.on_change = lambda change: told.append((change, watch.now[MODEL].least_ready))
@@ -38,7 +38,7 @@ def test_each_change_is_told_once_after_it_can_be_read() -> None:
     assert told == [(CoverageChanged(MODEL, 0, 2, ((0, 4),)), 2), (CoverageChanged(MODEL, 2, 1, ((0, 4),)), 1)]
 
 
-async def test_it_looks_at_every_new_view(autojump_clock: trio.abc.Clock) -> None:
+async def test_coverage_follows_every_new_view(autojump_clock: trio.abc.Clock) -> None:
     views = iter([view(peer("a", 0, 4), version=7), view(peer("a", 0, 2), version=8)])
     asked: list[int] = []
 

@@ -65,7 +65,7 @@ def test_tokens_reach_the_client_in_order_and_the_last_one_ends_it() -> None:
     assert generation.ended and generation.deadline == math.inf
 
 
-def test_a_lost_stage_means_a_new_path_that_avoids_it_and_replays_what_was_said() -> None:
+def test_a_lost_stage_leads_to_a_replay_on_a_path_without_it() -> None:
     generation = running()
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
 
@@ -74,7 +74,7 @@ def test_a_lost_stage_means_a_new_path_that_avoids_it_and_replays_what_was_said(
     assert generation.receive(TokenDrawn(2, 11, 9), 2.0) == [EmitToken(11, 9)]
 
 
-def test_what_an_older_attempt_still_sends_changes_nothing() -> None:
+def test_events_of_an_older_attempt_change_nothing() -> None:
     generation = running()
     generation.receive(StageLost(1, B, "link broke"), 1.0)
     generation.receive(PathPlanned(2, OTHER), 1.0)
@@ -92,14 +92,14 @@ def test_a_repeated_token_is_dropped_and_a_gap_loses_the_attempt() -> None:
     assert generation.receive(TokenDrawn(1, 12, 9), 1.0) == [ClosePath(1, PATH), PlanPath(2, frozenset())]
 
 
-def test_membership_s_verdict_counts_only_for_nodes_in_the_path_but_is_remembered() -> None:
+def test_a_death_off_the_path_is_remembered_for_the_next_plan() -> None:
     generation = running()
 
     assert generation.receive(PeerGone(C, "dead"), 1.0) == []
     assert generation.receive(PeerGone(B, "dead"), 1.0) == [ClosePath(1, PATH, B), PlanPath(2, frozenset({B, C}))]
 
 
-def test_two_refusals_are_answered_by_other_paths_then_the_request_waits_at_the_entry() -> None:
+def test_after_two_refusals_the_request_waits_at_the_entry() -> None:
     generation = Generation(prompt_tokens=10, deadline_at=100.0, rng=Random(0))
     generation.start(0.0)
     for attempt, full in ((1, A), (2, B)):
@@ -112,7 +112,7 @@ def test_two_refusals_are_answered_by_other_paths_then_the_request_waits_at_the_
     assert generation.tick(0.1) == [PlanPath(4, frozenset())]
 
 
-def test_a_request_that_can_never_fit_at_one_node_goes_to_another_and_fails_when_there_is_none() -> None:
+def test_a_request_that_can_never_fit_on_a_node_is_planned_elsewhere() -> None:
     never = BadRequest("it needs 40 blocks, this node has 10", "max_tokens")
     generation = Generation(prompt_tokens=10, deadline_at=100.0, rng=Random(0))
     generation.start(0.0)
@@ -138,7 +138,7 @@ def test_all_nodes_full_for_too_long_is_refused_with_when_to_retry() -> None:
     assert 29 < now < 32
 
 
-def test_full_nodes_are_waited_for_after_a_lost_attempt_too_and_the_refusal_is_reported() -> None:
+def test_full_nodes_are_waited_for_after_a_lost_attempt_too() -> None:
     generation = running()
     generation.receive(TokenDrawn(1, 10, 7), 0.0)
     now, effects = 0.0, generation.receive(StageLost(1, C, "link broke"), 0.0)
@@ -155,7 +155,7 @@ def test_full_nodes_are_waited_for_after_a_lost_attempt_too_and_the_refusal_is_r
     assert failed_by(effects[-1], Refused) and 29 < now < 32
 
 
-def test_a_full_node_is_waited_for_although_another_could_never_fit_the_request() -> None:
+def test_a_full_node_is_waited_for_beside_one_that_never_fits() -> None:
     never = BadRequest("it needs 40 blocks, this node has 10", "max_tokens")
     generation = Generation(prompt_tokens=10, deadline_at=100.0, rng=Random(0))
     generation.start(0.0)
@@ -168,7 +168,7 @@ def test_a_full_node_is_waited_for_although_another_could_never_fit_the_request(
     assert generation.tick(generation.deadline) == [PlanPath(4, frozenset({C}))]
 
 
-def test_no_path_at_the_beginning_fails_at_once_and_in_mid_answer_waits_for_one() -> None:
+def test_without_a_path_a_new_request_fails_and_a_begun_one_waits() -> None:
     no_path = NoPath(ModelId("m"), ((3, 6),))
     fresh = Generation(prompt_tokens=10, deadline_at=100.0, rng=Random(0))
     fresh.start(0.0)
@@ -194,7 +194,7 @@ def test_silence_loses_the_attempt_and_the_deadline_ends_the_request() -> None:
     assert close == ClosePath(2, OTHER) and failed_by(fail, DeadlineExceeded)
 
 
-def test_a_silent_attempt_has_its_nodes_looked_at_once_for_each_silence() -> None:
+def test_the_nodes_of_a_silent_attempt_are_probed_once_a_token() -> None:
     generation = running()
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
 
@@ -244,7 +244,7 @@ def test_who_waits_for_room_suspects_nobody() -> None:
     assert generation.tick(1.0) in ([], [PlanPath(4, frozenset())])
 
 
-def test_a_suspect_that_speaks_keeps_its_work_and_so_does_a_path_without_it() -> None:
+def test_a_suspect_that_sends_tokens_keeps_its_attempt() -> None:
     generation = running()
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
     assert generation.receive(PeerSuspect(B), 1.5) == []
@@ -254,7 +254,7 @@ def test_a_suspect_that_speaks_keeps_its_work_and_so_does_a_path_without_it() ->
     assert generation.receive(PeerSuspect(C), 3.0) == []
 
 
-def test_suspicion_moves_an_attempt_once_and_not_again_before_it_has_brought_a_token() -> None:
+def test_suspicion_moves_an_attempt_once_until_its_next_token() -> None:
     generation = running()
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
     generation.tick(2.0)
@@ -293,7 +293,7 @@ def test_attempts_that_never_bring_a_token_come_to_an_end() -> None:
     assert attempt == 6 and failed_by(effects[-1], Refused)
 
 
-def test_nodes_that_cannot_be_reached_are_waited_for_however_many_attempts_they_cost() -> None:
+def test_unreachable_nodes_do_not_count_as_tokenless_attempts() -> None:
     generation, now = running(), 1.0
     generation.receive(TokenDrawn(1, 10, 7), now)
     for _ in range(3):  # all nodes have died at once, and membership takes its time
@@ -350,7 +350,7 @@ events = st.one_of(
 
 @settings(max_examples=300)
 @given(st.lists(st.one_of(events, st.floats(0, 40)), max_size=60))
-def test_whatever_happens_tokens_are_emitted_once_in_order_and_every_opened_path_is_closed(steps: list[Any]) -> None:
+def test_tokens_are_emitted_once_in_order_and_every_open_path_is_closed(steps: list[Any]) -> None:
     generation, now = Generation(prompt_tokens=10, deadline_at=500.0, rng=Random(0)), 0.0
     effects = generation.start(now)
     for step in steps:

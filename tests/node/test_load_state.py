@@ -39,7 +39,7 @@ class Watched:
         return self.facts.now.loading.get(CARD.id)
 
 
-def test_each_layer_counts_alike_and_the_time_to_go_follows_from_the_time_it_took() -> None:
+def test_progress_counts_layers_and_the_time_to_go_follows_from_it() -> None:
     node = Watched()
     assert node.told_at(100.0) == Loading(0, round(FIRST_GUESS_S))
     node.engine[FIRST] = Share(0.5)

@@ -88,7 +88,7 @@ class Attack:
 
 
 @pytest.mark.parametrize("seed", range(20))
-async def test_whatever_breaks_every_request_gets_its_tokens_and_no_sequence_stays(seed: int, mock_clock: MockClock) -> None:
+async def test_under_any_losses_requests_get_their_tokens_and_no_sequence_stays(seed: int, mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     rng = Random(seed)
     async with small_mesh(**SPLIT) as mesh, trio.open_nursery() as nursery:
@@ -111,7 +111,7 @@ async def test_whatever_breaks_every_request_gets_its_tokens_and_no_sequence_sta
         nursery.cancel_scope.cancel()
 
 
-async def test_a_last_token_that_is_lost_with_its_link_comes_over_another_path(mock_clock: MockClock) -> None:
+async def test_a_last_token_lost_with_its_link_is_drawn_again(mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(entry=(), only=((0, 6),)) as mesh:
         entry, only = mesh.nodes["entry"], mesh.nodes["only"]
@@ -129,7 +129,7 @@ async def test_a_last_token_that_is_lost_with_its_link_comes_over_another_path(m
         await nothing_stays(mesh)
 
 
-async def test_a_close_that_is_lost_with_its_link_leaves_nothing_behind(mock_clock: MockClock) -> None:
+async def test_a_close_lost_with_its_link_leaves_no_sequence_behind(mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(entry=(), only=((0, 6),)) as mesh:
         entry, only = mesh.nodes["entry"], mesh.nodes["only"]
@@ -151,7 +151,7 @@ def says(mesh: SmallMesh, name: str, readiness: Readiness) -> None:
 
 
 @pytest.mark.parametrize("silent_s", [0.0, 5.0])
-async def test_an_answer_leaves_a_node_whose_engine_hangs_as_soon_as_it_says_so(silent_s: float, mock_clock: MockClock) -> None:
+async def test_a_request_leaves_a_node_that_publishes_a_stall(silent_s: float, mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh, trio.open_nursery() as nursery:
         hung: list[str] = []
@@ -183,7 +183,7 @@ async def test_an_answer_leaves_a_node_whose_engine_hangs_as_soon_as_it_says_so(
         nursery.cancel_scope.cancel()
 
 
-async def test_a_node_that_was_stalled_is_given_work_again_once_its_steps_run(mock_clock: MockClock) -> None:
+async def test_a_node_that_was_stalled_is_given_work_again(mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh:
         for number, (hung, other) in enumerate([("a", "b"), ("b", "a"), ("a", "b")]):
@@ -196,7 +196,7 @@ async def test_a_node_that_was_stalled_is_given_work_again_once_its_steps_run(mo
             assert mesh.nodes[other].engine.opened
 
 
-async def test_where_nobody_else_can_do_it_a_stalled_node_is_asked_again(mock_clock: MockClock) -> None:
+async def test_a_stalled_node_without_an_alternative_is_asked_again(mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(entry=(), only=((0, 6),)) as mesh:
         only = mesh.nodes["only"].engine
@@ -206,7 +206,7 @@ async def test_where_nobody_else_can_do_it_a_stalled_node_is_asked_again(mock_cl
         await nothing_stays(mesh)
 
 
-async def test_an_entry_that_only_slept_is_told_that_its_work_was_freed(mock_clock: MockClock) -> None:
+async def test_an_entry_that_was_only_suspended_is_sent_its_losses(mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(**SPLIT) as mesh:
         for name in "abc":
@@ -231,7 +231,7 @@ async def test_an_entry_that_only_slept_is_told_that_its_work_was_freed(mock_clo
         await nothing_stays(mesh)
 
 
-async def test_a_node_whose_link_broke_is_not_asked_by_the_next_request() -> None:
+async def test_a_node_whose_link_broke_is_avoided_by_the_next_requests() -> None:
     async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh:
         await tokens_of(mesh, "s1")
         dead = next(node for name in "ab" if (node := mesh.nodes[name]).engine.opened)
@@ -244,7 +244,7 @@ async def test_a_node_whose_link_broke_is_not_asked_by_the_next_request() -> Non
             assert record_of(mesh, f"t{number}").attempts == 1
 
 
-async def test_a_stage_that_falls_silent_is_left_as_soon_as_membership_cannot_reach_it(mock_clock: MockClock) -> None:
+async def test_a_silent_stage_is_left_once_membership_suspects_it(mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(**SPLIT) as mesh:
         entry = mesh.nodes["entry"]

@@ -113,7 +113,7 @@ async def test_all_pages_come_in_batches_where_the_link_is_fast(autojump_clock: 
     assert now.refused_answers_total == now.failed_total == now.not_worth_total == 0
 
 
-async def test_only_the_probe_comes_where_computing_is_cheaper_and_not_even_that_soon_again(autojump_clock: MockClock) -> None:
+async def test_only_the_probe_is_fetched_where_computing_is_cheaper(autojump_clock: MockClock) -> None:
     nodes, mine = two(link_bytes_s=5e6)
     await nodes.here.fetch(SEQUENCE, PEER)
     assert len(mine.held) == PROBE_PAGES and nodes.asked == [PROBE_PAGES]

@@ -80,7 +80,7 @@ class Placed:
             await trio.sleep(0.01)
 
 
-async def test_pinned_layers_of_all_models_are_told_before_the_first_loads(autojump_clock: MockClock) -> None:
+async def test_pinned_layers_of_all_models_are_published_before_the_first_load(autojump_clock: MockClock) -> None:
     other = msgspec.structs.replace(CARD, id=ModelId("other"))
     placed = Placed("0:1,2:4", (CARD, other))
     wanted = {Span(card.id, *window) for card in (CARD, other) for window in ((0, 1), (2, 4))}
@@ -97,7 +97,7 @@ async def test_pinned_layers_of_all_models_are_told_before_the_first_loads(autoj
             assert set(facts.intends) == wanted - set(facts.spans), "what is not served yet is intended, to the last"
 
 
-async def test_a_span_whose_workers_ended_is_not_told_any_more_and_loaded_again(autojump_clock: MockClock) -> None:
+async def test_a_span_whose_workers_ended_is_withdrawn_and_loaded_again(autojump_clock: MockClock) -> None:
     placed = Placed()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(placed.placement.run)
@@ -135,14 +135,14 @@ async def test_workers_that_end_while_they_load_again_are_another_loss(autojump_
 
 
 @pytest.mark.parametrize("layers", ["0:2", "2:4", "0:2,2:4", "0:4,1:3"])
-def test_layers_of_a_model_that_is_served_whole_only_are_not_pinned_apart(layers: str) -> None:
+def test_parts_of_a_whole_only_model_cannot_be_pinned(layers: str) -> None:
     whole_only = msgspec.structs.replace(CARD, whole_only="layer 1 is given per_layer_input beside the activations")
     Placed("0:4", (whole_only,))
     with pytest.raises(BadRequest, match=r"--layers \d:\d: toy is served whole only, for layer 1 .*; give --layers auto, 0:4"):
         Placed(layers, (whole_only,))
 
 
-def test_what_the_engine_says_of_a_lost_span_reaches_the_placing() -> None:
+def test_a_span_that_the_engine_lost_is_passed_to_placement() -> None:
     told: list[SpanLost] = []
     anything: Any = None
     Stages(("127.0.0.1", 1), anything, anything, anything, told.append).carry([SpanLost(WHOLE, "gone")])
@@ -162,7 +162,7 @@ async def test_workers_that_end_again_and_again_end_the_node(autojump_clock: Moc
     assert placed.engine.loads == [WHOLE] * (MAX_LOSSES + 1)
 
 
-async def test_losses_that_lie_far_apart_are_mended_for_ever(autojump_clock: MockClock) -> None:
+async def test_losses_far_apart_in_time_are_always_reloaded(autojump_clock: MockClock) -> None:
     placed = Placed()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(placed.placement.run)

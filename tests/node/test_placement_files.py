@@ -121,7 +121,7 @@ def flip_unseen(path: Path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-async def test_the_weights_are_known_and_told_before_anything_is_loaded(tmp_path: Path) -> None:
+async def test_the_weights_are_published_before_anything_is_loaded(tmp_path: Path) -> None:
     async with running(tmp_path) as node:
         await node.until(node.serves)
         weights = identity_of(node.directory)
@@ -133,7 +133,7 @@ async def test_the_weights_are_known_and_told_before_anything_is_loaded(tmp_path
         assert (card.manifest, card.numerics) == (weights, "numerics of " + weights[:8]) and card.written_at_s
 
 
-async def test_a_file_that_is_written_is_served_no_more_until_it_is_hashed_and_then_as_what_it_is(tmp_path: Path) -> None:
+async def test_a_model_whose_file_is_written_is_hashed_again_before_it_serves(tmp_path: Path) -> None:
     with capture_logs() as logs:
         async with running(tmp_path) as node:
             await node.until(node.serves)
@@ -150,7 +150,7 @@ async def test_a_file_that_is_written_is_served_no_more_until_it_is_hashed_and_t
     assert (said["log_level"], said["file"], said["weights"]) == ("error", "config.json", before[:16])
 
 
-async def test_a_byte_that_flipped_unseen_is_found_after_a_start_from_the_record(tmp_path: Path) -> None:
+async def test_a_flipped_byte_is_found_after_a_start_from_the_record(tmp_path: Path) -> None:
     weights = identity_of(tmp_path / "model")
     flip_unseen(tmp_path / "model" / "model-1.safetensors")
     async with running(tmp_path) as node:
@@ -169,7 +169,7 @@ def replaced(path: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["replaced", "removed"])
-async def test_what_was_loaded_is_served_on_when_its_files_are_replaced_or_removed(tmp_path: Path, how: str) -> None:
+async def test_loaded_layers_are_served_on_when_their_files_are_replaced(tmp_path: Path, how: str) -> None:
     with capture_logs() as logs:
         async with running(tmp_path) as node:
             await node.until(node.serves)
@@ -187,7 +187,7 @@ async def test_what_was_loaded_is_served_on_when_its_files_are_replaced_or_remov
             assert "served on until this node is started again" in node.library.faults[TINY]
 
 
-async def test_a_span_that_is_lost_after_its_files_were_replaced_comes_back_as_what_they_are(
+async def test_a_span_lost_after_its_files_were_replaced_has_the_new_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("node.serving.placement.RELOAD_AFTER_S", 0.01)
@@ -204,7 +204,7 @@ async def test_a_span_that_is_lost_after_its_files_were_replaced_comes_back_as_w
             assert [weights for _, weights in node.engine.loaded] == [before, node.serves()], "nothing of the old under the new"
 
 
-async def test_what_was_loaded_from_files_that_changed_meanwhile_is_not_served(tmp_path: Path) -> None:
+async def test_layers_from_files_that_changed_during_the_load_are_not_served(tmp_path: Path) -> None:
     async with running(tmp_path) as node:
         before = identity_of(node.directory)
 

@@ -82,7 +82,7 @@ def waits_for_a_path(mesh: SmallMesh) -> bool:
     return record is not None and any(core.phase is GenerationPhase.WAITING for core in record.generations.values())
 
 
-def test_an_open_says_which_weights_and_an_earlier_release_that_does_not_is_understood() -> None:
+def test_an_open_of_an_earlier_release_without_weights_is_accepted() -> None:
     fields = {name for name in OpenStage.__struct_fields__ if name != "sequence"}
     assert "sequence" in OpenStage.__struct_fields__ and fields
     sequence = {
@@ -97,7 +97,7 @@ def test_an_open_says_which_weights_and_an_earlier_release_that_does_not_is_unde
     assert msgspec.convert({**told, "sequence": {**sequence, "weights": "w"}}, OpenStage).sequence.weights == "w"
 
 
-def test_a_card_of_an_earlier_release_is_understood_and_is_a_version_of_its_own() -> None:
+def test_a_card_of_an_earlier_release_is_a_version_of_its_own() -> None:
     told = {"id": MODEL, "layers": 6, "max_model_len": 1000, "weights": "0123456789abcdef", "numerics": "n", "manifest": "f" * 64}
     earlier = msgspec.msgpack.decode(msgspec.msgpack.encode(told), type=ModelCard)
     now = msgspec.structs.replace(CARD, weights="a" * 64, manifest="a" * 64, written_at_s=5)

@@ -44,7 +44,7 @@ def rows(*peers: Peer) -> list[dict[str, Any]]:
     return list(to_builtins(status(seen, [], {TINY: True}, 0.0, None))["models"])
 
 
-def test_two_sets_of_weights_are_two_rows_that_share_nothing_but_the_id() -> None:
+def test_two_versions_of_an_id_are_two_rows() -> None:
     first, second = rows(peer("1", A), peer("2", A), peer("3", B, end=2, numerics="other"))
     assert (first["id"], first["weights"], first["name"], first["answers"], first["complete"]) == ("tiny", A, "tiny", True, True)
     assert (first["min_replicas"], first["nodes"], first["numerics"]) == (2, 2, "exact")
@@ -73,7 +73,7 @@ def test_how_far_hashing_is_stands_in_the_nodes_own_part() -> None:
     assert (told["models"][0]["weights"], told["models"][0]["complete"]) == ("", False)
 
 
-def test_in_the_list_of_models_a_version_has_an_id_of_its_own_and_the_models_as_root() -> None:
+def test_in_the_list_of_models_a_version_has_its_own_id() -> None:
     plain = model_object(ModelCard(TINY, 4, 64, A, "n"))
     other = model_object(ModelCard(ModelId("tiny@bbbbbbbb"), 4, 64, B, "n"))
     assert (plain["id"], plain["root"], plain["mesh"]["weights"]) == ("tiny", "tiny", A)
@@ -89,7 +89,7 @@ def found(*peers: Peer, **look: Any) -> list[Finding]:
     return diagnosis(Observations(view(*peers), free_bytes=1 << 40, **look))
 
 
-def test_doctor_says_which_nodes_have_which_weights_which_answer_and_what_to_do() -> None:
+def test_doctor_reports_the_nodes_of_each_version_and_a_remedy() -> None:
     [finding] = [each for each in found(peer("1", A), peer("2", B), peer("3", B)) if "sets of weights" in each.what]
     assert finding.severity == PROBLEM and finding.about == "models"
     assert finding.what == (
@@ -100,7 +100,7 @@ def test_doctor_says_which_nodes_have_which_weights_which_answer_and_what_to_do(
     assert "the same files" in finding.do and "NAME=DIR" in finding.do
 
 
-def test_doctor_counts_copies_within_the_version_and_is_not_alarmed_by_one_that_does_not_answer() -> None:
+def test_doctor_counts_copies_within_a_version() -> None:
     findings = found(peer("1", A), peer("2", A), peer("3", B, end=2), missing_layers={ModelId("tiny@bbbbbbbb"): ((2, 4),)})
     told = {each.what: each.severity for each in findings if "sets of weights" not in each.what}
     assert told == {"no live node holds layers 2:4 of tiny@bbbbbbbb: it cannot answer": NOTE}
@@ -108,7 +108,7 @@ def test_doctor_counts_copies_within_the_version_and_is_not_alarmed_by_one_that_
     assert "some layers of tiny are held 1 time: the next death stops it" in [each.what for each in alone]
 
 
-def test_a_mesh_with_one_set_of_weights_has_nothing_to_be_told_of_them() -> None:
+def test_a_mesh_with_one_version_reports_no_versions() -> None:
     assert found(peer("1", A), peer("2", A)) == []
     assert found(peer("1", A), peer("2", A), peer("3", "", end=0)) == [], "one that still hashes its files is no version"
 
@@ -152,7 +152,7 @@ def watching(weights: str) -> VersionWatch:
     return VersionWatch(never, models)
 
 
-def test_a_node_that_holds_other_weights_says_so_once_and_when_it_is_over() -> None:
+def test_a_node_with_other_weights_logs_that_once_and_its_end() -> None:
     mine, theirs = peer("1", A), [peer("2", B), peer("3", B)]
     watch = watching(A)
     with capture_logs() as logs:

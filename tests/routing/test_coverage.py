@@ -33,7 +33,7 @@ def of(*peers: Peer) -> Coverage:
     return coverage(view(*peers))[MODEL]
 
 
-def test_layers_held_by_equally_many_are_one_run_and_no_layer_is_left_out() -> None:
+def test_layers_with_equally_many_copies_are_one_run() -> None:
     assert of(peer("a", (0, 4)), peer("b", (2, 4))).runs == (
         CoverageRun(0, 2, 1, 1),
         CoverageRun(2, 4, 2, 2),
@@ -44,7 +44,7 @@ def test_layers_held_by_equally_many_are_one_run_and_no_layer_is_left_out() -> N
     assert of(peer("a", (0, 4), (2, 6))).runs == (CoverageRun(0, 6, 1, 1),), "what two spans share is held once"
 
 
-def test_who_is_suspect_stalled_or_overloaded_holds_a_copy_that_is_not_ready() -> None:
+def test_a_suspect_stalled_or_overloaded_peer_has_copies_that_are_not_ready() -> None:
     healthy = peer("a", (0, 6))
     for other in (
         peer("b", (0, 6), state=PeerState.SUSPECT),
@@ -63,7 +63,7 @@ def test_who_is_dead_gone_or_going_holds_nothing() -> None:
         assert of(peer("a", (0, 6)), other).runs == (CoverageRun(0, 6, 1, 1),)
 
 
-def test_a_word_is_said_when_a_layer_comes_to_its_last_ready_copy_loses_it_or_gets_it_back() -> None:
+def test_changes_to_and_from_the_last_ready_copy_are_reported() -> None:
     both = coverage(view(peer("a", (0, 6)), peer("b", (0, 6))))
     last = coverage(view(peer("a", (0, 6)), peer("b", (2, 6))))
     none = coverage(view(peer("b", (2, 6))))

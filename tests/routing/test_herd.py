@@ -156,11 +156,11 @@ def mean_wait_s(policy: str, *, refuse: bool = False) -> float:
     return Mesh(policy, seed=1, refuse=refuse).mean_wait_s()
 
 
-def test_the_better_of_two_beats_the_herd_on_the_minimum_and_round_robin() -> None:
+def test_power_of_two_waits_less_than_the_minimum_and_round_robin() -> None:
     assert mean_wait_s("power_of_two") < 0.7 * mean_wait_s("least_cost")
     assert mean_wait_s("power_of_two") < 0.3 * mean_wait_s("round_robin")
 
 
-def test_a_receiver_that_refuses_cuts_the_wait_many_times_over_also_for_the_default_policy() -> None:
+def test_peers_that_refuse_cut_the_wait_also_for_the_default_policy() -> None:
     assert mean_wait_s("power_of_two", refuse=True) < 0.2 * mean_wait_s("power_of_two")
     assert mean_wait_s("mesh", refuse=True) < 0.2 * mean_wait_s("power_of_two")

@@ -48,7 +48,7 @@ def test_what_the_dead_the_leaving_and_other_weights_load_counts_for_nothing(oth
     assert not isinstance(why_not(peer("a", (0, 4)), other), ModelLoading)
 
 
-def test_of_several_that_load_a_layer_the_first_to_be_there_counts_and_of_layers_the_last() -> None:
+def test_the_earliest_load_of_each_layer_and_the_latest_layer_count() -> None:
     slow, fast = Loading(10, 90), Loading(80, 3)
     peers = (peer("a", intends=((0, 4),), loading=slow), peer("b", intends=((0, 6),), loading=fast))
     assert being_loaded(view(*peers), MODEL, ((0, 6),)) == BeingLoaded(((0, 6),), 0.8, 3.0, ("a", "b"))
@@ -62,7 +62,7 @@ def test_an_intent_without_progress_has_just_begun() -> None:
     assert being_loaded(view(peer("a", (0, 6))), MODEL, ()) is None
 
 
-def test_what_nodes_with_other_weights_load_does_not_count_and_what_a_hashing_node_intends_does() -> None:
+def test_loads_of_other_weights_do_not_count() -> None:
     old = [peer("a", (0, 3), weights="w1"), peer("b", intends=((3, 6),), weights="w1")]
     others = [peer("c", (0, 2), weights="w2"), peer("d", intends=((2, 6),), weights="w2")]
     hashing = peer("e", intends=((4, 6),), weights="")

@@ -44,7 +44,7 @@ def test_a_request_is_refused_by_its_expected_wait_and_its_own_deadline(
         assert (caught.value.retry_after_s, caught.value.quota) == (retry_s, False)
 
 
-def test_a_full_entry_says_so() -> None:
+def test_a_full_entry_refuses_with_its_limits() -> None:
     limits = AdmissionLimits(running=2, waiting=1)
     admit(limits, running=1, waiting=0)
     with pytest.raises(Refused, match="1 of them waiting"):
@@ -53,14 +53,14 @@ def test_a_full_entry_says_so() -> None:
         admit(limits, running=2, waiting=0)
 
 
-def test_senseless_limits_are_named() -> None:
+def test_invalid_limits_are_refused() -> None:
     for limits in ({"running": 0}, {"waiting": -1}, {"wait_s": 0.0}, {"wait_s": float("nan")}):
         with pytest.raises(BadRequest):
             AdmissionLimits(**limits)
 
 
 @given(st.floats(allow_nan=False))
-def test_the_time_to_come_back_is_bounded(expected_s: float) -> None:
+def test_the_retry_time_is_bounded(expected_s: float) -> None:
     assert 0.5 <= retry_after_s(expected_s) <= 60.0
 
 
@@ -98,7 +98,7 @@ def test_half_open_lets_one_probe_through_and_its_outcome_decides() -> None:
     assert breakers.circuit(A, 4.0) is Circuit.CLOSED
 
 
-def test_a_probe_that_says_nothing_does_not_shut_the_peer_out_for_ever() -> None:
+def test_a_probe_without_an_outcome_does_not_exclude_the_peer_for_ever() -> None:
     breakers = opened()
     breakers.dispatched(A, 1.0)
     assert not breakers.allows(A, 1.0 + PROBE_S - 0.1)
@@ -160,7 +160,7 @@ def test_every_peer_gets_a_chance_within_a_minute_of_silence(events: list[tuple[
 # Refusals
 
 
-def test_two_reroutes_then_a_wait_at_the_entry_and_all_peers_count_again() -> None:
+def test_two_other_paths_then_a_wait_after_which_no_peer_is_excluded() -> None:
     history, rng = RefusalHistory(), Random(0)
     assert (history.refused(A, 1.0, rng), history.excluded) == (None, frozenset({A}))
     assert (history.refused(B, 0.2, rng), history.excluded) == (None, frozenset({A, B}))
@@ -182,9 +182,7 @@ def test_without_other_peers_the_request_waits_at_once_and_each_round_longer() -
 
 
 @given(st.lists(st.tuples(st.sampled_from([A, B, C]), st.floats(-1.0, 100.0), st.booleans()), max_size=50), st.integers(0, 99))
-def test_never_more_than_two_reroutes_between_waits_and_no_wait_without_bounds(
-    refusals: list[tuple[NodeId, float, bool]], seed: int
-) -> None:
+def test_reroutes_and_waits_after_refusals_are_bounded(refusals: list[tuple[NodeId, float, bool]], seed: int) -> None:
     history, rng, since_wait = RefusalHistory(), Random(seed), set[NodeId]()
     for node, retry_s, others in refusals:
         since_wait.add(node)

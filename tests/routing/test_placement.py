@@ -50,7 +50,7 @@ def test_the_whole_model_when_it_fits() -> None:
 WHOLE_ONLY = msgspec.structs.replace(card(), whole_only="layer 1 is given per_layer_input beside the activations")
 
 
-def test_a_model_that_is_served_whole_only_is_held_whole_or_not_at_all() -> None:
+def test_a_whole_only_model_is_held_whole_or_not_at_all() -> None:
     assert choose_spans(view(), NodeId("n"), WHOLE_ONLY, 6) == (Span(MODEL, 0, 6),)
     for capacity in range(6):
         assert choose_spans(view(peer("a", (0, 6))), NodeId("n"), WHOLE_ONLY, capacity) == ()
@@ -58,7 +58,7 @@ def test_a_model_that_is_served_whole_only_is_held_whole_or_not_at_all() -> None
 
 @settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=6))
-def test_no_move_takes_a_part_of_a_model_that_is_served_whole_only(nodes: list[tuple[int, bool]]) -> None:
+def test_no_move_takes_a_part_of_a_whole_only_model(nodes: list[tuple[int, bool]]) -> None:
     peers = []
     for number, (capacity, holds) in enumerate(nodes):
         spans = [(0, 6)] if holds and capacity >= 6 else []
@@ -107,7 +107,7 @@ CAPACITIES = st.lists(st.integers(1, 9), min_size=1, max_size=8)
 
 
 @given(capacities=CAPACITIES, layers=st.integers(1, 9))
-def test_joins_in_sequence_hold_every_layer_as_often_as_the_memory_allows_up_to_twice(capacities: list[int], layers: int) -> None:
+def test_nodes_joining_in_turn_hold_every_layer_twice_if_memory_allows(capacities: list[int], layers: int) -> None:
     peers = joined(capacities, layers)
     memory = sum(min(capacity, layers) for capacity in capacities)
     assert min(copies(peers, layers)) >= min(2, memory // layers)
@@ -190,7 +190,7 @@ def test_a_node_that_drops_a_span_loads_as_much_again() -> None:
     assert (move.drop_first, move.take) == ((Span(MODEL, 0, 5),), (Span(MODEL, 1, 6),))
 
 
-def test_the_only_copy_of_a_served_layer_is_not_dropped_even_to_load_it_again() -> None:
+def test_the_only_copy_of_a_served_layer_is_never_dropped() -> None:
     fixed = peer("c", (1, 4), state=PeerState.SUSPECT)
     peers = [
         peer("a", (0, 4), capacity=4),
@@ -262,7 +262,7 @@ LIVE = st.lists(
 
 @settings(max_examples=150)
 @given(mesh=LIVE)
-def test_moves_come_to_rest_each_for_the_better_and_none_takes_the_last_copy_of_a_served_layer(
+def test_moves_end_improve_the_placement_and_keep_the_last_copy(
     mesh: list[tuple[list[tuple[int, int]], int]],
 ) -> None:
     peers = [

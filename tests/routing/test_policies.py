@@ -45,7 +45,7 @@ def test_a_ranking_holds_every_candidate_once(name: str, nodes: set[str], seed: 
         assert sorted(each.node for each in ranked) == sorted(nodes)
 
 
-def test_round_robin_goes_round_and_keeps_its_place_when_peers_come_and_go() -> None:
+def test_round_robin_keeps_its_place_when_peers_come_and_go() -> None:
     policy, rng = policy_named("round_robin"), Random(0)
     abc = [candidate(name) for name in "cab"]
     firsts = [policy.pick(abc, RequestWork(), rng)[0].node for _ in range(6)]
@@ -77,7 +77,7 @@ def test_weighted_response_time_draws_in_proportion_and_takes_the_mean_for_newco
     assert 900 < newcomer["new"] < 1100
 
 
-def test_power_of_two_takes_the_better_of_two_never_the_worst_of_all() -> None:
+def test_power_of_two_takes_the_better_of_two() -> None:
     picks = first_picks("power_of_two", [candidate(str(cost), float(cost)) for cost in range(8)], picks=2800)
     assert picks["7"] == 0
     assert 600 < picks["0"] < 800  # in two of eight draws a quarter of the time

@@ -9,7 +9,7 @@ A, B = NodeId("a"), NodeId("b")
 NAMES = [bytes([number]) for number in range(8)]
 
 
-def test_a_peer_has_what_it_was_sent_as_far_as_the_beginnings_agree() -> None:
+def test_a_peer_has_what_it_was_sent_up_to_the_common_prefix() -> None:
     memory = PrefixMemory(page_tokens=10)
     memory.sent(NAMES[:3], [A])
     memory.sent(NAMES[:5], [B])

@@ -43,7 +43,7 @@ def there(running: float = 0.0, waiting: float = 0.0, queued: float = 0.0, rows:
     return LoadEstimate(running, waiting, queued, math.inf, 2.0, 0.1, rows, counts_only=waiting > 0 and queued == 0)
 
 
-def test_a_fresh_record_is_believed_an_old_one_drifts_to_the_mean_of_the_pool_not_to_zero() -> None:
+def test_an_old_load_record_drifts_to_the_mean_of_the_pool() -> None:
     idle = Load(kv_blocks_total=10)
     fresh, old = estimate(idle, 0.0, 6, POOL), estimate(idle, 1e6, 6, POOL)
     assert (fresh.running, fresh.waiting, fresh.prefill_tokens_queued, fresh.kv_blocks_free) == (0.0, 0.0, 0.0, 10.0)
@@ -59,7 +59,7 @@ def test_own_work_since_the_record_counts_fully_however_old_the_record() -> None
     assert estimate(Load(), 0.0, 6, PoolMeans(), DispatchedWork(ended=5)).running == 0.0
 
 
-def test_unmeasured_speeds_are_those_of_the_pool_and_measured_ones_are_per_layer() -> None:
+def test_unmeasured_speeds_are_those_of_the_pool() -> None:
     peers = [peer("a", (0, 6), load=Load(step_ms=12.0, prefill_tok_s=100.0)), peer("b", (0, 2), load=Load(step_ms=8.0))]
     pool = pool_of(peers, MODEL)
     assert (pool.step_ms_per_layer, pool.prefill_ms_per_token_layer) == pytest.approx((3.0, 1000 / 600))
@@ -80,13 +80,11 @@ def test_unmeasured_speeds_are_those_of_the_pool_and_measured_ones_are_per_layer
         (there(waiting=2, rows=1), 0, 2 * 4000 / 8),  # a node with so few places would not batch at all
     ],
 )
-def test_the_queue_is_read_at_the_prefill_rate_or_leaves_as_others_do(
-    at: LoadEstimate, own_added: int, expected_ms: float
-) -> None:
+def test_the_wait_follows_from_the_prefill_rate_or_the_residency(at: LoadEstimate, own_added: int, expected_ms: float) -> None:
     assert queue_ms(at, 6, own_added, 4.0) == pytest.approx(expected_ms)
 
 
-def test_prefill_and_decode_scale_with_tokens_and_layers_and_cached_tokens_are_free() -> None:
+def test_prefill_and_decode_scale_with_layers_and_tokens_that_are_not_cached() -> None:
     work = RequestWork(prompt_tokens=100, output_tokens=10)
     assert prefill_ms(work, 0, 6, 0.1) == pytest.approx(60.0)
     assert prefill_ms(work, 40, 3, 0.1) == pytest.approx(18.0)
@@ -129,7 +127,7 @@ def cost_of(who: Peer, work: RequestWork | None = None, layers: int = 6, **more:
     return costs(who, layers, 6, work or RequestWork(prompt_tokens=64), POOL, 0.0, me=ME, my_region="eu", **more)  # type: ignore[arg-type]
 
 
-def test_a_weight_of_zero_switches_a_term_off_and_terms_are_told_by_name() -> None:
+def test_a_weight_of_zero_switches_a_term_off() -> None:
     who = peer("a", (0, 6), region="us", rtt_s=0.01, load=Load(prefill_tokens_queued=10))
     assert set(terms(cost_of(who))) == {"queue", "prefill", "decode", "network", "redo", "region"}
     off = cost_of(who, weights=ScoreWeights(region=0.0, redo=0.0, queue=0.0))
@@ -161,7 +159,7 @@ LOADS = st.builds(
 
 
 @given(load=LOADS, tokens=st.integers(0, 5000), out=st.integers(0, 5000), blocks=st.integers(0, 200), age_s=st.floats(0, 1e4))
-def test_a_score_is_finite_never_negative_and_a_straight_line_in_the_layers(
+def test_a_score_is_finite_not_negative_and_affine_in_the_layers(
     load: Load, tokens: int, out: int, blocks: int, age_s: float
 ) -> None:
     who = replace(peer("a", (0, 6), load=load), load_at=-age_s)

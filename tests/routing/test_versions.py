@@ -26,7 +26,7 @@ def planned(*peers: Peer, weights: str | None = None, excluded: frozenset[NodeId
     return plan(view(*peers), MODEL, LAYERS, policy_named("mesh"), Random(1), 0.0, weights=weights, excluded=excluded)
 
 
-def test_a_path_for_the_plain_id_is_of_the_version_that_more_nodes_hold() -> None:
+def test_the_plain_id_stands_for_the_version_that_more_nodes_hold() -> None:
     peers = [peer("a", (0, 6), weights=OLD), peer("b", (0, 3), weights=NEW), peer("c", (3, 6), weights=NEW)]
     assert planned(*peers).nodes == ("b", "c"), "a split path of the right weights, not a whole one of others"
     assert planned(*peers, weights=OLD).nodes == ("a",)
