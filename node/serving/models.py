@@ -133,13 +133,13 @@ class ServedModels:
         """Replaces the card of a model."""
         self._models[card.id] = replace(self._models[card.id], card=card)
 
-    def knows(self, model: ModelId | None) -> bool:
+    def has(self, model: ModelId | None) -> bool:
         """Whether `get` would return a model."""
         return bool(self._models) if model is None else model in self._models
 
     def get(self, model: ModelId | None) -> ServedModel:
         """The model by its id, or the default. Raises BadRequest (404, model_not_found), with the names of the models here."""
-        if not self.knows(model):
+        if not self.has(model):
             raise unknown_model(model, self._models)
         return next(iter(self._models.values())) if model is None else self._models[model]
 

@@ -1,4 +1,4 @@
-"""A peer that sends what is no finite number: its sequence goes on without it, and the node says which peer it was."""
+"""A peer that sends activations which are not finite: the sequence goes on without that peer, and the node names the peer."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ async def test_another_attempt_goes_round_the_peer_that_sent_what_is_no_number(f
         sender = first[first.index(finder) - 1]
         assert sender not in second and finder in second
         assert node.stages.statistics().bad_activations_total == 1
-        [told] = node.stages.refusals.recent(trio.current_time())
-        assert (told.host, told.reason, told.count) == (sender, BAD_ACTIVATIONS, 1)
+        [refusal] = node.stages.refusals.recent(trio.current_time())
+        assert (refusal.host, refusal.reason, refusal.count) == (sender, BAD_ACTIVATIONS, 1)
 
 
 async def test_a_peers_persistent_bad_activations_end_the_request_with_the_reason() -> None:

@@ -1,4 +1,4 @@
-"""How far a node is with what it loads, as it tells peers and the operator."""
+"""The progress of loads, as peers see it in the facts and the operator in the log."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def test_peers_are_told_seldom_and_only_what_is_new() -> None:
     assert 10 <= len(changes) <= 40.0 / PUBLISH_EVERY_S + 1
     before = len(node.published)
     node.told_at(40.0)
-    told = len(node.published)
-    assert told - before <= 1
+    published = len(node.published)
+    assert published - before <= 1
     for _ in range(5):
         node.watch.update(40.0)
-    assert len(node.published) == told
+    assert len(node.published) == published
 
 
 def test_the_log_tells_begin_progress_and_end_and_nothing_at_rest() -> None:

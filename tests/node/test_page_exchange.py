@@ -1,4 +1,4 @@
-"""Pages over the links: as many as are cheaper fetched than computed, in bounded time, and none that is not what was told."""
+"""Pages fetched from peers: only while that is cheaper than computing, in bounded time, and checked against their hashes."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class TwoNodes:
         self.spoil: Callable[[Header, bytes], Reply] = lambda header, tail: (header, tail)
 
     async def _nobody(self, *given: Any, **named: Any) -> Reply:
-        raise AssertionError("it asks nobody")
+        raise AssertionError("no peer is to be asked")
 
     async def _call(self, to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> Reply:
         assert (to, kind) == (PEER, PAGES_KIND)

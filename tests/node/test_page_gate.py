@@ -22,7 +22,7 @@ MIB = 1 << 20
         (30, MIB, None, 300.0, PROBE_PAGES),  # the link is unknown: found out
         (MIN_PAGES - 1, MIB, None, 300.0, 0),  # and not worth finding out for so little
         (30, MIB, None, 0.0, PROBE_PAGES),
-        (30, MIB, 100 * MIB, 0.0, 0),  # nobody has measured a prefill
+        (30, MIB, 100 * MIB, 0.0, 0),  # no prefill has been measured
         (0, MIB, 100 * MIB, 300.0, 0),
     ],
 )

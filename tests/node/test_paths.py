@@ -1,4 +1,4 @@
-"""Requests over paths of several nodes, with whatever can go wrong on the way."""
+"""Requests over paths of several nodes, with all kinds of losses and refusals on the way."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -44,7 +44,7 @@ def tokens(events: Iterable[Any], choice: int = 0) -> list[int]:
 
 
 async def at_rest(mesh: SmallMesh) -> None:
-    """Until nobody holds a sequence: closes travel as frames of their own."""
+    """Waits until no node holds a sequence, as closes are frames of their own."""
     live = [node for node in mesh.nodes.values() if not node.scope.cancel_called]
     while any(node.engine.sequences or node.stages.open_sequences or node.entry.open_requests for node in live):
         await trio.sleep(0.01)
@@ -88,9 +88,9 @@ async def test_the_first_stages_open_has_the_cached_pages_of_the_others() -> Non
             mesh.nodes[name].engine.pages = pages
         events = await run(mesh)
 
-        told = {name: prefix for name in "abc" if (prefix := mesh.nodes[name].engine.opened[0].prefix)}
-        assert [told[name].elsewhere for name in "abc"] == [3, None, None]
-        assert all(each.salt == told["a"].salt and each.numerics == "n" for each in told.values())
+        prefixes = {name: prefix for name in "abc" if (prefix := mesh.nodes[name].engine.opened[0].prefix)}
+        assert [prefixes[name].elsewhere for name in "abc"] == [3, None, None]
+        assert all(each.salt == prefixes["a"].salt and each.numerics == "n" for each in prefixes.values())
         assert events[-1].cached_tokens == 5
 
 
@@ -192,8 +192,8 @@ async def test_a_stop_string_ends_the_answer_and_the_work() -> None:
         events = await run(mesh, a_request(stop=(text[5:8],)))
         await at_rest(mesh)
 
-        said = "".join(event.text for event in events if isinstance(event, TextDelta))
-        assert said == text[:5]
+        text_sent = "".join(event.text for event in events if isinstance(event, TextDelta))
+        assert text_sent == text[:5]
         assert [event.finish_reason for event in events if isinstance(event, ChoiceDone)] == ["stop"]
 
 
@@ -262,11 +262,11 @@ async def test_a_malformed_frame_of_a_peer_changes_nothing(kind: str, header: di
     async with small_mesh(**SPLIT) as mesh:
         entry = mesh.nodes["entry"]
 
-        def meddle(event: Any) -> None:
+        def send_malformed(event: Any) -> None:
             if isinstance(event, Started):
                 mesh.nodes["a"].links.post(entry.links.config.address, kind, header)
 
-        events = await run(mesh, each=meddle)
+        events = await run(mesh, each=send_malformed)
         while not entry.links.counters.frames_rejected_total:  # it has a link of its own
             await trio.sleep(0.01)
 

@@ -258,13 +258,13 @@ async def test_weights_without_a_text_side_are_not_replaced_by_others(
     holds_own(mesh, catalogue.id)
     for name in "ab":
         mesh.peer_serves(name, other)
-        mesh.network.sources[name].remove(other.id)  # it tells of them, and does not give them
+        mesh.network.sources[name].remove(other.id)  # the peer publishes the weights, and does not send them
     async with running(mesh) as models:
         with pytest.raises(ModelLoading, match="second's tokenizer is being fetched from a, b"):
             await models.get(CARD.id)
         monkeypatch.setattr("node.serving.peer_models.WAIT_S", 60.0)
         mesh.network.sources["b"].add(other)
-        assert (await models.get(CARD.id)).card.weights == other.id, "asked again until a peer gave them"
+        assert (await models.get(CARD.id)).card.weights == other.id, "asked again until a peer sent them"
 
 
 @pytest.mark.parametrize("name", ["second@", "second@cccccccc", "second@CCCCCCCC", "other@aaaaaaaa"])

@@ -1,4 +1,4 @@
-"""What becomes of a span whose workers ended: untold at once, loaded again, and given up when it happens again and again."""
+"""A span whose workers have ended: withdrawn at once, loaded again, and the end of the node when it happens again and again."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ async def test_a_span_whose_workers_ended_is_withdrawn_and_loaded_again(autojump
         nursery.start_soon(placed.placement.run)
         await placed.serving()
         placed.placement.span_lost(SpanLost(WHOLE, "rank 1 was killed by signal 9"))
-        assert placed.facts.now.spans == (), "at once: nothing comes here any more"
+        assert placed.facts.now.spans == (), "withdrawn at once, so that no new path uses it"
         lost_at = trio.current_time()
         await placed.serving()
         assert trio.current_time() - lost_at >= RELOAD_AFTER_S
@@ -143,10 +143,10 @@ def test_parts_of_a_whole_only_model_cannot_be_pinned(layers: str) -> None:
 
 
 def test_a_span_that_the_engine_lost_is_passed_to_placement() -> None:
-    told: list[SpanLost] = []
+    passed: list[SpanLost] = []
     anything: Any = None
-    Stages(("127.0.0.1", 1), anything, anything, anything, told.append).carry([SpanLost(WHOLE, "gone")])
-    assert told == [SpanLost(WHOLE, "gone")]
+    Stages(("127.0.0.1", 1), anything, anything, anything, passed.append).carry([SpanLost(WHOLE, "gone")])
+    assert passed == [SpanLost(WHOLE, "gone")]
 
 
 async def test_workers_that_end_again_and_again_end_the_node(autojump_clock: MockClock) -> None:

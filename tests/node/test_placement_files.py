@@ -28,8 +28,8 @@ TINY = ModelId("tiny")
 WHOLE = Span(TINY, 0, LAYERS)
 
 
-class NotingEngine:
-    """Loads nothing; notes which weights it was told to load."""
+class RecordingEngine:
+    """Loads nothing; records the weights of each load."""
 
     def __init__(self) -> None:
         self.loaded: list[tuple[Span, str]] = []
@@ -58,7 +58,7 @@ class Running:
 
     def __init__(self, directory: Path, folder: Path) -> None:
         self.directory = directory
-        self.engine: Any = NotingEngine()
+        self.engine: Any = RecordingEngine()
         self.published: list[Facts] = []
         self.facts = OwnFacts(Facts(), self.published.append)
         self.models = ServedModels()
@@ -80,11 +80,11 @@ class Running:
             while not condition():
                 await trio.sleep(0.005)
 
-    def said(self) -> None:
-        """Whatever was told at any time: a span in service has weights, and they are some that were loaded."""
+    def check_published(self) -> None:
+        """Checks all published facts: a span in service has weights, and they have been loaded."""
         loaded = {weights for _, weights in self.engine.loaded}
-        for told in self.published:
-            assert not told.spans or told.models[0].weights in loaded, "nothing is served before its weights are known"
+        for facts in self.published:
+            assert not facts.spans or facts.models[0].weights in loaded, "nothing is served before its weights are known"
 
 
 async def never_asked(*_: object, **__: object) -> Any:
@@ -97,7 +97,7 @@ async def running(tmp_path: Path) -> AsyncIterator[Running]:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(node.placement.run)
         yield node
-        node.said()
+        node.check_published()
         nursery.cancel_scope.cancel()
 
 
@@ -128,7 +128,7 @@ async def test_the_weights_are_published_before_anything_is_loaded(tmp_path: Pat
         assert node.serves() == weights
         assert node.engine.loaded == [(WHOLE, weights)]
         first = node.published[0].models[0]
-        assert (first.weights, node.published[0].spans) == ("", ()), "at first only that it knows the model"
+        assert (first.weights, node.published[0].spans) == ("", ()), "at first only the model, without weights"
         card = node.facts.now.models[0]
         assert (card.manifest, card.numerics) == (weights, "numerics of " + weights[:8]) and card.written_at_s
 
@@ -143,11 +143,11 @@ async def test_a_model_whose_file_is_written_is_hashed_again_before_it_serves(tm
             assert node.serves() == identity_of(node.directory)
             assert node.engine.unloaded == [WHOLE]
             assert [weights for _, weights in node.engine.loaded] == [before, node.serves()]
-            between = [told for told in node.published if not told.models[0].weights and told.intends]
-            assert between and not any(told.spans for told in between), "between, it said that it loads"
+            between = [facts for facts in node.published if not facts.models[0].weights and facts.intends]
+            assert between and not any(facts.spans for facts in between), "meanwhile the spans are published as intended"
             assert TINY in node.library.faults
-    [said] = [line for line in logs if line["event"] == "weights.changed"]
-    assert (said["log_level"], said["file"], said["weights"]) == ("error", "config.json", before[:16])
+    [line] = [each for each in logs if each["event"] == "weights.changed"]
+    assert (line["log_level"], line["file"], line["weights"]) == ("error", "config.json", before[:16])
 
 
 async def test_a_flipped_byte_is_found_after_a_start_from_the_record(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ async def test_a_flipped_byte_is_found_after_a_start_from_the_record(tmp_path: P
     flip_unseen(tmp_path / "model" / "model-1.safetensors")
     async with running(tmp_path) as node:
         await node.until(lambda: node.serves() not in ("", weights))
-        assert next(told for _, told in node.engine.loaded) == weights, "the record was believed at the start"
+        assert next(loaded for _, loaded in node.engine.loaded) == weights, "the record was used at the start"
         assert "other bytes than were hashed" in node.library.faults[TINY]
         assert len(node.engine.loaded) == 2
         assert node.serves() == identity_of(node.directory), "the record has been mended"
@@ -215,7 +215,7 @@ async def test_layers_from_files_that_changed_during_the_load_are_not_served(tmp
         node.engine.while_loading = write_once
         await node.until(node.serves)
         assert node.serves() == identity_of(node.directory) != before
-        assert all(told.models[0].weights != before for told in node.published if told.spans)
+        assert all(facts.models[0].weights != before for facts in node.published if facts.spans)
         assert node.engine.unloaded == [WHOLE]
 
 

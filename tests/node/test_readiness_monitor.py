@@ -14,7 +14,7 @@ SERVES = Facts(spans=(SPAN,))
 FULL = Load(waiting=3, kv_blocks_used=96, kv_blocks_total=100)
 
 
-class Told:
+class MonitoredNode:
     def __init__(self, facts: Facts = SERVES) -> None:
         self.published: list[Readiness] = []
         self.overdue_s = 0.0
@@ -31,34 +31,36 @@ def test_each_state_and_which_is_the_gravest() -> None:
     assert readiness_of(Facts(intends=(SPAN,)), Load(), 0.0) is Readiness.LOADING
     assert readiness_of(Facts(intends=(SPAN,), spans=(SPAN,)), Load(), 0.0) is Readiness.WARM, "it serves while it loads more"
     assert readiness_of(SERVES, FULL, 0.0) is Readiness.OVERLOADED
-    assert readiness_of(SERVES, Load(kv_blocks_used=100, kv_blocks_total=100), 0.0) is Readiness.WARM, "full, but nobody waits"
+    assert readiness_of(SERVES, Load(kv_blocks_used=100, kv_blocks_total=100), 0.0) is Readiness.WARM, (
+        "full, but no request waits"
+    )
     assert readiness_of(SERVES, Load(waiting=1), 0.0) is Readiness.WARM, "a node without blocks is not full"
     assert readiness_of(SERVES, FULL, 0.1) is Readiness.STALLED
     assert readiness_of(Facts(draining=True), FULL, 0.1) is Readiness.DRAINING
 
 
 async def test_a_stall_is_told_within_a_look_and_its_end_too(autojump_clock: trio.abc.Clock) -> None:
-    told = Told()
+    node = MonitoredNode()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(told.monitor.run)
+        nursery.start_soon(node.monitor.run)
         await trio.sleep(1)
-        assert told.published == [], "what everyone knows is not told"
-        told.overdue_s = 0.2
+        assert node.published == [], "a readiness that is published already is not published again"
+        node.overdue_s = 0.2
         await trio.sleep(0.3)
-        assert told.published == [Readiness.STALLED]
-        told.overdue_s = 0.0
+        assert node.published == [Readiness.STALLED]
+        node.overdue_s = 0.0
         await trio.sleep(0.3)
         nursery.cancel_scope.cancel()
-    assert told.published == [Readiness.STALLED, Readiness.WARM]
-    assert told.monitor.stalls == 1
+    assert node.published == [Readiness.STALLED, Readiness.WARM]
+    assert node.monitor.stalls == 1
 
 
 def test_an_overload_that_comes_and_goes_is_told_once() -> None:
-    told = Told()
+    node = MonitoredNode()
     for step in range(20):
-        told.load = FULL if step % 2 == 0 else Load()
-        told.monitor.check(step * 0.25)
-    assert told.published == [Readiness.OVERLOADED]
-    told.monitor.check(100.0)
-    told.monitor.check(100.0 + CALM_S)
-    assert told.published == [Readiness.OVERLOADED, Readiness.WARM]
+        node.load = FULL if step % 2 == 0 else Load()
+        node.monitor.check(step * 0.25)
+    assert node.published == [Readiness.OVERLOADED]
+    node.monitor.check(100.0)
+    node.monitor.check(100.0 + CALM_S)
+    assert node.published == [Readiness.OVERLOADED, Readiness.WARM]

@@ -1,4 +1,4 @@
-"""What a node says of its engine, and how soon no other node gives it new work: the cores of a mesh on a virtual clock."""
+"""How soon other nodes send a node no new work after it publishes a stall: the cores of a mesh on a virtual clock."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def chosen(network: Network, by: NodeId) -> set[NodeId]:
 
 
 class Serving:
-    """Nodes of a mesh that each hold the whole model; the first one's engine and load are as the test says."""
+    """Nodes of a mesh that each hold the whole model; the first one's engine and load are as the test sets them."""
 
     def __init__(self, seed: int) -> None:
         self.network = Network(seed, loss=0.01)
@@ -49,7 +49,7 @@ class Serving:
         facts = Facts(spans=(Span(MODEL, 0, LAYERS),), models=(CARD,))
         for node in self.ids:
             self.network.publish(node, facts)
-        own = OwnFacts(facts, lambda told: self.network.publish(self.ids[0], told))
+        own = OwnFacts(facts, lambda changed: self.network.publish(self.ids[0], changed))
         self.monitor = ReadinessMonitor(own, lambda: self.load, self._overdue_s)
         self.network.run(1.0)
 
@@ -87,13 +87,13 @@ def test_an_overloaded_node_is_avoided_in_a_second_until_it_has_room(seed: int) 
     mesh.load = FULL
     assert not mesh.passed_over()
 
-    def told() -> set[Readiness]:
+    def seen_by_others() -> set[Readiness]:
         return {view_of(mesh.network, by).peers[mesh.ids[0]].facts.readiness for by in mesh.ids}
 
-    mesh.run_until(lambda: told() == {Readiness.OVERLOADED}, within_s=1.0)
+    mesh.run_until(lambda: seen_by_others() == {Readiness.OVERLOADED}, within_s=1.0)
     assert mesh.passed_over(), f"seed {seed}"
     mesh.load = Load(kv_blocks_total=100)
-    mesh.run_until(lambda: told() == {Readiness.WARM}, within_s=4.0)
+    mesh.run_until(lambda: seen_by_others() == {Readiness.WARM}, within_s=4.0)
     assert not mesh.passed_over()
 
 
@@ -107,6 +107,6 @@ def test_a_dead_node_never_looks_idle_nor_ready_to_anybody(silent: bool) -> None
     mesh.network.run(15.0)
     assert mesh.passed_over()
     for by in mesh.network.up:
-        told = to_builtins(status(view_of(mesh.network, by), [], {}, mesh.network.now, {}))
-        (dead,) = [node for node in told["nodes"] if node["id"] == mesh.ids[0]]
+        body = to_builtins(status(view_of(mesh.network, by), [], {}, mesh.network.now, {}))
+        (dead,) = [node for node in body["nodes"] if node["id"] == mesh.ids[0]]
         assert (dead["state"], dead["readiness"], dead["load"]) == ("dead", "dead", {})

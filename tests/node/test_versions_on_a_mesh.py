@@ -89,17 +89,24 @@ def test_an_open_of_an_earlier_release_without_weights_is_accepted() -> None:
         "stream": "s", "choice": 0, "attempt": 1, "model": MODEL, "start": 0, "end": 6,
         "prompt_tokens": 1, "known": 1, "tokens": [1], "sampling": {},
     }  # fmt: skip
-    told = {
+    encoded = {
         "sequence": sequence, "entry": "e", "previous": None, "last": "l",
         "entry_address": ["h", 1], "first_address": ["h", 1], "next_address": None,
     }  # fmt: skip
-    assert msgspec.convert(told, OpenStage).sequence.weights == ""
-    assert msgspec.convert({**told, "sequence": {**sequence, "weights": "w"}}, OpenStage).sequence.weights == "w"
+    assert msgspec.convert(encoded, OpenStage).sequence.weights == ""
+    assert msgspec.convert({**encoded, "sequence": {**sequence, "weights": "w"}}, OpenStage).sequence.weights == "w"
 
 
 def test_a_card_of_an_earlier_release_is_a_version_of_its_own() -> None:
-    told = {"id": MODEL, "layers": 6, "max_model_len": 1000, "weights": "0123456789abcdef", "numerics": "n", "manifest": "f" * 64}
-    earlier = msgspec.msgpack.decode(msgspec.msgpack.encode(told), type=ModelCard)
+    encoded = {
+        "id": MODEL,
+        "layers": 6,
+        "max_model_len": 1000,
+        "weights": "0123456789abcdef",
+        "numerics": "n",
+        "manifest": "f" * 64,
+    }
+    earlier = msgspec.msgpack.decode(msgspec.msgpack.encode(encoded), type=ModelCard)
     now = msgspec.structs.replace(CARD, weights="a" * 64, manifest="a" * 64, written_at_s=5)
     peers = {
         NodeId(name): Peer(NodeId(name), name, ("h", 1), facts=Facts(spans=(Span(MODEL, 0, 6),), models=(card,)))
@@ -107,4 +114,4 @@ def test_a_card_of_an_earlier_release_is_a_version_of_its_own() -> None:
     }
     seen = View(NodeId("a"), peers)
     assert [version.name for version in versions(seen)] == [MODEL, f"{MODEL}@01234567"]
-    assert set(msgspec.to_builtins(now)) - set(told) == {"kind", "written_at_s", "whole_only"}, "which it passes over"
+    assert set(msgspec.to_builtins(now)) - set(encoded) == {"kind", "written_at_s", "whole_only"}, "fields that it ignores"

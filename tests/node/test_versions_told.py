@@ -1,4 +1,4 @@
-"""Two sets of weights under one id: what status, doctor, readiness and the log say of them."""
+"""Two sets of weights under one id: what status, doctor, readiness and the log report of them."""
 
 from __future__ import annotations
 
@@ -55,22 +55,22 @@ def test_two_versions_of_an_id_are_two_rows() -> None:
 
 def test_three_nodes_that_all_differ_are_no_replicas_of_each_other() -> None:
     """What looked like three copies and `exact` answers."""
-    told = rows(peer("1", A), peer("2", B), peer("3", "c" * 64))
-    assert [(row["min_replicas"], row["numerics"]) for row in told] == [(1, "exact")] * 3
-    assert [row["answers"] for row in told] == [True, False, False]
+    models = rows(peer("1", A), peer("2", B), peer("3", "c" * 64))
+    assert [(row["min_replicas"], row["numerics"]) for row in models] == [(1, "exact")] * 3
+    assert [row["answers"] for row in models] == [True, False, False]
 
 
 def test_every_node_of_the_mesh_tells_the_same_rows() -> None:
     peers = [peer("1", A), peer("2", B), peer("3", B)]
-    told = [status(view(*peers, me=me), [], {}, 0.0, None).models for me in "123"]
-    assert told[0] == told[1] == told[2]
+    models = [status(view(*peers, me=me), [], {}, 0.0, None).models for me in "123"]
+    assert models[0] == models[1] == models[2]
 
 
 def test_how_far_hashing_is_stands_in_the_nodes_own_part() -> None:
     hashing: Any = {"tiny": msgspec.defstruct("Hashed", ["bytes_done", "bytes"])(5, 9)}
-    told = to_builtins(status(view(peer("1", "", end=0)), [], {}, 0.0, None, hashing=hashing))
-    assert told["self"]["hashing"] == {"tiny": {"bytes_done": 5, "bytes": 9}}
-    assert (told["models"][0]["weights"], told["models"][0]["complete"]) == ("", False)
+    body = to_builtins(status(view(peer("1", "", end=0)), [], {}, 0.0, None, hashing=hashing))
+    assert body["self"]["hashing"] == {"tiny": {"bytes_done": 5, "bytes": 9}}
+    assert (body["models"][0]["weights"], body["models"][0]["complete"]) == ("", False)
 
 
 def test_in_the_list_of_models_a_version_has_its_own_id() -> None:
@@ -102,8 +102,8 @@ def test_doctor_reports_the_nodes_of_each_version_and_a_remedy() -> None:
 
 def test_doctor_counts_copies_within_a_version() -> None:
     findings = found(peer("1", A), peer("2", A), peer("3", B, end=2), missing_layers={ModelId("tiny@bbbbbbbb"): ((2, 4),)})
-    told = {each.what: each.severity for each in findings if "sets of weights" not in each.what}
-    assert told == {"no live node holds layers 2:4 of tiny@bbbbbbbb: it cannot answer": NOTE}
+    severities = {each.what: each.severity for each in findings if "sets of weights" not in each.what}
+    assert severities == {"no live node holds layers 2:4 of tiny@bbbbbbbb: it cannot answer": NOTE}
     alone = found(peer("1", A), peer("2", B), peer("3", B, state=PeerState.DEAD))
     assert "some layers of tiny are held 1 time: the next death stops it" in [each.what for each in alone]
 
@@ -134,10 +134,10 @@ async def test_a_node_that_is_not_ready_says_how_far_the_hashing_is() -> None:
     nothing: Any = None
     seen = view(peer("1", "", end=0))
     models = PeerModels(lambda: seen, ServedModels(), nothing)
-    said = ["the files of tiny are being hashed, 1.00 of 4.00 GiB"]
-    check = Canary(lambda: seen, models, nothing, lambda: said)
+    hashing_reports = ["the files of tiny are being hashed, 1.00 of 4.00 GiB"]
+    check = Canary(lambda: seen, models, nothing, lambda: hashing_reports)
     why = await check.why_not()
-    assert why is not None and why.startswith(f"{said[0]}; no live peer holds layers 0:4 of tiny")
+    assert why is not None and why.startswith(f"{hashing_reports[0]}; no live peer holds layers 0:4 of tiny")
 
 
 # --- the log
@@ -159,21 +159,21 @@ def test_a_node_with_other_weights_logs_that_once_and_its_end() -> None:
         for seen in (view(mine), view(mine, *theirs), view(mine, *theirs, peer("4", B)), view(mine, *theirs)):
             watch.update(seen)
         assert [line["event"] for line in logs] == ["weights.other_version"], "once, whatever else changes"
-        told = logs[0]
-        assert (told["log_level"], told["model"], told["weights"], told["answering"]) == (
+        line = logs[0]
+        assert (line["log_level"], line["model"], line["weights"], line["answering"]) == (
             "warning",
             "tiny",
             "aaaaaaaa",
             "bbbbbbbb",
         )
-        assert (told["nodes"], told["answering_nodes"], told["asked_for_as"]) == (1, 2, "tiny@aaaaaaaa")
+        assert (line["nodes"], line["answering_nodes"], line["asked_for_as"]) == (1, 2, "tiny@aaaaaaaa")
         watch.update(view(mine))
         watch.update(view(mine))
     assert [line["event"] for line in logs] == ["weights.other_version", "weights.answer"]
     with capture_logs() as logs:
         for other in (B, "c" * 64):
             watch.update(view(mine, peer("2", other), peer("3", other)))
-    assert [line["answering"] for line in logs] == ["bbbbbbbb", "cccccccc"], "other weights are told anew"
+    assert [line["answering"] for line in logs] == ["bbbbbbbb", "cccccccc"], "each change of the answering weights is logged"
 
 
 @pytest.mark.parametrize("weights", [A, ""])

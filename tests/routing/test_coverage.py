@@ -1,4 +1,4 @@
-"""Coverage: which layers how many hold, and when that is worth a word."""
+"""Coverage: how many peers hold each layer, and which changes are reported."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ peers = st.lists(st.tuples(st.lists(windows, max_size=3), st.sampled_from(PeerSt
 
 
 @given(peers)
-def test_runs_count_what_counting_layer_by_layer_does(told: list[tuple[list[tuple[int, int]], PeerState]]) -> None:
-    shown = view(peer("z"), *(peer(f"p{number}", *spans, state=state) for number, (spans, state) in enumerate(told)))
+def test_runs_count_what_counting_layer_by_layer_does(held: list[tuple[list[tuple[int, int]], PeerState]]) -> None:
+    shown = view(peer("z"), *(peer(f"p{number}", *spans, state=state) for number, (spans, state) in enumerate(held)))
     runs = coverage(shown)[MODEL].runs
     by_layer = [(run.live, run.ready) for run in runs for _ in range(run.start, run.end)]
     assert [live for live, _ in by_layer] == replicas(shown, CARD)

@@ -42,7 +42,7 @@ class LeastCost:
 
 @dataclass
 class Entry:
-    """What one node knows of the others and remembers of its own."""
+    """The records that one node has of the others, and of its own dispatches."""
 
     policy: Policy
     peers: dict[NodeId, Peer]
@@ -91,38 +91,38 @@ class Mesh:
                     self.finish(now, *details)
                 case "gossip":
                     self.gossip(now, *details)
-                case "heard":
-                    self.hear(now, *details)
+                case "load arrives":
+                    self.receive_load(now, *details)
         return sum(self.waits_s) / len(self.waits_s)
 
     def at(self, when: float, what: str, *details: object) -> None:
         heapq.heappush(self.events, (when, next(self.order), what, details))
 
     def arrive(self, now: float, entry: int) -> None:
-        knows, history = self.entries[entry], RefusalHistory()
+        records, history = self.entries[entry], RefusalHistory()
         chosen = self.choose(now, entry, frozenset())
         while self.refuse and self.servers[chosen].busy >= PLACES:
-            self.hear(now, chosen, self.servers[chosen].load(SPEEDS[chosen]), entry)
+            self.receive_load(now, chosen, self.servers[chosen].load(SPEEDS[chosen]), entry)
             if history.refused(NAMES[chosen], 1.0, self.rng) is not None:
                 break
             chosen = self.choose(now, entry, history.excluded)
-        sent = knows.dispatches.dispatch(NAMES[chosen], now)
+        sent = records.dispatches.dispatch(NAMES[chosen], now)
         self.servers[chosen].queue.append((now, entry, sent, self.rng.expovariate(1.0 / SERVICE_S)))
         self.serve(now, chosen)
 
     def choose(self, now: float, entry: int, excluded: frozenset[NodeId]) -> int:
-        knows, work = self.entries[entry], RequestWork(output_tokens=OUTPUT_TOKENS)
+        records, work = self.entries[entry], RequestWork(output_tokens=OUTPUT_TOKENS)
         candidates = []
-        for name, known in knows.peers.items():
+        for name, known in records.peers.items():
             if name in excluded:
                 continue
-            own = knows.dispatches.own(name, known.load_at)
+            own = records.dispatches.own(name, known.load_at)
 
             def price(known: Peer = known, own: DispatchedWork = own) -> ScoreTerms:
-                return costs(known, LAYERS, LAYERS, work, knows.pool, now, me=NAMES[entry], own=own)
+                return costs(known, LAYERS, LAYERS, work, records.pool, now, me=NAMES[entry], own=own)
 
             candidates.append(PeerCandidate(name, price, in_flight=own.in_flight, response_ms=own.response_ms))
-        return NAMES.index(knows.policy.pick(candidates, work, self.rng)[0].node)
+        return NAMES.index(records.policy.pick(candidates, work, self.rng)[0].node)
 
     def serve(self, now: float, node: int) -> None:
         server = self.servers[node]
@@ -143,12 +143,12 @@ class Mesh:
         load = self.servers[node].load(SPEEDS[node])
         for entry in range(NODES):
             delay_s = 0.0 if entry == node else self.rng.random() * 2 * GOSSIP_DELAY_S
-            self.at(now + delay_s, "heard", node, load, entry)
+            self.at(now + delay_s, "load arrives", node, load, entry)
 
-    def hear(self, now: float, node: int, load: Load, entry: int) -> None:
-        knows, name = self.entries[entry], NAMES[node]
-        knows.peers[name] = peer(name, (0, LAYERS), load=load, load_at=now)
-        knows.pool = pool_of(knows.peers.values(), MODEL) if node == entry else knows.pool
+    def receive_load(self, now: float, node: int, load: Load, entry: int) -> None:
+        records, name = self.entries[entry], NAMES[node]
+        records.peers[name] = peer(name, (0, LAYERS), load=load, load_at=now)
+        records.pool = pool_of(records.peers.values(), MODEL) if node == entry else records.pool
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Layers that are being loaded are told apart from those that no node has."""
+"""Layers that are being loaded are distinguished from those that no node has."""
 
 from __future__ import annotations
 

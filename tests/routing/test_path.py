@@ -127,7 +127,7 @@ def test_an_overloaded_peer_is_preferred_to_other_numerics() -> None:
 
 
 def test_a_dead_node_never_looks_idle() -> None:
-    """It does nothing, so every policy that asks who does least would like it best."""
+    """The peer has no load, so a policy that prefers the least load would choose it."""
     busy = Load(running=30, waiting=9, kv_blocks_used=90, kv_blocks_total=100, step_ms=40.0)
     for policy in policy_names():
         for gone in (PeerState.DEAD, PeerState.LEFT):

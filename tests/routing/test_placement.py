@@ -19,8 +19,8 @@ from routing.windows import best_windows
 from tests.routing.meshes import LAYERS, MODEL, card, peer, view
 
 
-def spans_of(who: Peer) -> tuple[tuple[int, int], ...]:
-    return tuple((span.start, span.end) for span in who.facts.spans)
+def spans_of(node: Peer) -> tuple[tuple[int, int], ...]:
+    return tuple((span.start, span.end) for span in node.facts.spans)
 
 
 def joined(capacities: list[int], layers: int = LAYERS) -> list[Peer]:
@@ -146,10 +146,10 @@ def changed(peers: list[Peer], move: PlacementMove) -> tuple[list[Peer], list[Pe
     return during, [_with(each, held[each.id]) for each in peers]
 
 
-def _with(who: Peer, spans: set[Span]) -> Peer:
-    capacity = who.facts.capacity.get(MODEL)
+def _with(node: Peer, spans: set[Span]) -> Peer:
+    capacity = node.facts.capacity.get(MODEL)
     windows = sorted((span.start, span.end) for span in spans)
-    return peer(who.id, *windows, state=who.state, layers=who.facts.models[0].layers, capacity=capacity)
+    return peer(node.id, *windows, state=node.state, layers=node.facts.models[0].layers, capacity=capacity)
 
 
 def killed(peers: list[Peer], dead: int) -> list[Peer]:
@@ -179,8 +179,8 @@ def test_without_spare_memory_only_layers_that_others_serve_are_dropped_first() 
 def test_pinned_nodes_never_move() -> None:
     peers = [peer(name, (0, 3)) for name in "abc"] + [peer("d", (3, 6))]
     assert next_move(view(*peers), MODEL) is None
-    told = next_move(view(*peers), MODEL, {NodeId("b"): 0})  # whoever is named holds at least what it holds
-    assert told is not None and told.node == "b"
+    move = next_move(view(*peers), MODEL, {NodeId("b"): 0})  # a capacity below what the node holds counts as what it holds
+    assert move is not None and move.node == "b"
 
 
 def test_a_node_that_drops_a_span_loads_as_much_again() -> None:

@@ -118,26 +118,26 @@ def test_the_own_region_and_the_measured_round_trip() -> None:
     assert rtt_ms(near, ME, "eu") < rtt_ms(far, ME, "eu")
     assert rtt_ms(peer("c", (0, 6), rtt_s=0.02), ME, "") == 20.0
     assert rtt_ms(far, NodeId("b"), "us") == 0.0
-    told = replace(far, rtt_estimate_s=0.04)
-    assert rtt_ms(told, ME, "eu") == 40.0, "an estimate by coordinates is better than a guess"
-    assert rtt_ms(replace(told, rtt_s=0.02), ME, "eu") == 20.0, "a measurement is better than an estimate"
+    estimated = replace(far, rtt_estimate_s=0.04)
+    assert rtt_ms(estimated, ME, "eu") == 40.0, "an estimate by coordinates is better than a guess"
+    assert rtt_ms(replace(estimated, rtt_s=0.02), ME, "eu") == 20.0, "a measurement is better than an estimate"
 
 
-def cost_of(who: Peer, work: RequestWork | None = None, layers: int = 6, **more: object) -> ScoreTerms:
-    return costs(who, layers, 6, work or RequestWork(prompt_tokens=64), POOL, 0.0, me=ME, my_region="eu", **more)  # type: ignore[arg-type]
+def cost_of(node: Peer, work: RequestWork | None = None, layers: int = 6, **more: object) -> ScoreTerms:
+    return costs(node, layers, 6, work or RequestWork(prompt_tokens=64), POOL, 0.0, me=ME, my_region="eu", **more)  # type: ignore[arg-type]
 
 
 def test_a_weight_of_zero_switches_a_term_off() -> None:
-    who = peer("a", (0, 6), region="us", rtt_s=0.01, load=Load(prefill_tokens_queued=10))
-    assert set(terms(cost_of(who))) == {"queue", "prefill", "decode", "network", "redo", "region"}
-    off = cost_of(who, weights=ScoreWeights(region=0.0, redo=0.0, queue=0.0))
+    node = peer("a", (0, 6), region="us", rtt_s=0.01, load=Load(prefill_tokens_queued=10))
+    assert set(terms(cost_of(node))) == {"queue", "prefill", "decode", "network", "redo", "region"}
+    off = cost_of(node, weights=ScoreWeights(region=0.0, redo=0.0, queue=0.0))
     assert set(terms(off)) == {"prefill", "decode", "network"}
     assert off.total == pytest.approx(sum(terms(off).values()), abs=0.01)
 
 
 def test_tokens_that_the_peer_has_cached_are_not_read_again() -> None:
-    who = peer("a", (0, 6))
-    cold, warm = cost_of(who), cost_of(who, RequestWork(prompt_tokens=64, cached_tokens={who.id: 48}))
+    node = peer("a", (0, 6))
+    cold, warm = cost_of(node), cost_of(node, RequestWork(prompt_tokens=64, cached_tokens={node.id: 48}))
     assert warm.prefill == pytest.approx(cold.prefill / 4)
 
 
@@ -162,14 +162,14 @@ LOADS = st.builds(
 def test_a_score_is_finite_not_negative_and_affine_in_the_layers(
     load: Load, tokens: int, out: int, blocks: int, age_s: float
 ) -> None:
-    who = replace(peer("a", (0, 6), load=load), load_at=-age_s)
+    node = replace(peer("a", (0, 6), load=load), load_at=-age_s)
     work = RequestWork(tokens, out, blocks)
-    none, one, five = (cost_of(who, work, layers, solo=False).total for layers in (0, 1, 5))
+    none, one, five = (cost_of(node, work, layers, solo=False).total for layers in (0, 1, 5))
     assert 0.0 <= none <= one <= five < math.inf
     assert five == pytest.approx(none + 5 * (one - none), rel=1e-6, abs=1e-6)
 
 
 @given(load=LOADS, added=st.integers(1, 20))
 def test_more_work_of_our_own_never_makes_a_peer_look_better(load: Load, added: int) -> None:
-    who = peer("a", (0, 6), load=load)
-    assert cost_of(who, own=DispatchedWork(added=added, prefill_tokens=64 * added)).total >= cost_of(who).total
+    node = peer("a", (0, 6), load=load)
+    assert cost_of(node, own=DispatchedWork(added=added, prefill_tokens=64 * added)).total >= cost_of(node).total
