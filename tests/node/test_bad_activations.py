@@ -24,11 +24,11 @@ def paths_of(mesh: SmallMesh) -> list[list[str]]:
 
 @pytest.mark.parametrize("at", [11, 15, 25])
 @pytest.mark.parametrize("finder", ["middle", "last"])
-async def test_another_attempt_goes_round_the_peer_that_sent_what_is_no_number(finder: str, at: int) -> None:
+async def test_the_next_attempt_avoids_the_peer_with_bad_activations(finder: str, at: int) -> None:
     async with small_mesh(**PATHS) as mesh:
         node = mesh.nodes[finder]
         node.engine.faults[at] = lambda key: node.engine.lose(key, "sent no numbers", by_previous=True)
-        if finder == "last":  # the one before it is held twice, so that there is a way round
+        if finder == "last":  # the stage before it has two holders, so that another path exists
             await mesh.add("middle2", (2, 4))
         events = await run(mesh)
         await at_rest(mesh)

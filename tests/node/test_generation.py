@@ -1,4 +1,4 @@
-"""A generation's promises: the client sees each token once, in order, whatever is lost on the way."""
+"""The core of a generation: the client gets each token once, in order, with any losses on the way."""
 
 import itertools
 import math
@@ -122,7 +122,7 @@ def test_a_request_that_can_never_fit_on_a_node_is_planned_elsewhere() -> None:
     assert generation.receive(NoPathFound(2, NoPath(ModelId("m"), ((3, 6),))), 0.0) == [Fail(never)]
 
 
-def test_all_nodes_full_for_too_long_is_refused_with_when_to_retry() -> None:
+def test_a_request_is_refused_after_all_nodes_were_full_for_long() -> None:
     generation = Generation(prompt_tokens=10, deadline_at=1000.0, rng=Random(0))
     now, effects = 0.0, generation.start(0.0)
     while not generation.ended:
@@ -213,7 +213,7 @@ def test_a_prefill_may_be_silent_for_as_long_as_it_may_take() -> None:
 
 
 @pytest.mark.parametrize("suspect_at", [1.5, 2.5])
-def test_a_silent_suspect_is_left_before_the_verdict(suspect_at: float) -> None:
+def test_a_silent_suspect_is_left_before_membership_declares_it_dead(suspect_at: float) -> None:
     generation = running()
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
 
@@ -224,7 +224,7 @@ def test_a_silent_suspect_is_left_before_the_verdict(suspect_at: float) -> None:
     assert generation.receive(PathPlanned(2, OTHER), 2.5) == [OpenPath(2, OTHER, (7,))]
 
 
-def test_a_suspect_that_does_not_even_open_is_left_too() -> None:
+def test_a_suspect_that_does_not_answer_an_open_is_left() -> None:
     generation = Generation(prompt_tokens=10, deadline_at=100.0, rng=Random(0))
     generation.start(0.0)
     generation.receive(PathPlanned(1, PATH), 0.0)
@@ -233,7 +233,7 @@ def test_a_suspect_that_does_not_even_open_is_left_too() -> None:
     assert generation.receive(PeerSuspect(B), 1.4) == [ClosePath(1, PATH), PlanPath(2, frozenset())]
 
 
-def test_who_waits_for_room_suspects_nobody() -> None:
+def test_a_request_that_waits_for_room_probes_no_node() -> None:
     generation = Generation(prompt_tokens=10, deadline_at=100.0, rng=Random(0))
     generation.start(0.0)
     for attempt, full in ((1, A), (2, B), (3, C)):
@@ -266,7 +266,7 @@ def test_suspicion_moves_an_attempt_once_until_its_next_token() -> None:
     assert generation.receive(PeerGone(B, "dead"), 11.0) == [ClosePath(2, PATH, B), PlanPath(3, frozenset({B}))]
 
 
-def test_a_node_that_is_back_is_asked_at_once() -> None:
+def test_a_node_that_has_returned_is_planned_with_at_once() -> None:
     generation = running()
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
     generation.receive(PeerGone(B, "dead"), 1.0)
@@ -282,7 +282,7 @@ def test_a_request_at_fault_fails_without_another_attempt() -> None:
     assert generation.receive(StageLost(1, A, "bad", retryable=False, error=error), 1.0) == [ClosePath(1, PATH), Fail(error)]
 
 
-def test_attempts_that_never_bring_a_token_come_to_an_end() -> None:
+def test_tokenless_attempts_end_the_request() -> None:
     generation = running()
     effects = []
     for attempt in range(1, 20):
@@ -365,7 +365,7 @@ def test_tokens_are_emitted_once_in_order_and_every_open_path_is_closed(steps: l
     assert generation.ended
     assert [e.position for e in effects if isinstance(e, EmitToken)] == list(range(10, 10 + len(generation.tokens)))
     closed = [e.attempt for e in effects if isinstance(e, ClosePath)]
-    refused = {step.attempt for step in steps if isinstance(step, OpenRefused)}  # those left nothing open
+    refused = {step.attempt for step in steps if isinstance(step, OpenRefused)}  # their stages were closed by the shell
     assert len(closed) == len(set(closed))
     assert {e.attempt for e in effects if isinstance(e, OpenPath)} - refused <= set(closed)
     assert sum(isinstance(e, Finish | Fail) for e in effects) == 1

@@ -53,7 +53,7 @@ def test_progress_counts_layers_and_the_time_to_go_follows_from_it() -> None:
     assert node.told_at(125.0) is None and node.facts.now.intends == ()
 
 
-def test_fetching_the_files_from_peers_is_half_of_the_way() -> None:
+def test_fetching_the_files_is_half_of_the_progress() -> None:
     node = Watched()
     node.told_at(0.0)
     node.fetching = 0.5
@@ -65,7 +65,7 @@ def test_fetching_the_files_from_peers_is_half_of_the_way() -> None:
     assert node.told_at(30.0) == Loading(62, 18)
 
 
-def test_peers_are_told_seldom_and_only_what_is_new() -> None:
+def test_progress_is_published_seldom_and_only_when_changed() -> None:
     node = Watched()
     for step in range(400):
         node.engine[FIRST] = Share(step / 400)
@@ -81,7 +81,7 @@ def test_peers_are_told_seldom_and_only_what_is_new() -> None:
     assert len(node.published) == published
 
 
-def test_the_log_tells_begin_progress_and_end_and_nothing_at_rest() -> None:
+def test_begin_progress_and_end_of_a_load_are_logged() -> None:
     node = Watched()
     with capture_logs() as logs:
         node.told_at(0.0)
@@ -98,7 +98,7 @@ def test_the_log_tells_begin_progress_and_end_and_nothing_at_rest() -> None:
     assert (end["event"], end["layers"], end["seconds"]) == ("node.loaded", ["0:2", "2:8"], 8.0)
 
 
-def test_a_choice_that_changes_before_anything_is_loaded_starts_no_second_count() -> None:
+def test_a_changed_choice_before_the_load_is_the_same_load() -> None:
     node = Watched()
     node.told_at(0.0)
     node.facts.set_intended((SECOND,))
@@ -109,5 +109,5 @@ def test_a_choice_that_changes_before_anything_is_loaded_starts_no_second_count(
 @pytest.mark.parametrize(
     ("share", "elapsed_s", "to_go_s"), [(0.0, 0.0, FIRST_GUESS_S), (0.0, 60.0, 60.0), (0.5, 7.0, 7.0), (1.0, 9.0, 0.0)]
 )
-def test_the_time_to_go(share: float, elapsed_s: float, to_go_s: float) -> None:
+def test_the_time_to_go_is_in_proportion_to_the_share(share: float, elapsed_s: float, to_go_s: float) -> None:
     assert eta_s(share, elapsed_s) == to_go_s

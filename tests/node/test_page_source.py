@@ -1,4 +1,4 @@
-"""Where a stage may get pages from: the live node that was sent most of the prompt's beginning, and holds the layers."""
+"""The source of a stage's prefix pages: the live node that was sent most of the prompt's beginning and holds the layers."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_node_without_the_layers_or_weights_is_no_source(peer: Peer) -> None:
     assert planning(c=peer).page_source(stage("a"), CARD, NAMES) == ADDRESS["b"]
 
 
-def test_a_node_that_restarted_has_nothing() -> None:
+def test_a_node_that_restarted_is_no_source() -> None:
     made = planning()
     made.forget(NodeId("c"))
     assert made.page_source(stage("a"), CARD, NAMES) == ADDRESS["b"]

@@ -50,7 +50,7 @@ async def at_rest(mesh: SmallMesh) -> None:
         await trio.sleep(0.01)
 
 
-async def test_a_split_path_brings_every_token_once_and_ends() -> None:
+async def test_a_split_path_delivers_every_token_once() -> None:
     async with small_mesh(**SPLIT) as mesh:
         events = await run(mesh)
         await at_rest(mesh)
@@ -186,7 +186,7 @@ async def test_several_choices_count_one_seq_and_end_each() -> None:
         assert seqs == sorted(seqs)
 
 
-async def test_a_stop_string_ends_the_answer_and_the_work() -> None:
+async def test_a_stop_string_ends_the_answer_and_frees_its_stages() -> None:
     async with small_mesh(**SPLIT) as mesh:
         text = "".join(map(chr, EXPECTED))
         events = await run(mesh, a_request(stop=(text[5:8],)))
@@ -215,7 +215,7 @@ async def test_tokens_after_a_completed_stop_string_change_nothing() -> None:
         assert listed == EXPECTED[:9] and events[-1].seq == done.seq == 9
 
 
-async def test_a_client_that_leaves_frees_all_stages() -> None:
+async def test_a_disconnected_client_frees_all_stages() -> None:
     async with small_mesh(**SPLIT) as mesh:
         async with mesh.nodes["entry"].entry.generate(a_request(max_tokens=900)) as stream:
             async for event in stream:

@@ -188,9 +188,7 @@ async def test_text_files_beyond_the_bound_are_refused_for_a_while(
     assert not mesh.network.asked
 
 
-async def test_of_many_models_those_that_were_asked_for_last_are_kept(
-    mesh: Mesh, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_text_sides_requested_last_are_kept(mesh: Mesh, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
     async def read(fetched: Any) -> ServedModel:
         text: Any = None
         return ServedModel(fetched.card, DIRECTORY, text)

@@ -25,7 +25,7 @@ class MonitoredNode:
         self.published.append(facts.readiness)
 
 
-def test_each_state_and_which_is_the_gravest() -> None:
+def test_the_most_severe_readiness_applies() -> None:
     assert readiness_of(SERVES, Load(), 0.0) is Readiness.WARM
     assert readiness_of(Facts(), Load(), 0.0) is Readiness.WARM, "an entry without layers takes requests"
     assert readiness_of(Facts(intends=(SPAN,)), Load(), 0.0) is Readiness.LOADING
@@ -39,7 +39,7 @@ def test_each_state_and_which_is_the_gravest() -> None:
     assert readiness_of(Facts(draining=True), FULL, 0.1) is Readiness.DRAINING
 
 
-async def test_a_stall_is_told_within_a_look_and_its_end_too(autojump_clock: trio.abc.Clock) -> None:
+async def test_a_stall_and_its_end_are_published_within_one_check(autojump_clock: trio.abc.Clock) -> None:
     node = MonitoredNode()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(node.monitor.run)
@@ -55,7 +55,7 @@ async def test_a_stall_is_told_within_a_look_and_its_end_too(autojump_clock: tri
     assert node.monitor.stalls == 1
 
 
-def test_an_overload_that_comes_and_goes_is_told_once() -> None:
+def test_an_intermittent_overload_is_published_once() -> None:
     node = MonitoredNode()
     for step in range(20):
         node.load = FULL if step % 2 == 0 else Load()

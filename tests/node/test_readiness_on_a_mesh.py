@@ -21,7 +21,7 @@ from routing.policies import policy_named
 MODEL, LAYERS = ModelId("tiny"), 4
 CARD = ModelCard(MODEL, LAYERS, 4096, "weights", "numerics")
 TRIES = 8  # for each of eight nodes
-OVERDUE_AFTER_S = 1.0  # as the engine judges a step whose like never took long
+OVERDUE_AFTER_S = 1.0  # as the engine judges a step much longer than all before
 FULL = Load(running=60, waiting=3, kv_blocks_used=96, kv_blocks_total=100)
 
 
@@ -32,7 +32,7 @@ def view_of(network: Network, by: NodeId) -> View:
 
 
 def chosen(network: Network, by: NodeId) -> set[NodeId]:
-    """Whom this node would give a request now, over some tries."""
+    """The nodes that this node would send a request now, over some tries."""
     view = view_of(network, by)
     paths = (plan(view, MODEL, LAYERS, policy_named("mesh"), Random(f"{by} {n}"), network.now) for n in range(TRIES))
     return {node for path in paths for node in path.nodes}
@@ -57,7 +57,7 @@ class Serving:
         return 0.0 if self.step_began_at is None else max(0.0, self.network.now - self.step_began_at - OVERDUE_AFTER_S)
 
     def run_until(self, condition: Callable[[], bool], within_s: float) -> None:
-        """Lets time pass, the first node looking at its engine as often as it does."""
+        """Lets time pass, with the first node's regular checks of its engine."""
         end = self.network.now + within_s
         while not condition():
             assert self.network.now < end, f"not within {within_s} s"
@@ -65,7 +65,7 @@ class Serving:
             self.monitor.check(self.network.now)
 
     def passed_over(self) -> bool:
-        """Nobody, itself included, would give the first node new work."""
+        """Whether no node, itself included, would send the first node new requests."""
         return all(self.ids[0] not in chosen(self.network, by) for by in self.network.up)
 
 
@@ -98,12 +98,12 @@ def test_an_overloaded_node_is_avoided_in_a_second_until_it_has_room(seed: int) 
 
 
 @pytest.mark.parametrize("silent", [True, False])
-def test_a_dead_node_never_looks_idle_nor_ready_to_anybody(silent: bool) -> None:
+def test_no_node_sees_a_dead_node_as_idle_or_ready(silent: bool) -> None:
     mesh = Serving(1)
     for node in mesh.ids[1:]:
         mesh.network.nodes[node].core.set_load(FULL, mesh.network.now)
     (mesh.network.kill if silent else mesh.network.crash)(mesh.ids[0])
-    mesh.network.run_until(mesh.passed_over, within_s=3.0)  # long before it is certain of a silent one
+    mesh.network.run_until(mesh.passed_over, within_s=3.0)  # long before membership declares a silent node dead
     mesh.network.run(15.0)
     assert mesh.passed_over()
     for by in mesh.network.up:

@@ -1,4 +1,4 @@
-"""Two sets of weights under one id on a mesh in one process: a request is answered by one of them, whatever dies."""
+"""Two sets of weights under one id on a mesh in one process: a request is answered by one of them, with any losses."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_a_suspect_stalled_or_overloaded_peer_has_copies_that_are_not_ready() ->
         assert of(healthy, other).runs == (CoverageRun(0, 6, 2, 1),)
 
 
-def test_who_is_dead_gone_or_going_holds_nothing() -> None:
+def test_dead_and_draining_peers_have_no_copies() -> None:
     for other in (
         peer("b", (0, 6), state=PeerState.DEAD),
         peer("b", (0, 6), state=PeerState.LEFT),
@@ -74,7 +74,7 @@ def test_changes_to_and_from_the_last_ready_copy_are_reported() -> None:
     assert changes(none, none) == changes({}, none) == []
 
 
-def test_copies_more_or_less_above_enough_are_no_news() -> None:
+def test_changes_above_two_copies_are_not_reported() -> None:
     three = coverage(view(*(peer(name, (0, 6)) for name in "abc")))
     two = coverage(view(*(peer(name, (0, 6)) for name in "ab")))
     assert changes(three, two) == []
@@ -85,7 +85,7 @@ peers = st.lists(st.tuples(st.lists(windows, max_size=3), st.sampled_from(PeerSt
 
 
 @given(peers)
-def test_runs_count_what_counting_layer_by_layer_does(held: list[tuple[list[tuple[int, int]], PeerState]]) -> None:
+def test_runs_equal_a_count_layer_by_layer(held: list[tuple[list[tuple[int, int]], PeerState]]) -> None:
     shown = view(peer("z"), *(peer(f"p{number}", *spans, state=state) for number, (spans, state) in enumerate(held)))
     runs = coverage(shown)[MODEL].runs
     by_layer = [(run.live, run.ready) for run in runs for _ in range(run.start, run.end)]

@@ -1,4 +1,4 @@
-"""Admission, breaker and refusals: what keeps a mesh in trouble from drowning itself."""
+"""Admission, breaker and refusals: what limits the load of a mesh in trouble."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_late_failures_of_earlier_requests_do_not_lengthen_the_time() -> None:
     assert breakers.allows(A, 1.0)
 
 
-def test_a_restart_clears_the_mark_and_open_times_are_bounded() -> None:
+def test_a_restart_closes_the_circuit_and_open_times_are_bounded() -> None:
     breakers = opened()
     now = 0.0
     for _ in range(40):
@@ -138,7 +138,7 @@ def test_when_more_than_half_would_be_avoided_none_is() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(["fail", "succeed", "send", "give up"]), st.floats(0.0, 20.0)), max_size=60))
-def test_every_peer_gets_a_chance_within_a_minute_of_silence(events: list[tuple[str, float]]) -> None:
+def test_every_circuit_allows_a_request_within_a_minute(events: list[tuple[str, float]]) -> None:
     breakers, now = Breakers(), 0.0
     for event, pause_s in events:
         now += pause_s

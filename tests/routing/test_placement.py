@@ -1,4 +1,4 @@
-"""Every layer twice whenever the memory is there; one mover at a time; nothing broken that is served."""
+"""Every layer has two copies if memory allows; one node moves at a time; served layers stay served."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_draining_dead_or_different_copy_does_not_count() -> None:
 def test_nodes_that_start_together_settle_by_reading_each_others_intent() -> None:
     names = ["n1", "n2", "n3", "n4"]
     intents: dict[str, tuple[Span, ...]] = dict.fromkeys(names, ())
-    for _ in range(len(names) + 1):  # gossip rounds: everybody sees what everybody intended a round ago
+    for _ in range(len(names) + 1):  # gossip rounds: every node sees what the others intended a round ago
         seen = View(
             NodeId("x"),
             {
@@ -159,7 +159,7 @@ def killed(peers: list[Peer], dead: int) -> list[Peer]:
     ]
 
 
-def test_a_node_with_spare_memory_takes_up_what_a_dead_one_held() -> None:
+def test_a_node_with_spare_memory_loads_the_layers_of_a_dead_node() -> None:
     peers = [peer("a", (0, 6)), peer("b", (0, 3), capacity=6), peer("c", (3, 6), state=PeerState.DEAD)]
     move = next_move(view(*peers), MODEL)
     assert move is not None
@@ -203,20 +203,20 @@ def test_the_only_copy_of_a_served_layer_is_never_dropped() -> None:
     assert move is not None and (move.node, move.drop_first, move.take) == ("a", (), (Span(MODEL, 4, 6),))
 
 
-def test_who_has_room_to_spare_moves_before_who_must_drop_something() -> None:
+def test_nodes_with_spare_room_move_before_those_that_must_drop_layers() -> None:
     for tight, roomy in (("b", "c"), ("c", "b"), ("x", "y"), ("y", "x"), ("1", "2"), ("2", "1")):
         peers = [peer("a", (0, 6), capacity=6), peer(tight, (0, 3), capacity=3), peer(roomy, (0, 3), capacity=6)]
         move = next_move(view(*peers), MODEL)
         assert move is not None and move.node == roomy
 
 
-def test_windows_begin_and_end_where_others_do_so_that_stages_fit_together() -> None:
+def test_windows_begin_and_end_where_others_do() -> None:
     for name in "nopqrstu":
         assert choose_spans(view(peer("a", (0, 2)), peer("b", (2, 6))), NodeId(name), card(), 2) == (Span(MODEL, 0, 2),)
         assert choose_spans(view(peer("a", (0, 4)), peer("b", (4, 6))), NodeId(name), card(), 2) == (Span(MODEL, 4, 6),)
 
 
-def test_the_last_one_alive_of_two_makes_itself_whole() -> None:
+def test_the_survivor_of_two_nodes_loads_the_missing_layers() -> None:
     peers = [peer("a", (0, 4), capacity=6), peer("b", (2, 6), state=PeerState.DEAD)]
     move = next_move(view(*peers), MODEL)
     assert move is not None
@@ -229,7 +229,7 @@ def test_nothing_moves_while_the_view_is_frozen() -> None:
     assert next_move(dataclasses.replace(view(*peers), frozen=True), MODEL) is None
 
 
-def test_nothing_moves_while_somebody_loads_or_where_all_is_well() -> None:
+def test_nothing_moves_during_a_load_or_without_a_shortfall() -> None:
     short = [peer("a", (0, 6)), peer("b", (0, 3), capacity=6)]
     assert next_move(view(*short), MODEL) is not None
     loading = Peer(NodeId("z"), "z", ("h", 1), facts=Facts(models=(card(),), intends=(Span(MODEL, 0, 6),)))
@@ -272,7 +272,7 @@ def test_moves_end_improve_the_placement_and_keep_the_last_copy(
     capacities: Mapping[str, int] = {each.id: each.facts.capacity[MODEL] for each in peers}
     for _ in range(60):
         move = next_move(view(*peers), MODEL)
-        assert move == next_move(view(*reversed(peers), me="other"), MODEL)  # every node comes to the same answer
+        assert move == next_move(view(*reversed(peers), me="other"), MODEL)  # the same on every node
         if move is None:
             break
         served = paths_exist(peers)

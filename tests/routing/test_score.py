@@ -1,4 +1,4 @@
-"""Each term of the score by itself, in ms, and what the whole must never do."""
+"""Each term of the score by itself, in ms, and properties of the whole score."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_an_old_load_record_drifts_to_the_mean_of_the_pool() -> None:
     assert trust(-1.0, 4.0) == 1.0
 
 
-def test_own_work_since_the_record_counts_fully_however_old_the_record() -> None:
+def test_own_work_since_the_record_counts_fully_at_any_age() -> None:
     own = DispatchedWork(added=3, ended=1, prefill_tokens=60)
     assert estimate(Load(running=5), 0.0, 6, POOL, own).running == 7.0
     assert estimate(Load(), 1e6, 6, POOL, own).prefill_tokens_queued == 160.0
@@ -98,7 +98,7 @@ def test_a_stage_of_a_split_path_pays_its_hop_for_every_token() -> None:
     assert network_ms(10.0, 100, solo=False) == pytest.approx(101 * 5.5)
 
 
-def test_failures_cost_their_odds_of_the_work_at_stake() -> None:
+def test_the_redo_term_is_the_odds_of_a_failure_times_the_work() -> None:
     assert redo_ms(0.0, 0.0, 1900.0) == pytest.approx(100.0)
     assert redo_ms(79.0, 80.0, 100.0) > 390.0
     assert redo_ms(0.0, 980.0, 1000.0) < 1.1
@@ -108,7 +108,7 @@ def test_failures_cost_their_odds_of_the_work_at_stake() -> None:
     ("needed", "free", "total", "expected_ms"),
     [(0, 0, 10, 0), (4, 4, 10, 0), (4, 2, 10, 5000), (4, 0, 10, 10_000), (11, 10, 10, NEVER_FITS_MS), (4, 0, 0, 0)],
 )
-def test_missing_memory_is_fined_by_the_share_that_is_missing(needed: int, free: int, total: int, expected_ms: float) -> None:
+def test_missing_memory_costs_in_proportion_to_the_missing_share(needed: int, free: int, total: int, expected_ms: float) -> None:
     assert memory_ms(needed, free, total) == expected_ms
 
 
@@ -141,7 +141,7 @@ def test_tokens_that_the_peer_has_cached_are_not_read_again() -> None:
     assert warm.prefill == pytest.approx(cold.prefill / 4)
 
 
-def test_our_own_record_is_never_stale() -> None:
+def test_this_nodes_own_record_is_never_stale() -> None:
     mine = replace(peer("me", (0, 6)), load_at=-1e6)
     assert cost_of(mine).queue == 0.0 < cost_of(replace(mine, id=NodeId("other"))).queue
 
@@ -170,6 +170,6 @@ def test_a_score_is_finite_not_negative_and_affine_in_the_layers(
 
 
 @given(load=LOADS, added=st.integers(1, 20))
-def test_more_work_of_our_own_never_makes_a_peer_look_better(load: Load, added: int) -> None:
+def test_more_own_work_never_lowers_the_cost_of_a_peer(load: Load, added: int) -> None:
     node = peer("a", (0, 6), load=load)
     assert cost_of(node, own=DispatchedWork(added=added, prefill_tokens=64 * added)).total >= cost_of(node).total

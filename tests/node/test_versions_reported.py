@@ -53,20 +53,20 @@ def test_two_versions_of_an_id_are_two_rows() -> None:
     assert [run["live"] for run in second["coverage"]] == [1, 0]
 
 
-def test_three_nodes_that_all_differ_are_no_replicas_of_each_other() -> None:
-    """What looked like three copies and `exact` answers."""
+def test_nodes_with_different_weights_are_no_replicas() -> None:
+    """Three versions, which must not count as three copies with `exact` answers."""
     models = rows(peer("1", A), peer("2", B), peer("3", "c" * 64))
     assert [(row["min_replicas"], row["numerics"]) for row in models] == [(1, "exact")] * 3
     assert [row["answers"] for row in models] == [True, False, False]
 
 
-def test_every_node_of_the_mesh_tells_the_same_rows() -> None:
+def test_every_node_reports_the_same_rows() -> None:
     peers = [peer("1", A), peer("2", B), peer("3", B)]
     models = [status(view(*peers, me=me), [], {}, 0.0, None).models for me in "123"]
     assert models[0] == models[1] == models[2]
 
 
-def test_how_far_hashing_is_stands_in_the_nodes_own_part() -> None:
+def test_the_nodes_own_status_has_the_progress_of_hashing() -> None:
     hashing: Any = {"tiny": msgspec.defstruct("Hashed", ["bytes_done", "bytes"])(5, 9)}
     body = to_builtins(status(view(peer("1", "", end=0)), [], {}, 0.0, None, hashing=hashing))
     assert body["self"]["hashing"] == {"tiny": {"bytes_done": 5, "bytes": 9}}
@@ -113,7 +113,7 @@ def test_a_mesh_with_one_version_reports_no_versions() -> None:
     assert found(peer("1", A), peer("2", A), peer("3", "", end=0)) == [], "one that still hashes its files is no version"
 
 
-def test_doctor_tells_of_files_that_changed_under_the_node() -> None:
+def test_doctor_reports_files_that_changed_under_the_node() -> None:
     [finding] = found(peer("1", A), peer("2", A), changed_files={TINY: "x.safetensors holds other bytes than were hashed"})
     assert finding.severity == PROBLEM
     assert finding.what.endswith("x.safetensors holds other bytes than were hashed") and "copy the model's files" in finding.do
@@ -130,7 +130,7 @@ def test_a_node_that_hashes_and_serves_nothing_yet_is_loading() -> None:
     assert readiness_of(serves_another, Load(), 0.0) is Readiness.WARM
 
 
-async def test_a_node_that_is_not_ready_says_how_far_the_hashing_is() -> None:
+async def test_the_reason_of_an_unready_node_has_the_progress_of_hashing() -> None:
     nothing: Any = None
     seen = view(peer("1", "", end=0))
     models = PeerModels(lambda: seen, ServedModels(), nothing)
@@ -177,7 +177,7 @@ def test_a_node_with_other_weights_logs_that_once_and_its_end() -> None:
 
 
 @pytest.mark.parametrize("weights", [A, ""])
-def test_a_node_whose_weights_answer_or_are_not_known_yet_says_nothing(weights: str) -> None:
+def test_answering_and_unidentified_weights_are_not_logged(weights: str) -> None:
     with capture_logs() as logs:
         watching(weights).update(view(replace(peer("1", weights), id=NodeId("1")), peer("2", A), peer("3", A)))
     assert logs == []
