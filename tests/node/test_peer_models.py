@@ -54,7 +54,7 @@ class Mesh:
         self.replace(Peer(peer.id, name, peer.address, facts=facts))
 
     def replace(self, peer: Peer) -> None:
-        self.network._set({**self.network.view.peers, peer.id: peer})
+        self.network.set_peers({**self.network.view.peers, peer.id: peer})
 
 
 @pytest.fixture
