@@ -1,8 +1,8 @@
-"""What the loss of a link or of a member means for what runs here.
+"""Decides what the loss of a link or of a member means for the requests and sequences of this node.
 
-Two links join a pair of nodes, one dialled from each side. On the one that an entry dials go its opens and closes, on the
-one that a stage dials its tokens and losses; frames that were under way are lost with either. So whichever ends, both
-sides give up what they share and say so over a new link: a word lost in between costs a replay and never a token.
+Each pair of nodes has two links, one dialled from each side. An entry sends opens and closes on the link that it dials, a stage
+sends tokens and losses on the link that it dials; frames under way are lost with their link. So when either link ends, both nodes
+give up the sequences that they share and report that over a new link: a lost frame costs a replay, and never a token.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from node.serving.stages import Stages
 
 
 class DoubtPeer(Protocol):
-    """Membership looks at the node at once; `proven`: a link with it had been made, so its host is asked too."""
+    """Has membership probe a node at once. `proven`: a link with the node had been made, so refusal detection applies too."""
 
     def __call__(self, node: NodeId, *, proven: bool = False) -> None: ...
 
 
 class LossHandling:
-    """`doubt`: told of a peer whose link ended, so that membership looks at it at once."""
+    """Passes lost links and changed members on to the entry, the stages and planning. `doubt`: membership's."""
 
     def __init__(
         self,
@@ -47,8 +47,8 @@ class LossHandling:
         self._stalled: frozenset[NodeId] = frozenset()  # as of the last view
 
     def link_lost(self, node: NodeId | None, address: Address | None, reason: str) -> None:
-        """See `mesh.links.links.OnLost`: `address` is None where the peer had dialled."""
-        proven = node is not None  # by its handshake
+        """Handles the end of a link; see `mesh.links.links.OnLost`. `address`: None if the peer had dialled the link."""
+        proven = node is not None  # authenticated by its handshake
         if node is None:
             node = next((peer.id for peer in self._view().peers.values() if peer.address == address), None)
         if address is not None:
@@ -62,7 +62,7 @@ class LossHandling:
             self._doubt(node, proven=proven)
 
     def view_changed(self, view: View) -> None:
-        """A node whose engine hangs says so itself, this one too: what waits for it goes on elsewhere if it can."""
+        """Handles stalls of engines that nodes publish, this node included: requests move to other nodes if they can."""
         stalled = frozenset(peer.id for peer in view.live() if peer.stalled)
         for node in sorted(stalled - self._stalled):
             self._entry.peer_news(PeerSuspect(node))
@@ -73,7 +73,7 @@ class LossHandling:
         self._queue.view_changed()
 
     def member_changed(self, event: MemberEvent) -> None:
-        """Nothing that ran on a member that is down will be heard of again."""
+        """Handles a change of a member: what ran on a member that is down is lost, and its own requests' sequences are freed."""
         if event.node == self._view().me:
             return
         if event.down:
@@ -82,7 +82,7 @@ class LossHandling:
             self._queue.node_gone(event.node)
             self._entry.peer_news(PeerGone(event.node, reason))
             self._stages.entry_lost(event.node, reason)
-        if event.stalled:  # what it computes for our clients goes on elsewhere
+        if event.stalled:  # the requests that it computes move to other nodes
             self._entry.peer_news(PeerGone(event.node, "stalled"))
         elif event.after is PeerState.SUSPECT:
             self._entry.peer_news(PeerSuspect(event.node))

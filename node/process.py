@@ -173,7 +173,7 @@ class Node:
             self._engine,
             self._links.post,
             self._entry,
-            span_lost=lambda lost: self._placement.lost(lost),
+            span_lost=lambda lost: self._placement.span_lost(lost),
             fetch_pages=self._pages.fetch,
         )
 
@@ -184,7 +184,7 @@ class Node:
             embedder,
             self._view,
             self._links.call,
-            self._facts.documents,
+            self._facts.set_documents,
             time.time,
         )
 
@@ -306,7 +306,7 @@ class Node:
         nursery.start_soon(self._twin_watch.run)
         await nursery.start(self._membership.run)
         self._membership_runs = True
-        self._facts.serve_http_at(f"http://{format_address(await reachable(self._http_address, self._config.join))}")
+        self._facts.set_http(f"http://{format_address(await reachable(self._http_address, self._config.join))}")
         self._membership.recall(self._known_peers.addresses())
         await self._join()
         await nursery.start(self._documents.run)
@@ -357,7 +357,7 @@ class Node:
     async def _drain(self, node_scope: trio.CancelScope) -> None:
         """No new work; what is under way here, for clients or for other entries, may end in `drain_s`; then the node ends."""
         log.info("node.draining", streams=self._entry.open_requests, sequences=self._stages.open_sequences)
-        self._facts.drain()
+        self._facts.set_draining()
         assert self._server is not None
         self._server.drain(self._config.drain_s)
         with trio.move_on_after(self._config.drain_s):

@@ -1,13 +1,14 @@
-"""A request for text as the entry node understands it, and the events that answer it.
+"""A request for text as the entry takes it, and the events that answer it.
 
-HTTP makes a `GenerateRequest` and turns `GenerateEvent`s into chunks; nothing here knows HTTP,
-torch or the network. All validation that needs no model has happened before one of these exists.
+HTTP makes a `GenerateRequest` and turns `GenerateEvent`s into chunks; this module is independent of HTTP, torch and the network.
+A `GenerateRequest` has passed all validation that needs no model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
@@ -15,19 +16,19 @@ from mesh.ids import ModelId, NodeId, StreamId
 
 
 class Grammar(msgspec.Struct, frozen=True):
-    """What an answer must be. Part of the request, so every node that draws a token for it has it."""
+    """The grammar that an answer must match. Part of the request, so that every node that draws a token for it has it."""
 
     kind: Literal["json", "regex", "choice", "lark"]
     source: str  # a JSON schema; a regular expression; the choices as a JSON list of texts; a Lark grammar
-    lenient: bool = False  # a schema's keywords that cannot be enforced are passed over, not refused
-    param: str = "response_format"  # the field it came from, for errors
+    lenient: bool = False  # ignores a schema's keywords that cannot be enforced, instead of refusing them
+    param: str = "response_format"  # the field of the request that it came from, for errors
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
-    """How the next token is drawn. The noise depends on (seed, position) alone, so any node can continue.
+    """How tokens are drawn. The noise depends on seed and position alone, so that any node can continue an answer.
 
-    Neutral values switch a term off: temperature 0 is greedy, top_k 0, top_p 1, min_p 0, penalties 0
-    (repetition 1). `max_tokens` and `seed` are always set by the time an engine sees this.
+    Neutral values switch a term off: temperature 0 is greedy; top_k 0, top_p 1, min_p 0, penalties 0 (repetition 1) have no
+    effect. The entry sets `max_tokens` and `seed` before an engine gets this.
     """
 
     seed: int = 0
@@ -49,7 +50,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Retrieval:
-    """Put passages of a document store in front of the question."""
+    """Asks for passages of a document store in front of the question."""
 
     store: str
     top_k: int = 5
@@ -59,7 +60,7 @@ class Retrieval:
 class ToolUse:
     """Functions that the answer may call. `tools` are in OpenAI's form, checked."""
 
-    tools: tuple[dict[str, Any], ...]
+    tools: tuple[Mapping[str, object], ...]
     choice: Literal["auto", "none", "required"] = "auto"
     named: str | None = None  # the one function that must be called; `choice` is then "required"
     parallel: bool = True  # more than one call in an answer
@@ -69,8 +70,13 @@ class ToolUse:
         return self.choice == "required"
 
     @property
+    def functions(self) -> tuple[Mapping[str, object], ...]:
+        """The functions' descriptions: name, description, parameters."""
+        return tuple(function for tool in self.tools if isinstance(function := tool["function"], Mapping))
+
+    @property
     def names(self) -> frozenset[str]:
-        return frozenset(str(tool["function"]["name"]) for tool in self.tools)
+        return frozenset(str(function["name"]) for function in self.functions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +85,13 @@ class GenerateRequest:
 
     id: StreamId
     model: ModelId | None  # None: the only or default model
-    messages: tuple[dict[str, Any], ...] | None = None
+    messages: tuple[Mapping[str, object], ...] | None = None
     prompt: str | None = None
     prompt_ids: tuple[int, ...] | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     unset: frozenset[str] = frozenset()  # fields of `sampling` that the client left to the model
-    seed: int | None = None  # None: the entry draws one and tells it
-    max_tokens: int | None = None  # None: to the end of the context
+    seed: int | None = None  # None: the entry draws a seed and reports it
+    max_tokens: int | None = None  # None: up to the end of the context
     n: int = 1
     stop: tuple[str, ...] = ()
     include_stop: bool = False
@@ -109,7 +115,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """New text of one choice. `seq` counts the tokens of the stream, over all choices, whose text is out with this event."""
+    """New text of one choice. `seq`: tokens of the stream, over all choices, whose text has been sent with this event."""
 
     choice: int
     text: str
@@ -120,7 +126,7 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceDone:
-    """`token_ids`: those that brought no text before the end (an end-of-sequence token), counted by `seq` here."""
+    """The end of one choice. `token_ids`: tokens at the end without text (an end-of-sequence token), counted in `seq` here."""
 
     choice: int
     finish_reason: str  # "stop" | "length"
@@ -130,6 +136,8 @@ class ChoiceDone:
 
 @dataclass(frozen=True, slots=True)
 class StageUse:
+    """One stage of the last attempt's path."""
+
     node: NodeId
     start: int
     end: int
@@ -158,7 +166,7 @@ class RetrievalReport:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """Always the first event: what the entry settled before any token."""
+    """Always the first event: what the entry has decided before the first token."""
 
     model: ModelId
     seed: int
@@ -168,7 +176,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Always the last event of a generation that did not fail."""
+    """Always the last event of a request that has not failed."""
 
     seq: int
     prompt_tokens: int
@@ -178,7 +186,7 @@ class Finished:
     attempts: int
     path: tuple[StageUse, ...]
     retrieval: RetrievalReport | None = None
-    cached_tokens: int = 0  # of the prompt, that the first attempt found computed
+    cached_tokens: int = 0  # tokens of the prompt that the first attempt found in caches
 
 
 GenerateEvent = Started | TextDelta | ChoiceDone | Finished

@@ -1,8 +1,8 @@
 """A circuit breaker for each peer: after several failures in a row the peer gets no new requests for a time, then one probe.
 
 Unlike membership's record this is local to one entry, and about a peer that is alive but fails its requests. A circuit opens
-after five failures in a row, for a time that doubles with each failed probe. After that time exactly one request is sent
-to the peer as a probe: sending all requests again (as SGLang's breaker does) overloads a peer that is just recovering. Any success
+after five failures in a row, for a time that doubles with each failed probe. After that time exactly one request is sent to
+the peer as a probe: sending all requests again (as SGLang's breaker does) overloads a peer that is just recovering. A success
 closes the circuit, and so does a restart of the peer; a circuit that only traffic could close would exclude idle peers for ever
 (dynamo #12138). If more than half of the peers' circuits are open, the fault is likelier here or everywhere: then none counts.
 """

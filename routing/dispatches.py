@@ -80,7 +80,7 @@ class Dispatches:
         A second call for one dispatch changes nothing, nor does a call for a peer that was forgotten.
 
         Raises:
-            LocalError: `now` lies before the dispatch.
+            LocalError: `now` is before the dispatch.
         """
         if now < sent.at:
             raise LocalError(f"dispatch {sent.number} made at {sent.at} cannot end at {now}")

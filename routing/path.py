@@ -79,7 +79,7 @@ class Path:
     """Stages in order: the first starts at layer 0, each next one where the last ended."""
 
     stages: PathStages
-    numerics: str  # the fingerprint all stages share; empty when they differ or have not told
+    numerics: str  # the fingerprint all stages share; empty if they differ or are not published
     cost_ms: float  # expected time to completion
     wait_ms: float  # of it, the queues before the first own row is computed: what admission looks at
     considered: tuple[ScoredCandidate, ...] = ()

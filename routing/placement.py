@@ -2,9 +2,9 @@
 
 Both are pure functions of the view, so that every node computes the same result without a coordinator. Aims, in this order: some
 complete path; enough copies of every layer, up to those wanted; few windows; few bytes moved. One node moves at a time, chosen
-by rendezvous hashing; it loads before it drops if it has the room, and otherwise drops only layers that another node serves. While
-the view is frozen (many members fell silent at once) nothing moves: this node may be the one that is cut off, and a mesh that is
-loading weights everywhere cannot answer.
+by rendezvous hashing; it loads before it drops if it has the room, and otherwise drops only layers that another node serves.
+While the view is frozen (many members fell silent at once) nothing moves: this node may be the one that is cut off, and a mesh
+that is loading weights everywhere cannot answer.
 
 Nodes publish what they are about to load (`Facts.intends`) before they load it. Two nodes that start at the same moment read
 each other's intent; the node with the lower id keeps its choice, the other chooses again.
@@ -28,7 +28,7 @@ MAX_SPANS_WEIGHED = 4
 """In a move, a node with more spans of a model than this keeps all or none of them; otherwise every subset is considered."""
 
 PlacementShortfall = tuple[int, ...]
-"""How far the mesh is from its aims: (0 if a path exists, else 1; layers with no copy; with fewer than 2; …). Smaller is better."""
+"""How far the mesh is from its aims: (0 if a path exists, else 1; layers without a copy; with less than 2; …)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,10 +26,10 @@ DEFAULT_RESIDENCY_S = 4.0
 """How long a request stays at a peer, until this node has measured it. Also the time after which a load record is worth 1/e."""
 
 ROWS_AT_HALF = 8.0
-"""Batch size at which reading the weights and computing the batch take equally long; a decode step takes (8 + rows) units."""
+"""Batch size at which reading the weights and computing take equally long; a decode step takes (8 + rows) units."""
 
 HOP_MS = 0.5
-"""Cost of a hop per token beside the round trip: frame, event loop, wake-up of the engine thread. Assumed, for all peers alike."""
+"""Cost of a hop per token beside the round trip: frame, event loop, wake-up of the engine thread. Assumed for all peers."""
 
 UNMEASURED_RTT_MS = 1.0
 UNMEASURED_FAR_RTT_MS = 60.0

@@ -2,7 +2,7 @@
 
 Of all sets of as many layers as the node has room for, it chooses the best by these criteria, in this order:
 1. the least replicated layers first: no uncovered layer is left for a second copy of another;
-2. few windows, since a path visits a node once and a stage lies within one window;
+2. few windows, since a path visits a node once and a stage is within one window;
 3. layers of which there are fewest copies beyond those wanted;
 4. edges where other spans (or the model) begin and end, so that stages of different nodes fit together;
 5. a hash of the node's id, so that nodes that choose at the same moment choose differently.

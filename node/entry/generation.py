@@ -116,7 +116,7 @@ PeerNews = PeerGone | PeerSuspect | PeerBack
 GenerationEvent = PathPlanned | NoPathFound | Opened | OpenRefused | TokenDrawn | StageLost | PeerNews | StopFound | Cancelled
 
 
-# --- effects: what the shell (`node.entry.run`) has to do
+# --- effects: what the shell (`node.entry.entry.RequestRun`) has to do
 
 
 @dataclass(frozen=True, slots=True)

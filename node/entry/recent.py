@@ -88,6 +88,6 @@ class RecentRequests:
                 del self._by_request_id[oldest.request_id]
 
     def find(self, name: str) -> RequestRecord | None:
-        # The stream id goes first: the entry draws it, while any client may send another request's x-request-id.
+        # The stream id goes first: no client chooses one, while any client may send the x-request-id of another request.
         record = self._by_stream.get(StreamId(name))
         return record or self._by_stream.get(self._by_request_id.get(name, StreamId("")))

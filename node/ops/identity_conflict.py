@@ -47,7 +47,7 @@ class IdentityWatch:
         if where != self._facts.now.twin:
             do = "start the copy with --new-identity; the younger of the two ends by itself"
             log.error("identity.in_use", also=where, for_s=round(twin.age_s, 1), do=do)
-        self._facts.twin(where)
+        self._facts.set_twin(where)
 
     def displaced(self, by: ProcessRun) -> None:
         self._displaced_by = by
@@ -56,7 +56,7 @@ class IdentityWatch:
     def sweep(self) -> None:
         """Forgets one that was not seen for long."""
         if self._facts.now.twin and self._clock() - self._seen_at > TOLD_FOR_S:
-            self._facts.twin("")
+            self._facts.set_twin("")
 
     async def run(self) -> None:
         """Until cancelled. Raises IdentityInUse."""

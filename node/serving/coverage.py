@@ -1,4 +1,4 @@
-"""Watches how well each model is covered, and says so when a layer comes to its last ready copy, loses it, or gets it back."""
+"""Watches how well each model is covered, and logs when a layer comes down to its last ready copy, loses it, or gets one back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class CoverageStatistics:
-    """Of each model, copies of the layer that has the fewest: on live nodes, and on those that may be given work now."""
+    """For each model, the copies of its least replicated layer: on live nodes, and on nodes that may be given work now."""
 
     least_live: Mapping[str, int]
     least_ready: Mapping[str, int]
@@ -25,7 +25,7 @@ class CoverageStatistics:
 
 
 class CoverageWatch:
-    """`on_change` is told of each change after it can be read here; it must not block or raise."""
+    """Keeps the coverage of the latest view in `now`. `on_change` is called after each change; it must not block or raise."""
 
     def __init__(self, changed: Callable[[int], Awaitable[View]]) -> None:
         """`changed`: as `Membership.changed`."""
@@ -35,20 +35,21 @@ class CoverageWatch:
         self.on_change: Callable[[CoverageChanged], None] = lambda change: None
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Follows the view until cancelled."""
         version = -1
         while True:
             view = await self._changed(version)
             version = view.version
-            self.look(view)
+            self.update(view)
 
-    def look(self, view: View) -> None:
+    def update(self, view: View) -> None:
+        """Computes the coverage of a view, and logs what has changed since the last one."""
         before, self.now = self.now, MappingProxyType(coverage(view))
         for change in changes(before, self.now):
             self._changes += 1
-            say = log.warning if change.now < change.before else log.info
+            log_change = log.warning if change.now < change.before else log.info
             weakest = [f"{start}:{end}" for start, end in change.weakest]
-            say("coverage", model=change.model, ready_copies=change.now, before=change.before, layers=weakest)
+            log_change("coverage", model=change.model, ready_copies=change.now, before=change.before, layers=weakest)
             self.on_change(change)
 
     def statistics(self) -> CoverageStatistics:

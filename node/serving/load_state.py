@@ -1,7 +1,7 @@
-"""Tells how far this node is with the layers that it is going to serve: peers in its facts, the operator in its log.
+"""Publishes how far this node has loaded the layers that it is going to serve: to peers in its facts, to the operator in its log.
 
-A load has no clock that could be asked: the share that is done comes from the bytes fetched from peers and from the engine's
-phases, and the time to go from the time that share has taken. Both are estimates, and told seldom: each telling goes to all.
+The progress of a load is estimated: its share from the bytes fetched from peers and the engine's phases, the time to go from the
+time that this share took. Changes are published at most every `PUBLISH_EVERY_S`, as each goes to every member.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from mesh.ids import ModelId
 from mesh.view import MAX_ETA_S, Loading, Span
 from node.serving.own_facts import OwnFacts
 
-LOOK_EVERY_S = 0.5
-TELL_EVERY_S = 2.0  # to peers, at most
+UPDATE_EVERY_S = 0.5
+PUBLISH_EVERY_S = 2.0
 LOG_EVERY_S = 5.0
-FETCHED_SHARE = 0.5  # of the way to a span, that fetching its files from peers counts for, or hashing them: disks differ
-KNOWN_FROM = 0.05  # below this share the time it took says little of the time to go
+FETCHED_SHARE = 0.5  # share of a span's progress that fetching its files from peers, or hashing them, counts for
+MIN_SHARE = 0.05  # below this share, the time it took is no basis for the time to go
 FIRST_GUESS_S = 10.0
 
 log = structlog.get_logger()
@@ -35,19 +35,22 @@ class SpanProgress(Protocol):
 
 
 @dataclass(slots=True)
-class _Begun:
-    """A model of which layers are intended."""
+class _ModelLoad:
+    """The load of one model's intended spans."""
 
-    at: float
-    spans: set[Span] = field(default_factory=set)  # all that this load is about, those that serve by now included
-    fetched: bool = False  # files came from peers on the way
-    told_at: float = -TELL_EVERY_S
+    begun_at: float
+    spans: set[Span] = field(default_factory=set)  # all spans of this load, with those that serve by now
+    fetched: bool = False  # whether files were fetched or hashed for it
+    published_at: float = -PUBLISH_EVERY_S
     logged_at: float = 0.0
 
 
 class LoadState:
-    """`engine`: the spans that it loads now; `fetching`: by model, the share that is ready of the files that are being fetched
-    from peers, or hashed, before they can be loaded."""
+    """Watches this node's loads.
+
+    engine: progress of the spans that the engine loads now. fetching: by model, the share of its files that has been fetched from
+    peers, or hashed; None if neither is under way.
+    """
 
     def __init__(
         self,
@@ -56,64 +59,64 @@ class LoadState:
         fetching: Callable[[ModelId], float | None],
     ) -> None:
         self._facts, self._engine, self._fetching = facts, engine, fetching
-        self._begun: dict[ModelId, _Begun] = {}
+        self._loads: dict[ModelId, _ModelLoad] = {}
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Updates and publishes the progress until cancelled."""
         while True:
-            self.look(trio.current_time())
-            await trio.sleep(LOOK_EVERY_S)
+            self.update(trio.current_time())
+            await trio.sleep(UPDATE_EVERY_S)
 
-    def look(self, now: float) -> None:
-        """Tells what is new since the last look."""
+    def update(self, now: float) -> None:
+        """Publishes and logs what has changed since the last update."""
         intended: dict[ModelId, set[Span]] = {}
         for span in self._facts.now.intends:
             intended.setdefault(span.model, set()).add(span)
-        for model in [model for model in self._begun if model not in intended]:
-            begun = self._begun.pop(model)
-            log.info("node.loaded", model=model, layers=_ranges(begun.spans), seconds=round(now - begun.at, 1))
+        for model in [model for model in self._loads if model not in intended]:
+            load = self._loads.pop(model)
+            log.info("node.loaded", model=model, layers=_ranges(load.spans), seconds=round(now - load.begun_at, 1))
         if not intended:
             return
         engine = self._engine()
         for model, spans in intended.items():
-            self._look_at(model, spans, engine, now)
+            self._update_model(model, spans, engine, now)
 
-    def _look_at(self, model: ModelId, spans: set[Span], engine: Mapping[Span, SpanProgress], now: float) -> None:
+    def _update_model(self, model: ModelId, spans: set[Span], engine: Mapping[Span, SpanProgress], now: float) -> None:
         serving = set(self._facts.now.spans)
-        is_new = model not in self._begun
-        begun = self._begun.setdefault(model, _Begun(now, logged_at=now))
-        begun.spans = {span for span in begun.spans if span in serving} | spans
-        share = self._share(model, begun, serving, engine)
-        found = Loading(min(99, int(100 * share)), min(MAX_ETA_S, round(eta_s(share, now - begun.at))))
-        if self._facts.now.loading.get(model) != found and now - begun.told_at >= TELL_EVERY_S:
-            begun.told_at = now
-            self._facts.load(model, found)
+        is_new = model not in self._loads
+        load = self._loads.setdefault(model, _ModelLoad(now, logged_at=now))
+        load.spans = {span for span in load.spans if span in serving} | spans
+        share = self._share(model, load, serving, engine)
+        loading = Loading(min(99, int(100 * share)), min(MAX_ETA_S, round(eta_s(share, now - load.begun_at))))
+        if self._facts.now.loading.get(model) != loading and now - load.published_at >= PUBLISH_EVERY_S:
+            load.published_at = now
+            self._facts.set_loading(model, loading)
         if is_new:
             why = "HTTP answers; requests that need these layers get 503 model_loading until they serve"
             log.info("node.loading", model=model, layers=_ranges(spans), why=why)
-        elif now - begun.logged_at >= LOG_EVERY_S:
-            begun.logged_at = now
-            log.info("node.loading", model=model, layers=_ranges(spans), progress=f"{share:.0%}", eta_s=found.eta_s)
+        elif now - load.logged_at >= LOG_EVERY_S:
+            load.logged_at = now
+            log.info("node.loading", model=model, layers=_ranges(spans), progress=f"{share:.0%}", eta_s=loading.eta_s)
 
-    def _share(self, model: ModelId, begun: _Begun, serving: set[Span], engine: Mapping[Span, SpanProgress]) -> float:
-        """The share that is done, each layer counting alike."""
+    def _share(self, model: ModelId, load: _ModelLoad, serving: set[Span], engine: Mapping[Span, SpanProgress]) -> float:
+        """The share of a load that is done, 0..1, in layers."""
         fetched = self._fetching(model)
-        begun.fetched |= fetched is not None
+        load.fetched |= fetched is not None
         done = 0.0
-        for span in begun.spans:
+        for span in load.spans:
             if span in serving:
                 done += span.end - span.start
             elif span in engine:
                 share = engine[span].share
-                done += (span.end - span.start) * (FETCHED_SHARE + (1 - FETCHED_SHARE) * share if begun.fetched else share)
-        if fetched is not None and (next_ones := sorted(span for span in begun.spans - serving if span not in engine)):
-            done += (next_ones[0].end - next_ones[0].start) * FETCHED_SHARE * fetched  # spans come one after another
-        return done / sum(span.end - span.start for span in begun.spans)
+                done += (span.end - span.start) * (FETCHED_SHARE + (1 - FETCHED_SHARE) * share if load.fetched else share)
+        if fetched is not None and (pending := sorted(span for span in load.spans - serving if span not in engine)):
+            done += (pending[0].end - pending[0].start) * FETCHED_SHARE * fetched  # spans are fetched one after another
+        return done / sum(span.end - span.start for span in load.spans)
 
 
 def eta_s(share: float, elapsed_s: float) -> float:
-    """Estimated time to go: as the share that is done took, and while there is none to speak of, as long again as it took."""
-    if share < KNOWN_FROM:
+    """Estimated time to go, in proportion to the time that `share` took; below `MIN_SHARE`, as long again as it took."""
+    if share < MIN_SHARE:
         return max(FIRST_GUESS_S, elapsed_s)
     return elapsed_s * (1 - share) / share
 

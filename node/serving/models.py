@@ -1,4 +1,4 @@
-"""The models this node was given: where their files are, what they are called, their text side."""
+"""The models that this node was started with: the directories of their files, their names, their text side."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from node.weights.fetching import FetchedModel
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
+    """One model of this node, or of a peer, with its text side."""
+
     card: ModelCard
     directory: Path
     text: ModelText
-    fetched: FetchedModel | None = None  # its files come from peers, as they are needed
+    fetched: FetchedModel | None = None  # set if the files come from peers, as they are needed
 
 
-_REPOSITORY = "models--"  # begins the name of a model's folder in the hub cache; `--` stands for the slash of its id
+_REPOSITORY = "models--"  # prefix of a model's folder in the hub cache, where `--` replaces the slash of the id
 
 
 def parse_reference(reference: str) -> tuple[ModelId, Path]:
-    """`DIR` or `NAME=DIR` as the model's id and its directory.
+    """Splits `DIR` or `NAME=DIR` into the model's id and its directory.
 
     Raises:
-        BadRequest: no such directory, or no id to be had from its name; with what would work.
+        BadRequest: no such directory, or no id follows from its name; the message says what would work.
     """
     name, equals, path = ("", "", reference) if _exists(reference) else reference.partition("=")
     directory = Path(os.path.expanduser(path if equals else reference))
@@ -51,9 +53,9 @@ def parse_reference(reference: str) -> tuple[ModelId, Path]:
 
 
 def id_of_directory(directory: Path) -> str:
-    """What the model in `directory` is called: the directory's name, and `org/name` for a snapshot in the hub cache.
+    """The id of the model in `directory`: the directory's name, or `org/name` for a snapshot in the hub cache.
 
-    Links are not followed: a link to a snapshot has a name of its own, given by a person.
+    Links are not followed: a person has named a link to a snapshot.
     """
     path = Path(os.path.abspath(directory))
     repository = path.parents[1].name if len(path.parents) > 1 else ""
@@ -75,8 +77,10 @@ def _no_directory(file: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class InitialModels:
-    """What a node starts with. `capacity`: layers of each model that it could hold; `share_bytes`: of its memory, for each model;
-    `wanted`: models whose files come from peers.
+    """The models that a node starts with.
+
+    capacity: layers of each model that fit into memory. wanted: models whose files come from peers. share_bytes: memory for each
+    model.
     """
 
     models: ServedModels
@@ -86,10 +90,10 @@ class InitialModels:
 
 
 def split_references(references: Iterable[str], *, joins: bool) -> tuple[list[tuple[ModelId, Path]], list[ModelId]]:
-    """Models whose files are here, and the ids of those that come from peers: any other name, given to a node that joins some.
+    """Splits references into models with local files, and ids of models that come from peers: any other name, where `joins`.
 
     Raises:
-        BadRequest: as `parse_reference`; two models of one name.
+        BadRequest: as `parse_reference`; or two models have one name.
     """
     here: list[tuple[ModelId, Path]] = []
     wanted: list[ModelId] = []
@@ -107,13 +111,13 @@ def split_references(references: Iterable[str], *, joins: bool) -> tuple[list[tu
 
 
 class ServedModels:
-    """By id: of one id a node has one version. The first one added answers requests that name no model."""
+    """This node's models by id, one version of each. The first one added answers requests that name no model."""
 
     def __init__(self) -> None:
         self._models: dict[ModelId, ServedModel] = {}
 
     def add(self, model: ServedModel) -> None:
-        """In the place of what was known under the id."""
+        """Adds a model, or replaces the model with its id."""
         self._models[model.card.id] = model
 
     @property
@@ -121,21 +125,21 @@ class ServedModels:
         return next(iter(self._models), None)
 
     def version(self, model: ModelId, weights: str) -> ServedModel | None:
-        """The model, if what this node has of it are these weights."""
+        """The model, if this node has it in these weights."""
         found = self._models.get(model)
         return found if found is not None and found.card.weights == weights else None
 
     def update(self, card: ModelCard) -> None:
-        """A span was loaded: the card now has its numerics."""
+        """Replaces the card of a model."""
         self._models[card.id] = replace(self._models[card.id], card=card)
 
-    def knows(self, model: ModelId | None) -> bool:
-        """Whether `get` gives one."""
+    def has(self, model: ModelId | None) -> bool:
+        """Whether `get` would return a model."""
         return bool(self._models) if model is None else model in self._models
 
     def get(self, model: ModelId | None) -> ServedModel:
-        """Raises BadRequest (404, model_not_found), naming what is there."""
-        if not self.knows(model):
+        """The model by its id, or the default. Raises BadRequest (404, model_not_found), with the names of the models here."""
+        if not self.has(model):
             raise unknown_model(model, self._models)
         return next(iter(self._models.values())) if model is None else self._models[model]
 

@@ -1,4 +1,4 @@
-"""What this node tells of itself: one record, changed here and published whole."""
+"""The facts that this node publishes about itself: one record, changed here and published whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mesh.view import Facts, Loading, ModelCard, Readiness, Span
 
 
 class OwnFacts:
-    """`publish` is membership's; each change goes out at once."""
+    """This node's facts. Each change is published at once by `publish`, membership's."""
 
     def __init__(self, facts: Facts, publish: Callable[[Facts], None]) -> None:
         self._facts = facts
@@ -27,28 +27,28 @@ class OwnFacts:
             self._facts = changed
             self._publish(changed)
 
-    def serve_http_at(self, url: str) -> None:
+    def set_http(self, url: str) -> None:
         self._set(http=url)
 
-    def know(self, card: ModelCard, capacity_layers: int | None) -> None:
-        """A model whose files are here, served or not. `capacity_layers` None: its spans are pinned, whatever else would fit."""
+    def set_model(self, card: ModelCard, capacity_layers: int | None) -> None:
+        """Sets the card of a model whose files are here, served or not. `capacity_layers` None: its spans are pinned."""
         others = tuple(known for known in self._facts.models if known.id != card.id)
         capacity = {model: layers for model, layers in self._facts.capacity.items() if model != card.id}
         if capacity_layers is not None:
             capacity[card.id] = capacity_layers
         self._set(models=(*others, card), capacity=capacity)
 
-    def intend(self, spans: tuple[Span, ...]) -> None:
-        """What is going to be served and is not yet, of all models."""
+    def set_intended(self, spans: tuple[Span, ...]) -> None:
+        """Sets the spans of all models that are going to be served and are not yet."""
         self._set(intends=spans, loading=self._loading_of(spans))
 
-    def load(self, model: ModelId, loading: Loading) -> None:
-        """How far it is with what it intends of the model."""
+    def set_loading(self, model: ModelId, loading: Loading) -> None:
+        """Sets the progress with a model's intended spans; ignored for a model without any."""
         if any(span.model == model for span in self._facts.intends):
             self._set(loading={**self._facts.loading, model: loading})
 
-    def serve(self, card: ModelCard, spans: tuple[Span, ...]) -> None:
-        """The spans that serve now, of this model; those are intended no longer."""
+    def set_serving(self, card: ModelCard, spans: tuple[Span, ...]) -> None:
+        """Sets the spans of a model that serve now; they are no longer intended."""
         model: ModelId = card.id
         others = tuple(span for span in self._facts.spans if span.model != model)
         intends = tuple(span for span in self._facts.intends if span not in spans)
@@ -58,20 +58,22 @@ class OwnFacts:
 
     def _loading_of(self, intends: tuple[Span, ...]) -> dict[ModelId, Loading]:
         models = {span.model for span in intends}
-        return {model: told for model, told in self._facts.loading.items() if model in models}
+        return {model: loading for model, loading in self._facts.loading.items() if model in models}
 
-    def ready(self, readiness: Readiness) -> None:
+    def set_readiness(self, readiness: Readiness) -> None:
         self._set(readiness=readiness)
 
-    def compute_uncompiled(self, why: str) -> None:
-        """Layers are served here without the compiled kernel; empty: none are."""
+    def set_uncompiled(self, why: str) -> None:
+        """Sets why layers are served here without the compiled kernel; empty if none are."""
         self._set(uncompiled=why)
 
-    def twin(self, where: str) -> None:
+    def set_twin(self, where: str) -> None:
+        """Sets the address of another live process with this node's identity; empty if there is none."""
         self._set(twin=where)
 
-    def drain(self) -> None:
+    def set_draining(self) -> None:
         self._set(draining=True, readiness=Readiness.DRAINING)
 
-    def documents(self, record: dict[str, object]) -> None:
+    def set_documents(self, record: dict[str, object]) -> None:
+        """Sets the summary of this node's document stores (`rag.wire.Summary` as builtins)."""
         self._set(documents=record)

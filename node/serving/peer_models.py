@@ -89,7 +89,7 @@ class PeerModels:
         name = model if model is not None else self._own.default or next(iter(self.complete()), None)
         version = named(view, name) if name is not None else None
         if version is None:
-            if name is not None and self._own.knows(name):
+            if name is not None and self._own.has(name):
                 return self._own.get(name)  # this node has just started, and its own view does not contain the model yet
             raise unknown_model(model, [ModelId(each.name) for each in versions(view)])
         card = version.card

@@ -1,4 +1,4 @@
-"""Says in the log, once for each change, that this node holds other weights than those that answer to their model's id."""
+"""Logs, once for each change, that this node holds other weights than those that answer to the model's id."""
 
 from __future__ import annotations
 
@@ -15,44 +15,47 @@ log = structlog.get_logger()
 
 
 class VersionWatch:
+    """Compares this node's versions of its models with those that answer in the mesh."""
+
     def __init__(self, changed: Callable[[int], Awaitable[View]], models: ServedModels) -> None:
         """`changed`: as `Membership.changed`."""
         self._changed = changed
         self._models = models
-        self._said: dict[ModelId, str] = {}  # by model: the weights that answer instead of this node's own
+        self._logged: dict[ModelId, str] = {}  # by model: the weights that answer instead of this node's own, as last logged
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Follows the view until cancelled."""
         version = -1
         while True:
             view = await self._changed(version)
             version = view.version
-            self.look(view)
+            self.update(view)
 
-    def look(self, view: View) -> None:
+    def update(self, view: View) -> None:
+        """Logs which weights answer for each model, where that has changed since the last view."""
         known = versions(view)
         for card in self._models.cards():
             of_model = [version for version in known if version.card.id == card.id]
-            mine = next((version for version in of_model if version.card.weights == card.weights), None)
-            if mine is None:
-                continue  # its files are being hashed, or the view does not tell of it yet
-            instead = "" if mine.answers else of_model[0].card.weights
-            if instead != self._said.get(card.id, ""):
-                self._said[card.id] = instead
-                self._say(mine, of_model[0])
+            own = next((version for version in of_model if version.card.weights == card.weights), None)
+            if own is None:
+                continue  # the files are being hashed, or the view does not contain the card yet
+            other_weights = "" if own.answers else of_model[0].card.weights
+            if other_weights != self._logged.get(card.id, ""):
+                self._logged[card.id] = other_weights
+                self._log(own, of_model[0])
 
-    def _say(self, mine: ModelVersion, answering: ModelVersion) -> None:
-        weights = mine.card.weights[:NAME_DIGITS]
-        if mine.answers:
-            log.info("weights.answer", model=mine.card.id, weights=weights, nodes=len(mine.holders))
+    def _log(self, own: ModelVersion, answering: ModelVersion) -> None:
+        weights = own.card.weights[:NAME_DIGITS]
+        if own.answers:
+            log.info("weights.answer", model=own.card.id, weights=weights, nodes=len(own.holders))
             return
         log.warning(
             "weights.other_version",
-            model=mine.card.id,
+            model=own.card.id,
             weights=weights,
-            nodes=len(mine.holders),
+            nodes=len(own.holders),
             answering=answering.card.weights[:NAME_DIGITS],
             answering_nodes=len(answering.holders),
-            asked_for_as=mine.name,
+            asked_for_as=own.name,
             do="give this node the files of the others, or start it under another name: mesh up --model NAME=DIR",
         )

@@ -98,7 +98,7 @@ def _call_text(function: Mapping[str, Any]) -> str:
 
 
 def _description(use: ToolUse) -> str:
-    lines = [json.dumps(tool["function"], ensure_ascii=False) for tool in use.tools]
+    lines = [json.dumps(function, ensure_ascii=False) for function in use.functions]
     form = f'{HERMES.opening}\n{{"name": NAME, "{HERMES.arguments}": OBJECT}}\n{HERMES.closing}'
     return "You can call these functions, each described as JSON:\n" + "\n".join(lines) + f"\n\nTo call one, write\n{form}"
 
@@ -120,7 +120,7 @@ def grammar_for(
 
 
 def _calls_grammar(use: ToolUse, style: ToolStyle, special_id: Callable[[str], int | None]) -> str:
-    functions = [tool["function"] for tool in use.tools if use.named in (None, tool["function"]["name"])]
+    functions = [function for function in use.functions if use.named in (None, function["name"])]
     bodies = "\n".join(_body_rule(number, function, style) for number, function in enumerate(functions))
     call = " | ".join(f"call{number}" for number in range(len(functions)))
     more = MAX_FORCED_CALLS - 1 if use.parallel and not use.named else 0

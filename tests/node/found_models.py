@@ -1,4 +1,4 @@
-"""How tests hand a fixed set of models to `node.entry.prompts.Prompts`."""
+"""A fixed set of models for `node.entry.prompts.Prompts` in tests."""
 
 from __future__ import annotations
 

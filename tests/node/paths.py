@@ -1,4 +1,4 @@
-"""A small mesh in one process for tests of paths: real links on loopback, real shells and cores, an engine that counts.
+"""A small mesh in one process for tests of paths: real links on loopback, real shells and cores, an engine without a model.
 
 The engine computes nothing: the token at a position is a function of the position, and activations carry their
 position, so that a test sees at once whether a path was whole.
@@ -55,7 +55,7 @@ class CountingModel:
 
 
 class CountingPrompts:
-    """Ten tokens of prompt, whatever was asked."""
+    """Makes every prompt ten tokens long."""
 
     async def prepare(self, request: GenerateRequest) -> Prompt:
         await trio.lowlevel.checkpoint()
@@ -64,13 +64,13 @@ class CountingPrompts:
 
 
 class CountingEngine:
-    """Answers at once, in the trio thread. `faults`: what to do instead at a position, once."""
+    """Computes at once, in the trio thread. `faults`: by position, what to do instead of the step, once."""
 
     def __init__(self) -> None:
         self.sequences: dict[SequenceKey, OpenSequence] = {}
         self.opened: list[OpenSequence] = []
         self.refuse = 0
-        self.pages = 0  # kept here of any sequence
+        self.pages = 0  # cached pages that it reports for any sequence
         self.faults: dict[int, Callable[[SequenceKey], None]] = {}
         self.stages: Stages | None = None
         self.dead = False
@@ -123,7 +123,7 @@ class CountingEngine:
         self.deliver(SequenceLost(key, reason, retryable, by_previous))
 
     def deliver(self, *outputs: EngineOutput) -> None:
-        """As of one step."""
+        """Passes on the outputs as of one step."""
         if self.dead:
             return
         assert self.stages is not None
@@ -141,7 +141,7 @@ class CuttableLinks(Links):
         self._cuts: dict[Address, trio.CancelScope] = {}
 
     def cut(self, to: Address) -> None:
-        """As a network does it: what is under way is lost, and both ends hear of it."""
+        """Breaks the link as a network does: frames under way are lost, and both ends see the loss."""
         if to in self._cuts:
             self._cuts[to].cancel()
 
@@ -173,7 +173,7 @@ class SmallNode:
     card: ModelCard = CARD
 
     def kill(self) -> None:
-        """As the kernel does it: all its connections end, nothing is said."""
+        """Ends the node as kill -9 does: all its connections end, without a goodbye."""
         self.state = PeerState.DEAD
         self.engine.dead = True
         self.scope.cancel()
@@ -183,7 +183,7 @@ class SmallMesh:
     def __init__(self, nursery: trio.Nursery) -> None:
         self.nodes: dict[str, SmallNode] = {}
         self._nursery = nursery
-        self.looked_at: Callable[[NodeId], None] = lambda node: None  # an entry doubts a node
+        self.looked_at: Callable[[NodeId], None] = lambda node: None  # called when an entry has membership probe a node
 
     @property
     def live(self) -> list[SmallNode]:
@@ -223,7 +223,7 @@ class SmallMesh:
         self.nodes[name].state = PeerState.ALIVE
 
     async def restart(self, name: str) -> None:
-        """The same node again, at another port; the others hear of it as membership tells it."""
+        """Starts the same node again at another port; membership reports the restart to the others."""
         others = [node for node in self.live if node.id != name]
         await self.add(name, *self.nodes[name].spans)
         for other in others:

@@ -1,4 +1,4 @@
-"""A peer that sends what is no finite number: its sequence goes on without it, and the node says which peer it was."""
+"""A peer that sends activations which are not finite: the sequence goes on without that peer, and the node names the peer."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def paths_of(mesh: SmallMesh) -> list[list[str]]:
 
 @pytest.mark.parametrize("at", [11, 15, 25])
 @pytest.mark.parametrize("finder", ["middle", "last"])
-async def test_another_attempt_goes_round_the_peer_that_sent_what_is_no_number(finder: str, at: int) -> None:
+async def test_the_next_attempt_avoids_the_peer_with_bad_activations(finder: str, at: int) -> None:
     async with small_mesh(**PATHS) as mesh:
         node = mesh.nodes[finder]
         node.engine.faults[at] = lambda key: node.engine.lose(key, "sent no numbers", by_previous=True)
-        if finder == "last":  # the one before it is held twice, so that there is a way round
+        if finder == "last":  # the stage before it has two holders, so that another path exists
             await mesh.add("middle2", (2, 4))
         events = await run(mesh)
         await at_rest(mesh)
@@ -37,11 +37,11 @@ async def test_another_attempt_goes_round_the_peer_that_sent_what_is_no_number(f
         sender = first[first.index(finder) - 1]
         assert sender not in second and finder in second
         assert node.stages.statistics().bad_activations_total == 1
-        [told] = node.stages.refusals.recent(trio.current_time())
-        assert (told.host, told.reason, told.count) == (sender, BAD_ACTIVATIONS, 1)
+        [refusal] = node.stages.refusals.recent(trio.current_time())
+        assert (refusal.host, refusal.reason, refusal.count) == (sender, BAD_ACTIVATIONS, 1)
 
 
-async def test_numbers_of_a_peer_that_are_never_good_end_the_request_with_the_reason() -> None:
+async def test_a_peers_persistent_bad_activations_end_the_request_with_the_reason() -> None:
     async with small_mesh(entry=(), only=((0, 3),), last=((3, 6),)) as mesh:
         engine = mesh.nodes["last"].engine
 
@@ -55,7 +55,7 @@ async def test_numbers_of_a_peer_that_are_never_good_end_the_request_with_the_re
         await at_rest(mesh)
 
 
-async def test_a_failure_of_the_models_own_numbers_ends_the_request_at_once_and_blames_no_peer() -> None:
+async def test_bad_logits_of_the_model_end_the_request_at_once() -> None:
     async with small_mesh(**PATHS) as mesh:
         node = mesh.nodes["middle"]
         node.engine.faults[15] = lambda key: node.engine.lose(key, "a failure of the model's numbers", retryable=False)

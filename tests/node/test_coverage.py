@@ -1,4 +1,4 @@
-"""The watch over coverage, what it tells, and how it is shown."""
+"""The coverage watch: the changes that it reports, and how metrics and status show coverage."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def view(*peers: Peer, version: int = 1) -> View:
 
 
 async def no_view(version: int) -> View:
-    raise AssertionError("nobody waits")
+    raise AssertionError("this test waits for no view")
 
 
-def test_each_change_is_told_once_after_it_can_be_read() -> None:
+def test_each_change_is_reported_once_after_it_can_be_read() -> None:
     watch = CoverageWatch(no_view)
-    told: list[tuple[CoverageChanged, int]] = []
-    watch.on_change = lambda change: told.append((change, watch.now[MODEL].least_ready))
+    changes: list[tuple[CoverageChanged, int]] = []
+    watch.on_change = lambda change: changes.append((change, watch.now[MODEL].least_ready))
     both = view(peer("a", 0, 4), peer("b", 0, 4))
     for shown in (both, both, view(peer("a", 0, 4), peer("b", 0, 4, PeerState.SUSPECT)), view(peer("a", 0, 4))):
-        watch.look(shown)
-    assert told == [(CoverageChanged(MODEL, 0, 2, ((0, 4),)), 2), (CoverageChanged(MODEL, 2, 1, ((0, 4),)), 1)]
+        watch.update(shown)
+    assert changes == [(CoverageChanged(MODEL, 0, 2, ((0, 4),)), 2), (CoverageChanged(MODEL, 2, 1, ((0, 4),)), 1)]
 
 
-async def test_it_looks_at_every_new_view(autojump_clock: trio.abc.Clock) -> None:
+async def test_coverage_follows_every_new_view(autojump_clock: trio.abc.Clock) -> None:
     views = iter([view(peer("a", 0, 4), version=7), view(peer("a", 0, 2), version=8)])
     asked: list[int] = []
 
@@ -55,10 +55,10 @@ async def test_it_looks_at_every_new_view(autojump_clock: trio.abc.Clock) -> Non
     assert asked == [-1, 7, 8] and watch.now[MODEL].least_live == 0
 
 
-def test_metrics_and_status_show_it() -> None:
+def test_metrics_and_status_show_coverage() -> None:
     watch = CoverageWatch(no_view)
     shown = view(peer("a", 0, 4), peer("b", 2, 4), peer("c", 0, 4, PeerState.SUSPECT))
-    watch.look(shown)
+    watch.update(shown)
     text = render({"coverage": watch.statistics()}).decode()
     assert 'mesh_coverage_least_live{key="m"} 2.0' in text and 'mesh_coverage_least_ready{key="m"} 1.0' in text
     assert "mesh_coverage_changes_total 1.0" in text

@@ -1,4 +1,4 @@
-"""A generation's promises: the client sees each token once, in order, whatever is lost on the way."""
+"""The core of a generation: the client gets each token once, in order, with any losses on the way."""
 
 import itertools
 import math
@@ -64,7 +64,7 @@ def test_tokens_reach_the_client_in_order_and_the_last_one_ends_it() -> None:
     assert generation.ended and generation.deadline == math.inf
 
 
-def test_a_lost_stage_means_a_new_path_that_avoids_it_and_replays_what_was_said() -> None:
+def test_a_lost_stage_leads_to_a_replay_on_a_path_without_it() -> None:
     generation = running()
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
 
@@ -73,7 +73,7 @@ def test_a_lost_stage_means_a_new_path_that_avoids_it_and_replays_what_was_said(
     assert generation.receive(TokenDrawn(2, 11, 9), 2.0) == [EmitToken(11, 9)]
 
 
-def test_what_an_older_attempt_still_sends_changes_nothing() -> None:
+def test_events_of_an_older_attempt_change_nothing() -> None:
     generation = running()
     generation.receive(StageLost(1, B, "link broke"), 1.0)
     generation.receive(PathPlanned(2, OTHER), 1.0)
@@ -91,7 +91,7 @@ def test_a_repeated_token_is_dropped_and_a_gap_loses_the_attempt() -> None:
     assert generation.receive(TokenDrawn(1, 12, 9), 1.0) == [ClosePath(1, PATH), PlanPath(2, frozenset())]
 
 
-def test_membership_s_verdict_counts_only_for_nodes_in_the_path_but_is_remembered() -> None:
+def test_a_death_off_the_path_is_remembered_for_the_next_plan() -> None:
     generation = running()
 
     assert generation.receive(PeerGone(C, "dead"), 1.0) == []
@@ -107,7 +107,7 @@ def test_a_refused_open_queues_again_and_is_no_loss() -> None:
     assert generation.phase is GenerationPhase.QUEUED and generation.history == []
 
 
-def test_a_request_that_can_never_fit_at_one_node_goes_to_another_and_fails_when_there_is_none() -> None:
+def test_a_request_that_can_never_fit_on_a_node_is_planned_elsewhere() -> None:
     never = BadRequest("it needs 40 blocks, this node has 10", "max_tokens")
     generation = Generation(prompt_tokens=10, deadline_at=100.0)
     generation.start(0.0)
@@ -130,7 +130,7 @@ def test_room_is_waited_for_until_the_deadline_before_and_after_a_loss() -> None
         assert failed_by(fail, DeadlineExceeded)
 
 
-def test_a_full_node_is_waited_for_although_another_could_never_fit_the_request() -> None:
+def test_a_full_node_is_waited_for_beside_one_that_never_fits() -> None:
     never = BadRequest("it needs 40 blocks, this node has 10", "max_tokens")
     generation = Generation(prompt_tokens=10, deadline_at=100.0)
     generation.start(0.0)
@@ -142,7 +142,7 @@ def test_a_full_node_is_waited_for_although_another_could_never_fit_the_request(
     assert generation.phase is GenerationPhase.QUEUED
 
 
-def test_no_path_at_the_beginning_fails_at_once_and_in_mid_answer_waits_for_one() -> None:
+def test_without_a_path_a_new_request_fails_and_a_begun_one_waits() -> None:
     no_path = NoPath(ModelId("m"), ((3, 6),))
     fresh = Generation(prompt_tokens=10, deadline_at=100.0)
     fresh.start(0.0)
@@ -168,7 +168,7 @@ def test_silence_loses_the_attempt_and_the_deadline_ends_the_request() -> None:
     assert close == ClosePath(2, OTHER) and failed_by(fail, DeadlineExceeded)
 
 
-def test_a_silent_attempt_has_its_nodes_looked_at_once_for_each_silence() -> None:
+def test_the_nodes_of_a_silent_attempt_are_probed_once_a_token() -> None:
     generation = running()
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
 
@@ -187,7 +187,7 @@ def test_a_prefill_may_be_silent_for_as_long_as_it_may_take() -> None:
 
 
 @pytest.mark.parametrize("suspect_at", [1.5, 2.5])
-def test_a_silent_suspect_is_left_before_the_verdict(suspect_at: float) -> None:
+def test_a_silent_suspect_is_left_before_membership_declares_it_dead(suspect_at: float) -> None:
     generation = running()
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
 
@@ -198,7 +198,7 @@ def test_a_silent_suspect_is_left_before_the_verdict(suspect_at: float) -> None:
     assert generation.receive(PathPlanned(2, OTHER), 2.5) == [OpenPath(2, OTHER, (7,))]
 
 
-def test_a_suspect_that_does_not_even_open_is_left_too() -> None:
+def test_a_suspect_that_does_not_answer_an_open_is_left() -> None:
     generation = Generation(prompt_tokens=10, deadline_at=100.0)
     generation.start(0.0)
     generation.receive(PathPlanned(1, PATH), 0.0)
@@ -207,7 +207,7 @@ def test_a_suspect_that_does_not_even_open_is_left_too() -> None:
     assert generation.receive(PeerSuspect(B), 1.4) == [ClosePath(1, PATH), PlanPath(2, frozenset())]
 
 
-def test_who_waits_for_room_suspects_nobody() -> None:
+def test_a_request_that_waits_for_room_probes_no_node() -> None:
     generation = Generation(prompt_tokens=10, deadline_at=100.0)
     generation.start(0.0)
     for attempt, full in ((1, A), (2, B), (3, C)):
@@ -217,7 +217,7 @@ def test_who_waits_for_room_suspects_nobody() -> None:
     assert generation.phase is GenerationPhase.QUEUED and generation.tick(50.0) == []
 
 
-def test_a_suspect_that_speaks_keeps_its_work_and_so_does_a_path_without_it() -> None:
+def test_a_suspect_that_sends_tokens_keeps_its_attempt() -> None:
     generation = running()
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
     assert generation.receive(PeerSuspect(B), 1.5) == []
@@ -227,7 +227,7 @@ def test_a_suspect_that_speaks_keeps_its_work_and_so_does_a_path_without_it() ->
     assert generation.receive(PeerSuspect(C), 3.0) == []
 
 
-def test_suspicion_moves_an_attempt_once_and_not_again_before_it_has_brought_a_token() -> None:
+def test_suspicion_moves_an_attempt_once_until_its_next_token() -> None:
     generation = running()
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
     generation.tick(2.0)
@@ -239,7 +239,7 @@ def test_suspicion_moves_an_attempt_once_and_not_again_before_it_has_brought_a_t
     assert generation.receive(PeerGone(B, "dead"), 11.0) == [ClosePath(2, PATH, B), PlanPath(3, frozenset({B}))]
 
 
-def test_a_node_that_is_back_is_asked_at_once() -> None:
+def test_a_node_that_has_returned_is_planned_with_at_once() -> None:
     generation = running()
     generation.receive(TokenDrawn(1, 10, 7), 1.0)
     generation.receive(PeerGone(B, "dead"), 1.0)
@@ -255,7 +255,7 @@ def test_a_request_at_fault_fails_without_another_attempt() -> None:
     assert generation.receive(StageLost(1, A, "bad", retryable=False, error=error), 1.0) == [ClosePath(1, PATH), Fail(error)]
 
 
-def test_attempts_that_never_bring_a_token_come_to_an_end() -> None:
+def test_tokenless_attempts_end_the_request() -> None:
     generation = running()
     effects = []
     for attempt in range(1, 20):
@@ -266,7 +266,7 @@ def test_attempts_that_never_bring_a_token_come_to_an_end() -> None:
     assert attempt == 6 and failed_by(effects[-1], Refused)
 
 
-def test_nodes_that_cannot_be_reached_are_waited_for_however_many_attempts_they_cost() -> None:
+def test_unreachable_nodes_do_not_count_as_tokenless_attempts() -> None:
     generation, now = running(), 1.0
     generation.receive(TokenDrawn(1, 10, 7), now)
     for _ in range(3):  # all nodes have died at once, and membership takes its time
@@ -334,7 +334,7 @@ events = st.one_of(
 
 @settings(max_examples=300)
 @given(st.lists(st.one_of(events, st.floats(0, 40)), max_size=60))
-def test_whatever_happens_tokens_are_emitted_once_in_order_and_every_opened_path_is_closed(steps: list[Any]) -> None:
+def test_tokens_are_emitted_once_in_order_and_every_open_path_is_closed(steps: list[Any]) -> None:
     generation, now = Generation(prompt_tokens=10, deadline_at=500.0), 0.0
     effects = generation.start(now)
     for step in steps:
@@ -349,7 +349,7 @@ def test_whatever_happens_tokens_are_emitted_once_in_order_and_every_opened_path
     assert generation.ended
     assert [e.position for e in effects if isinstance(e, EmitToken)] == list(range(10, 10 + len(generation.tokens)))
     closed = [e.attempt for e in effects if isinstance(e, ClosePath)]
-    refused = {step.attempt for step in steps if isinstance(step, OpenRefused)}  # those left nothing open
+    refused = {step.attempt for step in steps if isinstance(step, OpenRefused)}  # their stages were closed by the shell
     assert len(closed) == len(set(closed))
     assert {e.attempt for e in effects if isinstance(e, OpenPath)} - refused <= set(closed)
     assert sum(isinstance(e, Finish | Fail) for e in effects) == 1

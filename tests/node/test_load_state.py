@@ -1,4 +1,4 @@
-"""How far a node is with what it loads, as it tells peers and the operator."""
+"""The progress of loads, as peers see it in the facts and the operator in the log."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from mesh.ids import ModelId
 from mesh.view import Facts, Loading, ModelCard, Span
-from node.serving.load_state import FIRST_GUESS_S, LOG_EVERY_S, TELL_EVERY_S, LoadState, eta_s
+from node.serving.load_state import FIRST_GUESS_S, LOG_EVERY_S, PUBLISH_EVERY_S, LoadState, eta_s
 from node.serving.own_facts import OwnFacts
 
 CARD = ModelCard(ModelId("toy"), 8, 64, "w", "n")
@@ -28,67 +28,67 @@ class Watched:
     def __init__(self) -> None:
         self.published: list[Facts] = []
         self.facts = OwnFacts(Facts(), self.published.append)
-        self.facts.know(CARD, None)
-        self.facts.intend((FIRST, SECOND))
+        self.facts.set_model(CARD, None)
+        self.facts.set_intended((FIRST, SECOND))
         self.engine: dict[Span, Share] = {}
         self.fetching: float | None = None
         self.watch = LoadState(self.facts, lambda: self.engine, lambda model: self.fetching)
 
     def told_at(self, now: float) -> Loading | None:
-        self.watch.look(now)
+        self.watch.update(now)
         return self.facts.now.loading.get(CARD.id)
 
 
-def test_each_layer_counts_alike_and_the_time_to_go_follows_from_the_time_it_took() -> None:
+def test_progress_counts_layers_and_the_time_to_go_follows_from_it() -> None:
     node = Watched()
     assert node.told_at(100.0) == Loading(0, round(FIRST_GUESS_S))
     node.engine[FIRST] = Share(0.5)
     assert node.told_at(105.0) == Loading(12, 35), "one of eight layers after 5 s"
-    node.facts.serve(CARD, (FIRST,))
+    node.facts.set_serving(CARD, (FIRST,))
     node.engine = {SECOND: Share(0.0)}
     assert node.told_at(110.0) == Loading(25, 30)
     node.engine = {SECOND: Share(1.0)}
     assert node.told_at(120.0) == Loading(99, 0), "it is there when it serves, not before"
-    node.facts.serve(CARD, (FIRST, SECOND))
+    node.facts.set_serving(CARD, (FIRST, SECOND))
     assert node.told_at(125.0) is None and node.facts.now.intends == ()
 
 
-def test_fetching_the_files_from_peers_is_half_of_the_way() -> None:
+def test_fetching_the_files_is_half_of_the_progress() -> None:
     node = Watched()
     node.told_at(0.0)
     node.fetching = 0.5
     assert node.told_at(10.0) == Loading(6, 150), "half of half of two of eight layers"
     node.fetching, node.engine = None, {FIRST: Share(0.5)}
     assert node.told_at(20.0) == Loading(18, 87)
-    node.facts.serve(CARD, (FIRST,))
+    node.facts.set_serving(CARD, (FIRST,))
     node.fetching, node.engine = 1.0, {}
     assert node.told_at(30.0) == Loading(62, 18)
 
 
-def test_peers_are_told_seldom_and_only_what_is_new() -> None:
+def test_progress_is_published_seldom_and_only_when_changed() -> None:
     node = Watched()
     for step in range(400):
         node.engine[FIRST] = Share(step / 400)
         node.told_at(step * 0.1)
     changes = [now.loading for before, now in pairwise(node.published) if before.loading != now.loading]
-    assert 10 <= len(changes) <= 40.0 / TELL_EVERY_S + 1
+    assert 10 <= len(changes) <= 40.0 / PUBLISH_EVERY_S + 1
     before = len(node.published)
     node.told_at(40.0)
-    told = len(node.published)
-    assert told - before <= 1
+    published = len(node.published)
+    assert published - before <= 1
     for _ in range(5):
-        node.watch.look(40.0)
-    assert len(node.published) == told
+        node.watch.update(40.0)
+    assert len(node.published) == published
 
 
-def test_the_log_tells_begin_progress_and_end_and_nothing_at_rest() -> None:
+def test_begin_progress_and_end_of_a_load_are_logged() -> None:
     node = Watched()
     with capture_logs() as logs:
         node.told_at(0.0)
         node.told_at(LOG_EVERY_S - 0.1)
         node.engine[SECOND] = Share(0.5)
         node.told_at(LOG_EVERY_S)
-        node.facts.serve(CARD, (FIRST, SECOND))
+        node.facts.set_serving(CARD, (FIRST, SECOND))
         node.told_at(8.0)
         node.told_at(100.0)
     begin, middle, end = logs
@@ -98,10 +98,10 @@ def test_the_log_tells_begin_progress_and_end_and_nothing_at_rest() -> None:
     assert (end["event"], end["layers"], end["seconds"]) == ("node.loaded", ["0:2", "2:8"], 8.0)
 
 
-def test_a_choice_that_changes_before_anything_is_loaded_starts_no_second_count() -> None:
+def test_a_changed_choice_before_the_load_is_the_same_load() -> None:
     node = Watched()
     node.told_at(0.0)
-    node.facts.intend((SECOND,))
+    node.facts.set_intended((SECOND,))
     node.engine[SECOND] = Share(0.5)
     assert node.told_at(10.0) == Loading(50, 10)
 
@@ -109,5 +109,5 @@ def test_a_choice_that_changes_before_anything_is_loaded_starts_no_second_count(
 @pytest.mark.parametrize(
     ("share", "elapsed_s", "to_go_s"), [(0.0, 0.0, FIRST_GUESS_S), (0.0, 60.0, 60.0), (0.5, 7.0, 7.0), (1.0, 9.0, 0.0)]
 )
-def test_the_time_to_go(share: float, elapsed_s: float, to_go_s: float) -> None:
+def test_the_time_to_go_is_in_proportion_to_the_share(share: float, elapsed_s: float, to_go_s: float) -> None:
     assert eta_s(share, elapsed_s) == to_go_s

@@ -1,4 +1,4 @@
-"""Links that break between live nodes, nodes that die and come back, many requests at once: no token changes, nothing stays."""
+"""Broken links, nodes that die and restart, many requests at once: no token changes, and no sequence stays."""
 
 from collections.abc import Callable
 from functools import partial
@@ -28,13 +28,13 @@ async def tokens_of(
     mesh: SmallMesh, stream: str, each: Callable[[], None] = lambda: None, **changes: Any
 ) -> dict[int, list[int]]:
     """The tokens of each choice."""
-    said: dict[int, list[int]] = {}
+    answers: dict[int, list[int]] = {}
     async with mesh.nodes["entry"].entry.generate(a_request(id=StreamId(stream), max_tokens=TOKENS, **changes)) as events:
         async for event in events:
             if isinstance(event, (TextDelta, ChoiceDone)):
-                said.setdefault(event.choice, []).extend(event.token_ids)
+                answers.setdefault(event.choice, []).extend(event.token_ids)
                 each()
-    return said
+    return answers
 
 
 def record_of(mesh: SmallMesh, request: str) -> RequestRecord:
@@ -59,7 +59,7 @@ async def nothing_stays(mesh: SmallMesh, within_s: float = 5.0) -> None:
 
 
 class Attack:
-    """Something breaks with a chance of `share` at each token that a client reads."""
+    """Breaks links and kills nodes, with the probability `share` at each token that a client reads."""
 
     def __init__(self, mesh: SmallMesh, rng: Random, share: float, most: int) -> None:
         self.mesh, self.rng, self.share, self.left = mesh, rng, share, most
@@ -88,40 +88,40 @@ class Attack:
 
 
 @pytest.mark.parametrize("seed", range(20))
-async def test_whatever_breaks_every_request_gets_its_tokens_and_no_sequence_stays(seed: int, mock_clock: MockClock) -> None:
+async def test_under_any_losses_requests_get_their_tokens_and_no_sequence_stays(seed: int, mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     rng = Random(seed)
     async with small_mesh(**SPLIT) as mesh, trio.open_nursery() as nursery:
         attack = Attack(mesh, rng, share=0.05, most=6)
         nursery.start_soon(attack.restart_the_dead)
-        said = {}
+        answers = {}
         began = trio.current_time()
 
         async def ask(number: int) -> None:
-            said[number] = await tokens_of(mesh, f"s{number}", attack, n=1 + number % 2)
+            answers[number] = await tokens_of(mesh, f"s{number}", attack, n=1 + number % 2)
 
         async with trio.open_nursery() as clients:
             for number in range(6):
                 clients.start_soon(ask, number)
 
-        assert said == {number: {choice: EXPECTED for choice in range(1 + number % 2)} for number in range(6)}
+        assert answers == {number: {choice: EXPECTED for choice in range(1 + number % 2)} for number in range(6)}
         assert attack.left < 6
-        assert trio.current_time() - began < SILENCE_S, "something was lost that nobody told"
+        assert trio.current_time() - began < SILENCE_S, "some loss was not reported"
         await nothing_stays(mesh)
         nursery.cancel_scope.cancel()
 
 
-async def test_a_last_token_that_is_lost_with_its_link_comes_over_another_path(mock_clock: MockClock) -> None:
+async def test_a_last_token_lost_with_its_link_is_drawn_again(mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(entry=(), only=((0, 6),)) as mesh:
         entry, only = mesh.nodes["entry"], mesh.nodes["only"]
         last = 10 + TOKENS - 1
 
-        def say_it_to_nobody(key: SequenceKey) -> None:
+        def lose_with_the_link(key: SequenceKey) -> None:
             only.engine.deliver(TokenOut(key, last, token_at(last), "length"))
             trio.lowlevel.current_trio_token().run_sync_soon(only.links.cut, entry.links.config.address)
 
-        only.engine.faults[last] = say_it_to_nobody
+        only.engine.faults[last] = lose_with_the_link
         began = trio.current_time()
 
         assert await tokens_of(mesh, "s1") == {0: EXPECTED}
@@ -129,12 +129,12 @@ async def test_a_last_token_that_is_lost_with_its_link_comes_over_another_path(m
         await nothing_stays(mesh)
 
 
-async def test_a_close_that_is_lost_with_its_link_leaves_nothing_behind(mock_clock: MockClock) -> None:
+async def test_a_close_lost_with_its_link_leaves_no_sequence_behind(mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(entry=(), only=((0, 6),)) as mesh:
         entry, only = mesh.nodes["entry"], mesh.nodes["only"]
-        only.engine.faults[20] = lambda key: None  # falls silent
-        only.links.receivers["stage.close"] = lambda *frame: None  # and never gets the close
+        only.engine.faults[20] = lambda key: None  # no further token
+        only.links.receivers["stage.close"] = lambda *frame: None  # the close is lost
         async with trio.open_nursery() as nursery:
             nursery.start_soon(tokens_of, mesh, "s1")
             while 20 in only.engine.faults:
@@ -145,13 +145,13 @@ async def test_a_close_that_is_lost_with_its_link_leaves_nothing_behind(mock_clo
         await nothing_stays(mesh)
 
 
-def says(mesh: SmallMesh, name: str, readiness: Readiness) -> None:
+def publish(mesh: SmallMesh, name: str, readiness: Readiness) -> None:
     mesh.nodes[name].readiness = readiness
     mesh.nodes["entry"].losses.view_changed(mesh.view())
 
 
 @pytest.mark.parametrize("silent_s", [0.0, 5.0])
-async def test_an_answer_leaves_a_node_whose_engine_hangs_as_soon_as_it_says_so(silent_s: float, mock_clock: MockClock) -> None:
+async def test_a_request_leaves_a_node_that_publishes_a_stall(silent_s: float, mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh, trio.open_nursery() as nursery:
         hung: list[str] = []
@@ -161,10 +161,10 @@ async def test_an_answer_leaves_a_node_whose_engine_hangs_as_soon_as_it_says_so(
 
         for name in "ab":
             mesh.nodes[name].engine.faults[20] = partial(note, name)
-        said = {}
+        answers = {}
 
         async def ask() -> None:
-            said.update(await tokens_of(mesh, "s1"))
+            answers.update(await tokens_of(mesh, "s1"))
 
         async with trio.open_nursery() as clients:
             clients.start_soon(ask)
@@ -173,49 +173,49 @@ async def test_an_answer_leaves_a_node_whose_engine_hangs_as_soon_as_it_says_so(
             for name in "ab":
                 mesh.nodes[name].engine.faults.clear()
             await trio.sleep(silent_s)
-            told = trio.current_time()
-            says(mesh, hung[0], Readiness.STALLED)
-        assert said == {0: EXPECTED}
-        assert trio.current_time() - told < RetryLimits().stall_s + 0.5
+            stalled_at = trio.current_time()
+            publish(mesh, hung[0], Readiness.STALLED)
+        assert answers == {0: EXPECTED}
+        assert trio.current_time() - stalled_at < RetryLimits().stall_s + 0.5
         other = mesh.nodes["b" if hung == ["a"] else "a"]
         assert [sequence.known for sequence in other.engine.opened] == [20], "the other node goes on where the hung one stopped"
         await nothing_stays(mesh)
         nursery.cancel_scope.cancel()
 
 
-async def test_a_node_that_was_stalled_is_given_work_again_once_its_steps_run(mock_clock: MockClock) -> None:
+async def test_a_node_that_was_stalled_is_given_work_again(mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh:
         for number, (hung, other) in enumerate([("a", "b"), ("b", "a"), ("a", "b")]):
-            says(mesh, hung, Readiness.STALLED)
-            says(mesh, other, Readiness.WARM)
+            publish(mesh, hung, Readiness.STALLED)
+            publish(mesh, other, Readiness.WARM)
             for node in mesh.nodes.values():
                 node.engine.opened.clear()
             assert await tokens_of(mesh, f"s{number}") == {0: EXPECTED}
-            assert not mesh.nodes[hung].engine.opened, "new work passes a stalled node over"
+            assert not mesh.nodes[hung].engine.opened, "new requests avoid a stalled node"
             assert mesh.nodes[other].engine.opened
 
 
-async def test_where_nobody_else_can_do_it_a_stalled_node_is_asked_again(mock_clock: MockClock) -> None:
+async def test_a_stalled_node_without_an_alternative_is_asked_again(mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(entry=(), only=((0, 6),)) as mesh:
         only = mesh.nodes["only"].engine
-        only.faults[20] = lambda key: trio.lowlevel.current_trio_token().run_sync_soon(says, mesh, "only", Readiness.STALLED)
+        only.faults[20] = lambda key: trio.lowlevel.current_trio_token().run_sync_soon(publish, mesh, "only", Readiness.STALLED)
         assert await tokens_of(mesh, "s1") == {0: EXPECTED}
         assert [sequence.known for sequence in only.opened] == [10, 20]
         await nothing_stays(mesh)
 
 
-async def test_an_entry_that_only_slept_is_told_that_its_work_was_freed(mock_clock: MockClock) -> None:
+async def test_an_entry_that_was_only_suspended_is_sent_its_losses(mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(**SPLIT) as mesh:
         for name in "abc":
-            mesh.nodes[name].engine.faults[20] = lambda key: None  # what it would have said has gone to a dead node
+            mesh.nodes[name].engine.faults[20] = lambda key: None  # its outputs went to a dead node
         began = trio.current_time()
-        said = {}
+        answers = {}
 
         async def ask() -> None:
-            said.update(await tokens_of(mesh, "s1"))
+            answers.update(await tokens_of(mesh, "s1"))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask)
@@ -226,12 +226,12 @@ async def test_an_entry_that_only_slept_is_told_that_its_work_was_freed(mock_clo
                 mesh.nodes[name].engine.faults.clear()
                 mesh.nodes[name].stages.entry_lost(down.node, down.after.value)
 
-        assert said == {0: EXPECTED}
+        assert answers == {0: EXPECTED}
         assert trio.current_time() - began < SILENCE_S
         await nothing_stays(mesh)
 
 
-async def test_a_node_whose_link_broke_is_not_asked_by_the_next_request() -> None:
+async def test_a_node_whose_link_broke_is_avoided_by_the_next_requests() -> None:
     async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh:
         await tokens_of(mesh, "s1")
         dead = next(node for name in "ab" if (node := mesh.nodes[name]).engine.opened)
@@ -244,7 +244,7 @@ async def test_a_node_whose_link_broke_is_not_asked_by_the_next_request() -> Non
             assert record_of(mesh, f"t{number}").attempts == 1
 
 
-async def test_a_stage_that_falls_silent_is_left_as_soon_as_membership_cannot_reach_it(mock_clock: MockClock) -> None:
+async def test_a_silent_stage_is_left_once_membership_suspects_it(mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0.02
     async with small_mesh(**SPLIT) as mesh:
         entry = mesh.nodes["entry"]

@@ -1,4 +1,4 @@
-"""Pages over the links: as many as are cheaper fetched than computed, in bounded time, and none that is not what was told."""
+"""Pages fetched from peers: only while that is cheaper than computing, in bounded time, and checked against their hashes."""
 
 from __future__ import annotations
 
@@ -78,17 +78,17 @@ CONTENT = {name: bytes([number + 1]) * PAGE for number, name in enumerate(NAMES)
 
 
 class TwoNodes:
-    """`here` asks `there` over a link of `link_bytes_s`; what `spoil` makes of an answer is what comes."""
+    """`here` fetches from `there` over a link of `link_bytes_s`; `spoil` alters the answers."""
 
     def __init__(self, here: FakeEngine, there: FakeEngine, link_bytes_s: float = 100e6) -> None:
-        self.there = PageExchange(there, self._nobody)  # type: ignore[arg-type]
+        self.there = PageExchange(there, self._no_call)  # type: ignore[arg-type]
         self.here = PageExchange(here, self._call)  # type: ignore[arg-type]
         self.link_bytes_s = link_bytes_s
         self.asked: list[int] = []
         self.spoil: Callable[[Header, bytes], Reply] = lambda header, tail: (header, tail)
 
-    async def _nobody(self, *given: Any, **named: Any) -> Reply:
-        raise AssertionError("it asks nobody")
+    async def _no_call(self, *given: Any, **named: Any) -> Reply:
+        raise AssertionError("no peer is to be asked")
 
     async def _call(self, to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> Reply:
         assert (to, kind) == (PEER, PAGES_KIND)
@@ -113,7 +113,7 @@ async def test_all_pages_come_in_batches_where_the_link_is_fast(autojump_clock: 
     assert now.refused_answers_total == now.failed_total == now.not_worth_total == 0
 
 
-async def test_only_the_probe_comes_where_computing_is_cheaper_and_not_even_that_soon_again(autojump_clock: MockClock) -> None:
+async def test_only_the_probe_is_fetched_where_computing_is_cheaper(autojump_clock: MockClock) -> None:
     nodes, mine = two(link_bytes_s=5e6)
     await nodes.here.fetch(SEQUENCE, PEER)
     assert len(mine.held) == PROBE_PAGES and nodes.asked == [PROBE_PAGES]
@@ -125,7 +125,7 @@ async def test_only_the_probe_comes_where_computing_is_cheaper_and_not_even_that
 
 
 @pytest.mark.parametrize(("own", "theirs", "pages"), [(0.0, 300.0, 20), (0.0, 0.0, PROBE_PAGES), (1e6, 300.0, PROBE_PAGES)])
-async def test_the_own_rate_counts_and_the_peers_where_there_is_none(
+async def test_the_peers_prefill_rate_is_used_without_an_own_one(
     own: float, theirs: float, pages: int, autojump_clock: MockClock
 ) -> None:
     nodes, mine = two(own=own, theirs=theirs)
@@ -149,7 +149,7 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("kind", SPOILT)
-async def test_an_answer_that_is_not_what_it_says_is_refused_and_counted(kind: str, autojump_clock: MockClock) -> None:
+async def test_an_answer_that_does_not_match_its_header_is_refused(kind: str, autojump_clock: MockClock) -> None:
     nodes, mine = two()
     nodes.spoil = SPOILT[kind]
     await nodes.here.fetch(SEQUENCE, PEER)
@@ -163,7 +163,7 @@ async def test_pages_that_the_engine_refuses_are_counted(autojump_clock: MockClo
     assert not mine.held and nodes.here.statistics().refused_answers_total == 1
 
 
-async def test_no_more_is_asked_for_than_there_is_room_for(autojump_clock: MockClock) -> None:
+async def test_only_as_many_pages_are_requested_as_there_is_room_for(autojump_clock: MockClock) -> None:
     nodes, mine = two(room=5)
     await nodes.here.fetch(SEQUENCE, PEER)
     assert len(mine.held) == 5 and nodes.asked == [PROBE_PAGES, 8]
@@ -184,7 +184,7 @@ async def test_a_peer_that_is_gone_or_silent_costs_a_bounded_time(autojump_clock
     assert trio.current_time() - before == pytest.approx(MAX_WAIT_S) and not mine.held
 
 
-async def test_an_ask_that_is_none_is_the_askers_fault() -> None:
+async def test_an_invalid_request_for_pages_is_a_remote_error() -> None:
     nodes, _ = two()
     for header in ({}, {"names": [b"x"]}, {"names": 3}):
         with pytest.raises(RemoteError, match=PAGES_KIND):
@@ -192,7 +192,7 @@ async def test_an_ask_that_is_none_is_the_askers_fault() -> None:
 
 
 class OpenedOnly:
-    """An engine that only notes what is opened."""
+    """An engine that only records the opened sequences."""
 
     def __init__(self) -> None:
         self.opened: list[StreamId] = []
@@ -205,7 +205,7 @@ class OpenedOnly:
         pass
 
 
-async def test_pages_come_before_a_sequence_begins_and_a_close_meanwhile_is_heard() -> None:
+async def test_a_close_during_a_fetch_of_pages_is_applied() -> None:
     engine, order, may_go_on = OpenedOnly(), list[str](), trio.Event()
 
     async def fetch(sequence: OpenSequence, source: Address) -> None:

@@ -22,16 +22,18 @@ MIB = 1 << 20
         (30, MIB, None, 300.0, PROBE_PAGES),  # the link is unknown: found out
         (MIN_PAGES - 1, MIB, None, 300.0, 0),  # and not worth finding out for so little
         (30, MIB, None, 0.0, PROBE_PAGES),
-        (30, MIB, 100 * MIB, 0.0, 0),  # nobody has measured a prefill
+        (30, MIB, 100 * MIB, 0.0, 0),  # no prefill has been measured
         (0, MIB, 100 * MIB, 300.0, 0),
     ],
 )
-def test_what_is_fetched(missing: int, page_bytes: int, link_bytes_s: float | None, prefill_tok_s: float, count: int) -> None:
+def test_how_many_pages_are_fetched(
+    missing: int, page_bytes: int, link_bytes_s: float | None, prefill_tok_s: float, count: int
+) -> None:
     assert pages_to_fetch(missing, page_bytes, 32, link_bytes_s, prefill_tok_s) == count
 
 
 @given(st.integers(0, 500), st.integers(1, 1 << 26), st.floats(1.0, 1e11), st.floats(0.0, 1e6))
-def test_nothing_is_fetched_that_is_computed_in_less_time(missing: int, page_bytes: int, link: float, prefill: float) -> None:
+def test_pages_are_fetched_only_if_computing_takes_longer(missing: int, page_bytes: int, link: float, prefill: float) -> None:
     count = pages_to_fetch(missing, page_bytes, 32, link, prefill)
     assert 0 <= count <= missing and (count <= 1 or count * page_bytes <= BATCH_BYTES)
     assert count == 0 or page_bytes / link < 32 / prefill

@@ -1,4 +1,4 @@
-"""Where a stage may get pages from: the live node that was sent most of the prompt's beginning, and holds the layers."""
+"""The source of a stage's prefix pages: the live node that was sent most of the prompt's beginning and holds the layers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def planning(**changes: Peer) -> Planning:
     return made
 
 
-def test_the_node_that_was_sent_most_is_named_and_nobody_where_the_stage_has_as_much() -> None:
+def test_the_source_is_the_node_that_was_sent_most_of_the_prefix() -> None:
     made = planning()
     assert made.page_source(stage("a"), CARD, NAMES) == ADDRESS["c"]
     assert made.page_source(stage("a"), CARD, NAMES[:2]) == ADDRESS["b"], "of equals the first"
@@ -65,11 +65,11 @@ def holder(
         holder(weights="others"),
     ],
 )
-def test_a_node_without_the_layers_or_weights_or_that_may_not_answer_is_not_asked(peer: Peer) -> None:
+def test_a_node_without_the_layers_or_weights_is_no_source(peer: Peer) -> None:
     assert planning(c=peer).page_source(stage("a"), CARD, NAMES) == ADDRESS["b"]
 
 
-def test_a_node_that_restarted_has_nothing() -> None:
+def test_a_node_that_restarted_is_no_source() -> None:
     made = planning()
     made.forget(NodeId("c"))
     assert made.page_source(stage("a"), CARD, NAMES) == ADDRESS["b"]

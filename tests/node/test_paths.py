@@ -1,4 +1,4 @@
-"""Requests over paths of several nodes, with whatever can go wrong on the way."""
+"""Requests over paths of several nodes, with all kinds of losses and refusals on the way."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -44,13 +44,13 @@ def tokens(events: Iterable[Any], choice: int = 0) -> list[int]:
 
 
 async def at_rest(mesh: SmallMesh) -> None:
-    """Until nobody holds a sequence: closes travel as frames of their own."""
+    """Waits until no node holds a sequence, as closes are frames of their own."""
     live = [node for node in mesh.nodes.values() if not node.scope.cancel_called]
     while any(node.engine.sequences or node.stages.open_sequences or node.entry.open_requests for node in live):
         await trio.sleep(0.01)
 
 
-async def test_a_split_path_brings_every_token_once_and_ends() -> None:
+async def test_a_split_path_delivers_every_token_once() -> None:
     async with small_mesh(**SPLIT) as mesh:
         events = await run(mesh)
         await at_rest(mesh)
@@ -82,19 +82,19 @@ async def test_any_stage_that_dies_at_any_token_costs_no_token(after: int) -> No
             assert events[-1].attempts == 2 or (events[-1].attempts == 1 and after > 15)  # it may have been done already
 
 
-async def test_the_first_stage_is_told_what_all_others_have_and_the_client_what_was_cached() -> None:
+async def test_the_first_stages_open_has_the_cached_pages_of_the_others() -> None:
     async with small_mesh(entry=(), a=((0, 2),), b=((2, 4),), c=((4, 6),)) as mesh:
         for name, pages in (("a", 9), ("b", 3), ("c", 5)):
             mesh.nodes[name].engine.pages = pages
         events = await run(mesh)
 
-        told = {name: prefix for name in "abc" if (prefix := mesh.nodes[name].engine.opened[0].prefix)}
-        assert [told[name].elsewhere for name in "abc"] == [3, None, None]
-        assert all(each.salt == told["a"].salt and each.numerics == "n" for each in told.values())
+        prefixes = {name: prefix for name in "abc" if (prefix := mesh.nodes[name].engine.opened[0].prefix)}
+        assert [prefixes[name].elsewhere for name in "abc"] == [3, None, None]
+        assert all(each.salt == prefixes["a"].salt and each.numerics == "n" for each in prefixes.values())
         assert events[-1].cached_tokens == 5
 
 
-async def test_a_stage_gets_priority_remaining_time_and_whether_it_is_the_last_choice() -> None:
+async def test_an_open_carries_priority_remaining_time_and_last_choice() -> None:
     async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh:
         await run(mesh, a_request(priority=-3))
         [opened] = [each for name in "ab" for each in mesh.nodes[name].engine.opened]
@@ -113,7 +113,7 @@ async def test_a_stage_gets_priority_remaining_time_and_whether_it_is_the_last_c
         assert not any(each.last_choice for name in "ab" for each in mesh.nodes[name].engine.opened), "it is one of two"
 
 
-async def test_an_answer_that_is_no_answer_to_an_open_is_a_lost_stage() -> None:
+async def test_an_invalid_answer_to_an_open_is_a_lost_stage() -> None:
     async with small_mesh(entry=(), a=((0, 6),), b=((0, 6),)) as mesh:
         mesh.nodes["a"].engine.pages = mesh.nodes["b"].engine.pages = -1
         with trio.move_on_after(0.5):
@@ -121,7 +121,7 @@ async def test_an_answer_that_is_no_answer_to_an_open_is_a_lost_stage() -> None:
         assert record_of(mesh.nodes["entry"].entry).attempts > 1
 
 
-async def test_an_evicted_sequence_is_replayed_elsewhere_from_what_was_said() -> None:
+async def test_an_evicted_sequence_is_replayed_on_another_path() -> None:
     async with small_mesh(**SPLIT) as mesh:
         for name in "abc":
             engine = mesh.nodes[name].engine
@@ -151,7 +151,7 @@ async def test_a_late_token_of_an_older_attempt_is_dropped_and_counted() -> None
         assert entry.statistics().counters.late_tokens_total == 1
 
 
-async def test_a_node_that_is_full_is_passed_over_and_waited_for() -> None:
+async def test_a_full_node_is_waited_for() -> None:
     async with small_mesh(entry=(), only=((0, 6),)) as mesh:
         mesh.nodes["only"].engine.refuse = 4
 
@@ -186,18 +186,18 @@ async def test_several_choices_count_one_seq_and_end_each() -> None:
         assert seqs == sorted(seqs)
 
 
-async def test_a_stop_string_ends_the_answer_and_the_work() -> None:
+async def test_a_stop_string_ends_the_answer_and_frees_its_stages() -> None:
     async with small_mesh(**SPLIT) as mesh:
         text = "".join(map(chr, EXPECTED))
         events = await run(mesh, a_request(stop=(text[5:8],)))
         await at_rest(mesh)
 
-        said = "".join(event.text for event in events if isinstance(event, TextDelta))
-        assert said == text[:5]
+        text_sent = "".join(event.text for event in events if isinstance(event, TextDelta))
+        assert text_sent == text[:5]
         assert [event.finish_reason for event in events if isinstance(event, ChoiceDone)] == ["stop"]
 
 
-async def test_tokens_that_come_with_the_one_that_completes_a_stop_string_change_nothing() -> None:
+async def test_tokens_after_a_completed_stop_string_change_nothing() -> None:
     async with small_mesh(entry=(), only=((0, 6),)) as mesh:
         engine = mesh.nodes["only"].engine
 
@@ -215,7 +215,7 @@ async def test_tokens_that_come_with_the_one_that_completes_a_stop_string_change
         assert listed == EXPECTED[:9] and events[-1].seq == done.seq == 9
 
 
-async def test_a_client_that_leaves_frees_all_stages() -> None:
+async def test_a_disconnected_client_frees_all_stages() -> None:
     async with small_mesh(**SPLIT) as mesh:
         async with mesh.nodes["entry"].entry.generate(a_request(max_tokens=900)) as stream:
             async for event in stream:
@@ -226,7 +226,7 @@ async def test_a_client_that_leaves_frees_all_stages() -> None:
         assert record_of(mesh.nodes["entry"].entry).state() == "cancelled"
 
 
-async def test_a_close_that_overtakes_its_open_keeps_it_closed() -> None:
+async def test_an_open_that_comes_after_its_close_is_refused() -> None:
     async with small_mesh(**SPLIT) as mesh:
         stages, entry = mesh.nodes["a"].stages, mesh.nodes["entry"].id
         events = await run(mesh)
@@ -262,11 +262,11 @@ async def test_a_malformed_frame_of_a_peer_changes_nothing(kind: str, header: di
     async with small_mesh(**SPLIT) as mesh:
         entry = mesh.nodes["entry"]
 
-        def meddle(event: Any) -> None:
+        def send_malformed(event: Any) -> None:
             if isinstance(event, Started):
                 mesh.nodes["a"].links.post(entry.links.config.address, kind, header)
 
-        events = await run(mesh, each=meddle)
+        events = await run(mesh, each=send_malformed)
         while not entry.links.counters.frames_rejected_total:  # it has a link of its own
             await trio.sleep(0.01)
 
@@ -286,7 +286,7 @@ async def test_sequences_of_a_dead_entry_are_freed() -> None:
         assert not stuck.sequences
 
 
-async def test_what_nothing_comes_for_is_swept() -> None:
+async def test_idle_sequences_are_swept() -> None:
     async with small_mesh(**SPLIT) as mesh:
         for name in "abc":
             mesh.nodes[name].engine.faults[12] = lambda key: None

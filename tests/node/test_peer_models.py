@@ -54,7 +54,7 @@ class Mesh:
         self.replace(Peer(peer.id, name, peer.address, facts=facts))
 
     def replace(self, peer: Peer) -> None:
-        self.network._set({**self.network.view.peers, peer.id: peer})
+        self.network.set_peers({**self.network.view.peers, peer.id: peer})
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ async def test_a_nodes_own_models_go_before_those_of_peers(mesh: Mesh, catalogue
         assert (await models.get(CARD.id)).card.id == "second"
 
 
-async def test_what_no_live_node_knows_is_not_found_and_what_is_known_is_named(mesh: Mesh, catalogue: Catalogue) -> None:
+async def test_an_unknown_model_is_refused_with_the_names_of_the_known(mesh: Mesh, catalogue: Catalogue) -> None:
     async with running(mesh) as models:
         with pytest.raises(BadRequest, match="no model is named, and there is none here; known: none") as refused:
             await models.get(None)
@@ -122,7 +122,7 @@ async def test_what_no_live_node_knows_is_not_found_and_what_is_known_is_named(m
     assert not mesh.network.asked
 
 
-async def test_missing_layers_are_told_before_anything_is_fetched(mesh: Mesh, catalogue: Catalogue) -> None:
+async def test_missing_layers_are_reported_before_anything_is_fetched(mesh: Mesh, catalogue: Catalogue) -> None:
     mesh.peer_serves("a", catalogue, spans=(Span(CARD.id, 0, 2),))
     async with running(mesh) as models:
         with pytest.raises(NoPath, match="layers 2:6 of second"):
@@ -140,7 +140,7 @@ async def test_a_model_whose_files_no_peer_offers_yet_is_waited_for(mesh: Mesh, 
         assert (await models.get(CARD.id)).card.id == CARD.id
 
 
-async def test_a_slow_peer_costs_a_request_a_bounded_wait_and_the_fetch_goes_on(
+async def test_a_request_waits_a_bounded_time_for_a_slow_peer(
     mesh: Mesh, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert 0 < WAIT_S < SILENCE_S, "a client that waits longer takes the node for dead"
@@ -188,9 +188,7 @@ async def test_text_files_beyond_the_bound_are_refused_for_a_while(
     assert not mesh.network.asked
 
 
-async def test_of_many_models_those_that_were_asked_for_last_are_kept(
-    mesh: Mesh, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_text_sides_requested_last_are_kept(mesh: Mesh, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
     async def read(fetched: Any) -> ServedModel:
         text: Any = None
         return ServedModel(fetched.card, DIRECTORY, text)
@@ -250,7 +248,7 @@ async def test_where_other_weights_answer_their_own_text_side_is_fetched(
         assert await models.get(CARD.id) is own
 
 
-async def test_weights_whose_text_side_cannot_be_had_are_not_answered_by_others(
+async def test_weights_without_a_text_side_are_not_replaced_by_others(
     mesh: Mesh, catalogue: Catalogue, other: Catalogue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("node.serving.peer_models.WAIT_S", 0.05)
@@ -258,19 +256,17 @@ async def test_weights_whose_text_side_cannot_be_had_are_not_answered_by_others(
     holds_own(mesh, catalogue.id)
     for name in "ab":
         mesh.peer_serves(name, other)
-        mesh.network.sources[name].remove(other.id)  # it tells of them, and does not give them
+        mesh.network.sources[name].remove(other.id)  # the peer publishes the weights, and does not send them
     async with running(mesh) as models:
         with pytest.raises(ModelLoading, match="second's tokenizer is being fetched from a, b"):
             await models.get(CARD.id)
         monkeypatch.setattr("node.serving.peer_models.WAIT_S", 60.0)
         mesh.network.sources["b"].add(other)
-        assert (await models.get(CARD.id)).card.weights == other.id, "asked again until a peer gave them"
+        assert (await models.get(CARD.id)).card.weights == other.id, "asked again until a peer sent them"
 
 
 @pytest.mark.parametrize("name", ["second@", "second@cccccccc", "second@CCCCCCCC", "other@aaaaaaaa"])
-async def test_a_version_that_no_live_node_has_is_refused_with_those_there_are(
-    mesh: Mesh, catalogue: Catalogue, other: Catalogue, name: str
-) -> None:
+async def test_a_version_that_no_live_node_has_is_refused(mesh: Mesh, catalogue: Catalogue, other: Catalogue, name: str) -> None:
     holds_own(mesh, catalogue.id)
     for peer in "ab":
         mesh.peer_serves(peer, other)
@@ -280,7 +276,7 @@ async def test_a_version_that_no_live_node_has_is_refused_with_those_there_are(
     assert (refused.value.status, refused.value.code) == (404, "model_not_found")
 
 
-async def test_a_node_that_has_only_just_begun_knows_its_own_model(mesh: Mesh) -> None:
+async def test_a_node_that_has_just_started_has_its_own_model(mesh: Mesh) -> None:
     text: Any = None
     own = ServedModel(CARD, DIRECTORY, text)
     mesh.own.add(own)
@@ -290,7 +286,7 @@ async def test_a_node_that_has_only_just_begun_knows_its_own_model(mesh: Mesh) -
             await models.get(ModelId("other"))
 
 
-async def test_missing_layers_of_a_version_are_told_by_its_name(mesh: Mesh, catalogue: Catalogue, other: Catalogue) -> None:
+async def test_missing_layers_of_a_version_are_reported_by_its_name(mesh: Mesh, catalogue: Catalogue, other: Catalogue) -> None:
     holds_own(mesh, catalogue.id)
     mesh.peer_serves("a", other, spans=(Span(CARD.id, 0, 2),))
     async with running(mesh) as models:

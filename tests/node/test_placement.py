@@ -1,4 +1,4 @@
-"""What becomes of a span whose workers ended: untold at once, loaded again, and given up when it happens again and again."""
+"""A span whose workers have ended: withdrawn at once, loaded again, and the end of the node when it happens again and again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from node.engine.api import SpanLost
 from node.engine.parallel.worker_group import WorkersLost
 from node.serving.models import InitialModels, ServedModel, ServedModels
 from node.serving.own_facts import OwnFacts
-from node.serving.placement import MAX_LOSSES, MEND_AFTER_S, Placement
+from node.serving.placement import MAX_LOSSES, RELOAD_AFTER_S, Placement
 from node.serving.stages import Stages
 from node.weights.verifying import FilesChanged
 
@@ -46,7 +46,7 @@ class LoadingEngine:
 
 
 class FilesAreHere:
-    async def bring(self, model: ServedModel, span: Span) -> None: ...
+    async def fetch_span(self, model: ServedModel, span: Span) -> None: ...
 
     async def identify(self, model: ServedModel) -> ServedModel:
         return replace(model, card=msgspec.structs.replace(model.card, weights=WEIGHTS))
@@ -59,7 +59,7 @@ class FilesAreHere:
 
 
 class Placed:
-    """A node pinned to the whole model, or to `layers` of it, which it serves once `placing.run` has begun."""
+    """A node pinned to the whole model, or to `layers` of it, which it serves once `placement.run` has begun."""
 
     def __init__(self, layers: str = "0:4", cards: tuple[ModelCard, ...] = (CARD,)) -> None:
         models = ServedModels()
@@ -73,19 +73,19 @@ class Placed:
         membership: Any = None
         holdings = InitialModels(models, {card.id: 4 for card in cards}, (), 1 << 30)
         engine: Any = self.engine
-        self.placing = Placement(layers, engine, holdings, self.facts, membership, library)
+        self.placement = Placement(layers, engine, holdings, self.facts, membership, library)
 
     async def serving(self) -> None:
         while self.facts.now.spans != (WHOLE,):
             await trio.sleep(0.01)
 
 
-async def test_pinned_layers_of_all_models_are_told_before_the_first_loads(autojump_clock: MockClock) -> None:
+async def test_pinned_layers_of_all_models_are_published_before_the_first_load(autojump_clock: MockClock) -> None:
     other = msgspec.structs.replace(CARD, id=ModelId("other"))
     placed = Placed("0:1,2:4", (CARD, other))
     wanted = {Span(card.id, *window) for card in (CARD, other) for window in ((0, 1), (2, 4))}
     async with trio.open_nursery() as nursery:
-        await nursery.start(placed.placing.run)
+        await nursery.start(placed.placement.run)
         assert set(placed.facts.now.intends) == wanted and not placed.engine.loads
         while set(placed.facts.now.spans) != wanted:
             await trio.sleep(0.01)
@@ -97,16 +97,16 @@ async def test_pinned_layers_of_all_models_are_told_before_the_first_loads(autoj
             assert set(facts.intends) == wanted - set(facts.spans), "what is not served yet is intended, to the last"
 
 
-async def test_a_span_whose_workers_ended_is_not_told_any_more_and_loaded_again(autojump_clock: MockClock) -> None:
+async def test_a_span_whose_workers_ended_is_withdrawn_and_loaded_again(autojump_clock: MockClock) -> None:
     placed = Placed()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(placed.placing.run)
+        nursery.start_soon(placed.placement.run)
         await placed.serving()
-        placed.placing.lost(SpanLost(WHOLE, "rank 1 was killed by signal 9"))
-        assert placed.facts.now.spans == (), "at once: nothing comes here any more"
+        placed.placement.span_lost(SpanLost(WHOLE, "rank 1 was killed by signal 9"))
+        assert placed.facts.now.spans == (), "withdrawn at once, so that no new path uses it"
         lost_at = trio.current_time()
         await placed.serving()
-        assert trio.current_time() - lost_at >= MEND_AFTER_S
+        assert trio.current_time() - lost_at >= RELOAD_AFTER_S
         assert placed.engine.loads == [WHOLE, WHOLE]
         assert any(facts.intends == (WHOLE,) and not facts.spans for facts in placed.published), "others need not take it over"
         nursery.cancel_scope.cancel()
@@ -117,36 +117,36 @@ async def test_a_span_whose_workers_ended_is_not_told_any_more_and_loaded_again(
 async def test_workers_that_end_while_they_load_again_are_another_loss(autojump_clock: MockClock) -> None:
     placed = Placed()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(placed.placing.run)
+        nursery.start_soon(placed.placement.run)
         await placed.serving()
         placed.engine.fails = MAX_LOSSES - 1
-        placed.placing.lost(SpanLost(WHOLE, "rank 1 was killed by signal 9"))
+        placed.placement.span_lost(SpanLost(WHOLE, "rank 1 was killed by signal 9"))
         await placed.serving()
         assert placed.engine.loads == [WHOLE] * (MAX_LOSSES + 1)
         nursery.cancel_scope.cancel()
     placed = Placed()
     with pytest.RaisesGroup(pytest.RaisesExc(MeshError, match="workers ended 4 times"), flatten_subgroups=True):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(placed.placing.run)
+            nursery.start_soon(placed.placement.run)
             await placed.serving()
             placed.engine.fails = 10**6
-            placed.placing.lost(SpanLost(WHOLE, "rank 1 was killed by signal 9"))
+            placed.placement.span_lost(SpanLost(WHOLE, "rank 1 was killed by signal 9"))
             await trio.sleep_forever()
 
 
 @pytest.mark.parametrize("layers", ["0:2", "2:4", "0:2,2:4", "0:4,1:3"])
-def test_layers_of_a_model_that_is_served_whole_only_are_not_pinned_apart(layers: str) -> None:
+def test_parts_of_a_whole_only_model_cannot_be_pinned(layers: str) -> None:
     whole_only = msgspec.structs.replace(CARD, whole_only="layer 1 is given per_layer_input beside the activations")
     Placed("0:4", (whole_only,))
     with pytest.raises(BadRequest, match=r"--layers \d:\d: toy is served whole only, for layer 1 .*; give --layers auto, 0:4"):
         Placed(layers, (whole_only,))
 
 
-def test_what_the_engine_says_of_a_lost_span_reaches_the_placing() -> None:
-    told: list[SpanLost] = []
+def test_a_span_that_the_engine_lost_is_passed_to_placement() -> None:
+    passed: list[SpanLost] = []
     anything: Any = None
-    Stages(("127.0.0.1", 1), anything, anything, anything, told.append).carry([SpanLost(WHOLE, "gone")])
-    assert told == [SpanLost(WHOLE, "gone")]
+    Stages(("127.0.0.1", 1), anything, anything, anything, passed.append).carry([SpanLost(WHOLE, "gone")])
+    assert passed == [SpanLost(WHOLE, "gone")]
 
 
 async def test_workers_that_end_again_and_again_end_the_node(autojump_clock: MockClock) -> None:
@@ -154,21 +154,21 @@ async def test_workers_that_end_again_and_again_end_the_node(autojump_clock: Moc
     again = pytest.RaisesExc(MeshError, match="workers ended 4 times in .* signal 9")
     with pytest.RaisesGroup(again, flatten_subgroups=True):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(placed.placing.run)
+            nursery.start_soon(placed.placement.run)
             for _ in range(MAX_LOSSES + 1):
                 await placed.serving()
-                placed.placing.lost(SpanLost(WHOLE, "rank 1 was killed by signal 9"))
+                placed.placement.span_lost(SpanLost(WHOLE, "rank 1 was killed by signal 9"))
             await trio.sleep_forever()
     assert placed.engine.loads == [WHOLE] * (MAX_LOSSES + 1)
 
 
-async def test_losses_that_lie_far_apart_are_mended_for_ever(autojump_clock: MockClock) -> None:
+async def test_losses_far_apart_in_time_are_always_reloaded(autojump_clock: MockClock) -> None:
     placed = Placed()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(placed.placing.run)
+        nursery.start_soon(placed.placement.run)
         for _ in range(3 * MAX_LOSSES):
             await placed.serving()
-            placed.placing.lost(SpanLost(WHOLE, "rank 0 ended with exit code 1"))
+            placed.placement.span_lost(SpanLost(WHOLE, "rank 0 ended with exit code 1"))
             await trio.sleep(300)
         await placed.serving()
         nursery.cancel_scope.cancel()

@@ -28,8 +28,8 @@ TINY = ModelId("tiny")
 WHOLE = Span(TINY, 0, LAYERS)
 
 
-class NotingEngine:
-    """Loads nothing; notes which weights it was told to load."""
+class RecordingEngine:
+    """Loads nothing; records the weights of each load."""
 
     def __init__(self) -> None:
         self.loaded: list[tuple[Span, str]] = []
@@ -58,7 +58,7 @@ class Running:
 
     def __init__(self, directory: Path, folder: Path) -> None:
         self.directory = directory
-        self.engine: Any = NotingEngine()
+        self.engine: Any = RecordingEngine()
         self.published: list[Facts] = []
         self.facts = OwnFacts(Facts(), self.published.append)
         self.models = ServedModels()
@@ -69,7 +69,7 @@ class Running:
         membership: Any = None
         holdings = InitialModels(self.models, {TINY: LAYERS}, (), 1 << 30)
         engine: Any = self.engine
-        self.placing = Placement(f"0:{LAYERS}", engine, holdings, self.facts, membership, self.library)
+        self.placement = Placement(f"0:{LAYERS}", engine, holdings, self.facts, membership, self.library)
 
     def serves(self) -> str:
         """The weights in service; empty: none."""
@@ -80,11 +80,11 @@ class Running:
             while not condition():
                 await trio.sleep(0.005)
 
-    def said(self) -> None:
-        """Whatever was told at any time: a span in service has weights, and they are some that were loaded."""
+    def check_published(self) -> None:
+        """Checks all published facts: a span in service has weights, and they have been loaded."""
         loaded = {weights for _, weights in self.engine.loaded}
-        for told in self.published:
-            assert not told.spans or told.models[0].weights in loaded, "nothing is served before its weights are known"
+        for facts in self.published:
+            assert not facts.spans or facts.models[0].weights in loaded, "nothing is served before its weights are known"
 
 
 async def never_asked(*_: object, **__: object) -> Any:
@@ -95,9 +95,9 @@ async def never_asked(*_: object, **__: object) -> Any:
 async def running(tmp_path: Path) -> AsyncIterator[Running]:
     node = Running(tmp_path / "model", tmp_path / "own")
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(node.placing.run)
+        nursery.start_soon(node.placement.run)
         yield node
-        node.said()
+        node.check_published()
         nursery.cancel_scope.cancel()
 
 
@@ -121,19 +121,19 @@ def flip_unseen(path: Path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-async def test_the_weights_are_known_and_told_before_anything_is_loaded(tmp_path: Path) -> None:
+async def test_the_weights_are_published_before_anything_is_loaded(tmp_path: Path) -> None:
     async with running(tmp_path) as node:
         await node.until(node.serves)
         weights = identity_of(node.directory)
         assert node.serves() == weights
         assert node.engine.loaded == [(WHOLE, weights)]
         first = node.published[0].models[0]
-        assert (first.weights, node.published[0].spans) == ("", ()), "at first only that it knows the model"
+        assert (first.weights, node.published[0].spans) == ("", ()), "at first only the model, without weights"
         card = node.facts.now.models[0]
         assert (card.manifest, card.numerics) == (weights, "numerics of " + weights[:8]) and card.written_at_s
 
 
-async def test_a_file_that_is_written_is_served_no_more_until_it_is_hashed_and_then_as_what_it_is(tmp_path: Path) -> None:
+async def test_a_model_whose_file_is_written_is_hashed_again_before_it_serves(tmp_path: Path) -> None:
     with capture_logs() as logs:
         async with running(tmp_path) as node:
             await node.until(node.serves)
@@ -143,19 +143,19 @@ async def test_a_file_that_is_written_is_served_no_more_until_it_is_hashed_and_t
             assert node.serves() == identity_of(node.directory)
             assert node.engine.unloaded == [WHOLE]
             assert [weights for _, weights in node.engine.loaded] == [before, node.serves()]
-            between = [told for told in node.published if not told.models[0].weights and told.intends]
-            assert between and not any(told.spans for told in between), "between, it said that it loads"
+            between = [facts for facts in node.published if not facts.models[0].weights and facts.intends]
+            assert between and not any(facts.spans for facts in between), "meanwhile the spans are published as intended"
             assert TINY in node.library.faults
-    [said] = [line for line in logs if line["event"] == "weights.changed"]
-    assert (said["log_level"], said["file"], said["weights"]) == ("error", "config.json", before[:16])
+    [line] = [each for each in logs if each["event"] == "weights.changed"]
+    assert (line["log_level"], line["file"], line["weights"]) == ("error", "config.json", before[:16])
 
 
-async def test_a_byte_that_flipped_unseen_is_found_after_a_start_from_the_record(tmp_path: Path) -> None:
+async def test_a_flipped_byte_is_found_after_a_start_from_the_record(tmp_path: Path) -> None:
     weights = identity_of(tmp_path / "model")
     flip_unseen(tmp_path / "model" / "model-1.safetensors")
     async with running(tmp_path) as node:
         await node.until(lambda: node.serves() not in ("", weights))
-        assert next(told for _, told in node.engine.loaded) == weights, "the record was believed at the start"
+        assert next(loaded for _, loaded in node.engine.loaded) == weights, "the record was used at the start"
         assert "other bytes than were hashed" in node.library.faults[TINY]
         assert len(node.engine.loaded) == 2
         assert node.serves() == identity_of(node.directory), "the record has been mended"
@@ -169,7 +169,7 @@ def replaced(path: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["replaced", "removed"])
-async def test_what_was_loaded_is_served_on_when_its_files_are_replaced_or_removed(tmp_path: Path, how: str) -> None:
+async def test_loaded_layers_are_served_on_when_their_files_are_replaced(tmp_path: Path, how: str) -> None:
     with capture_logs() as logs:
         async with running(tmp_path) as node:
             await node.until(node.serves)
@@ -187,24 +187,24 @@ async def test_what_was_loaded_is_served_on_when_its_files_are_replaced_or_remov
             assert "served on until this node is started again" in node.library.faults[TINY]
 
 
-async def test_a_span_that_is_lost_after_its_files_were_replaced_comes_back_as_what_they_are(
+async def test_a_span_lost_after_its_files_were_replaced_has_the_new_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("node.serving.placement.MEND_AFTER_S", 0.01)
+    monkeypatch.setattr("node.serving.placement.RELOAD_AFTER_S", 0.01)
     with capture_logs() as logs:
         async with running(tmp_path) as node:
             await node.until(node.serves)
             before = node.serves()
             replaced(node.directory / "config.json", '{"vocab_size": 40, "other": 1}')
             await node.until(lambda: [line for line in logs if line["event"] == "weights.replaced"])
-            node.placing.lost(SpanLost(WHOLE, "its workers ended"))
+            node.placement.span_lost(SpanLost(WHOLE, "its workers ended"))
             await node.until(node.serves)
             assert node.serves() == identity_of(node.directory) != before
             assert node.facts.now.models[0].manifest == node.serves()
             assert [weights for _, weights in node.engine.loaded] == [before, node.serves()], "nothing of the old under the new"
 
 
-async def test_what_was_loaded_from_files_that_changed_meanwhile_is_not_served(tmp_path: Path) -> None:
+async def test_layers_from_files_that_changed_during_the_load_are_not_served(tmp_path: Path) -> None:
     async with running(tmp_path) as node:
         before = identity_of(node.directory)
 
@@ -215,7 +215,7 @@ async def test_what_was_loaded_from_files_that_changed_meanwhile_is_not_served(t
         node.engine.while_loading = write_once
         await node.until(node.serves)
         assert node.serves() == identity_of(node.directory) != before
-        assert all(told.models[0].weights != before for told in node.published if told.spans)
+        assert all(facts.models[0].weights != before for facts in node.published if facts.spans)
         assert node.engine.unloaded == [WHOLE]
 
 
@@ -241,7 +241,7 @@ async def test_damaged_files_at_the_start_end_the_node_with_the_reason(tmp_path:
     path.write_bytes(path.read_bytes()[:-1])
     node = Running(tmp_path / "model", tmp_path / "own")
     with pytest.raises(BadRequest, match="download it again"):
-        await node.placing.run()
+        await node.placement.run()
 
 
 def test_two_models_under_one_name_on_one_node_are_refused(tmp_path: Path) -> None:

@@ -14,51 +14,53 @@ SERVES = Facts(spans=(SPAN,))
 FULL = Load(waiting=3, kv_blocks_used=96, kv_blocks_total=100)
 
 
-class Told:
+class MonitoredNode:
     def __init__(self, facts: Facts = SERVES) -> None:
         self.published: list[Readiness] = []
         self.overdue_s = 0.0
         self.load = Load()
-        self.pulse = ReadinessMonitor(OwnFacts(facts, self._publish), lambda: self.load, lambda: self.overdue_s)
+        self.monitor = ReadinessMonitor(OwnFacts(facts, self._publish), lambda: self.load, lambda: self.overdue_s)
 
     def _publish(self, facts: Facts) -> None:
         self.published.append(facts.readiness)
 
 
-def test_each_state_and_which_is_the_gravest() -> None:
+def test_the_most_severe_readiness_applies() -> None:
     assert readiness_of(SERVES, Load(), 0.0) is Readiness.WARM
     assert readiness_of(Facts(), Load(), 0.0) is Readiness.WARM, "an entry without layers takes requests"
     assert readiness_of(Facts(intends=(SPAN,)), Load(), 0.0) is Readiness.LOADING
     assert readiness_of(Facts(intends=(SPAN,), spans=(SPAN,)), Load(), 0.0) is Readiness.WARM, "it serves while it loads more"
     assert readiness_of(SERVES, FULL, 0.0) is Readiness.OVERLOADED
-    assert readiness_of(SERVES, Load(kv_blocks_used=100, kv_blocks_total=100), 0.0) is Readiness.WARM, "full, but nobody waits"
+    assert readiness_of(SERVES, Load(kv_blocks_used=100, kv_blocks_total=100), 0.0) is Readiness.WARM, (
+        "full, but no request waits"
+    )
     assert readiness_of(SERVES, Load(waiting=1), 0.0) is Readiness.WARM, "a node without blocks is not full"
     assert readiness_of(SERVES, FULL, 0.1) is Readiness.STALLED
     assert readiness_of(Facts(draining=True), FULL, 0.1) is Readiness.DRAINING
 
 
-async def test_a_stall_is_told_within_a_look_and_its_end_too(autojump_clock: trio.abc.Clock) -> None:
-    told = Told()
+async def test_a_stall_and_its_end_are_published_within_one_check(autojump_clock: trio.abc.Clock) -> None:
+    node = MonitoredNode()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(told.pulse.run)
+        nursery.start_soon(node.monitor.run)
         await trio.sleep(1)
-        assert told.published == [], "what everyone knows is not told"
-        told.overdue_s = 0.2
+        assert node.published == [], "a readiness that is published already is not published again"
+        node.overdue_s = 0.2
         await trio.sleep(0.3)
-        assert told.published == [Readiness.STALLED]
-        told.overdue_s = 0.0
+        assert node.published == [Readiness.STALLED]
+        node.overdue_s = 0.0
         await trio.sleep(0.3)
         nursery.cancel_scope.cancel()
-    assert told.published == [Readiness.STALLED, Readiness.WARM]
-    assert told.pulse.stalls == 1
+    assert node.published == [Readiness.STALLED, Readiness.WARM]
+    assert node.monitor.stalls == 1
 
 
-def test_an_overload_that_comes_and_goes_is_told_once() -> None:
-    told = Told()
+def test_an_intermittent_overload_is_published_once() -> None:
+    node = MonitoredNode()
     for step in range(20):
-        told.load = FULL if step % 2 == 0 else Load()
-        told.pulse.look(step * 0.25)
-    assert told.published == [Readiness.OVERLOADED]
-    told.pulse.look(100.0)
-    told.pulse.look(100.0 + CALM_S)
-    assert told.published == [Readiness.OVERLOADED, Readiness.WARM]
+        node.load = FULL if step % 2 == 0 else Load()
+        node.monitor.check(step * 0.25)
+    assert node.published == [Readiness.OVERLOADED]
+    node.monitor.check(100.0)
+    node.monitor.check(100.0 + CALM_S)
+    assert node.published == [Readiness.OVERLOADED, Readiness.WARM]

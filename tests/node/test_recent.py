@@ -13,14 +13,14 @@ def record(stream: str = "s1", request_id: str = "", *histories: Sequence[Any]) 
     return RequestRecord(StreamId(stream), request_id, NodeId("n"), generations=generations)
 
 
-def test_one_death_is_one_more_attempt_however_many_choices_it_hit() -> None:
+def test_one_death_is_one_more_attempt_for_any_number_of_choices() -> None:
     assert record("s1", "", (), ()).attempts == 1
     assert record("s1", "", ("a died",), ("a died",)).attempts == 2
     assert record("s1", "", ("a died", "b died"), ("a died",)).attempts == 3
     assert record("s1", "").attempts == 1
 
 
-def test_a_request_is_found_by_stream_and_by_the_name_its_client_gave_the_newest_first() -> None:
+def test_a_request_is_found_by_stream_id_or_x_request_id() -> None:
     recent = RecentRequests()
     first, second = record("s1", "mine"), record("s2", "mine")
     recent.add(first)
@@ -31,7 +31,7 @@ def test_a_request_is_found_by_stream_and_by_the_name_its_client_gave_the_newest
     assert recent.find("other") is None
 
 
-def test_the_oldest_is_forgotten_with_its_name() -> None:
+def test_the_oldest_record_is_dropped_with_its_request_id() -> None:
     recent = RecentRequests()
     for number in range(REMEMBERED + 1):
         recent.add(record(f"s{number}", f"r{number}"))

@@ -210,17 +210,17 @@ def test_facts_go_out_once_for_each_change() -> None:
     sent: list[Facts] = []
     facts = OwnFacts(Facts(), sent.append)
     card, span = ModelCard(ModelId("m"), 6, 100, "w", ""), Span(ModelId("m"), 0, 3)
-    facts.know(card, 4)
-    facts.intend((span,))
-    facts.serve(card, (span,))
-    facts.serve(card, (span,))
+    facts.set_model(card, 4)
+    facts.set_intended((span,))
+    facts.set_serving(card, (span,))
+    facts.set_serving(card, (span,))
 
     assert [fact.intends for fact in sent] == [(), (span,), ()]
     assert facts.now.spans == (span,) and facts.now.capacity == {"m": 4}
-    facts.compute_uncompiled("no C compiler")
-    facts.compute_uncompiled("no C compiler")
+    facts.set_uncompiled("no C compiler")
+    facts.set_uncompiled("no C compiler")
     assert [fact.uncompiled for fact in sent] == ["", "", "", "no C compiler"]
-    facts.know(ModelCard(ModelId("pinned"), 2, 100, "w", ""), None)
+    facts.set_model(ModelCard(ModelId("pinned"), 2, 100, "w", ""), None)
     assert "pinned" not in facts.now.capacity
 
 

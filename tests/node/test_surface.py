@@ -1,4 +1,4 @@
-"""What the node answers to HTTP without making its other clients wait."""
+"""The services behind HTTP: status, and work that must not block other clients."""
 
 import threading
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from routing.loading import being_loaded
 
 
 class CountingEmbedder:
-    """Notes the thread that each call ran in."""
+    """Records the thread that each call ran in."""
 
     dim, identity = 4, "counting"
 
@@ -45,7 +45,7 @@ async def no_call(*args: object, **kwargs: object) -> None:
     raise AssertionError("nobody is asked")
 
 
-async def test_embedding_and_counting_leave_the_loop_to_others(tmp_path: Path) -> None:
+async def test_embedding_and_counting_do_not_block_the_event_loop(tmp_path: Path) -> None:
     view = View(NodeId("a" * 16))
     embedder: Any = CountingEmbedder()
     absent: Any = None
@@ -59,7 +59,7 @@ async def test_embedding_and_counting_leave_the_loop_to_others(tmp_path: Path) -
     assert threading.current_thread() not in embedder.threads
 
 
-def test_status_tells_which_kernel_computes_each_span_and_why_and_how_far_one_that_loads_has_come() -> None:
+def test_status_has_the_kernel_and_load_progress_of_each_span() -> None:
     me = Peer(NodeId("a" * 16), "n", ("127.0.0.1", 1))
     view = View(me.id, {me.id: me})
     engine = SimpleNamespace(
@@ -77,7 +77,7 @@ def test_status_tells_which_kernel_computes_each_span_and_why_and_how_far_one_th
     assert to_builtins(status(view, [], {}, 0.0, None))["self"]["loading"] == {}, "another engine may tell of nothing"
 
 
-def test_status_says_what_it_costs_to_be_without_the_compiled_kernel_and_what_to_do() -> None:
+def test_status_has_a_remedy_for_a_missing_compiled_kernel() -> None:
     told = [
         to_builtins(status(View(me.id, {me.id: me}), [], {}, 0.0, None))["self"]["uncompiled"]
         for me in (Peer(NodeId("a" * 16), "n", ("127.0.0.1", 1), facts=Facts(uncompiled=why)) for why in ("", TURNED_OFF))
@@ -87,7 +87,7 @@ def test_status_says_what_it_costs_to_be_without_the_compiled_kernel_and_what_to
 
 
 def serving(number: int, numerics: str, spans: int = 1) -> Peer:
-    """A node that knows model m with this fingerprint, and serves it if `spans`."""
+    """A node with the card of model m and this fingerprint, which serves the model if `spans`."""
     card = ModelCard(ModelId("m"), 6, 4096, "w", numerics)
     facts = Facts(spans=(Span(card.id, 0, 6),) * spans, models=(card,))
     return Peer(NodeId(f"{number:016x}"), f"n{number}", ("127.0.0.1", number + 1), facts=facts)
@@ -104,12 +104,12 @@ def serving(number: int, numerics: str, spans: int = 1) -> Peer:
         ([serving(0, "aa"), serving(1, "", spans=0)], "exact"),
     ],
 )
-def test_status_says_what_the_answers_of_each_model_promise(peers: list[Peer], promise: str) -> None:
+def test_status_has_the_numerics_of_each_model(peers: list[Peer], promise: str) -> None:
     view = View(peers[0].id, {peer.id: peer for peer in peers})
     assert to_builtins(status(view, [], {}, 0.0, None))["models"][0]["numerics"] == promise
 
 
-def test_status_says_how_far_each_node_and_model_is_that_is_loading() -> None:
+def test_status_has_the_progress_of_each_load() -> None:
     card = ModelCard(ModelId("m"), 6, 4096, "w", "")
     loading = Facts(models=(card,), intends=(Span(card.id, 2, 6),), loading={card.id: Loading(40, 7)})
     peers = [

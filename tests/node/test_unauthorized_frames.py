@@ -1,4 +1,4 @@
-"""Holding the mesh key lets a node send any frame; of a sequence only the nodes of its path are believed, each in its part."""
+"""Frames of nodes with the mesh key: those about a sequence are accepted from the nodes of its path only, each for its part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.node.paths import SmallMesh, a_request, small_mesh
 from tests.node.test_paths import EXPECTED, at_rest, run, tokens
 
 PATH = {"entry": (), "a": ((0, 3),), "b": ((3, 6),), "stranger": ()}
-HELD_AT = 15  # the position whose token the last stage keeps back, until the test lets it go on
+HELD_AT = 15  # the position whose token the last stage holds back until the test goes on
 KEY = SequenceKey(StreamId("s1"), 0, 1)
 A_TOKEN: dict[str, Any] = {"tokens": [[*KEY, HELD_AT, 33, None, None, [], 0]]}
 THE_LAST_TOKEN: dict[str, Any] = {"tokens": [[*KEY, HELD_AT, 33, "stop", None, [], 0]]}
@@ -26,7 +26,7 @@ SOME_ACTIVATIONS = {"rows": [[*KEY, HELD_AT - 1, 1, 1, [], [], 0]]}
 
 
 class Held:
-    """A stream in the midst of its answer."""
+    """A request that is held in the middle of its answer."""
 
     def __init__(self, mesh: SmallMesh) -> None:
         self.mesh = mesh
@@ -37,21 +37,21 @@ class Held:
         assert route is not None
         return route
 
-    def foreign_words(self, name: str) -> int:
+    def unauthorized_frames(self, name: str) -> int:
         return self.mesh.nodes[name].stages.statistics().foreign_words_total
 
-    async def say(self, sender: str, to: str, kind: str, header: dict[str, Any], tail: bytes = b"") -> None:
-        """Until the receiver has counted it as none of the sender's business."""
-        before, node = self.foreign_words(to), self.mesh.nodes[sender]
+    async def send(self, sender: str, to: str, kind: str, header: dict[str, Any], tail: bytes = b"") -> None:
+        """Sends a frame, and waits until the receiver has counted it as unauthorized."""
+        before, node = self.unauthorized_frames(to), self.mesh.nodes[sender]
         node.links.post(self.mesh.nodes[to].links.config.address, kind, header, tail)
         with trio.fail_after(5):
-            while self.foreign_words(to) == before:
+            while self.unauthorized_frames(to) == before:
                 await trio.sleep(0.005)
 
 
 @asynccontextmanager
 async def held_stream() -> AsyncIterator[Held]:
-    """Leaves when the stream has ended, undisturbed."""
+    """A held request, which must end undisturbed after the test."""
     async with small_mesh(**PATH) as mesh:
         held, reached = Held(mesh), trio.Event()
         engine = mesh.nodes["b"].engine
@@ -73,24 +73,24 @@ async def held_stream() -> AsyncIterator[Held]:
 
 @pytest.mark.parametrize("sender", ["stranger", "a", "entry"])
 @pytest.mark.parametrize("header", [A_TOKEN, THE_LAST_TOKEN])
-async def test_the_entry_believes_tokens_of_the_last_stage_alone(sender: str, header: dict[str, Any]) -> None:
+async def test_the_entry_accepts_tokens_of_the_last_stage_only(sender: str, header: dict[str, Any]) -> None:
     async with held_stream() as held:
-        await held.say(sender, "entry", "stage.tokens", header)
+        await held.send(sender, "entry", "stage.tokens", header)
 
 
 @pytest.mark.parametrize("sender", ["stranger", "entry"])
-async def test_the_first_stage_computes_tokens_of_the_last_stage_alone(sender: str) -> None:
+async def test_the_first_stage_accepts_tokens_of_the_last_stage_only(sender: str) -> None:
     async with held_stream() as held:
-        await held.say(sender, "a", "stage.tokens", A_TOKEN)
+        await held.send(sender, "a", "stage.tokens", A_TOKEN)
 
 
 @pytest.mark.parametrize(("sender", "to"), [("stranger", "b"), ("entry", "b"), ("b", "a"), ("stranger", "a")])
-async def test_a_stage_computes_activations_of_the_stage_before_it_alone(sender: str, to: str) -> None:
+async def test_a_stage_accepts_activations_of_the_previous_stage_only(sender: str, to: str) -> None:
     async with held_stream() as held:
-        await held.say(sender, to, "stage.hidden", SOME_ACTIVATIONS, b"?")
+        await held.send(sender, to, "stage.hidden", SOME_ACTIVATIONS, b"?")
 
 
-async def test_activations_of_a_strangers_rows_do_not_spoil_those_that_share_their_frame() -> None:
+async def test_unauthorized_rows_do_not_affect_others_in_their_frame() -> None:
     async with held_stream() as held:
         pushed = held.mesh.nodes["b"].engine
         seen: list[bytes] = []
@@ -112,20 +112,20 @@ async def test_activations_of_a_strangers_rows_do_not_spoil_those_that_share_the
 
 @pytest.mark.parametrize("blamed", ["a", "b", "stranger"])
 @pytest.mark.parametrize("retryable", [True, False])
-async def test_only_a_stage_of_the_path_gives_up_an_attempt(blamed: str, retryable: bool) -> None:
+async def test_only_a_stage_of_the_path_can_give_up_an_attempt(blamed: str, retryable: bool) -> None:
     async with held_stream() as held:
         address = held.mesh.nodes[blamed].links.config.address
-        lost = {"key": KEY, "reason": "I say so", "retryable": retryable, "address": address}
-        await held.say("stranger", "entry", "stage.lost", lost)
+        lost = {"key": KEY, "reason": "forged", "retryable": retryable, "address": address}
+        await held.send("stranger", "entry", "stage.lost", lost)
 
 
 @pytest.mark.parametrize(("sender", "to"), [("stranger", "a"), ("stranger", "b"), ("a", "b"), ("b", "a")])
 async def test_only_its_entry_closes_a_sequence(sender: str, to: str) -> None:
     async with held_stream() as held:
-        await held.say(sender, to, "stage.close", {"keys": [KEY]})
+        await held.send(sender, to, "stage.close", {"keys": [KEY]})
 
 
-async def test_nobody_opens_a_sequence_in_the_name_of_another_entry() -> None:
+async def test_a_sequence_cannot_be_opened_in_the_name_of_another_entry() -> None:
     async with held_stream() as held:
         opened = held.opened("b")
         forged = msgspec.structs.replace(opened, sequence=msgspec.structs.replace(opened.sequence, attempt=2))
@@ -135,7 +135,7 @@ async def test_nobody_opens_a_sequence_in_the_name_of_another_entry() -> None:
         assert held.mesh.nodes["b"].stages.open_sequences == 1
 
 
-async def test_a_key_that_runs_for_one_entry_is_refused_to_another_and_neither_disturbs_the_other() -> None:
+async def test_a_sequence_key_in_use_is_refused_to_another_entry() -> None:
     async with held_stream() as held:
         same_key = msgspec.structs.replace(held.opened("b"), entry=NodeId("stranger"))
         to = held.mesh.nodes["b"].links.config.address
@@ -144,7 +144,7 @@ async def test_a_key_that_runs_for_one_entry_is_refused_to_another_and_neither_d
         assert held.opened("b").entry == "entry"
 
 
-async def test_a_stranger_cannot_close_a_sequence_ahead_of_its_open() -> None:
+async def test_a_close_of_another_node_does_not_prevent_an_open() -> None:
     async with small_mesh(**PATH) as mesh:
         with trio.fail_after(10):
             for name in "ab":
@@ -156,7 +156,7 @@ async def test_a_stranger_cannot_close_a_sequence_ahead_of_its_open() -> None:
 
 
 @pytest.mark.parametrize("spans", [{"entry": (0, 6)}, {"entry": (0, 3), "b": (3, 6)}, {"entry": (3, 6), "a": (0, 3)}])
-async def test_an_entry_that_computes_a_part_itself_is_believed_in_it(spans: dict[str, tuple[int, int]]) -> None:
+async def test_an_entry_that_is_also_a_stage_is_authorized_for_both(spans: dict[str, tuple[int, int]]) -> None:
     async with small_mesh(**{name: (span,) for name, span in spans.items()}) as mesh:
         events = await run(mesh)
         await at_rest(mesh)
@@ -165,11 +165,11 @@ async def test_an_entry_that_computes_a_part_itself_is_believed_in_it(spans: dic
         assert not any(node.stages.statistics().foreign_words_total for node in mesh.nodes.values())
 
 
-async def test_a_path_that_is_believed_counts_no_foreign_word_and_who_is_not_is_named_once_a_minute() -> None:
+async def test_unauthorized_senders_are_logged_once_a_minute() -> None:
     async with held_stream() as held:
-        assert [held.foreign_words(name) for name in held.mesh.nodes] == [0, 0, 0, 0]
+        assert [held.unauthorized_frames(name) for name in held.mesh.nodes] == [0, 0, 0, 0]
         for _ in range(3):
-            await held.say("stranger", "entry", "stage.tokens", A_TOKEN)
+            await held.send("stranger", "entry", "stage.tokens", A_TOKEN)
         now = trio.current_time()
-        [told] = held.mesh.nodes["entry"].stages.refusals.recent(now)
-        assert (told.host, told.count) == ("stranger", 3)
+        [refusal] = held.mesh.nodes["entry"].stages.refusals.recent(now)
+        assert (refusal.host, refusal.count) == ("stranger", 3)

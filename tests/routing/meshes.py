@@ -1,4 +1,4 @@
-"""Views for the routing tests, written short: which node holds what, and how busy it is."""
+"""Builds views for the routing tests: which node holds which layers, and its load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Coverage: which layers how many hold, and when that is worth a word."""
+"""Coverage: how many peers hold each layer, and which changes are reported."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def of(*peers: Peer) -> Coverage:
     return coverage(view(*peers))[MODEL]
 
 
-def test_layers_held_by_equally_many_are_one_run_and_no_layer_is_left_out() -> None:
+def test_layers_with_equally_many_copies_are_one_run() -> None:
     assert of(peer("a", (0, 4)), peer("b", (2, 4))).runs == (
         CoverageRun(0, 2, 1, 1),
         CoverageRun(2, 4, 2, 2),
@@ -44,7 +44,7 @@ def test_layers_held_by_equally_many_are_one_run_and_no_layer_is_left_out() -> N
     assert of(peer("a", (0, 4), (2, 6))).runs == (CoverageRun(0, 6, 1, 1),), "what two spans share is held once"
 
 
-def test_who_is_suspect_stalled_or_overloaded_holds_a_copy_that_is_not_ready() -> None:
+def test_a_suspect_stalled_or_overloaded_peer_has_copies_that_are_not_ready() -> None:
     healthy = peer("a", (0, 6))
     for other in (
         peer("b", (0, 6), state=PeerState.SUSPECT),
@@ -54,7 +54,7 @@ def test_who_is_suspect_stalled_or_overloaded_holds_a_copy_that_is_not_ready() -
         assert of(healthy, other).runs == (CoverageRun(0, 6, 2, 1),)
 
 
-def test_who_is_dead_gone_or_going_holds_nothing() -> None:
+def test_dead_and_draining_peers_have_no_copies() -> None:
     for other in (
         peer("b", (0, 6), state=PeerState.DEAD),
         peer("b", (0, 6), state=PeerState.LEFT),
@@ -63,7 +63,7 @@ def test_who_is_dead_gone_or_going_holds_nothing() -> None:
         assert of(peer("a", (0, 6)), other).runs == (CoverageRun(0, 6, 1, 1),)
 
 
-def test_a_word_is_said_when_a_layer_comes_to_its_last_ready_copy_loses_it_or_gets_it_back() -> None:
+def test_changes_to_and_from_the_last_ready_copy_are_reported() -> None:
     both = coverage(view(peer("a", (0, 6)), peer("b", (0, 6))))
     last = coverage(view(peer("a", (0, 6)), peer("b", (2, 6))))
     none = coverage(view(peer("b", (2, 6))))
@@ -74,7 +74,7 @@ def test_a_word_is_said_when_a_layer_comes_to_its_last_ready_copy_loses_it_or_ge
     assert changes(none, none) == changes({}, none) == []
 
 
-def test_copies_more_or_less_above_enough_are_no_news() -> None:
+def test_changes_above_two_copies_are_not_reported() -> None:
     three = coverage(view(*(peer(name, (0, 6)) for name in "abc")))
     two = coverage(view(*(peer(name, (0, 6)) for name in "ab")))
     assert changes(three, two) == []
@@ -85,8 +85,8 @@ peers = st.lists(st.tuples(st.lists(windows, max_size=3), st.sampled_from(PeerSt
 
 
 @given(peers)
-def test_runs_count_what_counting_layer_by_layer_does(told: list[tuple[list[tuple[int, int]], PeerState]]) -> None:
-    shown = view(peer("z"), *(peer(f"p{number}", *spans, state=state) for number, (spans, state) in enumerate(told)))
+def test_runs_equal_a_count_layer_by_layer(held: list[tuple[list[tuple[int, int]], PeerState]]) -> None:
+    shown = view(peer("z"), *(peer(f"p{number}", *spans, state=state) for number, (spans, state) in enumerate(held)))
     runs = coverage(shown)[MODEL].runs
     by_layer = [(run.live, run.ready) for run in runs for _ in range(run.start, run.end)]
     assert [live for live, _ in by_layer] == replicas(shown, CARD)

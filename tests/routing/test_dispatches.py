@@ -1,4 +1,4 @@
-"""Own work counts at once, until a record of the peer includes it."""
+"""Own dispatches count at once, until a newer load record of the peer includes them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_dispatch_counts_at_once_until_a_newer_record_includes_it() -> None:
     assert ledger.in_flight() == {A: 1}
 
 
-def test_what_ended_since_the_record_is_taken_back() -> None:
+def test_dispatches_that_ended_since_the_record_are_subtracted() -> None:
     ledger = Dispatches()
     sent = ledger.dispatch(A, 1.0)
     assert ledger.own(A, record_at=2.0).ended == 0
@@ -33,7 +33,7 @@ def test_what_ended_since_the_record_is_taken_back() -> None:
     assert ledger.own(A, record_at=4.0).ended == 0  # the record no longer counts it
 
 
-def test_an_end_told_twice_or_after_the_peer_was_forgotten_changes_nothing() -> None:
+def test_a_second_end_or_one_of_a_forgotten_peer_changes_nothing() -> None:
     ledger = Dispatches()
     first, second = ledger.dispatch(A, 0.0), ledger.dispatch(A, 0.0)
     ledger.done(first, 1.0)
@@ -46,7 +46,7 @@ def test_an_end_told_twice_or_after_the_peer_was_forgotten_changes_nothing() -> 
         ledger.done(ledger.dispatch(B, 5.0), 4.0)
 
 
-def test_only_success_moves_the_response_time_and_cancelled_work_says_nothing() -> None:
+def test_only_completed_dispatches_change_the_response_time() -> None:
     ledger = Dispatches()
     assert ledger.residency_s(4.0) == 4.0
     for ok, took_s in ((True, 1.0), (False, 9.0), (None, 9.0), (True, 2.0)):
@@ -57,7 +57,7 @@ def test_only_success_moves_the_response_time_and_cancelled_work_says_nothing() 
     assert ledger.residency_s(4.0) == pytest.approx(1.1)
 
 
-def test_an_old_failure_fades() -> None:
+def test_failures_decay_with_later_outcomes() -> None:
     ledger = Dispatches()
     ledger.done(ledger.dispatch(A, 0.0), 1.0, ok=False)
     for _ in range(2000):
@@ -67,7 +67,7 @@ def test_an_old_failure_fades() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from([A, B]), st.integers(0, 5), st.integers(0, 5)), max_size=40), st.integers(0, 10))
 def test_a_record_and_own_work_together_count_what_runs_now(jobs: list[tuple[NodeId, int, int]], record_at: int) -> None:
-    """Were all work ours, the record plus what is added less what ended would be the number that runs."""
+    """If all work were own, the record plus `added` minus `ended` would be the number of running dispatches."""
     ledger, now = Dispatches(), 11.0
     sent: list[tuple[Dispatch, float]] = []
     for node, start, length in jobs:

@@ -1,4 +1,4 @@
-"""Layers that are being loaded are told apart from those that no node has."""
+"""Layers that are being loaded are distinguished from those that no node has."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def why_not(*peers: Peer) -> NoPath:
     return caught.value
 
 
-def test_layers_that_a_peer_loads_are_told_with_progress_and_time() -> None:
+def test_layers_that_a_peer_loads_have_progress_and_time() -> None:
     error = why_not(peer("a", (0, 4)), peer("b", intends=((4, 6),), loading=HALF))
     assert isinstance(error, ModelLoading)
     assert (error.gaps, error.progress, error.eta_s) == (((4, 6),), 0.5, 12.0)
@@ -44,11 +44,11 @@ def test_layers_that_no_peer_has_or_loads_are_named_alone() -> None:
         peer("b", intends=((0, 4),)),
     ],
 )
-def test_what_the_dead_the_leaving_and_other_weights_load_counts_for_nothing(other: Peer) -> None:
+def test_loads_of_dead_and_draining_peers_and_other_weights_do_not_count(other: Peer) -> None:
     assert not isinstance(why_not(peer("a", (0, 4)), other), ModelLoading)
 
 
-def test_of_several_that_load_a_layer_the_first_to_be_there_counts_and_of_layers_the_last() -> None:
+def test_the_earliest_load_of_each_layer_and_the_latest_layer_count() -> None:
     slow, fast = Loading(10, 90), Loading(80, 3)
     peers = (peer("a", intends=((0, 4),), loading=slow), peer("b", intends=((0, 6),), loading=fast))
     assert being_loaded(view(*peers), MODEL, ((0, 6),)) == BeingLoaded(((0, 6),), 0.8, 3.0, ("a", "b"))
@@ -62,7 +62,7 @@ def test_an_intent_without_progress_has_just_begun() -> None:
     assert being_loaded(view(peer("a", (0, 6))), MODEL, ()) is None
 
 
-def test_what_nodes_with_other_weights_load_does_not_count_and_what_a_hashing_node_intends_does() -> None:
+def test_only_loads_of_these_weights_or_unidentified_ones_count() -> None:
     old = [peer("a", (0, 3), weights="w1"), peer("b", intends=((3, 6),), weights="w1")]
     others = [peer("c", (0, 2), weights="w2"), peer("d", intends=((2, 6),), weights="w2")]
     hashing = peer("e", intends=((4, 6),), weights="")

@@ -1,4 +1,4 @@
-"""A path covers every layer once, visits no node twice, and prefers the healthy, the whole, the equal and the near."""
+"""A path covers every layer once, visits no node twice, and prefers healthy peers, whole replicas and equal numerics."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_faster_of_two_peers_takes_the_layers_that_both_hold() -> None:
     assert shape(planned(peer("a", (0, 4), load=slow), peer("b", (2, 6), load=fast))) == [("a", 0, 2), ("b", 2, 6)]
 
 
-def test_every_single_loss_of_the_demo_layout_leaves_a_path_of_two_nodes() -> None:
+def test_any_single_loss_of_the_demo_layout_leaves_a_path() -> None:
     layout = {"n1": peer("n1", (0, 4)), "n2": peer("n2", (2, 6)), "n3": peer("n3", (0, 2), (4, 6))}
     for dead in layout:
         for seed in range(10):
@@ -97,7 +97,7 @@ def test_suspect_and_avoided_peers_serve_only_when_nothing_else_is_left() -> Non
     assert planned(suspect).nodes == ("a",)
 
 
-def test_a_stalled_engine_gets_nothing_new_while_its_process_still_answers() -> None:
+def test_a_peer_with_a_stalled_engine_gets_no_new_requests() -> None:
     stalled = peer("a", (0, 6), readiness=Readiness.STALLED)
     for seed in range(20):
         assert planned(stalled, peer("b", (0, 3)), peer("c", (3, 6)), seed=seed).nodes == ("b", "c")
@@ -105,7 +105,7 @@ def test_a_stalled_engine_gets_nothing_new_while_its_process_still_answers() -> 
     assert not stalled.usable
 
 
-def test_an_overloaded_peer_gets_nothing_new_while_others_can_take_it() -> None:
+def test_an_overloaded_peer_is_used_only_without_alternatives() -> None:
     full = peer("a", (0, 6), readiness=Readiness.OVERLOADED)
     for policy in policy_names():
         for seed in range(10):
@@ -118,7 +118,7 @@ def test_an_overloaded_peer_gets_nothing_new_while_others_can_take_it() -> None:
     assert full.usable and planned(full).nodes == ("a",)
 
 
-def test_an_overload_is_no_reason_to_mix_numerics_nor_to_replay_on_others() -> None:
+def test_an_overloaded_peer_is_preferred_to_other_numerics() -> None:
     full = peer("a", (0, 6), numerics="x", readiness=Readiness.OVERLOADED)
     for seed in range(10):
         assert planned(full, peer("b", (0, 3), numerics="y"), peer("c", (3, 6), numerics="z"), seed=seed).numerics == "x"
@@ -126,8 +126,8 @@ def test_an_overload_is_no_reason_to_mix_numerics_nor_to_replay_on_others() -> N
         assert planned(full, peer("b", (0, 6), numerics="x"), numerics="x", seed=seed).nodes == ("b",)
 
 
-def test_a_dead_node_never_looks_idle() -> None:
-    """It does nothing, so every policy that asks who does least would like it best."""
+def test_no_policy_chooses_a_dead_node() -> None:
+    """The peer has no load, so a policy that prefers the least load would choose it."""
     busy = Load(running=30, waiting=9, kv_blocks_used=90, kv_blocks_total=100, step_ms=40.0)
     for policy in policy_names():
         for gone in (PeerState.DEAD, PeerState.LEFT):
@@ -138,7 +138,7 @@ def test_a_dead_node_never_looks_idle() -> None:
             planned(peer("a", (0, 6), state=PeerState.DEAD), policy=policy)
 
 
-def test_one_fingerprint_over_the_path_before_nearness() -> None:
+def test_one_fingerprint_goes_before_distance() -> None:
     far = [peer("a", (0, 3), numerics="x"), peer("b", (3, 6), numerics="x", rtt_s=0.5)]
     near = peer("c", (3, 6), numerics="y", rtt_s=0.001)
     path = planned(*far, near)
@@ -167,8 +167,8 @@ def test_a_node_is_not_visited_twice() -> None:
     assert path.nodes == ("a", "b", "c")
 
 
-def test_a_slow_way_is_found_when_the_fast_one_leads_nowhere() -> None:
-    twice = peer("x", (0, 2), (4, 6))  # the only one with the last layers: it must not be spent on the first
+def test_a_slow_path_is_found_if_the_fast_one_ends() -> None:
+    twice = peer("x", (0, 2), (4, 6))  # the only holder of the last layers, so it must not compute the first
     for seed in range(5):
         assert planned(twice, peer("b", (2, 4)), peer("slow", (0, 2), rtt_s=1.0), seed=seed).nodes == ("slow", "b", "x")
 
@@ -178,7 +178,7 @@ def test_spans_that_touch_are_two_and_do_not_make_one_stage() -> None:
         planned(peer("a", (0, 3), (3, 6)))
 
 
-def test_own_dispatches_turn_the_next_request_elsewhere_at_once() -> None:
+def test_own_dispatches_count_in_the_next_plan_at_once() -> None:
     dispatches = Dispatches()
     for _ in range(30):
         dispatches.dispatch(NodeId("a"), 1.0, prefill_tokens=100)
@@ -187,7 +187,7 @@ def test_own_dispatches_turn_the_next_request_elsewhere_at_once() -> None:
         assert path.nodes == ("b",)
 
 
-def test_entries_that_see_the_same_stale_load_do_not_all_choose_the_same_path() -> None:
+def test_entries_with_the_same_stale_load_choose_different_paths() -> None:
     idle, busy = Load(running=0, step_ms=3.0), Load(running=4, step_ms=3.0)
     peers = [peer(f"a{n}", (0, 3), load=idle if n == 0 else busy) for n in range(8)]
     peers += [peer(f"b{n}", (3, 6), load=idle if n == 0 else busy) for n in range(8)]
@@ -196,7 +196,7 @@ def test_entries_that_see_the_same_stale_load_do_not_all_choose_the_same_path() 
     assert len(set(firsts)) == 8
 
 
-def test_a_path_tells_the_terms_of_those_it_ranked() -> None:
+def test_a_path_reports_the_terms_of_its_candidates() -> None:
     path = planned(peer("a", (0, 3)), peer("b", (3, 6)), peer("c", (3, 6), rtt_s=0.002))
     assert {(each.stage, each.node) for each in path.considered} == {(0, "a"), (1, "b"), (1, "c")}
     near, far = sorted((each for each in path.considered if each.stage == 1), key=lambda each: each.node)
@@ -235,7 +235,7 @@ def reachable(spans: list[list[tuple[int, int]]], layer: int, used: frozenset[in
 
 
 @given(mesh=MESHES, policy=st.sampled_from(policy_names()), seed=st.integers(0, 3))
-def test_a_path_is_found_exactly_when_there_is_one_and_is_sound(
+def test_a_valid_path_is_found_whenever_there_is_one(
     mesh: list[tuple[list[tuple[int, int]], PeerState, str]], policy: str, seed: int
 ) -> None:
     peers = [peer(f"p{n}", *spans, state=state, numerics=numerics) for n, (spans, state, numerics) in enumerate(mesh)]

@@ -1,4 +1,4 @@
-"""Every layer twice whenever the memory is there; one mover at a time; nothing broken that is served."""
+"""Every layer has two copies if memory allows; one node moves at a time; served layers stay served."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from routing.windows import best_windows
 from tests.routing.meshes import LAYERS, MODEL, card, peer, view
 
 
-def spans_of(who: Peer) -> tuple[tuple[int, int], ...]:
-    return tuple((span.start, span.end) for span in who.facts.spans)
+def spans_of(node: Peer) -> tuple[tuple[int, int], ...]:
+    return tuple((span.start, span.end) for span in node.facts.spans)
 
 
 def joined(capacities: list[int], layers: int = LAYERS) -> list[Peer]:
@@ -50,7 +50,7 @@ def test_the_whole_model_when_it_fits() -> None:
 WHOLE_ONLY = msgspec.structs.replace(card(), whole_only="layer 1 is given per_layer_input beside the activations")
 
 
-def test_a_model_that_is_served_whole_only_is_held_whole_or_not_at_all() -> None:
+def test_a_whole_only_model_is_held_whole_or_not_at_all() -> None:
     assert choose_spans(view(), NodeId("n"), WHOLE_ONLY, 6) == (Span(MODEL, 0, 6),)
     for capacity in range(6):
         assert choose_spans(view(peer("a", (0, 6))), NodeId("n"), WHOLE_ONLY, capacity) == ()
@@ -58,7 +58,7 @@ def test_a_model_that_is_served_whole_only_is_held_whole_or_not_at_all() -> None
 
 @settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=6))
-def test_no_move_takes_a_part_of_a_model_that_is_served_whole_only(nodes: list[tuple[int, bool]]) -> None:
+def test_no_move_takes_a_part_of_a_whole_only_model(nodes: list[tuple[int, bool]]) -> None:
     peers = []
     for number, (capacity, holds) in enumerate(nodes):
         spans = [(0, 6)] if holds and capacity >= 6 else []
@@ -90,7 +90,7 @@ def test_a_draining_dead_or_different_copy_does_not_count() -> None:
 def test_nodes_that_start_together_settle_by_reading_each_others_intent() -> None:
     names = ["n1", "n2", "n3", "n4"]
     intents: dict[str, tuple[Span, ...]] = dict.fromkeys(names, ())
-    for _ in range(len(names) + 1):  # gossip rounds: everybody sees what everybody intended a round ago
+    for _ in range(len(names) + 1):  # gossip rounds: every node sees what the others intended a round ago
         seen = View(
             NodeId("x"),
             {
@@ -107,7 +107,7 @@ CAPACITIES = st.lists(st.integers(1, 9), min_size=1, max_size=8)
 
 
 @given(capacities=CAPACITIES, layers=st.integers(1, 9))
-def test_joins_in_sequence_hold_every_layer_as_often_as_the_memory_allows_up_to_twice(capacities: list[int], layers: int) -> None:
+def test_nodes_joining_in_turn_hold_every_layer_twice_if_memory_allows(capacities: list[int], layers: int) -> None:
     peers = joined(capacities, layers)
     memory = sum(min(capacity, layers) for capacity in capacities)
     assert min(copies(peers, layers)) >= min(2, memory // layers)
@@ -146,10 +146,10 @@ def changed(peers: list[Peer], move: PlacementMove) -> tuple[list[Peer], list[Pe
     return during, [_with(each, held[each.id]) for each in peers]
 
 
-def _with(who: Peer, spans: set[Span]) -> Peer:
-    capacity = who.facts.capacity.get(MODEL)
+def _with(node: Peer, spans: set[Span]) -> Peer:
+    capacity = node.facts.capacity.get(MODEL)
     windows = sorted((span.start, span.end) for span in spans)
-    return peer(who.id, *windows, state=who.state, layers=who.facts.models[0].layers, capacity=capacity)
+    return peer(node.id, *windows, state=node.state, layers=node.facts.models[0].layers, capacity=capacity)
 
 
 def killed(peers: list[Peer], dead: int) -> list[Peer]:
@@ -159,7 +159,7 @@ def killed(peers: list[Peer], dead: int) -> list[Peer]:
     ]
 
 
-def test_a_node_with_spare_memory_takes_up_what_a_dead_one_held() -> None:
+def test_a_node_with_spare_memory_loads_the_layers_of_a_dead_node() -> None:
     peers = [peer("a", (0, 6)), peer("b", (0, 3), capacity=6), peer("c", (3, 6), state=PeerState.DEAD)]
     move = next_move(view(*peers), MODEL)
     assert move is not None
@@ -179,8 +179,8 @@ def test_without_spare_memory_only_layers_that_others_serve_are_dropped_first() 
 def test_pinned_nodes_never_move() -> None:
     peers = [peer(name, (0, 3)) for name in "abc"] + [peer("d", (3, 6))]
     assert next_move(view(*peers), MODEL) is None
-    told = next_move(view(*peers), MODEL, {NodeId("b"): 0})  # whoever is named holds at least what it holds
-    assert told is not None and told.node == "b"
+    move = next_move(view(*peers), MODEL, {NodeId("b"): 0})  # a capacity below what the node holds counts as what it holds
+    assert move is not None and move.node == "b"
 
 
 def test_a_node_that_drops_a_span_loads_as_much_again() -> None:
@@ -190,7 +190,7 @@ def test_a_node_that_drops_a_span_loads_as_much_again() -> None:
     assert (move.drop_first, move.take) == ((Span(MODEL, 0, 5),), (Span(MODEL, 1, 6),))
 
 
-def test_the_only_copy_of_a_served_layer_is_not_dropped_even_to_load_it_again() -> None:
+def test_the_only_copy_of_a_served_layer_is_never_dropped() -> None:
     fixed = peer("c", (1, 4), state=PeerState.SUSPECT)
     peers = [
         peer("a", (0, 4), capacity=4),
@@ -203,20 +203,20 @@ def test_the_only_copy_of_a_served_layer_is_not_dropped_even_to_load_it_again() 
     assert move is not None and (move.node, move.drop_first, move.take) == ("a", (), (Span(MODEL, 4, 6),))
 
 
-def test_who_has_room_to_spare_moves_before_who_must_drop_something() -> None:
+def test_nodes_with_spare_room_move_before_those_that_must_drop_layers() -> None:
     for tight, roomy in (("b", "c"), ("c", "b"), ("x", "y"), ("y", "x"), ("1", "2"), ("2", "1")):
         peers = [peer("a", (0, 6), capacity=6), peer(tight, (0, 3), capacity=3), peer(roomy, (0, 3), capacity=6)]
         move = next_move(view(*peers), MODEL)
         assert move is not None and move.node == roomy
 
 
-def test_windows_begin_and_end_where_others_do_so_that_stages_fit_together() -> None:
+def test_windows_begin_and_end_where_others_do() -> None:
     for name in "nopqrstu":
         assert choose_spans(view(peer("a", (0, 2)), peer("b", (2, 6))), NodeId(name), card(), 2) == (Span(MODEL, 0, 2),)
         assert choose_spans(view(peer("a", (0, 4)), peer("b", (4, 6))), NodeId(name), card(), 2) == (Span(MODEL, 4, 6),)
 
 
-def test_the_last_one_alive_of_two_makes_itself_whole() -> None:
+def test_the_survivor_of_two_nodes_loads_the_missing_layers() -> None:
     peers = [peer("a", (0, 4), capacity=6), peer("b", (2, 6), state=PeerState.DEAD)]
     move = next_move(view(*peers), MODEL)
     assert move is not None
@@ -229,7 +229,7 @@ def test_nothing_moves_while_the_view_is_frozen() -> None:
     assert next_move(dataclasses.replace(view(*peers), frozen=True), MODEL) is None
 
 
-def test_nothing_moves_while_somebody_loads_or_where_all_is_well() -> None:
+def test_nothing_moves_during_a_load_or_without_a_shortfall() -> None:
     short = [peer("a", (0, 6)), peer("b", (0, 3), capacity=6)]
     assert next_move(view(*short), MODEL) is not None
     loading = Peer(NodeId("z"), "z", ("h", 1), facts=Facts(models=(card(),), intends=(Span(MODEL, 0, 6),)))
@@ -262,7 +262,7 @@ LIVE = st.lists(
 
 @settings(max_examples=150)
 @given(mesh=LIVE)
-def test_moves_come_to_rest_each_for_the_better_and_none_takes_the_last_copy_of_a_served_layer(
+def test_moves_end_improve_the_placement_and_keep_the_last_copy(
     mesh: list[tuple[list[tuple[int, int]], int]],
 ) -> None:
     peers = [
@@ -272,7 +272,7 @@ def test_moves_come_to_rest_each_for_the_better_and_none_takes_the_last_copy_of_
     capacities: Mapping[str, int] = {each.id: each.facts.capacity[MODEL] for each in peers}
     for _ in range(60):
         move = next_move(view(*peers), MODEL)
-        assert move == next_move(view(*reversed(peers), me="other"), MODEL)  # every node comes to the same answer
+        assert move == next_move(view(*reversed(peers), me="other"), MODEL)  # the same on every node
         if move is None:
             break
         served = paths_exist(peers)

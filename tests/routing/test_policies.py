@@ -27,7 +27,7 @@ def first_picks(
     return Counter(policy.pick(candidates, work or RequestWork(), rng)[0].node for _ in range(picks))
 
 
-def test_an_unknown_policy_is_the_clients_error_and_lists_those_there_are() -> None:
+def test_an_unknown_policy_is_a_bad_request_that_lists_the_known() -> None:
     with pytest.raises(BadRequest, match="round_robin") as caught:
         policy_named("fastest")
     assert caught.value.param == "policy"
@@ -45,7 +45,7 @@ def test_a_ranking_holds_every_candidate_once(name: str, nodes: set[str], seed: 
         assert sorted(each.node for each in ranked) == sorted(nodes)
 
 
-def test_round_robin_goes_round_and_keeps_its_place_when_peers_come_and_go() -> None:
+def test_round_robin_keeps_its_place_when_peers_come_and_go() -> None:
     policy, rng = policy_named("round_robin"), Random(0)
     abc = [candidate(name) for name in "cab"]
     firsts = [policy.pick(abc, RequestWork(), rng)[0].node for _ in range(6)]
@@ -64,7 +64,7 @@ def test_least_connections_sees_own_work_only_and_breaks_ties_at_random() -> Non
     assert picks["b"] == 0 and 150 < picks["a"] < 250
 
 
-def test_weighted_response_time_draws_in_proportion_and_takes_the_mean_for_newcomers() -> None:
+def test_weighted_response_time_takes_the_mean_for_unmeasured_peers() -> None:
     picks = first_picks(
         "weighted_response_time", [candidate("fast", response_ms=100.0), candidate("slow", response_ms=300.0)], picks=2000
     )
@@ -77,13 +77,13 @@ def test_weighted_response_time_draws_in_proportion_and_takes_the_mean_for_newco
     assert 900 < newcomer["new"] < 1100
 
 
-def test_power_of_two_takes_the_better_of_two_never_the_worst_of_all() -> None:
+def test_power_of_two_takes_the_better_of_two() -> None:
     picks = first_picks("power_of_two", [candidate(str(cost), float(cost)) for cost in range(8)], picks=2800)
     assert picks["7"] == 0
     assert 600 < picks["0"] < 800  # in two of eight draws a quarter of the time
 
 
-def test_the_mesh_policy_always_weighs_itself_the_warmest_peer_and_the_home() -> None:
+def test_the_mesh_policy_always_considers_itself_the_warmest_peer_and_the_home() -> None:
     many = [candidate(f"n{index}", 50.0) for index in range(30)]
     assert first_picks("mesh", [*many, candidate("self", 1.0, mine=True)])["self"] >= 390
     warm = RequestWork(cached_tokens={NodeId("n3"): 10, NodeId("n4"): 900})
@@ -95,7 +95,7 @@ def test_the_mesh_policy_always_weighs_itself_the_warmest_peer_and_the_home() ->
     assert first_picks("mesh", cheap_home)[name] < 60
 
 
-def test_the_mesh_policy_explores_now_and_then() -> None:
+def test_the_mesh_policy_explores_with_its_probability() -> None:
     picks = first_picks("mesh", [candidate("bad", 1e6), candidate("good", 1.0)], picks=4000)
     assert 5 <= picks["bad"] <= 60
 
@@ -110,7 +110,7 @@ def test_an_overloaded_home_passes_the_prompt_to_the_next_in_its_order() -> None
     assert home(even, RequestWork()) == [] == home([], RequestWork(prefix_key=b"x"))
 
 
-def test_the_score_is_computed_only_for_those_that_are_compared() -> None:
+def test_the_score_is_computed_only_for_compared_candidates() -> None:
     asked: list[str] = []
 
     def price(name: str) -> ScoreTerms:

@@ -1,4 +1,4 @@
-"""What an entry remembers of the beginnings that it sent to peers."""
+"""The record of the prompt beginnings that an entry has sent to peers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ A, B = NodeId("a"), NodeId("b")
 NAMES = [bytes([number]) for number in range(8)]
 
 
-def test_a_peer_has_what_it_was_sent_as_far_as_the_beginnings_agree() -> None:
+def test_a_peer_has_what_it_was_sent_up_to_the_common_prefix() -> None:
     memory = PrefixMemory(page_tokens=10)
     memory.sent(NAMES[:3], [A])
     memory.sent(NAMES[:5], [B])
@@ -25,7 +25,7 @@ def test_a_peer_that_died_has_nothing() -> None:
     assert memory.cached_tokens(NAMES) == {B: 30}
 
 
-def test_memory_is_bounded_and_beginnings_are_forgotten_last() -> None:
+def test_the_record_is_bounded_and_first_pages_are_dropped_last() -> None:
     memory = PrefixMemory(page_tokens=10, remembered=4)
     memory.sent([b"old", b"older"], [B])
     memory.sent(NAMES[:3], [A])

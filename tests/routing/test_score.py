@@ -1,4 +1,4 @@
-"""Each term of the score by itself, in ms, and what the whole must never do."""
+"""Each term of the score by itself, in ms, and properties of the whole score."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def there(running: float = 0.0, waiting: float = 0.0, queued: float = 0.0, rows:
     return LoadEstimate(running, waiting, queued, math.inf, 2.0, 0.1, rows, counts_only=waiting > 0 and queued == 0)
 
 
-def test_a_fresh_record_is_believed_an_old_one_drifts_to_the_mean_of_the_pool_not_to_zero() -> None:
+def test_an_old_load_record_drifts_to_the_mean_of_the_pool() -> None:
     idle = Load(kv_blocks_total=10)
     fresh, old = estimate(idle, 0.0, 6, POOL), estimate(idle, 1e6, 6, POOL)
     assert (fresh.running, fresh.waiting, fresh.prefill_tokens_queued, fresh.kv_blocks_free) == (0.0, 0.0, 0.0, 10.0)
@@ -52,14 +52,14 @@ def test_a_fresh_record_is_believed_an_old_one_drifts_to_the_mean_of_the_pool_no
     assert trust(-1.0, 4.0) == 1.0
 
 
-def test_own_work_since_the_record_counts_fully_however_old_the_record() -> None:
+def test_own_work_since_the_record_counts_fully_at_any_age() -> None:
     own = DispatchedWork(added=3, ended=1, prefill_tokens=60)
     assert estimate(Load(running=5), 0.0, 6, POOL, own).running == 7.0
     assert estimate(Load(), 1e6, 6, POOL, own).prefill_tokens_queued == 160.0
     assert estimate(Load(), 0.0, 6, PoolMeans(), DispatchedWork(ended=5)).running == 0.0
 
 
-def test_unmeasured_speeds_are_those_of_the_pool_and_measured_ones_are_per_layer() -> None:
+def test_unmeasured_speeds_are_those_of_the_pool() -> None:
     peers = [peer("a", (0, 6), load=Load(step_ms=12.0, prefill_tok_s=100.0)), peer("b", (0, 2), load=Load(step_ms=8.0))]
     pool = pool_of(peers, MODEL)
     assert (pool.step_ms_per_layer, pool.prefill_ms_per_token_layer) == pytest.approx((3.0, 1000 / 600))
@@ -80,13 +80,11 @@ def test_unmeasured_speeds_are_those_of_the_pool_and_measured_ones_are_per_layer
         (there(waiting=2, rows=1), 0, 2 * 4000 / 8),  # a node with so few places would not batch at all
     ],
 )
-def test_the_queue_is_read_at_the_prefill_rate_or_leaves_as_others_do(
-    at: LoadEstimate, own_added: int, expected_ms: float
-) -> None:
+def test_the_wait_follows_from_the_prefill_rate_or_the_residency(at: LoadEstimate, own_added: int, expected_ms: float) -> None:
     assert queue_ms(at, 6, own_added, 4.0) == pytest.approx(expected_ms)
 
 
-def test_prefill_and_decode_scale_with_tokens_and_layers_and_cached_tokens_are_free() -> None:
+def test_prefill_and_decode_scale_with_layers_and_tokens_that_are_not_cached() -> None:
     work = RequestWork(prompt_tokens=100, output_tokens=10)
     assert prefill_ms(work, 0, 6, 0.1) == pytest.approx(60.0)
     assert prefill_ms(work, 40, 3, 0.1) == pytest.approx(18.0)
@@ -100,7 +98,7 @@ def test_a_stage_of_a_split_path_pays_its_hop_for_every_token() -> None:
     assert network_ms(10.0, 100, solo=False) == pytest.approx(101 * 5.5)
 
 
-def test_failures_cost_their_odds_of_the_work_at_stake() -> None:
+def test_the_redo_term_is_the_odds_of_a_failure_times_the_work() -> None:
     assert redo_ms(0.0, 0.0, 1900.0) == pytest.approx(100.0)
     assert redo_ms(79.0, 80.0, 100.0) > 390.0
     assert redo_ms(0.0, 980.0, 1000.0) < 1.1
@@ -110,7 +108,7 @@ def test_failures_cost_their_odds_of_the_work_at_stake() -> None:
     ("needed", "free", "total", "expected_ms"),
     [(0, 0, 10, 0), (4, 4, 10, 0), (4, 2, 10, 5000), (4, 0, 10, 10_000), (11, 10, 10, NEVER_FITS_MS), (4, 0, 0, 0)],
 )
-def test_missing_memory_is_fined_by_the_share_that_is_missing(needed: int, free: int, total: int, expected_ms: float) -> None:
+def test_missing_memory_costs_in_proportion_to_the_missing_share(needed: int, free: int, total: int, expected_ms: float) -> None:
     assert memory_ms(needed, free, total) == expected_ms
 
 
@@ -120,30 +118,30 @@ def test_the_own_region_and_the_measured_round_trip() -> None:
     assert rtt_ms(near, ME, "eu") < rtt_ms(far, ME, "eu")
     assert rtt_ms(peer("c", (0, 6), rtt_s=0.02), ME, "") == 20.0
     assert rtt_ms(far, NodeId("b"), "us") == 0.0
-    told = replace(far, rtt_estimate_s=0.04)
-    assert rtt_ms(told, ME, "eu") == 40.0, "an estimate by coordinates is better than a guess"
-    assert rtt_ms(replace(told, rtt_s=0.02), ME, "eu") == 20.0, "a measurement is better than an estimate"
+    estimated = replace(far, rtt_estimate_s=0.04)
+    assert rtt_ms(estimated, ME, "eu") == 40.0, "an estimate by coordinates is better than a guess"
+    assert rtt_ms(replace(estimated, rtt_s=0.02), ME, "eu") == 20.0, "a measurement is better than an estimate"
 
 
-def cost_of(who: Peer, work: RequestWork | None = None, layers: int = 6, **more: object) -> ScoreTerms:
-    return costs(who, layers, 6, work or RequestWork(prompt_tokens=64), POOL, 0.0, me=ME, my_region="eu", **more)  # type: ignore[arg-type]
+def cost_of(node: Peer, work: RequestWork | None = None, layers: int = 6, **more: object) -> ScoreTerms:
+    return costs(node, layers, 6, work or RequestWork(prompt_tokens=64), POOL, 0.0, me=ME, my_region="eu", **more)  # type: ignore[arg-type]
 
 
-def test_a_weight_of_zero_switches_a_term_off_and_terms_are_told_by_name() -> None:
-    who = peer("a", (0, 6), region="us", rtt_s=0.01, load=Load(prefill_tokens_queued=10))
-    assert set(terms(cost_of(who))) == {"queue", "prefill", "decode", "network", "redo", "region"}
-    off = cost_of(who, weights=ScoreWeights(region=0.0, redo=0.0, queue=0.0))
+def test_a_weight_of_zero_switches_a_term_off() -> None:
+    node = peer("a", (0, 6), region="us", rtt_s=0.01, load=Load(prefill_tokens_queued=10))
+    assert set(terms(cost_of(node))) == {"queue", "prefill", "decode", "network", "redo", "region"}
+    off = cost_of(node, weights=ScoreWeights(region=0.0, redo=0.0, queue=0.0))
     assert set(terms(off)) == {"prefill", "decode", "network"}
     assert off.total == pytest.approx(sum(terms(off).values()), abs=0.01)
 
 
 def test_tokens_that_the_peer_has_cached_are_not_read_again() -> None:
-    who = peer("a", (0, 6))
-    cold, warm = cost_of(who), cost_of(who, RequestWork(prompt_tokens=64, cached_tokens={who.id: 48}))
+    node = peer("a", (0, 6))
+    cold, warm = cost_of(node), cost_of(node, RequestWork(prompt_tokens=64, cached_tokens={node.id: 48}))
     assert warm.prefill == pytest.approx(cold.prefill / 4)
 
 
-def test_our_own_record_is_never_stale() -> None:
+def test_this_nodes_own_record_is_never_stale() -> None:
     mine = replace(peer("me", (0, 6)), load_at=-1e6)
     assert cost_of(mine).queue == 0.0 < cost_of(replace(mine, id=NodeId("other"))).queue
 
@@ -161,17 +159,17 @@ LOADS = st.builds(
 
 
 @given(load=LOADS, tokens=st.integers(0, 5000), out=st.integers(0, 5000), blocks=st.integers(0, 200), age_s=st.floats(0, 1e4))
-def test_a_score_is_finite_never_negative_and_a_straight_line_in_the_layers(
+def test_a_score_is_finite_not_negative_and_affine_in_the_layers(
     load: Load, tokens: int, out: int, blocks: int, age_s: float
 ) -> None:
-    who = replace(peer("a", (0, 6), load=load), load_at=-age_s)
+    node = replace(peer("a", (0, 6), load=load), load_at=-age_s)
     work = RequestWork(tokens, out, blocks)
-    none, one, five = (cost_of(who, work, layers, solo=False).total for layers in (0, 1, 5))
+    none, one, five = (cost_of(node, work, layers, solo=False).total for layers in (0, 1, 5))
     assert 0.0 <= none <= one <= five < math.inf
     assert five == pytest.approx(none + 5 * (one - none), rel=1e-6, abs=1e-6)
 
 
 @given(load=LOADS, added=st.integers(1, 20))
-def test_more_work_of_our_own_never_makes_a_peer_look_better(load: Load, added: int) -> None:
-    who = peer("a", (0, 6), load=load)
-    assert cost_of(who, own=DispatchedWork(added=added, prefill_tokens=64 * added)).total >= cost_of(who).total
+def test_more_own_work_never_lowers_the_cost_of_a_peer(load: Load, added: int) -> None:
+    node = peer("a", (0, 6), load=load)
+    assert cost_of(node, own=DispatchedWork(added=added, prefill_tokens=64 * added)).total >= cost_of(node).total

@@ -26,13 +26,13 @@ def planned(*peers: Peer, weights: str | None = None, excluded: frozenset[NodeId
     return plan(view(*peers), MODEL, LAYERS, policy_named("mesh"), Random(1), 0.0, weights=weights, excluded=excluded)
 
 
-def test_a_path_for_the_plain_id_is_of_the_version_that_more_nodes_hold() -> None:
+def test_the_plain_id_stands_for_the_version_that_more_nodes_hold() -> None:
     peers = [peer("a", (0, 6), weights=OLD), peer("b", (0, 3), weights=NEW), peer("c", (3, 6), weights=NEW)]
     assert planned(*peers).nodes == ("b", "c"), "a split path of the right weights, not a whole one of others"
     assert planned(*peers, weights=OLD).nodes == ("a",)
 
 
-def test_an_attempt_with_other_weights_is_never_planned_though_they_answer_now() -> None:
+def test_every_attempt_is_planned_with_the_requests_weights() -> None:
     peers = [peer("a", (0, 6), weights=OLD, state=PeerState.DEAD), *(peer(name, (0, 6), weights=NEW) for name in "bc")]
     with pytest.raises(NoPath):
         planned(*peers, weights=OLD)
@@ -40,7 +40,7 @@ def test_an_attempt_with_other_weights_is_never_planned_though_they_answer_now()
         planned(*peers, weights=NEW, excluded=frozenset({NodeId("b"), NodeId("c")}))
 
 
-def test_a_node_that_tells_spans_and_no_card_is_not_asked() -> None:
+def test_a_node_with_spans_and_no_card_is_not_used() -> None:
     bare = Peer(NodeId("a"), "a", ("127.0.0.1", 1), facts=Facts(spans=(Span(MODEL, 0, LAYERS),)))
     with pytest.raises(NoPath):
         planned(bare)
@@ -60,7 +60,7 @@ MESHES = st.lists(
 
 
 @given(mesh=MESHES, seed=st.integers(0, 9))
-def test_whatever_lives_a_path_and_what_is_counted_are_of_one_version(mesh: list[tuple[Any, ...]], seed: int) -> None:
+def test_paths_and_coverage_are_of_one_version_in_any_view(mesh: list[tuple[Any, ...]], seed: int) -> None:
     peers = {
         f"n{number}": peer(f"n{number}", *spans, weights=weights, state=state, draining=draining)
         for number, (weights, spans, state, draining) in enumerate(mesh)

@@ -54,14 +54,14 @@ class Network:
         self.faults[name] = fault
         card = msgspec.structs.replace(card, weights=catalogue.id, manifest=catalogue.id)
         spans = (Span(card.id, 0, card.layers),)
-        self._set({**self.view.peers, name: Peer(name, name, (name, 0), facts=Facts(models=(card,), spans=spans))})
+        self.set_peers({**self.view.peers, name: Peer(name, name, (name, 0), facts=Facts(models=(card,), spans=spans))})
 
     def kill(self, name: NodeId) -> None:
         del self.sources[name]
         peers = {**self.view.peers, name: msgspec_replace(self.view.peers[name], state=PeerState.DEAD)}
-        self._set(peers)
+        self.set_peers(peers)
 
-    def _set(self, peers: dict[NodeId, Peer]) -> None:
+    def set_peers(self, peers: dict[NodeId, Peer]) -> None:
         self.view = View(ME, MappingProxyType(peers), self.view.version + 1)
         self._changed.set()
         self._changed = trio.Event()
@@ -313,7 +313,7 @@ async def test_a_card_whose_manifest_is_not_of_its_weights_is_no_source(tmp_path
     network.add(NodeId("a"), whole)
     torn = msgspec.structs.replace(network.view.peers[NodeId("a")].facts.models[0], weights="b" * 64)
     facts = msgspec.structs.replace(network.view.peers[NodeId("a")].facts, models=(torn,))
-    network._set({**network.view.peers, NodeId("a"): Peer(NodeId("a"), "a", ("a", 0), facts=facts)})
+    network.set_peers({**network.view.peers, NodeId("a"): Peer(NodeId("a"), "a", ("a", 0), facts=facts)})
     assert announced(network.view, MODEL) is None
 
 
@@ -327,7 +327,7 @@ async def test_a_version_whose_holders_hand_nothing_out_is_waited_for_and_no_oth
         network.add(name, whole)
         keeps = msgspec.structs.replace(network.view.peers[name].facts.models[0], manifest="")
         facts = msgspec.structs.replace(network.view.peers[name].facts, models=(keeps,))
-        network._set({**network.view.peers, name: Peer(name, name, (name, 0), facts=facts)})
+        network.set_peers({**network.view.peers, name: Peer(name, name, (name, 0), facts=facts)})
     assert announced(network.view, MODEL) is None
 
 

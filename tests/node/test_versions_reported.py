@@ -1,4 +1,4 @@
-"""Two sets of weights under one id: what status, doctor, readiness and the log say of them."""
+"""Two sets of weights under one id: what status, doctor, readiness and the log report of them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def rows(*peers: Peer) -> list[dict[str, Any]]:
     return list(to_builtins(status(seen, [], {TINY: True}, 0.0, None))["models"])
 
 
-def test_two_sets_of_weights_are_two_rows_that_share_nothing_but_the_id() -> None:
+def test_two_versions_of_an_id_are_two_rows() -> None:
     first, second = rows(peer("1", A), peer("2", A), peer("3", B, end=2, numerics="other"))
     assert (first["id"], first["weights"], first["name"], first["answers"], first["complete"]) == ("tiny", A, "tiny", True, True)
     assert (first["min_replicas"], first["nodes"], first["numerics"]) == (2, 2, "exact")
@@ -53,27 +53,27 @@ def test_two_sets_of_weights_are_two_rows_that_share_nothing_but_the_id() -> Non
     assert [run["live"] for run in second["coverage"]] == [1, 0]
 
 
-def test_three_nodes_that_all_differ_are_no_replicas_of_each_other() -> None:
-    """What looked like three copies and `exact` answers."""
-    told = rows(peer("1", A), peer("2", B), peer("3", "c" * 64))
-    assert [(row["min_replicas"], row["numerics"]) for row in told] == [(1, "exact")] * 3
-    assert [row["answers"] for row in told] == [True, False, False]
+def test_nodes_with_different_weights_are_no_replicas() -> None:
+    """Three versions, which must not count as three copies with `exact` answers."""
+    models = rows(peer("1", A), peer("2", B), peer("3", "c" * 64))
+    assert [(row["min_replicas"], row["numerics"]) for row in models] == [(1, "exact")] * 3
+    assert [row["answers"] for row in models] == [True, False, False]
 
 
-def test_every_node_of_the_mesh_tells_the_same_rows() -> None:
+def test_every_node_reports_the_same_rows() -> None:
     peers = [peer("1", A), peer("2", B), peer("3", B)]
-    told = [status(view(*peers, me=me), [], {}, 0.0, None).models for me in "123"]
-    assert told[0] == told[1] == told[2]
+    models = [status(view(*peers, me=me), [], {}, 0.0, None).models for me in "123"]
+    assert models[0] == models[1] == models[2]
 
 
-def test_how_far_hashing_is_stands_in_the_nodes_own_part() -> None:
+def test_the_nodes_own_status_has_the_progress_of_hashing() -> None:
     hashing: Any = {"tiny": msgspec.defstruct("Hashed", ["bytes_done", "bytes"])(5, 9)}
-    told = to_builtins(status(view(peer("1", "", end=0)), [], {}, 0.0, None, hashing=hashing))
-    assert told["self"]["hashing"] == {"tiny": {"bytes_done": 5, "bytes": 9}}
-    assert (told["models"][0]["weights"], told["models"][0]["complete"]) == ("", False)
+    body = to_builtins(status(view(peer("1", "", end=0)), [], {}, 0.0, None, hashing=hashing))
+    assert body["self"]["hashing"] == {"tiny": {"bytes_done": 5, "bytes": 9}}
+    assert (body["models"][0]["weights"], body["models"][0]["complete"]) == ("", False)
 
 
-def test_in_the_list_of_models_a_version_has_an_id_of_its_own_and_the_models_as_root() -> None:
+def test_in_the_list_of_models_a_version_has_its_own_id() -> None:
     plain = model_object(ModelCard(TINY, 4, 64, A, "n"))
     other = model_object(ModelCard(ModelId("tiny@bbbbbbbb"), 4, 64, B, "n"))
     assert (plain["id"], plain["root"], plain["mesh"]["weights"]) == ("tiny", "tiny", A)
@@ -89,7 +89,7 @@ def found(*peers: Peer, **look: Any) -> list[Finding]:
     return diagnosis(Observations(view(*peers), free_bytes=1 << 40, **look))
 
 
-def test_doctor_says_which_nodes_have_which_weights_which_answer_and_what_to_do() -> None:
+def test_doctor_reports_the_nodes_of_each_version_and_a_remedy() -> None:
     [finding] = [each for each in found(peer("1", A), peer("2", B), peer("3", B)) if "sets of weights" in each.what]
     assert finding.severity == PROBLEM and finding.about == "models"
     assert finding.what == (
@@ -100,20 +100,20 @@ def test_doctor_says_which_nodes_have_which_weights_which_answer_and_what_to_do(
     assert "the same files" in finding.do and "NAME=DIR" in finding.do
 
 
-def test_doctor_counts_copies_within_the_version_and_is_not_alarmed_by_one_that_does_not_answer() -> None:
+def test_doctor_counts_copies_within_a_version() -> None:
     findings = found(peer("1", A), peer("2", A), peer("3", B, end=2), missing_layers={ModelId("tiny@bbbbbbbb"): ((2, 4),)})
-    told = {each.what: each.severity for each in findings if "sets of weights" not in each.what}
-    assert told == {"no live node holds layers 2:4 of tiny@bbbbbbbb: it cannot answer": NOTE}
+    severities = {each.what: each.severity for each in findings if "sets of weights" not in each.what}
+    assert severities == {"no live node holds layers 2:4 of tiny@bbbbbbbb: it cannot answer": NOTE}
     alone = found(peer("1", A), peer("2", B), peer("3", B, state=PeerState.DEAD))
     assert "some layers of tiny are held 1 time: the next death stops it" in [each.what for each in alone]
 
 
-def test_a_mesh_with_one_set_of_weights_has_nothing_to_be_told_of_them() -> None:
+def test_a_mesh_with_one_version_reports_no_versions() -> None:
     assert found(peer("1", A), peer("2", A)) == []
     assert found(peer("1", A), peer("2", A), peer("3", "", end=0)) == [], "one that still hashes its files is no version"
 
 
-def test_doctor_tells_of_files_that_changed_under_the_node() -> None:
+def test_doctor_reports_files_that_changed_under_the_node() -> None:
     [finding] = found(peer("1", A), peer("2", A), changed_files={TINY: "x.safetensors holds other bytes than were hashed"})
     assert finding.severity == PROBLEM
     assert finding.what.endswith("x.safetensors holds other bytes than were hashed") and "copy the model's files" in finding.do
@@ -130,14 +130,14 @@ def test_a_node_that_hashes_and_serves_nothing_yet_is_loading() -> None:
     assert readiness_of(serves_another, Load(), 0.0) is Readiness.WARM
 
 
-async def test_a_node_that_is_not_ready_says_how_far_the_hashing_is() -> None:
+async def test_the_reason_of_an_unready_node_has_the_progress_of_hashing() -> None:
     nothing: Any = None
     seen = view(peer("1", "", end=0))
     models = PeerModels(lambda: seen, ServedModels(), nothing)
-    said = ["the files of tiny are being hashed, 1.00 of 4.00 GiB"]
-    check = Canary(lambda: seen, models, nothing, lambda: said)
+    hashing_reports = ["the files of tiny are being hashed, 1.00 of 4.00 GiB"]
+    check = Canary(lambda: seen, models, nothing, lambda: hashing_reports)
     why = await check.why_not()
-    assert why is not None and why.startswith(f"{said[0]}; no live peer holds layers 0:4 of tiny")
+    assert why is not None and why.startswith(f"{hashing_reports[0]}; no live peer holds layers 0:4 of tiny")
 
 
 # --- the log
@@ -152,32 +152,32 @@ def watching(weights: str) -> VersionWatch:
     return VersionWatch(never, models)
 
 
-def test_a_node_that_holds_other_weights_says_so_once_and_when_it_is_over() -> None:
+def test_a_node_with_other_weights_logs_that_once_and_its_end() -> None:
     mine, theirs = peer("1", A), [peer("2", B), peer("3", B)]
     watch = watching(A)
     with capture_logs() as logs:
         for seen in (view(mine), view(mine, *theirs), view(mine, *theirs, peer("4", B)), view(mine, *theirs)):
-            watch.look(seen)
+            watch.update(seen)
         assert [line["event"] for line in logs] == ["weights.other_version"], "once, whatever else changes"
-        told = logs[0]
-        assert (told["log_level"], told["model"], told["weights"], told["answering"]) == (
+        line = logs[0]
+        assert (line["log_level"], line["model"], line["weights"], line["answering"]) == (
             "warning",
             "tiny",
             "aaaaaaaa",
             "bbbbbbbb",
         )
-        assert (told["nodes"], told["answering_nodes"], told["asked_for_as"]) == (1, 2, "tiny@aaaaaaaa")
-        watch.look(view(mine))
-        watch.look(view(mine))
+        assert (line["nodes"], line["answering_nodes"], line["asked_for_as"]) == (1, 2, "tiny@aaaaaaaa")
+        watch.update(view(mine))
+        watch.update(view(mine))
     assert [line["event"] for line in logs] == ["weights.other_version", "weights.answer"]
     with capture_logs() as logs:
         for other in (B, "c" * 64):
-            watch.look(view(mine, peer("2", other), peer("3", other)))
-    assert [line["answering"] for line in logs] == ["bbbbbbbb", "cccccccc"], "other weights are told anew"
+            watch.update(view(mine, peer("2", other), peer("3", other)))
+    assert [line["answering"] for line in logs] == ["bbbbbbbb", "cccccccc"], "each change of the answering weights is logged"
 
 
 @pytest.mark.parametrize("weights", [A, ""])
-def test_a_node_whose_weights_answer_or_are_not_known_yet_says_nothing(weights: str) -> None:
+def test_answering_and_unidentified_weights_are_not_logged(weights: str) -> None:
     with capture_logs() as logs:
-        watching(weights).look(view(replace(peer("1", weights), id=NodeId("1")), peer("2", A), peer("3", A)))
+        watching(weights).update(view(replace(peer("1", weights), id=NodeId("1")), peer("2", A), peer("3", A)))
     assert logs == []
