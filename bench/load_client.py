@@ -140,7 +140,9 @@ class Users:
         words = Random(request.prompt)
         body = json.dumps(
             {
-                "messages": [{"role": "user", "content": " ".join(f"w{words.randrange(5000)}" for _ in range(self.plan.input_words))}],
+                "messages": [
+                    {"role": "user", "content": " ".join(f"w{words.randrange(5000)}" for _ in range(self.plan.input_words))}
+                ],
                 "max_tokens": self.plan.max_tokens,
                 "ignore_eos": True,
                 "stream": True,

@@ -32,7 +32,7 @@ PROBE_S = 5.0
 RENEW_S = 1.0  # demand is sent again after so long: a message that was lost costs no more
 CREDIT_S = 1.5  # a grant is used by then or not at all; less than the stage reserves the place for (`GRANT_S`)
 SEND_S = 0.02  # between two demands to one stage: what changes meanwhile goes with the next
-RATE_WINDOW_S = 5.0  # over which the rate of starts is averaged
+RATE_WINDOW_S, MIN_RATE_WINDOW_S = 10.0, 4.0  # over which the rate of starts is averaged; less soon after a time without any
 
 Lane = tuple[str, ...]  # model id, then what else keeps requests from sharing a queue
 
@@ -92,6 +92,7 @@ class EntryQueue:
         self._unanswered: dict[NodeId, int] = {}
         self._full: dict[tuple[NodeId, str], _FullNode] = {}
         self._starts: deque[float] = deque()
+        self._active_since = -math.inf
         self._dispatching = False
 
     # --- what the entry does
@@ -128,6 +129,9 @@ class EntryQueue:
 
     def opened(self, ticket: Ticket, now: float) -> None:
         """Its path took it: it leaves the queue."""
+        self._drop_old_starts(now)
+        if not self._starts:
+            self._active_since = now
         self._starts.append(now)
         self.leave(ticket, now)
 
@@ -215,9 +219,13 @@ class EntryQueue:
 
     def start_rate(self, now: float) -> float:
         """Requests that started in a second, on average over the last ten; at least a tenth."""
+        self._drop_old_starts(now)
+        window_s = min(RATE_WINDOW_S, max(MIN_RATE_WINDOW_S, now - self._active_since))
+        return max(1, len(self._starts)) / window_s
+
+    def _drop_old_starts(self, now: float) -> None:
         while self._starts and self._starts[0] < now - RATE_WINDOW_S:
             self._starts.popleft()
-        return max(1, len(self._starts)) / RATE_WINDOW_S
 
     def expected_wait_s(self, lane: Lane, priority: int, now: float) -> float:
         """Returns the time until a request that joins now would start: those before it, at the rate of the last starts."""
