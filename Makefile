@@ -85,6 +85,7 @@ bench: $(STAMP)
 	$(BIN)/python -m bench.rag --quick
 	$(BIN)/python -m bench.availability --quick
 	$(BIN)/python -m bench.membership --quick
+	$(BIN)/python -m bench.load --quick
 
 # What bench.membership and bench.engine measure us against, each in a virtual environment of its own. llama.cpp comes
 # prebuilt for AVX2 (a wheel of 34 MB); where that does not load, and with LLAMA_CPP=source, it is built for this machine's own

@@ -1,7 +1,7 @@
 """Many users in one process, at little cost: raw HTTP/1.1 over trio, streamed answers, retries as the official SDK makes them.
 
-`python -m bench.load_client` reads one JSON object from stdin and writes one to stdout (`Plan`, `Seen`). It runs in a process of its
-own, so that its CPU time is known and the nodes' is not mixed with it.
+`python -m bench.load_client` reads one JSON object from stdin and writes one to stdout (`Plan`, `Seen`). It runs in a process of
+its own, so that its CPU time is known and the nodes' is not mixed with it.
 """
 
 from __future__ import annotations

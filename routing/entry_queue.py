@@ -7,9 +7,9 @@ once nothing waits for it.
 
 At most `OPENS_AT_ONCE` opens to one node are unanswered: a burst that finds all nodes idle is not sent out as a whole before
 the first refusal can come back. After two refusals a request waits until something changes: more attempts gain little and load a
-full mesh (power of two choices). Two things are tried again by time alone. A full node that granted nothing for `PROBE_S` is sent
-one request, since it may have restarted, or run a release that grants nothing. And a lane that has waited for `WIDEN_S` tries nodes
-that are not known to be full, if there are any.
+full mesh (power of two choices). Two things are tried again by time alone. A full node that granted nothing for `PROBE_S` is
+sent one request, since it may have restarted, or run a release that grants nothing. And a lane that has waited for `WIDEN_S`
+tries nodes that are not known to be full, if there are any.
 
 This is a core: it does no I/O; `place` plans a path, and `due_demands` returns what to send to the stages.
 """
@@ -141,7 +141,7 @@ class EntryQueue:
         if lane is not None:
             self._answered(ticket)
             self._refused_by.setdefault(ticket.number, set()).add(node)
-            self._is_full(node, lane[0], now)
+            self.node_full(node, lane[0], now)
 
     def granted(self, node: NodeId, model: str, count: int, now: float) -> None:
         """`node` grants `count` places for requests of `model`."""
@@ -265,7 +265,7 @@ class EntryQueue:
             lane.widen_at = now + WIDEN_S if tired else math.inf
             for node in self._refused_by.pop(ticket.number, ()):  # one may have counted as free again meanwhile
                 if (node, model) not in self._full:
-                    self._is_full(node, model, now)
+                    self.node_full(node, model, now)
             return
         lane.queue.take(ticket)
         for node in nodes:
@@ -276,7 +276,8 @@ class EntryQueue:
             self._unanswered[node] = self._unanswered.get(node, 0) + 1
         self._opening[ticket.number] = _Opening(key, nodes)
 
-    def _is_full(self, node: NodeId, model: str, now: float) -> None:
+    def node_full(self, node: NodeId, model: str, now: float) -> None:
+        """Takes no more of the model than `node` grants from now on."""
         full = self._full.setdefault((node, model), _FullNode(now + PROBE_S, now))
         full.credits.clear()
         full.probe_at = now + PROBE_S

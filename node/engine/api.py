@@ -117,12 +117,14 @@ class SequenceLost:
 
     retryable: another attempt may succeed (evicted for lack of KV blocks, step failed); else the cause is the request itself.
     by_previous: the cause is what the stage before sent.
+    no_room: evicted for lack of KV blocks; no fault of the stage.
     """
 
     key: SequenceKey
     reason: str
     retryable: bool = True
     by_previous: bool = False
+    no_room: bool = False
 
 
 @dataclass(frozen=True, slots=True)

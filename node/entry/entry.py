@@ -231,7 +231,9 @@ class RequestRun:
             return False
         node = next((stage.node for stage in path if stage.address == address), None)
         fault = None if lost.retryable else BadRequest(lost.reason)
-        self.enqueue(choice, StageLost(lost.key.attempt, node, lost.reason, lost.retryable, fault))
+        if lost.no_room and node is not None:
+            self._queue.node_full(node, self._prompt.model.card.id)
+        self.enqueue(choice, StageLost(lost.key.attempt, node, lost.reason, lost.retryable, fault, no_room=lost.no_room))
         return True
 
     async def drive(self) -> None:

@@ -78,6 +78,7 @@ class StageLost:
     retryable: bool = True
     error: MeshError | None = None
     unreachable: bool = False
+    no_room: bool = False  # the stage evicted the sequence: it is not avoided, and the attempt does not count as failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +262,8 @@ class Generation:
             case TokenDrawn():
                 return self._token(event, now)
             case StageLost():
+                if event.no_room:
+                    return self._evicted(event.reason, now)
                 fault = None if event.retryable else event.error or MeshError(event.reason)
                 return self._lost(event.node, event.reason, now, fault, event.unreachable)
             case PeerGone(node=node, reason=reason):
@@ -354,9 +357,18 @@ class Generation:
         if self._tokenless_attempts >= self.limits.tokenless_attempts:
             error = Refused(f"{self._tokenless_attempts} attempts in a row were lost without a token; the last: {reason}", 1.0)
             return close + self._end(GenerationPhase.FAILED, Fail(error))
-        if again and unreachable:
-            return close + self._wait(Refused(f"the only nodes that hold its layers cannot be reached: {reason}", 1.0), now)
+        if again:
+            return close + self._wait(Refused(f"the only nodes that hold its layers fail: {reason}", 1.0), now)
         return close + self._plan(now)
+
+    def _evicted(self, reason: str, now: float) -> list[GenerationEffect]:
+        """A stage had no room for what the sequence has grown to: queues with the tokens so far, ahead of new requests."""
+        if self.phase not in (GenerationPhase.OPENING, GenerationPhase.RUNNING):
+            return []
+        close = ClosePath(self.attempt, self.path)
+        self.history.append(reason)
+        self.path = ()
+        return [close, *self._plan(now)]
 
     def _stalled(self, now: float) -> list[GenerationEffect]:
         """A token is overdue: gives the attempt up if one of its nodes is suspect, else has them probed."""

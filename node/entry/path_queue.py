@@ -76,6 +76,11 @@ class PathQueue:
         self._core.refused(ticket, node, self._now())
         self._wake()
 
+    def node_full(self, node: NodeId, model: str) -> None:
+        """`node` evicted a sequence of the model for lack of room: what queues next waits for its grants."""
+        self._core.node_full(node, model, self._now())
+        self._wake()
+
     def opened(self, ticket: Ticket) -> None:
         self._core.opened(ticket, self._now())
         self._forget(ticket)

@@ -64,10 +64,11 @@ class LostStage(msgspec.Struct, frozen=True):
     reason: str
     retryable: bool
     address: Address | None
+    no_room: bool = False
 
 
 class RoomDemand(msgspec.Struct, frozen=True):
-    """The frame `stage.demand`: the first requests that wait at an entry for room here, as (continued, priority, seconds waited)."""
+    """The frame `stage.demand`: the first requests that wait for room here, as (continued, priority, seconds waited)."""
 
     model: ModelId
     address: Address
@@ -230,7 +231,13 @@ class Stages:
 
     def _give_up(self, route: OpenStage, lost: SequenceLost, address: Address | None) -> None:
         self._forget(lost.key)
-        header = {"key": list(lost.key), "reason": lost.reason, "retryable": lost.retryable, "address": address}
+        header = {
+            "key": list(lost.key),
+            "reason": lost.reason,
+            "retryable": lost.retryable,
+            "address": address,
+            "no_room": lost.no_room,
+        }
         try:
             self._post(route.entry_address, "stage.lost", header)
         except PeerLost:
@@ -320,7 +327,8 @@ class Stages:
 
     def _on_lost(self, sender: NodeId, header: Header, tail: bytes) -> None:
         lost = msgspec.convert(header, LostStage)
-        if not self._sink.lost(SequenceLost(SequenceKey(*lost.key), lost.reason[:500], lost.retryable), lost.address, sender):
+        reported = SequenceLost(SequenceKey(*lost.key), lost.reason[:500], lost.retryable, no_room=lost.no_room)
+        if not self._sink.lost(reported, lost.address, sender):
             self._note_unauthorized(sender, "stage.lost")
 
     def _on_close(self, sender: NodeId, header: Header, tail: bytes) -> None:

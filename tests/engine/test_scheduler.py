@@ -31,8 +31,8 @@ def held(blocks: int = 16) -> HeldSpan:
     return HeldSpan(BlockPool(blocks), 4, HIDDEN, vocab_size=100, max_model_len=4096, end_ids=frozenset([EOS]))
 
 
-def scheduler_of(*spans: Span, step_tokens: int = 64, max_sequences: int = 8, blocks: int = 16) -> Scheduler:
-    scheduler = Scheduler(step_tokens, max_sequences, speculates=False)
+def scheduler_of(*spans: Span, step_tokens: int = 64, max_sequences: int = 8, blocks: int = 16, growth: int = 256) -> Scheduler:
+    scheduler = Scheduler(step_tokens, max_sequences, speculates=False, growth_tokens=growth)
     for span in spans or (WHOLE,):
         scheduler.add_span(span, held(blocks))
     return scheduler
@@ -195,8 +195,28 @@ def test_unusable_logits_end_one_sequence_without_retry_and_no_other() -> None:
     assert isinstance(outputs[0], SequenceLost) and not outputs[0].retryable
 
 
+def test_blocks_that_running_sequences_will_need_soon_are_kept_for_them() -> None:
+    scheduler = scheduler_of(blocks=3, step_tokens=1024)
+    assert scheduler.room(MODEL) == 3
+    scheduler.open(sequence("grows", prompt=BLOCK_TOKENS - 2, max_tokens=50))
+    assert scheduler.room(MODEL) == 1
+    scheduler.open(sequence("short", prompt=5, max_tokens=50))
+    assert scheduler.room(MODEL) == 0
+    with pytest.raises(Refused, match="no room"):
+        scheduler.open(sequence("more", prompt=5, max_tokens=50))
+    outputs = [out for _ in range(60) for out in run(scheduler)[1]]
+    assert all(isinstance(out, TokenOut) for out in outputs) and scheduler.statistics().evicted == 0
+    assert scheduler.room(MODEL) == 3
+
+
+def test_a_sequence_alone_is_admitted_whatever_it_may_grow_to() -> None:
+    scheduler = scheduler_of(blocks=1)
+    scheduler.open(sequence("long", prompt=BLOCK_TOKENS - 2, max_tokens=1))
+    assert scheduler.room(MODEL) == 0 and scheduler.room(ModelId("other")) == 0
+
+
 def test_without_a_free_block_the_youngest_is_evicted_and_may_be_retried() -> None:
-    scheduler = scheduler_of(blocks=2, step_tokens=1024)
+    scheduler = scheduler_of(blocks=2, step_tokens=1024, growth=0)
     scheduler.open(sequence("old", prompt=BLOCK_TOKENS - 2, max_tokens=50))
     scheduler.open(sequence("young", prompt=5, max_tokens=50))
     outputs = [out for _ in range(4) for out in run(scheduler)[1]]
@@ -207,7 +227,7 @@ def test_without_a_free_block_the_youngest_is_evicted_and_may_be_retried() -> No
 
 
 def test_a_sequence_evicted_while_its_step_is_planned_is_not_computed() -> None:
-    scheduler = scheduler_of(EARLY, blocks=2, step_tokens=1024)
+    scheduler = scheduler_of(EARLY, blocks=2, step_tokens=1024, growth=0)
     scheduler.open(sequence("old", prompt=BLOCK_TOKENS - 2, span=(0, 3), max_tokens=50))
     scheduler.open(sequence("young", prompt=5, span=(0, 3), max_tokens=50))
     run(scheduler)
@@ -325,7 +345,7 @@ def test_a_sequence_past_its_deadline_is_not_computed() -> None:
 
 
 def test_a_preempted_sequence_continues_where_it_was_once_blocks_are_free() -> None:
-    scheduler = scheduler_of(blocks=2, step_tokens=1024)
+    scheduler = scheduler_of(blocks=2, step_tokens=1024, growth=0)
     scheduler.open(sequence("old", prompt=BLOCK_TOKENS - 4, max_tokens=12))
     scheduler.open(replace(sequence("young", prompt=5, max_tokens=30), last_choice=True))
     outputs: list[TokenOut | SequenceLost] = []

@@ -109,7 +109,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     ) -> None:
         """Begins where pages were kept, were evicted, and are to be restored: random rules rarely reach this state."""
         self.pools = {span: held(blocks) for span in (WHOLE, EARLY, LATE)}
-        self.scheduler = Scheduler(step_tokens, 4)
+        self.scheduler = Scheduler(step_tokens, 4, growth_tokens=0)  # so that blocks run out, and sequences are evicted
         for loaded, one in self.pools.items():
             self.scheduler.add_span(loaded, one)
         self.opened: dict[SequenceKey, OpenSequence] = {}

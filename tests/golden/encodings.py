@@ -20,6 +20,7 @@ import mesh.wire.sync
 import mesh.wire.twin
 import node.engine.api
 import node.engine.parallel.messages
+import node.entry.path_queue
 import node.host.identity
 import node.host.known_peers
 import node.requests
@@ -73,7 +74,14 @@ LONG_BYTES = 400
 STRUCTS = [
     *(mesh.wire.gossip, mesh.wire.sync, mesh.wire.twin, mesh.view, mesh.manifest, trace_format),
     *(rag.clock, rag.registry, rag.replica, rag.search, rag.wire),
-    *(node.requests, node.engine.api, node.engine.parallel.messages, node.serving.stages, node.serving.page_exchange),
+    *(
+        node.requests,
+        node.engine.api,
+        node.engine.parallel.messages,
+        node.serving.stages,
+        node.serving.page_exchange,
+        node.entry.path_queue,
+    ),
     *(node.weights.record, node.weights.store, node.host.identity, node.host.known_peers),
 ]
 LOAD = Load(1, 2, 3, 4, 5, 6.5, 7.25)

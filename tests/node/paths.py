@@ -70,6 +70,7 @@ class CountingEngine:
         self.sequences: dict[SequenceKey, OpenSequence] = {}
         self.opened: list[OpenSequence] = []
         self.refuse = 0
+        self.places = 100
         self.pages = 0  # cached pages that it reports for any sequence
         self.faults: dict[int, Callable[[SequenceKey], None]] = {}
         self.stages: Stages | None = None
@@ -79,6 +80,8 @@ class CountingEngine:
         if self.refuse:
             self.refuse -= 1
             raise Refused("full", 0.05)
+        if len(self.sequences) >= self.places:
+            raise Refused(f"{self.places} sequences are running")
         self.sequences[sequence.key] = sequence
         self.opened.append(sequence)
         if sequence.start == 0:
@@ -89,7 +92,7 @@ class CountingEngine:
         return model == MODEL
 
     def room(self, model: ModelId) -> int:
-        return 100
+        return self.places - len(self.sequences)
 
     def push(self, *hidden: HiddenOut) -> None:
         for each in hidden:

@@ -357,3 +357,12 @@ def test_tokens_are_emitted_once_in_order_and_every_open_path_is_closed(steps: l
     for earlier, later in itertools.pairwise(opened):
         assert earlier.attempt < later.attempt
         assert later.tokens[: len(earlier.tokens)] == earlier.tokens
+
+
+def test_an_evicted_sequence_queues_again_and_blames_no_node() -> None:
+    generation = running()
+    for attempt in range(1, 20):
+        evicted = StageLost(attempt, B, "evicted", no_room=True)
+        assert generation.receive(evicted, 1.0) == [ClosePath(attempt, PATH), PlanPath(attempt + 1, frozenset())]
+        generation.receive(PathPlanned(attempt + 1, PATH), 1.0)
+    assert generation.receive(TokenDrawn(20, 10, 7), 1.0) == [EmitToken(10, 7)]

@@ -159,6 +159,41 @@ async def test_a_full_node_is_waited_for() -> None:
         assert mesh.nodes["entry"].entry.statistics().counters.opens_refused_total == 4
 
 
+async def test_more_requests_than_places_are_served_as_places_become_free() -> None:
+    async with small_mesh(one=(), two=(), a=((0, 6),), b=((0, 6),)) as mesh:
+        for name in "ab":
+            mesh.nodes[name].engine.places = 2
+        answers: list[list[int]] = []
+
+        async def ask(number: int) -> None:
+            entry = mesh.nodes[("one", "two")[number % 2]].entry
+            request = GenerateRequest(StreamId(f"s{number}"), None, prompt="x", max_tokens=20)
+            async with entry.generate(request) as events:
+                answers.append(tokens([event async for event in events]))
+
+        async with trio.open_nursery() as nursery:
+            for number in range(60):
+                nursery.start_soon(ask, number)
+        await at_rest(mesh)
+        assert answers == [EXPECTED] * 60
+        entries = [mesh.nodes[name].entry.statistics() for name in ("one", "two")]
+        stages = [mesh.nodes[name].stages.statistics() for name in "ab"]
+        assert sum(stage.room_granted_total for stage in stages) >= 40
+        assert sum(entry.counters.opens_refused_total for entry in entries) < 60, "no request is sent out again and again"
+        assert all(entry.queued == entry.full_nodes == 0 for entry in entries)
+
+
+async def test_nothing_is_sent_to_the_client_before_a_path_has_opened() -> None:
+    async with small_mesh(entry=(), only=((0, 6),)) as mesh:
+        mesh.nodes["only"].engine.places = 0
+        seen: list[Any] = []
+        with trio.move_on_after(0.3):
+            await run(mesh, each=seen.append)
+        assert seen == []
+        await at_rest(mesh)
+        assert mesh.nodes["entry"].entry.statistics().queued == 0
+
+
 async def test_no_path_is_an_error_that_names_the_gap() -> None:
     async with small_mesh(entry=(), a=((0, 2),), b=((4, 6),)) as mesh:
         with pytest.raises(NoPath, match="layers 2:4"):

@@ -252,9 +252,7 @@ class Node:
                 demand = demand.__class__(demand.node, demand.model, demand.heads[::-1], demand.received_total)
             heads = [WaitingRequest(each.continued, each.priority, each.arrived_at) for each in demand.heads]
             received = demand.received_total
-            mesh.send(
-                self, stage, lambda stage=stage, heads=heads, received=received: stage.on_demand(self.name, heads, received)
-            )
+            mesh.send(self, stage, partial(stage.on_demand, self.name, heads, received))
         at = self.queue.deadline
         if at < self.wake_at - 1e-9 and not (mesh.faults.no_renewal):
             self.wake_at = at
@@ -277,7 +275,7 @@ class Node:
         for entry, number in self.grants.grant(self.room, now).items():
             node = mesh.nodes[entry]
             if mesh.rng.random() >= mesh.lost_grants:
-                mesh.send(self, node, lambda node=node, number=number: node.granted(self.name, number))
+                mesh.send(self, node, partial(node.granted, self.name, number))
 
     def on_open(
         self,
@@ -372,7 +370,10 @@ class Mesh:
         self.closed_until = until
         for _ in range(number):
             client = Client(next(self.order), again_after_s=0.0)
-            self.after(self.rng.random(), None, lambda client=client: self.ask(Asked(client, self.now)))
+            self.after(self.rng.random(), None, partial(self.begin, client))
+
+    def begin(self, client: Client) -> None:
+        self.ask(Asked(client, self.now))
 
     def ask(self, asked: Asked) -> None:
         live = [node for node in self.nodes.values() if node.alive]
@@ -424,7 +425,7 @@ class Mesh:
             self.view = View(self.view.me, MappingProxyType({n: p for n, p in self.view.peers.items() if n != name}))
             for other in self.nodes.values():
                 if other.alive:
-                    self.after(0.0, other, lambda other=other: other_lost(other))
+                    self.after(0.0, other, partial(other_lost, other))
 
         def other_lost(other: Node) -> None:
             other.planning.forget(name)

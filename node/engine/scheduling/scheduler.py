@@ -29,7 +29,7 @@ from node.engine.scheduling.kv_allocator import HeldSpan, KvAllocator
 from node.engine.scheduling.sequence import DrawResult, ScheduledChunk, StageSequence, StepPlan
 from node.engine.scheduling.step_selection import StepSelection
 
-GROWTH_TOKENS = 256  # by which each running sequence may grow without giving up blocks: no newcomer is admitted into these
+GROWTH_TOKENS = 256  # for which each running sequence has blocks kept free: no newcomer is admitted into these
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +61,11 @@ class Scheduler:
     `now_s`: seconds of any clock that never goes back.
     """
 
-    def __init__(self, step_tokens: int, max_sequences: int, speculates: bool = True) -> None:
+    def __init__(self, step_tokens: int, max_sequences: int, speculates: bool = True, growth_tokens: int = GROWTH_TOKENS) -> None:
         if step_tokens < 1 or max_sequences < 1:
             raise LocalError(f"expected a positive token budget and sequence limit, got {step_tokens} and {max_sequences}")
         self.max_sequences = max_sequences
+        self.growth_tokens = growth_tokens
         self.selection = StepSelection(step_tokens, speculates)
         self.allocator = KvAllocator()
         self._sequences: dict[SequenceKey, StageSequence] = {}
@@ -280,7 +281,8 @@ class Scheduler:
             else:
                 self._evicted += 1
                 self._forget(least)
-                lost.append(SequenceLost(least.key, "evicted: no KV block was free, and it was the youngest sequence"))
+                reason = "evicted: no KV block was free, and it was the youngest sequence"
+                lost.append(SequenceLost(least.key, reason, no_room=True))
             if least is sequence:
                 return False
         return True
@@ -424,7 +426,7 @@ class Scheduler:
 
     def _reserved_blocks(self, running: Sequence[StageSequence]) -> int:
         """Returns the blocks that running sequences are going to need soon, and do not hold yet."""
-        ends = (min(each.end_position, each.known + GROWTH_TOKENS) for each in running)
+        ends = (min(each.end_position, each.known + self.growth_tokens) for each in running)
         return sum(max(0, blocks_for(end) - len(each.blocks)) for each, end in zip(running, ends, strict=True))
 
     def load(self) -> Load:
