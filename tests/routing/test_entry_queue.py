@@ -198,6 +198,7 @@ def test_the_expected_wait_is_that_of_those_ahead_at_the_rate_of_starts() -> Non
     queue.granted(A, "m", 20, 1.0)
     for ticket in waiting[:20]:
         queue.opened(ticket, 5.0)
-    assert queue.expected_wait_s(LANE, 0, 6.0) == 10.0
+    assert queue.expected_wait_s(LANE, 0, 6.0) == 4.0, "a queue that has just begun to move is measured over four seconds"
+    assert queue.expected_wait_s(LANE, 0, 13.0) == 8.0
     assert queue.expected_wait_s(LANE, -1, 6.0) == 0.0
     assert queue.expected_wait_s(("other", "w"), 0, 6.0) == 0.0
