@@ -7,13 +7,13 @@ from random import Random
 
 from mesh.ids import NodeId
 
-Span = tuple[float, float]
+TimeSpan = tuple[float, float]
 
 
 class LatencyModel:
     """`near_s`: of one way within a region, `far_s`: between two, each drawn evenly between its ends."""
 
-    def __init__(self, rng: Random, near_s: Span, far_s: Span | None) -> None:
+    def __init__(self, rng: Random, near_s: TimeSpan, far_s: TimeSpan | None) -> None:
         self._rng = rng
         self._near_s, self._far_s = near_s, far_s or near_s
         self._region: dict[NodeId, str] = {}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from membership.core.core import MembershipCore
-from membership.core.effects import Effect, MemberChanged, PingStream, SendDatagram, StartSync, TryConnect
+from membership.core.effects import MemberChanged, MembershipEffect, PingStream, SendDatagram, StartSync, TryConnect
 from membership.core.members import Member
 from mesh.ids import Address, NodeId
 from mesh.view import PeerState
@@ -90,7 +90,7 @@ class HostileMesh(RuleBasedStateMachine):
 
     # how the cores' effects are carried out
 
-    def _carry_out(self, number: int, effects: list[Effect]) -> None:
+    def _carry_out(self, number: int, effects: list[MembershipEffect]) -> None:
         for effect in effects:
             match effect:
                 case SendDatagram(to=to, message=message):
