@@ -20,6 +20,7 @@ MAX_RETRY_S = 60.0
 """The official clients obey `Retry-After` to the letter, and some give up on more than two minutes."""
 
 
+MIN_WAITING = 16  # so many may wait however long it seems: the rate of starts is not known before some have started
 WAIT_SHARES = (0.6, 1.0, 2.0)  # of `AdmissionLimits.wait_s`: for a new client, one that was refused once, and one more often
 
 
@@ -67,7 +68,7 @@ class Admission:
                 self._appointment(queue, now),
             )
         longest_s = limits.wait_s * WAIT_SHARES[min(max(retries, 0), len(WAIT_SHARES) - 1)]
-        if expected_s > longest_s:
+        if expected_s > longest_s and queue.waiting >= MIN_WAITING:
             raise Refused(
                 f"the mesh is overloaded: the expected wait is {expected_s:.1f} s, the limit {longest_s:.1f} s; try later",
                 self._appointment(queue, now),

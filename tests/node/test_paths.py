@@ -186,6 +186,26 @@ async def test_more_requests_than_places_are_served_as_places_become_free() -> N
                 await trio.sleep(0.01)
 
 
+async def test_a_refused_request_keeps_its_place_before_later_ones() -> None:
+    async with small_mesh(entry=(), only=((0, 6),)) as mesh:
+        entry, engine = mesh.nodes["entry"].entry, mesh.nodes["only"].engine
+        engine.places = 1
+        begun: list[str] = []
+
+        async def ask(name: str) -> None:
+            request = GenerateRequest(StreamId(name), None, prompt="x", max_tokens=20)
+            async with entry.generate(request) as events:
+                async for event in events:
+                    if isinstance(event, Started):
+                        begun.append(name)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(15):
+                nursery.start_soon(ask, f"s{number:02}")
+                await trio.sleep(0.003)
+        assert begun == sorted(begun)
+
+
 async def test_nothing_is_sent_to_the_client_before_a_path_has_opened() -> None:
     async with small_mesh(entry=(), only=((0, 6),)) as mesh:
         mesh.nodes["only"].engine.places = 0

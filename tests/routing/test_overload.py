@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mesh.errors import BadRequest, Refused
 from mesh.ids import NodeId
-from routing.admission import MAX_RETRY_S, Admission, AdmissionLimits, Queue, retry_after_s
+from routing.admission import MAX_RETRY_S, MIN_WAITING, Admission, AdmissionLimits, Queue, retry_after_s
 from routing.breaker import FAILURES_TO_OPEN, MAX_OPEN_S, PROBE_S, Breakers, Circuit
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
@@ -37,7 +37,7 @@ def test_a_request_is_refused_by_its_expected_wait_and_its_own_deadline(
     wait_s: float, retries: int, deadline_s: float | None, refused: bool
 ) -> None:
     def ask() -> None:
-        Admission().admit(Queue(3, 1, wait_s, 1.0), 0.0, retries=retries, deadline_s=deadline_s)
+        Admission().admit(Queue(30, 20, wait_s, 1.0), 0.0, retries=retries, deadline_s=deadline_s)
 
     if not refused:
         ask()
@@ -45,6 +45,12 @@ def test_a_request_is_refused_by_its_expected_wait_and_its_own_deadline(
         with pytest.raises(Refused) as caught:
             ask()
         assert (caught.value.retry_after_s, caught.value.quota) == (wait_s, False)
+
+
+def test_a_few_may_wait_however_long_it_seems() -> None:
+    Admission().admit(Queue(30, MIN_WAITING - 1, 100.0, 0.1), 0.0)
+    with pytest.raises(Refused):
+        Admission().admit(Queue(30, MIN_WAITING, 100.0, 0.1), 0.0)
 
 
 def test_a_full_entry_says_so() -> None:
