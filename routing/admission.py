@@ -28,7 +28,7 @@ WAIT_SHARES = (0.6, 1.0, 2.0)  # of `AdmissionLimits.wait_s`: for a new client, 
 class AdmissionLimits:
     running: int = 4096  # requests that this entry drives at once: each holds text, a core and a connection
     waiting: int = 2048  # of them, those without a token yet
-    wait_s: float = 5.0  # longest expected wait for room (`WAIT_SHARES`); after overload the mesh is back to normal that soon
+    wait_s: float = 4.0  # longest expected wait for room (`WAIT_SHARES`); after overload the mesh is back to normal that soon
 
     def __post_init__(self) -> None:
         if self.running < 1 or self.waiting < 0 or not self.wait_s > 0.0:
