@@ -107,7 +107,7 @@ class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
         return self.elements * DTYPE_BYTES[self.dtype]
 
 
-Entry = FileEntry | TensorEntry
+ManifestEntry = FileEntry | TensorEntry
 
 
 class Manifest(msgspec.Struct, frozen=True, array_like=True):
@@ -174,13 +174,13 @@ def _check(manifest: Manifest) -> None:
             raise BadManifest(f"{tensor.name[:64]!r} of dtype {tensor.dtype} is no tensor of ours")
         if tensor.size_bytes > 1 << 44:
             raise BadManifest(f"{tensor.name[:64]!r} is absurdly large")
-    every: list[Entry] = [*manifest.files, *manifest.tensors]
+    every: list[ManifestEntry] = [*manifest.files, *manifest.tensors]
     for entry in every:
         if len(entry.digests) != DIGEST_BYTES * -(-entry.size_bytes // PIECE_BYTES):
             raise BadManifest(f"{entry.name[:64]!r} has {len(entry.digests)} bytes of hashes for {entry.size_bytes} bytes")
 
 
-def pieces_of(entry: Entry) -> Iterator[WeightPiece]:
+def pieces_of(entry: ManifestEntry) -> Iterator[WeightPiece]:
     for number, offset in enumerate(range(0, entry.size_bytes, PIECE_BYTES)):
         size_bytes = min(PIECE_BYTES, entry.size_bytes - offset)
         digest = entry.digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]

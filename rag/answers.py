@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mesh.ids import NodeId
-from mesh.wire.calls import Handler, Header, Reply
+from mesh.wire.calls import CallReply, Handler, Header
 from rag import wire
 from rag.local import LocalStores
 from rag.peers import Peers
@@ -34,7 +34,7 @@ class Answers:
             "documents.search": self._search,
         }
 
-    async def _apply(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
+    async def _apply(self, sender: NodeId, header: Header, tail: bytes) -> CallReply:
         call = wire.call_of(wire.ApplyCall, header)
         operations = wire.decoded(wire.OPERATIONS, tail)
         applied = await self._local.apply(call.entry, operations)
@@ -42,36 +42,36 @@ class Answers:
         reason = "; ".join(sorted(set(applied.rejected)))
         return {"accepted": applied.accepted, "changed": applied.changed, "reason": reason}, b""
 
-    async def _register(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
+    async def _register(self, sender: NodeId, header: Header, tail: bytes) -> CallReply:
         await self._local.register(wire.call_of(wire.RegisterCall, header).entries)
         return {}, b""
 
-    async def _summary(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
+    async def _summary(self, sender: NodeId, header: Header, tail: bytes) -> CallReply:
         return {}, wire.ENCODER.encode(self._local.summary())
 
-    async def _listing(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
+    async def _listing(self, sender: NodeId, header: Header, tail: bytes) -> CallReply:
         call = wire.call_of(wire.ListingCall, header)
         wire.check_shards([call.shard])
         replica = self._local.replica(call.entry.id)
         lines: list[ListingEntry] = [] if replica is None else replica.listing(call.shard)
         return {}, wire.ENCODER.encode(lines)
 
-    async def _fetch(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
+    async def _fetch(self, sender: NodeId, header: Header, tail: bytes) -> CallReply:
         call = wire.call_of(wire.FetchCall, header)
         operations = await self._local.operations(call.entry.id, call.docs[: wire.MAX_FETCHED], wire.BATCH_BYTES)
         return {}, wire.ENCODER.encode(operations)
 
-    async def _heads(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
+    async def _heads(self, sender: NodeId, header: Header, tail: bytes) -> CallReply:
         return {}, wire.ENCODER.encode(self._peers.heads_here(wire.call_of(wire.HeadsCall, header).items))
 
-    async def _files(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
+    async def _files(self, sender: NodeId, header: Header, tail: bytes) -> CallReply:
         call = wire.call_of(wire.FilesCall, header)
         shards = await self._fit(call.entry, call.shards, call.stale_too)
         replica = self._local.replica(call.entry.id)
         heads = [] if replica is None else replica.documents(shards)
         return wire.header_of(wire.ShardsReply(shards)), wire.ENCODER.encode(heads)
 
-    async def _search(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
+    async def _search(self, sender: NodeId, header: Header, tail: bytes) -> CallReply:
         call = wire.call_of(wire.SearchCall, header)
         query = self._local.query_vector(tail)
         shards = await self._fit(call.entry, call.shards, call.stale_too)

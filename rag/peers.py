@@ -17,7 +17,7 @@ import trio
 from mesh.errors import PeerLost, Refused, RemoteError
 from mesh.ids import NodeId
 from mesh.view import PeerState, View
-from mesh.wire.calls import CALL_FAILURES, Call, Reply
+from mesh.wire.calls import CALL_FAILURES, Call, CallReply
 from rag import place, wire
 from rag.local import LocalStores
 from rag.reading import A, Ask, HeadsFound, ShardReply
@@ -76,7 +76,7 @@ class Peers:
 
     async def ask(
         self, node: NodeId, kind: str, call: msgspec.Struct, tail: bytes = b"", timeout_s: float = ASK_TIMEOUT_S
-    ) -> Reply:
+    ) -> CallReply:
         """One call to a peer.
 
         Raises:

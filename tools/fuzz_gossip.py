@@ -30,7 +30,7 @@ from membership.simulation.signer import StandInSigner
 from mesh.ids import Address, NodeId
 from mesh.view import Load
 from mesh.wire import datagram_codec
-from mesh.wire.gossip import MAX_MESSAGE_BYTES, Alive, BadDatagram, Claim, Left, Message
+from mesh.wire.gossip import MAX_MESSAGE_BYTES, Alive, BadDatagram, Claim, GossipMessage, Left
 from mesh.wire.load import pack_load
 from mesh.wire.statements import alive_statement, left_statement
 
@@ -69,7 +69,7 @@ class Subject:
             if isinstance(effect, SendDatagram):
                 sent = datagram_codec.encode(effect.message)
                 assert len(sent) <= MAX_MESSAGE_BYTES, f"an answer of {len(sent)} bytes"
-                assert isinstance(datagram_codec.decode(sent), Message), "what we send, we can read"
+                assert isinstance(datagram_codec.decode(sent), GossipMessage), "what we send, we can read"
 
 
 def _core() -> MembershipCore:
@@ -94,7 +94,7 @@ def _with_other_values(raw: bytes, rng: Random) -> bytes | None:
         parts = msgspec.to_builtins(datagram_codec.decode(raw))
         for _ in range(rng.randint(1, 4)):
             _replace_a_value(parts, rng)
-        message = msgspec.convert(parts, Message)
+        message = msgspec.convert(parts, GossipMessage)
         return datagram_codec.encode(_signed(message))
     except (msgspec.MsgspecError, ValueError, TypeError, OverflowError):
         return None
@@ -120,7 +120,7 @@ def _replace_a_value(parts: list[Any], rng: Random) -> None:
             within[at] = rng.choice((None, b"", b"\xff" * 22, bytes(22)))
 
 
-def _signed(message: Message) -> Message:
+def _signed(message: GossipMessage) -> GossipMessage:
     """A peer may have any key but those of others: what it says in a name, it says with the key that goes with it."""
     claims: list[Claim] = []
     for claim in message.claims:
@@ -178,7 +178,7 @@ def real_messages() -> dict[str, bytes]:
     network = Network(7, loss=0.1)
     send = network._send
 
-    def watch(it: SimNode, to: Address, message: Message) -> None:
+    def watch(it: SimNode, to: Address, message: GossipMessage) -> None:
         kind, datagram = type(message).__name__.lower(), datagram_codec.encode(message)
         if len(datagram) > len(longest.get(kind, b"")):
             longest[kind] = datagram

@@ -21,7 +21,7 @@ from mesh.wire.datagram_codec import encoded_bytes
 if TYPE_CHECKING:
     from membership.core.members import Members
     from mesh.ids import Address
-    from mesh.wire.gossip import Message
+    from mesh.wire.gossip import GossipMessage
 
 MAX_ACCOUNTS = 1024
 KEPT_S = 30.0  # longer than any answer takes that others are asked for first
@@ -41,7 +41,7 @@ class Allowance:
         self._accounts: dict[Address, Account] = {}
         self.dropped: Counter[str] = Counter()  # "strangers": from one address too many; "uncovered": an answer not sent
 
-    def credit(self, source: Address, message: Message, now: float) -> bool:
+    def credit(self, source: Address, message: GossipMessage, now: float) -> bool:
         """False: too many unproven addresses have spoken of late; this one is not to be listened to."""
         member = self._members.get(message.sender.node)
         if member is not None and member.address == source:

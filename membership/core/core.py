@@ -20,7 +20,7 @@ from membership.facts.owner_map import DeltaOutcome
 from mesh.ids import Address, NodeId
 from mesh.keys.signing import Signer
 from mesh.view import Facts, Load, Peer
-from mesh.wire.gossip import Alive, Message, Suspect
+from mesh.wire.gossip import Alive, GossipMessage, Suspect
 from mesh.wire.sync import MAX_SYNC_BYTES, DigestEntry, FactsDelta, FactsWanted, Known, MemberRecord, Sync, Synced
 from mesh.wire.twin import ProcessRun, TwinAnswer
 
@@ -60,7 +60,9 @@ class MembershipCore:
     def fingerprint(self) -> int:
         return self.swim.members.fingerprint.value
 
-    def receive(self, source: Address, message: Message, now: float, arrived_at: float | None = None) -> list[MembershipEffect]:
+    def receive(
+        self, source: Address, message: GossipMessage, now: float, arrived_at: float | None = None
+    ) -> list[MembershipEffect]:
         if not self.allowance.credit(source, message, now):
             return []
         return self._settled(self.swim.receive(source, message, now, arrived_at), now)

@@ -6,7 +6,7 @@ import msgspec
 
 from mesh.ids import Address, NodeId
 from mesh.view import Load, PeerState
-from mesh.wire.gossip import Message
+from mesh.wire.gossip import GossipMessage
 from mesh.wire.sync import Sync
 from mesh.wire.twin import ProcessRun
 
@@ -15,7 +15,7 @@ class SendDatagram(msgspec.Struct, frozen=True, gc=False):
     """One datagram; may be lost."""
 
     to: Address
-    message: Message
+    message: GossipMessage
 
 
 class StartSync(msgspec.Struct, frozen=True):

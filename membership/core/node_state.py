@@ -25,7 +25,7 @@ from mesh.ids import Address, NodeId
 from mesh.keys.signing import Signer
 from mesh.view import Load, PeerState
 from mesh.wire.datagram_codec import claim_budget_bytes
-from mesh.wire.gossip import ZERO_LOAD, Alive, Claim, Gossip, Message, Sender
+from mesh.wire.gossip import ZERO_LOAD, Alive, Claim, Gossip, GossipMessage, Sender
 
 if TYPE_CHECKING:
     from random import Random
@@ -84,7 +84,7 @@ class NodeState:
     def suspected(self) -> list[Member]:
         return [self.members[node] for node in sorted(self.members.suspects)] if self.members.suspects else []
 
-    def filled(self, bare: Message, first: Sequence[Claim]) -> Message:
+    def filled(self, bare: GossipMessage, first: Sequence[Claim]) -> GossipMessage:
         """`bare` with `first` and as many rumours as fit the datagram."""
         if not first and not self.rumours.by_node:
             return bare

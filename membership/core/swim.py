@@ -37,7 +37,7 @@ from mesh.wire.gossip import (
     ConnectChecked,
     Dead,
     Gossip,
-    Message,
+    GossipMessage,
     Nack,
     Ping,
     PingReq,
@@ -134,7 +134,9 @@ class Swim:
         if address in self._seeds:
             self._seeds[address] = node
 
-    def receive(self, source: Address, message: Message, now: float, arrived_at: float | None = None) -> list[MembershipEffect]:
+    def receive(
+        self, source: Address, message: GossipMessage, now: float, arrived_at: float | None = None
+    ) -> list[MembershipEffect]:
         """One datagram that came from `source`; `arrived_at`: when it reached this host, by the kernel's stamp, if earlier."""
         sender = message.sender
         if self.state.left or sender.node == self.me:
@@ -313,7 +315,7 @@ class Swim:
             peer.load, peer.load_at = sender.load, load_at
         return LoadMeasured(peer.node, peer.load, peer.load_at, rtt_s)
 
-    def _send(self, to: Address, bare: Message, first: Sequence[Claim]) -> SendDatagram:
+    def _send(self, to: Address, bare: GossipMessage, first: Sequence[Claim]) -> SendDatagram:
         return SendDatagram(to, self.state.filled(bare, first))
 
     def _probe(self, member: Member, now: float, *, urgent: bool = False) -> list[MembershipEffect]:

@@ -52,7 +52,7 @@ class Datagrams:
         assert self._socket is not None, "open comes first"
         await trio.lowlevel.wait_readable(self._socket)
 
-    def send(self, to: Address, message: gossip.Message) -> None:
+    def send(self, to: Address, message: gossip.GossipMessage) -> None:
         """A full socket buffer, or no route, loses it, as a network would."""
         if self._socket is None:
             return
@@ -69,7 +69,7 @@ class Datagrams:
         self.sent += 1
         self.bytes_sent += len(datagram)
 
-    def drain(self) -> Iterator[tuple[Address, gossip.Message, float]]:
+    def drain(self) -> Iterator[tuple[Address, gossip.GossipMessage, float]]:
         """Source, message, and how many seconds it had lain here, of all that is ready; up to `MAX_DRAIN` reads."""
         for _ in range(MAX_DRAIN):
             if self._socket is None:
@@ -88,7 +88,7 @@ class Datagrams:
             if message is not None:
                 yield (source[0], source[1]), message, waited_s(ancillary, time.time_ns())
 
-    def _opened(self, datagram: bytes, host: str) -> gossip.Message | None:
+    def _opened(self, datagram: bytes, host: str) -> gossip.GossipMessage | None:
         reason = "malformed"
         if len(datagram) > gossip.MAX_DATAGRAM_BYTES:
             self._refuse(host, "too long")

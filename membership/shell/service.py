@@ -45,7 +45,7 @@ from mesh.keys.signing import Signer
 from mesh.links.connect_check import is_refused
 from mesh.view import Facts, Load, Peer, View
 from mesh.wire import gossip, sync
-from mesh.wire.calls import Call, Handlers, Header, Reply
+from mesh.wire.calls import Call, CallReply, Handlers, Header
 
 EXCHANGE_TIMEOUT_S = 5.0
 PUSH_TIMEOUT_S = 2.0
@@ -372,7 +372,7 @@ class Membership:
         self._counts["pushes"] += 1
         await self._call(to, sync.SYNC_KIND, {}, sync.encode(news), timeout_s=PUSH_TIMEOUT_S)
 
-    async def _answer_sync(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
+    async def _answer_sync(self, sender: NodeId, header: Header, tail: bytes) -> CallReply:
         try:
             asked = sync.decode_sync(tail)
         except sync.BadSync as error:

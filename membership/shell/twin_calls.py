@@ -14,7 +14,7 @@ from mesh.errors import BadRequest, MeshError
 from mesh.ids import Address, NodeId
 from mesh.keys.signing import Signer
 from mesh.view import View
-from mesh.wire.calls import Call, Handlers, Header, Reply
+from mesh.wire.calls import Call, CallReply, Handlers, Header
 from mesh.wire.twin import CHALLENGE_BYTES, TWIN_KIND, WHERE_KIND, ProcessRun, SignedAnswer, TwinAnswer, TwinQuestion, statement
 
 CALL_TIMEOUT_S = 2.0
@@ -101,7 +101,7 @@ class TwinCalls:
         host, port = header.get("host"), header.get("port")
         return (host, port) if isinstance(host, str) and type(port) is int and 0 < port < 65536 else None
 
-    async def _on_twin(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
+    async def _on_twin(self, sender: NodeId, header: Header, tail: bytes) -> CallReply:
         try:
             question = msgspec.convert(header, TwinQuestion)
         except msgspec.ValidationError as error:
@@ -113,7 +113,7 @@ class TwinCalls:
         signature = self._signer.sign(statement(self._me, question.challenge, answer))
         return msgspec.to_builtins(SignedAnswer(answer, signature), builtin_types=(bytes,)), b""
 
-    async def _on_where(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
+    async def _on_where(self, sender: NodeId, header: Header, tail: bytes) -> CallReply:
         view, node = self._view(), header.get("node")
         if not isinstance(node, str) or not view.is_live(NodeId(node)):
             return {}, b""

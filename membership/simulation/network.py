@@ -39,7 +39,7 @@ from mesh.keys.seal import KeySeal
 from mesh.keys.signing import Signer
 from mesh.view import Facts, PeerState
 from mesh.wire import datagram_codec, sync
-from mesh.wire.gossip import MAX_MESSAGE_BYTES, Alive, Message
+from mesh.wire.gossip import MAX_MESSAGE_BYTES, Alive, GossipMessage
 
 SOCKET_BUFFER_DATAGRAMS = 150  # about what Linux keeps of small datagrams in its default 212 KiB
 SEAL_BYTES = KeySeal.overhead_bytes
@@ -313,7 +313,7 @@ class Network(VirtualTime):
 
         self.later(self.rng.uniform(0.001, 0.006) + self.ways.delay_s(gone.id, other.id), hear)
 
-    def _send(self, it: SimNode, to: Address, message: Message) -> None:
+    def _send(self, it: SimNode, to: Address, message: GossipMessage) -> None:
         carried: Carried
         if self._encoded:
             carried = datagram_codec.encode(message)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from membership.core.core import MembershipCore
 from mesh.ids import Address, NodeId
 from mesh.view import PeerState
-from mesh.wire.gossip import Message
+from mesh.wire.gossip import GossipMessage
 
-Carried = bytes | Message
+Carried = bytes | GossipMessage
 """A datagram under way."""
 
 

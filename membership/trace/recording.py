@@ -14,7 +14,7 @@ from membership.trace.trace_format import Trace, TraceRecord, answer_hash
 from mesh.ids import Address, NodeId
 from mesh.keys.signing import SignatureVerifier, Signer
 from mesh.view import Facts, Load, PeerState
-from mesh.wire.gossip import Alive, Message
+from mesh.wire.gossip import Alive, GossipMessage
 from mesh.wire.sync import DigestEntry, Sync, Synced
 from mesh.wire.twin import ProcessRun, TwinAnswer
 
@@ -58,7 +58,9 @@ class RecordedCore(MembershipCore):
         super().__init__(me, self._signer, config, rng, now)
         self._keep(trace_format.StartInput(now, me, signer.public_key, asdict(config), seed), None)
 
-    def receive(self, source: Address, message: Message, now: float, arrived_at: float | None = None) -> list[MembershipEffect]:
+    def receive(
+        self, source: Address, message: GossipMessage, now: float, arrived_at: float | None = None
+    ) -> list[MembershipEffect]:
         receive = super().receive
         return self._played(
             trace_format.DatagramInput(now, source, message, arrived_at), lambda: receive(source, message, now, arrived_at)

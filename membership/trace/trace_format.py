@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Meta
 
 from mesh.view import Facts, Load
-from mesh.wire.gossip import Alive, Host, Id, Message, Port
+from mesh.wire.gossip import Alive, GossipMessage, Host, Id, Port
 from mesh.wire.sync import MAX_SYNC_BYTES, Sync, Synced
 from mesh.wire.twin import ProcessRun, TwinAnswer
 
@@ -61,7 +61,7 @@ class CheckpointInput(_Input, frozen=True, array_like=True, tag="check"):
 
 class DatagramInput(_Input, frozen=True, array_like=True, tag="heard"):
     source: At
-    message: Message
+    message: GossipMessage
     arrived_at: float | None
 
 

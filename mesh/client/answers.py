@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from mesh.client.api import encoded
-from mesh.client.event_stream import AnswerProgress, Chunk
+from mesh.client.event_stream import AnswerChunk, AnswerProgress
 from mesh.client.flow import ClientCore, Flow, RetrySchedule, YieldChunk
 from mesh.client.transport import BlockingIo, TrioIo
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import httpx
 
 
-def text_of(chunk: Chunk) -> str:
+def text_of(chunk: AnswerChunk) -> str:
     """The text that the first choice gets with this chunk."""
     for choice in chunk.get("choices") or ():
         if choice.get("index", 0) == 0:
@@ -59,10 +59,10 @@ class AnswerStream(AnswerState):
         super().__init__(caller, path, body)
         self._io = BlockingIo(http)
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[AnswerChunk]:
         return self
 
-    def __next__(self) -> Chunk:
+    def __next__(self) -> AnswerChunk:
         outcome: Any = None
         while True:
             try:
@@ -99,7 +99,7 @@ class AsyncAnswerStream(AnswerState):
     def __aiter__(self) -> AsyncAnswerStream:
         return self
 
-    async def __anext__(self) -> Chunk:
+    async def __anext__(self) -> AnswerChunk:
         outcome: Any = None
         while True:
             try:

@@ -13,8 +13,8 @@ from mesh.client.flow import ANSWER_S, LOOK_S, ClientCore, Flow
 from mesh.client.params import CHAT_PARAMS, COMPLETION_PARAMS, fields_of
 from mesh.errors import BadRequest
 
-Messages = str | Sequence[Mapping[str, Any]]
-Reply = dict[str, Any]
+ChatMessages = str | Sequence[Mapping[str, Any]]
+JsonObject = dict[str, Any]
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -42,12 +42,12 @@ class DocumentAdded:
     reason: str = ""
 
 
-def chat_body(messages: Messages, params: Mapping[str, Any]) -> dict[str, Any]:
+def chat_body(messages: ChatMessages, params: Mapping[str, Any]) -> dict[str, Any]:
     """A text is one message of the user. Raises TypeError: a parameter of another name."""
     return _chat(messages, fields_of("chat", params, CHAT_PARAMS))
 
 
-def _chat(messages: Messages, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _chat(messages: ChatMessages, fields: Mapping[str, Any]) -> dict[str, Any]:
     said = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(message) for message in messages]
     return {"messages": said, **fields}
 
@@ -85,34 +85,34 @@ def ask_json(
     return answer.json()
 
 
-def generate(caller: ClientCore, path: str, body: Mapping[str, Any]) -> Flow[Reply]:
-    reply: Reply = yield from ask_json(caller, "POST", path, body, ANSWER_S)
+def generate(caller: ClientCore, path: str, body: Mapping[str, Any]) -> Flow[JsonObject]:
+    reply: JsonObject = yield from ask_json(caller, "POST", path, body, ANSWER_S)
     return reply
 
 
-def status(caller: ClientCore) -> Flow[Reply]:
-    reply: Reply = yield from ask_json(caller, "GET", "/mesh/status")
+def status(caller: ClientCore) -> Flow[JsonObject]:
+    reply: JsonObject = yield from ask_json(caller, "GET", "/mesh/status")
     return reply
 
 
-def models(caller: ClientCore) -> Flow[list[Reply]]:
-    listing: Reply = yield from ask_json(caller, "GET", "/v1/models")
-    data: list[Reply] = listing["data"]
+def models(caller: ClientCore) -> Flow[list[JsonObject]]:
+    listing: JsonObject = yield from ask_json(caller, "GET", "/v1/models")
+    data: list[JsonObject] = listing["data"]
     return data
 
 
-def why(caller: ClientCore, request_id: str) -> Flow[Reply]:
-    reply: Reply = yield from ask_json(caller, "GET", f"/mesh/requests/{quote(request_id, safe='')}")
+def why(caller: ClientCore, request_id: str) -> Flow[JsonObject]:
+    reply: JsonObject = yield from ask_json(caller, "GET", f"/mesh/requests/{quote(request_id, safe='')}")
     return reply
 
 
-def doctor(caller: ClientCore) -> Flow[Reply]:
-    reply: Reply = yield from ask_json(caller, "GET", "/mesh/doctor", silence_s=DOCTOR_S)
+def doctor(caller: ClientCore) -> Flow[JsonObject]:
+    reply: JsonObject = yield from ask_json(caller, "GET", "/mesh/doctor", silence_s=DOCTOR_S)
     return reply
 
 
-def rotate_key(caller: ClientCore) -> Flow[Reply]:
-    reply: Reply = yield from ask_json(caller, "POST", "/mesh/key/rotate", silence_s=ROTATE_S)
+def rotate_key(caller: ClientCore) -> Flow[JsonObject]:
+    reply: JsonObject = yield from ask_json(caller, "POST", "/mesh/key/rotate", silence_s=ROTATE_S)
     return reply
 
 
@@ -128,13 +128,13 @@ def embed(caller: ClientCore, texts: Sequence[str], model: str | None) -> Flow[l
     return [row["embedding"] for row in sorted(reply["data"], key=lambda row: row["index"])]
 
 
-def stores(caller: ClientCore) -> Flow[list[Reply]]:
+def stores(caller: ClientCore) -> Flow[list[JsonObject]]:
     return (yield from every(caller, "/v1/vector_stores"))
 
 
-def every(caller: ClientCore, path: str) -> Flow[list[Reply]]:
+def every(caller: ClientCore, path: str) -> Flow[list[JsonObject]]:
     """All rows of a list that comes in pages."""
-    rows: list[Reply] = []
+    rows: list[JsonObject] = []
     after = ""
     while True:
         reply = yield from ask_json(caller, "GET", f"{path}?limit=100{after}", silence_s=SEARCH_S)
@@ -144,7 +144,7 @@ def every(caller: ClientCore, path: str) -> Flow[list[Reply]]:
         after = f"&after={quote(reply['data'][-1]['id'], safe='')}"
 
 
-def documents(caller: ClientCore, store: str) -> Flow[list[Reply]]:
+def documents(caller: ClientCore, store: str) -> Flow[list[JsonObject]]:
     """The files of a store, each with its `filename`, which the store's own list does not tell in OpenAI's form."""
     rows = yield from every(caller, f"/v1/vector_stores/{quote(store, safe='')}/files")
     if any("filename" not in row for row in rows):
@@ -190,11 +190,11 @@ def add_document(caller: ClientCore, store: str, document: DocumentFile, held: M
     return DocumentAdded(document.name, "added", file_id)
 
 
-def search(caller: ClientCore, store: str, query: str, top_k: int) -> Flow[list[Reply]]:
+def search(caller: ClientCore, store: str, query: str, top_k: int) -> Flow[list[JsonObject]]:
     body = {"query": query, "max_num_results": top_k}
     path = f"/v1/vector_stores/{quote(store, safe='')}/search"
-    listing: Reply = yield from ask_json(caller, "POST", path, body, SEARCH_S)
-    data: list[Reply] = listing["data"]
+    listing: JsonObject = yield from ask_json(caller, "POST", path, body, SEARCH_S)
+    data: list[JsonObject] = listing["data"]
     return data
 
 
@@ -233,7 +233,7 @@ def multipart(document: DocumentFile) -> tuple[bytes, str]:
     return head.encode() + document.content + f"\r\n--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
 
 
-def citations(reply: Mapping[str, Any]) -> list[Reply]:
+def citations(reply: Mapping[str, Any]) -> list[JsonObject]:
     """The `annotations` of a whole answer or of the chunks of a stream, wherever in it they stand; each once, in order."""
     found = list((reply.get("mesh") or {}).get("annotations") or ())
     for choice in reply.get("choices") or ():

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
 
 from mesh.client import api as api
 from mesh.client.answers import AnswerStream, AsyncAnswerStream
-from mesh.client.api import DocumentAdded, DocumentFile, Messages, Reply
+from mesh.client.api import ChatMessages, DocumentAdded, DocumentFile, JsonObject
 from mesh.client.flow import ClientCore, Flow, KnownNodes, RetryBudget
 from mesh.client.openai_sdk import arguments, openai_module
 from mesh.client.params import ChatParams, CompletionParams
@@ -113,18 +113,18 @@ class Client:
             io.close()
 
     @overload
-    def chat(self, messages: Messages, *, stream: Literal[True], **params: Unpack[ChatParams]) -> AnswerStream: ...
+    def chat(self, messages: ChatMessages, *, stream: Literal[True], **params: Unpack[ChatParams]) -> AnswerStream: ...
     @overload
-    def chat(self, messages: Messages, *, stream: Literal[False] = False, **params: Unpack[ChatParams]) -> Reply: ...
-    def chat(self, messages: Messages, *, stream: bool = False, **params: Unpack[ChatParams]) -> Reply | AnswerStream:
+    def chat(self, messages: ChatMessages, *, stream: Literal[False] = False, **params: Unpack[ChatParams]) -> JsonObject: ...
+    def chat(self, messages: ChatMessages, *, stream: bool = False, **params: Unpack[ChatParams]) -> JsonObject | AnswerStream:
         """A chat completion; `params` are those of `POST /v1/chat/completions`. A text is one message of the user."""
         return self._generate(api.CHAT, api.chat_body(messages, params), stream)
 
     @overload
     def ask(self, question: str, store: str, *, stream: Literal[True], **params: Unpack[ChatParams]) -> AnswerStream: ...
     @overload
-    def ask(self, question: str, store: str, *, stream: Literal[False] = False, **params: Unpack[ChatParams]) -> Reply: ...
-    def ask(self, question: str, store: str, *, stream: bool = False, **params: Unpack[ChatParams]) -> Reply | AnswerStream:
+    def ask(self, question: str, store: str, *, stream: Literal[False] = False, **params: Unpack[ChatParams]) -> JsonObject: ...
+    def ask(self, question: str, store: str, *, stream: bool = False, **params: Unpack[ChatParams]) -> JsonObject | AnswerStream:
         """A chat completion over the `top_k` best passages of a store; `client_api.citations` reads its citations."""
         return self._generate(api.CHAT, api.question_body(question, store, params), stream)
 
@@ -135,14 +135,14 @@ class Client:
     @overload
     def complete(
         self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **params: Unpack[CompletionParams]
-    ) -> Reply: ...
+    ) -> JsonObject: ...
     def complete(
         self, prompt: str | Sequence[int], *, stream: bool = False, **params: Unpack[CompletionParams]
-    ) -> Reply | AnswerStream:
+    ) -> JsonObject | AnswerStream:
         """A completion of a text, or of token ids; `params` are those of `POST /v1/completions`."""
         return self._generate(api.COMPLETIONS, api.completion_body(prompt, params), stream)
 
-    def _generate(self, path: str, body: Mapping[str, Any], stream: bool) -> Reply | AnswerStream:
+    def _generate(self, path: str, body: Mapping[str, Any], stream: bool) -> JsonObject | AnswerStream:
         if stream:
             return AnswerStream(self._caller, self._http, path, body)
         return self.run(api.generate(self._caller, path, body))
@@ -151,22 +151,22 @@ class Client:
         """One vector for each text, in order."""
         return self.run(api.embed(self._caller, [texts] if isinstance(texts, str) else texts, model))
 
-    def status(self) -> Reply:
+    def status(self) -> JsonObject:
         """The mesh as the asked node sees it: `self, nodes, models, stores`."""
         return self.run(api.status(self._caller))
 
-    def models(self) -> list[Reply]:
+    def models(self) -> list[JsonObject]:
         return self.run(api.models(self._caller))
 
-    def why(self, request_id: str) -> Reply:
+    def why(self, request_id: str) -> JsonObject:
         """What is known of a request, by stream id or x-request-id."""
         return self.run(api.why(self._caller, request_id))
 
-    def doctor(self) -> Reply:
+    def doctor(self) -> JsonObject:
         """What is wrong with the mesh as the asked node sees it: `healthy`, and `findings`."""
         return self.run(api.doctor(self._caller))
 
-    def rotate_key(self) -> Reply:
+    def rotate_key(self) -> JsonObject:
         """Gives the mesh a new key, or ends a rotation that was begun: `key` (its name), `nodes`, `not_saved`."""
         return self.run(api.rotate_key(self._caller))
 
@@ -224,14 +224,14 @@ class Docs:
             progress(outcomes[-1])
         return outcomes
 
-    def stores(self) -> list[Reply]:
+    def stores(self) -> list[JsonObject]:
         return self._client.run(api.stores(self._client._caller))
 
-    def list(self, store: str) -> Sequence[Reply]:
+    def list(self, store: str) -> Sequence[JsonObject]:
         """The documents of a store, each with `id` and `filename`."""
         return self._client.run(api.documents(self._client._caller, store))
 
-    def search(self, store: str, query: str, *, top_k: int = 5) -> Sequence[Reply]:
+    def search(self, store: str, query: str, *, top_k: int = 5) -> Sequence[JsonObject]:
         """The best passages: `file_id, filename, score, content`."""
         return self._client.run(api.search(self._client._caller, store, query, top_k))
 
@@ -274,10 +274,14 @@ class AsyncClient:
             await io.aclose()
 
     @overload
-    async def chat(self, messages: Messages, *, stream: Literal[True], **params: Unpack[ChatParams]) -> AsyncAnswerStream: ...
+    async def chat(self, messages: ChatMessages, *, stream: Literal[True], **params: Unpack[ChatParams]) -> AsyncAnswerStream: ...
     @overload
-    async def chat(self, messages: Messages, *, stream: Literal[False] = False, **params: Unpack[ChatParams]) -> Reply: ...
-    async def chat(self, messages: Messages, *, stream: bool = False, **params: Unpack[ChatParams]) -> Reply | AsyncAnswerStream:
+    async def chat(
+        self, messages: ChatMessages, *, stream: Literal[False] = False, **params: Unpack[ChatParams]
+    ) -> JsonObject: ...
+    async def chat(
+        self, messages: ChatMessages, *, stream: bool = False, **params: Unpack[ChatParams]
+    ) -> JsonObject | AsyncAnswerStream:
         """A chat completion; `params` are those of `POST /v1/chat/completions`. A text is one message of the user."""
         return await self._generate(api.CHAT, api.chat_body(messages, params), stream)
 
@@ -286,10 +290,12 @@ class AsyncClient:
         self, question: str, store: str, *, stream: Literal[True], **params: Unpack[ChatParams]
     ) -> AsyncAnswerStream: ...
     @overload
-    async def ask(self, question: str, store: str, *, stream: Literal[False] = False, **params: Unpack[ChatParams]) -> Reply: ...
+    async def ask(
+        self, question: str, store: str, *, stream: Literal[False] = False, **params: Unpack[ChatParams]
+    ) -> JsonObject: ...
     async def ask(
         self, question: str, store: str, *, stream: bool = False, **params: Unpack[ChatParams]
-    ) -> Reply | AsyncAnswerStream:
+    ) -> JsonObject | AsyncAnswerStream:
         """A chat completion over the `top_k` best passages of a store; `client_api.citations` reads its citations."""
         return await self._generate(api.CHAT, api.question_body(question, store, params), stream)
 
@@ -300,14 +306,14 @@ class AsyncClient:
     @overload
     async def complete(
         self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **params: Unpack[CompletionParams]
-    ) -> Reply: ...
+    ) -> JsonObject: ...
     async def complete(
         self, prompt: str | Sequence[int], *, stream: bool = False, **params: Unpack[CompletionParams]
-    ) -> Reply | AsyncAnswerStream:
+    ) -> JsonObject | AsyncAnswerStream:
         """A completion of a text, or of token ids; `params` are those of `POST /v1/completions`."""
         return await self._generate(api.COMPLETIONS, api.completion_body(prompt, params), stream)
 
-    async def _generate(self, path: str, body: Mapping[str, Any], stream: bool) -> Reply | AsyncAnswerStream:
+    async def _generate(self, path: str, body: Mapping[str, Any], stream: bool) -> JsonObject | AsyncAnswerStream:
         if stream:
             return AsyncAnswerStream(self._caller, self._http, path, body)
         return await self.run(api.generate(self._caller, path, body))
@@ -315,19 +321,19 @@ class AsyncClient:
     async def embed(self, texts: str | Sequence[str], *, model: str | None = None) -> list[list[float]]:
         return await self.run(api.embed(self._caller, [texts] if isinstance(texts, str) else texts, model))
 
-    async def status(self) -> Reply:
+    async def status(self) -> JsonObject:
         return await self.run(api.status(self._caller))
 
-    async def models(self) -> list[Reply]:
+    async def models(self) -> list[JsonObject]:
         return await self.run(api.models(self._caller))
 
-    async def why(self, request_id: str) -> Reply:
+    async def why(self, request_id: str) -> JsonObject:
         return await self.run(api.why(self._caller, request_id))
 
-    async def doctor(self) -> Reply:
+    async def doctor(self) -> JsonObject:
         return await self.run(api.doctor(self._caller))
 
-    async def rotate_key(self) -> Reply:
+    async def rotate_key(self) -> JsonObject:
         return await self.run(api.rotate_key(self._caller))
 
     async def live_node(self) -> str:
@@ -368,13 +374,13 @@ class AsyncDocs:
         held = {row["filename"]: row["id"] for row in await run(api.documents(caller, store))}
         return [await run(api.add_document(caller, store, document, held)) for document in documents]
 
-    async def stores(self) -> list[Reply]:
+    async def stores(self) -> list[JsonObject]:
         return await self._client.run(api.stores(self._client._caller))
 
-    async def list(self, store: str) -> Sequence[Reply]:
+    async def list(self, store: str) -> Sequence[JsonObject]:
         return await self._client.run(api.documents(self._client._caller, store))
 
-    async def search(self, store: str, query: str, *, top_k: int = 5) -> Sequence[Reply]:
+    async def search(self, store: str, query: str, *, top_k: int = 5) -> Sequence[JsonObject]:
         return await self._client.run(api.search(self._client._caller, store, query, top_k))
 
     async def remove(self, store: str, names: str | Sequence[str]) -> Sequence[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from mesh.errors import RemoteError
 
-Chunk = dict[str, Any]
+AnswerChunk = dict[str, Any]
 
 LINE_LIMIT_BYTES = 16 << 20  # no event of an honest node comes near; a broken one must not fill our memory
 
@@ -63,12 +63,12 @@ class AnswerProgress:
     missing_tokens: int = 0
     resumes: int = 0
     lists_tokens: bool = False  # chunks carry token ids, so the counts above mean something
-    last: Chunk | None = None  # the chunk with `mesh.path`: the one right before the end
+    last: AnswerChunk | None = None  # the chunk with `mesh.path`: the one right before the end
     usage: dict[str, Any] | None = None
     finish_reasons: dict[int, str] = field(default_factory=dict)
     _roles: set[int] = field(default_factory=set)
 
-    def accept(self, chunk: Chunk) -> bool:
+    def accept(self, chunk: AnswerChunk) -> bool:
         """Takes note of `chunk`; False when the reader had all of it before."""
         seq = (chunk.get("mesh") or {}).get("seq", self.seq)
         choices = chunk.get("choices") or []
@@ -90,7 +90,7 @@ class AnswerProgress:
             self.last = chunk
         return any(new) and not repeated
 
-    def _is_new(self, choice: Chunk) -> bool:
+    def _is_new(self, choice: AnswerChunk) -> bool:
         delta = choice.get("delta") or {}
         index = choice.get("index", 0)
         new = bool(delta.get("content") or choice.get("text") or choice.get("token_ids") or delta.get("tool_calls"))

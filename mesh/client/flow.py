@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from mesh.client.event_stream import AnswerProgress, Chunk, EventDecoder
+from mesh.client.event_stream import AnswerChunk, AnswerProgress, EventDecoder
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, PeerLost, Refused, RemoteError
 
 T = TypeVar("T")
@@ -60,7 +60,7 @@ class Sleep:
 class YieldChunk:
     """Hand a chunk to the reader of the stream."""
 
-    chunk: Chunk
+    chunk: AnswerChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +85,8 @@ class ConnectionFailed:
     reason: str
 
 
-Effect = SendRequest | ReadBody | Sleep | YieldChunk
-Flow = Generator[Effect, Any, T]
+FlowEffect = SendRequest | ReadBody | Sleep | YieldChunk
+Flow = Generator[FlowEffect, Any, T]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mesh.client.flow import ConnectionFailed, Effect, HttpResponse, ReadBody, SendRequest, Sleep
+from mesh.client.flow import ConnectionFailed, FlowEffect, HttpResponse, ReadBody, SendRequest, Sleep
 from mesh.errors import LocalError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class BlockingIo:
         self._open: httpx.Response | None = None
         self._received: Any = None
 
-    def carry_out(self, effect: Effect) -> HttpResponse | ConnectionFailed | bytes | None:
+    def carry_out(self, effect: FlowEffect) -> HttpResponse | ConnectionFailed | bytes | None:
         import httpx
 
         try:
@@ -121,7 +121,7 @@ class TrioIo:
         self._open: httpx.Response | None = None
         self._received: Any = None
 
-    async def carry_out(self, effect: Effect) -> HttpResponse | ConnectionFailed | bytes | None:
+    async def carry_out(self, effect: FlowEffect) -> HttpResponse | ConnectionFailed | bytes | None:
         import httpx
         import trio
 

@@ -12,7 +12,7 @@ from mesh.ids import Address, NodeId, format_address
 from mesh.links.call_errors import error_from_header
 from mesh.links.tls import PeerTls, why_impostor
 from mesh.view import Load
-from mesh.wire.calls import Header, Reply
+from mesh.wire.calls import CallReply, Header
 from mesh.wire.frame_stream import COALESCE_BYTES, FrameSource, send
 from mesh.wire.frames import Frame, encode
 
@@ -73,7 +73,7 @@ class Link:
         self._failed: str | None = None
         self.refused = False
 
-    async def call(self, kind: str, header: Header, tail: bytes) -> Reply:
+    async def call(self, kind: str, header: Header, tail: bytes) -> CallReply:
         self._last_number += 1
         number = self._last_number
         pending = self._calls[number] = PendingCall()

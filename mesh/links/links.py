@@ -21,7 +21,7 @@ from mesh.links.link import HANDSHAKE_TIMEOUT_S, PROTOCOL_VERSION, Link, LinkCon
 from mesh.links.refusals import WINDOW_S, Refusals
 from mesh.links.tls import why_impostor
 from mesh.view import Load
-from mesh.wire.calls import Handler, Handlers, Header, Receiver, Receivers, Reply
+from mesh.wire.calls import CallReply, Handler, Handlers, Header, Receiver, Receivers
 from mesh.wire.frame_stream import CLOSED, COALESCE_BYTES, FrameSource, send
 from mesh.wire.frames import Frame, encode
 
@@ -80,7 +80,7 @@ class Links:
             task_status.started()
             await trio.serve_listeners(self._serve_peer, [listener], handler_nursery=nursery)
 
-    async def call(self, to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> Reply:
+    async def call(self, to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> CallReply:
         """See `mesh.wire.calls.Call`."""
         if to == self.config.address:
             return await self.handlers[kind](self.config.me, header, tail)

@@ -18,9 +18,9 @@ CALL_FAILURES = (PeerLost, DeadlineExceeded, RemoteError, Refused, BadRequest)
 Header = dict[str, Any]
 """Plain MessagePack values with string keys."""
 
-Reply = tuple[Header, bytes]
+CallReply = tuple[Header, bytes]
 
-Handler = Callable[[NodeId, Header, bytes], Awaitable[Reply]]
+Handler = Callable[[NodeId, Header, bytes], Awaitable[CallReply]]
 """Answers one call of `sender`. What it raises (`Refused`, `BadRequest`, `RemoteError`) reaches the caller as the same error."""
 
 Receiver = Callable[[NodeId, Header, bytes], None]
@@ -36,7 +36,9 @@ class Call(Protocol):
         Refused, BadRequest, RemoteError: what the peer answered.
     """
 
-    async def __call__(self, to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> Reply: ...
+    async def __call__(
+        self, to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0
+    ) -> CallReply: ...
 
 
 class Post(Protocol):

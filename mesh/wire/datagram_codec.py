@@ -27,8 +27,8 @@ from mesh.wire.gossip import (
     ConnectChecked,
     Dead,
     Gossip,
+    GossipMessage,
     Left,
-    Message,
     Nack,
     Ping,
     PingReq,
@@ -39,7 +39,7 @@ from mesh.wire.gossip import (
 )
 from mesh.wire.load import LOAD_BYTES, pack_load, unpack_load
 
-_KINDS: Final[tuple[type[Message], ...]] = (Ping, Ack, PingReq, Nack, Gossip, ConnectCheck, ConnectChecked)
+_KINDS: Final[tuple[type[GossipMessage], ...]] = (Ping, Ack, PingReq, Nack, Gossip, ConnectCheck, ConnectChecked)
 _KIND_OF = {kind: number for number, kind in enumerate(_KINDS, 1)}
 _WITH_TARGET = (Ping, PingReq, ConnectCheck)
 _WITH_WHERE = (Ping, Ack)
@@ -61,7 +61,7 @@ _decoder = msgspec.msgpack.Decoder(list[Any])
 _CLAIMS_REMEMBERED = 8192  # the same claim goes out a dozen times, and its size is asked for as often
 
 
-def encode(message: Message) -> bytes:
+def encode(message: GossipMessage) -> bytes:
     """The bytes to seal; the caller has kept the claims within `claim_budget_bytes`."""
     sender = message.sender
     parts = [
@@ -86,7 +86,7 @@ def encode(message: Message) -> bytes:
     return b"".join(parts)
 
 
-def encoded_bytes(message: Message) -> int:
+def encoded_bytes(message: GossipMessage) -> int:
     """How long `encode(message)` is, without making it."""
     sender, claims = message.sender, message.claims
     size_bytes = _FIXED_BYTES[type(message)] + _counter_bytes(sender.epoch) + _counter_bytes(sender.incarnation)
@@ -96,7 +96,7 @@ def encoded_bytes(message: Message) -> int:
     return size_bytes if where is None else size_bytes + _BIN_HEAD_BYTES + len(where)
 
 
-def _where(message: Message) -> bytes | None:
+def _where(message: GossipMessage) -> bytes | None:
     return message.where if isinstance(message, _WITH_WHERE) else None
 
 
@@ -113,12 +113,12 @@ def claim_bytes(claim: Claim) -> bytes:
     return _encoder.encode((claim.__struct_config__.tag, *fields))
 
 
-def claim_budget_bytes(bare: Message) -> int:
+def claim_budget_bytes(bare: GossipMessage) -> int:
     """How many bytes of claims still fit into `bare`, a message without claims."""
     return MAX_MESSAGE_BYTES - encoded_bytes(bare) - _LIST_BYTES
 
 
-def decode(opened: bytes) -> Message:
+def decode(opened: bytes) -> GossipMessage:
     """A message out of what a seal held.
 
     Raises:
@@ -132,7 +132,7 @@ def decode(opened: bytes) -> Message:
         raise BadDatagram(f"not a gossip message: {error}") from None
 
 
-def _decoded(opened: bytes) -> Message:
+def _decoded(opened: bytes) -> GossipMessage:
     number, node, fingerprint = _FRONT.unpack_from(opened)
     if not 1 <= number <= len(_KINDS):
         raise BadDatagram(f"no kind of message has the number {number}")

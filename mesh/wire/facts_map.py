@@ -18,7 +18,7 @@ from mesh.view import Facts, Layer, Loading, ModelCard, Readiness, Span
 SEPARATOR = "\n"
 DOCUMENT_DEPTH = 3  # levels of the documents' record with keys of their own: a shard's digest is one
 
-Path = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 _NO_FACTS = Facts()
 _PLAIN = ("http", "draining", "version", "pid", "readiness", "twin", "uncompiled")  # fields that are one key each
@@ -46,7 +46,7 @@ _decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {
 
 def keys_of(facts: Facts) -> dict[str, bytes]:
     """What the owner of these facts writes: every key with its value."""
-    told: dict[Path, Any] = {}
+    told: dict[KeyPath, Any] = {}
     for field in _PLAIN:
         if (value := getattr(facts, field)) != getattr(_NO_FACTS, field):
             told[(field,)] = value
@@ -68,7 +68,7 @@ class DecodedFacts:
 
     def __init__(self) -> None:
         self.facts = _NO_FACTS
-        self._values: dict[str, dict[Path, object]] = {}  # by field
+        self._values: dict[str, dict[KeyPath, object]] = {}  # by field
 
     def update(self, changes: Mapping[str, bytes | None]) -> int:
         """Takes in keys with their new values, None for one that is gone; how many held nothing that can be shown."""
@@ -92,7 +92,7 @@ class DecodedFacts:
         self.facts = msgspec.structs.replace(self.facts, **fields)
         return refused
 
-    def _field(self, field: str, values: Mapping[Path, Any]) -> object:
+    def _field(self, field: str, values: Mapping[KeyPath, Any]) -> object:
         """One field of `Facts` out of the values of its keys."""
         default = getattr(_NO_FACTS, field)
         if field in _PLAIN:
@@ -109,7 +109,7 @@ class DecodedFacts:
         return record
 
 
-def _shown(field: str, path: Path, raw: bytes) -> object:
+def _shown(field: str, path: KeyPath, raw: bytes) -> object:
     """A key's value, decoded.
 
     Raises:
@@ -123,9 +123,9 @@ def _shown(field: str, path: Path, raw: bytes) -> object:
     return value
 
 
-def _leaves(place: Path, record: Mapping[str, Any]) -> list[tuple[Path, Any]]:
+def _leaves(place: KeyPath, record: Mapping[str, Any]) -> list[tuple[KeyPath, Any]]:
     """The record cut into parts that get a key each: as deep as keys go, and no further than all names can be part of one."""
-    found: list[tuple[Path, object]] = []
+    found: list[tuple[KeyPath, object]] = []
     for name, value in record.items():
         here = (*place, name)
         inner = isinstance(value, dict) and len(here) < DOCUMENT_DEPTH and bool(value) and all(map(_is_name, value))
@@ -137,7 +137,7 @@ def _is_name(name: object) -> bool:
     return isinstance(name, str) and SEPARATOR not in name
 
 
-def _graft(record: dict[str, object], path: Path, value: object) -> None:
+def _graft(record: dict[str, object], path: KeyPath, value: object) -> None:
     """Puts a part back into its place; where a peer told both a whole and parts of it, the parts count."""
     for name in path[:-1]:
         inner = record.get(name)

@@ -192,7 +192,7 @@ class ConnectChecked(msgspec.Struct, frozen=True, array_like=True, tag="knocked"
     claims: Annotated[tuple[Claim, ...], Meta(max_length=MAX_CLAIMS)] = ()
 
 
-Message = Ping | Ack | PingReq | Nack | Gossip | ConnectCheck | ConnectChecked
+GossipMessage = Ping | Ack | PingReq | Nack | Gossip | ConnectCheck | ConnectChecked
 
 
 def load_is_sane(load: Load) -> bool:

@@ -13,7 +13,7 @@ import trio
 from mesh.ids import ModelId, NodeId
 from mesh.links.refusals import Refusal
 from mesh.view import Peer, View
-from mesh.wire.calls import CALL_FAILURES, Call, Handlers, Header, Reply
+from mesh.wire.calls import CALL_FAILURES, Call, CallReply, Handlers, Header
 from node.ops.doctor import PROBLEM, Observations, diagnosis
 from node.ops.keys import MeshKeys
 from node.reports import DoctorReport
@@ -86,7 +86,7 @@ class Examination:
         told = header.get("time")
         skews[peer.id] = told - (asked_at + self._clock()) / 2 if isinstance(told, int | float) else None
 
-    async def _answer(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
+    async def _answer(self, sender: NodeId, header: Header, tail: bytes) -> CallReply:
         return {"time": self._clock()}, b""
 
 

@@ -20,7 +20,7 @@ from mesh.keys.keyring import MAX_KEYS, MAX_SERIAL, Keyring, KeyTag, RingError, 
 from mesh.keys.seal import KeySeal, SealFault
 from mesh.links.tls import PeerTls
 from mesh.view import Peer, View
-from mesh.wire.calls import CALL_FAILURES, Call, Handlers, Header, Reply
+from mesh.wire.calls import CALL_FAILURES, Call, CallReply, Handlers, Header
 from node.ops.rotation import RotationPhase, Tags, next_step, unfinished
 from node.reports import RotationReport
 
@@ -168,7 +168,7 @@ class MeshKeys:
         """What `key` is sealed under: the key that this node itself seals with, or, when that is the one, any other."""
         return next((other for other in self.ring.keys if other.tag != key.tag), key)
 
-    async def _answer(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
+    async def _answer(self, sender: NodeId, header: Header, tail: bytes) -> CallReply:
         """One call of a peer. Raises BadRequest: malformed, or no step for this ring."""
         try:
             what = header.get("do")
@@ -199,7 +199,7 @@ class MeshKeys:
             raise RingError(f"the key from {sender} is not the one that it is called")
         return key
 
-    def _shown(self, asked: Header) -> Reply:
+    def _shown(self, asked: Header) -> CallReply:
         """This ring, as it may be told; and to a peer that holds an older key, the newer ones, sealed under that."""
         reply: Header = {"ring": _told(self.ring), "saved": self.saved}
         theirs = _tags_in(asked.get("ring"))

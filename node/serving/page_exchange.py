@@ -22,7 +22,7 @@ from msgspec import Meta
 from mesh.errors import MeshError, RemoteError
 from mesh.ids import Address, NodeId, format_address
 from mesh.prefix import PREFIX_PAGE_TOKENS
-from mesh.wire.calls import Call, Handlers, Header, Reply
+from mesh.wire.calls import Call, CallReply, Handlers, Header
 from node.engine.api import Engine, OpenSequence, PageRequest
 
 PAGES_KIND = "stage.pages"
@@ -84,7 +84,7 @@ class PageExchange:
 
     # --- for peers
 
-    async def _on_page_request(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
+    async def _on_page_request(self, sender: NodeId, header: Header, tail: bytes) -> CallReply:
         try:
             request = msgspec.convert(header, PageRequest)
         except msgspec.ValidationError as error:

@@ -28,7 +28,7 @@ from mesh.errors import BadRequest, MeshError, PeerLost, Refused, RemoteError
 from mesh.ids import Address, ModelId, NodeId, StreamId, format_address
 from mesh.links.refusals import BAD_ACTIVATIONS, UNAUTHORIZED_FRAME, WINDOW_S, Refusals
 from mesh.prefix import NAME_BYTES
-from mesh.wire.calls import Call, Header, Post, Reply
+from mesh.wire.calls import Call, CallReply, Header, Post
 from node.engine.api import Engine, EngineOutput, HiddenOut, OpenSequence, SequenceKey, SequenceLost, SpanLost, TokenOut
 from routing.room_grants import MAX_HEADS, RoomGrants, WaitingRequest
 
@@ -251,7 +251,7 @@ class Stages:
 
     # --- frames of peers
 
-    async def _on_open(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
+    async def _on_open(self, sender: NodeId, header: Header, tail: bytes) -> CallReply:
         """Opens a sequence; answers with the number of its prefix pages that are cached here.
 
         Raises:

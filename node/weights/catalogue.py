@@ -15,8 +15,8 @@ from mesh.errors import BadRequest
 from mesh.manifest import (
     PIECE_BYTES,
     BadManifest,
-    Entry,
     Manifest,
+    ManifestEntry,
     WeightPiece,
     decode,
     encode,
@@ -37,7 +37,7 @@ class Catalogue:
         self.encoded = encoded
         self.manifest = manifest
         self.places = places
-        every: list[Entry] = [*manifest.files, *manifest.tensors]
+        every: list[ManifestEntry] = [*manifest.files, *manifest.tensors]
         self._entries = {entry.name: entry for entry in every}
 
     def size_bytes(self, name: str, number: int) -> int:
@@ -125,5 +125,5 @@ def _manifest_in(record: bytes, places: dict[str, FilePosition]) -> Manifest | N
         manifest = decode(record, identity(record))
     except BadManifest:
         return None
-    every: list[Entry] = [*manifest.files, *manifest.tensors]
+    every: list[ManifestEntry] = [*manifest.files, *manifest.tensors]
     return manifest if {entry.name for entry in every} == places.keys() else None

@@ -10,7 +10,7 @@ import trio
 from mesh.errors import BadRequest, Refused, RemoteError
 from mesh.ids import NodeId
 from mesh.manifest import MANIFEST_KIND, NOT_HELD, PIECE_BYTES, PIECE_KIND
-from mesh.wire.calls import Header, Reply
+from mesh.wire.calls import CallReply, Header
 from node.weights.catalogue import Catalogue
 from node.weights.pace import RateLimit
 
@@ -52,7 +52,7 @@ class WeightsSource:
     def remove(self, manifest: str) -> None:
         self._catalogues.pop(manifest, None)
 
-    async def _on_manifest(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
+    async def _on_manifest(self, sender: NodeId, header: Header, tail: bytes) -> CallReply:
         encoded, offset = self._find(header).encoded, header.get("offset")
         if type(offset) is not int or not 0 <= offset < len(encoded):
             raise RemoteError(sender, f"asked for byte {offset!r:.40} of a manifest of {len(encoded)}")
@@ -60,7 +60,7 @@ class WeightsSource:
         await trio.sleep(self._wait_s(len(part)))
         return {"size_bytes": len(encoded)}, part
 
-    async def _on_piece(self, sender: NodeId, header: Header, tail: bytes) -> Reply:
+    async def _on_piece(self, sender: NodeId, header: Header, tail: bytes) -> CallReply:
         catalogue, name, number = self._find(header), header.get("name"), header.get("number")
         if not isinstance(name, str) or type(number) is not int:
             raise RemoteError(sender, "asked for a piece without name or number")

@@ -23,7 +23,18 @@ import msgspec
 
 from mesh.errors import BadRequest
 from mesh.files import replace_file
-from mesh.manifest import DTYPE_BYTES, BadManifest, Entry, Manifest, TensorEntry, WeightPiece, decode, encode, layer_of, pieces_of
+from mesh.manifest import (
+    DTYPE_BYTES,
+    BadManifest,
+    Manifest,
+    ManifestEntry,
+    TensorEntry,
+    WeightPiece,
+    decode,
+    encode,
+    layer_of,
+    pieces_of,
+)
 from node.checkpoints.safetensors_header import INDEX, make_header
 from node.weights.catalogue import Catalogue
 from node.weights.hashing import FilePosition
@@ -45,7 +56,7 @@ class _File:
 
     path: Path
     head: bytes
-    entries: tuple[Entry, ...]
+    entries: tuple[ManifestEntry, ...]
     offsets: dict[str, int]
 
     @property

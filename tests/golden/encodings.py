@@ -51,8 +51,8 @@ from mesh.wire.gossip import (
     ConnectChecked,
     Dead,
     Gossip,
+    GossipMessage,
     Left,
-    Message,
     Nack,
     Ping,
     PingReq,
@@ -110,7 +110,7 @@ def _datagrams() -> Iterator[tuple[str, bytes]]:
     signature, public = bytes(range(64)), bytes(range(32))
     alive = Alive(OTHER, 1, 2, "name", "host.example", 7946, "region", signature, public)
     claims = (alive, Suspect(THIRD, 1, 2, OTHER), Dead(THIRD, 3, 4, OTHER), Left(THIRD, 5, 6, signature))
-    messages: dict[str, Message] = {
+    messages: dict[str, GossipMessage] = {
         "ping": Ping(SENDER, 9, OTHER, claims),
         "ping with a coordinate": Ping(SENDER, 9, OTHER, (), bytes(range(20))),
         "ack": Ack(SENDER, 9, claims[:1]),

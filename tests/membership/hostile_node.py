@@ -28,7 +28,7 @@ from mesh.wire.gossip import (
     ConnectCheck,
     Dead,
     Gossip,
-    Message,
+    GossipMessage,
     Nack,
     Ping,
     PingReq,
@@ -65,7 +65,7 @@ claims: st.SearchStrategy[Claim] = st.one_of(
 bundles = st.lists(claims, max_size=6).map(tuple)
 senders = st.builds(sender, anybody, counters)
 targets = st.sampled_from([ME, *(peer_id(number) for number in range(1, 10))])
-said: st.SearchStrategy[Message] = st.one_of(
+said: st.SearchStrategy[GossipMessage] = st.one_of(
     st.builds(Ping, senders, seqs, targets, bundles),
     st.builds(PingReq, senders, seqs, targets, bundles),
     st.builds(ConnectCheck, senders, seqs, targets, bundles),
@@ -125,7 +125,7 @@ class HostileNode(RuleBasedStateMachine):
     # what the adversary may do
 
     @rule(by=members, message=said)
-    def a_member_speaks(self, by: int, message: Message) -> None:
+    def a_member_speaks(self, by: int, message: GossipMessage) -> None:
         """From its own address; in anybody's name."""
         self._arrive(address_of(by), datagram_codec.encode(message))
 
@@ -135,11 +135,11 @@ class HostileNode(RuleBasedStateMachine):
             self._arrive(address_of(by), datagram_codec.encode(Gossip(sender(by), tuple(map(wordy, range(number, number + 5))))))
 
     @rule(source=st.sampled_from(STRANGERS), message=said)
-    def a_stranger_speaks(self, source: Address, message: Message) -> None:
+    def a_stranger_speaks(self, source: Address, message: GossipMessage) -> None:
         self._arrive(source, datagram_codec.encode(message))
 
     @rule(source=st.sampled_from([address_of(1), STRANGERS[0]]), message=said, wound=wounds)
-    def a_wounded_message_comes(self, source: Address, message: Message, wound: Wound) -> None:
+    def a_wounded_message_comes(self, source: Address, message: GossipMessage, wound: Wound) -> None:
         overwritten, cut_bytes, more = wound
         raw = bytearray(datagram_codec.encode(message))
         for at, value in overwritten:
@@ -151,7 +151,7 @@ class HostileNode(RuleBasedStateMachine):
         at=st.sampled_from((0, 9, 17, 21, 25, 29, 33, 37, 39, 41)),
         bad=st.sampled_from([b"\xff\xff", b"\x7f\x80\x00\x00", b"\x7c\x00", b"\x80\x00", bytes(4)]),
     )
-    def a_head_of_odd_numbers_comes(self, message: Message, at: int, bad: bytes) -> None:
+    def a_head_of_odd_numbers_comes(self, message: GossipMessage, at: int, bad: bytes) -> None:
         raw = datagram_codec.encode(message)
         self._arrive(address_of(2), raw[:at] + bad + raw[at + len(bad) :])
 

@@ -13,7 +13,7 @@ from membership.core.effects import MembershipEffect, SendDatagram, TryConnect
 from mesh.ids import Address, NodeId
 from mesh.view import PeerState
 from mesh.wire.datagram_codec import encoded_bytes
-from mesh.wire.gossip import Ack, Claim, ConnectCheck, Dead, Gossip, Message, Nack, Ping, PingReq, Suspect
+from mesh.wire.gossip import Ack, Claim, ConnectCheck, Dead, Gossip, GossipMessage, Nack, Ping, PingReq, Suspect
 from tests.membership.pieces import ME, address_of, alive, gossip, messages, node_among, only, peer_id, sender, state
 
 STRANGERS: list[Address] = [("6.6.6.6", 6000 + n) for n in range(3)]
@@ -25,7 +25,7 @@ claims: st.SearchStrategy[Claim] = st.one_of(
 )
 bundles = st.lists(claims, max_size=4).map(tuple)
 seqs = st.integers(0, 5)
-said: st.SearchStrategy[Message] = st.one_of(
+said: st.SearchStrategy[GossipMessage] = st.one_of(
     st.builds(Ping, numbers.map(sender), seqs, numbers.map(peer_id), bundles),
     st.builds(PingReq, numbers.map(sender), seqs, numbers.map(peer_id), bundles),
     st.builds(ConnectCheck, numbers.map(sender), seqs, numbers.map(peer_id), bundles),
@@ -61,7 +61,9 @@ def answers(core: MembershipCore, effects: list[MembershipEffect], now: float) -
 
 @settings(max_examples=50)
 @given(st.lists(steps, max_size=25))
-def test_never_more_bytes_go_to_an_unproven_address_than_came_from_it(taken: list[tuple[Address, Message] | float | str]) -> None:
+def test_never_more_bytes_go_to_an_unproven_address_than_came_from_it(
+    taken: list[tuple[Address, GossipMessage] | float | str],
+) -> None:
     core, now = full_of_news(), 1.0
     came: Counter[Address] = Counter()
     went: Counter[Address] = Counter()

@@ -11,7 +11,7 @@ from membership.core.effects import MembershipEffect, SendDatagram
 from membership.core.refutation import Refutation
 from mesh.ids import Address
 from mesh.view import PeerState
-from mesh.wire.gossip import Ack, Gossip, Message, Ping
+from mesh.wire.gossip import Ack, Gossip, GossipMessage, Ping
 from tests.membership.pieces import (
     CONFIG,
     address_of,
@@ -32,7 +32,7 @@ WAY_S = 0.001
 def datagrams_between(one: MembershipCore, other: MembershipCore, now: float, until: float) -> int:
     """How many these two send one another in that time, where no call gets through; what is due is done when it is due."""
     cores = {core.swim.myself.address: core for core in (one, other)}
-    under_way: list[tuple[float, Address, Address, Message]] = []
+    under_way: list[tuple[float, Address, Address, GossipMessage]] = []
     sent = 0
 
     def carry_out(source: Address, effects: list[MembershipEffect], now: float) -> None:

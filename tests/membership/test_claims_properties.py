@@ -14,7 +14,7 @@ from membership.facts.fingerprint import Fingerprint
 from mesh.ids import NodeId
 from mesh.view import PeerState
 from mesh.wire.datagram_codec import encoded_bytes
-from mesh.wire.gossip import MAX_MESSAGE_BYTES, Ack, Alive, Claim, Dead, Gossip, Left, Message, Ping, PingReq, Suspect
+from mesh.wire.gossip import MAX_MESSAGE_BYTES, Ack, Alive, Claim, Dead, Gossip, GossipMessage, Left, Ping, PingReq, Suspect
 from tests.membership.pieces import CONFIG, ME, address_of, alive, core_of, exchange, left, node_among, peer_id, sender, signed
 
 subjects = st.integers(1, 3).map(peer_id)
@@ -129,7 +129,7 @@ def test_the_fingerprint_kept_up_by_steps_equals_the_one_made_anew(told: list[Cl
 numbers = st.integers(0, 6)
 seqs = st.integers(0, 2**32)
 bundles = st.lists(claims | st.builds(Dead, st.just(ME), epochs, incarnations, subjects), max_size=5).map(tuple)
-inputs: st.SearchStrategy[Message | float | NodeId] = st.one_of(
+inputs: st.SearchStrategy[GossipMessage | float | NodeId] = st.one_of(
     st.builds(Ping, numbers.map(sender), seqs, numbers.map(peer_id), bundles),
     st.builds(Ack, numbers.map(sender), seqs, bundles),
     st.builds(PingReq, numbers.map(sender), seqs, numbers.map(peer_id), bundles),
@@ -141,7 +141,7 @@ inputs: st.SearchStrategy[Message | float | NodeId] = st.one_of(
 
 @settings(max_examples=100)
 @given(st.lists(inputs, max_size=30))
-def test_after_any_input_a_tick_uses_its_deadline_up_and_bounds_hold(steps: list[Message | float | NodeId]) -> None:
+def test_after_any_input_a_tick_uses_its_deadline_up_and_bounds_hold(steps: list[GossipMessage | float | NodeId]) -> None:
     core = node_among(3)
     now = 0.0
     for step in steps:

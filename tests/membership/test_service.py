@@ -20,7 +20,7 @@ from mesh.errors import BadRequest, LocalError, PeerLost
 from mesh.ids import Address, NodeId, format_address
 from mesh.keys.seal import KeySeal, PlainSeal, Seal
 from mesh.view import Facts, Load, PeerState
-from mesh.wire.calls import Header, Reply
+from mesh.wire.calls import CallReply, Header
 from mesh.wire.datagram_codec import decode, encode
 from mesh.wire.gossip import MAX_DATAGRAM_BYTES, Ack, Alive, Gossip, Ping, Sender
 from mesh.wire.sync import SYNC_KIND
@@ -63,7 +63,7 @@ class Mesh:
         await socket.bind(("127.0.0.1", 0))
         address: Address = socket.getsockname()
 
-        async def call(to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> Reply:
+        async def call(to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> CallReply:
             await trio.lowlevel.checkpoint()
             if (peer := self.at.get(to)) is None:
                 raise PeerLost(format_address(to), "connection refused")
@@ -407,7 +407,7 @@ async def test_statistics_count_what_happened(autojump_clock: trio.abc.Clock) ->
 
 
 async def test_a_name_that_fits_no_claim_is_refused_at_the_start() -> None:
-    async def call(to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> Reply:
+    async def call(to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> CallReply:
         raise AssertionError("nobody is called")
 
     with trio.socket.socket(trio.socket.AF_INET, trio.socket.SOCK_DGRAM) as socket:

@@ -12,8 +12,8 @@ from mesh.client.event_stream import AnswerProgress
 from mesh.client.flow import (
     ClientCore,
     ConnectionFailed,
-    Effect,
     Flow,
+    FlowEffect,
     HttpResponse,
     KnownNodes,
     NoNodeAnswers,
@@ -44,9 +44,9 @@ def caller(*urls: str, budget: RetryBudget = RetryBudget(), learned: bool = True
     return ClientCore(nodes, "secret", budget, lambda: 0.5, lambda: next(keys))
 
 
-def play(flow: Flow[Any], respond: Callable[[Effect], Any], limit: int = 200) -> tuple[list[Effect], Any]:
+def play(flow: Flow[Any], respond: Callable[[FlowEffect], Any], limit: int = 200) -> tuple[list[FlowEffect], Any]:
     """Carries the flow out against `respond`; its effects and what it returned."""
-    effects: list[Effect] = []
+    effects: list[FlowEffect] = []
     outcome: Any = None
     while len(effects) < limit:
         try:
@@ -57,13 +57,13 @@ def play(flow: Flow[Any], respond: Callable[[Effect], Any], limit: int = 200) ->
     raise AssertionError(f"no end after {limit} effects")
 
 
-def scripted(*outcomes: Any) -> Callable[[Effect], Any]:
+def scripted(*outcomes: Any) -> Callable[[FlowEffect], Any]:
     """The outcomes of `SendRequest` and `ReadBody` in turn; the other effects have none."""
     left = iter(outcomes)
     return lambda effect: next(left) if isinstance(effect, SendRequest | ReadBody) else None
 
 
-def sent(effects: list[Effect]) -> list[tuple[str, str]]:
+def sent(effects: list[FlowEffect]) -> list[tuple[str, str]]:
     return [(effect.node, effect.path) for effect in effects if isinstance(effect, SendRequest)]
 
 
@@ -111,7 +111,7 @@ def test_a_wrong_address_is_not_retried() -> None:
 def test_nodes_that_answered_before_are_asked_again_until_the_budget_is_spent() -> None:
     waited: list[float] = []
 
-    def respond(effect: Effect) -> Any:
+    def respond(effect: FlowEffect) -> Any:
         if isinstance(effect, Sleep):
             waited.append(effect.seconds)
             return None
@@ -124,9 +124,9 @@ def test_nodes_that_answered_before_are_asked_again_until_the_budget_is_spent() 
 
 def test_the_time_a_call_may_wait_is_bounded_too() -> None:
     respond = scripted(*[answer(A, 503, retry_after="20")] * 9)
-    effects: list[Effect] = []
+    effects: list[FlowEffect] = []
 
-    def noted(effect: Effect) -> object:
+    def noted(effect: FlowEffect) -> object:
         effects.append(effect)
         return respond(effect)
 
@@ -268,7 +268,7 @@ def test_the_budget_of_a_stream_begins_anew_with_each_token_that_came() -> None:
     # Each connection gives one token and breaks: nine breaks with a budget of two retries.
     gave = False
 
-    def one_each(effect: Effect) -> Any:
+    def one_each(effect: FlowEffect) -> Any:
         nonlocal gave
         if isinstance(effect, SendRequest):
             gave = False
@@ -289,7 +289,7 @@ def test_the_budget_of_a_stream_begins_anew_with_each_token_that_came() -> None:
 def test_a_stream_that_gets_no_further_gives_up() -> None:
     flow, _, _ = streaming(caller(A, budget=RetryBudget(retries=3, waiting_s=30)))
 
-    def respond(effect: Effect) -> Any:
+    def respond(effect: FlowEffect) -> Any:
         return (
             answer(A, x_mesh_stream="chatcmpl-1")
             if isinstance(effect, SendRequest)

@@ -27,8 +27,8 @@ from mesh.wire.gossip import (
     ConnectChecked,
     Dead,
     Gossip,
+    GossipMessage,
     Left,
-    Message,
     Nack,
     Ping,
     PingReq,
@@ -69,7 +69,7 @@ messages = st.one_of(
 
 
 @given(messages)
-def test_a_message_is_read_back_as_it_was_written(message: Message) -> None:
+def test_a_message_is_read_back_as_it_was_written(message: GossipMessage) -> None:
     raw = encode(message)
     assert len(raw) == encoded_bytes(message)
     if len(raw) <= MAX_MESSAGE_BYTES:
@@ -80,14 +80,14 @@ def test_a_message_is_read_back_as_it_was_written(message: Message) -> None:
 @given(st.binary(max_size=MAX_MESSAGE_BYTES + 100))
 def test_any_bytes_are_a_message_or_a_bad_datagram(raw: bytes) -> None:
     try:
-        assert isinstance(decode(raw), Message)
+        assert isinstance(decode(raw), GossipMessage)
     except BadDatagram:
         pass
 
 
 @settings(max_examples=300)
 @given(messages, st.data())
-def test_a_message_with_one_byte_changed_is_a_message_or_a_bad_datagram(message: Message, data: st.DataObject) -> None:
+def test_a_message_with_one_byte_changed_is_a_message_or_a_bad_datagram(message: GossipMessage, data: st.DataObject) -> None:
     raw = bytearray(encode(message))
     raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     try:
@@ -98,7 +98,7 @@ def test_a_message_with_one_byte_changed_is_a_message_or_a_bad_datagram(message:
 
 @settings(max_examples=300)
 @given(messages, st.binary(max_size=60))
-def test_any_bytes_behind_a_right_head_are_claims_or_a_bad_datagram(message: Message, tail: bytes) -> None:
+def test_any_bytes_behind_a_right_head_are_claims_or_a_bad_datagram(message: GossipMessage, tail: bytes) -> None:
     bare = encode(message)[: 57 if isinstance(message, Ping) else 50]
     try:
         decode(bare + tail)

@@ -18,7 +18,7 @@ from mesh.links.link import PROTOCOL_VERSION, LinkConfig
 from mesh.links.links import CALLS_AT_ONCE, Links
 from mesh.links.tls import PeerTls
 from mesh.view import Load
-from mesh.wire.calls import Header, Reply
+from mesh.wire.calls import CallReply, Header
 from mesh.wire.frames import Frame, encode
 
 
@@ -38,7 +38,7 @@ async def two_nodes(**more: Any) -> AsyncIterator[tuple[Links, Links]]:
         nursery.cancel_scope.cancel()
 
 
-async def echo(sender: NodeId, header: Header, tail: bytes) -> Reply:
+async def echo(sender: NodeId, header: Header, tail: bytes) -> CallReply:
     return {"sender": sender, **header}, tail[::-1]
 
 
@@ -53,7 +53,7 @@ async def test_many_calls_share_one_link_and_answers_may_come_out_of_order() -> 
     async with two_nodes() as (a, b):
         release = trio.Event()
 
-        async def slow(sender: NodeId, header: Header, tail: bytes) -> Reply:
+        async def slow(sender: NodeId, header: Header, tail: bytes) -> CallReply:
             await release.wait()
             return {}, b""
 
@@ -91,7 +91,7 @@ async def test_one_way_frames_arrive_in_order() -> None:
 async def test_what_a_handler_raises_reaches_the_caller_as_the_same_error(raised: Exception) -> None:
     async with two_nodes() as (a, b):
 
-        async def fail(sender: NodeId, header: Header, tail: bytes) -> Reply:
+        async def fail(sender: NodeId, header: Header, tail: bytes) -> CallReply:
             raise raised
 
         b.add({"fail": fail})
@@ -106,7 +106,7 @@ async def test_what_a_handler_raises_reaches_the_caller_as_the_same_error(raised
 async def test_a_bug_in_a_handler_is_answered_and_the_link_lives_on() -> None:
     async with two_nodes() as (a, b):
 
-        async def bug(sender: NodeId, header: Header, tail: bytes) -> Reply:
+        async def bug(sender: NodeId, header: Header, tail: bytes) -> CallReply:
             return header["missing"], b""
 
         b.add({"bug": bug, "echo": echo})
@@ -123,7 +123,7 @@ async def test_a_lost_peer_fails_waiting_calls_at_once_and_is_announced() -> Non
         a = await start(nursery, "a", on_lost=lambda node, address, reason: lost.append(node))
         started = trio.Event()
 
-        async def hang(sender: NodeId, header: Header, tail: bytes) -> Reply:
+        async def hang(sender: NodeId, header: Header, tail: bytes) -> CallReply:
             started.set()
             await trio.sleep_forever()
             raise AssertionError("sleeps for ever")
@@ -203,7 +203,7 @@ async def test_a_late_answer_after_the_deadline_changes_nothing() -> None:
     async with two_nodes() as (a, b):
         go = trio.Event()
 
-        async def slow(sender: NodeId, header: Header, tail: bytes) -> Reply:
+        async def slow(sender: NodeId, header: Header, tail: bytes) -> CallReply:
             await go.wait()
             return {}, b""
 
@@ -318,10 +318,10 @@ async def test_a_stranger_may_not_make_us_keep_more_than_a_greeting(hello: Frame
 async def test_an_answer_over_the_frame_limits_is_an_error_to_the_caller_and_the_link_lives_on() -> None:
     async with two_nodes() as (a, b):
 
-        async def large(sender: NodeId, header: Header, tail: bytes) -> Reply:
+        async def large(sender: NodeId, header: Header, tail: bytes) -> CallReply:
             return {"text": "x" * (5 << 20)}, b""
 
-        async def verbose(sender: NodeId, header: Header, tail: bytes) -> Reply:
+        async def verbose(sender: NodeId, header: Header, tail: bytes) -> CallReply:
             raise BadRequest("x" * (5 << 20))
 
         b.add({"large": large, "verbose": verbose, "echo": echo})
@@ -336,7 +336,7 @@ async def test_answers_that_a_peer_does_not_read_stop_its_calls() -> None:
     async with two_nodes() as (_, b):
         taken = 0
 
-        async def large(sender: NodeId, header: Header, tail: bytes) -> Reply:
+        async def large(sender: NodeId, header: Header, tail: bytes) -> CallReply:
             nonlocal taken
             taken += 1
             return {}, bytes(64 << 10)
@@ -359,7 +359,7 @@ async def test_answers_that_a_peer_does_not_read_stop_its_calls() -> None:
 async def test_the_wait_that_a_peer_asks_for_is_a_number_to_set_clocks_by(told: object, understood: float) -> None:
     async with two_nodes() as (a, b):
 
-        async def busy(sender: NodeId, header: Header, tail: bytes) -> Reply:
+        async def busy(sender: NodeId, header: Header, tail: bytes) -> CallReply:
             return {"error": {"type": "Refused", "message": "busy", "retry_after_s": told, "quota": True}}, b""
 
         b.add({"busy": busy})

@@ -22,7 +22,7 @@ from mesh.links.link import LinkConfig
 from mesh.links.links import Links
 from mesh.links.tls import PeerTls
 from mesh.view import Peer, PeerState, View
-from mesh.wire.calls import Header, Reply
+from mesh.wire.calls import CallReply, Header
 from node.ops import keys as module
 from node.ops.keys import KIND, MeshKeys
 
@@ -197,7 +197,7 @@ async def test_a_node_that_dies_between_two_phases_does_not_hold_the_others_up(t
         dying = mesh.nodes[2]
         answer = dying.links.handlers[KIND]
 
-        async def die_when_told_to_use_it(sender: NodeId, header: Header, tail: bytes) -> Reply:
+        async def die_when_told_to_use_it(sender: NodeId, header: Header, tail: bytes) -> CallReply:
             if header["do"] == "use":
                 mesh.states[dying.id] = PeerState.DEAD
                 raise PeerLost("node-2", "gone")
@@ -237,7 +237,7 @@ async def test_a_running_node_that_missed_a_key_catches_up_once_it_cannot_read_a
         asked = trio.Event()
         answer = first.links.handlers[KIND]
 
-        async def note(sender: NodeId, header: Header, tail: bytes) -> Reply:
+        async def note(sender: NodeId, header: Header, tail: bytes) -> CallReply:
             asked.set()
             return await answer(sender, header, tail)
 

@@ -16,7 +16,7 @@ from mesh.errors import PeerLost, RemoteError
 from mesh.ids import Address, ModelId, NodeId, StreamId
 from mesh.prefix import PREFIX_PAGE_TOKENS
 from mesh.view import Load
-from mesh.wire.calls import Header, Reply
+from mesh.wire.calls import CallReply, Header
 from node.engine.api import OpenSequence, PageRequest, PagesMissing, Prefix
 from node.requests import SamplingParams
 from node.serving.page_exchange import MAX_WAIT_S, PAGES_KIND, PROBE_PAGES, PageExchange
@@ -85,12 +85,12 @@ class TwoNodes:
         self.here = PageExchange(here, self._call)  # type: ignore[arg-type]
         self.link_bytes_s = link_bytes_s
         self.asked: list[int] = []
-        self.spoil: Callable[[Header, bytes], Reply] = lambda header, tail: (header, tail)
+        self.spoil: Callable[[Header, bytes], CallReply] = lambda header, tail: (header, tail)
 
-    async def _no_call(self, *given: Any, **named: Any) -> Reply:
+    async def _no_call(self, *given: Any, **named: Any) -> CallReply:
         raise AssertionError("no peer is to be asked")
 
-    async def _call(self, to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> Reply:
+    async def _call(self, to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> CallReply:
         assert (to, kind) == (PEER, PAGES_KIND)
         self.asked.append(len(header["names"]))
         header = msgspec.msgpack.decode(msgspec.msgpack.encode(header))
@@ -133,7 +133,7 @@ async def test_the_peers_prefill_rate_is_used_without_an_own_one(
     assert len(mine.held) == pages
 
 
-def flipped(header: Header, tail: bytes) -> Reply:
+def flipped(header: Header, tail: bytes) -> CallReply:
     return header, tail[:100] + bytes([tail[100] ^ 1]) + tail[101:]
 
 
@@ -172,7 +172,7 @@ async def test_only_as_many_pages_are_requested_as_there_is_room_for(autojump_cl
 async def test_a_peer_that_is_gone_or_silent_costs_a_bounded_time(autojump_clock: MockClock) -> None:
     nodes, mine = two()
 
-    def gone(header: Header, tail: bytes) -> Reply:
+    def gone(header: Header, tail: bytes) -> CallReply:
         raise PeerLost("there", "gone")
 
     nodes.spoil = gone

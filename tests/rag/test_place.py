@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mesh.ids import Address, NodeId
 from mesh.view import Peer, PeerState, View
-from mesh.wire.calls import Header, Reply
+from mesh.wire.calls import CallReply, Header
 from rag import place
 from rag.local import LocalStores
 from rag.peers import Peers
@@ -43,7 +43,7 @@ def test_while_the_view_is_frozen_owners_stay_and_newcomers_wait_but_leavers_go(
     assert peers.roster() == [NODES[0], NODES[5]]
 
 
-async def no_call(to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> Reply:
+async def no_call(to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> CallReply:
     raise AssertionError("nobody is called")
 
 

@@ -16,7 +16,7 @@ from mesh.errors import BadRequest, PeerLost, Refused
 from mesh.ids import Address, ModelId, NodeId
 from mesh.manifest import PIECE_KIND, WeightPiece
 from mesh.view import Facts, ModelCard, Peer, PeerState, Span, View
-from mesh.wire.calls import Header, Reply
+from mesh.wire.calls import CallReply, Header
 from node.weights.catalogue import Catalogue
 from node.weights.fetching import FetchedModel, Fetching, announced
 from node.weights.source import WeightsSource
@@ -71,7 +71,7 @@ class Network:
             await self._changed.wait()
         return self.view
 
-    async def call(self, to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> Reply:
+    async def call(self, to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> CallReply:
         name = NodeId(to[0])
         if kind == PIECE_KIND:
             self.asked.append((name, header["name"]))
