@@ -22,7 +22,7 @@ import trio
 
 from mesh.ids import Address, NodeId
 from mesh.view import Facts, Peer, View
-from mesh.wire.calls import CallReply
+from mesh.wire.calls import CallReply, Header
 from rag.embed import MiniLM
 from rag.service import Documents
 from rag.types import SearchResult
@@ -56,9 +56,7 @@ class InProcess:
         def publish(record: dict[str, Any]) -> None:
             self.facts[me] = Facts(documents=record)
 
-        async def call(
-            to: Address, kind: str, header: dict[str, Any], tail: bytes = b"", *, timeout_s: float = 10.0
-        ) -> CallReply:
+        async def call(to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> CallReply:
             await trio.lowlevel.checkpoint()
             node = NodeId(f"{to[1]:016x}")
             return await self.services[node].handlers[kind](me, header, tail)

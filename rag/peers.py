@@ -189,7 +189,7 @@ class Peers:
                     accepted, reason = applied.accepted, "; ".join(applied.rejected)
                 else:
                     header, _ = await self.ask(node, "documents.apply", wire.ApplyCall(entry), tail, WRITE_DEADLINE_S)
-                    accepted, reason = int(header.get("accepted", 0)), str(header.get("reason", ""))
+                    accepted, reason = wire.count_in(header, "accepted"), str(header.get("reason", ""))
                 if accepted:
                     held.add(node)
                     failed.pop(node, None)

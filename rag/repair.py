@@ -127,7 +127,7 @@ class Repair:
                 return
             tail = wire.ENCODER.encode(operations)
             header, _ = await self._peers.ask(node, "documents.apply", wire.ApplyCall(entry), tail, timeout_s=10.0)
-            self.counts.pushed += int(header.get("changed", 0))
+            self.counts.pushed += wire.count_in(header, "changed")
             doc_ids = _after(doc_ids, operations)
 
     async def _drop_foreign(self) -> None:

@@ -7,6 +7,7 @@ once, by the node that took the document, and never again: replicas cannot drift
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import TypeVar
 
 import msgspec
@@ -112,7 +113,7 @@ def header_of(call: msgspec.Struct) -> dict[str, object]:
     return built
 
 
-def call_of(kind: type[T], header: dict[str, object]) -> T:
+def call_of(kind: type[T], header: Mapping[str, object]) -> T:
     """The typed call that a peer's header claims to be.
 
     Raises:
@@ -122,6 +123,18 @@ def call_of(kind: type[T], header: dict[str, object]) -> T:
         return msgspec.convert(header, kind)
     except msgspec.ValidationError as error:
         raise BadRequest(f"expected a {kind.__name__} header: {error}") from None
+
+
+def count_in(reply: Mapping[str, object], name: str) -> int:
+    """Returns the count `name` of a peer's reply; 0 where the reply has none.
+
+    Raises:
+        BadRequest: it is not an integer.
+    """
+    count = reply.get(name, 0)
+    if not isinstance(count, int):
+        raise BadRequest(f"expected {name} to be an integer in the reply, got {type(count).__name__}")
+    return count
 
 
 def decoded(decoder: msgspec.msgpack.Decoder[T], tail: bytes) -> T:

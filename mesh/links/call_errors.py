@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, Refused, RemoteError
-from mesh.wire.calls import Header
 
 MAX_MESSAGE_CHARS = 2000  # of an error that travels: some quote what the caller sent, which may be large
 MAX_RETRY_AFTER_S = 3600.0
 
 
-def error_to_header(error: Exception) -> Header:
-    header: Header = {"type": type(error).__name__, "message": str(error)[:MAX_MESSAGE_CHARS]}
+def error_to_header(error: Exception) -> dict[str, object]:
+    header: dict[str, object] = {"type": type(error).__name__, "message": str(error)[:MAX_MESSAGE_CHARS]}
     if isinstance(error, Refused):
         header |= {"retry_after_s": error.retry_after_s, "quota": error.quota}
     elif isinstance(error, BadRequest):

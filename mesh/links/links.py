@@ -155,14 +155,17 @@ class Links:
         if hello is None:
             return None
         refusal = self._why_refuse(hello)
-        if refusal is None and self.config.tls is not None:
-            refusal = why_impostor(connection, hello.header["node"])
+        node = hello.header.get("node")
+        if refusal is None:
+            assert isinstance(node, str), "a hello without a node id is refused above"
+            if self.config.tls is not None:
+                refusal = why_impostor(connection, node)
         answer: Header = {"node": self.config.me, "refused": refusal}
         if not await send(connection, encode(Frame("hello", answer, is_reply=True))):
             return None
         if refusal is None:
             frames.greeted()
-            return NodeId(hello.header["node"])
+            return NodeId(str(node))
         frames.end_reason = refusal
         return None
 

@@ -7,7 +7,7 @@ Cores and services are handed these callables, so tests give them a network of t
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from mesh.errors import BadRequest, DeadlineExceeded, PeerLost, Refused, RemoteError
 from mesh.ids import Address, NodeId
@@ -15,8 +15,8 @@ from mesh.ids import Address, NodeId
 CALL_FAILURES = (PeerLost, DeadlineExceeded, RemoteError, Refused, BadRequest)
 """Every error that a peer call raises: the link or the peer failed, time ran out, or the peer answered with an error."""
 
-Header = dict[str, Any]
-"""Plain MessagePack values with string keys."""
+Header = Mapping[str, object]
+"""Plain MessagePack values by name, as they arrived: a receiver checks each, or decodes all with a struct."""
 
 CallReply = tuple[Header, bytes]
 

@@ -151,14 +151,14 @@ class MeshKeys:
 
     async def _ask(self, peer: Peer, phase: RotationPhase | None, key: RingKey | None, answers: dict[NodeId, Header]) -> None:
         """One call; no entry in `answers` when it fails."""
-        header: Header = {"do": phase.value if phase else "show", "ring": _told(self.ring)}
+        request: dict[str, object] = {"do": phase.value if phase else "show", "ring": _told(self.ring)}
         tail = b""
         try:
             if key is not None:
                 under = self._shared_with(peer, key) if phase is not RotationPhase.DROP else None
-                header |= {"serial": key.tag.serial, "name": key.tag.name, "under": under.tag.name if under else ""}
+                request |= {"serial": key.tag.serial, "name": key.tag.name, "under": under.tag.name if under else ""}
                 tail = wrap(key, under) if under else b""
-            header, _ = await self._call(peer.address, KIND, header, tail, timeout_s=CALL_S)
+            header, _ = await self._call(peer.address, KIND, request, tail, timeout_s=CALL_S)
             _tags(peer.id, header)
             answers[peer.id] = header
         except (*CALL_FAILURES, RingError) as error:
@@ -201,7 +201,7 @@ class MeshKeys:
 
     def _shown(self, asked: Header) -> CallReply:
         """This ring, as it may be told; and to a peer that holds an older key, the newer ones, sealed under that."""
-        reply: Header = {"ring": _told(self.ring), "saved": self.saved}
+        reply: dict[str, object] = {"ring": _told(self.ring), "saved": self.saved}
         theirs = _tags_in(asked.get("ring"))
         under = max((key for key in self.ring.keys if key.tag in theirs), key=lambda key: key.tag, default=None)
         if under is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
@@ -76,7 +77,7 @@ async def test_only_a_process_of_the_same_node_is_answered_and_an_answer_needs_t
 
         async def forged(to: Any, kind: str, header: Any, tail: bytes = b"", *, timeout_s: float = 10.0) -> Any:
             reply, tail = await handler(one.membership.me, header, tail)
-            return {**reply, "answer": {**reply["answer"], "stops": "asker"}}, tail
+            return {**reply, "answer": {**msgspec.convert(reply["answer"], dict[str, object]), "stops": "asker"}}, tail
 
         one.membership.twins._call = forged
         assert await one.membership.twins.ask(("127.0.0.1", 9)) is None

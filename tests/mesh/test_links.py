@@ -107,7 +107,7 @@ async def test_a_bug_in_a_handler_is_answered_and_the_link_lives_on() -> None:
     async with two_nodes() as (a, b):
 
         async def bug(sender: NodeId, header: Header, tail: bytes) -> CallReply:
-            return header["missing"], b""
+            raise KeyError("missing")
 
         b.add({"bug": bug, "echo": echo})
         with pytest.raises(RemoteError):

@@ -67,7 +67,7 @@ class Mesh:
         links = Links(LinkConfig(identity.node, listener.socket.getsockname()[:2], "mesh", tls))
         keys = MeshKeys(ring, path, seal, tls, lambda: self.view(identity.node), links.call)
 
-        async def echo(sender: NodeId, header: dict[str, object], tail: bytes) -> tuple[dict[str, object], bytes]:
+        async def echo(sender: NodeId, header: Header, tail: bytes) -> CallReply:
             return {}, tail
 
         links.add({ECHO: echo, **keys.handlers})

@@ -92,7 +92,7 @@ class TwoNodes:
 
     async def _call(self, to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> CallReply:
         assert (to, kind) == (PEER, PAGES_KIND)
-        self.asked.append(len(header["names"]))
+        self.asked.append(len(msgspec.convert(header["names"], list[object])))
         header = msgspec.msgpack.decode(msgspec.msgpack.encode(header))
         answer, content = await self.there.handlers[kind](NodeId("here"), header, tail)
         await trio.sleep(len(content) / self.link_bytes_s)

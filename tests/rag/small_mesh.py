@@ -17,7 +17,7 @@ from mesh.errors import DeadlineExceeded, MeshError, PeerLost
 from mesh.ids import Address, NodeId
 from mesh.links.call_errors import error_from_header, error_to_header
 from mesh.view import Facts, Peer, PeerState, View
-from mesh.wire.calls import CallReply
+from mesh.wire.calls import CallReply, Header
 from rag.embed import Embedder
 from rag.service import Documents
 from tests.rag.fakes import HashingEmbedder
@@ -56,9 +56,7 @@ class Site:
     def now(self) -> float:
         return UNIX_S + trio.current_time() + self.clock_error_s
 
-    async def call(
-        self, to: Address, kind: str, header: dict[str, Any], tail: bytes = b"", *, timeout_s: float = 10.0
-    ) -> CallReply:
+    async def call(self, to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> CallReply:
         site = next(site for site in self.mesh.sites if site.address == to)
         assert site is not self, "a node does not call itself"
         await trio.lowlevel.checkpoint()

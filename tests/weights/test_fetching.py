@@ -74,7 +74,7 @@ class Network:
     async def call(self, to: Address, kind: str, header: Header, tail: bytes = b"", *, timeout_s: float = 10.0) -> CallReply:
         name = NodeId(to[0])
         if kind == PIECE_KIND:
-            self.asked.append((name, header["name"]))
+            self.asked.append((name, str(header["name"])))
         if name not in self.sources:
             raise PeerLost(name, "gone")
         reply, content = await self.sources[name].handlers[kind](ME, header, tail)
@@ -159,7 +159,7 @@ async def test_a_peer_that_lies_and_one_that_dies_cost_no_byte(tmp_path: Path, w
     network = Network()
 
     def die(header: Header, content: bytes) -> bytes:
-        if header["kind"] == PIECE_KIND and "layers" in header["name"]:
+        if header["kind"] == PIECE_KIND and "layers" in str(header["name"]):
             network.kill(NodeId("dying"))
             raise PeerLost("dying", "gone")
         return content
