@@ -104,7 +104,7 @@ class ClaimProcessing:
 
     def hear_record(self, record: MemberRecord, now: float, *, tell: bool) -> None:
         """Takes in what a peer's exchange contains about one node. `tell`: pass a newcomer on as a rumour."""
-        state, own = self._state, record.words
+        state, own = self._state, record.own_claim
         if record.node != state.me and record.node not in state.members:
             self._admit(record, record.state, own, record.key, now, tell=tell)
             if (newcomer := state.members.get(record.node)) is not None:
@@ -229,4 +229,4 @@ def _claim_in(record: MemberRecord) -> Claim:
         case PeerState.DEAD:
             return Dead(node, epoch, incarnation, node, (record.age_s <= _FRESH_S and record.cause) or TIMEOUT)
         case _:
-            return record.words
+            return record.own_claim

@@ -1,7 +1,7 @@
-"""The shape of a call between two nodes, apart from how it travels (`mesh.links.links`).
+"""The types of a call between two nodes, independent of the transport (`mesh.links.links`).
 
-A frame is a kind, a MessagePack header and a raw tail (tensors, files: never inside the header).
-Cores and services are handed these callables, so tests give them a network of their own.
+A frame is a kind, a MessagePack header and a raw tail (tensors and files, which are never in the header).
+Cores and services get these callables as arguments, so that tests can give them another network.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mesh.errors import BadRequest, DeadlineExceeded, PeerLost, Refused, RemoteE
 from mesh.ids import Address, NodeId
 
 CALL_FAILURES = (PeerLost, DeadlineExceeded, RemoteError, Refused, BadRequest)
-"""Every error that a peer call raises: the link or the peer failed, time ran out, or the peer answered with an error."""
+"""All errors that a peer call raises: the link or the peer failed, time ran out, or the peer answered with an error."""
 
 Header = Mapping[str, object]
 """Plain MessagePack values by name, as they arrived: a receiver checks each, or decodes all with a struct."""
@@ -21,19 +21,19 @@ Header = Mapping[str, object]
 CallReply = tuple[Header, bytes]
 
 Handler = Callable[[NodeId, Header, bytes], Awaitable[CallReply]]
-"""Answers one call of `sender`. What it raises (`Refused`, `BadRequest`, `RemoteError`) reaches the caller as the same error."""
+"""Answers one call of `sender`. Its `Refused`, `BadRequest` or `RemoteError` is raised at the caller as the same error."""
 
 Receiver = Callable[[NodeId, Header, bytes], None]
-"""Takes one one-way frame; runs in the link's reader, so it must not block."""
+"""Receives one one-way frame; runs in the link's reader, so it must not block."""
 
 
 class Call(Protocol):
-    """Ask a peer and wait for its answer.
+    """Calls a peer and waits for its answer.
 
     Raises `CALL_FAILURES`:
-        PeerLost: the link broke or could not be made before the answer came.
+        PeerLost: the link broke or could not be made before the answer was received.
         DeadlineExceeded: `timeout_s` passed first.
-        Refused, BadRequest, RemoteError: what the peer answered.
+        Refused, BadRequest, RemoteError: the peer answered with this error.
     """
 
     async def __call__(
@@ -42,7 +42,7 @@ class Call(Protocol):
 
 
 class Post(Protocol):
-    """Send a one-way frame through a bounded outbox; frames to one peer keep their order.
+    """Sends a one-way frame through a bounded outbox; frames to one peer keep their order.
 
     Raises:
         PeerLost: there is no link and none could be made, or the outbox is full (the peer does not read).

@@ -1,16 +1,16 @@
-"""How a gossip message lies in a datagram: a head of fixed fields, then claims.
+"""Encodes gossip messages: a head of fixed fields, then claims.
 
 Head, big endian: kind 1, sender 8, fingerprint 8, load 24 (`mesh.wire.load`), lag in milliseconds 2, epoch and incarnation as
-varints, then what the kind needs: number 4, target 8, refused 1. A message that tells nothing more ends here. Else there follows
-one MessagePack array: the claims, each an array with its tag first and its ids as 8 bytes, and, of a ping or an ack, where its
-sender is. A newer version may append elements to either array, an older one ignores them.
+varints, then the fields of the kind: number 4, target 8, refused 1. A message without claims and coordinate ends here. Otherwise
+one MessagePack array follows: the claims, each an array with its tag first and its ids as 8 bytes, and, in a ping or an ack, its
+sender's network coordinate. A newer version may append elements to either array; an older version ignores them.
 """
 
 from __future__ import annotations
 
 import struct
 from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -51,18 +51,18 @@ _COUNTERS_AT = _LAG_AT + _LAG.size
 _U16 = 2**16 - 1
 _COUNTER_BYTES = 7  # of a varint of 48 bits
 _BIN_HEAD_BYTES = 2
-_LIST_BYTES = 4  # what surrounds the claims, at most
+_LIST_BYTES = 4  # the array heads before the claims, at most
 _FIXED_BYTES = {
     kind: _COUNTERS_AT + (kind is not Gossip) * _NUMBER.size + (kind in _WITH_TARGET) * 8 + (kind is ConnectChecked)
     for kind in _KINDS
 }
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(list[Any])
-_CLAIMS_REMEMBERED = 8192  # the same claim goes out a dozen times, and its size is asked for as often
+_decoder = msgspec.msgpack.Decoder(list[object])
+_CLAIMS_CACHED = 8192  # a claim is sent about a dozen times, and its size is needed as often
 
 
 def encode(message: GossipMessage) -> bytes:
-    """The bytes to seal; the caller has kept the claims within `claim_budget_bytes`."""
+    """Returns the bytes to seal. The caller keeps the claims within `claim_budget_bytes`."""
     sender = message.sender
     parts = [
         _FRONT.pack(_KIND_OF[type(message)], bytes.fromhex(sender.node), sender.fingerprint),
@@ -87,7 +87,7 @@ def encode(message: GossipMessage) -> bytes:
 
 
 def encoded_bytes(message: GossipMessage) -> int:
-    """How long `encode(message)` is, without making it."""
+    """Returns the length of `encode(message)` without encoding the message."""
     sender, claims = message.sender, message.claims
     size_bytes = _FIXED_BYTES[type(message)] + _counter_bytes(sender.epoch) + _counter_bytes(sender.incarnation)
     where = _where(message)
@@ -100,9 +100,9 @@ def _where(message: GossipMessage) -> bytes | None:
     return message.where if isinstance(message, _WITH_WHERE) else None
 
 
-@lru_cache(_CLAIMS_REMEMBERED)
+@lru_cache(_CLAIMS_CACHED)
 def claim_bytes(claim: Claim) -> bytes:
-    """One claim as it lies in a message."""
+    """Returns the bytes of one claim in a message."""
     match claim:
         case Suspect() | Dead():
             node, epoch, incarnation, by, *rest = msgspec.structs.astuple(claim)
@@ -114,12 +114,12 @@ def claim_bytes(claim: Claim) -> bytes:
 
 
 def claim_budget_bytes(bare: GossipMessage) -> int:
-    """How many bytes of claims still fit into `bare`, a message without claims."""
+    """Returns how many bytes of claims fit into `bare`, a message without claims."""
     return MAX_MESSAGE_BYTES - encoded_bytes(bare) - _LIST_BYTES
 
 
 def decode(opened: bytes) -> GossipMessage:
-    """A message out of what a seal held.
+    """Decodes the body of an opened seal.
 
     Raises:
         BadDatagram: too long, too short, of another shape, or out of bounds.
@@ -159,14 +159,14 @@ def _decoded(opened: bytes) -> GossipMessage:
 
 
 def _read_tail(opened: bytes, at: int) -> tuple[tuple[Claim, ...], bytes | None]:
-    """The claims, and where the sender is."""
+    """Returns the claims and the sender's network coordinate, None without one."""
     if at == len(opened):
         return (), None
-    told, *more = _decoder.decode(opened[at:])
-    if not isinstance(told, list) or len(told) > MAX_CLAIMS:
+    claims, *more = _decoder.decode(opened[at:])
+    if not isinstance(claims, list) or len(claims) > MAX_CLAIMS:
         raise BadDatagram(f"expected a list of at most {MAX_CLAIMS} claims")
     where = msgspec.convert(more[0], Where | None, builtin_types=(bytes,)) if more else None
-    return tuple(_read_claim(fields) for fields in told), where
+    return tuple(_read_claim(fields) for fields in claims), where
 
 
 def _read_claim(fields: object) -> Claim:
@@ -186,7 +186,7 @@ def _eight(raw: object) -> bytes:
 
 
 def _counter(number: int) -> bytes:
-    """A varint: 7 bits a byte, the lowest first, all but the last with their top bit set."""
+    """Returns a varint: 7 bits a byte, lowest first; all bytes but the last have their top bit set."""
     if number < 0x80:
         return bytes((number,))
     out = bytearray()
@@ -202,7 +202,7 @@ def _counter_bytes(number: int) -> int:
 
 
 def _read_counter(raw: bytes, at: int) -> tuple[int, int]:
-    """The varint at `at`, and where it ends."""
+    """Returns the varint that begins at `at`, and the index behind its last byte."""
     number = 0
     for step in range(_COUNTER_BYTES):
         byte = raw[at + step]
@@ -215,5 +215,5 @@ def _read_counter(raw: bytes, at: int) -> tuple[int, int]:
 
 
 def _list_head(length: int) -> bytes:
-    """MessagePack's head of an array."""
+    """Returns MessagePack's head of an array of `length` elements."""
     return bytes((0x90 | length,)) if length < 16 else b"\xdc" + length.to_bytes(2, "big")

@@ -1,4 +1,4 @@
-"""Frames over a trio stream: the thin shell around `mesh.wire.frames`."""
+"""Reads and sends frames over a trio stream: the shell around `mesh.wire.frames`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from mesh.wire.frames import MAX_HEADER_BYTES, MAX_TAIL_BYTES, Frame, FrameError
 
 RECEIVE_BYTES = 256 << 10
 COALESCE_BYTES = 256 << 10  # one send for many small frames
-MAX_HELLO_BYTES = 4 << 10  # what a stranger may make us keep before its greeting was read
+MAX_HELLO_BYTES = 4 << 10  # of a frame's header before the peer is authenticated
 
 CLOSED = "closed by the peer"
 
 
 class FrameSource:
-    """Frames of one stream, one by one. How it ended is kept, not raised: an end is what every link comes to.
+    """Reads the frames of one stream. The end of the stream is no exception: `end_reason` keeps its reason.
 
-    Until `greeted` only a small frame without a tail is taken.
+    Until `greeted` is called, only small frames without a tail are accepted.
     """
 
     def __init__(self, stream: trio.abc.Stream) -> None:
@@ -29,11 +29,11 @@ class FrameSource:
         self.broke_the_protocol = False
 
     def greeted(self) -> None:
-        """The other side is authenticated: from here on it may send frames of full size."""
+        """Accepts frames of full size from now on: the peer is authenticated."""
         self._reader.allow(MAX_HEADER_BYTES, MAX_TAIL_BYTES)
 
     async def next(self) -> Frame | None:
-        """The next frame; None once the stream has ended, orderly or suddenly: then `end_reason` says how."""
+        """Returns the next frame; None when the stream has ended, closed or broken, with the reason in `end_reason`."""
         while not self._ready:
             try:
                 data = await self._stream.receive_some(RECEIVE_BYTES)
@@ -51,7 +51,7 @@ class FrameSource:
 
 
 async def send(connection: trio.abc.Stream, data: bytes) -> bool:
-    """Sends; False when the stream is broken; the reading side learns why."""
+    """Sends `data`. Returns False when the stream is broken; its reader gets the reason."""
     try:
         await connection.send_all(data)
     except (trio.BrokenResourceError, trio.ClosedResourceError):

@@ -1,18 +1,17 @@
-"""Frames between two nodes on one stream: a core without I/O, bytes in, frames out.
+"""Encodes and decodes the frames between two nodes on one stream, without I/O: bytes in, frames out.
 
 Layout, big-endian: u32 header bytes, u32 tail bytes, header, tail. The header is a MessagePack map
 `{"k": kind, "n": call number, "r": reply?, "h": header, "l": sender's load (mesh.wire.load)}`; the tail is raw
 (tensors, files).
-Both lengths are checked as soon as they have come, and memory grows with what has come, not with what was promised: a hostile
-peer can make us keep one frame of the largest size for each of its links, and before its greeting was read 4 KiB and what one
-read of the socket brought (`mesh.wire.frame_stream`).
+Both lengths are checked as soon as they are received, and memory grows with the bytes received, not with the lengths announced.
+A hostile peer can occupy the memory of one frame of the largest size for each of its links; before its greeting is read, 4 KiB
+and one read of the socket (`mesh.wire.frame_stream`).
 """
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Any
 
 import msgpack
 
@@ -23,13 +22,13 @@ from mesh.wire.load import pack_load, unpack_load
 MAX_HEADER_BYTES = 4 << 20
 MAX_TAIL_BYTES = 256 << 20  # a 4,096-token chunk of a 16,384-wide fp32 model
 _LENGTHS = struct.Struct(">II")
-_HTTP = b"HTTP"  # what an HTTP server's answer begins with; as a length it would be over the limit
+_HTTP = b"HTTP"  # the first bytes of an HTTP server's answer; read as a length they are over the limit
 _MAX_ITEMS = 1 << 20
 _MAX_STRING_BYTES = 1 << 20
 
 
 class FrameError(Exception):
-    """The bytes are no frame of ours: the stream cannot be read on and must be closed."""
+    """The bytes are not a frame: the rest of the stream cannot be decoded and it must be closed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +40,15 @@ class Frame:
     tail: bytes = b""
     number: int = 0
     is_reply: bool = False
-    load: Load | None = None  # the sender's, as it was when the frame left
+    load: Load | None = None  # the sender's, when the frame was sent
 
 
 def encode(frame: Frame) -> bytes:
-    """Raises ValueError when the frame is over the limits that `FrameReader` enforces: a bug on our side."""
+    """Encodes a frame.
+
+    Raises:
+        ValueError: the frame is over the limits that `FrameReader` enforces.
+    """
     load = pack_load(frame.load) if frame.load is not None else None
     head = msgpack.packb({"k": frame.kind, "n": frame.number, "r": frame.is_reply, "h": frame.header, "l": load})
     if len(head) > MAX_HEADER_BYTES or len(frame.tail) > MAX_TAIL_BYTES:
@@ -54,7 +57,7 @@ def encode(frame: Frame) -> bytes:
 
 
 class FrameReader:
-    """Cuts a byte stream into frames, in h11's pull style: `feed`, then iterate `frames`."""
+    """Splits a byte stream into frames."""
 
     def __init__(self, max_header_bytes: int = MAX_HEADER_BYTES, max_tail_bytes: int = MAX_TAIL_BYTES) -> None:
         self._buffer = bytearray()
@@ -62,14 +65,14 @@ class FrameReader:
         self._max_tail_bytes = max_tail_bytes
 
     def allow(self, max_header_bytes: int, max_tail_bytes: int) -> None:
-        """Other limits, for the frames that come from here on."""
+        """Sets the limits of the frames that follow."""
         self._max_header_bytes, self._max_tail_bytes = max_header_bytes, max_tail_bytes
 
     def feed(self, data: bytes) -> list[Frame]:
-        """All frames that are whole with `data`.
+        """Adds `data` and returns all frames that are complete with it.
 
         Raises:
-            FrameError: over a limit, or not a frame; the reader is unusable from then on.
+            FrameError: over a limit, or not a frame; the reader cannot be used any more.
         """
         self._buffer += data
         frames = []
@@ -91,7 +94,7 @@ class FrameReader:
 
 def _decode(head: bytes, tail: bytes) -> Frame:
     try:
-        outer: Any = msgpack.unpackb(
+        outer = msgpack.unpackb(
             head,
             strict_map_key=True,
             max_ext_len=0,

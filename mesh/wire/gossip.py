@@ -1,8 +1,8 @@
-"""The datagrams of membership: what one fits in and what it may say. How it lies on the wire: `mesh.wire.datagram_codec`.
+"""The messages and claims of membership, with their limits. `mesh.wire.datagram_codec` encodes them.
 
 Four messages for probes (`Ping`, `Ack`, `PingReq`, `Nack`), two about connections (`ConnectCheck`, `ConnectChecked`), and
-`Gossip`. Each carries the sender's own standing, its load and one 8-byte fingerprint of all it knows, and as many claims about
-members as still fit.
+`Gossip`. Each carries the sender's epoch and incarnation, its load, an 8-byte fingerprint of its members and facts, and as many
+claims about members as fit.
 Source: SWIM (Das, Gupta, Motivala, DSN 2002), section 4, with Lifeguard's accuser in each suspicion.
 """
 
@@ -20,16 +20,16 @@ from mesh.view import Load
 MAX_DATAGRAM_BYTES = 1400  # sealed; fits an Ethernet frame under IPv6, UDP and one tunnel header
 MAX_SEAL_BYTES = 64  # what a seal may add
 MAX_MESSAGE_BYTES = MAX_DATAGRAM_BYTES - MAX_SEAL_BYTES
-MAX_CLAIM_BYTES = 250  # of the longest name and host, with key and signature; a usual one without its key takes half
+MAX_CLAIM_BYTES = 250  # with the longest name and host, key and signature; a usual claim without its key takes half
 MAX_CLAIMS = 128  # the smallest claim takes 15 bytes, so no honest datagram holds more
 MAX_NAME_BYTES = 32
 MAX_HOST_BYTES = 46  # the longest text form of an IPv6 address, and most host names
 MAX_REGION_BYTES = 16
 
-MAX_COUNTER = 2**48  # of epochs and incarnations: far from what 64 bits would overflow on one more step
+MAX_COUNTER = 2**48  # of epochs and incarnations: far below the overflow of 64 bits
 ZERO_LOAD = Load()
 REFUSED, TIMEOUT = "refused", "timeout"  # causes of a death
-LISTENS, STALLED = "listens", "stalled"  # of suspicions: its process exists; and it has been silent for long
+LISTENS, STALLED = "listens", "stalled"  # causes of suspicions: the process exists; it has also been silent for long
 
 Id = Annotated[NodeId, Meta(pattern=r"^[0-9a-f]{16}\Z")]
 Counter = Annotated[int, Meta(ge=0, le=MAX_COUNTER)]
@@ -44,11 +44,11 @@ Where = Annotated[bytes, Meta(max_length=32)]  # a node's network coordinate, pa
 
 
 class BadDatagram(ValueError):
-    """The bytes are no message of ours; the text says why. Drop and count."""
+    """The bytes are not a gossip message; the message has the reason. The receiver drops and counts the datagram."""
 
 
 def check_description(name: str, host: str, region: str) -> None:
-    """Refuses what would not fit a claim: it could never spread.
+    """Refuses a name, host or region that does not fit a claim.
 
     Raises:
         ValueError: naming the part, its size and its limit in bytes of UTF-8.
@@ -61,9 +61,9 @@ def check_description(name: str, host: str, region: str) -> None:
 
 
 class Alive(msgspec.Struct, frozen=True, array_like=True, tag="a"):
-    """`node` is alive and reached here: a claim signed by the node itself (`mesh.keys.signing`), also when others pass it on.
+    """`node` is alive at this address: a claim signed by the node itself (`mesh.keys.signing`), also when peers forward it.
 
-    The key travels with the first words of a run, when many do not have it yet; later ones can do without.
+    The key is in the first claims of a run, when many peers lack it; later claims can omit it.
     """
 
     node: Id
@@ -85,16 +85,16 @@ class Alive(msgspec.Struct, frozen=True, array_like=True, tag="a"):
 
 
 class Suspect(msgspec.Struct, frozen=True, array_like=True, tag="s"):
-    """`by` probed `node` at this incarnation, itself and through others, and heard nothing.
+    """`by` probed `node` at this incarnation, directly and through others, and got no answer.
 
-    `by` equal to `node` stands for no accuser, or one whose name got lost; it confirms nothing.
+    `by` equal to `node` stands for no accuser or an unknown one; such a suspicion confirms nothing.
     """
 
     node: Id
     epoch: Counter
     incarnation: Counter
     by: Id
-    listens: bool = False  # its host still takes connections for it: it is stalled or cut off, not gone
+    listens: bool = False  # its host still accepts connections on its port: the process is stalled or cut off, not gone
 
 
 class Dead(msgspec.Struct, frozen=True, array_like=True, tag="d"):
@@ -108,7 +108,7 @@ class Dead(msgspec.Struct, frozen=True, array_like=True, tag="d"):
 
 
 class Left(msgspec.Struct, frozen=True, array_like=True, tag="l"):
-    """`node` said goodbye itself, and signed it."""
+    """`node` has left on purpose, and signed this claim."""
 
     node: Id
     epoch: Counter
@@ -120,29 +120,29 @@ Claim = Alive | Suspect | Dead | Left
 
 
 class Sender(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """The sender, and soft state of its own that is newer than any record."""
+    """The sender, with soft state that is newer than any record of it."""
 
     node: Id
     epoch: Counter
     incarnation: Counter
     fingerprint: Annotated[int, Meta(ge=0)]  # of all live (node, epoch, incarnation, facts version), 64 bits
     load: Load = ZERO_LOAD
-    load_age_ms: Annotated[int, Meta(ge=0)] = 0  # told as 65,535 if above
-    lag_ms: Annotated[int, Meta(ge=0)] = 0  # how late the sender is with all it does, as it measured
+    load_age_ms: Annotated[int, Meta(ge=0)] = 0  # sent as 65,535 if above
+    lag_ms: Annotated[int, Meta(ge=0)] = 0  # the worst recent delay of the sender's own process, as measured there
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag="ping"):
-    """A probe of `target`. Answered by an `Ack` with the same `seq`, unless another node now has that address."""
+    """A probe of `target`, answered by an `Ack` with the same `seq` unless another node now has that address."""
 
     sender: Sender
     seq: Sequence
     target: Id
     claims: Annotated[tuple[Claim, ...], Meta(max_length=MAX_CLAIMS)] = ()
-    where: Where | None = None  # now and then; then the ack says it too
+    where: Where | None = None  # in some pings; then in their acks too
 
 
 class Ack(msgspec.Struct, frozen=True, array_like=True, tag="ack"):
-    """Answers a `Ping`, or, from the peer that was asked, a `PingReq` whose target answered."""
+    """Answers a `Ping`; or, from the peer that was asked, a `PingReq` whose target answered."""
 
     sender: Sender
     seq: Sequence
@@ -151,7 +151,7 @@ class Ack(msgspec.Struct, frozen=True, array_like=True, tag="ack"):
 
 
 class PingReq(msgspec.Struct, frozen=True, array_like=True, tag="req"):
-    """Ping `target`, a member you know, for me, and pass its `Ack` on under my `seq`."""
+    """Asks a member to ping `target` and to forward its `Ack` with this `seq`."""
 
     sender: Sender
     seq: Sequence
@@ -160,7 +160,7 @@ class PingReq(msgspec.Struct, frozen=True, array_like=True, tag="req"):
 
 
 class Nack(msgspec.Struct, frozen=True, array_like=True, tag="nack"):
-    """Answers a `PingReq` whose target has not answered yet: the asker is heard, so the silence is not its own fault."""
+    """Answers a `PingReq` whose target has not answered yet: the asker's own link works, so the silence is the target's."""
 
     sender: Sender
     seq: Sequence
@@ -175,7 +175,7 @@ class Gossip(msgspec.Struct, frozen=True, array_like=True, tag="say"):
 
 
 class ConnectCheck(msgspec.Struct, frozen=True, array_like=True, tag="knock"):
-    """Asks a member to connect to `target`; it answers in a `ConnectChecked` with this `seq` whether the host refused."""
+    """Asks a member to connect to `target` and to answer with a `ConnectChecked` of this `seq`."""
 
     sender: Sender
     seq: Sequence
@@ -184,7 +184,7 @@ class ConnectCheck(msgspec.Struct, frozen=True, array_like=True, tag="knock"):
 
 
 class ConnectChecked(msgspec.Struct, frozen=True, array_like=True, tag="knocked"):
-    """`refused`: the host itself refused the connection. False also when no answer came at all."""
+    """`refused`: the host refused the connection. False also when the host did not answer."""
 
     sender: Sender
     seq: Sequence
@@ -196,7 +196,7 @@ GossipMessage = Ping | Ack | PingReq | Nack | Gossip | ConnectCheck | ConnectChe
 
 
 def load_is_sane(load: Load) -> bool:
-    """No figure is negative, infinite or not a number: one such would poison every score computed from it."""
+    """Returns whether no figure is negative, infinite or not a number: such a figure would spoil every score computed from it."""
     counts = (load.running, load.waiting, load.kv_blocks_used, load.kv_blocks_total, load.prefill_tokens_queued)
     rates = (load.prefill_tok_s, load.step_ms)
     return all(0 <= count <= MAX_COUNTER for count in counts) and all(rate >= 0 and math.isfinite(rate) for rate in rates)

@@ -1,8 +1,8 @@
-"""How busy a node is, in 24 bytes: on every gossip message and every frame of a link.
+"""Packs a node's load into 24 bytes, which every gossip message and every frame of a link carries.
 
 Layout, big endian: running 2, waiting 2, KV blocks used 4, in all 4, prefill tokens queued 4, prefill tokens a second as a
-float of 4, milliseconds a step as a float of 2, age in milliseconds 2. What is above its field's highest value is told
-as that: a node with 65,535 requests waiting and one with more are passed over alike.
+float of 4, milliseconds a step as a float of 2, age in milliseconds 2. A value above its field's highest is sent as the highest:
+with 65,535 waiting requests a node is not chosen anyway.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MAX_FLOAT, _MAX_HALF = 3.4e38, 65504.0
 
 
 def pack_load(load: Load, age_ms: int = 0) -> bytes:
-    """`LOAD_BYTES` bytes. The figures are the node's own: none is negative or not a number."""
+    """Returns `LOAD_BYTES` bytes. The figures are the node's own: none is negative or not a number."""
     return _LAYOUT.pack(
         min(load.running, _U16),
         min(load.waiting, _U16),
@@ -32,6 +32,6 @@ def pack_load(load: Load, age_ms: int = 0) -> bytes:
 
 
 def unpack_load(raw: bytes, at: int = 0) -> tuple[Load, int]:
-    """Load and age in milliseconds out of `LOAD_BYTES` bytes from `at`; whether they are sane is the caller's to ask."""
+    """Returns load and age in milliseconds from the `LOAD_BYTES` bytes at `at`. The caller checks them (`load_is_sane`)."""
     *figures, age_ms = _LAYOUT.unpack_from(raw, at)
     return Load(*figures), age_ms

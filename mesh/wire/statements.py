@@ -1,6 +1,6 @@
-"""What exactly a node signs when it speaks of itself: bytes that do not depend on how a claim happens to travel.
+"""The bytes that a node signs in claims about itself, independent of the encoding in which a claim travels.
 
-Each begins with what it is, so a signature under one kind of words never holds for another.
+Each statement begins with its kind, so a signature of one kind is never valid for another.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 def alive_statement(claim: Alive) -> bytes:
-    """I live in this run, at this incarnation, under this name, and am reached here."""
+    """Returns the statement that the node is alive in this epoch and incarnation, under this name and at this address."""
     return _encode(
         ("alive", claim.node, claim.epoch, claim.incarnation, claim.name, claim.host, claim.port, claim.region),
     )
 
 
 def left_statement(claim: Left) -> bytes:
-    """I am going, on purpose."""
+    """Returns the statement that the node leaves on purpose."""
     return _encode(("left", claim.node, claim.epoch, claim.incarnation))

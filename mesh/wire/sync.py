@@ -1,8 +1,8 @@
-"""The peer call `membership.sync`: what two nodes tell one another when their fingerprints differ.
+"""The peer call `membership.sync`: two nodes exchange their differences when their fingerprints differ.
 
-The caller sends a digest of all it knows; the answer holds what the caller lacks and names what it wants;
-a second call brings that. Without a digest the call is a push: here is news. The structs ride in the frame's
-tail; a reply that would grow too long ends early and says that there is `more`.
+The caller sends a digest of its members and facts. The answer holds the records that the caller lacks, and names those that the
+answering node lacks; the caller sends these in a second call. A call without a digest only pushes records. The structs are in
+the frame's tail; a reply that would grow too long ends early and sets `more`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from mesh.wire.gossip import Alive, Counter, Host, Id, Left, Name, Port, PublicK
 
 SYNC_KIND = "membership.sync"
 MAX_SYNC_BYTES = 4 * 1024 * 1024
-MAX_OWNER_BYTES = 1024 * 1024  # of what one node tells of itself, keys and values
+MAX_OWNER_BYTES = 1024 * 1024  # of one node's facts, keys and values
 MAX_OWNER_KEYS = 8192
 MAX_KEY_CHARS = 512
-DELTA_BYTES = 64  # reckoned for a delta without its entries
-ENTRY_BYTES = 16  # reckoned for an entry's version and lengths
-MAX_VERSION = 2**47  # half of what a counter holds, so that an owner can always go beyond what others say of it
+DELTA_BYTES = 64  # estimate for a delta without its entries
+ENTRY_BYTES = 16  # estimate for an entry's version and lengths
+MAX_VERSION = 2**47  # half of a counter's range, so that an owner can always exceed a version that peers report
 MAX_ENTRIES = 16_384  # of any list in a sync; above the largest mesh that is configured
 
 
@@ -32,11 +32,11 @@ T = TypeVar("T")
 
 
 class BadSync(ValueError):
-    """The bytes are no sync of ours; the text says why."""
+    """The bytes are not a membership sync; the message has the reason."""
 
 
 class DigestEntry(msgspec.Struct, frozen=True, array_like=True):
-    """What the sender knows of one node, in 30 bytes."""
+    """The sender's newest versions of one node's records, in 30 bytes."""
 
     node: Id
     epoch: Counter
@@ -47,9 +47,9 @@ class DigestEntry(msgspec.Struct, frozen=True, array_like=True):
 
 
 class MemberRecord(msgspec.Struct, frozen=True, array_like=True):
-    """What the sender knows of one node, in full. `age_s`: how long it has been in this state.
+    """The sender's full record of one node. `age_s`: how long the node has been in this state.
 
-    `signature` is the node's own: under its goodbye when it has left, else under its words of this incarnation.
+    `signature` is the node's own: of its `Left` claim when it has left, else of its `Alive` claim of this incarnation.
     """
 
     node: Id
@@ -62,7 +62,7 @@ class MemberRecord(msgspec.Struct, frozen=True, array_like=True):
     region: Region = ""
     age_s: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
     cause: Annotated[str, Meta(max_length=8)] = ""  # of a death: as in `mesh.wire.gossip.Dead`; of a suspicion: "listens"
-    where: Where | None = None  # its network coordinate, as the sender heard it
+    where: Where | None = None  # its network coordinate, as the sender received it
     key: PublicKey = b""
     signature: Signature = b""
 
@@ -74,8 +74,8 @@ class MemberRecord(msgspec.Struct, frozen=True, array_like=True):
         return self.host, self.port
 
     @property
-    def words(self) -> Alive | Left:
-        """What the node itself said last, with its signature."""
+    def own_claim(self) -> Alive | Left:
+        """Returns the node's own last claim, with its signature."""
         if self.state is PeerState.LEFT:
             return Left(self.node, self.epoch, self.incarnation, self.signature)
         place = self.name, self.host, self.port, self.region
@@ -83,7 +83,7 @@ class MemberRecord(msgspec.Struct, frozen=True, array_like=True):
 
 
 class FactsEntry(msgspec.Struct, frozen=True, array_like=True):
-    """One key as its owner wrote it last; None: it deleted it."""
+    """One key with the owner's newest value; None: the owner deleted the key."""
 
     key: Annotated[str, Meta(max_length=MAX_KEY_CHARS)]
     version: Counter
@@ -91,13 +91,13 @@ class FactsEntry(msgspec.Struct, frozen=True, array_like=True):
 
 
 Known = tuple[int, int]
-"""(epoch, version) of a copy of an owner's map; (0, 0): nothing."""
+"""(epoch, version) of a copy of an owner's map; (0, 0): there is no copy."""
 
 
 class FactsDelta(msgspec.Struct, frozen=True, array_like=True):
-    """What a copy of an owner's map at version `since` lacks up to version `upto`, in version order.
+    """The changes of an owner's map from version `since` to version `upto`, in version order.
 
-    `collected`: deletions up to here are forgotten. A copy below it, given a delta from 0, starts over.
+    `collected`: deletions up to this version are no longer listed. A copy below it needs a delta from 0 and is replaced.
     """
 
     owner: Id
@@ -113,12 +113,12 @@ class FactsDelta(msgspec.Struct, frozen=True, array_like=True):
 
 
 def entry_bytes(entry: FactsEntry) -> int:
-    """About what an entry takes on the wire; not less."""
+    """Returns an upper estimate of an entry's size on the wire."""
     return ENTRY_BYTES + len(entry.key.encode()) + len(entry.value or b"")
 
 
 def is_sound(delta: FactsDelta) -> bool:
-    """Whether an honest teller could have made it: writes in order, each key once, all within its range."""
+    """Returns whether the delta is consistent: writes in order, each key once, all within its range."""
     versions = [entry.version for entry in delta.entries]
     ordered = all(a < b for a, b in pairwise(versions))
     within = not versions or (delta.since < versions[0] and versions[-1] <= delta.upto)
@@ -127,7 +127,7 @@ def is_sound(delta: FactsDelta) -> bool:
 
 
 class FactsWanted(msgspec.Struct, frozen=True, array_like=True):
-    """The sender lacks something of this node; of its map it holds this much."""
+    """Asks for records of this node; the versions are those of the copy that the sender has."""
 
     node: Id
     facts_epoch: Counter = 0
@@ -141,11 +141,11 @@ class Sync(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Synced(msgspec.Struct, frozen=True, array_like=True):
-    node: Id  # the node that answers: the caller may know only an address, or a host name
+    node: Id  # the node that answers: the caller may have only an address or a host name
     members: Annotated[tuple[MemberRecord, ...], Meta(max_length=MAX_ENTRIES)] = ()
     deltas: Annotated[tuple[FactsDelta, ...], Meta(max_length=MAX_ENTRIES)] = ()
     wanted: Annotated[tuple[FactsWanted, ...], Meta(max_length=MAX_ENTRIES)] = ()
-    more: bool = False  # it did not all fit: ask again
+    more: bool = False  # the reply is incomplete: call again
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -158,12 +158,12 @@ def encode(struct: Sync | Synced) -> bytes:
 
 
 def decode_sync(tail: bytes) -> Sync:
-    """Raises BadSync: too long, of another shape, or out of bounds."""
+    """Decodes a call. Raises BadSync: too long, of another shape, or out of bounds."""
     return _decode(_sync_decoder, tail, MAX_SYNC_BYTES)
 
 
 def decode_synced(tail: bytes) -> Synced:
-    """Raises BadSync: too long, of another shape, or out of bounds."""
+    """Decodes a reply. Raises BadSync: too long, of another shape, or out of bounds."""
     return _decode(_synced_decoder, tail, MAX_SYNC_BYTES)
 
 

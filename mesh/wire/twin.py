@@ -1,7 +1,7 @@
-"""What two processes with one identity say to each other: the calls `membership.twin` and `membership.where`.
+"""The calls `membership.twin` and `membership.where` between two processes with one identity.
 
-An answer is signed with the identity's own key over the asker's challenge: no other holder of the mesh key can pretend to be a
-second process of a node, and no answer can be used again.
+An answer is signed with the identity's key over the asker's challenge: another holder of the mesh key cannot pretend to be a
+second process of a node, and no answer can be replayed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_AGE_S = 1e10
 
 
 class ProcessRun(msgspec.Struct, frozen=True):
-    """One process, and how long it has lived, by its own clock."""
+    """One process, and its age by its own clock."""
 
     host: Host
     port: Port
@@ -35,7 +35,7 @@ class ProcessRun(msgspec.Struct, frozen=True):
 
 
 class TwinAnswer(msgspec.Struct, frozen=True):
-    """`stops`: which of the two is to stop, where the answerer judges: `ASKER`, `ANSWERER`; empty: the asker judges."""
+    """`stops`: which of the two processes must stop: `ASKER`, `ANSWERER`; empty: the asker decides."""
 
     run: ProcessRun
     stops: str
@@ -55,6 +55,6 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 def statement(node: NodeId, challenge: bytes, answer: TwinAnswer) -> bytes:
-    """What the answerer signs. It begins with what it is, so the signature holds for nothing else."""
+    """Returns the bytes that the answerer signs. They begin with their kind, so the signature is valid for nothing else."""
     run = answer.run
     return _encode(("twin", node, challenge, run.host, run.port, run.name, run.age_s, answer.stops))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import enum
 import re
 from typing import Any
@@ -54,7 +55,7 @@ def _value(info: inspect.Type, name: str) -> Any:
             return frozenset({_value(info.item_type, f"{name}0")})
         case inspect.DictType():
             return {_value(info.key_type, f"{name}-key"): _value(info.value_type, f"{name}-value")}
-        case inspect.AnyType():
+        case inspect.AnyType() | inspect.CustomType(cls=builtins.object):
             return {name: [1, "two", None]}
     raise AssertionError(f"no sample for {info!r} of {name}: add its form here")
 
