@@ -1,4 +1,4 @@
-"""When a datagram reached this host, by the kernel's own stamp: how late we read it is our lag, not its sender's."""
+"""Reads the kernel's time stamp of a datagram: the time it waited in the socket is this node's lag, not its sender's."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 _SO_TIMESTAMPNS = 35  # Linux, all common architectures; Python has no name for it
 _TIMESPEC = struct.Struct("@qq")
 ANCILLARY_BYTES = socket.CMSG_SPACE(_TIMESPEC.size)
-_WAITED_MAX_S = 60.0  # more than that is a wall clock that was set
+_MAX_WAITED_S = 60.0  # a longer wait means that the wall clock was set
 
 
 def stamp_arrivals(datagrams: socket.socket) -> bool:
-    """Asks the kernel for stamps; False where it gives none: then nothing is known to have waited."""
+    """Turns on the kernel's time stamps. Returns False where there are none; then `waited_s` is always 0."""
     if sys.platform != "linux":
         return False
     try:
@@ -25,10 +25,10 @@ def stamp_arrivals(datagrams: socket.socket) -> bool:
 
 
 def waited_s(ancillary: Sequence[tuple[int, int, bytes]], now_ns: int) -> float:
-    """How long a datagram had lain in the socket at wall-clock time `now_ns`; 0 when that is not known."""
+    """Returns how long a datagram had waited in the socket at wall-clock time `now_ns`; 0 when that is not known."""
     for level, kind, stamp in ancillary:
         if (level, kind, len(stamp)) == (socket.SOL_SOCKET, _SO_TIMESTAMPNS, _TIMESPEC.size):
             seconds, nanoseconds = _TIMESPEC.unpack(stamp)
             waited = (now_ns - seconds * 1_000_000_000 - nanoseconds) / 1e9
-            return waited if 0 <= waited <= _WAITED_MAX_S else 0.0
+            return waited if 0 <= waited <= _MAX_WAITED_S else 0.0
     return 0.0

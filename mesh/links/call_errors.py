@@ -1,4 +1,4 @@
-"""How an error that answers a call travels: as a map in the reply's header, and back as the same error."""
+"""Encodes an error that answers a call as a map in the reply's header, and decodes it to the same error."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import math
 
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, Refused, RemoteError
 
-MAX_MESSAGE_CHARS = 2000  # of an error that travels: some quote what the caller sent, which may be large
+MAX_MESSAGE_CHARS = 2000  # of an error in a reply: some messages quote the caller's input, which may be large
 MAX_RETRY_AFTER_S = 3600.0
 
 
 def error_to_header(error: Exception) -> dict[str, object]:
+    """Returns the map of an error: its type, its message and the fields that the caller needs to raise it again."""
     header: dict[str, object] = {"type": type(error).__name__, "message": str(error)[:MAX_MESSAGE_CHARS]}
     if isinstance(error, Refused):
         header |= {"retry_after_s": error.retry_after_s, "quota": error.quota}
@@ -20,6 +21,7 @@ def error_to_header(error: Exception) -> dict[str, object]:
 
 
 def error_from_header(peer: str, header: object) -> MeshError:
+    """Returns the error of a map that `peer` sent. Fields of a wrong type get their defaults; the peer is not trusted."""
     if not isinstance(header, dict):
         return RemoteError(peer, "answered with a malformed error")
     message = str(header.get("message", ""))[:MAX_MESSAGE_CHARS]
@@ -40,8 +42,8 @@ def error_from_header(peer: str, header: object) -> MeshError:
             return RemoteError(peer, f"{str(kind)[:100]}: {message}")
 
 
-def _seconds(told: object) -> float:
-    """A wait as a peer told it: a number that clocks can be set by, whatever came."""
-    if not isinstance(told, int | float) or math.isnan(told):
+def _seconds(received: object) -> float:
+    """Returns a peer's `retry_after_s` within 0 and `MAX_RETRY_AFTER_S`; 1 s where it is not a number."""
+    if not isinstance(received, int | float) or math.isnan(received):
         return 1.0
-    return float(min(max(told, 0.0), MAX_RETRY_AFTER_S))
+    return float(min(max(received, 0.0), MAX_RETRY_AFTER_S))

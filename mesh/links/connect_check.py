@@ -1,4 +1,4 @@
-"""Checks whether a process listens at an address, by its host's answer to a connection."""
+"""Checks whether a process listens at an address, by connecting to it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import trio
 
 from mesh.ids import Address
 
-KNOCK_TIMEOUT_S = 1.0  # a host that is up refuses within a round trip; more is silence, which proves nothing
+CONNECT_CHECK_TIMEOUT_S = 1.0  # a host that is up refuses within a round trip; no answer proves nothing
 
 
 async def is_refused(to: Address) -> bool | None:
-    """True: the host at `to` refused the connection. False: it was accepted. None: silence, or no route."""
+    """Returns True when the host refused the connection, False when it was accepted, None without an answer or a route."""
     refused = None
-    with trio.move_on_after(KNOCK_TIMEOUT_S):
+    with trio.move_on_after(CONNECT_CHECK_TIMEOUT_S):
         try:
             stream = await trio.open_tcp_stream(*to)
         except OSError as error:
@@ -24,7 +24,7 @@ async def is_refused(to: Address) -> bool | None:
 
 
 def _all_refused(error: BaseException) -> bool:
-    """A host name may stand for several addresses: one that did not refuse may be the peer's."""
+    """Returns whether all addresses of the host refused: one that did not refuse may be the peer's."""
     if isinstance(error, BaseExceptionGroup):
         return all(map(_all_refused, error.exceptions))
     return isinstance(error, ConnectionRefusedError) or (error.__cause__ is not None and _all_refused(error.__cause__))

@@ -1,4 +1,4 @@
-"""One outgoing link: dialled once, shared by all calls and one-way frames to a peer, failed as a whole."""
+"""One outgoing link: opened once, shared by all calls and one-way frames to a peer; when it ends, all of them fail."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mesh.wire.frame_stream import COALESCE_BYTES, FrameSource, send
 from mesh.wire.frames import Frame, encode
 
 PROTOCOL_VERSION = 2
-HANDSHAKE_TIMEOUT_S = 2.0  # shorter than any call's own time, so that the reason is told and not the call's timeout
+HANDSHAKE_TIMEOUT_S = 2.0  # shorter than any call's timeout, so that the caller gets the reason of the failure
 CONNECT_TIMEOUT_S = 3.0
-OUTBOX_FRAMES = 4096  # some seconds of tokens for 1,000 sequences; beyond it the peer does not read and is as good as lost
+OUTBOX_FRAMES = 4096  # some seconds of tokens for 1,000 sequences; with more unread frames the peer counts as lost
 OUTBOX_BYTES = 256 << 20
 
 
@@ -47,7 +47,7 @@ class LinkConfig:
 
 
 class Link:
-    """One outgoing link. Frames wait in the outbox while it is being dialled."""
+    """One outgoing link. Frames wait in the outbox until it is open."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Link:
     ) -> None:
         self.to = to
         self.peer: NodeId | None = None
-        self.used = False  # something was sent over it, or waits to be
+        self.used = False  # a frame was sent over it, or waits to be sent
         self._config = config
         self._counters = counters
         self._load = load
@@ -74,6 +74,12 @@ class Link:
         self.refused = False
 
     async def call(self, kind: str, header: Header, tail: bytes) -> CallReply:
+        """Sends a call and waits for its reply.
+
+        Raises:
+            PeerLost: the link ended first, or its outbox is full.
+            MeshError: the error that the peer answered with.
+        """
         self._last_number += 1
         number = self._last_number
         pending = self._calls[number] = PendingCall()
@@ -90,6 +96,7 @@ class Link:
         return pending.reply.header, pending.reply.tail
 
     def enqueue(self, frame: Frame) -> None:
+        """Puts a frame into the outbox. Raises PeerLost: the link has ended, or the outbox is full."""
         self.used = True
         if self._failed is not None:
             raise self._lost(self._failed)
@@ -105,18 +112,23 @@ class Link:
         return (PeerRefused if self.refused else PeerLost)(format_address(self.to), reason)
 
     def fail(self, reason: str) -> None:
-        """Every call that waits on this link, and every later use of it, raises PeerLost."""
+        """Ends the link: every call that waits on it, and every later use of it, raises PeerLost."""
         self._failed = reason
         for pending in self._calls.values():
             pending.failure = reason
             pending.answered.set()
 
     async def run(self) -> str:
-        """Returns why the link ended; raises only what is a bug."""
+        """Opens the link, sends the outbox and receives replies until the link ends. Returns why it ended."""
         try:
             with trio.fail_after(CONNECT_TIMEOUT_S):
                 stream = await trio.open_tcp_stream(*self.to)
-        except (OSError, ValueError, OverflowError, trio.TooSlowError) as error:  # a peer's word may be no address at all
+        except (
+            OSError,
+            ValueError,
+            OverflowError,
+            trio.TooSlowError,
+        ) as error:  # a peer's address may be invalid
             return "connection refused: no node listens there" if _is_refusal(error) else f"cannot connect: {error or 'timeout'}"
         connection: trio.abc.Stream = stream
         if (tls := self._config.tls) is not None:
@@ -142,7 +154,7 @@ class Link:
                 await trio.aclose_forcefully(connection)
 
     async def _greet(self, connection: trio.abc.Stream, frames: FrameSource) -> str | None:
-        """Why the handshake failed; None when it did not."""
+        """Exchanges hello frames. Returns why the handshake failed; None where it succeeded."""
         config = self._config
         hello: Header = {"version": PROTOCOL_VERSION, "cluster": config.cluster, "node": config.me}
         if not await send(connection, encode(Frame("hello", hello))):
@@ -155,8 +167,10 @@ class Link:
         node = answer.header.get("node")
         if answer.kind != "hello" or not isinstance(node, str):
             return "not a mesh node: its answer to the handshake is not ours"
-        if config.tls is not None and (impostor := why_impostor(connection, node)):
-            return impostor
+        if config.tls is not None:
+            assert isinstance(connection, trio.SSLStream)
+            if impostor := why_impostor(connection, node):
+                return impostor
         frames.greeted()
         self.peer = NodeId(node)
         self._on_linked(self.peer)
@@ -170,6 +184,7 @@ class Link:
             load = self._load()
             while frame is not None:
                 self._outbox_bytes -= len(frame.tail)
+                assert self._outbox_bytes >= 0
                 data = encode(Frame(frame.kind, frame.header, frame.tail, frame.number, load=load))
                 batch.append(data)
                 size += len(data)
@@ -191,13 +206,15 @@ class Link:
             self._on_load(self.peer, frame.load)
         pending = self._calls.get(frame.number)
         if pending is None or not frame.is_reply:
-            counters.frames_rejected_total += 1  # the caller's deadline passed; late answers change nothing
+            counters.frames_rejected_total += 1  # the caller's deadline has passed: a late reply changes nothing
             return
         pending.reply = frame
         pending.answered.set()
 
 
 class PendingCall:
+    """A call that waits for its reply: `answered` is set with either `reply` or `failure`."""
+
     __slots__ = ("answered", "failure", "reply")
 
     def __init__(self) -> None:

@@ -1,9 +1,9 @@
 """Links: long-lived, multiplexed streams between this node and its peers.
 
-A node dials each peer it talks to once and keeps the stream; calls and one-way frames of all
-requests share it, and answers come back on it. Every frame carries the sender's load. A link that
-breaks fails everything that waits on it with `PeerLost` at once, and says so to `on_lost`: failover
-starts from there, not from a timer. No retries here: they have one place and one budget, in routing.
+A node opens one link to each peer that it calls and keeps it; the calls and one-way frames of all
+requests share it, and replies return on it. Every frame carries the sender's load. When a link
+breaks, every call that waits on it fails with `PeerLost` at once, and `on_lost` is called: failover
+starts from there, not from a timer. Nothing is retried here: retries have one place and one budget, in routing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mesh.wire.calls import CallReply, Handler, Handlers, Header, Receiver, Rece
 from mesh.wire.frame_stream import CLOSED, COALESCE_BYTES, FrameSource, send
 from mesh.wire.frames import Frame, encode
 
-CALLS_AT_ONCE = 512  # handlers running for one inbound link; beyond it we stop reading, and TCP tells the peer
+CALLS_AT_ONCE = 512  # handlers running for one inbound link; at this number reading stops, and TCP slows the peer down
 
 OTHER_KEY = "it has another mesh key, or one that was rotated away"
 
@@ -33,8 +33,8 @@ log = structlog.get_logger()
 
 
 OnLost = Callable[[NodeId | None, Address | None, str], None]
-"""Told of every link that ended: the peer's id unless the handshake never came so far; its address where we dialled it;
-why. A link that was only to be kept and never came about is not reported."""
+"""Called for every link that ended, with the peer's id (None where the handshake failed), its address (None for an inbound link)
+and the reason. A link of `Links.keep` that was never opened is not reported."""
 
 
 class Links:
@@ -49,7 +49,7 @@ class Links:
         on_lost: OnLost = lambda node, address, reason: None,
         on_linked: Callable[[NodeId], None] = lambda node: None,
     ) -> None:
-        """`on_linked`: told of every link, either way, whose handshake named the peer; `on_lost` follows once for each."""
+        """`on_linked`: called for every link, inbound or outgoing, whose handshake succeeded; `on_lost` follows once for each."""
         self.config = config
         self.handlers: dict[str, Handler] = {}
         self.receivers: dict[str, Receiver] = {}
@@ -66,7 +66,7 @@ class Links:
         return replace(self.counters)
 
     def add(self, handlers: Handlers | None = None, receivers: Receivers | None = None) -> None:
-        """Raises LocalError when a kind is already taken."""
+        """Registers handlers of calls and receivers of one-way frames. Raises LocalError when a kind is already registered."""
         for kind in (*(handlers or {}), *(receivers or {})):
             if kind in self.handlers or kind in self.receivers:
                 raise LocalError(f"frame kind {kind!r} is registered twice")
@@ -97,7 +97,7 @@ class Links:
             self._link_to(to).enqueue(Frame(kind, header, tail))
 
     def keep(self, addresses: Iterable[Address]) -> None:
-        """Dials those that are not linked yet. A link is never closed for being idle: its end tells of its peer's."""
+        """Opens links to the addresses that have none. An idle link is never closed: its end is evidence of the peer's end."""
         for address in addresses:
             if address != self.config.address and self._nursery is not None:
                 self._link_to(address)
@@ -112,7 +112,7 @@ class Links:
         return link
 
     async def _keep_link(self, link: Link) -> None:
-        """One link's life, from dialling to its loss."""
+        """Runs one outgoing link from its opening to its loss, and reports the loss."""
         reason = await link.run()
         if self._links.get(link.to) is link:
             del self._links[link.to]
@@ -124,7 +124,7 @@ class Links:
             self.on_lost(link.peer, link.to, reason)
 
     async def _serve_peer(self, stream: trio.SocketStream) -> None:
-        """One inbound link: handshake, then answer until it ends."""
+        """Runs one inbound link: the handshake, then answers to calls until the link ends."""
         connection: trio.abc.Stream = stream
         if self.config.tls is not None:
             connection = trio.SSLStream(stream, self.config.tls.server, server_side=True)
@@ -147,7 +147,7 @@ class Links:
             self.on_lost(peer, None, frames.end_reason)
         elif self.config.tls is not None and self.config.tls.asked_for_another_key(connection):
             self._note_refusal(host, OTHER_KEY)
-        elif frames.end_reason != CLOSED:  # a connect check connects and closes: no error
+        elif frames.end_reason != CLOSED:  # a connect check connects and closes, which is no error
             self._note_refusal(host, frames.end_reason or "the handshake was not finished in time")
 
     async def _greet_caller(self, connection: trio.abc.Stream, frames: FrameSource) -> NodeId | None:
@@ -159,6 +159,7 @@ class Links:
         if refusal is None:
             assert isinstance(node, str), "a hello without a node id is refused above"
             if self.config.tls is not None:
+                assert isinstance(connection, trio.SSLStream)
                 refusal = why_impostor(connection, node)
         answer: Header = {"node": self.config.me, "refused": refusal}
         if not await send(connection, encode(Frame("hello", answer, is_reply=True))):
@@ -219,7 +220,7 @@ class Links:
     async def _answer_call(
         self, peer: NodeId, frame: Frame, replies: trio.MemorySendChannel[bytes], slots: trio.Semaphore
     ) -> None:
-        """Holds its slot until the answer is in the channel: answers that the peer does not read stop its calls."""
+        """Answers a call. Its slot is free when the reply is in the channel: a peer that reads no replies gets no more calls."""
         try:
             await replies.send(await self._reply_to(peer, frame))
         finally:
@@ -256,7 +257,7 @@ class Links:
 def _host_of(stream: trio.SocketStream) -> str:
     try:
         return str(stream.socket.getpeername()[0])
-    except OSError:  # it is gone already
+    except OSError:  # the peer has closed the connection
         return "unknown"
 
 

@@ -1,12 +1,12 @@
-"""Mutual TLS for peer links, from the mesh key alone: nothing to install, nothing to copy but the key.
+"""Mutual TLS for peer links, derived from the mesh key alone: no certificates to install or copy.
 
 The key gives a certificate authority, byte for byte the same on every node (Ed25519 signatures are deterministic). Each
-node mints a short-lived certificate for the key it is (`mesh.keys.signing`): the authority's signature shows that it holds the
-mesh key, the handshake that it is that node. Host names are not checked, for an address is an attribute: ask `peer_node` which
-node answered.
+node mints a short-lived certificate for its identity key (`mesh.keys.signing`): the authority's signature proves that it holds
+the mesh key, the handshake that it is that node. Host names are not checked, because a node may change its address: `peer_node`
+returns which node answered.
 
-While keys are rotated a node trusts the authorities of all keys on its ring. It shows the certificate of its sealing key; but a
-caller says, as the server's name, which authority it knows, and is shown a certificate of that one if this node has it.
+While keys are rotated, a node trusts the authorities of all keys on its ring. It presents the certificate of its sealing key,
+unless the caller names another authority of the ring as the server's name: then the certificate that this authority signed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
+import trio
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -31,12 +32,22 @@ from mesh.keys.mesh_key import derive
 from mesh.keys.signing import KEY_BYTES, IdentityKey, node_of
 
 CERTIFICATE_DAYS = 30
-_BACKDATED = datetime.timedelta(days=1)  # for peers whose clock is behind
+_BACKDATED = datetime.timedelta(days=1)  # for peers whose clock is slow
 _CA_NAME = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "gossip-mesh authority")])
-# Fixed, or the authority would not be the same everywhere; its life is the key's.
+# Fixed, so that the authority is the same on every node; it is valid for as long as the mesh key is used.
 _CA_FROM = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 _CA_UNTIL = datetime.datetime(2120, 1, 1, tzinfo=datetime.UTC)
 _CA_SERIAL = 1
+
+
+class CertificateSource(Protocol):
+    """The end of a TLS connection after its handshake, as `ssl.SSLObject` and `ssl.SSLSocket` are."""
+
+    def getpeercert(self, binary_form: bool) -> bytes | None:
+        """Returns the certificate at the other end, in DER; None without one."""
+
+
+TlsEnd = CertificateSource | trio.SSLStream[trio.abc.Stream]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +63,7 @@ class Authority:
 
 
 def authority(mesh_key: bytes) -> Authority:
-    """The authority that this mesh key stands for."""
+    """Returns the certificate authority of this mesh key."""
     key = Ed25519PrivateKey.from_private_bytes(derive(mesh_key, "certificate authority"))
     public = key.public_key()
     usage = x509.KeyUsage(
@@ -83,51 +94,53 @@ def authority(mesh_key: bytes) -> Authority:
 
 
 class PeerTls:
-    """The contexts of one node, for accepted links and for those it opens: TLS 1.3, and both sides authenticate.
+    """The TLS contexts of one node, for accepted links and for its own: TLS 1.3, and both sides authenticate.
 
-    `install` makes them anew. Links that are open keep what they began with.
+    `install` replaces them. Open links keep the context that they began with.
     """
 
     server: ssl.SSLContext
     client: ssl.SSLContext
-    server_name: str  # what this node asks for when it calls
+    server_name: str  # names the authority that this node asks for when it calls
 
     def __init__(self, mesh_keys: Sequence[bytes], identity: IdentityKey) -> None:
         self._identity = identity
         self.install(mesh_keys)
 
     def install(self, mesh_keys: Sequence[bytes]) -> None:
-        """Shows the first key's certificate, trusts all. Also renews certificates: call it well within `CERTIFICATE_DAYS`."""
+        """Presents the first key's certificate, trusts all keys, renews certificates: call it well within `CERTIFICATE_DAYS`."""
         self._keys = tuple(mesh_keys)
         trusted = [authority(key) for key in self._keys]
         servers = [_context(ssl.PROTOCOL_TLS_SERVER, signer, trusted, self._identity) for signer in trusted]
         by_name = dict(zip(map(_server_name, self._keys), servers, strict=True))
 
-        self._for_strangers = _context(ssl.PROTOCOL_TLS_SERVER, trusted[0], trusted, self._identity)
+        self._for_other_keys = _context(ssl.PROTOCOL_TLS_SERVER, trusted[0], trusted, self._identity)
 
-        def show_one_it_knows(stream: ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> None:
-            stream.context = by_name.get(name, self._for_strangers) if name is not None else first
+        # The caller names its authority in the handshake, and gets the certificate which that authority signed. A name that is
+        # not of this ring selects a context of its own, so that `asked_for_another_key` recognises the failed handshake.
+        def select_context(stream: ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> None:
+            stream.context = by_name.get(name, self._for_other_keys) if name is not None else first
 
-        servers[0].sni_callback = show_one_it_knows
+        servers[0].sni_callback = select_context
         self.server, self.server_name = servers[0], _server_name(self._keys[0])
         self.client = _context(ssl.PROTOCOL_TLS_CLIENT, trusted[0], trusted, self._identity)
 
-    def asked_for_another_key(self, stream: Any) -> bool:
-        """Whether the caller at the other end of an accepted link named an authority that is not of this ring.
+    def asked_for_another_key(self, stream: trio.abc.Stream) -> bool:
+        """Returns whether the caller of an accepted link named an authority that is not of this ring.
 
-        Its own end of the handshake fails without a word, so that is all that there is to tell it from one that only knocked.
+        The caller closes such a handshake without a reason, so only the name distinguishes it from a connect check.
         """
-        return stream.context is self._for_strangers
+        return isinstance(stream, trio.SSLStream) and stream.context is self._for_other_keys
 
     def renew(self) -> None:
         self.install(self._keys)
 
 
-def peer_node(stream: Any) -> NodeId:
-    """The node at the other end of a handshaken `ssl.SSLObject`, `ssl.SSLSocket` or `trio.SSLStream`, from its key.
+def peer_node(stream: TlsEnd) -> NodeId:
+    """Returns the id of the node at the other end, derived from the key in its certificate.
 
     Raises:
-        RemoteError: it showed no certificate of a node.
+        RemoteError: it presented no certificate of a node.
     """
     der = stream.getpeercert(binary_form=True)
     try:
@@ -140,8 +153,8 @@ def peer_node(stream: Any) -> NodeId:
     return node_of(raw)
 
 
-def why_impostor(stream: Any, claimed: str) -> str | None:
-    """Why the certificate at the other end does not fit the node id that came with it; None when it does."""
+def why_impostor(stream: TlsEnd, claimed: str) -> str | None:
+    """Returns why the certificate at the other end does not match the node id in its hello; None where it does."""
     try:
         certified = peer_node(stream)
     except RemoteError as error:
@@ -150,7 +163,7 @@ def why_impostor(stream: Any, claimed: str) -> str | None:
 
 
 def mint(signer: Authority, identity: IdentityKey) -> tuple[bytes, bytes]:
-    """A new certificate of one node and its key, both PEM: (certificate, private key)."""
+    """Returns a new certificate of one node and its private key, both as PEM."""
     key, node = identity.private, identity.node
     now = datetime.datetime.now(datetime.UTC)
     authority_key = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.key.public_key())
@@ -183,12 +196,12 @@ def _context(protocol: int, signer: Authority, trusted: Sequence[Authority], ide
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags |= ssl.VERIFY_X509_STRICT
-    for one in trusted:
-        context.load_verify_locations(cadata=one.der)
+    for each in trusted:
+        context.load_verify_locations(cadata=each.der)
     if protocol == ssl.PROTOCOL_TLS_SERVER:
-        context.num_tickets = 0  # every link shows its certificate anew
+        context.num_tickets = 0  # no session is resumed: every link presents its certificate
     certificate, private = mint(signer, identity)
-    # ssl reads from files only: one in a directory of our own, gone before this returns.
+    # `ssl` reads keys from files only: this one is in a private directory, which is removed before this function returns.
     with tempfile.TemporaryDirectory(prefix="mesh-tls-") as directory:
         path = Path(directory) / "node.pem"
         path.touch(mode=0o600)
