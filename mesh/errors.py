@@ -1,6 +1,6 @@
-"""The errors of the mesh: each class says whose fault it is and what it leaves behind.
+"""The errors of the mesh: each class stands for whose fault it is and which state it leaves.
 
-A message says what was expected, what came and what to do.
+A message states what was expected, what was received and what to do.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ Layers = tuple[tuple[int, int], ...]  # runs of layers `[start, end)`
 
 
 class MeshError(Exception):
-    """Base of all errors the mesh raises on purpose."""
+    """Base of all errors that the mesh raises on purpose."""
 
 
 class LocalError(MeshError):
-    """We misused one of our own interfaces: a bug. Not to be caught; state may be inconsistent."""
+    """The program misused one of its own interfaces: a bug. It must not be caught; state may be inconsistent."""
 
 
 class RemoteError(MeshError):
-    """A peer broke the protocol, or answered that it failed. Our own state is unchanged."""
+    """A peer broke the protocol, or answered that it failed. This node's state is unchanged."""
 
     def __init__(self, peer: str, reason: str) -> None:
         super().__init__(f"peer {peer}: {reason}")
@@ -26,7 +26,7 @@ class RemoteError(MeshError):
 
 
 class PeerLost(MeshError):
-    """The link to a peer broke, or the member went down, in mid-call: whether the call took effect is unknown."""
+    """The link to a peer broke, or the member went down, during a call: whether the call took effect is unknown."""
 
     def __init__(self, peer: str, reason: str) -> None:
         super().__init__(f"lost peer {peer}: {reason}")
@@ -35,7 +35,7 @@ class PeerLost(MeshError):
 
 
 class PeerRefused(PeerLost):
-    """The node at the address refuses the link (another key or mesh), or is no mesh node: an operator must correct this."""
+    """The node at the address refuses the link (another key or mesh), or is not a mesh node: an operator must correct this."""
 
 
 class DeadlineExceeded(MeshError):
@@ -43,7 +43,7 @@ class DeadlineExceeded(MeshError):
 
 
 class Refused(MeshError):
-    """Admission said no, before any work was done: try again after `retry_after_s` (HTTP 429 or 503)."""
+    """Admission refused the request before any work was done: try again after `retry_after_s` (HTTP 429 or 503)."""
 
     def __init__(self, message: str, retry_after_s: float = 1.0, *, quota: bool = False) -> None:
         super().__init__(message)
@@ -55,7 +55,7 @@ class NoPath(MeshError):
     """No live peers cover all layers of the model (HTTP 503). The message names the gap."""
 
     def __init__(self, model: str, gaps: Layers, loading: Layers = ()) -> None:
-        """`gaps`: what no live peer holds or loads; `loading`: what is missing too, but being loaded."""
+        """`gaps`: layers that no live peer holds or loads; `loading`: missing layers that are being loaded."""
         what, first = (f"layers {_spans(gaps)}", f"{gaps[0][0]}:{gaps[0][1]}") if gaps else ("any layer", "auto")
         super().__init__(
             f"no live peer holds {what} of {model}; "
@@ -67,12 +67,12 @@ class NoPath(MeshError):
 
 
 class ModelLoading(NoPath):
-    """The model cannot answer yet, but will (HTTP 503): there is nothing to do but to wait."""
+    """The model cannot answer yet but is being loaded (HTTP 503): the client waits and tries again."""
 
     def __init__(self, model: str, gaps: Layers, progress: float, eta_s: float, nodes: tuple[str, ...]) -> None:
-        """`gaps`: what `nodes` are loading now; none: the entry is fetching the tokenizer from `nodes`. Both are told by name.
+        """`gaps`: layers that `nodes`, listed by name, are loading; empty: the entry is fetching the tokenizer from `nodes`.
 
-        `progress`: 0 to 1; `eta_s`: estimated time to go.
+        `progress`: 0 to 1; `eta_s`: estimated time left.
         """
         super().__init__(model, gaps)
         by, of = (f" {word} {', '.join(nodes)}" if nodes else "" for word in ("by", "from"))

@@ -1,4 +1,4 @@
-"""Reads text files that people wrote, and replaces files atomically."""
+"""Decodes text files written by hand, and replaces files atomically."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-BYTE_ORDER_MARKS = (  # the longer ones first: the mark of UTF-32 begins as that of UTF-16 does
+BYTE_ORDER_MARKS = (  # UTF-32 before UTF-16, whose mark is the beginning of that of UTF-32
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -17,10 +17,10 @@ BYTE_ORDER_MARKS = (  # the longer ones first: the mark of UTF-32 begins as that
 
 
 def text_of(raw: bytes) -> str:
-    """The text without its mark, which tells the encoding; without one it is UTF-8.
+    """Returns the text without its byte order mark, which selects the encoding; text without a mark is UTF-8.
 
     Raises:
-        UnicodeDecodeError: it is not text of that encoding.
+        UnicodeDecodeError: the bytes are not text of that encoding.
     """
     for mark, encoding in BYTE_ORDER_MARKS:
         if raw.startswith(mark):

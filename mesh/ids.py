@@ -1,4 +1,4 @@
-"""Names of things that two nodes must agree on."""
+"""Types of ids and addresses that all nodes share."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from ipaddress import ip_address
 from typing import NewType
 
 NodeId = NewType("NodeId", str)
-"""A node, for life: 16 lower-case hex digits, kept in its data directory. Its name and address are attributes."""
+"""A node's permanent id: 16 lower-case hex digits, derived from the key in its data directory. Name and address may change."""
 
 ModelId = NewType("ModelId", str)
-"""A model as clients name it."""
+"""A model's id in requests."""
 
 StreamId = NewType("StreamId", str)
-"""A generation: the `id` of its chunks, `chatcmpl-…` or `cmpl-…`."""
+"""A generation's id, which is the `id` of its chunks: `chatcmpl-…` or `cmpl-…`."""
 
 Address = tuple[str, int]
-"""Host and port: gossip datagrams (UDP) and peer links (TCP) share one number."""
+"""Host and port: gossip datagrams (UDP) and peer links (TCP) use the same port number."""
 
 
 def parse_address(text: str, default_host: str = "127.0.0.1") -> Address:
-    """`HOST:PORT`, `:PORT` or `[V6]:PORT` as an address.
+    """Parses `HOST:PORT`, `:PORT` or `[V6]:PORT`.
 
     Raises:
-        ValueError: with what was expected, naming what came.
+        ValueError: the text has another form.
     """
     host, colon, port = text.rpartition(":")
     if not colon or not port.isdigit() or int(port) > 65535:
@@ -31,7 +31,7 @@ def parse_address(text: str, default_host: str = "127.0.0.1") -> Address:
 
 
 def is_ip(host: str) -> bool:
-    """Whether `host` is an address as it stands: nothing is looked up for one, which may take seconds."""
+    """Returns whether `host` is an IP address, which needs no lookup; a lookup may take seconds."""
     try:
         ip_address(host)
     except ValueError:
@@ -40,6 +40,6 @@ def is_ip(host: str) -> bool:
 
 
 def format_address(address: Address) -> str:
-    """The text form that `parse_address` reads."""
+    """Returns the text form that `parse_address` reads."""
     host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

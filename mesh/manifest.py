@@ -1,10 +1,10 @@
-"""The identity of a set of weights: its manifest's hash; and the pieces that files are fetched in.
+"""Manifests: the identity of a set of weights is its manifest's hash, and files are fetched in the pieces that it lists.
 
 A manifest names the tensors (dtype, shape) and the small text files of a model, with the hash of every piece of at most
-1 MiB of each. It holds content alone: which file a tensor is stored in, at which offset, and what a release of this program
-makes of the config are no part of it, so a model cut into other files is the same model, and any other byte another one.
-Nodes gossip the manifest's own hash: a node that knows this hash can check the manifest, and by it every byte that comes.
-Nothing in a manifest is believed before it is bounded: names, counts, shapes and sizes are checked when it is decoded.
+1 MiB of each. It covers content alone. The file and offset of a tensor, and how a release of this program reads the config, are
+no part of it: a model split into other files has the same identity, and a model with any other byte has another.
+Nodes gossip the manifest's own hash: a node that has this hash can verify the manifest, and with it every byte of the files.
+A decoded manifest is bounded: names, counts, shapes and sizes are checked.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from msgspec import Meta
 
 MANIFEST_KIND = "weights.manifest"  # the call {manifest, offset} -> {size_bytes}, a slice of the manifest
 PIECE_KIND = "weights.piece"  # the call {manifest, name, number} -> the piece
-NOT_HELD = "weights_not_held"  # the error code of a node that does not have that (yet): nothing is wrong with it
-FORM: Final = 2  # of a manifest. Another form, or another size of pieces, would give every model another identity
-PIECE_BYTES = 1 << 20  # short beside a token's frame on the same link: 8 ms at 1 Gbit/s
+NOT_HELD = "weights_not_held"  # the error code of a node that lacks the manifest or piece, perhaps only for now
+FORM: Final = 2  # of a manifest. Another form or size of pieces would change the identity of every model
+PIECE_BYTES = 1 << 20  # delays a token's frame on the same link by 8 ms at 1 Gbit/s
 DIGEST_BYTES = 32
 MAX_MANIFEST_BYTES = 64 << 20  # 2 TB of weights
 MAX_FILE_BYTES = 64 << 20  # the largest vocabularies take a third of it
 MAX_FILES = 64
 
-# What transformers reads beside the weights: config, tokenizer, templates. Nothing executable is among them.
+# The files that transformers reads beside the weights: config, tokenizer, templates. None of them is executable.
 TEXT_FILES = frozenset(
     {
         "added_tokens.json",
@@ -55,19 +55,19 @@ TEXT_FILES = frozenset(
     }
 )
 TEMPLATES_FOLDER = "additional_chat_templates"
-# Forms for one release of transformers, and further templates: the only names with a folder in them.
+# Files for one release of transformers, and further templates, whose names are the only ones with a folder.
 _TEXT_FILE = re.compile(rf"(config|tokenizer)\.\d+(\.\d+)*\.json|{TEMPLATES_FOLDER}/[A-Za-z0-9_-]+\.jinja")
 # Bytes of one element, by safetensors' names.
 DTYPE_BYTES = dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1)
 DTYPE_BYTES |= {"I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8}
-_HEADS = frozenset({"lm_head", "embed_out"})  # what models call the matrix behind the last layer
+_HEADS = frozenset({"lm_head", "embed_out"})  # names of the matrix behind the last layer
 
 Size = Annotated[int, Meta(ge=0, le=1 << 44)]
 Digests = Annotated[bytes, Meta(max_length=MAX_MANIFEST_BYTES)]
 
 
 class BadManifest(ValueError):
-    """The bytes are no manifest of ours, or not the one that was asked for; the text says why."""
+    """The bytes are not a manifest, or not the requested one; the message has the reason."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -81,11 +81,12 @@ class WeightPiece:
     digest: bytes
 
     def matches(self, content: bytes) -> bool:
+        """Returns whether `content` has the size and hash of this piece."""
         return len(content) == self.size_bytes and digest_of(content) == self.digest
 
 
 class FileEntry(msgspec.Struct, frozen=True, array_like=True):
-    """A text file. `digests`: those of its pieces, one behind the other."""
+    """A text file. `digests`: the hashes of its pieces, concatenated."""
 
     name: Annotated[str, Meta(min_length=1, max_length=64)]
     size_bytes: Size
@@ -93,6 +94,8 @@ class FileEntry(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
+    """A tensor. `digests`: the hashes of its pieces, concatenated."""
+
     name: Annotated[str, Meta(min_length=1, max_length=512)]
     dtype: Annotated[str, Meta(max_length=16)]
     shape: Annotated[tuple[Annotated[int, Meta(ge=0, le=1 << 40)], ...], Meta(max_length=8)]
@@ -111,7 +114,7 @@ ManifestEntry = FileEntry | TensorEntry
 
 
 class Manifest(msgspec.Struct, frozen=True, array_like=True):
-    """Both lists are in the order of their names."""
+    """The content of a model. Both lists are sorted by name."""
 
     form: Literal[2]
     files: Annotated[tuple[FileEntry, ...], Meta(max_length=MAX_FILES)]
@@ -127,29 +130,30 @@ _decoder = msgspec.msgpack.Decoder(Manifest)
 
 
 def is_text_file(name: str) -> bool:
-    """Whether a file of this name belongs to a model's text side; a name with a folder in it has `/` between."""
+    """Returns whether a file of this name is a text file of a model; `/` separates a folder in the name."""
     return name in TEXT_FILES or _TEXT_FILE.fullmatch(name) is not None
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The one form of it: equal models give equal bytes."""
+    """Returns the canonical bytes: equal manifests give equal bytes."""
     return _encoder.encode(manifest)
 
 
 def identity(encoded: bytes) -> str:
-    """The hash of an encoded manifest, which is the identity of the weights: 64 hex digits."""
+    """Returns the hash of an encoded manifest, the identity of the weights: 64 hex digits."""
     return digest_of(encoded).hex()
 
 
 def is_identity(text: object) -> bool:
+    """Returns whether a value from a peer has the form of an identity: it may then be part of a file name."""
     return isinstance(text, str) and len(text) == 2 * DIGEST_BYTES and set(text) <= set("0123456789abcdef")
 
 
 def decode(encoded: bytes, wanted: str) -> Manifest:
-    """The manifest whose identity is `wanted`.
+    """Decodes the manifest whose identity is `wanted`.
 
     Raises:
-        BadManifest: other bytes than those, or out of bounds.
+        BadManifest: the bytes have another identity, or are out of bounds.
     """
     if len(encoded) > MAX_MANIFEST_BYTES or identity(encoded) != wanted:
         raise BadManifest(f"the manifest that came is not {wanted[:16]}")
@@ -181,6 +185,7 @@ def _check(manifest: Manifest) -> None:
 
 
 def pieces_of(entry: ManifestEntry) -> Iterator[WeightPiece]:
+    """Yields the pieces of a file or tensor, in order."""
     for number, offset in enumerate(range(0, entry.size_bytes, PIECE_BYTES)):
         size_bytes = min(PIECE_BYTES, entry.size_bytes - offset)
         digest = entry.digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
@@ -192,18 +197,18 @@ def digest_of(content: bytes) -> bytes:
 
 
 def layer_of(tensor: str) -> int | None:
-    """The decoder layer that a tensor belongs to: the first number in its dotted name. None: it is outside the layers."""
+    """Returns the decoder layer of a tensor: the first number in its dotted name; None for a tensor outside the layers."""
     return next((int(part) for part in tensor.split(".") if part.isdecimal() and len(part) < 6), None)
 
 
 def tensors_of_span(
     tensors: Iterable[TensorEntry], layers: int, start: int, end: int, vocab_size: int | None, *, tied: bool
 ) -> list[TensorEntry]:
-    """The tensors that a stage of the layers `[start, end)` is made of.
+    """Returns the tensors that a stage of the layers `[start, end)` needs.
 
-    Outside the layers the large ones are told apart by a first dimension of `vocab_size`: the embedding goes to the first
-    stage, the head to the last, which needs the embedding too where it is the head (`tied`). All others are small (final
-    norm, position tables) and go everywhere. With `vocab_size` None everything outside the layers goes everywhere.
+    Large tensors outside the layers have `vocab_size` as their first dimension: the first stage needs the embedding, the last
+    stage the head, or the embedding where it is the head too (`tied`). All stages need the others, which are small (final norm,
+    position tables). With `vocab_size` None all stages need all tensors outside the layers.
     """
     every = list(tensors)
     heads = {each.name for each in every if _HEADS & set(each.name.split(".")) and layer_of(each.name) is None}

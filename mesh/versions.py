@@ -1,16 +1,16 @@
-"""The sets of weights that are known under each model's id, and which one of them answers to it.
+"""The versions of each model: sets of weights under one id, and the rule which of them serves requests for the plain id.
 
 Two checkpoints that differ in any byte are two versions, with an identity each (`mesh.manifest`), though both may be served
-under one id. Copies are counted, paths are planned and answers are repeated within one version. Only one version
-answers to the plain id, by a rule that is a pure function of the view, so that all nodes with one view say the same:
+under one id. Copies are counted, paths are planned and answers are repeated within one version. Requests for the plain id go to
+one version only, chosen by a pure function of the view, so that all nodes with equal views choose the same one:
 
-1. a version whose layers are all held before one that lacks some: the other could not answer at all;
-2. the version that more nodes hold;
-3. the newer one. A version is as old as its oldest copy among the live nodes that know it: copying its files to one
-   more node does not make it newer. Nodes tell when their files were written; no clock is read to compare them;
-4. the lower hash.
+1. a version of which all layers are held comes before a version that lacks some and so could not answer;
+2. then the version that more nodes hold;
+3. then the newer version. A version is as old as its oldest copy on a live node, so that copying its files to one
+   more node does not make it newer. Nodes publish when their files were written; no clock is read to compare them;
+4. then the lower hash.
 
-The others are asked for by `ID@` and the first digits of their hash, eight or more.
+The other versions are requested by `ID@` and the first digits of their hash, eight or more.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from mesh.ids import ModelId, NodeId
 from mesh.view import ModelCard, Peer, View
 
-NAME_DIGITS = 8  # of the hash in a version's name: more where two versions of one id have these in common
+NAME_DIGITS = 8  # of the hash in a version's name; more where the hashes of two versions begin alike
 _DIGITS = re.compile(r"[0-9a-f]+")
 
 
@@ -30,26 +30,26 @@ _DIGITS = re.compile(r"[0-9a-f]+")
 class ModelVersion:
     """One set of weights under a model's id."""
 
-    card: ModelCard  # as the first node tells it that serves some of its layers, else the first that knows it
-    name: str  # what requests ask for it by: the id where it answers to that, else the id and digits of its hash
-    answers: bool  # to the plain id
-    holders: tuple[NodeId, ...]  # live nodes that stay and serve some of its layers
-    known_to: tuple[NodeId, ...]  # live nodes that tell of it, the holders among them
+    card: ModelCard  # of the first node that serves some of its layers, else of the first that has the card
+    name: str  # in requests: the id where `answers`, else the id and digits of its hash
+    answers: bool  # requests for the plain id
+    holders: tuple[NodeId, ...]  # live nodes that serve some of its layers and do not drain
+    known_to: tuple[NodeId, ...]  # live nodes that publish its card, the holders included
     complete: bool  # the holders together serve every layer
-    written_at_s: int  # its oldest copy
+    written_at_s: int  # of its oldest copy
 
 
 def versions(view: View) -> tuple[ModelVersion, ...]:
-    """All versions of all models that live peers know, by id; of one id the answering one first.
+    """Returns all versions of all models of live peers, sorted by id; of each id the answering version first.
 
-    A node that still hashes its files knows no weights yet: it is of no version while another node knows one.
+    A node that still hashes its files publishes no weights yet: it counts for no version while another node publishes one.
     """
-    told: dict[ModelId, dict[str, list[Peer]]] = {}
+    published: dict[ModelId, dict[str, list[Peer]]] = {}
     for peer in sorted(view.live(), key=lambda peer: peer.id):
         for card in peer.facts.models:
-            told.setdefault(card.id, {}).setdefault(card.weights, []).append(peer)
+            published.setdefault(card.id, {}).setdefault(card.weights, []).append(peer)
     found: list[ModelVersion] = []
-    for model, by_weights in sorted(told.items()):
+    for model, by_weights in sorted(published.items()):
         if len(by_weights) > 1:
             by_weights.pop("", None)
         ranked = sorted((_version(model, weights, peers) for weights, peers in by_weights.items()), key=_rank)
@@ -58,12 +58,12 @@ def versions(view: View) -> tuple[ModelVersion, ...]:
 
 
 def answering(view: View, model: ModelId) -> ModelVersion | None:
-    """The version that answers to the plain id; None where no live peer knows the model."""
+    """Returns the version that serves the plain id; None where no live peer has the model."""
     return next((version for version in versions(view) if version.card.id == model), None)
 
 
 def named(view: View, name: str) -> ModelVersion | None:
-    """The version that a request means by `name`: a model's id, or `ID@` and digits of a hash. None: there is none such."""
+    """Returns the version of a name in a request: a model's id, or `ID@` and digits of a hash. None: there is no such version."""
     known = versions(view)
     if (found := next((version for version in known if version.card.id == name), None)) is not None:
         return found
@@ -75,24 +75,24 @@ def named(view: View, name: str) -> ModelVersion | None:
 
 
 def plain_id(name: str, weights: str) -> str:
-    """The model's id in a version's name."""
+    """Returns the model's id in a version's name."""
     model, _, digits = name.rpartition("@")
     return model if model and len(digits) >= NAME_DIGITS and weights.startswith(digits) else name
 
 
 def card_of(peer: Peer, model: ModelId) -> ModelCard | None:
-    """What the peer says of the model; it holds one version of it at most."""
+    """Returns the peer's card of the model; a peer has one version of it at most."""
     return next((card for card in peer.facts.models if card.id == model), None)
 
 
 def holds(peer: Peer, card: ModelCard) -> bool:
-    """Whether the peer's layers of this model are of this version."""
+    """Returns whether the peer's layers of this model are of this version."""
     own = card_of(peer, card.id)
     return own is not None and own.weights == card.weights
 
 
 def replicas(view: View, card: ModelCard) -> list[int]:
-    """How many live peers hold each layer of this version; length `card.layers`."""
+    """Returns how many live peers hold each layer of this version, as a list of length `card.layers`."""
     counts = [0] * card.layers
     for peer in view.live():
         spans = [span for span in peer.facts.spans if span.model == card.id] if holds(peer, card) else []
@@ -102,16 +102,17 @@ def replicas(view: View, card: ModelCard) -> list[int]:
 
 
 def _version(model: ModelId, weights: str, peers: list[Peer]) -> ModelVersion:
-    """As if it answered to the id; `peers` know it, in the order of their ids."""
+    """Returns a version under the plain id. `peers` publish it, in the order of their ids."""
+    assert peers, "a version is published by at least one peer"
     serving = [peer for peer in peers if any(span.model == model for span in peer.facts.spans)]
-    staying = [peer for peer in serving if not peer.facts.draining]
+    holders = [peer for peer in serving if not peer.facts.draining]
     cards = [card for peer in (*serving, *peers) if (card := card_of(peer, model)) is not None]
-    spans = [(span.start, span.end) for peer in staying for span in peer.facts.spans if span.model == model]
+    spans = [(span.start, span.end) for peer in holders for span in peer.facts.spans if span.model == model]
     return ModelVersion(
         card=cards[0],
         name=model,
         answers=True,
-        holders=tuple(peer.id for peer in staying),
+        holders=tuple(peer.id for peer in holders),
         known_to=tuple(peer.id for peer in peers),
         complete=_reach(spans) >= cards[0].layers,
         written_at_s=min((card.written_at_s for card in cards if card.written_at_s), default=0),
@@ -119,7 +120,7 @@ def _version(model: ModelId, weights: str, peers: list[Peer]) -> ModelVersion:
 
 
 def _reach(spans: Iterable[tuple[int, int]]) -> int:
-    """Up to which layer, from the first one on, none is missing."""
+    """Returns the number of layers, from the first on, that the spans cover without a gap."""
     reached = 0
     for start, end in sorted(spans):
         if start > reached:
@@ -129,12 +130,12 @@ def _reach(spans: Iterable[tuple[int, int]]) -> int:
 
 
 def _rank(version: ModelVersion) -> tuple[bool, int, int, str]:
-    """The least answers to the id."""
+    """Returns the sort key of a version; the version with the least key serves the plain id."""
     return not version.complete, -len(version.holders), -version.written_at_s, version.card.weights
 
 
 def _other(version: ModelVersion, all_weights: Iterable[str]) -> ModelVersion:
-    """The version under a name of its own: as many digits as tell it from the others of its id."""
+    """Returns the version under the id and as many digits of its hash as distinguish it from the other versions."""
     mine = version.card.weights
     others = [weights for weights in all_weights if weights != mine]
     shared = (count for count in range(NAME_DIGITS, len(mine)) if not any(each.startswith(mine[:count]) for each in others))

@@ -1,8 +1,8 @@
-"""The mesh's secrets, one or several: the first seals, all open, so that a key can be changed while the mesh runs.
+"""The mesh's key ring: the first key seals, all keys open, so that the key can be replaced while the mesh runs.
 
-A key is known by its serial and a name made from it, never by its bytes; a later serial replaces an earlier one, and among
-equal serials (two rotations begun at once) the higher name wins everywhere. So every step is one-way: what a ring has been told
-may come late, twice, or from two rotations at once, and it never goes back to a key that peers may have dropped.
+A key is identified by its serial and a name derived from it, never by its bytes. A later serial replaces an earlier one; among
+equal serials (two rotations begun at once) the higher name wins on every node. So every step goes one way: steps of a rotation
+may arrive late, twice or mixed with those of another rotation, and a ring never returns to a key that peers may have dropped.
 File: a line for each key, base64 and then its serial (none means 0), the sealing key first.
 """
 
@@ -19,20 +19,20 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from mesh.files import replace_file
 from mesh.keys.mesh_key import BadKeyFile, decode_key, derive, encode_key, new_key, read_key_file
 
-MAX_KEYS = 8  # of rotations begun and never ended; each is finished before the next begins, so two are usual
+MAX_KEYS = 8  # of unfinished rotations; two keys are usual, because a rotation ends before the next begins
 MAX_SERIAL = 2**32
 _NAME_BYTES = 4
 _NONCE_BYTES = 12
 
 
 class RingError(ValueError):
-    """This step is not for this ring; the text says why. The ring is unchanged."""
+    """The step does not apply to this ring; the message has the reason. The ring is unchanged."""
 
 
 @total_ordering
 @dataclass(frozen=True, slots=True)
 class KeyTag:
-    """What may be said of a key aloud."""
+    """Identifies a key without its secret; may be logged and sent."""
 
     serial: int
     name: str
@@ -53,7 +53,7 @@ class RingKey:
 
 @dataclass(frozen=True, slots=True)
 class Keyring:
-    """The sealing key first, then the others by their order."""
+    """The keys of a node: the sealing key first, then the others in order."""
 
     keys: tuple[RingKey, ...]
 
@@ -81,11 +81,11 @@ class Keyring:
         return next((key for key in self.keys if key.tag == tag), None)
 
     def successor(self) -> RingKey:
-        """A new key, later than all here."""
+        """Returns a new random key, with a serial above all of this ring."""
         return RingKey(self.newest.serial + 1, new_key())
 
     def add(self, key: RingKey) -> Keyring:
-        """With `key` to open by. One that this ring is past changes nothing.
+        """Returns the ring with `key` added for opening; unchanged where it has the key, or seals with a later one.
 
         Raises:
             RingError: the ring is full.
@@ -95,10 +95,10 @@ class Keyring:
         return Keyring((self.keys[0], *sorted((*self.keys[1:], key), key=lambda key: key.tag)))
 
     def use(self, tag: KeyTag) -> Keyring:
-        """Sealing with this key from now on; unless with a later one already.
+        """Returns the ring with this key as the sealing key; unchanged where it seals with a later one.
 
         Raises:
-            RingError: it was never added.
+            RingError: the key is not on this ring.
         """
         if tag <= self.sealing:
             return self
@@ -108,7 +108,7 @@ class Keyring:
         return Keyring((key, *(other for other in self.keys if other.tag != tag)))
 
     def drop_before(self, tag: KeyTag) -> Keyring:
-        """Without the keys that this one replaces.
+        """Returns the ring without the keys that this key replaces.
 
         Raises:
             RingError: this ring still seals with one of them.
@@ -119,14 +119,18 @@ class Keyring:
 
 
 def wrap(key: RingKey, under: RingKey) -> bytes:
-    """`key` sealed so that only a holder of `under` reads it."""
+    """Returns `key`, encrypted under the key `under`."""
     nonce = os.urandom(_NONCE_BYTES)
     associated = key.serial.to_bytes(8, "big")
     return nonce + AESGCM(derive(under.secret, "key wrap")).encrypt(nonce, key.secret, associated)
 
 
 def unwrap(serial: int, wrapped: bytes, under: RingKey) -> RingKey:
-    """Raises RingError when it was not wrapped under this key, or for another serial."""
+    """Decrypts a key that `wrap` encrypted.
+
+    Raises:
+        RingError: it was wrapped under another key or with another serial.
+    """
     if not 0 <= serial <= MAX_SERIAL:
         raise RingError(f"a key's serial is at most {MAX_SERIAL}, got {serial}")
     nonce, sealed = wrapped[:_NONCE_BYTES], wrapped[_NONCE_BYTES:]
@@ -139,7 +143,11 @@ def unwrap(serial: int, wrapped: bytes, under: RingKey) -> RingKey:
 
 
 def load_keyring(path: Path) -> Keyring:
-    """Raises BadKeyFile: it cannot be read, others may read it, or a line holds no key. Never names the content."""
+    """Reads a ring from its file.
+
+    Raises:
+        BadKeyFile: it cannot be read, others may read it, or a line holds no key. The message never has the content.
+    """
     lines = [line.split() for line in read_key_file(path).splitlines() if line.strip()] or [[""]]
     keys = []
     for parts in lines:

@@ -1,7 +1,7 @@
-"""The mesh secret: one file to copy, from which every other key is derived.
+"""The mesh key: one file that is copied to all nodes, from which every other key is derived.
 
 32 random bytes as base64 on one line, readable by its owner alone; while keys are rotated, several lines (`mesh.keys.keyring`).
-Subkeys come by HKDF-SHA256 (RFC 5869), one label a use, so that no two uses ever share a key.
+Subkeys are derived by HKDF-SHA256 (RFC 5869) with a label for each use, so that no two uses share a key.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _SALT = b"gossip-mesh key v1"
 
 
 class BadKeyFile(ValueError):
-    """A key file is missing, malformed or readable by others; the text says which and what to do."""
+    """A key file is missing, malformed or readable by others; the message has the reason and the remedy."""
 
 
 def new_key() -> bytes:
-    """32 bytes from the system's generator."""
+    """Returns 32 bytes from the system's random generator."""
     return secrets.token_bytes(KEY_BYTES)
 
 
 def encode_key(key: bytes) -> str:
-    """The one line of a key file, without its newline."""
+    """Returns the line of a key file, without its newline."""
     return base64.b64encode(key).decode()
 
 
@@ -41,7 +41,7 @@ def save_key(path: Path, key: bytes) -> None:
     """Writes a new key file with mode 0600.
 
     Raises:
-        FileExistsError: there is one; a mesh's key is never overwritten.
+        FileExistsError: the file exists; a mesh key is never overwritten.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
@@ -49,7 +49,7 @@ def save_key(path: Path, key: bytes) -> None:
 
 
 def read_key_file(path: Path) -> str:
-    """The text of a key file.
+    """Returns the text of a key file.
 
     Raises:
         BadKeyFile: it cannot be read, or others may read it.
@@ -69,10 +69,10 @@ def read_key_file(path: Path) -> str:
 
 
 def decode_key(text: str, path: Path) -> bytes:
-    """The 32 bytes that `encode_key` wrote.
+    """Returns the 32 bytes that `encode_key` wrote.
 
     Raises:
-        BadKeyFile: naming `path`, never the content.
+        BadKeyFile: the text is not a key. The message names `path`, never the content.
     """
     try:
         key = base64.b64decode(text, validate=True)
@@ -84,7 +84,7 @@ def decode_key(text: str, path: Path) -> bytes:
 
 
 def derive(key: bytes, label: str, size_bytes: int = 32) -> bytes:
-    """The subkey for one use; the same on every node that has `key`.
+    """Returns the subkey for one use; it is the same on every node that has `key`.
 
     Raises:
         ValueError: `key` is not a whole mesh key.

@@ -1,10 +1,10 @@
-"""The envelope of a datagram: only holders of the mesh key read or make one, changes are detected, and none is accepted twice.
+"""Seals datagrams: only holders of the mesh key can read or make them, changes are detected, and replays are refused.
 
 Layout: head 1 (mark, version, kind), cluster 2, then for a sealed one: key 2, time 2, nonce 12, AES-GCM of the body, tag 16;
-for a plain one: checksum 16, body. Associated data is all before the nonce, the whole cluster label, and the whole
-time of which the wire has the low bits: the receiver completes it with its own clock, so a datagram moved by a turn of
-those bits breaks the tag. Cluster and key are named only to tell what is wrong; it is the tag that keeps others out.
-A plain seal keeps garbage out on loopback, where a mesh without a key runs; it stops no attacker.
+for a plain one: checksum 16, body. Associated data are all bytes before the nonce, the whole cluster label, and the whole
+time, of which only the low bits are sent: the receiver completes it with its own clock, so the tag of a datagram that is older
+by a full period of those bits does not match. The ids of cluster and key only serve to report the fault; the tag authenticates.
+A plain seal detects damage and foreign datagrams on loopback, where a mesh without a key runs; it stops no attacker.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from mesh.keys.mesh_key import derive
 
 _VERSION = 2
 _PLAIN, _SEALED = 0, 1
-_MARK, _MARK_MASK = 0b1010_0000, 0b1110_0000  # no text begins so; below it 4 bits of version and 1 of kind
+_MARK, _MARK_MASK = 0b1010_0000, 0b1110_0000  # no UTF-8 text begins so; the lower bits are 4 of version and 1 of kind
 _HEAD = struct.Struct("!B2s")
 _KEY_ID_BYTES = 2
 _TIME_BYTES = 2
-_TIME_UNIT_S = 4  # so two bytes last 73 hours: a clock wrong by a time zone is still told from a forgery
-_TIME_TURN = 256**_TIME_BYTES
+_TIME_UNIT_S = 4  # two bytes then last 73 hours: a clock wrong by a time zone still differs from a forgery
+_TIME_PERIOD = 256**_TIME_BYTES
 _NONCE_BYTES = 12
 _TAG_BYTES = 16
 _CHECKSUM_BYTES = 16
-REPLAY_WINDOW_S = 300.0  # either way: clocks of unlike machines differ, and what a replayed claim can do ages fast
-NONCES_REMEMBERED = 16_384  # of the last datagrams opened: within the window, a replay of these is refused too
+REPLAY_WINDOW_S = 300.0  # before or after the own clock: clocks differ, and the harm of a replayed claim ends soon
+NONCES_REMEMBERED = 16_384  # of the last datagrams opened: a replay of these is refused within the window too
 
 
 class SealFault(StrEnum):
-    """Why a datagram was not opened; a counter each."""
+    """Why a datagram was not opened; each fault has a counter."""
 
-    FOREIGN = "foreign"  # not ours at all
+    FOREIGN = "foreign"  # not a datagram of a mesh
     OTHER_VERSION = "other version"
     WRONG_CLUSTER = "wrong cluster"
     WRONG_KEY = "wrong key"
@@ -50,7 +50,7 @@ class SealFault(StrEnum):
 
 
 class SealBroken(ValueError):
-    """The datagram is not to be believed. Drop and count by `fault`."""
+    """The datagram was not opened. The receiver drops it and counts it by `fault`."""
 
     def __init__(self, fault: SealFault) -> None:
         super().__init__(fault.value)
@@ -58,17 +58,19 @@ class SealBroken(ValueError):
 
 
 class Seal(Protocol):
+    """Makes the bodies of messages into datagrams, and opens them."""
+
     overhead_bytes: int
 
     def seal(self, body: bytes) -> bytes:
-        """The datagram that carries `body`: `overhead_bytes` longer."""
+        """Returns the datagram with `body`; it is longer by `overhead_bytes`."""
 
     def open(self, datagram: bytes) -> bytes:
-        """The body. Raises SealBroken for anything that no fresh `seal` of this mesh made."""
+        """Returns the body. Raises SealBroken for a datagram that was not recently sealed by a node of this mesh."""
 
 
 class KeySeal:
-    """AES-256-GCM under the mesh key. Several keys make a ring: the first seals, all open, so keys can be rotated."""
+    """AES-256-GCM under the mesh key. With several keys the first seals and all open, so that keys can be rotated."""
 
     overhead_bytes = _HEAD.size + _KEY_ID_BYTES + _TIME_BYTES + _NONCE_BYTES + _TAG_BYTES
 
@@ -81,17 +83,17 @@ class KeySeal:
         self._seen_order: deque[bytes] = deque()
 
     def install(self, keys: Sequence[bytes]) -> None:
-        """Another ring from here on. What was opened before stays opened once."""
+        """Replaces the keys. Datagrams opened before are still refused as replays."""
         if not keys:
             raise ValueError("a seal needs a key; without one use PlainSeal, on loopback only")
-        ciphers: dict[bytes, list[AESGCM]] = {}  # so short an id may be that of two keys
+        ciphers: dict[bytes, list[AESGCM]] = {}  # two keys may share so short an id
         for key in dict.fromkeys(keys):
             ciphers.setdefault(_key_id(key), []).append(AESGCM(derive(key, "gossip seal")))
         self._ciphers, self._first = ciphers, _key_id(keys[0])
 
     def seal(self, body: bytes) -> bytes:
         at = int(self._clock() // _TIME_UNIT_S)
-        prefix = self._head + self._first + (at % _TIME_TURN).to_bytes(_TIME_BYTES, "big")
+        prefix = self._head + self._first + (at % _TIME_PERIOD).to_bytes(_TIME_BYTES, "big")
         nonce = os.urandom(_NONCE_BYTES)
         encrypted: bytes = self._ciphers[self._first][0].encrypt(nonce, body, self._associated(prefix, at))
         return b"".join((prefix, nonce, encrypted))
@@ -106,7 +108,7 @@ class KeySeal:
         if ciphers is None:
             raise SealBroken(SealFault.WRONG_KEY)
         now = int(self._clock() // _TIME_UNIT_S)
-        age = (now - int.from_bytes(prefix[-_TIME_BYTES:], "big") + _TIME_TURN // 2) % _TIME_TURN - _TIME_TURN // 2
+        age = (now - int.from_bytes(prefix[-_TIME_BYTES:], "big") + _TIME_PERIOD // 2) % _TIME_PERIOD - _TIME_PERIOD // 2
         body = _decrypted(ciphers, nonce, datagram[prefix_bytes + _NONCE_BYTES :], self._associated(prefix, now - age))
         if abs(age) * _TIME_UNIT_S > REPLAY_WINDOW_S or nonce in self._seen:
             raise SealBroken(SealFault.REPLAYED)
@@ -124,7 +126,7 @@ class KeySeal:
 
 
 class PlainSeal:
-    """No secret: a checksum over label and body. For a mesh without a key, which stays on loopback."""
+    """A checksum over label and body, without a secret. For a mesh without a key, which runs on loopback only."""
 
     overhead_bytes = _HEAD.size + _CHECKSUM_BYTES
 
@@ -157,7 +159,7 @@ def _key_id(key: bytes) -> bytes:
 
 
 def _decrypted(ciphers: Sequence[AESGCM], nonce: bytes, sealed: bytes, associated: bytes) -> bytes:
-    """Raises SealBroken when none of the keys, nearly always one, made it."""
+    """Decrypts with the key that sealed it; nearly always there is only one. Raises SealBroken when none did."""
     for cipher in ciphers:
         try:
             body: bytes = cipher.decrypt(nonce, sealed, associated)
@@ -169,7 +171,7 @@ def _decrypted(ciphers: Sequence[AESGCM], nonce: bytes, sealed: bytes, associate
 
 def _check_head(datagram: bytes, expected: bytes) -> None:
     """Raises SealBroken when the datagram is of another protocol, version, kind of seal, or cluster."""
-    if datagram[:2] == b"GM":  # version 1 began so
+    if datagram[:2] == b"GM":  # the first bytes in version 1
         raise SealBroken(SealFault.OTHER_VERSION)
     if len(datagram) < _HEAD.size or datagram[0] & _MARK_MASK != _MARK:
         raise SealBroken(SealFault.FOREIGN)
@@ -177,6 +179,6 @@ def _check_head(datagram: bytes, expected: bytes) -> None:
     if differs > 1:
         raise SealBroken(SealFault.OTHER_VERSION)
     if differs:
-        raise SealBroken(SealFault.WRONG_KEY)  # one of us has a key and the other has none
+        raise SealBroken(SealFault.WRONG_KEY)  # one of the two nodes has a key and the other has none
     if datagram[1 : _HEAD.size] != expected[1:]:
         raise SealBroken(SealFault.WRONG_CLUSTER)

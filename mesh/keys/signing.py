@@ -1,9 +1,9 @@
-"""A node's identity is an Ed25519 key. Its id is derived from the public half, so no other node can take the id.
+"""A node's identity: an Ed25519 key. Its id is derived from the public half, so no other node can take the id.
 
-A node signs its claims about itself (address, departure, facts), once for each change; a node that passes one on
-passes the signature on. So a peer, though it holds the mesh key, cannot speak for another node. What others say of a node, that
-it is silent or gone, is by nature not its own word: it is not signed, and the node's next word beats it.
-Eight bytes of a hash are an id: the price of finding a second key for one is in `docs/decisions/0011-identity-is-a-key.md`.
+A node signs its claims about itself (address, departure, facts) once for each change; a peer that forwards a claim forwards the
+signature too. So a peer, though it holds the mesh key, cannot make claims in another node's name. Claims of other nodes about a
+member (suspect, dead) are not signed; the member's own next claim overrides them.
+An id is eight bytes of a hash: the cost of finding a second key with this id is in `docs/decisions/0011-identity-is-a-key.md`.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from mesh.ids import NodeId
 KEY_BYTES = 32  # of a public key, and of the private seed
 SIGNATURE_BYTES = 64
 _ID_BYTES = 8
-_PERSON = b"mesh node id"  # so that no hash made for another use is an id
+_PERSON = b"mesh node id"  # so that a hash of another use is never an id
 
 
 def node_of(public_key: bytes) -> NodeId:
-    """The id that goes with a public key."""
+    """Returns the id of a public key."""
     return NodeId(hashlib.blake2b(public_key, digest_size=_ID_BYTES, person=_PERSON).hexdigest())
 
 
 class SignatureVerifier(Protocol):
-    """Judges the words of others. The simulator has a cheap one, for ten thousand nodes in one process."""
+    """Verifies the claims of other nodes. The simulator has a cheap verifier, for ten thousand nodes in one process."""
 
     def is_key_of(self, public_key: bytes, node: NodeId) -> bool:
-        """Whether this key, and no other, may speak for `node`."""
+        """Returns whether `node` is the id of this key."""
 
     def holds(self, public_key: bytes, statement: bytes, signature: bytes) -> bool:
-        """Whether the owner of `public_key` signed `statement`. False for anything malformed."""
+        """Returns whether the owner of `public_key` signed `statement`; False for malformed input."""
 
 
 class Signer(Protocol):
-    """One node's own voice."""
+    """Signs the claims of one node about itself."""
 
     @property
     def public_key(self) -> bytes: ...
@@ -48,10 +48,12 @@ class Signer(Protocol):
     def verifier(self) -> SignatureVerifier: ...
 
     def sign(self, statement: bytes) -> bytes:
-        """The same bytes for the same statement, always."""
+        """Returns the signature; equal statements give equal bytes."""
 
 
 class Ed25519Verifier:
+    """Verifies Ed25519 signatures (RFC 8032)."""
+
     def is_key_of(self, public_key: bytes, node: NodeId) -> bool:
         return len(public_key) == KEY_BYTES and node_of(public_key) == node
 
@@ -67,7 +69,7 @@ class Ed25519Verifier:
 
 @dataclass(frozen=True)
 class IdentityKey:
-    """The key of this node; `seed` never leaves its data directory."""
+    """The key of this node; `seed` is stored in its data directory only."""
 
     seed: bytes = field(repr=False)
     private: Ed25519PrivateKey = field(init=False, repr=False)
