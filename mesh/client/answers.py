@@ -1,14 +1,14 @@
-"""One streamed answer as its reader sees it: an iterator of chunks that goes on over another node where one can."""
+"""Streamed answers: iterators of chunks, which resume a broken stream at another node where possible."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mesh.client.api import encoded
-from mesh.client.event_stream import AnswerChunk, AnswerProgress
-from mesh.client.flow import ClientCore, Flow, RetrySchedule, YieldChunk
+from mesh.client.event_stream import AnswerChunk, AnswerProgress, JsonObject
+from mesh.client.flow import ClientCore, Flow, FlowOutcome, RetrySchedule, YieldChunk
 from mesh.client.transport import BlockingIo, TrioIo
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def text_of(chunk: AnswerChunk) -> str:
-    """The text that the first choice gets with this chunk."""
+    """Returns the text of the first choice in this chunk."""
     for choice in chunk.get("choices") or ():
         if choice.get("index", 0) == 0:
             return (choice.get("delta") or {}).get("content") or choice.get("text") or ""
@@ -24,38 +24,39 @@ def text_of(chunk: AnswerChunk) -> str:
 
 
 class AnswerState:
-    """What a stream tells about itself while it is read."""
+    """The state of a stream while it is read."""
 
-    def __init__(self, caller: ClientCore, path: str, body: Mapping[str, Any]) -> None:
+    def __init__(self, caller: ClientCore, path: str, body: Mapping[str, object]) -> None:
         self.progress = AnswerProgress()
         self._tries = RetrySchedule(caller.nodes, caller.budget, caller.draw)
         self._flow: Flow[None] = caller.stream(path, encoded(body, stream=True), self.progress, self._tries)
 
     @property
     def id(self) -> str:
-        """The stream's id; empty before a node has told it."""
+        """The stream's id; empty before a node has sent it."""
         return self.progress.stream
 
     @property
     def seq(self) -> int:
-        """How many tokens have come, over all choices."""
+        """How many tokens have been received, over all choices."""
         return self.progress.seq
 
     @property
     def retries(self) -> int:
+        """How many tries have failed."""
         return self._tries.retries
 
     @property
-    def mesh(self) -> dict[str, Any]:
-        """`seq, numerics, attempts, path, …` of the whole answer; empty until its last chunk has come."""
-        summary: dict[str, Any] = (self.progress.last or {}).get("mesh", {})
+    def mesh(self) -> JsonObject:
+        """`seq, numerics, attempts, path, …` of the whole answer; empty until its last chunk is received."""
+        summary: JsonObject = (self.progress.last or {}).get("mesh", {})
         return summary
 
 
 class AnswerStream(AnswerState):
-    """The chunks of one answer, as dicts. Closing it early, or leaving it as a context manager, frees its work."""
+    """The chunks of one answer, as dicts. Closing the stream early, or leaving its `with` block, ends the generation."""
 
-    def __init__(self, caller: ClientCore, http: httpx.Client, path: str, body: Mapping[str, Any]) -> None:
+    def __init__(self, caller: ClientCore, http: httpx.Client, path: str, body: Mapping[str, object]) -> None:
         super().__init__(caller, path, body)
         self._io = BlockingIo(http)
 
@@ -63,11 +64,11 @@ class AnswerStream(AnswerState):
         return self
 
     def __next__(self) -> AnswerChunk:
-        outcome: Any = None
+        outcome: FlowOutcome = None
         while True:
             try:
                 effect = self._flow.send(outcome)
-            except BaseException:  # the end, or an error that goes on to the caller
+            except BaseException:  # the end of the stream, or an error for the caller
                 self._io.close()
                 raise
             if isinstance(effect, YieldChunk):
@@ -75,7 +76,7 @@ class AnswerStream(AnswerState):
             outcome = self._io.carry_out(effect)
 
     def texts(self) -> Iterator[str]:
-        """The text of the first choice, piece by piece."""
+        """Yields the text of the first choice, chunk by chunk."""
         return (text for chunk in self if (text := text_of(chunk)))
 
     def close(self) -> None:
@@ -90,9 +91,9 @@ class AnswerStream(AnswerState):
 
 
 class AsyncAnswerStream(AnswerState):
-    """`AnswerStream` under trio: read it with `async for` inside `async with`."""
+    """`AnswerStream` under trio: read with `async for` inside `async with`."""
 
-    def __init__(self, caller: ClientCore, http: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> None:
+    def __init__(self, caller: ClientCore, http: httpx.AsyncClient, path: str, body: Mapping[str, object]) -> None:
         super().__init__(caller, path, body)
         self._io = TrioIo(http)
 
@@ -100,7 +101,7 @@ class AsyncAnswerStream(AnswerState):
         return self
 
     async def __anext__(self) -> AnswerChunk:
-        outcome: Any = None
+        outcome: FlowOutcome = None
         while True:
             try:
                 effect = self._flow.send(outcome)

@@ -1,4 +1,4 @@
-"""What a client can ask of a mesh, as flows: the bodies it sends and what it takes from the answers. No I/O."""
+"""The calls of a client, as flows: the bodies of requests and the contents of answers. No I/O."""
 
 from __future__ import annotations
 
@@ -6,26 +6,25 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import quote
 
+from mesh.client.event_stream import JsonObject
 from mesh.client.flow import ANSWER_S, LOOK_S, ClientCore, Flow
-from mesh.client.params import CHAT_PARAMS, COMPLETION_PARAMS, fields_of
+from mesh.client.params import CHAT_PARAMS, COMPLETION_PARAMS, ChatParams, fields_of
 from mesh.errors import BadRequest
 
-ChatMessages = str | Sequence[Mapping[str, Any]]
-JsonObject = dict[str, Any]
+ChatMessages = str | Sequence[Mapping[str, object]]
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 SEARCH_S = 60.0
-DOCTOR_S = 20.0  # it waits for a token and for peers
-ROTATE_S = 120.0  # it waits for every live node
+DOCTOR_S = 20.0  # the node waits for a token and for peers
+ROTATE_S = 120.0  # the node waits for every live node
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentFile:
-    """A file to be added. One found while walking a folder may be of a type that is not read: it is skipped, not an error."""
+    """A file to add. `found`: it was found in a folder, so that a type that cannot be read is skipped, not an error."""
 
     name: str
     content: bytes
@@ -34,7 +33,7 @@ class DocumentFile:
 
 @dataclass(frozen=True, slots=True)
 class DocumentAdded:
-    """What became of one document: `outcome` is "added", "replaced" (an older one of the same name), "unchanged" or "skipped"."""
+    """The result for one document: `outcome` is "added", "replaced" (an older file of that name), "unchanged" or "skipped"."""
 
     name: str
     outcome: str
@@ -42,35 +41,37 @@ class DocumentAdded:
     reason: str = ""
 
 
-def chat_body(messages: ChatMessages, params: Mapping[str, Any]) -> dict[str, Any]:
-    """A text is one message of the user. Raises TypeError: a parameter of another name."""
+def chat_body(messages: ChatMessages, params: Mapping[str, object]) -> dict[str, object]:
+    """Returns the body of a chat completion. A text is one message of the user. Raises TypeError: an unknown parameter."""
     return _chat(messages, fields_of("chat", params, CHAT_PARAMS))
 
 
-def _chat(messages: ChatMessages, fields: Mapping[str, Any]) -> dict[str, Any]:
-    said = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(message) for message in messages]
-    return {"messages": said, **fields}
+def _chat(messages: ChatMessages, fields: Mapping[str, object]) -> dict[str, object]:
+    listed = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(message) for message in messages]
+    return {"messages": listed, **fields}
 
 
-def completion_body(prompt: str | Sequence[int], params: Mapping[str, Any]) -> dict[str, Any]:
-    """Raises TypeError: a parameter of another name."""
+def completion_body(prompt: str | Sequence[int], params: Mapping[str, object]) -> dict[str, object]:
+    """Returns the body of a completion. Raises TypeError: an unknown parameter."""
     fields = fields_of("complete", params, COMPLETION_PARAMS)
     return {"prompt": prompt if isinstance(prompt, str) else list(prompt), **fields}
 
 
-def question_body(question: str, store: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """`top_k` of the parameters is how many passages to retrieve; the sampling parameter of that name goes into `extra_body`.
+def question_body(question: str, store: str, params: ChatParams) -> dict[str, object]:
+    """Returns the body of a question to a store.
+
+    `top_k` of the parameters is the number of passages to retrieve; the sampling parameter `top_k` goes into `extra_body`.
 
     Raises:
-        TypeError: a parameter of another name.
+        TypeError: an unknown parameter.
     """
     named = {name: value for name, value in params.items() if name not in ("top_k", "mesh")}
     mesh = {**(params.get("mesh") or {}), "store": store, "top_k": params.get("top_k", 5)}
     return _chat(question, {"mesh": mesh, **fields_of("ask", named, CHAT_PARAMS)})
 
 
-def encoded(body: Mapping[str, Any], *, stream: bool = False) -> bytes:
-    """Raises BadRequest when a parameter is not plain JSON."""
+def encoded(body: Mapping[str, object], *, stream: bool = False) -> bytes:
+    """Returns the body as JSON. Raises BadRequest when a parameter is not plain JSON."""
     try:
         return json.dumps({**body, "stream": True} if stream else body, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
@@ -78,46 +79,43 @@ def encoded(body: Mapping[str, Any], *, stream: bool = False) -> bytes:
 
 
 def ask_json(
-    caller: ClientCore, method: str, path: str, body: Mapping[str, Any] | None = None, silence_s: float = LOOK_S
-) -> Flow[Any]:
+    caller: ClientCore, method: str, path: str, body: Mapping[str, object] | None = None, silence_s: float = LOOK_S
+) -> Flow[JsonObject]:
+    """Sends a request with a JSON body, where there is one, and returns the JSON object of the answer."""
     content_type = "application/json" if body is not None else ""
     answer = yield from caller.call(method, path, encoded(body) if body is not None else b"", content_type, silence_s)
-    return answer.json()
-
-
-def generate(caller: ClientCore, path: str, body: Mapping[str, Any]) -> Flow[JsonObject]:
-    reply: JsonObject = yield from ask_json(caller, "POST", path, body, ANSWER_S)
+    reply: JsonObject = answer.json()
     return reply
+
+
+def generate(caller: ClientCore, path: str, body: Mapping[str, object]) -> Flow[JsonObject]:
+    return (yield from ask_json(caller, "POST", path, body, ANSWER_S))
 
 
 def status(caller: ClientCore) -> Flow[JsonObject]:
-    reply: JsonObject = yield from ask_json(caller, "GET", "/mesh/status")
-    return reply
+    return (yield from ask_json(caller, "GET", "/mesh/status"))
 
 
 def models(caller: ClientCore) -> Flow[list[JsonObject]]:
-    listing: JsonObject = yield from ask_json(caller, "GET", "/v1/models")
+    listing = yield from ask_json(caller, "GET", "/v1/models")
     data: list[JsonObject] = listing["data"]
     return data
 
 
 def why(caller: ClientCore, request_id: str) -> Flow[JsonObject]:
-    reply: JsonObject = yield from ask_json(caller, "GET", f"/mesh/requests/{quote(request_id, safe='')}")
-    return reply
+    return (yield from ask_json(caller, "GET", f"/mesh/requests/{quote(request_id, safe='')}"))
 
 
 def doctor(caller: ClientCore) -> Flow[JsonObject]:
-    reply: JsonObject = yield from ask_json(caller, "GET", "/mesh/doctor", silence_s=DOCTOR_S)
-    return reply
+    return (yield from ask_json(caller, "GET", "/mesh/doctor", silence_s=DOCTOR_S))
 
 
 def rotate_key(caller: ClientCore) -> Flow[JsonObject]:
-    reply: JsonObject = yield from ask_json(caller, "POST", "/mesh/key/rotate", silence_s=ROTATE_S)
-    return reply
+    return (yield from ask_json(caller, "POST", "/mesh/key/rotate", silence_s=ROTATE_S))
 
 
 def live_node(caller: ClientCore) -> Flow[str]:
-    """The URL of a node that answers now."""
+    """Returns the URL of a node that answers now."""
     answer = yield from caller.call("GET", "/health", silence_s=LOOK_S)
     return answer.node
 
@@ -133,7 +131,7 @@ def stores(caller: ClientCore) -> Flow[list[JsonObject]]:
 
 
 def every(caller: ClientCore, path: str) -> Flow[list[JsonObject]]:
-    """All rows of a list that comes in pages."""
+    """Returns all rows of a list that the node sends in pages."""
     rows: list[JsonObject] = []
     after = ""
     while True:
@@ -145,7 +143,7 @@ def every(caller: ClientCore, path: str) -> Flow[list[JsonObject]]:
 
 
 def documents(caller: ClientCore, store: str) -> Flow[list[JsonObject]]:
-    """The files of a store, each with its `filename`, which the store's own list does not tell in OpenAI's form."""
+    """Returns the files of a store with their `filename`, which OpenAI's form of the store's list lacks."""
     rows = yield from every(caller, f"/v1/vector_stores/{quote(store, safe='')}/files")
     if any("filename" not in row for row in rows):
         files = yield from every(caller, "/v1/files")
@@ -155,7 +153,7 @@ def documents(caller: ClientCore, store: str) -> Flow[list[JsonObject]]:
 
 
 def open_store(caller: ClientCore, store: str) -> Flow[None]:
-    """Makes the store unless it is there."""
+    """Creates the store unless it exists."""
     try:
         yield from ask_json(caller, "GET", f"/v1/vector_stores/{quote(store, safe='')}")
     except BadRequest as error:
@@ -165,9 +163,9 @@ def open_store(caller: ClientCore, store: str) -> Flow[None]:
 
 
 def add_document(caller: ClientCore, store: str, document: DocumentFile, held: Mapping[str, str]) -> Flow[DocumentAdded]:
-    """Uploads and indexes one document. `held`: name -> file id of what the store holds already.
+    """Uploads and indexes one document. `held`: file ids of the store's documents, by name.
 
-    A file's id is a digest of its name and bytes, so one that the store holds under the same id is unchanged.
+    A file's id is a digest of its name and bytes, so a document whose id the store has is unchanged.
     """
     body, content_type = multipart(document)
     try:
@@ -193,16 +191,16 @@ def add_document(caller: ClientCore, store: str, document: DocumentFile, held: M
 def search(caller: ClientCore, store: str, query: str, top_k: int) -> Flow[list[JsonObject]]:
     body = {"query": query, "max_num_results": top_k}
     path = f"/v1/vector_stores/{quote(store, safe='')}/search"
-    listing: JsonObject = yield from ask_json(caller, "POST", path, body, SEARCH_S)
+    listing = yield from ask_json(caller, "POST", path, body, SEARCH_S)
     data: list[JsonObject] = listing["data"]
     return data
 
 
 def remove(caller: ClientCore, store: str, names: Sequence[str]) -> Flow[list[str]]:
-    """Takes files, named by their name or id, out of the store; the ids removed.
+    """Removes files, given by name or id, from the store. Returns the removed ids.
 
     Raises:
-        BadRequest: before anything was done, when the store holds no file of one of the names.
+        BadRequest: the store has no file of one of the names; then nothing was removed.
     """
     held = yield from documents(caller, store)
     file_ids = []
@@ -219,9 +217,9 @@ def remove(caller: ClientCore, store: str, names: Sequence[str]) -> Flow[list[st
 
 
 def multipart(document: DocumentFile) -> tuple[bytes, str]:
-    """An upload as `multipart/form-data` (RFC 7578); body and content type.
+    """Returns the body and content type of an upload as `multipart/form-data` (RFC 7578).
 
-    The boundary is a digest of the content, so equal uploads are equal bytes and it cannot occur inside by accident.
+    The boundary is a digest of the content: equal uploads are equal bytes, and the content does not contain it by accident.
     """
     boundary = f"mesh-{hashlib.blake2b(document.content, digest_size=16).hexdigest()}"
     name = document.name.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
@@ -233,10 +231,10 @@ def multipart(document: DocumentFile) -> tuple[bytes, str]:
     return head.encode() + document.content + f"\r\n--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
 
 
-def citations(reply: Mapping[str, Any]) -> list[JsonObject]:
-    """The `annotations` of a whole answer or of the chunks of a stream, wherever in it they stand; each once, in order."""
+def citations(reply: JsonObject) -> list[JsonObject]:
+    """Returns the `annotations` of an answer or a chunk, from its `mesh` field and its choices; each once, in order."""
     found = list((reply.get("mesh") or {}).get("annotations") or ())
     for choice in reply.get("choices") or ():
-        said = choice.get("message") or choice.get("delta") or {}
-        found += [annotation for annotation in said.get("annotations") or () if annotation not in found]
+        message = choice.get("message") or choice.get("delta") or {}
+        found += [annotation for annotation in message.get("annotations") or () if annotation not in found]
     return found

@@ -1,8 +1,8 @@
 """The client of a mesh: `Client` with blocking calls, `AsyncClient` under trio.
 
-Both know several nodes, learn the rest, ask elsewhere when one fails, and go on with a stream that
-broke where a node can. All of that is decided in `mesh.client.flow`; what can be asked is in `mesh.client.api`. One
-client is for one thread, or for the tasks of one trio run.
+Both take the addresses of some nodes, fetch those of the others, call another node when one fails, and resume a broken stream
+where a node can. `mesh.client.flow` decides all of that; the calls are in `mesh.client.api`. A client is for one thread, or for
+the tasks of one trio run.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Literal, TypeVar, Unpack, overload
 
 from mesh.client import api as api
 from mesh.client.answers import AnswerStream, AsyncAnswerStream
-from mesh.client.api import ChatMessages, DocumentAdded, DocumentFile, JsonObject
-from mesh.client.flow import ClientCore, Flow, KnownNodes, RetryBudget
+from mesh.client.api import ChatMessages, DocumentAdded, DocumentFile
+from mesh.client.event_stream import JsonObject
+from mesh.client.flow import ClientCore, Flow, FlowOutcome, KnownNodes, RetryBudget
 from mesh.client.openai_sdk import arguments, openai_module
 from mesh.client.params import ChatParams, CompletionParams
 from mesh.client.transport import BlockingIo, TrioIo, connection_limits, proxied
@@ -34,15 +35,15 @@ UPLOAD_LIMIT_BYTES = 16 << 20  # a node's default limit on a body
 
 
 def default_nodes() -> list[str]:
-    """The nodes that `$MESH_NODE` names, separated by commas, else the one on this machine's default port."""
+    """Returns the node URLs in `$MESH_NODE`, separated by commas; without it the default port of this machine."""
     return os.environ.get("MESH_NODE", DEFAULT_NODE).split(",")
 
 
 def read_documents(paths: Iterable[str | Path]) -> Iterator[DocumentFile]:
-    """Files, and folders with all their files but hidden and oversized ones; a file in a folder is named from the folder on.
+    """Yields the files of `paths`; of a folder, all its files but hidden and oversized ones, with names that begin at the folder.
 
     Raises:
-        BadRequest: a path that is not there or cannot be read.
+        BadRequest: a path does not exist or cannot be read.
     """
     for given in paths:
         path = Path(given)
@@ -72,14 +73,14 @@ def _caller(
 
 
 class Client:
-    """A mesh, through blocking calls.
+    """A client of a mesh, with blocking calls.
 
     nodes: URLs of some of its nodes; None: `$MESH_NODE`, else the default port on this machine.
-    spread: begin each call at a random node, rather than at the last one that answered.
-    proxy: the URL of a proxy to go through; None: none, whatever the environment says, for nodes are near.
+    spread: begins each call at a random node, not at the last that answered.
+    proxy: the URL of a proxy; None: no proxy, also where the environment names one, because nodes are in the same network.
 
     All calls raise: NoNodeAnswers, Refused (budget spent while the mesh was full), BadRequest (4xx; names the field),
-    DeadlineExceeded, RemoteError; streams also PeerLost, when one broke and no node can go on with it.
+    DeadlineExceeded, RemoteError; streams also PeerLost, when a stream broke and no node can resume it.
     """
 
     def __init__(
@@ -100,9 +101,9 @@ class Client:
         self.docs = Docs(self)
 
     def run(self, flow: Flow[T]) -> T:
-        """Carries a flow out to its answer."""
+        """Carries out the effects of a flow and returns its result."""
         io = BlockingIo(self._http)
-        outcome: Any = None
+        outcome: FlowOutcome = None
         try:
             while True:
                 outcome = io.carry_out(flow.send(outcome))
@@ -125,7 +126,7 @@ class Client:
     @overload
     def ask(self, question: str, store: str, *, stream: Literal[False] = False, **params: Unpack[ChatParams]) -> JsonObject: ...
     def ask(self, question: str, store: str, *, stream: bool = False, **params: Unpack[ChatParams]) -> JsonObject | AnswerStream:
-        """A chat completion over the `top_k` best passages of a store; `client_api.citations` reads its citations."""
+        """A chat completion over the `top_k` best passages of a store; `mesh.client.api.citations` returns its citations."""
         return self._generate(api.CHAT, api.question_body(question, store, params), stream)
 
     @overload
@@ -142,44 +143,44 @@ class Client:
         """A completion of a text, or of token ids; `params` are those of `POST /v1/completions`."""
         return self._generate(api.COMPLETIONS, api.completion_body(prompt, params), stream)
 
-    def _generate(self, path: str, body: Mapping[str, Any], stream: bool) -> JsonObject | AnswerStream:
+    def _generate(self, path: str, body: Mapping[str, object], stream: bool) -> JsonObject | AnswerStream:
         if stream:
             return AnswerStream(self._caller, self._http, path, body)
         return self.run(api.generate(self._caller, path, body))
 
     def embed(self, texts: str | Sequence[str], *, model: str | None = None) -> list[list[float]]:
-        """One vector for each text, in order."""
+        """Returns a vector for each text, in order."""
         return self.run(api.embed(self._caller, [texts] if isinstance(texts, str) else texts, model))
 
     def status(self) -> JsonObject:
-        """The mesh as the asked node sees it: `self, nodes, models, stores`."""
+        """Returns the mesh as the called node sees it: `self, nodes, models, stores`."""
         return self.run(api.status(self._caller))
 
     def models(self) -> list[JsonObject]:
         return self.run(api.models(self._caller))
 
     def why(self, request_id: str) -> JsonObject:
-        """What is known of a request, by stream id or x-request-id."""
+        """Returns the records of a request, by stream id or x-request-id."""
         return self.run(api.why(self._caller, request_id))
 
     def doctor(self) -> JsonObject:
-        """What is wrong with the mesh as the asked node sees it: `healthy`, and `findings`."""
+        """Returns the faults of the mesh as the called node sees it: `healthy`, and `findings`."""
         return self.run(api.doctor(self._caller))
 
     def rotate_key(self) -> JsonObject:
-        """Gives the mesh a new key, or ends a rotation that was begun: `key` (its name), `nodes`, `not_saved`."""
+        """Gives the mesh a new key, or completes an unfinished rotation. Returns `key` (its name), `nodes`, `not_saved`."""
         return self.run(api.rotate_key(self._caller))
 
     def live_node(self) -> str:
-        """The URL of a node that answers now."""
+        """Returns the URL of a node that answers now."""
         return self.run(api.live_node(self._caller))
 
     def nodes(self) -> list[str]:
-        """The URLs of all nodes known so far, the next to be asked first."""
+        """Returns the URLs of all nodes found so far, the next to be called first."""
         return list(self._caller.nodes.urls)
 
-    def openai(self, **options: Any) -> openai.OpenAI:
-        """The official client, pointed at a node that answers now. It does not change nodes by itself. `options` are its own.
+    def openai(self, **options: object) -> openai.OpenAI:
+        """Returns the official client for a node that answers now; it stays with that node. `options` are its own arguments.
 
         Raises:
             LocalError: the `openai` package is not installed.
@@ -208,7 +209,7 @@ class Docs:
     def add(
         self, paths: str | Path | Iterable[str | Path], store: str, progress: Callable[[DocumentAdded], None] = lambda added: None
     ) -> list[DocumentAdded]:
-        """Adds files and folders; what is unchanged is left alone, an older file of the same name is replaced."""
+        """Adds files and folders. Unchanged files are skipped; an older file of the same name is replaced."""
         documents = read_documents([paths] if isinstance(paths, str | Path) else paths)
         return self.add_documents(documents, store, progress)
 
@@ -228,15 +229,15 @@ class Docs:
         return self._client.run(api.stores(self._client._caller))
 
     def list(self, store: str) -> Sequence[JsonObject]:
-        """The documents of a store, each with `id` and `filename`."""
+        """Returns the documents of a store, each with `id` and `filename`."""
         return self._client.run(api.documents(self._client._caller, store))
 
     def search(self, store: str, query: str, *, top_k: int = 5) -> Sequence[JsonObject]:
-        """The best passages: `file_id, filename, score, content`."""
+        """Returns the best passages: `file_id, filename, score, content`."""
         return self._client.run(api.search(self._client._caller, store, query, top_k))
 
     def remove(self, store: str, names: str | Sequence[str]) -> Sequence[str]:
-        """Takes documents, named by file name or id, out of a store; the ids removed."""
+        """Removes documents, given by file name or id, from a store. Returns the removed ids."""
         return self._client.run(api.remove(self._client._caller, store, [names] if isinstance(names, str) else names))
 
 
@@ -261,9 +262,9 @@ class AsyncClient:
         self.docs = AsyncDocs(self)
 
     async def run(self, flow: Flow[T]) -> T:
-        """Carries a flow out to its answer."""
+        """Carries out the effects of a flow and returns its result."""
         io = TrioIo(self._http)
-        outcome: Any = None
+        outcome: FlowOutcome = None
         try:
             while True:
                 outcome = await io.carry_out(flow.send(outcome))
@@ -296,7 +297,7 @@ class AsyncClient:
     async def ask(
         self, question: str, store: str, *, stream: bool = False, **params: Unpack[ChatParams]
     ) -> JsonObject | AsyncAnswerStream:
-        """A chat completion over the `top_k` best passages of a store; `client_api.citations` reads its citations."""
+        """A chat completion over the `top_k` best passages of a store; `mesh.client.api.citations` returns its citations."""
         return await self._generate(api.CHAT, api.question_body(question, store, params), stream)
 
     @overload
@@ -313,7 +314,7 @@ class AsyncClient:
         """A completion of a text, or of token ids; `params` are those of `POST /v1/completions`."""
         return await self._generate(api.COMPLETIONS, api.completion_body(prompt, params), stream)
 
-    async def _generate(self, path: str, body: Mapping[str, Any], stream: bool) -> JsonObject | AsyncAnswerStream:
+    async def _generate(self, path: str, body: Mapping[str, object], stream: bool) -> JsonObject | AsyncAnswerStream:
         if stream:
             return AsyncAnswerStream(self._caller, self._http, path, body)
         return await self.run(api.generate(self._caller, path, body))
@@ -342,7 +343,7 @@ class AsyncClient:
     def nodes(self) -> list[str]:
         return list(self._caller.nodes.urls)
 
-    async def openai(self, **options: Any) -> openai.AsyncOpenAI:
+    async def openai(self, **options: object) -> openai.AsyncOpenAI:
         module = openai_module()
         given = arguments(await self.live_node(), self._api_key, module.DefaultAsyncHttpxClient, self._proxy, options)
         official: openai.AsyncOpenAI = module.AsyncOpenAI(**given)

@@ -1,8 +1,8 @@
-"""What a client reads from a stream of a mesh: events out of bytes, and how far the answer has come.
+"""Decodes the event stream of an answer, and follows the progress of the answer. No I/O.
 
-Pure. The wire format is server-sent events (WHATWG HTML, "Server-sent events"), of which a mesh uses
-`data:` lines, comments (`: ping`) and blank lines. `mesh.seq` on a chunk counts the tokens, over all
-choices, that the client has with this chunk; so a reader can tell a gap or a repetition by itself.
+The wire format is server-sent events (WHATWG HTML, "Server-sent events"), of which a mesh uses
+`data:` lines, comments (`: ping`) and blank lines. `mesh.seq` of a chunk counts the tokens, over all
+choices, up to this chunk, so that a reader can detect a gap or a repetition.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from typing import Any
 
 from mesh.errors import RemoteError
 
-AnswerChunk = dict[str, Any]
+JsonObject = dict[str, Any]
+"""An object of parsed JSON, as a node sent it."""
 
-LINE_LIMIT_BYTES = 16 << 20  # no event of an honest node comes near; a broken one must not fill our memory
+AnswerChunk = JsonObject
+"""A chunk of a streamed answer, in OpenAI's form with the field `mesh`."""
+
+MAX_LINE_BYTES = 16 << 20  # far above any event; a faulty node must not fill the client's memory
 
 
 class EventDecoder:
-    """Bytes in, the data of each complete event out. What is cut off at the end of the bytes is not an event."""
+    """Splits received bytes into events. An event that the end of the stream cuts off is dropped."""
 
     def __init__(self, node: str) -> None:
         self.node = node
@@ -26,14 +30,14 @@ class EventDecoder:
         self._data: list[str] = []
 
     def feed(self, received: bytes) -> list[str]:
-        """The data of the events that `received` completes.
+        """Returns the data of the events that `received` completes.
 
         Raises:
-            RemoteError: a line longer than `LINE_LIMIT_BYTES`, or bytes that are not UTF-8.
+            RemoteError: a line longer than `MAX_LINE_BYTES`, or bytes that are not UTF-8.
         """
         *lines, self._rest = (self._rest + received).split(b"\n")
-        if len(self._rest) > LINE_LIMIT_BYTES:
-            raise RemoteError(self.node, f"expected events with lines of at most {LINE_LIMIT_BYTES} bytes, got a longer one")
+        if len(self._rest) > MAX_LINE_BYTES:
+            raise RemoteError(self.node, f"expected events with lines of at most {MAX_LINE_BYTES} bytes, got a longer one")
         events = []
         for line in lines:
             line = line.removesuffix(b"\r")
@@ -50,26 +54,26 @@ class EventDecoder:
 
 @dataclass(slots=True)
 class AnswerProgress:
-    """How much of one answer has come, over all the nodes it came from.
+    """The progress of one answer, over all nodes that sent parts of it.
 
-    After a resume a node may repeat what does not count as a token (the role, a finish reason, usage);
-    `accept` says what is new, so the reader gets each thing once. Tokens are checked against `seq`
-    where the chunks list them (`return_token_ids`): a token that came twice or never is counted.
+    After a resume a node may repeat chunks without tokens (the role, a finish reason, usage); `accept` detects
+    repetitions, so that the reader gets each chunk once. Where the chunks list their tokens (`return_token_ids`),
+    these are checked against `seq`, and repeated and missing tokens are counted.
     """
 
-    stream: str = ""  # the stream's id; empty until a node told it
+    stream: str = ""  # the stream's id; empty until a node sent it
     seq: int = 0
     duplicate_tokens: int = 0
     missing_tokens: int = 0
     resumes: int = 0
-    lists_tokens: bool = False  # chunks carry token ids, so the counts above mean something
-    last: AnswerChunk | None = None  # the chunk with `mesh.path`: the one right before the end
-    usage: dict[str, Any] | None = None
+    lists_tokens: bool = False  # chunks have token ids; without them the two counts stay 0
+    last: AnswerChunk | None = None  # the last chunk, which has `mesh.path`
+    usage: JsonObject | None = None
     finish_reasons: dict[int, str] = field(default_factory=dict)
     _roles: set[int] = field(default_factory=set)
 
     def accept(self, chunk: AnswerChunk) -> bool:
-        """Takes note of `chunk`; False when the reader had all of it before."""
+        """Updates the progress by `chunk`. Returns False when the chunk has nothing new for the reader."""
         seq = (chunk.get("mesh") or {}).get("seq", self.seq)
         choices = chunk.get("choices") or []
         listed = sum(len(choice.get("token_ids") or ()) for choice in choices)
@@ -81,7 +85,7 @@ class AnswerProgress:
             self.duplicate_tokens += max(0, surplus)
             self.missing_tokens += max(0, -surplus)
         self.seq = max(self.seq, seq)
-        new = [self._is_new(choice) for choice in choices]  # a list: each choice takes note of itself
+        new = [self._is_new(choice) for choice in choices]  # a list, because `any` would skip the update by later choices
         usage = chunk.get("usage")
         new.append(usage is not None and self.usage is None)
         self.usage = usage or self.usage
@@ -90,7 +94,8 @@ class AnswerProgress:
             self.last = chunk
         return any(new) and not repeated
 
-    def _is_new(self, choice: AnswerChunk) -> bool:
+    def _is_new(self, choice: JsonObject) -> bool:
+        """Updates roles and finish reasons by a choice. Returns whether it has something new."""
         delta = choice.get("delta") or {}
         index = choice.get("index", 0)
         new = bool(delta.get("content") or choice.get("text") or choice.get("token_ids") or delta.get("tool_calls"))

@@ -1,16 +1,16 @@
-"""The official `openai` client, pointed at a node, which it reaches as our own client does: through no proxy unless asked to."""
+"""The official `openai` client for a node; as the mesh's client, it uses a proxy only where the caller names one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
 
 from mesh.client.transport import proxied
 from mesh.errors import LocalError
 
 
 def openai_module() -> ModuleType:
-    """Raises LocalError: the package is not installed."""
+    """Imports the `openai` package. Raises LocalError: it is not installed."""
     try:
         import openai
     except ModuleNotFoundError as error:
@@ -20,7 +20,12 @@ def openai_module() -> ModuleType:
     return openai
 
 
-def arguments(node: str, api_key: str | None, default_http: Any, proxy: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Of the official client for `node`. `default_http`: makes its HTTP client; `options`: what the caller wants otherwise."""
+def arguments(
+    node: str, api_key: str | None, default_http: Callable[..., object], proxy: str | None, options: Mapping[str, object]
+) -> dict[str, object]:
+    """Returns the arguments of the official client for `node`.
+
+    `default_http`: makes its HTTP client; `options`: the caller's own arguments, which replace the others.
+    """
     http = {} if "http_client" in options else {"http_client": proxied(default_http, proxy)}
     return {"base_url": f"{node}/v1", "api_key": api_key or "none", **http, **options}

@@ -1,20 +1,20 @@
-"""The parameters that a client may give a generation, by name: a name that the mesh does not know is a mistake, not a wish.
+"""The parameters of a generation, by name: an unknown keyword argument is an error.
 
-Over HTTP unknown fields are ignored, as OpenAI's clients need it; of a keyword argument a person learns at once that it is
-misspelt. What is meant for another server, or for a later release, goes through `extra_body`, as in the openai SDK.
+Nodes ignore unknown fields of a body, as OpenAI's clients need it; in the client a misspelt keyword argument raises TypeError at
+once. Fields for another server, or for a later release, go through `extra_body`, as in the openai SDK.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, TypedDict
+from typing import Final, TypedDict
 
-EXTRA = "extra_body"
+EXTRA: Final = "extra_body"
 
 
 class GenerateParams(TypedDict, total=False):
-    """OpenAI's names, and vLLM's for its extras; those of the second block are refused by a node, with the reason."""
+    """OpenAI's names, and vLLM's for its extensions. Nodes refuse the parameters of the second block, with the reason."""
 
     model: str | None
     n: int | None
@@ -27,7 +27,7 @@ class GenerateParams(TypedDict, total=False):
     frequency_penalty: float | None
     logit_bias: Mapping[str, float] | None
     user: str | None
-    stream_options: Mapping[str, Any] | None
+    stream_options: Mapping[str, object] | None
     top_k: int | None
     min_p: float | None
     repetition_penalty: float | None
@@ -37,61 +37,61 @@ class GenerateParams(TypedDict, total=False):
     include_stop_str_in_output: bool | None
     priority: int | None
     return_token_ids: bool | None
-    response_format: Mapping[str, Any] | None
-    structured_outputs: Mapping[str, Any] | None
-    guided_json: str | Mapping[str, Any] | bool | None
+    response_format: Mapping[str, object] | None
+    structured_outputs: Mapping[str, object] | None
+    guided_json: str | Mapping[str, object] | bool | None
     guided_regex: str | None
     guided_choice: Sequence[str] | None
     guided_grammar: str | None
-    mesh: Mapping[str, Any] | None
-    extra_body: Mapping[str, Any] | None  # sent as it is, over what has the same name
+    mesh: Mapping[str, object] | None
+    extra_body: Mapping[str, object] | None  # further fields; they replace those of the same name
 
     echo: bool | None
     suffix: str | None
     best_of: int | None
     use_beam_search: bool | None
     chat_template: str | None
-    chat_template_kwargs: Mapping[str, Any] | None
+    chat_template_kwargs: Mapping[str, object] | None
     continue_final_message: bool | None
     add_generation_prompt: bool | None
     add_special_tokens: bool | None
     skip_special_tokens: bool | None
-    documents: Sequence[Any] | None
-    functions: Sequence[Any] | None
-    function_call: Any
+    documents: Sequence[object] | None
+    functions: Sequence[object] | None
+    function_call: object
     modalities: Sequence[str] | None
-    audio: Any
-    web_search_options: Any
+    audio: object
+    web_search_options: object
     prompt_logprobs: int | None
-    prompt_embeds: Any
+    prompt_embeds: object
     truncate_prompt_tokens: int | None
     allowed_token_ids: Sequence[int] | None
     bad_words: Sequence[str] | None
-    logits_processors: Sequence[Any] | None
+    logits_processors: Sequence[object] | None
 
 
 class ChatParams(GenerateParams, total=False):
-    """Of `POST /v1/chat/completions`."""
+    """The parameters of `POST /v1/chat/completions`."""
 
     max_completion_tokens: int | None
-    tools: Sequence[Mapping[str, Any]] | None
-    tool_choice: str | Mapping[str, Any] | None
+    tools: Sequence[Mapping[str, object]] | None
+    tool_choice: str | Mapping[str, object] | None
     parallel_tool_calls: bool | None
     logprobs: bool | None
     top_logprobs: int | None
 
 
 class CompletionParams(GenerateParams, total=False):
-    """Of `POST /v1/completions`."""
+    """The parameters of `POST /v1/completions`."""
 
     logprobs: int | None
 
 
-def fields_of(method: str, params: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
-    """The fields of the body that `params` ask for.
+def fields_of(method: str, params: Mapping[str, object], known: frozenset[str]) -> dict[str, object]:
+    """Returns the fields of the body for `params`.
 
     Raises:
-        TypeError: a name that is not `known`, with the nearest one that is.
+        TypeError: a name that is not in `known`; the message has the nearest one that is.
     """
     for name in params:
         if name not in known:

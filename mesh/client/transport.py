@@ -1,12 +1,12 @@
-"""Carries out what `mesh.client.flow` decides, with httpx: once with blocking calls, once under trio. No decisions here."""
+"""Carries out the effects of `mesh.client.flow` with httpx: with blocking calls, and under trio."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
-from mesh.client.flow import ConnectionFailed, FlowEffect, HttpResponse, ReadBody, SendRequest, Sleep
+from mesh.client.flow import ConnectionFailed, FlowEffect, FlowOutcome, HttpResponse, ReadBody, SendRequest, Sleep
 from mesh.errors import LocalError
 
 if TYPE_CHECKING:
@@ -18,17 +18,17 @@ T = TypeVar("T")
 
 
 def connection_limits() -> httpx.Limits:
-    """As many connections as a load test needs; idle ones are closed before a node would close them."""
+    """Returns limits for a load test: any number of connections. Idle connections are closed before a node closes them."""
     import httpx
 
     return httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=4.0)
 
 
-def proxied(kind: Callable[..., T], proxy: str | None, **options: Any) -> T:
-    """An HTTP client that goes through `proxy`, or, whatever the environment says, through none.
+def proxied(kind: Callable[..., T], proxy: str | None, **options: object) -> T:
+    """Returns an HTTP client that uses `proxy`, or none where it is None; proxies of the environment are ignored.
 
     Raises:
-        LocalError: a kind of proxy that is not known, or that needs a package.
+        LocalError: the kind of proxy is unknown or needs another package.
     """
     try:
         return kind(trust_env=False, **({"proxy": proxy} if proxy else {}), **options)
@@ -47,7 +47,7 @@ def request_of(http: httpx.Client | httpx.AsyncClient, effect: SendRequest) -> h
 
 
 def reason_of(error: Exception) -> str:
-    """Why a request did not come through, in words for a person."""
+    """Returns why a request failed, for an error message."""
     import httpx
 
     match error:
@@ -63,21 +63,21 @@ def reason_of(error: Exception) -> str:
 
 
 def _refused(error: BaseException | None) -> bool:
-    """Whether the system said "connection refused", however deep the libraries wrapped it."""
+    """Returns whether the error is "connection refused", or was raised because of it at any depth."""
     while error is not None and not isinstance(error, ConnectionRefusedError):
         error = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error.__cause__ or error.__context__
     return error is not None
 
 
 class BlockingIo:
-    """At most one open answer at a time."""
+    """Carries out effects with blocking calls; at most one answer is open at a time."""
 
     def __init__(self, http: httpx.Client) -> None:
         self._http = http
         self._open: httpx.Response | None = None
-        self._received: Any = None
+        self._received: Iterator[bytes] = iter(())  # the body of the open answer
 
-    def carry_out(self, effect: FlowEffect) -> HttpResponse | ConnectionFailed | bytes | None:
+    def carry_out(self, effect: FlowEffect) -> FlowOutcome:
         import httpx
 
         try:
@@ -107,7 +107,7 @@ class BlockingIo:
         return HttpResponse(effect.node, response.status_code, response.headers, body)
 
     def close(self) -> None:
-        """Hangs up on the open answer, if there is one."""
+        """Closes the connection of the open answer, if there is one."""
         if self._open is not None:
             self._open.close()
             self._open = None
@@ -119,9 +119,9 @@ class TrioIo:
     def __init__(self, http: httpx.AsyncClient) -> None:
         self._http = http
         self._open: httpx.Response | None = None
-        self._received: Any = None
+        self._received: AsyncIterator[bytes] | None = None  # the body of the open answer
 
-    async def carry_out(self, effect: FlowEffect) -> HttpResponse | ConnectionFailed | bytes | None:
+    async def carry_out(self, effect: FlowEffect) -> FlowOutcome:
         import httpx
         import trio
 
@@ -130,6 +130,7 @@ class TrioIo:
                 case SendRequest():
                     return await self._send(effect)
                 case ReadBody():
+                    assert self._received is not None, "ReadBody follows a streaming answer"
                     return await anext(self._received, b"")
                 case Sleep():
                     await trio.sleep(effect.seconds)
@@ -152,14 +153,14 @@ class TrioIo:
         return HttpResponse(effect.node, response.status_code, response.headers, body)
 
     async def aclose(self) -> None:
-        """Hangs up on the open answer, if there is one."""
+        """Closes the connection of the open answer, if there is one."""
         import httpx
 
         if self._open is not None:
             received, response, self._received, self._open = self._received, self._open, None, None
             await response.aclose()
             if received is not None:
-                # httpx nests generators and closes only the outermost; reading on from the closed connection ends them all.
+                # httpx nests generators and closes only the outermost: reading from the closed connection ends the others too.
                 try:
                     async for _ in received:
                         pass

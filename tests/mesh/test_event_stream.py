@@ -34,7 +34,7 @@ def test_an_event_that_was_cut_off_is_none() -> None:
 
 
 def test_an_endless_line_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(event_stream, "LINE_LIMIT_BYTES", 10)
+    monkeypatch.setattr(event_stream, "MAX_LINE_BYTES", 10)
     with pytest.raises(RemoteError, match="at most 10 bytes"):
         EventDecoder("n").feed(b"data: 12345678901")
 
