@@ -1,8 +1,8 @@
 """A streamed answer: `python examples/talk.py "your question"`.
 
-The client is told one node (`$MESH_NODE`, else http://127.0.0.1:8000) and learns the others from it. Kill a node that computes
-a part of the answer: after a short pause the text goes on, with the same tokens. The node that was asked is the exception today:
-when that one dies its answer is lost with it, and the example ends with the reason.
+The client calls one node (`$MESH_NODE`, else http://127.0.0.1:8000), which sends it the addresses of the others. Kill a node that
+computes a part of the answer: after a short pause the text continues, with the same tokens. The exception today is the called
+node (the entry): when it dies, its answers are lost, and the example ends with the reason.
 """
 
 from __future__ import annotations

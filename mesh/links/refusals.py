@@ -42,6 +42,11 @@ class Refusals:
         self._logged_at[source] = now
         return True
 
+    @property
+    def entries(self) -> int:
+        """Returns the size of the larger of the two tables; at most `MAX_SOURCES`."""
+        return max(len(self._times), len(self._logged_at))
+
     def recent(self, now: float) -> list[Refusal]:
         """Returns the refusals of the last minute, the most frequent first."""
         counts = (

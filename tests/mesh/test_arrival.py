@@ -1,4 +1,4 @@
-"""What the kernel knows that a silent peer cannot tell: when a datagram came, and whether anybody listens."""
+"""The kernel's evidence: when a datagram arrived, and whether a process listens at a port."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def test_the_kernel_stamps_what_it_receives() -> None:
         assert waited_s(ancillary, arrived_ns + 250_000_000) == pytest.approx(0.25)
 
 
-async def test_a_port_refuses_exactly_when_nobody_listens_there() -> None:
+async def test_a_port_refuses_exactly_when_no_process_listens_there() -> None:
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     address = listeners[0].socket.getsockname()[:2]
-    assert await is_refused(address) is False, "also when nobody accepts: the process exists"
+    assert await is_refused(address) is False, "also when no connection is accepted: the process exists"
     await listeners[0].aclose()
     assert await is_refused(address) is True
 

@@ -24,7 +24,7 @@ def chatted(mesh: FakeMesh, **params: Any) -> tuple[str, Client]:
         return "".join(stream.texts()), client
 
 
-def test_a_chat_streams_its_text_and_tells_what_became_of_it() -> None:
+def test_a_chat_streams_its_text_and_reports_its_statistics() -> None:
     with fake_mesh() as mesh, Client([mesh.url(0)]) as client, client.chat("hello", stream=True, seed=3) as stream:
         assert "".join(stream.texts()) == texts(12)
         assert (stream.id, stream.seq, stream.retries) == ("chatcmpl-1", 12, 0)
@@ -42,7 +42,7 @@ def test_a_whole_answer_is_the_body_of_the_reply() -> None:
 
 
 @pytest.mark.parametrize("cut_after", [[0], [5], [11], [5, 7, 9], [12]])
-def test_a_stream_cut_anywhere_goes_on_elsewhere_without_a_gap_or_a_repetition(cut_after: list[int]) -> None:
+def test_a_stream_broken_anywhere_is_resumed_without_a_gap_or_a_repetition(cut_after: list[int]) -> None:
     with fake_mesh(3, cut_after=list(cut_after)) as mesh, Client([mesh.url(0)]) as client:
         with client.chat("hello", stream=True, return_token_ids=True) as stream:
             chunks = list(stream)
@@ -58,7 +58,7 @@ def test_a_stream_cut_anywhere_goes_on_elsewhere_without_a_gap_or_a_repetition(c
     assert all(earlier != later for earlier, later in zip([0, *asked], asked))
 
 
-def test_a_stream_that_broke_before_it_had_an_id_is_asked_for_again() -> None:
+def test_a_stream_that_broke_before_it_had_an_id_is_posted_again() -> None:
     with fake_mesh(cut_before_headers=1) as mesh:
         text, _ = chatted(mesh)
     first, second = mesh.posts("/v1/chat/completions")
@@ -67,7 +67,7 @@ def test_a_stream_that_broke_before_it_had_an_id_is_asked_for_again() -> None:
     assert (first.node, second.node) == (0, 1)
 
 
-def test_where_no_node_can_resume_the_error_says_so() -> None:
+def test_where_no_node_can_resume_the_error_has_the_reason() -> None:
     with fake_mesh(cut_after=[4], can_resume=False) as mesh, pytest.raises(PeerLost, match=r"broke after 4 tokens .* ask again"):
         chatted(mesh)
 
@@ -77,7 +77,7 @@ def test_an_error_in_mid_stream_ends_it() -> None:
         chatted(mesh)
 
 
-def test_a_resumed_stream_that_repeats_a_token_is_found_out_and_mended() -> None:
+def test_a_token_that_a_resumed_stream_repeats_is_counted_and_dropped() -> None:
     with fake_mesh(cut_after=[4], repeat=True) as mesh, Client([mesh.url(0)]) as client:
         with client.chat("hello", stream=True) as stream:
             assert "".join(stream.texts()) == texts(12)

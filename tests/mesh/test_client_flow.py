@@ -1,4 +1,4 @@
-"""What a client decides, without sockets: each flow is fed the outcomes of its effects."""
+"""The client's decisions, without sockets: each flow is sent the outcomes of its effects."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def caller(*urls: str, budget: RetryBudget = RetryBudget(), learned: bool = True
 
 
 def play(flow: Flow[Any], respond: Callable[[FlowEffect], Any], limit: int = 200) -> tuple[list[FlowEffect], Any]:
-    """Carries the flow out against `respond`; its effects and what it returned."""
+    """Runs the flow with the outcomes of `respond`. Returns its effects and its result."""
     effects: list[FlowEffect] = []
     outcome: Any = None
     while len(effects) < limit:
@@ -58,7 +58,7 @@ def play(flow: Flow[Any], respond: Callable[[FlowEffect], Any], limit: int = 200
 
 
 def scripted(*outcomes: Any) -> Callable[[FlowEffect], Any]:
-    """The outcomes of `SendRequest` and `ReadBody` in turn; the other effects have none."""
+    """Returns the outcomes of `SendRequest` and `ReadBody` in turn; the other effects have none."""
     left = iter(outcomes)
     return lambda effect: next(left) if isinstance(effect, SendRequest | ReadBody) else None
 
@@ -93,12 +93,12 @@ def test_a_broken_call_goes_to_the_next_node_at_once() -> None:
     assert subject.nodes.order() == [B, A]
 
 
-def test_a_retried_post_keeps_its_idempotency_key_and_the_next_call_has_another() -> None:
+def test_only_the_tries_of_one_post_share_an_idempotency_key() -> None:
     subject = caller(A, B)
     effects, _ = play(subject.call("POST", "/x", b"{}"), scripted(ConnectionFailed("refused"), answer(B)))
     more, _ = play(subject.call("POST", "/x", b"{}"), scripted(answer(B), answer(B)))
     keys = [effect.headers.get("idempotency-key") for effect in (*effects, *more) if isinstance(effect, SendRequest)]
-    assert keys == ["key-0", "key-0", None, "key-1"]  # the third asks for the status, since a node was lost
+    assert keys == ["key-0", "key-0", None, "key-1"]  # the third fetches the status, because a node was lost
     assert all(effect.headers["authorization"] == "Bearer secret" for effect in effects if isinstance(effect, SendRequest))
 
 
@@ -135,7 +135,7 @@ def test_the_time_a_call_may_wait_is_bounded_too() -> None:
     assert [effect.seconds for effect in effects if isinstance(effect, Sleep)] == [20.0]
 
 
-def test_a_full_node_sends_the_call_to_the_next_one_without_a_pause() -> None:
+def test_after_a_full_node_the_next_is_called_without_a_pause() -> None:
     effects, reply = play(caller(A, B).call("GET", "/x"), scripted(answer(A, 503, retry_after="7"), answer(B)))
     assert sent(effects) == [(A, "/x"), (B, "/x")]
     assert reply.node == B
@@ -169,7 +169,7 @@ def test_an_error_keeps_its_field_and_code() -> None:
     assert (error.param, error.code, error.status) == ("model", "model_not_found", 404)
 
 
-def test_an_error_that_is_not_json_still_says_who_answered_what() -> None:
+def test_an_error_that_is_not_json_has_the_node_and_status() -> None:
     assert "http://a:1 answered 418" in str(error_of(HttpResponse(A, 418, {}, b"<html>")))
 
 
@@ -209,7 +209,7 @@ def test_a_stream_ends_with_done() -> None:
 
 
 @pytest.mark.parametrize("end", [b"", ConnectionFailed("the connection broke off")])
-def test_a_stream_that_ends_without_done_goes_on_elsewhere_from_where_it_was(end: bytes | ConnectionFailed) -> None:
+def test_a_stream_that_ends_without_done_is_resumed_at_another_node(end: bytes | ConnectionFailed) -> None:
     flow, progress, tries = streaming(caller(A, B))
     outcomes = (
         *(answer(A, x_mesh_stream="chatcmpl-1"), event(1, "a"), end),
@@ -221,7 +221,7 @@ def test_a_stream_that_ends_without_done_goes_on_elsewhere_from_where_it_was(end
     assert (progress.resumes, tries.retries) == (1, 1)
 
 
-def test_a_stream_whose_id_never_came_is_asked_for_again_under_the_same_key() -> None:
+def test_a_stream_without_an_id_is_posted_again_with_the_same_key() -> None:
     flow, _, _ = streaming(caller(A, B))
     effects, _ = play(flow, scripted(ConnectionFailed("no answer in time"), answer(B), event(1, "a") + b"data: [DONE]\n\n"))
     posts = [effect for effect in effects if isinstance(effect, SendRequest)]
@@ -236,12 +236,12 @@ def test_a_takeover_under_way_is_waited_for() -> None:
         *(answer(B, 503, retry_after_ms="400"), answer(B), b"data: [DONE]\n\n"),
     )
     effects, _ = play(flow, scripted(*outcomes))
-    # A is asked last, after B's refusal; the script lets whoever is asked third go on.
+    # A is called last, after B's refusal; the third call of the script resumes the stream, at either node.
     assert [path for _, path in sent(effects)][1:] == ["/v1/streams/chatcmpl-1?starting_after=1"] * 2
     assert progress.resumes == 1
 
 
-def test_a_stream_that_no_node_can_resume_says_so_with_what_was_lost() -> None:
+def test_a_stream_that_no_node_can_resume_ends_with_peer_lost() -> None:
     flow, _, _ = streaming(caller(A, B))
     outcomes = (
         answer(A, x_mesh_stream="chatcmpl-1"),
@@ -268,7 +268,7 @@ def test_the_budget_of_a_stream_begins_anew_with_each_token_that_came() -> None:
     # Each connection gives one token and breaks: nine breaks with a budget of two retries.
     gave = False
 
-    def one_each(effect: FlowEffect) -> Any:
+    def respond(effect: FlowEffect) -> Any:
         nonlocal gave
         if isinstance(effect, SendRequest):
             gave = False
@@ -282,7 +282,7 @@ def test_the_budget_of_a_stream_begins_anew_with_each_token_that_came() -> None:
             return event(progress.seq + 1, "a")
         return None
 
-    play(flow, one_each)
+    play(flow, respond)
     assert (progress.seq, tries.retries) == (9, 8)
 
 
@@ -303,16 +303,14 @@ def test_a_stream_that_gets_no_further_gives_up() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "told"),
+    ("status", "body", "reason"),
     [
         (405, {"error": {"message": "this path does not take this method"}}, "keeps no stream for another node"),
         (501, {}, "keeps no stream for another node"),
         (404, {"error": {"message": "there is no stream chatcmpl-1"}}, "there is no stream chatcmpl-1"),
     ],
 )
-def test_a_stream_that_no_node_can_go_on_with_ends_with_a_reason_that_a_person_understands(
-    status: int, body: Any, told: str
-) -> None:
+def test_the_reason_why_no_node_resumes_a_stream_is_readable(status: int, body: Any, reason: str) -> None:
     flow, progress, _ = streaming(caller(A, B))
     outcomes = [
         answer(A, x_mesh_stream="chatcmpl-1"),
@@ -320,7 +318,7 @@ def test_a_stream_that_no_node_can_go_on_with_ends_with_a_reason_that_a_person_u
         ConnectionFailed("connection reset"),
         answer(B, status, body),
     ]
-    with pytest.raises(PeerLost, match=told) as lost:
+    with pytest.raises(PeerLost, match=reason) as lost:
         play(flow, scripted(*outcomes))
     assert progress.seq == 1 and "after 1 tokens" in str(lost.value) and "ask again" in str(lost.value)
     assert str(status) not in str(lost.value) and "method" not in str(lost.value)

@@ -1,4 +1,4 @@
-"""A keyword argument that the mesh does not know is a mistake, and the client says which name was meant."""
+"""An unknown keyword argument raises TypeError, with the nearest known name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fields(kind: type[msgspec.Struct]) -> set[str]:
     return {field.name for field in msgspec.structs.fields(kind)}
 
 
-def test_the_known_names_are_those_that_a_node_reads_or_refuses_with_a_reason() -> None:
+def test_the_known_names_are_those_that_a_node_reads_or_refuses() -> None:
     assert {*CHAT_PARAMS} == {*fields(ChatBody), *UNSUPPORTED, EXTRA} - {"messages", "stream"}
     assert {*COMPLETION_PARAMS} == {*fields(CompletionBody), *UNSUPPORTED, EXTRA} - {"prompt", "stream"}
 

@@ -54,12 +54,12 @@ def test_an_undisturbed_answer_is_all_new() -> None:
     assert progress.finish_reasons == {0: "length"}
 
 
-def test_what_a_resumed_stream_says_again_is_not_new() -> None:
+def test_chunks_that_a_resumed_stream_repeats_are_not_new() -> None:
     progress = AnswerProgress()
     ending = {"id": "chatcmpl-1", "choices": [], "usage": {"completion_tokens": 1}, "mesh": {"seq": 1, "path": []}}
-    told = [chunk(0, role="assistant"), chunk(1, 7, content="a"), chunk(1, finish="stop"), ending]
-    assert [progress.accept(each) for each in told] == [True] * 4
-    assert [progress.accept(each) for each in told] == [False] * 4
+    chunks = [chunk(0, role="assistant"), chunk(1, 7, content="a"), chunk(1, finish="stop"), ending]
+    assert [progress.accept(each) for each in chunks] == [True] * 4
+    assert [progress.accept(each) for each in chunks] == [False] * 4
 
 
 def test_a_token_that_came_twice_is_counted_and_left_out() -> None:
@@ -69,7 +69,7 @@ def test_a_token_that_came_twice_is_counted_and_left_out() -> None:
     assert (progress.duplicate_tokens, progress.missing_tokens) == (1, 0)
 
 
-def test_a_chunk_with_more_tokens_than_seq_says_repeats_some() -> None:
+def test_a_chunk_with_more_tokens_than_its_seq_repeats_some() -> None:
     progress = AnswerProgress()
     progress.accept(chunk(2, 7, 8, content="ab"))
     progress.accept(chunk(3, 8, 9, content="bc"))
@@ -95,7 +95,7 @@ def test_an_answer_resumed_anywhere_is_whole_whatever_the_grouping(groups: list[
     progress = AnswerProgress()
     got: list[int] = []
 
-    def told(after: int, sizes: list[int]) -> list[dict[str, Any]]:
+    def chunks_after(after: int, sizes: list[int]) -> list[dict[str, Any]]:
         chunks, seq = ([chunk(0, role="assistant")] if after == 0 else []), after
         for size in sizes:
             size = min(size, total - seq)
@@ -104,11 +104,11 @@ def test_an_answer_resumed_anywhere_is_whole_whatever_the_grouping(groups: list[
                 seq += size
         return chunks
 
-    first = told(0, groups)
+    first = chunks_after(0, groups)
     for each in first[: data.draw(st.integers(0, len(first)))]:
         if progress.accept(each):
             got += each["choices"][0]["token_ids"]
-    for each in told(progress.seq, [data.draw(st.integers(1, 5)) for _ in range(total)]):
+    for each in chunks_after(progress.seq, [data.draw(st.integers(1, 5)) for _ in range(total)]):
         if progress.accept(each):
             got += each["choices"][0]["token_ids"]
     assert got == list(range(total))

@@ -22,7 +22,7 @@ KEY = bytes(range(32))
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufeff")))
-def test_a_text_comes_back_in_every_encoding_that_a_mark_tells(text: str) -> None:
+def test_a_text_is_decoded_in_every_encoding_with_a_mark(text: str) -> None:
     marked = [text.encode(encoding) for encoding in ("utf-8", "utf-8-sig", "utf-32")]
     if not text.startswith("\0"):  # after the mark of UTF-16 that reads as the mark of UTF-32
         marked.append(text.encode("utf-16"))
@@ -44,7 +44,7 @@ def test_a_mesh_key_is_read_in_any_of_them(tmp_path: Path, encoding: str, newlin
 
 
 @pytest.mark.parametrize("raw", [b"\xff\xfe\xff", b"\xef\xbb\xbf", "ü".encode(), b"\x00" * 32])
-def test_a_mesh_key_that_is_none_is_told_without_its_content(tmp_path: Path, raw: bytes) -> None:
+def test_an_invalid_mesh_key_is_reported_without_its_content(tmp_path: Path, raw: bytes) -> None:
     file = tmp_path / "mesh.key"
     file.write_bytes(raw)
     file.chmod(0o600)
@@ -61,7 +61,7 @@ def test_api_keys_are_read_in_any_of_them(tmp_path: Path, encoding: str, newline
     assert keys is not None and keys.tenant(f"Bearer {key}")
 
 
-def test_api_keys_that_are_no_text_are_told_so(tmp_path: Path) -> None:
+def test_api_keys_that_are_no_text_are_reported_as_such(tmp_path: Path) -> None:
     file = tmp_path / "api.keys"
     file.write_bytes(b"\xff\x00\xfe")
     with pytest.raises(BadRequest, match="no text file"):

@@ -87,7 +87,7 @@ def test_any_bytes_are_a_message_or_a_bad_datagram(raw: bytes) -> None:
 
 @settings(max_examples=300)
 @given(messages, st.data())
-def test_a_message_with_one_byte_changed_is_a_message_or_a_bad_datagram(message: GossipMessage, data: st.DataObject) -> None:
+def test_a_message_with_a_changed_byte_decodes_or_is_a_bad_datagram(message: GossipMessage, data: st.DataObject) -> None:
     raw = bytearray(encode(message))
     raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     try:
@@ -142,7 +142,7 @@ def test_a_load_that_cannot_be_is_refused(load: Load) -> None:
 @pytest.mark.parametrize(
     "counter", [b"\x81\x80\x80\x80\x80\x80\x40", b"\x80\x80\x80\x80\x80\x80\x80\x01", b"\x80\x00", b"\x80" * 9]
 )
-def test_a_counter_out_of_bounds_or_longer_than_it_needs_to_be_is_refused(counter: bytes) -> None:
+def test_a_counter_out_of_bounds_or_with_excess_bytes_is_refused(counter: bytes) -> None:
     raw = encode(Gossip(SENDER))
     assert decode(raw[:COUNTERS_AT] + b"\x05" + raw[COUNTERS_AT + 1 :]).sender.epoch == 5
     with pytest.raises(BadDatagram):
@@ -179,14 +179,14 @@ def test_a_tail_that_is_no_list_of_claims_is_refused(tail: object) -> None:
         decode(encode(Ack(SENDER, 7)) + msgspec.msgpack.encode(tail))
 
 
-def test_a_load_takes_24_bytes_whatever_it_is_and_what_is_too_high_is_told_as_the_highest() -> None:
+def test_a_load_takes_24_bytes_and_values_above_the_highest_are_clipped() -> None:
     assert LOAD_BYTES == 24 == len(pack_load(Load()))
     load, age_ms = unpack_load(pack_load(Load(10**6, 10**6, 10**12, 10**12, 10**12, 1e300, 1e9), 10**9))
     assert load == Load(65535, 65535, 2**32 - 1, 2**32 - 1, 2**32 - 1, load.prefill_tok_s, 65504.0) and age_ms == 65535
     assert load.prefill_tok_s == pytest.approx(3.4e38)
 
 
-def test_a_probe_and_its_answer_take_no_more_bytes_than_an_idle_mesh_may_send() -> None:
+def test_a_probe_and_its_answer_fit_the_budget_of_an_idle_mesh() -> None:
     sender = Sender(A, 100, 3, 2**64 - 1, Load(9, 9, 999, 9999, 9999, 1234.5, 12.5), 300, 40)
     sealed_bytes = sum(
         len(encode(message)) + KeySeal.overhead_bytes for message in (Ping(sender, 2**32 - 1, B), Ack(sender, 2**32 - 1))

@@ -40,7 +40,7 @@ def test_steps_that_come_twice_or_late_change_nothing() -> None:
     assert RING.add(NEW).add(NEW) == RING.add(NEW)
 
 
-def test_a_key_that_was_never_added_is_not_used_and_one_that_seals_is_not_dropped() -> None:
+def test_an_unknown_key_is_not_used_nor_a_sealing_key_dropped() -> None:
     with pytest.raises(RingError, match="never added"):
         RING.use(NEW.tag)
     with pytest.raises(RingError, match="still sealing"):
@@ -69,7 +69,7 @@ def step(ring: Keyring, what: str, key: RingKey) -> Keyring:
 
 
 @given(steps)
-def test_in_any_order_of_steps_a_ring_never_seals_with_an_earlier_key(taken: list[tuple[str, RingKey]]) -> None:
+def test_in_any_order_of_steps_the_sealing_key_never_gets_older(taken: list[tuple[str, RingKey]]) -> None:
     ring = RING
     for what, key in taken:
         before = ring
@@ -99,7 +99,7 @@ def test_a_wrapped_key_opens_under_its_wrapping_key_alone() -> None:
             unwrap(serial, content, under)
 
 
-def test_a_ring_is_read_back_as_it_was_saved_and_is_its_owners_alone(tmp_path: Path) -> None:
+def test_a_saved_ring_loads_equal_and_is_readable_by_its_owner_only(tmp_path: Path) -> None:
     path = tmp_path / "key"
     ring = RING.add(NEW).use(NEW.tag)
     save_keyring(path, ring)

@@ -39,7 +39,7 @@ def test_a_key_is_never_overwritten(tmp_path: Path) -> None:
         ("x" * 9999, "holds 3072 bytes"),
     ],
 )
-def test_a_bad_key_file_is_refused_with_its_name_and_without_its_content(tmp_path: Path, content: str, complaint: str) -> None:
+def test_a_bad_key_file_is_refused_without_showing_its_content(tmp_path: Path, content: str, complaint: str) -> None:
     path = tmp_path / "key"
     path.write_text(content)
     path.chmod(0o600)
@@ -56,7 +56,7 @@ def test_a_key_that_others_may_read_is_refused(tmp_path: Path) -> None:
         load_key(tmp_path / "key")
 
 
-def test_a_missing_key_file_says_how_to_make_one(tmp_path: Path) -> None:
+def test_the_error_of_a_missing_key_file_has_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(BadKeyFile, match="mesh key new"):
         load_key(tmp_path / "absent")
 

@@ -103,7 +103,7 @@ async def test_what_a_handler_raises_reaches_the_caller_as_the_same_error(raised
             assert (caught.value.param, caught.value.status) == ("field", 404)
 
 
-async def test_a_bug_in_a_handler_is_answered_and_the_link_lives_on() -> None:
+async def test_a_bug_in_a_handler_is_answered_and_the_link_stays() -> None:
     async with two_nodes() as (a, b):
 
         async def bug(sender: NodeId, header: Header, tail: bytes) -> CallReply:
@@ -145,7 +145,7 @@ async def test_a_lost_peer_fails_waiting_calls_at_once_and_is_announced() -> Non
         nursery.cancel_scope.cancel()
 
 
-async def test_nobody_listening_is_peer_lost_with_a_reason() -> None:
+async def test_a_call_to_a_closed_port_raises_peer_lost_with_a_reason() -> None:
     async with two_nodes() as (a, _):
         with trio.socket.socket() as unused:
             await unused.bind(("127.0.0.1", 0))
@@ -153,7 +153,7 @@ async def test_nobody_listening_is_peer_lost_with_a_reason() -> None:
                 await a.call(unused.getsockname(), "echo", {})
 
 
-async def test_another_cluster_label_is_refused_in_plain_words() -> None:
+async def test_another_cluster_label_is_refused_with_a_reason() -> None:
     async with trio.open_nursery() as nursery:
         a, b = await start(nursery, "a", cluster="red"), await start(nursery, "b", cluster="blue")
         with pytest.raises(PeerLost, match="two meshes"), trio.fail_after(5):
@@ -161,7 +161,7 @@ async def test_another_cluster_label_is_refused_in_plain_words() -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_a_server_that_is_no_mesh_node_is_named_so() -> None:
+async def test_a_server_that_is_no_mesh_node_is_reported_as_such() -> None:
     async def http(stream: trio.SocketStream) -> None:
         await stream.receive_some()
         await stream.send_all(b"HTTP/1.1 400 Bad Request\r\n\r\n")
@@ -175,7 +175,7 @@ async def test_a_server_that_is_no_mesh_node_is_named_so() -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_garbage_on_an_inbound_link_is_counted_and_the_node_lives() -> None:
+async def test_garbage_on_an_inbound_link_is_counted_and_the_node_keeps_running() -> None:
     async with two_nodes() as (a, b):
         b.add({"echo": echo})
         stream = await trio.open_tcp_stream(*b.config.address)
@@ -188,14 +188,18 @@ async def test_garbage_on_an_inbound_link_is_counted_and_the_node_lives() -> Non
 
 
 async def test_every_frame_carries_the_senders_load() -> None:
-    heard = {}
+    received_loads = {}
     async with trio.open_nursery() as nursery:
-        a = await start(nursery, "a", load=lambda: Load(running=3), on_load=lambda node, load: heard.update({node: load.running}))
-        b = await start(nursery, "b", load=lambda: Load(running=7), on_load=lambda node, load: heard.update({node: load.running}))
+        a = await start(
+            nursery, "a", load=lambda: Load(running=3), on_load=lambda node, load: received_loads.update({node: load.running})
+        )
+        b = await start(
+            nursery, "b", load=lambda: Load(running=7), on_load=lambda node, load: received_loads.update({node: load.running})
+        )
         b.add({"echo": echo})
         await a.call(b.config.address, "echo", {})
 
-        assert heard == {"a": 3, "b": 7}
+        assert received_loads == {"a": 3, "b": 7}
         nursery.cancel_scope.cancel()
 
 
@@ -222,11 +226,11 @@ async def test_a_call_to_oneself_needs_no_network() -> None:
         assert a.counters.links_opened_total == 0
 
 
-async def test_a_kept_link_is_told_of_at_both_ends_and_its_end_is_told_once() -> None:
+async def test_a_kept_link_is_reported_at_both_ends_and_its_end_once() -> None:
     async with trio.open_nursery() as nursery:
-        told, ended = [], []
+        linked, ended = [], []
         [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        b = Links(LinkConfig(NodeId("b"), listener.socket.getsockname()[:2]), on_linked=lambda node: told.append(("b", node)))
+        b = Links(LinkConfig(NodeId("b"), listener.socket.getsockname()[:2]), on_linked=lambda node: linked.append(("b", node)))
         scope = trio.CancelScope()
 
         async def run_b(*, task_status: trio.TaskStatus[None]) -> None:
@@ -243,46 +247,46 @@ async def test_a_kept_link_is_told_of_at_both_ends_and_its_end_is_told_once() ->
         a = await start(
             nursery,
             "a",
-            on_linked=lambda node: told.append(("a", node)),
+            on_linked=lambda node: linked.append(("a", node)),
             on_lost=note_lost,
         )
         with trio.fail_after(10):
             a.keep([b.config.address, a.config.address])
             a.keep([b.config.address])
-            while len(told) < 2:
+            while len(linked) < 2:
                 await trio.testing.wait_all_tasks_blocked(0.001)
             scope.cancel()
             await lost.wait()
-        assert sorted(told) == [("a", "b"), ("b", "a")]
+        assert sorted(linked) == [("a", "b"), ("b", "a")]
         assert ended == [("b", b.config.address)]
         nursery.cancel_scope.cancel()
 
 
-async def test_a_kept_link_that_never_comes_about_is_nobodys_loss_but_a_calls_is() -> None:
+async def test_a_failed_kept_link_is_reported_only_when_a_call_waits() -> None:
     async with trio.open_nursery() as nursery:
         ended = []
         a = await start(nursery, "a", on_lost=lambda *end: ended.append(end[:2]))
         [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        nobody = listener.socket.getsockname()[:2]
+        unused = listener.socket.getsockname()[:2]
         await listener.aclose()
         with trio.fail_after(10):
-            a.keep([nobody])
+            a.keep([unused])
             while a.counters.links_lost_total == 0:
                 await trio.testing.wait_all_tasks_blocked(0.001)
             assert ended == []
             with pytest.raises(PeerLost):
-                await a.call(nobody, "echo", {})
+                await a.call(unused, "echo", {})
             while not ended:
                 await trio.testing.wait_all_tasks_blocked(0.001)
-        assert ended == [(None, nobody)]
+        assert ended == [(None, unused)]
         nursery.cancel_scope.cancel()
 
 
-HELLO = {"version": PROTOCOL_VERSION, "cluster": "mesh", "node": "stranger"}
+HELLO = {"version": PROTOCOL_VERSION, "cluster": "mesh", "node": "other"}
 
 
 @pytest.mark.parametrize("broken", [lambda header: header["rows"][0], lambda header: header["rows"].get(1)])
-async def test_a_one_way_frame_that_its_receiver_cannot_read_is_counted_and_the_node_lives(
+async def test_a_one_way_frame_that_raises_in_its_receiver_is_counted(
     broken: Callable[[Header], None],
 ) -> None:
     async with two_nodes() as (a, b):
@@ -294,7 +298,7 @@ async def test_a_one_way_frame_that_its_receiver_cannot_read_is_counted_and_the_
 
 
 @pytest.mark.parametrize("hello", [HELLO | {"version": ["x" * 3000]}, HELLO | {"cluster": "x" * 3000}, HELLO | {"node": 5}])
-async def test_a_greeting_of_another_kind_is_refused_in_few_words(hello: dict[str, object]) -> None:
+async def test_a_hello_of_another_kind_is_refused_with_a_short_reason(hello: dict[str, object]) -> None:
     async with two_nodes() as (_, b):
         stream = await trio.open_tcp_stream(*b.config.address)
         await stream.send_all(encode(Frame("hello", hello)))
@@ -305,17 +309,17 @@ async def test_a_greeting_of_another_kind_is_refused_in_few_words(hello: dict[st
 
 
 @pytest.mark.parametrize("hello", [Frame("hello", HELLO | {"padding": "x" * 5000}), Frame("hello", HELLO, b"tail")])
-async def test_a_stranger_may_not_make_us_keep_more_than_a_greeting(hello: Frame) -> None:
+async def test_an_unauthenticated_peer_cannot_occupy_more_memory_than_a_hello(hello: Frame) -> None:
     async with two_nodes() as (_, b):
         stream = await trio.open_tcp_stream(*b.config.address)
-        await stream.send_all(encode(hello)[:100])  # its lengths alone are enough to refuse it
+        await stream.send_all(encode(hello)[:100])  # its lengths alone suffice to refuse it
 
         assert await stream.receive_some() == b""
         await stream.aclose()
         assert b.counters.frames_rejected_total == 1
 
 
-async def test_an_answer_over_the_frame_limits_is_an_error_to_the_caller_and_the_link_lives_on() -> None:
+async def test_an_answer_over_the_frame_limits_raises_and_the_link_stays() -> None:
     async with two_nodes() as (a, b):
 
         async def large(sender: NodeId, header: Header, tail: bytes) -> CallReply:
@@ -345,42 +349,42 @@ async def test_answers_that_a_peer_does_not_read_stop_its_calls() -> None:
         stream = await trio.open_tcp_stream(*b.config.address)
         await stream.send_all(encode(Frame("hello", HELLO)))
         await stream.receive_some()
-        with trio.move_on_after(2):  # the writes block once nobody takes the calls up
+        with trio.move_on_after(2):  # the writes block once no call is read any more
             for number in range(1, 40_000):
                 await stream.send_all(encode(Frame("large", {"padding": "x" * 2000}, number=number)))
         await stream.aclose()
 
-        assert taken <= 4 * CALLS_AT_ONCE  # in hand, in the channel, in the socket's buffers
+        assert taken <= 4 * CALLS_AT_ONCE  # running, in the channel, in the socket's buffers
 
 
 @pytest.mark.parametrize(
-    ("told", "understood"), [(math.nan, 1.0), (math.inf, 3600.0), (-1.0, 0.0), (2**64 - 1, 3600.0), ("soon", 1.0), (0.5, 0.5)]
+    ("sent", "received"), [(math.nan, 1.0), (math.inf, 3600.0), (-1.0, 0.0), (2**64 - 1, 3600.0), ("soon", 1.0), (0.5, 0.5)]
 )
-async def test_the_wait_that_a_peer_asks_for_is_a_number_to_set_clocks_by(told: object, understood: float) -> None:
+async def test_the_retry_wait_of_a_peer_is_clipped_to_valid_numbers(sent: object, received: float) -> None:
     async with two_nodes() as (a, b):
 
         async def busy(sender: NodeId, header: Header, tail: bytes) -> CallReply:
-            return {"error": {"type": "Refused", "message": "busy", "retry_after_s": told, "quota": True}}, b""
+            return {"error": {"type": "Refused", "message": "busy", "retry_after_s": sent, "quota": True}}, b""
 
         b.add({"busy": busy})
         with pytest.raises(Refused) as refused:
             await a.call(b.config.address, "busy", {})
-        assert (refused.value.retry_after_s, refused.value.quota) == (understood, True)
+        assert (refused.value.retry_after_s, refused.value.quota) == (received, True)
 
 
 @pytest.mark.parametrize("host", ["a..b", "\udc80", "x" * 300, ""])
-async def test_a_host_that_is_no_host_is_a_lost_peer(host: str) -> None:
+async def test_an_invalid_host_raises_peer_lost(host: str) -> None:
     async with two_nodes() as (a, _):
         with pytest.raises(PeerLost):
             await a.call((host, 1), "echo", {})
 
 
 @pytest.mark.parametrize(
-    ("caller_keys", "told"),
+    ("caller_keys", "reason"),
     [([b"o" * 32], "it has another mesh key, or one that was rotated away"), (None, "TLS handshake failed")],
 )
-async def test_who_is_turned_away_is_told_with_the_reason_and_who_only_knocks_is_not(
-    caller_keys: list[bytes] | None, told: str
+async def test_refused_callers_are_reported_with_a_reason_and_connect_checks_are_not(
+    caller_keys: list[bytes] | None, reason: str
 ) -> None:
     callee, caller = IdentityKey(b"r" * 32), IdentityKey(b"c" * 32)
     async with trio.open_nursery() as nursery:
@@ -397,20 +401,20 @@ async def test_who_is_turned_away_is_told_with_the_reason_and_who_only_knocks_is
             while not (refused := keyed.refusals.recent(trio.current_time())):
                 await trio.sleep(0.01)
         assert [(refusal.host, refusal.count) for refusal in refused] == [("127.0.0.1", 1)]
-        assert refused[0].reason.startswith(told)
+        assert refused[0].reason.startswith(reason)
         assert other.refusals.recent(trio.current_time()) != []
         nursery.cancel_scope.cancel()
 
 
-async def test_with_a_mesh_key_a_node_must_answer_under_the_name_in_its_certificate() -> None:
+async def test_a_node_must_answer_with_the_id_in_its_certificate() -> None:
     key = new_key()
     real, claimed, caller = IdentityKey(b"r" * 32), NodeId("1" * 16), IdentityKey(b"c" * 32)
     async with trio.open_nursery() as nursery:
         [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
         address = listener.socket.getsockname()[:2]
-        liar = Links(LinkConfig(claimed, address, "mesh", PeerTls([key], real)))
+        pretender = Links(LinkConfig(claimed, address, "mesh", PeerTls([key], real)))
         honest = Links(LinkConfig(caller.node, ("", 0), "mesh", PeerTls([key], caller)))
-        await nursery.start(liar.run, listener)
+        await nursery.start(pretender.run, listener)
         await nursery.start(honest.run, (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0])
         with pytest.raises(PeerLost, match=f"certificate is of node {real.node}"), trio.fail_after(5):
             await honest.call(address, "echo", {})

@@ -89,14 +89,14 @@ def test_pieces_cover_every_byte_once(size_bytes: int) -> None:
     assert [piece.offset for piece in pieces] == [number * PIECE_BYTES for number in range(len(pieces))]
 
 
-def test_a_piece_is_only_what_its_hash_says() -> None:
+def test_a_piece_is_only_the_bytes_of_its_hash() -> None:
     piece = next(pieces_of(FileEntry("vocab.txt", 3, digest_of(b"abc"))))
     assert piece.matches(b"abc")
     assert not piece.matches(b"abd") and not piece.matches(b"abcd") and not piece.matches(b"")
 
 
 def test_the_identity_of_a_model_is_the_same_in_every_release() -> None:
-    """Were it another one here, no node could tell its weights equal to those of a node of an earlier release."""
+    """Otherwise a node could not recognise the weights of a node of an earlier release as equal to its own."""
     files = [FileEntry("config.json", 2, digest_of(b"{}"))]
     tensors = [TensorEntry("a", "BF16", (1, 2), digest_of(b"\0\1\2\3")), TensorEntry("b", "F32", (0, 3), b"")]
     assert identity(encode(manifest(*tensors, files=files))) == GOLDEN
@@ -156,7 +156,7 @@ def names(tensors: Iterable[TensorEntry]) -> set[str]:
     return {each.name for each in tensors}
 
 
-def test_a_span_takes_its_layers_and_of_the_rest_only_what_it_needs() -> None:
+def test_a_span_needs_its_layers_and_few_other_tensors() -> None:
     def of(start: int, end: int, tied: bool = False) -> set[str]:
         return names(tensors_of_span(LLAMA, 4, start, end, 50, tied=tied))
 

@@ -1,4 +1,4 @@
-"""Nothing goes through a proxy that the environment names: nodes are on this machine or in a private network."""
+"""Proxies of the environment are not used: nodes are on this machine or in a private network."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mesh import AsyncClient, Client
 from mesh.errors import LocalError
 from tests.cli.fake_mesh import FakeMesh, fake_mesh, texts
 
-NOBODY = "127.0.0.1:9"  # the discard port: a proxy there takes nothing
+UNUSED = "127.0.0.1:9"  # the discard port: no proxy listens there
 ENVIRONMENTS = [
-    {"http_proxy": f"http://{NOBODY}"},
-    {"HTTP_PROXY": f"http://{NOBODY}", "HTTPS_PROXY": f"http://{NOBODY}"},
-    {"ALL_PROXY": f"socks5://{NOBODY}"},
-    {"all_proxy": f"socks5h://{NOBODY}", "no_proxy": ""},
+    {"http_proxy": f"http://{UNUSED}"},
+    {"HTTP_PROXY": f"http://{UNUSED}", "HTTPS_PROXY": f"http://{UNUSED}"},
+    {"ALL_PROXY": f"socks5://{UNUSED}"},
+    {"all_proxy": f"socks5h://{UNUSED}", "no_proxy": ""},
 ]
 
 
@@ -27,7 +27,7 @@ def proxied(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("proxied")
-def test_the_client_and_the_official_client_it_gives_reach_a_node_directly() -> None:
+def test_the_client_and_its_official_client_reach_a_node_directly() -> None:
     with fake_mesh(1) as mesh, Client([mesh.url(0)]) as client:
         assert client.chat("hello")["id"] == "chatcmpl-w"
         with client.openai() as official:
@@ -37,7 +37,7 @@ def test_the_client_and_the_official_client_it_gives_reach_a_node_directly() -> 
 
 
 @pytest.mark.usefixtures("proxied")
-async def test_so_do_the_trio_client_and_its_official_one() -> None:
+async def test_the_trio_client_and_its_official_client_reach_a_node_directly() -> None:
     with fake_mesh(1) as mesh:
         async with AsyncClient([mesh.url(0)]) as client:
             assert (await client.chat("hello"))["id"] == "chatcmpl-w"
@@ -48,14 +48,14 @@ async def test_so_do_the_trio_client_and_its_official_one() -> None:
 
 @pytest.mark.usefixtures("proxied")
 @pytest.mark.parametrize("command", ["status", "models", "chat hello", "load --users 2 --requests 4 --max-tokens 12"])
-def test_so_do_the_commands(command: str) -> None:
+def test_the_commands_reach_a_node_directly(command: str) -> None:
     with fake_mesh(1) as mesh:
         result = CliRunner().invoke(app, [*command.split(), "--node", mesh.url(0)])
     assert result.exit_code == 0, result.output
 
 
 def through(mesh: FakeMesh) -> list[str]:
-    """The paths that came to it as to a proxy: with the whole URL."""
+    """Returns the requests that were sent to it as to a proxy: with the whole URL."""
     return [request.path for request in mesh.seen if request.path.startswith("http://")]
 
 
@@ -72,12 +72,14 @@ def test_options_of_the_official_client_are_passed_on() -> None:
         with client.openai(max_retries=7, timeout=3.0) as official:
             assert (official.max_retries, official.timeout, official.api_key) == (7, 3.0, "mk-1")
             assert str(official.base_url) == f"{mesh.url(0)}/v1/"
-        own = openai.DefaultHttpxClient()
+        requests: list[str] = []
+        own = openai.DefaultHttpxClient(event_hooks={"request": [lambda request: requests.append(request.url.path)]})
         with client.openai(http_client=own) as official:
-            assert official._client is own
+            official.models.list()
+        assert requests == ["/v1/models"], "the caller's own HTTP client is used"
 
 
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
-def test_a_kind_of_proxy_that_needs_a_package_says_which(kind: type[Client]) -> None:
+def test_the_error_of_a_proxy_without_its_package_names_the_package(kind: type[Client]) -> None:
     with pytest.raises(LocalError, match=r"httpx\[socks\]"):
-        kind(["http://127.0.0.1:1"], proxy=f"socks5://{NOBODY}")
+        kind(["http://127.0.0.1:1"], proxy=f"socks5://{UNUSED}")

@@ -1,4 +1,4 @@
-"""Who was turned away: counted by source and reason, bounded, logged once a minute."""
+"""Refused senders: counted by source and reason, bounded, logged once a minute."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mesh.links.refusals import MAX_COUNTED, MAX_SOURCES, WINDOW_S, Refusal, Refusals
 
 
-def test_the_first_of_a_source_and_reason_is_worth_a_line_and_the_next_after_a_minute() -> None:
+def test_a_source_and_reason_is_logged_once_a_minute() -> None:
     refusals = Refusals()
     assert refusals.note("10.0.0.7", "wrong key", 0.0)
     assert not refusals.note("10.0.0.7", "wrong key", 59.0)
@@ -16,7 +16,7 @@ def test_the_first_of_a_source_and_reason_is_worth_a_line_and_the_next_after_a_m
     assert refusals.note("10.0.0.7", "wrong key", 60.0)
 
 
-def test_only_the_last_minute_is_told_and_the_most_frequent_first() -> None:
+def test_only_the_last_minute_is_reported_and_the_most_frequent_first() -> None:
     refusals = Refusals()
     for at in (0.0, 50.0, 61.0):
         refusals.note("a", "wrong key", at)
@@ -25,7 +25,7 @@ def test_only_the_last_minute_is_told_and_the_most_frequent_first() -> None:
     assert refusals.recent(61.0 + WINDOW_S + 1) == []
 
 
-def test_a_flood_is_told_as_so_many_or_more() -> None:
+def test_the_count_of_a_flood_is_capped() -> None:
     refusals = Refusals()
     for _ in range(1000):
         refusals.note("a", "wrong key", 1.0)
@@ -33,8 +33,8 @@ def test_a_flood_is_told_as_so_many_or_more() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 2000), st.floats(0, 300)), max_size=600))
-def test_made_up_sources_fill_a_table_of_fixed_size(noted: list[tuple[int, float]]) -> None:
+def test_forged_sources_fill_a_table_of_fixed_size(noted: list[tuple[int, float]]) -> None:
     refusals = Refusals()
     for number, at in noted:
         refusals.note(f"host-{number}", "foreign", at)
-    assert len(refusals._times) <= MAX_SOURCES and len(refusals._logged_at) <= MAX_SOURCES
+    assert refusals.entries <= MAX_SOURCES

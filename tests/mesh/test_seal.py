@@ -52,7 +52,7 @@ def test_every_fault_has_its_name() -> None:
     assert fault(KeySeal([KEY]), bytes(of_a_later_version)) is SealFault.OTHER_VERSION
 
 
-def test_two_keys_of_one_short_name_are_told_apart() -> None:
+def test_two_keys_with_one_short_id_are_distinguished() -> None:
     named: dict[bytes, bytes] = {}
     numbers = (number.to_bytes(32, "big") for number in range(100_000))
     one, other = next((named[name], key) for key in numbers if named.setdefault(name := _key_id(key), key) != key)
@@ -73,7 +73,7 @@ def test_a_replay_when_the_short_time_comes_round_again_is_refused() -> None:
 
 
 @pytest.mark.parametrize("hours", [1, 12, 36])
-def test_a_clock_wrong_by_hours_is_told_from_a_forgery(hours: int) -> None:
+def test_a_clock_wrong_by_hours_is_distinguished_from_a_forgery(hours: int) -> None:
     clock = Clock()
     seal = KeySeal([KEY], clock=clock)
     datagram = seal.seal(b"x")

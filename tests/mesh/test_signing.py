@@ -1,4 +1,4 @@
-"""Whose word a statement is."""
+"""Signatures of claims: which node made a statement."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_malformed_keys_and_signatures_hold_nothing_and_raise_nothing(key: bytes
     assert not VERIFIER.holds(b"\xff" * 32, b"I live", signature.ljust(64, b"\0")[:64])
 
 
-def test_every_part_of_a_claim_is_signed_and_no_goodbye_is_a_greeting() -> None:
+def test_every_part_of_a_claim_and_its_kind_are_signed() -> None:
     claim = Alive(ONE.node, 1, 2, "name", "host", 3, "region")
     statements = {alive_statement(claim), left_statement(Left(ONE.node, 1, 2))}
     changed = {"node": OTHER.node, "epoch": 9, "incarnation": 9, "name": "x", "host": "x", "port": 9, "region": "x"}

@@ -1,4 +1,4 @@
-"""Mutual TLS out of one key, or of a ring of them while it is rotated."""
+"""Mutual TLS from one mesh key, or from the keys of a ring during a rotation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pair(server: PeerTls, client: PeerTls) -> tuple[TlsStream, TlsStream]:
 
 
 async def shake(server: PeerTls, client: PeerTls) -> list[Exception]:
-    """What either side raised on a handshake and one byte each way; none when both believe the other."""
+    """Returns the errors of a handshake and one byte each way; none when each side authenticates the other."""
     raised: list[Exception] = []
     client_stream, server_stream = pair(server, client)
 
@@ -69,14 +69,12 @@ async def test_nodes_of_two_keys_refuse_one_another() -> None:
 
 @pytest.mark.parametrize("server", [[KEY], [KEY, OTHER], [OTHER, KEY], [OTHER]])
 @pytest.mark.parametrize("client", [[KEY], [KEY, OTHER], [OTHER, KEY], [OTHER]])
-async def test_in_every_phase_of_a_rotation_those_who_hold_each_others_sealing_key_talk(
-    server: list[bytes], client: list[bytes]
-) -> None:
+async def test_in_every_phase_of_a_rotation_nodes_with_each_others_keys_connect(server: list[bytes], client: list[bytes]) -> None:
     believed = await shake(PeerTls(server, SERVER), PeerTls(client, CLIENT)) == []
     assert believed is (client[0] in server and not set(client).isdisjoint(server))
 
 
-async def test_a_node_that_missed_the_new_key_gets_in_as_long_as_the_old_one_is_on_the_ring() -> None:
+async def test_a_node_with_the_old_key_connects_while_that_key_is_trusted() -> None:
     assert await shake(PeerTls([OTHER, KEY], SERVER), PeerTls([KEY], CLIENT)) == []
 
 
@@ -93,7 +91,7 @@ async def test_a_link_outlives_the_key_it_began_with() -> None:
     assert await shake(rotated, PeerTls([KEY], CLIENT)) != []
 
 
-async def test_a_holder_of_the_mesh_key_is_nobody_but_itself() -> None:
+async def test_a_holder_of_the_mesh_key_cannot_pretend_to_be_another_node() -> None:
     """It can mint whatever it likes, with any name on it: the handshake proves which key it is."""
     client, server = pair(PeerTls([KEY], LIAR), PeerTls([KEY], CLIENT))
     async with trio.open_nursery() as nursery:
@@ -144,7 +142,7 @@ def test_a_certificate_is_for_the_key_that_a_node_is() -> None:
 
 
 @pytest.mark.parametrize("der", [None, b"", b"\x30\x03garbage", authority(KEY).der[:-9]])
-def test_a_certificate_that_is_none_is_of_no_peer(der: bytes | None) -> None:
+def test_an_invalid_certificate_has_no_node(der: bytes | None) -> None:
     class Stranger:
         def getpeercert(self, binary_form: bool) -> bytes | None:
             return der

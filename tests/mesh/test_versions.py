@@ -1,4 +1,4 @@
-"""Which sets of weights there are under one id, and which of them answers to it: the same on every node."""
+"""The versions of a model, and which of them answers to the plain id: the same on every node."""
 
 from __future__ import annotations
 
@@ -36,58 +36,58 @@ def view(*peers: Peer, me: str = "me") -> View:
     return View(NodeId(me), MappingProxyType({each.id: each for each in peers}))
 
 
-def told(*peers: Peer) -> list[tuple[str, str, bool]]:
+def summary(*peers: Peer) -> list[tuple[str, str, bool]]:
     return [(version.name, version.card.weights[:1], version.answers) for version in versions(view(*peers))]
 
 
 def test_equal_weights_on_all_nodes_are_one_version() -> None:
-    assert told(peer("1", A, (0, 4)), peer("2", A, (0, 2)), peer("3", A)) == [("tiny", "a", True)]
+    assert summary(peer("1", A, (0, 4)), peer("2", A, (0, 2)), peer("3", A)) == [("tiny", "a", True)]
     only = answering(view(peer("1", A, (0, 4)), peer("2", A, (0, 2)), peer("3", A)), TINY)
     assert only is not None
     assert (only.holders, only.known_to, only.complete) == (("1", "2"), ("1", "2", "3"), True)
 
 
-def test_the_version_that_more_nodes_hold_answers_and_the_other_is_named_by_its_hash() -> None:
+def test_the_version_with_more_nodes_answers_and_others_have_hashed_names() -> None:
     peers = [peer("1", A, (0, 4)), peer("2", B, (0, 4)), peer("3", B, (0, 4))]
-    assert told(*peers) == [("tiny", "b", True), ("tiny@aaaaaaaa", "a", False)]
-    assert told(*peers[:2], peer("3", B, (0, 4), state=PeerState.DEAD), peer("4", A, (0, 4)))[0] == ("tiny", "a", True)
+    assert summary(*peers) == [("tiny", "b", True), ("tiny@aaaaaaaa", "a", False)]
+    assert summary(*peers[:2], peer("3", B, (0, 4), state=PeerState.DEAD), peer("4", A, (0, 4)))[0] == ("tiny", "a", True)
 
 
 def test_files_without_a_span_in_service_and_draining_nodes_are_no_copies() -> None:
     idle = [peer(name, B) for name in "23456"]
-    assert told(peer("1", A, (0, 4)), *idle)[0] == ("tiny", "a", True)
+    assert summary(peer("1", A, (0, 4)), *idle)[0] == ("tiny", "a", True)
     leaving = [peer(name, B, (0, 4), draining=True) for name in "23456"]
-    assert told(peer("1", A, (0, 4)), *leaving)[0] == ("tiny", "a", True)
+    assert summary(peer("1", A, (0, 4)), *leaving)[0] == ("tiny", "a", True)
 
 
-def test_a_version_that_lacks_layers_does_not_answer_beside_one_that_lacks_none() -> None:
+def test_an_incomplete_version_does_not_answer_beside_a_complete_one() -> None:
     peers = [peer("1", A, (0, 4)), *(peer(name, B, (0, 3)) for name in "234")]
-    assert told(*peers)[0] == ("tiny", "a", True)
-    assert told(*peers, peer("5", B, (2, 4)))[0] == ("tiny", "b", True)
-    assert told(*(peer(name, B, (0, 3)) for name in "234"), peer("1", A, (1, 4)))[0] == ("tiny", "b", True), "both lack some"
+    assert summary(*peers)[0] == ("tiny", "a", True)
+    assert summary(*peers, peer("5", B, (2, 4)))[0] == ("tiny", "b", True)
+    assert summary(*(peer(name, B, (0, 3)) for name in "234"), peer("1", A, (1, 4)))[0] == ("tiny", "b", True), "both lack some"
 
 
-def test_of_equally_many_the_newer_answers_and_a_fresh_copy_makes_no_version_newer() -> None:
+def test_with_equal_copies_the_version_with_the_newer_oldest_copy_answers() -> None:
     old = peer("1", A, (0, 4), written_at_s=100)
-    assert told(old, peer("2", B, (0, 4), written_at_s=200))[0] == ("tiny", "b", True)
-    assert told(old, peer("2", B, (0, 4), written_at_s=50))[0] == ("tiny", "a", True)
+    assert summary(old, peer("2", B, (0, 4), written_at_s=200))[0] == ("tiny", "b", True)
+    assert summary(old, peer("2", B, (0, 4), written_at_s=50))[0] == ("tiny", "a", True)
     copied = peer("3", A, (0, 4), written_at_s=300)
-    assert told(old, copied, peer("2", B, (0, 4), written_at_s=200), peer("4", B, (0, 4), written_at_s=200))[0][1] == "b"
+    assert summary(old, copied, peer("2", B, (0, 4), written_at_s=200), peer("4", B, (0, 4), written_at_s=200))[0][1] == "b"
 
 
 def test_of_equally_old_ones_the_lower_hash_answers() -> None:
-    assert told(peer("1", C, (0, 4)), peer("2", B, (0, 4)))[0] == ("tiny", "b", True)
+    assert summary(peer("1", C, (0, 4)), peer("2", B, (0, 4)))[0] == ("tiny", "b", True)
 
 
-def test_a_node_that_still_hashes_its_files_is_of_no_version_while_others_are_known() -> None:
-    assert told(peer("1", "")) == [("tiny", "", True)]
-    assert told(peer("1", ""), peer("2", "")) == [("tiny", "", True)]
-    assert told(peer("1", ""), peer("2", A, (0, 4))) == [("tiny", "a", True)]
+def test_a_node_that_hashes_its_files_counts_for_no_known_version() -> None:
+    assert summary(peer("1", "")) == [("tiny", "", True)]
+    assert summary(peer("1", ""), peer("2", "")) == [("tiny", "", True)]
+    assert summary(peer("1", ""), peer("2", A, (0, 4))) == [("tiny", "a", True)]
 
 
 def test_names_have_as_many_digits_as_tell_the_versions_apart() -> None:
     alike = "a" * 10 + "b" * 54
-    names = [name for name, _, _ in told(peer("1", C, (0, 4)), peer("2", A), peer("3", alike))]
+    names = [name for name, _, _ in summary(peer("1", C, (0, 4)), peer("2", A), peer("3", alike))]
     assert names == ["tiny", "tiny@aaaaaaaaaaa", "tiny@aaaaaaaaaab"]
 
 
@@ -107,7 +107,7 @@ def test_names_have_as_many_digits_as_tell_the_versions_apart() -> None:
         ("", None),
     ],
 )
-def test_a_request_names_a_version_by_its_id_or_by_digits_of_its_hash(name: str, weights: str | None) -> None:
+def test_a_request_selects_a_version_by_id_or_digits_of_its_hash(name: str, weights: str | None) -> None:
     seen = view(
         peer("1", A, (0, 4)),
         peer("2", B, (0, 4)),
@@ -140,11 +140,11 @@ PEERS = st.lists(
 )
 
 
-@given(told=PEERS, order=st.randoms(use_true_random=False))
-def test_all_nodes_say_the_same_of_any_view_and_one_version_of_an_id_answers(told: list[tuple[Any, ...]], order: object) -> None:
+@given(drawn=PEERS, order=st.randoms(use_true_random=False))
+def test_equal_views_give_equal_versions_and_one_answers_for_each_id(drawn: list[tuple[Any, ...]], order: object) -> None:
     peers = [
         peer(f"n{number}", weights, *spans, written_at_s=written, model=ModelId(model), state=state, draining=draining)
-        for number, (weights, spans, state, draining, written, model) in enumerate(told)
+        for number, (weights, spans, state, draining, written, model) in enumerate(drawn)
     ]
     found = versions(view(*peers))
     order.shuffle(peers)  # type: ignore[attr-defined]
