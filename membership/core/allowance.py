@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from membership.core.effects import Effect, SendDatagram
+from membership.core.effects import MembershipEffect, SendDatagram
 from mesh.wire.datagram_codec import encoded_bytes
 
 if TYPE_CHECKING:
@@ -60,13 +60,13 @@ class Allowance:
         account.at = now
         return True
 
-    def covered(self, effects: list[Effect]) -> list[Effect]:
+    def covered(self, effects: list[MembershipEffect]) -> list[MembershipEffect]:
         """The effects without what no account covers."""
         if not self._accounts:
             return effects
         return [kept for effect in effects if (kept := self._covered(effect)) is not None]
 
-    def _covered(self, effect: Effect) -> Effect | None:
+    def _covered(self, effect: MembershipEffect) -> MembershipEffect | None:
         account = self._accounts.get(effect.to) if isinstance(effect, SendDatagram) else None
         if (
             not isinstance(effect, SendDatagram)

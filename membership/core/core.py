@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from membership.core.allowance import Allowance
 from membership.core.config import MembershipConfig
-from membership.core.effects import Effect, EpochRenewed, FactsChanged, MemberChanged, MemberForgotten, PushFacts
+from membership.core.effects import EpochRenewed, FactsChanged, MemberChanged, MemberForgotten, MembershipEffect, PushFacts
 from membership.core.members import SEVERITY, Member, Members
 from membership.core.outlook import LossBatching
 from membership.core.regions import some_to_tell
@@ -60,40 +60,40 @@ class MembershipCore:
     def fingerprint(self) -> int:
         return self.swim.members.fingerprint.value
 
-    def receive(self, source: Address, message: Message, now: float, arrived_at: float | None = None) -> list[Effect]:
+    def receive(self, source: Address, message: Message, now: float, arrived_at: float | None = None) -> list[MembershipEffect]:
         if not self.allowance.credit(source, message, now):
             return []
         return self._settled(self.swim.receive(source, message, now, arrived_at), now)
 
-    def tick(self, now: float) -> list[Effect]:
+    def tick(self, now: float) -> list[MembershipEffect]:
         effects = self._settled(self.swim.tick(now), now)
         return effects if self.swim.state.left else effects + self.outlook.tick(now)
 
-    def lost(self, node: NodeId, now: float, *, proven: bool = False) -> list[Effect]:
+    def lost(self, node: NodeId, now: float, *, proven: bool = False) -> list[MembershipEffect]:
         return self._settled(self.swim.lost(node, now, proven=proven), now)
 
     def linked(self, node: NodeId) -> None:
         self.swim.refusals.link_made(node)
 
-    def stream_answered(self, seq: int, by: NodeId, now: float) -> list[Effect]:
+    def stream_answered(self, seq: int, by: NodeId, now: float) -> list[MembershipEffect]:
         return self._settled(self.swim.stream_answered(seq, by, now), now)
 
-    def tried(self, number: int, refused: bool | None, now: float) -> list[Effect]:
+    def tried(self, number: int, refused: bool | None, now: float) -> list[MembershipEffect]:
         return self._settled(self.swim.tried(number, refused, now), now)
 
     def remember_seed(self, address: Address) -> None:
         """Keeps trying this address for as long as no live member has it."""
         self.swim.remember_seed(address)
 
-    def twin_asked(self, by: ProcessRun, now: float) -> tuple[TwinAnswer, list[Effect]]:
+    def twin_asked(self, by: ProcessRun, now: float) -> tuple[TwinAnswer, list[MembershipEffect]]:
         """A process with this node's identity asks: what to answer it."""
         return self.swim.refutation.asked(by, now)
 
-    def twin_found(self, place: Address, answer: TwinAnswer | None, now: float) -> list[Effect]:
+    def twin_found(self, place: Address, answer: TwinAnswer | None, now: float) -> list[MembershipEffect]:
         """What came of a `FindTwin`: the proven answer of a process with this node's identity, or none."""
         return self._settled(self.swim.refutation.found(place, answer, now) + self.swim.spread(now), now)
 
-    def leave(self, now: float) -> list[Effect]:
+    def leave(self, now: float) -> list[MembershipEffect]:
         return self.swim.leave(now)
 
     def set_load(self, load: Load, now: float) -> None:
@@ -107,7 +107,7 @@ class MembershipCore:
         member.load, member.load_at, member.heard_at = load, now, now
         return True
 
-    def publish(self, facts: Facts, now: float) -> list[Effect]:
+    def publish(self, facts: Facts, now: float) -> list[MembershipEffect]:
         """Raises LocalError when they are larger than peers accept."""
         news = self.facts.publish(facts)
         return [] if news is None else [FactsChanged(self.me), *self._pushes((news,), now, ())]
@@ -140,7 +140,7 @@ class MembershipCore:
         """The opening of an exchange: a digest of everything."""
         return Sync(digest=tuple(self._entry(member) for member in self.swim.members))
 
-    def answer(self, asker: NodeId, sync: Sync, now: float) -> tuple[Synced, list[Effect]]:
+    def answer(self, asker: NodeId, sync: Sync, now: float) -> tuple[Synced, list[MembershipEffect]]:
         """A peer opened an exchange, brought what we wanted, or pushes news."""
         effects = self._learn(asker, sync.members, sync.deltas, now, pushed=not sync.digest)
         if not sync.digest or self.swim.state.left:
@@ -164,7 +164,7 @@ class MembershipCore:
         more = cut or len(members) > _MAX_MEMBERS
         return Synced(self.me, tuple(members[:_MAX_MEMBERS]), tuple(deltas), tuple(wanted), more), effects
 
-    def learn(self, source: Address, synced: Synced, now: float) -> tuple[Sync | None, list[Effect]]:
+    def learn(self, source: Address, synced: Synced, now: float) -> tuple[Sync | None, list[MembershipEffect]]:
         """The answer of `source` came: what it brings, and what to send next, if anything is wanted or there is more."""
         self.swim.met_seed(source, synced.node)
         effects = self._learn(synced.node, synced.members, synced.deltas, now, pushed=False)
@@ -198,7 +198,7 @@ class MembershipCore:
         now: float,
         *,
         pushed: bool,
-    ) -> list[Effect]:
+    ) -> list[MembershipEffect]:
         if self.swim.state.left:
             return []
         newcomers = sum(member.node not in self.swim.members for member in members)
@@ -208,7 +208,7 @@ class MembershipCore:
         news, gap = self._accept(deltas)
         if gap and teller in self.swim.members:
             self.swim.state.want_exchange(self.swim.members[teller].address, now)
-        effects: list[Effect] = [FactsChanged(owner) for owner in news]
+        effects: list[MembershipEffect] = [FactsChanged(owner) for owner in news]
         passed_on = news if pushed or len(news) <= _MAX_PASS_ON else {owner: news[owner] for owner in news if owner == teller}
         effects = self._settled(self.swim.spread(now), now) + effects
         # A sender that was ahead of us about ourselves gets the outcome too; another knows what it sent.
@@ -232,7 +232,7 @@ class MembershipCore:
         if entry is not None and SEVERITY[entry.state] > 0:
             self.swim.claims.hear(Suspect(self.me, entry.epoch, entry.incarnation, asker), now)
 
-    def _pushes(self, news: tuple[FactsDelta, ...], now: float, without: tuple[NodeId, ...]) -> list[Effect]:
+    def _pushes(self, news: tuple[FactsDelta, ...], now: float, without: tuple[NodeId, ...]) -> list[MembershipEffect]:
         """The news for a few peers, as far as one message should grow: exchanges bring the rest."""
         kept: list[FactsDelta] = []
         left_bytes = DELTAS_BYTES
@@ -251,7 +251,7 @@ class MembershipCore:
     def _entry(self, member: Member) -> DigestEntry:
         return DigestEntry(member.node, member.epoch, member.incarnation, member.state, *self.facts.known(member.node))
 
-    def _settled(self, effects: list[Effect], now: float) -> list[Effect]:
+    def _settled(self, effects: list[MembershipEffect], now: float) -> list[MembershipEffect]:
         """Lets the facts book and the outlook follow what happened to the members, and holds back what is not covered."""
         notices = [effect for effect in effects if type(effect) in _FOLLOWED]
         if not notices:

@@ -133,4 +133,4 @@ Notice = (
     | TwinSeen
     | ProcessDisplaced
 )
-Effect = Request | Notice
+MembershipEffect = Request | Notice

@@ -34,7 +34,7 @@ _STATE_OF: dict[type, PeerState] = {
     Left: PeerState.LEFT,
 }
 
-Standing = tuple[int, int, int]
+MemberPrecedence = tuple[int, int, int]
 """(epoch, incarnation, severity): compares as tuples do."""
 
 Description = tuple[int, int, str, str, int, str]
@@ -45,7 +45,7 @@ def state_of(claim: Claim) -> PeerState:
     return _STATE_OF[type(claim)]
 
 
-def standing_of(claim: Claim) -> Standing:
+def standing_of(claim: Claim) -> MemberPrecedence:
     return claim.epoch, claim.incarnation, SEVERITY[state_of(claim)]
 
 
@@ -77,7 +77,7 @@ class Member:
     put_right: tuple[float, list[Claim]] | None = None  # when it was last told unasked that it is behind, and what
 
     @property
-    def standing(self) -> Standing:
+    def standing(self) -> MemberPrecedence:
         return self.epoch, self.incarnation, SEVERITY[self.state]
 
     @property

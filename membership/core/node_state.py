@@ -15,7 +15,7 @@ from membership.core.claim_verifier import ClaimVerifier
 from membership.core.config import MembershipConfig
 from membership.core.dissemination import Rumours, transmit_limit
 from membership.core.distances import Distances
-from membership.core.effects import Effect, MemberForgotten, SendDatagram, StartSync
+from membership.core.effects import MemberForgotten, MembershipEffect, SendDatagram, StartSync
 from membership.core.exchanges import Exchanges
 from membership.core.health import LAG_MAX_S, LocalHealth
 from membership.core.members import Member, Members, description_of
@@ -63,7 +63,7 @@ class NodeState:
         self.behind = False  # a claim referred to a node's own claim that has not arrived here
         self.next_gossip_at = now
         self._news: dict[NodeId, Claim] = {}
-        self._changes: list[Effect] = []
+        self._changes: list[MembershipEffect] = []
         self._exchanges = Exchanges(config, now)
 
     @property
@@ -97,14 +97,14 @@ class NodeState:
         self.rumours.put(claim)
         self._news[claim.node] = claim
 
-    def note(self, change: Effect) -> None:
+    def note(self, change: MembershipEffect) -> None:
         self._changes.append(change)
 
-    def take_changes(self) -> list[Effect]:
+    def take_changes(self) -> list[MembershipEffect]:
         changes, self._changes = self._changes, []
         return changes
 
-    def flush(self, now: float, without: tuple[NodeId, ...] = ()) -> list[Effect]:
+    def flush(self, now: float, without: tuple[NodeId, ...] = ()) -> list[MembershipEffect]:
         """Takes the pending changes, and sends the pending news to a few peers at once, not to those `without`."""
         effects = self.take_changes()
         if effects:

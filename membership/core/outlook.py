@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from membership.core.effects import Effect, LossBatch, MemberChanged, MemberForgotten, ViewFrozen
+from membership.core.effects import LossBatch, MemberChanged, MemberForgotten, MembershipEffect, ViewFrozen
 from mesh.view import PeerState
 from mesh.wire.gossip import REFUSED
 
@@ -79,7 +79,7 @@ class LossBatching:
         settled_at = self._cut_grew_at + (FROZEN_SETTLE_S if self.frozen else SETTLE_S)
         return last_at if self._members.suspects else min(last_at, settled_at)
 
-    def follow(self, notices: Iterable[Effect], now: float) -> list[Effect]:
+    def follow(self, notices: Iterable[MembershipEffect], now: float) -> list[MembershipEffect]:
         """Takes in what happened to members; what that amounts to at once."""
         for notice in notices:
             match notice:
@@ -91,8 +91,8 @@ class LossBatching:
                         group.discard(node)
         return self._judge()
 
-    def tick(self, now: float) -> list[Effect]:
-        effects: list[Effect] = []
+    def tick(self, now: float) -> list[MembershipEffect]:
+        effects: list[MembershipEffect] = []
         if not (self._batch or self._doubted or self._lost or self._fresh):
             return effects  # as at nearly every tick
         suspects = bool(self._members.suspects)
@@ -105,7 +105,7 @@ class LossBatching:
             self._doubted, self._lost, self._fresh = set(), set(), set()
         return effects + self._judge()
 
-    def _judge(self) -> list[Effect]:
+    def _judge(self) -> list[MembershipEffect]:
         missing = len(self._doubted) + len(self._lost)
         frozen = missing > 1 and missing > FREEZE_SHARE * self.stable_count
         if frozen is self.frozen:

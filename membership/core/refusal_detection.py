@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from membership.core.claims import ClaimProcessing
-from membership.core.effects import Effect, MemberChanged, SendDatagram, TryConnect, WatchLinks
+from membership.core.effects import MemberChanged, MembershipEffect, SendDatagram, TryConnect, WatchLinks
 from membership.core.members import Member
 from membership.core.node_state import NodeState
 from membership.core.roster import MemberIds
@@ -65,7 +65,7 @@ class RefusalDetection:
         self._probe_number = 0
         self.refused_deaths = 0
 
-    def after_changes(self, effects: list[Effect], now: float) -> list[Effect]:
+    def after_changes(self, effects: list[MembershipEffect], now: float) -> list[MembershipEffect]:
         """What the changes among `effects` call for: checks of reported deaths and new suspects, other links to watch."""
         more = self._check_reported_deaths(now) if self._claims.doubted else []
         changed = [effect for effect in effects if isinstance(effect, MemberChanged)]
@@ -75,7 +75,7 @@ class RefusalDetection:
                 more += self._look(member, now) if member is not None and self._watches(member, now) else []
         return more + self.watch() if changed else more
 
-    def look_again(self, now: float) -> list[Effect]:
+    def look_again(self, now: float) -> list[MembershipEffect]:
         """Checks stalled suspects: one that has stopped listening is no longer given the benefit of the doubt."""
         self._drop_old(now)
         stalled = [m for m in self._state.suspected() if m.suspicion and m.suspicion.stalled and self._watches(m, now)]
@@ -85,7 +85,7 @@ class RefusalDetection:
         """The live members that follow this node in the order of ids, which are random: neighbours share no rack."""
         return self._state.members.roster.after(self._state.me, count)
 
-    def watch(self, *, again: bool = False) -> list[Effect]:
+    def watch(self, *, again: bool = False) -> list[MembershipEffect]:
         """Asks the shell to keep links to the ring successors; `again`: also to those requested before."""
         state = self._state
         if again and state.members.roster is self._ring and all([node in state.linked for node, _ in self.watched]):
@@ -101,7 +101,7 @@ class RefusalDetection:
         """A link with `node` is open, its handshake done."""
         self._state.linked[node] = self._state.linked.get(node, 0) + 1
 
-    def open_case(self, member: Member, now: float, *, hearsay: bool = False) -> list[Effect]:
+    def open_case(self, member: Member, now: float, *, hearsay: bool = False) -> list[MembershipEffect]:
         """A link ended, or another member reports a death: see whether the node's host refuses us."""
         if (case := self._open_case(member, now)) is not None:
             case.hearsay |= hearsay
@@ -117,7 +117,7 @@ class RefusalDetection:
         """The node answered a question sent after its case was opened: it lives."""
         self.cases.pop(node, None)
 
-    def tried(self, number: int, refused: bool | None, now: float) -> list[Effect]:
+    def tried(self, number: int, refused: bool | None, now: float) -> list[MembershipEffect]:
         """The connection of a `TryConnect` was refused (True), came about (False), or got no answer (None)."""
         state = self._state
         probe = self._probes.pop(number, None)
@@ -140,7 +140,7 @@ class RefusalDetection:
         check = ConnectCheck(state.sender(now), number, probe.node)
         return [SendDatagram(state.members.address_of(relay), state.filled(check, ())) for relay in relays]
 
-    def on_connect_check(self, asker: Address, message: ConnectCheck, now: float) -> list[Effect]:
+    def on_connect_check(self, asker: Address, message: ConnectCheck, now: float) -> list[MembershipEffect]:
         """Tries to connect for another member: to members only, at the address known here."""
         member = self._state.members.get(message.target)
         if member is None or message.target == self._state.me:
@@ -166,12 +166,12 @@ class RefusalDetection:
         fits = case is not None and now - case.opened_at < CASE_S and (case.epoch, case.incarnation) == member.standing[:2]
         return case if fits else None
 
-    def _look(self, member: Member, now: float) -> list[Effect]:
+    def _look(self, member: Member, now: float) -> list[MembershipEffect]:
         """A member with a link to a new suspect asks: does its process exist at all?"""
         number = self._start_probe(member.node, None, 0, now)
         return [TryConnect(number, member.address)] if number is not None else []
 
-    def _check_reported_deaths(self, now: float) -> list[Effect]:
+    def _check_reported_deaths(self, now: float) -> list[MembershipEffect]:
         """Checks the deaths just reported of members that still have a link with this node."""
         nodes, self._claims.doubted = self._claims.doubted, []
         still_there = [m for node in nodes if (m := self._state.members.get(node)) is not None and m.live]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TypeGuard
 
-from membership.core.effects import Effect, EpochRenewed, MemberChanged, ProcessDisplaced
+from membership.core.effects import EpochRenewed, MemberChanged, MembershipEffect, ProcessDisplaced
 from membership.core.members import description_of
 from membership.core.node_state import NodeState
 from membership.core.twins import Twins
@@ -31,12 +31,12 @@ class Refutation:
         self._held: Alive | None = None  # a claim of another run, until it is known whether that run lives
         self._last_renewal_at = -1e9
 
-    def asked(self, by: ProcessRun, now: float) -> tuple[TwinAnswer, list[Effect]]:
+    def asked(self, by: ProcessRun, now: float) -> tuple[TwinAnswer, list[MembershipEffect]]:
         """A process that claims to be this node asks for this one's run."""
         answer, effects = self.twins.asked(by, now)
         return answer, [] if self._state.left else effects
 
-    def found(self, place: Address, answer: TwinAnswer | None, now: float) -> list[Effect]:
+    def found(self, place: Address, answer: TwinAnswer | None, now: float) -> list[MembershipEffect]:
         """The outcome of a `FindTwin`. A displaced process falls silent: its goodbye would be taken for the other's."""
         if self._state.left:
             return []

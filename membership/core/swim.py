@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from membership.core.claims import ClaimProcessing
 from membership.core.config import MembershipConfig
-from membership.core.effects import Effect, LoadMeasured, MemberChanged, PingStream, SendDatagram, StartSync
+from membership.core.effects import LoadMeasured, MemberChanged, MembershipEffect, PingStream, SendDatagram, StartSync
 from membership.core.health import LAG_MAX_S, missed_nacks
 from membership.core.members import Member, Members
 from membership.core.node_state import NodeState
@@ -101,7 +101,7 @@ class Swim:
         self._next_redial_at = now + config.redial_period_s * (0.5 + rng.random())
         self._probed = self._failed = self._sleeps = 0
 
-    def spread(self, now: float, without: tuple[NodeId, ...] = ()) -> list[Effect]:
+    def spread(self, now: float, without: tuple[NodeId, ...] = ()) -> list[MembershipEffect]:
         """Ends every call from outside: the changes, this call's news to a few peers at once, and what the changes call for."""
         if not (self.state.is_pending or self.claims.doubted):
             return []  # as after nearly every datagram
@@ -134,7 +134,7 @@ class Swim:
         if address in self._seeds:
             self._seeds[address] = node
 
-    def receive(self, source: Address, message: Message, now: float, arrived_at: float | None = None) -> list[Effect]:
+    def receive(self, source: Address, message: Message, now: float, arrived_at: float | None = None) -> list[MembershipEffect]:
         """One datagram that came from `source`; `arrived_at`: when it reached this host, by the kernel's stamp, if earlier."""
         sender = message.sender
         if self.state.left or sender.node == self.me:
@@ -149,7 +149,7 @@ class Swim:
             peer = self.members.get(sender.node)
         if peer is not None and peer.live:
             self.state.compare(sender.fingerprint, peer.address, now)  # after what came along: it may be the difference
-        effects: list[Effect] = []
+        effects: list[MembershipEffect] = []
         rtt_s = None  # of the ack, if it times one
         match message:
             case Ping(seq=seq, target=target, where=where):
@@ -185,7 +185,7 @@ class Swim:
             effects.append(self._measure(peer, sender, now, rtt_s))
         return effects + self.spread(now, without=(sender.node,))
 
-    def tick(self, now: float) -> list[Effect]:
+    def tick(self, now: float) -> list[MembershipEffect]:
         """Does all that is due at `now` and moves the deadline past it."""
         if self.state.left:
             return []
@@ -194,7 +194,7 @@ class Swim:
         if (late_s := now - due_at) > self._config.lag_tolerance_s:
             self._forgive(late_s, now)
             self.state.health.lagged(late_s, now)
-        effects: list[Effect] = []
+        effects: list[MembershipEffect] = []
         for probe in list(self._probes.under_way.values()):
             if now >= probe.ends_at:
                 del self._probes.under_way[probe.seq]
@@ -229,14 +229,14 @@ class Swim:
         else:
             self.claims.declare(Dead(member.node, member.epoch, member.incarnation, self.me), now)
 
-    def stream_answered(self, seq: int, by: NodeId, now: float) -> list[Effect]:
+    def stream_answered(self, seq: int, by: NodeId, now: float) -> list[MembershipEffect]:
         """A `PingStream` was answered: datagrams to that node, or from it, get lost, but it lives."""
         probe = self._probes.under_way.get(seq)
         if not self.state.left and probe is not None and by == probe.target and self._probes.answered(seq, by) is not None:
             self._alive_after_all(probe, now)
         return self.spread(now)
 
-    def lost(self, node: NodeId, now: float, *, proven: bool = False) -> list[Effect]:
+    def lost(self, node: NodeId, now: float, *, proven: bool = False) -> list[MembershipEffect]:
         """A link to `node` broke: probe it now, directly and through others at once.
 
         `proven`: its handshake had named `node`, and it was told by `link_made`; its end may be the end of a process.
@@ -251,11 +251,11 @@ class Swim:
             effects += self._probe(member, now, urgent=True)  # else that question is being asked already
         return effects + self.spread(now)
 
-    def tried(self, number: int, refused: bool | None, now: float) -> list[Effect]:
+    def tried(self, number: int, refused: bool | None, now: float) -> list[MembershipEffect]:
         """What came of a `TryConnect`."""
         return [] if self.state.left else self.refusals.tried(number, refused, now) + self.spread(now)
 
-    def leave(self, now: float) -> list[Effect]:
+    def leave(self, now: float) -> list[MembershipEffect]:
         """Says goodbye to live peers and falls silent for good."""
         if self.state.left:
             return []
@@ -316,7 +316,7 @@ class Swim:
     def _send(self, to: Address, bare: Message, first: Sequence[Claim]) -> SendDatagram:
         return SendDatagram(to, self.state.filled(bare, first))
 
-    def _probe(self, member: Member, now: float, *, urgent: bool = False) -> list[Effect]:
+    def _probe(self, member: Member, now: float, *, urgent: bool = False) -> list[MembershipEffect]:
         self._probed += 1
         slack_s, factor = self.state.slack_s(member, now), self.state.health.factor
         round_s, timeout_s = (
@@ -327,15 +327,15 @@ class Swim:
         probe = self._probes.start(member.node, now, now if urgent else now + timeout_s, ends_at)
         first = [member.claim(self.me)] if member.state is PeerState.SUSPECT else []
         ping = Ping(self.state.sender(now), probe.seq, member.node, where=self.state.distances.told_with_ping())
-        effects: list[Effect] = [self._send(member.address, ping, first)]
+        effects: list[MembershipEffect] = [self._send(member.address, ping, first)]
         return effects + self._ask_others(probe, now) if urgent else effects
 
-    def _ask_others(self, probe: Probe, now: float) -> list[Effect]:
+    def _ask_others(self, probe: Probe, now: float) -> list[MembershipEffect]:
         probe.indirect_at = math.inf
         relays = some_relays(self.members, self._config.indirect_peers, self._rng, probe.target)
         probe.relays |= frozenset(relays)
         probe.ends_at = max(probe.ends_at, now + self._relay_s(relays, probe.target))
-        asked: list[Effect] = [
+        asked: list[MembershipEffect] = [
             self._send(self.members.address_of(relay), PingReq(self.state.sender(now), probe.seq, probe.target), ())
             for relay in relays
         ]
@@ -348,7 +348,7 @@ class Swim:
         nack_s = way_s + _NACK_SHARE * self._config.probe_timeout_s
         return min(LAG_MAX_S, _RELAYED_FACTOR * max(2 * way_s + there_s, nack_s))
 
-    def _relay(self, asker: Address, asker_seq: int, target: NodeId, now: float) -> list[Effect]:
+    def _relay(self, asker: Address, asker_seq: int, target: NodeId, now: float) -> list[MembershipEffect]:
         # Only to members, at the address we know: no sender can make this node ping strangers.
         member = self.members.get(target)
         if member is None or target == self.me:
@@ -361,7 +361,7 @@ class Swim:
         first = [] if member.state is PeerState.ALIVE else [member.claim(self.me)]
         return [self._send(member.address, Ping(self.state.sender(now), seq, target), first)]
 
-    def _on_ack(self, seq: int, by: NodeId, now: float, arrived_at: float, effects: list[Effect]) -> float | None:
+    def _on_ack(self, seq: int, by: NodeId, now: float, arrived_at: float, effects: list[MembershipEffect]) -> float | None:
         """The round trip in seconds when the target itself answered a probe of ours; a clock that stood still timed none."""
         if (relay := self._probes.relayed(seq, by, now)) is not None:
             first = [self.members[by].claim(self.me)] if by in self.members else []
@@ -407,9 +407,9 @@ class Swim:
     def _lives(self, node: NodeId) -> bool:
         return (member := self.members.get(node)) is not None and member.live
 
-    def _redial(self, now: float) -> list[Effect]:
+    def _redial(self, now: float) -> list[MembershipEffect]:
         """Tries one address of a lost member or a seed, so that a mesh that was split becomes one again."""
-        effects: list[Effect] = []
+        effects: list[MembershipEffect] = []
         gone = [self.members[node] for node in sorted(self.members.gone)]
         for member in gone:
             if member.node != self.me and now - member.since > self._config.forget_s:

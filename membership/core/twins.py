@@ -10,7 +10,7 @@ judges, the one with the lower address, once; the other is told when it asks. Ea
 
 from __future__ import annotations
 
-from membership.core.effects import Effect, FindTwin, ProcessDisplaced, TwinSeen
+from membership.core.effects import FindTwin, MembershipEffect, ProcessDisplaced, TwinSeen
 from mesh.ids import Address
 from mesh.wire.gossip import Alive
 from mesh.wire.twin import ANSWERER, ASKER, ProcessRun, TwinAnswer
@@ -37,7 +37,7 @@ class Twins:
         host, port = self._address
         return ProcessRun(host, port, self._name, max(0.0, now - self._began))
 
-    def hear(self, place: Address, now: float) -> tuple[bool, list[Effect]]:
+    def hear(self, place: Address, now: float) -> tuple[bool, list[MembershipEffect]]:
         """Words of this identity that another process said at `place`. Whether to go beyond them now, and what to find out."""
         if place == self._address or self._lately(self._yields_at, place, now, REMEMBERED_S):
             return True, []
@@ -45,7 +45,7 @@ class Twins:
             return True, []
         return False, self._ask(place, now)
 
-    def asked(self, by: ProcessRun, now: float) -> tuple[TwinAnswer, list[Effect]]:
+    def asked(self, by: ProcessRun, now: float) -> tuple[TwinAnswer, list[MembershipEffect]]:
         """A process that claims this identity asks: it may be a twin, so it is asked in turn."""
         if by.address == self._address:
             return TwinAnswer(self.run(now), ""), []
@@ -54,7 +54,7 @@ class Twins:
             stops = ANSWERER if self._stops(by, now) else ASKER
         return TwinAnswer(self.run(now), stops), [TwinSeen(by), *self._ask(by.address, now)]
 
-    def found(self, place: Address, answer: TwinAnswer | None, now: float) -> list[Effect]:
+    def found(self, place: Address, answer: TwinAnswer | None, now: float) -> list[MembershipEffect]:
         """What came of a `FindTwin`: the answer of a process with this identity's key; None: there is none."""
         self._asked_at.pop(place, None)
         if answer is None or answer.run.address == self._address:  # no process, or this one by another address
@@ -68,7 +68,7 @@ class Twins:
             self._note(self._yields_at, address, now)
         return [TwinSeen(twin)]
 
-    def _ask(self, place: Address, now: float) -> list[Effect]:
+    def _ask(self, place: Address, now: float) -> list[MembershipEffect]:
         if self._lately(self._yields_at, place, now, ASK_AGAIN_S) or self._lately(self._asked_at, place, now, ASKING_S):
             return []
         self._note(self._asked_at, place, now)

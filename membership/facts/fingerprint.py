@@ -12,21 +12,21 @@ from functools import lru_cache
 
 from mesh.ids import NodeId
 
-Standing = tuple[int, int]
+FactsPrecedence = tuple[int, int]
 """(epoch, incarnation)."""
 
 
 class Fingerprint:
-    def __init__(self, standings: Mapping[NodeId, Standing] | None = None) -> None:
+    def __init__(self, standings: Mapping[NodeId, FactsPrecedence] | None = None) -> None:
         """`standings`: of the live members."""
-        self._common: Mapping[NodeId, Standing] = {}
-        self._standing: dict[NodeId, Standing | None] = {}  # beyond the common ones; None: not alive
+        self._common: Mapping[NodeId, FactsPrecedence] = {}
+        self._standing: dict[NodeId, FactsPrecedence | None] = {}  # beyond the common ones; None: not alive
         self._facts: dict[NodeId, tuple[int, int]] = {}  # of all known: epoch, version
         self.value = 0
         for node, standing in (standings or {}).items():
             self.live(node, *standing)
 
-    def found(self, standings: Mapping[NodeId, Standing], value: int) -> None:
+    def found(self, standings: Mapping[NodeId, FactsPrecedence], value: int) -> None:
         """These live, and as long as nothing else is heard of one, its entry is shared. `value`: their fingerprint."""
         self._standing.clear()
         self._common, self.value = standings, value
@@ -43,10 +43,10 @@ class Fingerprint:
     def forget(self, node: NodeId) -> None:
         self._swap(node, None, None)
 
-    def _of(self, node: NodeId) -> Standing | None:
+    def _of(self, node: NodeId) -> FactsPrecedence | None:
         return self._standing[node] if node in self._standing else self._common.get(node)
 
-    def _swap(self, node: NodeId, standing: Standing | None, facts: tuple[int, int] | None) -> None:
+    def _swap(self, node: NodeId, standing: FactsPrecedence | None, facts: tuple[int, int] | None) -> None:
         self.value ^= _hash_of(node, self._of(node), self._facts.pop(node, None))
         self.value ^= _hash_of(node, standing, facts)
         if standing == self._common.get(node):

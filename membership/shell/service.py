@@ -18,13 +18,13 @@ import trio
 from membership.core.config import MembershipConfig
 from membership.core.core import MembershipCore
 from membership.core.effects import (
-    Effect,
     EpochRenewed,
     FactsChanged,
     LoadMeasured,
     LossBatch,
     MemberChanged,
     MemberForgotten,
+    MembershipEffect,
     PingStream,
     PushFacts,
     SendDatagram,
@@ -258,7 +258,7 @@ class Membership:
             now = trio.current_time()
             self._carry_out(self._core.receive(source, message, now, now - lay_s))
 
-    def _carry_out(self, effects: list[Effect]) -> None:
+    def _carry_out(self, effects: list[MembershipEffect]) -> None:
         changed: list[NodeId] = []
         events: list[MemberEvent] = []
         cuts: list[LossBatch] = []

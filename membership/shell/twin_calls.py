@@ -9,7 +9,7 @@ import msgspec
 import trio
 
 from membership.core.core import MembershipCore
-from membership.core.effects import Effect, FindTwin, ProcessDisplaced, TwinSeen
+from membership.core.effects import FindTwin, MembershipEffect, ProcessDisplaced, TwinSeen
 from mesh.errors import BadRequest, MeshError
 from mesh.ids import Address, NodeId
 from mesh.keys.signing import Signer
@@ -35,7 +35,7 @@ class TwinCalls:
         view: Callable[[], View],
         core: MembershipCore,
         start: Callable[..., None],
-        settle: Callable[[list[Effect]], None],
+        settle: Callable[[list[MembershipEffect]], None],
     ) -> None:
         self._me, self._signer, self._call, self._view = me, signer, call, view
         self._core, self._start, self._settle = core, start, settle
@@ -43,7 +43,7 @@ class TwinCalls:
         self.on_seen: Callable[[ProcessRun], None] = lambda twin: None
         self.on_displaced: Callable[[ProcessRun], None] = lambda by: None
 
-    def carry_out(self, effect: Effect) -> None:
+    def carry_out(self, effect: MembershipEffect) -> None:
         """The effects of `membership.core.twins`; any other is not for this class."""
         match effect:
             case FindTwin(to=place):

@@ -13,7 +13,7 @@ from typing import Any
 
 _BUCKETS_A_SECOND = 2000
 
-Event = tuple[float, int, Callable[..., None], tuple[Any, ...]]
+ScheduledEvent = tuple[float, int, Callable[..., None], tuple[Any, ...]]
 """(when, number, what, with what); the numbers are all different."""
 
 
@@ -21,10 +21,10 @@ class Events:
     def __init__(self) -> None:
         self.taken = 0
         self._count = 0
-        self._ahead: dict[int, list[Event]] = {}
+        self._ahead: dict[int, list[ScheduledEvent]] = {}
         self._numbers: list[int] = []  # of the buckets ahead, as a heap
         self._number = -1  # of the bucket that is being emptied
-        self._bucket: list[Event] = []
+        self._bucket: list[ScheduledEvent] = []
         self._next = 0  # in that bucket
 
     def put(self, at: float, what: Callable[..., None], with_what: tuple[object, ...]) -> None:
@@ -40,7 +40,7 @@ class Events:
             self._ahead[number] = [event]
             heapq.heappush(self._numbers, number)
 
-    def take(self, until: float) -> Event | None:
+    def take(self, until: float) -> ScheduledEvent | None:
         """The next one, if it is due by `until`."""
         if self._next == len(self._bucket):
             if not self._numbers or self._numbers[0] > until * _BUCKETS_A_SECOND:

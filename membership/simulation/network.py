@@ -16,11 +16,11 @@ from random import Random
 from membership.core.config import MembershipConfig
 from membership.core.core import MembershipCore
 from membership.core.effects import (
-    Effect,
     FactsChanged,
     LoadMeasured,
     LossBatch,
     MemberChanged,
+    MembershipEffect,
     PingStream,
     PushFacts,
     SendDatagram,
@@ -33,7 +33,7 @@ from membership.simulation.nodes import Carried, ObservedChange, SimNode
 from membership.simulation.shared_members import SharedMembers, SharedRecords
 from membership.simulation.signer import StandInSigner
 from membership.simulation.timeline import VirtualTime
-from membership.simulation.ways import LatencyModel, Span
+from membership.simulation.ways import LatencyModel, TimeSpan
 from mesh.ids import Address, NodeId
 from mesh.keys.seal import KeySeal
 from mesh.keys.signing import Signer
@@ -61,8 +61,8 @@ class Network(VirtualTime):
         *,
         config: MembershipConfig | None = None,
         loss: float = 0.0,
-        delay_s: Span = (0.0005, 0.002),
-        far_s: Span | None = None,
+        delay_s: TimeSpan = (0.0005, 0.002),
+        far_s: TimeSpan | None = None,
         core: Callable[[Alive, Signer, MembershipConfig, Random, float], MembershipCore] = sharing_core,
         encoded: bool = True,
     ) -> None:
@@ -234,7 +234,7 @@ class Network(VirtualTime):
         else:
             self._wake_later(it)
 
-    def carry_out(self, it: SimNode, effects: list[Effect]) -> None:
+    def carry_out(self, it: SimNode, effects: list[MembershipEffect]) -> None:
         for effect in effects:
             if type(effect) is SendDatagram:  # these two are nearly all
                 self._send(it, effect.to, effect.message)
@@ -242,7 +242,7 @@ class Network(VirtualTime):
                 self._carry_out_rare(it, effect)
         self._arm(it)
 
-    def _carry_out_rare(self, it: SimNode, effect: Effect) -> None:
+    def _carry_out_rare(self, it: SimNode, effect: MembershipEffect) -> None:
         match effect:
             case StartSync(to=to):
                 self._exchange(it, to)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from membership.core.effects import Effect, FindTwin, ProcessDisplaced
+from membership.core.effects import FindTwin, MembershipEffect, ProcessDisplaced
 from membership.simulation.nodes import SimNode
 from mesh.ids import Address
 from mesh.wire.twin import TwinAnswer
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 NO_ANSWER_S = 2.0  # as long as the real call waits
 
 
-def carry_out(network: Network, it: SimNode, effect: Effect) -> None:
+def carry_out(network: Network, it: SimNode, effect: MembershipEffect) -> None:
     match effect:
         case FindTwin(to=place):
             _ask(network, it, place)

@@ -7,18 +7,18 @@ from random import Random
 
 from mesh.ids import NodeId
 
-Span = tuple[float, float]
+TimeSpan = tuple[float, float]
 
 
 class LatencyModel:
     """`near_s`: of one way within a region, `far_s`: between two, each drawn evenly between its ends."""
 
-    def __init__(self, rng: Random, near_s: Span, far_s: Span | None) -> None:
+    def __init__(self, rng: Random, near_s: TimeSpan, far_s: TimeSpan | None) -> None:
         self._rng = rng
         self._near_s, self._far_s = near_s, far_s or near_s
         self._region: dict[NodeId, str] = {}
         self._regions: set[str] = set()
-        self._batch: set[tuple[NodeId, NodeId]] = set()
+        self._blocked: set[tuple[NodeId, NodeId]] = set()
         self.bytes_abroad = 0
 
     def place(self, node: NodeId, region: str) -> None:
@@ -33,7 +33,7 @@ class LatencyModel:
         return shortest_s + (longest_s - shortest_s) * self._rng.random()
 
     def passes(self, source: NodeId, to: NodeId) -> bool:
-        return not self._batch or (source, to) not in self._batch
+        return not self._blocked or (source, to) not in self._blocked
 
     def carried(self, source: NodeId, to: NodeId, size_bytes: int) -> None:
         if self.abroad(source, to):
@@ -44,9 +44,9 @@ class LatencyModel:
         others = list(others)
         for one in some:
             for other in others:
-                self._batch.add((one, other))
+                self._blocked.add((one, other))
                 if not one_way:
-                    self._batch.add((other, one))
+                    self._blocked.add((other, one))
 
     def heal(self) -> None:
-        self._batch.clear()
+        self._blocked.clear()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from membership.core.config import MembershipConfig
 from membership.core.core import MembershipCore
-from membership.core.effects import Effect
+from membership.core.effects import MembershipEffect
 from membership.trace import trace_format
 from membership.trace.trace_format import Trace, TraceRecord, answer_hash
 from mesh.ids import Address, NodeId
@@ -58,17 +58,17 @@ class RecordedCore(MembershipCore):
         super().__init__(me, self._signer, config, rng, now)
         self._keep(trace_format.StartInput(now, me, signer.public_key, asdict(config), seed), None)
 
-    def receive(self, source: Address, message: Message, now: float, arrived_at: float | None = None) -> list[Effect]:
+    def receive(self, source: Address, message: Message, now: float, arrived_at: float | None = None) -> list[MembershipEffect]:
         receive = super().receive
         return self._played(
             trace_format.DatagramInput(now, source, message, arrived_at), lambda: receive(source, message, now, arrived_at)
         )
 
-    def tick(self, now: float) -> list[Effect]:
+    def tick(self, now: float) -> list[MembershipEffect]:
         tick = super().tick
         return self._played(trace_format.TickInput(now), lambda: tick(now))
 
-    def lost(self, node: NodeId, now: float, *, proven: bool = False) -> list[Effect]:
+    def lost(self, node: NodeId, now: float, *, proven: bool = False) -> list[MembershipEffect]:
         lost = super().lost
         return self._played(trace_format.LinkLostInput(now, node, proven), lambda: lost(node, now, proven=proven))
 
@@ -76,23 +76,23 @@ class RecordedCore(MembershipCore):
         linked = super().linked
         self._played(trace_format.LinkUpInput(0.0, node), lambda: linked(node))
 
-    def stream_answered(self, seq: int, by: NodeId, now: float) -> list[Effect]:
+    def stream_answered(self, seq: int, by: NodeId, now: float) -> list[MembershipEffect]:
         stream_answered = super().stream_answered
         return self._played(trace_format.StreamAnsweredInput(now, seq, by), lambda: stream_answered(seq, by, now))
 
-    def tried(self, number: int, refused: bool | None, now: float) -> list[Effect]:
+    def tried(self, number: int, refused: bool | None, now: float) -> list[MembershipEffect]:
         tried = super().tried
         return self._played(trace_format.ConnectTriedInput(now, number, refused), lambda: tried(number, refused, now))
 
-    def twin_asked(self, by: ProcessRun, now: float) -> tuple[TwinAnswer, list[Effect]]:
+    def twin_asked(self, by: ProcessRun, now: float) -> tuple[TwinAnswer, list[MembershipEffect]]:
         twin_asked = super().twin_asked
         return self._played(trace_format.TwinAskedInput(now, by), lambda: twin_asked(by, now))
 
-    def twin_found(self, place: Address, answer: TwinAnswer | None, now: float) -> list[Effect]:
+    def twin_found(self, place: Address, answer: TwinAnswer | None, now: float) -> list[MembershipEffect]:
         twin_found = super().twin_found
         return self._played(trace_format.TwinFoundInput(now, place, answer), lambda: twin_found(place, answer, now))
 
-    def leave(self, now: float) -> list[Effect]:
+    def leave(self, now: float) -> list[MembershipEffect]:
         leave = super().leave
         return self._played(trace_format.LeaveInput(now), lambda: leave(now))
 
@@ -104,15 +104,15 @@ class RecordedCore(MembershipCore):
         note_load = super().note_load
         return self._played(trace_format.LoadNotedInput(now, node, load), lambda: note_load(node, load, now))
 
-    def publish(self, facts: Facts, now: float) -> list[Effect]:
+    def publish(self, facts: Facts, now: float) -> list[MembershipEffect]:
         publish = super().publish
         return self._played(trace_format.FactsPublishedInput(now, facts), lambda: publish(facts, now))
 
-    def answer(self, asker: NodeId, sync: Sync, now: float) -> tuple[Synced, list[Effect]]:
+    def answer(self, asker: NodeId, sync: Sync, now: float) -> tuple[Synced, list[MembershipEffect]]:
         answer = super().answer
         return self._played(trace_format.SyncAskedInput(now, asker, sync), lambda: answer(asker, sync, now))
 
-    def learn(self, source: Address, synced: Synced, now: float) -> tuple[Sync | None, list[Effect]]:
+    def learn(self, source: Address, synced: Synced, now: float) -> tuple[Sync | None, list[MembershipEffect]]:
         learn = super().learn
         return self._played(trace_format.SyncAnsweredInput(now, source, synced), lambda: learn(source, synced, now))
 

@@ -8,7 +8,7 @@ from random import Random
 
 from membership.core.config import MembershipConfig
 from membership.core.core import MembershipCore
-from membership.core.effects import Effect, MemberChanged
+from membership.core.effects import MemberChanged, MembershipEffect
 from membership.trace import trace_format
 from membership.trace.recording import told_to_a_newcomer
 from membership.trace.trace_format import BadTrace, TraceRecord, answer_hash
@@ -21,7 +21,7 @@ _NOWHERE: Address = ("", 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class ReplayedChange:
     """A change in the node's view. `at_s`: by its own clock."""
 
     at_s: float
@@ -42,7 +42,7 @@ class Replay:
     differs_at: int | None = None
     began_s: float = 0.0
     ended_s: float = 0.0
-    events: list[Event] = field(default_factory=list)
+    events: list[ReplayedChange] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -112,10 +112,10 @@ def _config(told: dict[str, float]) -> MembershipConfig:
     return MembershipConfig(**whole)  # type: ignore[arg-type]
 
 
-def _play(core: MembershipCore, given: trace_format.Input) -> tuple[object, list[Effect]]:
+def _play(core: MembershipCore, given: trace_format.Input) -> tuple[object, list[MembershipEffect]]:
     """What the core answers, and the effects in it."""
     answer: object = None
-    effects: list[Effect] = []
+    effects: list[MembershipEffect] = []
     match given:
         case trace_format.DatagramInput(now=now, source=source, message=message, arrived_at=arrived_at):
             answer = effects = core.receive(source, message, now, arrived_at)
@@ -155,11 +155,11 @@ def _play(core: MembershipCore, given: trace_format.Input) -> tuple[object, list
     return answer, effects
 
 
-def _events(core: MembershipCore, effects: list[Effect], at_s: float) -> list[Event]:
+def _events(core: MembershipCore, effects: list[MembershipEffect], at_s: float) -> list[ReplayedChange]:
     events = []
     for effect in effects:
         if isinstance(effect, MemberChanged) and (effect.before is not effect.after or effect.restarted or effect.stalled):
             member = core.swim.members.get(effect.node)
             name, cause = (member.name, member.cause) if member is not None else ("", "")
-            events.append(Event(at_s, effect.node, name, effect.before, effect.after, cause))
+            events.append(ReplayedChange(at_s, effect.node, name, effect.before, effect.after, cause))
     return events

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from membership.core.core import MembershipCore
-from membership.core.effects import Effect, MemberChanged, PingStream, SendDatagram, StartSync, TryConnect
+from membership.core.effects import MemberChanged, MembershipEffect, PingStream, SendDatagram, StartSync, TryConnect
 from membership.core.members import Member
 from mesh.ids import Address, NodeId
 from mesh.view import PeerState
@@ -40,7 +40,7 @@ QUIET_S = 10.0
 QUIET_BYTES_A_SECOND = 400  # a node; of four, some of whom may be dialled in vain
 MAX_ANSWERS = 100  # one after another, before time goes on
 
-Standing = tuple[int, int]
+EpochIncarnation = tuple[int, int]
 numbers = st.integers(0, NODES - 1)
 picks = st.integers(0, 10_000)
 aheads = st.sampled_from(((0, 0), (0, 0), (0, 1), (0, 3), (1, 0)))
@@ -68,10 +68,10 @@ class HostileMesh(RuleBasedStateMachine):
         self.bytes_sent = 0
         self.broken = False
         # What was seen, by whom and of whom.
-        self.known: dict[tuple[int, NodeId], Standing] = {}
-        self.said: dict[NodeId, Standing] = {}  # the highest that its owner gave itself
-        self.left_at: dict[tuple[int, NodeId], Standing] = {}
-        self.suspected_at: dict[tuple[int, NodeId], tuple[Standing, float]] = {}
+        self.known: dict[tuple[int, NodeId], EpochIncarnation] = {}
+        self.said: dict[NodeId, EpochIncarnation] = {}  # the highest that its owner gave itself
+        self.left_at: dict[tuple[int, NodeId], EpochIncarnation] = {}
+        self.suspected_at: dict[tuple[int, NodeId], tuple[EpochIncarnation, float]] = {}
 
     @initialize(seed=st.integers(0, 2**16))
     def start(self, seed: int) -> None:
@@ -90,7 +90,7 @@ class HostileMesh(RuleBasedStateMachine):
 
     # how the cores' effects are carried out
 
-    def _carry_out(self, number: int, effects: list[Effect]) -> None:
+    def _carry_out(self, number: int, effects: list[MembershipEffect]) -> None:
         for effect in effects:
             match effect:
                 case SendDatagram(to=to, message=message):
@@ -249,7 +249,7 @@ class HostileMesh(RuleBasedStateMachine):
                 self.cores[other].linked(peer_id(number))
 
     @rule(by=numbers, to=numbers, about=numbers, ahead=aheads, dead=st.booleans(), gone=st.booleans())
-    def one_lies(self, by: int, to: int, about: int, ahead: Standing, dead: bool, gone: bool) -> None:
+    def one_lies(self, by: int, to: int, about: int, ahead: EpochIncarnation, dead: bool, gone: bool) -> None:
         """That another is silent, or dead: it, or runs of it that never were. `gone`: one that is not there, if any is not."""
         down = sorted(set(range(NODES)) - self.up)
         about = down[about % len(down)] if gone and down else about

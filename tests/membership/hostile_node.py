@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from membership.core.allowance import MAX_ACCOUNTS
 from membership.core.config import MembershipConfig
 from membership.core.core import MembershipCore
-from membership.core.effects import Effect, SendDatagram, TryConnect
+from membership.core.effects import MembershipEffect, SendDatagram, TryConnect
 from membership.core.refusal_detection import MAX_CONNECT_PROBES
 from mesh.ids import Address
 from mesh.wire import datagram_codec, sync
@@ -89,11 +89,11 @@ class HostileNode(RuleBasedStateMachine):
         self.core: MembershipCore = core_of(wordy(0), CONFIG, Random(seed))
         self.came: Counter[Address] = Counter()
         self.went: Counter[Address] = Counter()
-        self.asked: list[Effect] = []
+        self.asked: list[MembershipEffect] = []
         for number in range(1, FIRST):
             self.core.receive(address_of(number), Gossip(sender(number), (wordy(number),)), 0.0)
 
-    def _carry_out(self, effects: list[Effect]) -> None:
+    def _carry_out(self, effects: list[MembershipEffect]) -> None:
         self.asked = [*self.asked, *effects][-50:]
         for send in only(SendDatagram, effects):
             datagram = datagram_codec.encode(send.message)

@@ -9,7 +9,7 @@ import msgspec
 
 from membership.core.config import MembershipConfig
 from membership.core.core import MembershipCore
-from membership.core.effects import Effect, SendDatagram
+from membership.core.effects import MembershipEffect, SendDatagram
 from membership.simulation.signer import StandInSigner
 from mesh.ids import Address, NodeId
 from mesh.view import PeerState
@@ -90,17 +90,17 @@ def state(core: MembershipCore, number: int) -> PeerState | None:
     return member.state if member is not None else None
 
 
-def only(kind: type[E], effects: list[Effect]) -> list[E]:
+def only(kind: type[E], effects: list[MembershipEffect]) -> list[E]:
     return [effect for effect in effects if isinstance(effect, kind)]
 
 
-def messages(effects: list[Effect], kind: type[E]) -> list[tuple[Address, E]]:
+def messages(effects: list[MembershipEffect], kind: type[E]) -> list[tuple[Address, E]]:
     return [(send.to, send.message) for send in only(SendDatagram, effects) if isinstance(send.message, kind)]
 
 
-def run_to(core: MembershipCore, until: float, answers: bool = False) -> list[Effect]:
+def run_to(core: MembershipCore, until: float, answers: bool = False) -> list[MembershipEffect]:
     """Ticks whenever something is due up to `until`; with `answers` every direct ping is acknowledged at once."""
-    effects: list[Effect] = []
+    effects: list[MembershipEffect] = []
     while core.deadline <= until:
         now = core.deadline
         new = core.tick(now)

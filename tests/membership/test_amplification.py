@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from membership.core.allowance import KEPT_S, MAX_ACCOUNTS
 from membership.core.core import MembershipCore
-from membership.core.effects import Effect, SendDatagram, TryConnect
+from membership.core.effects import MembershipEffect, SendDatagram, TryConnect
 from mesh.ids import Address, NodeId
 from mesh.view import PeerState
 from mesh.wire.datagram_codec import encoded_bytes
@@ -48,9 +48,9 @@ def full_of_news() -> MembershipCore:
     return core
 
 
-def answers(core: MembershipCore, effects: list[Effect], now: float) -> list[Effect]:
+def answers(core: MembershipCore, effects: list[MembershipEffect], now: float) -> list[MembershipEffect]:
     """What follows from the answers to all that was asked on the strangers' behalf."""
-    more: list[Effect] = []
+    more: list[MembershipEffect] = []
     for _, ping in messages(effects, Ping):
         member = core.swim.members[ping.target]
         more += core.receive(member.address, Ack(sender(int(ping.target, 16)), ping.seq), now)
@@ -65,7 +65,7 @@ def test_never_more_bytes_go_to_an_unproven_address_than_came_from_it(taken: lis
     core, now = full_of_news(), 1.0
     came: Counter[Address] = Counter()
     went: Counter[Address] = Counter()
-    asked: list[Effect] = []
+    asked: list[MembershipEffect] = []
     for step in taken:
         if isinstance(step, tuple):
             source, message = step

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from membership.core.core import MembershipCore
-from membership.core.effects import Effect, SendDatagram
+from membership.core.effects import MembershipEffect, SendDatagram
 from membership.core.refutation import Refutation
 from mesh.ids import Address
 from mesh.view import PeerState
@@ -35,7 +35,7 @@ def datagrams_between(one: MembershipCore, other: MembershipCore, now: float, un
     under_way: list[tuple[float, Address, Address, Message]] = []
     sent = 0
 
-    def carry_out(source: Address, effects: list[Effect], now: float) -> None:
+    def carry_out(source: Address, effects: list[MembershipEffect], now: float) -> None:
         under_way.extend(
             (now + WAY_S, source, effect.to, effect.message) for effect in effects if isinstance(effect, SendDatagram)
         )

@@ -26,7 +26,7 @@ from membership.core import (
     suspicion,
     swim,
 )
-from membership.core.effects import Effect
+from membership.core.effects import MembershipEffect
 from membership.core.members import Member
 from membership.facts import fingerprint
 from mesh.ids import NodeId
@@ -59,7 +59,7 @@ def deaf(self: refutation.Refutation, *_: object) -> list[Claim]:
 
 def convicts_at_once(
     self: refusal_detection.RefusalDetection, member: Member, now: float, *, hearsay: bool = False
-) -> list[Effect]:
+) -> list[MembershipEffect]:
     self._claims.declare(Dead(member.node, member.epoch, member.incarnation, self._state.me, REFUSED), now)
     return []
 

@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from membership.core.effects import Effect, LossBatch, MemberChanged, ViewFrozen
+from membership.core.effects import LossBatch, MemberChanged, MembershipEffect, ViewFrozen
 from membership.core.outlook import FROZEN_SETTLE_S, PATIENCE_S, RESIGNED_S, SETTLE_S, SETTLED_S
 from mesh.view import PeerState
 from mesh.wire.gossip import REFUSED, Dead, Suspect
@@ -21,11 +21,11 @@ class Stage:
 
     def __init__(self, peers: int) -> None:
         self.core = node_among(peers)
-        self.told: list[Effect] = self.wait(100.0)  # from here on all of them are the last stable view
+        self.told: list[MembershipEffect] = self.wait(100.0)  # from here on all of them are the last stable view
         self.told = []
 
-    def wait(self, until: float) -> list[Effect]:
-        told: list[Effect] = []
+    def wait(self, until: float) -> list[MembershipEffect]:
+        told: list[MembershipEffect] = []
         outlook = self.core.outlook
         while outlook.deadline <= until:
             now = outlook.deadline
@@ -33,7 +33,7 @@ class Stage:
             assert outlook.deadline > now, "it used its deadline up"
         return told
 
-    def set(self, number: int, state: PeerState, now: float, *, restarted: bool = False) -> list[Effect]:
+    def set(self, number: int, state: PeerState, now: float, *, restarted: bool = False) -> list[MembershipEffect]:
         member = self.core.swim.members[peer_id(number)]
         before, member.state = member.state, state
         self.core.swim.members.put(member)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from membership.core.core import MembershipCore
-from membership.core.effects import Effect, TryConnect, WatchLinks
+from membership.core.effects import MembershipEffect, TryConnect, WatchLinks
 from membership.core.refusal_detection import MAX_CONNECT_PROBES
 from membership.core.suspicion import Suspicion
 from mesh.view import PeerState
@@ -20,7 +20,7 @@ def a_lost_link(peers: int = 6, to: int = 2) -> tuple[MembershipCore, int]:
     return core, only(TryConnect, effects)[0].number
 
 
-def knocks(effects: list[Effect]) -> list[int]:
+def knocks(effects: list[MembershipEffect]) -> list[int]:
     return [to[1] - 7000 for to, _ in messages(effects, ConnectCheck)]
 
 

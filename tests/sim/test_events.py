@@ -7,7 +7,7 @@ import heapq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from membership.simulation.events import Event, Events
+from membership.simulation.events import Events, ScheduledEvent
 
 
 def nothing() -> None:
@@ -54,6 +54,6 @@ def test_what_falls_on_one_moment_comes_in_the_order_of_scheduling() -> None:
 def test_an_event_is_a_time_a_number_and_something_to_do() -> None:
     events = Events()
     events.put(0.25, nothing, ())
-    event: Event | None = events.take(1.0)
+    event: ScheduledEvent | None = events.take(1.0)
     assert event == (0.25, 1, nothing, ())
     assert events.take(1.0) is None

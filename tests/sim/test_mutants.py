@@ -21,7 +21,7 @@ from membership.core import (
     suspicion,
     swim,
 )
-from membership.core.effects import Effect, SendDatagram
+from membership.core.effects import MembershipEffect, SendDatagram
 from membership.core.members import Member, Members
 from membership.facts.fingerprint import Fingerprint
 from membership.simulation.checkers import all_see, converged, deaths_of, detection_s
@@ -171,7 +171,7 @@ def three_of_four_probes_stay_at_home() -> bool:
 
 def convicted_at_once(
     self: refusal_detection.RefusalDetection, member: Member, now: float, *, hearsay: bool = False
-) -> list[Effect]:
+) -> list[MembershipEffect]:
     self._claims.declare(Dead(member.node, member.epoch, member.incarnation, self._state.me, REFUSED), now)
     return []
 
