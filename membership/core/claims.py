@@ -42,9 +42,9 @@ class ClaimProcessing:
             self._confirm(member, claim)
         elif standing_of(claim) > member.standing:
             self._become(member, claim, now, by=self._state.me)
-            self._state.tell(claim)
+            self._state.queue_claim(claim)
 
-    def hear_all(self, source: Address, claims: Sequence[Claim], now: float) -> list[Claim]:
+    def apply_all(self, source: Address, claims: Sequence[Claim], now: float) -> list[Claim]:
         """Takes in the claims of one datagram; returns the corrections for its sender, if it is behind.
 
         No honest node passes forged claims on, so the first one ends the datagram: to judge more would only cost time.
@@ -53,14 +53,14 @@ class ClaimProcessing:
         state = self._state
         forged, state.behind = state.verifier.forged, False
         for claim in claims:
-            corrections += self.hear(claim, now)
+            corrections += self.apply(claim, now)
             if state.verifier.forged != forged:
                 break
         if state.behind:
-            state.want_exchange(source, now)
+            state.request_exchange(source, now)
         return corrections
 
-    def hear(self, claim: Claim, now: float, own: Alive | Left | None = None) -> list[Claim]:
+    def apply(self, claim: Claim, now: float, own: Alive | Left | None = None) -> list[Claim]:
         """Takes in one claim; returns the correction for its sender, if it is behind.
 
         `own`: the last claim of the node itself, where it comes along with another node's verdict.
@@ -68,11 +68,11 @@ class ClaimProcessing:
         state = self._state
         own = claim if isinstance(claim, Alive | Left) else own
         if claim.node == state.me:
-            return self._refutation.hear(claim, own, now)
+            return self._refutation.apply(claim, own, now)
         member = state.members.get(claim.node)
         if member is None:
             if isinstance(claim, Alive) and claim.key:
-                self._admit(claim, PeerState.ALIVE, claim, claim.key, now, tell=True)
+                self._admit(claim, PeerState.ALIVE, claim, claim.key, now, pass_on=True)
             else:
                 self.unknown_claims += 1  # nothing to undo here; the next exchange brings the node with its address and key
                 state.behind |= isinstance(claim, Alive)
@@ -85,38 +85,38 @@ class ClaimProcessing:
         # An accusation beyond the accused's own claims is cut down to them; that it was higher shows that we are behind.
         aimed, claim = claim, limited_to_own(claim, member, own)
         state.behind |= claim is not aimed
-        told, known = standing_of(claim), member.standing
-        if isinstance(claim, Dead) and member.live and told > known:
-            self._hear_of_death(member, claim, now)
+        claimed, recorded = standing_of(claim), member.standing
+        if isinstance(claim, Dead) and member.live and claimed > recorded:
+            self._apply_reported_death(member, claim, now)
             return []
-        if told > known:
+        if claimed > recorded:
             self._become(member, claim, now, by=claim.by if isinstance(claim, Suspect) else state.me)
-            state.tell(claim)
+            state.queue_claim(claim)
             if isinstance(claim, Suspect):
                 self.note_listening(member, claim)
             return []
         if described:
             state.note(MemberChanged(member.node, member.state, member.state))
-        if isinstance(claim, Suspect) and told == known:
+        if isinstance(claim, Suspect) and claimed == recorded:
             self._confirm(member, claim)
             self.note_listening(member, claim)
-        return [member.claim(state.me)] if told < known else []
+        return [member.claim(state.me)] if claimed < recorded else []
 
-    def hear_record(self, record: MemberRecord, now: float, *, tell: bool) -> None:
-        """Takes in what a peer's exchange contains about one node. `tell`: pass a newcomer on as a rumour."""
+    def apply_record(self, record: MemberRecord, now: float, *, pass_on: bool) -> None:
+        """Takes in what a peer's exchange contains about one node. `pass_on`: pass a newcomer on as a rumour."""
         state, own = self._state, record.words
         if record.node != state.me and record.node not in state.members:
-            self._admit(record, record.state, own, record.key, now, tell=tell)
+            self._admit(record, record.state, own, record.key, now, pass_on=pass_on)
             if (newcomer := state.members.get(record.node)) is not None:
-                state.distances.heard(newcomer, record.where)
+                state.distances.store_point(newcomer, record.where)
         else:
-            self.hear(_claim_in(record), now, own)
+            self.apply(_claim_in(record), now, own)
 
     def note_listening(self, member: Member, claim: Suspect) -> None:
         """A node could connect to the suspect's process: silence alone will not kill it soon."""
         if claim.listens and member.suspicion is not None and not member.suspicion.listens:
             member.suspicion.listens = True
-            self._state.tell(claim)
+            self._state.queue_claim(claim)
 
     def _take_own(self, member: Member, own: Alive | Left) -> bool:
         """Stores a member's own newer claim; whether it describes the member anew. The state may still be a later one."""
@@ -134,7 +134,7 @@ class ClaimProcessing:
         return True
 
     def _admit(
-        self, claim: Alive | MemberRecord, state: PeerState, own: Alive | Left, key: bytes, now: float, *, tell: bool
+        self, claim: Alive | MemberRecord, state: PeerState, own: Alive | Left, key: bytes, now: float, *, pass_on: bool
     ) -> None:
         """Makes an unknown node a member, if there is room, its own claim is authentic, and it is not a ghost."""
         ours = self._state
@@ -158,8 +158,8 @@ class ClaimProcessing:
         ours.note(MemberChanged(claim.node, None, state))
         if member.live:
             self._on_newcomer(member.node)
-            if tell:
-                ours.tell(member.alive_claim())
+            if pass_on:
+                ours.queue_claim(member.alive_claim())
 
     def _become(self, member: Member, claim: Claim, now: float, by: NodeId) -> None:
         """Changes a known member to what `claim` says: every change of one goes through here."""
@@ -184,7 +184,7 @@ class ClaimProcessing:
         """One more accuser shortens the suspicion; `by` equal to the accused stands for no accuser."""
         if member.suspicion is not None and claim.by != member.node and member.suspicion.confirm((claim.by,)):
             listens = member.suspicion.listens
-            self._state.tell(Suspect(claim.node, claim.epoch, claim.incarnation, claim.by, listens or claim.listens))
+            self._state.queue_claim(Suspect(claim.node, claim.epoch, claim.incarnation, claim.by, listens or claim.listens))
 
     def _suspicion(self, node: NodeId, by: NodeId, now: float) -> Suspicion:
         config, live = self._state.config, self._state.members.live_count
@@ -195,7 +195,7 @@ class ClaimProcessing:
         max_s = min_s * config.suspicion_max_factor
         return Suspicion(now, expected, min_s, max_s, first, slack_s=2 * slack_s, stall_patience_s=config.stall_patience_s)
 
-    def _hear_of_death(self, member: Member, claim: Dead, now: float) -> None:
+    def _apply_reported_death(self, member: Member, claim: Dead, now: float) -> None:
         """A refused death is proven, and news only while it is fresh: a node without a link to the dead believes it at once.
 
         Other hearsay kills only members that this node has suspected for a while itself; any other member gets time to
@@ -204,14 +204,14 @@ class ClaimProcessing:
         """
         if claim.cause == REFUSED and member.node not in self._state.linked:
             self._become(member, claim, now, by=claim.by)
-            self._state.tell(claim)
+            self._state.queue_claim(claim)
             return
         if claim.cause == REFUSED:
             self.doubted.append(member.node)
         if (claim.epoch, claim.incarnation) > (member.epoch, member.incarnation) or member.suspicion is None:
             suspect = Suspect(claim.node, claim.epoch, claim.incarnation, claim.by)
             self._become(member, suspect, now, by=claim.by)
-            self._state.tell(suspect)
+            self._state.queue_claim(suspect)
         suspicion = member.suspicion
         assert suspicion is not None, "a suspect has a suspicion"
         if suspicion.listens and not suspicion.stalled:

@@ -105,7 +105,7 @@ class Position:
         """This node's place explains what it measures."""
         return self._miss < SETTLED_MISS
 
-    def told(self, raw: bytes) -> Coordinate | None:
+    def decoded(self, raw: bytes) -> Coordinate | None:
         """The point that a peer says it has; counted when it is none."""
         point = unpack(raw)
         self.refused += point is None

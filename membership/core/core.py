@@ -12,7 +12,7 @@ from membership.core.config import MembershipConfig
 from membership.core.effects import EpochRenewed, FactsChanged, MemberChanged, MemberForgotten, MembershipEffect, PushFacts
 from membership.core.members import SEVERITY, Member, Members
 from membership.core.outlook import LossBatching
-from membership.core.regions import some_to_tell
+from membership.core.regions import some_gossip_peers
 from membership.core.swim import Swim
 from membership.facts.facts import DELTAS_BYTES, FactsBook
 from membership.facts.fingerprint import Fingerprint
@@ -104,7 +104,7 @@ class MembershipCore:
         member = self.swim.members.get(node)
         if member is None or not member.live or node == self.me:
             return False
-        member.load, member.load_at, member.heard_at = load, now, now
+        member.load, member.load_at, member.last_message_at = load, now, now
         return True
 
     def publish(self, facts: Facts, now: float) -> list[MembershipEffect]:
@@ -146,7 +146,7 @@ class MembershipCore:
         if not sync.digest or self.swim.state.left:
             return Synced(self.me), effects
         mine = {entry.node: entry for entry in sync.digest}
-        self._hear_verdict_on_me(asker, mine.get(self.me), now)
+        self._refute_verdict_on_me(asker, mine.get(self.me), now)
         effects += self._settled(self.swim.spread(now), now)
         wanted: list[FactsWanted] = []
         members: list[MemberRecord] = []
@@ -192,7 +192,7 @@ class MembershipCore:
 
     def _learn(
         self,
-        teller: NodeId,
+        source: NodeId,
         members: tuple[MemberRecord, ...],
         deltas: tuple[FactsDelta, ...],
         now: float,
@@ -203,17 +203,17 @@ class MembershipCore:
             return []
         newcomers = sum(member.node not in self.swim.members for member in members)
         for member in members:
-            tell = newcomers <= _MAX_PASS_ON or member.node == teller
-            self.swim.claims.hear_record(member, now, tell=tell)
+            tell = newcomers <= _MAX_PASS_ON or member.node == source
+            self.swim.claims.apply_record(member, now, pass_on=tell)
         news, gap = self._accept(deltas)
-        if gap and teller in self.swim.members:
-            self.swim.state.want_exchange(self.swim.members[teller].address, now)
+        if gap and source in self.swim.members:
+            self.swim.state.request_exchange(self.swim.members[source].address, now)
         effects: list[MembershipEffect] = [FactsChanged(owner) for owner in news]
-        passed_on = news if pushed or len(news) <= _MAX_PASS_ON else {owner: news[owner] for owner in news if owner == teller}
+        passed_on = news if pushed or len(news) <= _MAX_PASS_ON else {owner: news[owner] for owner in news if owner == source}
         effects = self._settled(self.swim.spread(now), now) + effects
         # A sender that was ahead of us about ourselves gets the outcome too; another knows what it sent.
         current = tuple(delta for owner, delta in passed_on.items() if delta is not None and self.swim.members[owner].live)
-        return effects + self._pushes(current, now, () if self.me in passed_on else (teller,))
+        return effects + self._pushes(current, now, () if self.me in passed_on else (source,))
 
     def _accept(self, deltas: tuple[FactsDelta, ...]) -> tuple[dict[NodeId, FactsDelta | None], bool]:
         """Takes in what was told of members: the news of each owner, to pass on, and whether something before it is missing."""
@@ -227,10 +227,10 @@ class MembershipCore:
                     news[delta.owner] = passed_on
         return news, gap
 
-    def _hear_verdict_on_me(self, asker: NodeId, entry: DigestEntry | None, now: float) -> None:
+    def _refute_verdict_on_me(self, asker: NodeId, entry: DigestEntry | None, now: float) -> None:
         """The asker's digest may call us dead: we refute before we answer, so that the answer sets it right."""
         if entry is not None and SEVERITY[entry.state] > 0:
-            self.swim.claims.hear(Suspect(self.me, entry.epoch, entry.incarnation, asker), now)
+            self.swim.claims.apply(Suspect(self.me, entry.epoch, entry.incarnation, asker), now)
 
     def _pushes(self, news: tuple[FactsDelta, ...], now: float, without: tuple[NodeId, ...]) -> list[MembershipEffect]:
         """The news for a few peers, as far as one message should grow: exchanges bring the rest."""
@@ -245,7 +245,7 @@ class MembershipCore:
         members = tuple(self.swim.members[delta.owner].record(now) for delta in kept)
         sync = Sync(members=members, deltas=tuple(kept))
         owners = (kept[0].owner,) if len(kept) == 1 else ()
-        peers = some_to_tell(self.swim.members, self.config.push_peers, self.rng, (*without, *owners))
+        peers = some_gossip_peers(self.swim.members, self.config.push_peers, self.rng, (*without, *owners))
         return [PushFacts(self.swim.members.address_of(peer), sync) for peer in peers]
 
     def _entry(self, member: Member) -> DigestEntry:

@@ -33,14 +33,14 @@ class Distances:
         self._packed: tuple[Coordinate | None, bytes] = None, b""
         self._region_s: dict[str, float] = {}
 
-    def told_with_ping(self) -> bytes | None:
+    def point_for_ping(self) -> bytes | None:
         """What the next ping says of where this node is."""
         self._pings += 1
         samples, settled = self.position.samples, self.position.settled
         every = 1 if samples < FIRST_SAMPLES else SETTLED_EVERY if settled else 1 if samples < LOST_SAMPLES else LOST_EVERY
         return None if self._pings % every else self._here()
 
-    def told_with_ack(self, asked: bytes | None) -> bytes | None:
+    def point_for_ack(self, asked: bytes | None) -> bytes | None:
         """Our coordinate, for a message that carried the sender's."""
         return None if asked is None else self._here()
 
@@ -50,15 +50,15 @@ class Distances:
             point, packed = self._packed = self.position.point, pack(self.position.point)
         return packed
 
-    def heard(self, member: Member, where: bytes | None) -> None:
+    def store_point(self, member: Member, where: bytes | None) -> None:
         """Stores a member's coordinate, from its own message or another member's record."""
-        if where is not None and (point := self.position.told(where)) is not None:
+        if where is not None and (point := self.position.decoded(where)) is not None:
             member.point = point
 
     def measured(self, member: Member, rtt_s: float, where: bytes | None, *, lagging: bool) -> None:
         """An ack came straight from the member. `lagging`: it, or we, were late for reasons other than the way."""
         member.rtt_s = rtt_s
-        self.heard(member, where)
+        self.store_point(member, where)
         if lagging:
             return
         if member.region in self._region_s or len(self._region_s) < _MAX_REGIONS:

@@ -63,7 +63,7 @@ class Member:
     incarnation: int
     state: PeerState
     since: float  # when it came into this state, local monotonic seconds
-    heard_at: float = -math.inf  # last datagram or answer of its own
+    last_message_at: float = -math.inf  # last datagram or answer of its own
     suspicion: Suspicion | None = None
     load: Load = ZERO_LOAD
     load_at: float = 0.0
@@ -74,7 +74,7 @@ class Member:
     key: bytes = b""  # the first heard, for good
     signature: bytes = b""  # its own: under its goodbye once it has left, else under its description
     listed_in: str | None = None  # the region on whose list of the living it is
-    put_right: tuple[float, list[Claim]] | None = None  # when it was last told unasked that it is behind, and what
+    corrected: tuple[float, list[Claim]] | None = None  # when it was last told unasked that it is behind, and what
 
     @property
     def standing(self) -> MemberPrecedence:
@@ -116,11 +116,11 @@ class Member:
             case PeerState.LEFT:
                 return Left(self.node, self.epoch, self.incarnation, self.signature)
 
-    def is_to_hear(self, corrections: list[Claim], now: float, gap_s: float) -> bool:
+    def needs_corrections(self, corrections: list[Claim], now: float, gap_s: float) -> bool:
         """Not if the same corrections were sent a moment ago: two nodes that correct each other in vain would fill the wire."""
-        if self.put_right is not None and self.put_right[1] == corrections and now - self.put_right[0] < gap_s:
+        if self.corrected is not None and self.corrected[1] == corrections and now - self.corrected[0] < gap_s:
             return False
-        self.put_right = now, corrections
+        self.corrected = now, corrections
         return True
 
     def record(self, now: float) -> MemberRecord:

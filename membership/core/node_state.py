@@ -19,7 +19,7 @@ from membership.core.effects import MemberForgotten, MembershipEffect, SendDatag
 from membership.core.exchanges import Exchanges
 from membership.core.health import LAG_MAX_S, LocalHealth
 from membership.core.members import Member, Members, description_of
-from membership.core.regions import some_to_tell
+from membership.core.regions import some_gossip_peers
 from membership.facts.fingerprint import Fingerprint
 from mesh.ids import Address, NodeId
 from mesh.keys.signing import Signer
@@ -92,7 +92,7 @@ class NodeState:
         claims = self.rumours.take(claim_budget_bytes(bare), limit, first)
         return msgspec.structs.replace(bare, claims=claims)
 
-    def tell(self, claim: Claim) -> None:
+    def queue_claim(self, claim: Claim) -> None:
         """Queues a claim: to a few peers with the next `flush`, then with whatever is sent."""
         self.rumours.put(claim)
         self._news[claim.node] = claim
@@ -115,7 +115,7 @@ class NodeState:
                 self.next_gossip_at = now + self.config.gossip_period_s
             bare = Gossip(self.sender(now))
             claims = Rumours().take(claim_budget_bytes(bare), 1, list(news.values()))
-            for peer in some_to_tell(self.members, self.config.eager_peers, self.rng, without):
+            for peer in some_gossip_peers(self.members, self.config.eager_peers, self.rng, without):
                 effects.append(SendDatagram(self.members.address_of(peer), Gossip(bare.sender, claims)))
         return effects
 
@@ -126,7 +126,7 @@ class NodeState:
         self.rumours.forget(member.node)
         self.note(MemberForgotten(member.node))
 
-    def want_exchange(self, address: Address, now: float) -> bool:
+    def request_exchange(self, address: Address, now: float) -> bool:
         """Asks for an exchange, unless this peer, or this node, had one a moment ago."""
         if not self._exchanges.take(address, now):
             return False
@@ -138,7 +138,7 @@ class NodeState:
         mine = self.members.fingerprint.value
         self._exchanges.note(mine, now)
         if fingerprint != mine and self._exchanges.settled(self.members.live_count, now):
-            self.want_exchange(address, now)
+            self.request_exchange(address, now)
 
     def slack_s(self, member: Member | None, now: float) -> float:
         """How much longer than usual an answer of `member` may take: its lag, ours, and a longer round trip."""

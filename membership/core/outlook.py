@@ -45,7 +45,7 @@ class LossBatching:
         self._lost: set[NodeId] = set()
         self._fresh: set[NodeId] = set()
         self._batch: dict[NodeId, bool] = {}  # lost since the last cut was told; True: it said goodbye
-        self._batch_since = self._cut_grew_at = now
+        self._batch_since = self._batch_grew_at = now
         self.frozen = False
         self.cuts = 0
 
@@ -76,7 +76,7 @@ class LossBatching:
         if not self._batch:
             return math.inf
         last_at = self._batch_since + (RESIGNED_S if self.frozen else PATIENCE_S)
-        settled_at = self._cut_grew_at + (FROZEN_SETTLE_S if self.frozen else SETTLE_S)
+        settled_at = self._batch_grew_at + (FROZEN_SETTLE_S if self.frozen else SETTLE_S)
         return last_at if self._members.suspects else min(last_at, settled_at)
 
     def follow(self, notices: Iterable[MembershipEffect], now: float) -> list[MembershipEffect]:
@@ -85,7 +85,7 @@ class LossBatching:
             match notice:
                 case MemberChanged(node=node, before=before, after=after, restarted=restarted):
                     self._move(node, before, after, now)
-                    self._grow_cut(node, before, after, restarted, now)
+                    self._grow_batch(node, before, after, restarted, now)
                 case MemberForgotten(node=node):
                     for group in (self._doubted, self._lost, self._fresh):
                         group.discard(node)
@@ -128,12 +128,12 @@ class LossBatching:
         elif after is PeerState.DEAD and self._members[node].cause != REFUSED:
             self._lost.add(node)
 
-    def _grow_cut(self, node: NodeId, before: PeerState | None, after: PeerState, restarted: bool, now: float) -> None:
+    def _grow_batch(self, node: NodeId, before: PeerState | None, after: PeerState, restarted: bool, now: float) -> None:
         fell = after not in _LIVE and before in _LIVE
         if fell or (restarted and before in _LIVE):
             if not self._batch:
                 self._batch_since = now
             self._batch[node] = after is PeerState.LEFT
-            self._cut_grew_at = now
+            self._batch_grew_at = now
         elif after is PeerState.ALIVE and before not in _LIVE and not restarted:
             self._batch.pop(node, None)

@@ -45,31 +45,31 @@ class Refutation:
         if any(isinstance(effect, ProcessDisplaced) for effect in effects):
             self._state.left = True
         elif held is not None:
-            self.hear(held, held, now)
+            self.apply(held, held, now)
         return effects
 
-    def hear(self, claim: Claim, own: Alive | Left | None, now: float) -> list[Claim]:
+    def apply(self, claim: Claim, own: Alive | Left | None, now: float) -> list[Claim]:
         """Takes in a claim about this node; returns what its sender should be told.
 
         `own`: the claim signed with this node's key that came along, if one did.
         """
         state, me = self._state, self._state.myself
-        told, mine = (claim.epoch, claim.incarnation), (me.epoch, me.incarnation)
-        if told < mine:
+        claimed, mine = (claim.epoch, claim.incarnation), (me.epoch, me.incarnation)
+        if claimed < mine:
             if not isinstance(claim, Alive):
-                state.tell(me.alive_claim())  # a stale accusation still travels, so its answer must too
+                state.queue_claim(me.alive_claim())  # a stale accusation still travels, so its answer must too
             return [me.alive_claim()]
-        if told > mine and (own is None or (own.epoch, own.incarnation) != told):
+        if claimed > mine and (own is None or (own.epoch, own.incarnation) != claimed):
             # The accusation goes beyond every claim of ours that we know: an exchange with its sender will show that claim.
             state.behind = True
             return [me.alive_claim()]
         # From here on the claim is at our own count, or comes with an own claim at its count, which must be authentic.
-        if (told > mine or isinstance(claim, Left)) and not (own and state.verifier.verifies(own, state.verifier.key)):
+        if (claimed > mine or isinstance(claim, Left)) and not (own and state.verifier.verifies(own, state.verifier.key)):
             return []
         if isinstance(claim, Alive):
-            if told == mine and description_of(claim) == me.description:
+            if claimed == mine and description_of(claim) == me.description:
                 return []
-            if told == mine and not state.verifier.verifies(claim, state.verifier.key):
+            if claimed == mine and not state.verifier.verifies(claim, state.verifier.key):
                 return []
             # A run of this node that this one knows nothing of: a lost epoch file, or a copy of the data directory.
             self.conflicts += 1
@@ -100,7 +100,7 @@ class Refutation:
         me.signature = state.verifier.signed(me.alive_claim()).signature
         state.members.put(me)
         state.note(MemberChanged(state.me, PeerState.ALIVE, PeerState.ALIVE))
-        state.tell(me.alive_claim())
+        state.queue_claim(me.alive_claim())
         return me.alive_claim()
 
     def _is_of_another_run(self, own: Alive | Left | None) -> TypeGuard[Alive]:
@@ -115,7 +115,7 @@ class Refutation:
 
     def _goes_beyond(self, own: Alive, now: float) -> bool:
         """Whether to refute this claim now; otherwise it is held until it is known which process made it."""
-        beyond, effects = self.twins.hear(own.address, now)
+        beyond, effects = self.twins.own_claim_received(own.address, now)
         for effect in effects:
             self._state.note(effect)
         self._held = None if beyond else own

@@ -145,7 +145,7 @@ def watched(members: Members) -> set[str]:
     return {region for region in members.abroad if (place - crc32(region.encode())) % here < WATCHERS}
 
 
-def some_to_tell(members: Members, count: int, rng: Random, without: tuple[NodeId, ...] = ()) -> list[NodeId]:
+def some_gossip_peers(members: Members, count: int, rng: Random, without: tuple[NodeId, ...] = ()) -> list[NodeId]:
     """Up to `count` peers at random, two of three in the own region where both kinds exist."""
     if not members.abroad:
         return members.some_peers(count, rng, without)

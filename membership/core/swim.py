@@ -23,7 +23,7 @@ from membership.core.node_state import NodeState
 from membership.core.probing import Probe, Probes
 from membership.core.refusal_detection import RefusalDetection
 from membership.core.refutation import Refutation
-from membership.core.regions import ProbeSchedule, some_relays, some_to_tell
+from membership.core.regions import ProbeSchedule, some_gossip_peers, some_relays
 from membership.facts.fingerprint import Fingerprint
 from mesh.ids import Address, NodeId
 from mesh.keys.signing import Signer
@@ -143,9 +143,9 @@ class Swim:
         if arrived_at < now:
             self.state.health.lagged(now - arrived_at, now)
         peer = self.members.get(sender.node)
-        corrections = self._greet(peer, source, sender, now, arrived_at)
+        corrections = self._note_sender(peer, source, sender, now, arrived_at)
         if message.claims:
-            corrections += self.claims.hear_all(source, message.claims, now)
+            corrections += self.claims.apply_all(source, message.claims, now)
             peer = self.members.get(sender.node)
         if peer is not None and peer.live:
             self.state.compare(sender.fingerprint, peer.address, now)  # after what came along: it may be the difference
@@ -156,10 +156,10 @@ class Swim:
                 # Another node had this address before us: the asker is sent our claim, and gets no ack.
                 wanted = target == self.me
                 claims = corrections if wanted else [self.myself.alive_claim(), *corrections]
-                answer = self.state.distances.told_with_ack(where)
+                answer = self.state.distances.point_for_ack(where)
                 bare = Ack(self.state.sender(now), seq, where=answer) if wanted else Gossip(self.state.sender(now))
                 if peer is not None:
-                    self.state.distances.heard(peer, where)
+                    self.state.distances.store_point(peer, where)
                 effects.append(self._send(source, bare, claims))
                 corrections = []
             case Ack(seq=seq):
@@ -175,7 +175,7 @@ class Swim:
             case Gossip():
                 pass
         if corrections and (
-            peer is None or peer.is_to_hear(corrections, now, self._config.exchange_gap_s)
+            peer is None or peer.needs_corrections(corrections, now, self._config.exchange_gap_s)
         ):  # strangers: as bytes allow
             effects.append(self._send(source, Gossip(self.state.sender(now)), corrections))
         if peer is not None and peer.live:
@@ -192,7 +192,7 @@ class Swim:
         # Not measured by suspicions: a confirmation may move the end of one into the past.
         due_at = min(self._next_probe_at, self._probes.deadline)
         if (late_s := now - due_at) > self._config.lag_tolerance_s:
-            self._forgive(late_s, now)
+            self._extend_deadlines(late_s, now)
             self.state.health.lagged(late_s, now)
         effects: list[MembershipEffect] = []
         for probe in list(self._probes.under_way.values()):
@@ -205,14 +205,14 @@ class Swim:
             effects.append(self._send(relay.asker, Nack(self.state.sender(now), relay.asker_seq), ()))
         for member in self.state.suspected():
             if member.suspicion is None or now >= member.suspicion.deadline:
-                self._convict(member, now)
+                self._suspicion_ended(member, now)
         if now >= self._next_probe_at:
             self._next_probe_at = now + self._config.probe_period_s * self.state.health.factor
             if (target := self._schedule.next_target(self.members)) is not None:
                 effects += self._probe(self.members[target], now)
         if now >= self.state.next_gossip_at and self.state.rumours.by_node:
             self.state.next_gossip_at = now + self._config.gossip_period_s
-            for peer in some_to_tell(self.members, self._config.gossip_peers, self._rng):
+            for peer in some_gossip_peers(self.members, self._config.gossip_peers, self._rng):
                 effects.append(self._send(self.members.address_of(peer), Gossip(self.state.sender(now)), ()))
         if now >= self._next_redial_at:
             self._next_redial_at = now + self._config.redial_period_s * (0.75 + 0.5 * self._rng.random())
@@ -220,7 +220,7 @@ class Swim:
             effects += self.refusals.watch(again=True) + self.refusals.look_again(now)
         return effects + self.spread(now)
 
-    def _convict(self, member: Member, now: float) -> None:
+    def _suspicion_ended(self, member: Member, now: float) -> None:
         """Its suspicion ran out. One whose process exists is stalled, and gets more time."""
         suspicion = member.suspicion
         if suspicion is not None and suspicion.listens and not suspicion.stalled and suspicion.stall_patience_s > 0:
@@ -233,7 +233,7 @@ class Swim:
         """A `PingStream` was answered: datagrams to that node, or from it, get lost, but it lives."""
         probe = self._probes.under_way.get(seq)
         if not self.state.left and probe is not None and by == probe.target and self._probes.answered(seq, by) is not None:
-            self._alive_after_all(probe, now)
+            self._note_answered(probe, now)
         return self.spread(now)
 
     def lost(self, node: NodeId, now: float, *, proven: bool = False) -> list[MembershipEffect]:
@@ -292,13 +292,13 @@ class Swim:
     def _on_newcomer(self, node: NodeId) -> None:
         self._schedule.joined(self.members[node], self.members)
 
-    def _greet(self, member: Member | None, source: Address, sender: Sender, now: float, arrived_at: float) -> list[Claim]:
+    def _note_sender(self, member: Member | None, source: Address, sender: Sender, now: float, arrived_at: float) -> list[Claim]:
         """Notes that the sender is alive; returns the claim about it that it should see, if it is not seen as alive."""
         if member is None or (sender.epoch, sender.incarnation) > (member.epoch, member.incarnation):
-            self.state.want_exchange(source, now)
+            self.state.request_exchange(source, now)
             return []
         if (sender.epoch, sender.incarnation) == (member.epoch, member.incarnation):
-            member.heard_at = max(member.heard_at, arrived_at)
+            member.last_message_at = max(member.last_message_at, arrived_at)
             member.lag_s = sender.lag_ms / 1000
         if member.state is PeerState.ALIVE:
             return []
@@ -326,7 +326,7 @@ class Swim:
         ends_at = now + (2 * timeout_s if urgent else round_s)
         probe = self._probes.start(member.node, now, now if urgent else now + timeout_s, ends_at)
         first = [member.claim(self.me)] if member.state is PeerState.SUSPECT else []
-        ping = Ping(self.state.sender(now), probe.seq, member.node, where=self.state.distances.told_with_ping())
+        ping = Ping(self.state.sender(now), probe.seq, member.node, where=self.state.distances.point_for_ping())
         effects: list[MembershipEffect] = [self._send(member.address, ping, first)]
         return effects + self._ask_others(probe, now) if urgent else effects
 
@@ -370,26 +370,26 @@ class Swim:
         probe = self._probes.answered(seq, by)
         if probe is None:
             return None
-        self._alive_after_all(probe, arrived_at)
+        self._note_answered(probe, arrived_at)
         rtt_s = arrived_at - probe.sent_at
         return rtt_s if by == probe.target and rtt_s > 0 else None
 
-    def _alive_after_all(self, probe: Probe, at: float) -> None:
+    def _note_answered(self, probe: Probe, at: float) -> None:
         self.state.health.note(-1)
         if (target := self.members.get(probe.target)) is not None:
-            target.heard_at = max(target.heard_at, at)
+            target.last_message_at = max(target.last_message_at, at)
         if (case := self.refusals.cases.get(probe.target)) is not None and probe.sent_at >= case.opened_at:
             self.refusals.close_case(probe.target)
 
     def _probe_failed(self, probe: Probe, now: float) -> None:
         member = self.members.get(probe.target)
-        if member is None or not member.live or member.heard_at > probe.sent_at:
+        if member is None or not member.live or member.last_message_at > probe.sent_at:
             return
         self._failed += 1
         self.state.health.note(missed_nacks(len(probe.relays), len(probe.nacks)))
         self.claims.declare(Suspect(member.node, member.epoch, member.incarnation, self.me), now)
 
-    def _forgive(self, late_s: float, now: float) -> None:
+    def _extend_deadlines(self, late_s: float, now: float) -> None:
         """We slept (SIGSTOP, a starved machine): time did not pass for what we wait for."""
         self._sleeps += 1
         self._probes.delay(late_s, now)

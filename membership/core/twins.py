@@ -28,7 +28,7 @@ class Twins:
         self._address, self._name = me.address, me.name
         self._began = now
         self._asked_at: dict[Address, float] = {}  # not answered yet
-        self._nobody_at: dict[Address, float] = {}  # no twin answered there
+        self._no_twin_at: dict[Address, float] = {}  # no twin answered there
         self._yields_at: dict[Address, float] = {}  # the twin there is the one to stop
         self._verdicts: dict[Address, tuple[float, bool]] = {}  # where this process judges: when, and whether it stops itself
 
@@ -37,11 +37,11 @@ class Twins:
         host, port = self._address
         return ProcessRun(host, port, self._name, max(0.0, now - self._began))
 
-    def hear(self, place: Address, now: float) -> tuple[bool, list[MembershipEffect]]:
+    def own_claim_received(self, place: Address, now: float) -> tuple[bool, list[MembershipEffect]]:
         """Words of this identity that another process said at `place`. Whether to go beyond them now, and what to find out."""
         if place == self._address or self._lately(self._yields_at, place, now, REMEMBERED_S):
             return True, []
-        if self._lately(self._nobody_at, place, now, ASK_AGAIN_S):
+        if self._lately(self._no_twin_at, place, now, ASK_AGAIN_S):
             return True, []
         return False, self._ask(place, now)
 
@@ -58,7 +58,7 @@ class Twins:
         """What came of a `FindTwin`: the answer of a process with this identity's key; None: there is none."""
         self._asked_at.pop(place, None)
         if answer is None or answer.run.address == self._address:  # no process, or this one by another address
-            self._note(self._nobody_at, place, now)
+            self._note(self._no_twin_at, place, now)
             return []
         twin = answer.run
         stops = self._stops(twin, now) if self._judges(twin) else answer.stops == ASKER

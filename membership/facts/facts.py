@@ -96,17 +96,17 @@ class FactsBook:
         owners = owners[first:] + owners[:first]
         others_bytes = budget_bytes // _OTHERS_SHARE
         head_bytes, share_bytes = budget_bytes - others_bytes, others_bytes // max(1, len(owners) - 1)
-        told: dict[NodeId, FactsDelta] = {}
+        selected: dict[NodeId, FactsDelta] = {}
         left_bytes = budget_bytes
         for limits_bytes in ((head_bytes, share_bytes), (budget_bytes, budget_bytes)):
             for place, node in enumerate(owners):
-                spare_bytes = left_bytes + (told[node].size_bytes if node in told else 0)
+                spare_bytes = left_bytes + (selected[node].size_bytes if node in selected else 0)
                 delta = self._maps[node].delta(behind[node], min(spare_bytes, limits_bytes[place > 0]))
                 if delta is not None:
-                    told[node], left_bytes = delta, spare_bytes - delta.size_bytes
-        cut = any(self._is_short(node, told.get(node)) for node in owners)
+                    selected[node], left_bytes = delta, spare_bytes - delta.size_bytes
+        cut = any(self._is_short(node, selected.get(node)) for node in owners)
         self._head = owners[0] if cut else self._head
-        return list(told.values()), cut
+        return list(selected.values()), cut
 
     def forget(self, node: NodeId) -> None:
         self._maps.pop(node, None)
@@ -115,9 +115,9 @@ class FactsBook:
     def map_of(self, node: NodeId) -> OwnerMap | None:
         return self._maps.get(node)
 
-    def _is_short(self, node: NodeId, told: FactsDelta | None) -> bool:
+    def _is_short(self, node: NodeId, selected: FactsDelta | None) -> bool:
         held = self._maps[node]
-        return not held.overgrown and (told is None or told.upto < held.version)
+        return not held.overgrown and (selected is None or selected.upto < held.version)
 
     def _defend(self, delta: FactsDelta) -> tuple[DeltaOutcome, FactsDelta | None]:
         """Facts of ours that we never wrote: our count was lost, or they are forged. Our own version is raised above them."""

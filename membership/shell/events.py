@@ -28,8 +28,8 @@ class JoinFailed(MeshError):
     """
 
     def __init__(self, reasons: Mapping[Address, str], *, refused: bool = False) -> None:
-        told = "; ".join(f"{format_address(seed)}: {reason}" for seed, reason in reasons.items())
-        super().__init__(f"could not join the mesh: {told}; check the addresses, and that the key and the cluster are the same")
+        causes = "; ".join(f"{format_address(seed)}: {reason}" for seed, reason in reasons.items())
+        super().__init__(f"could not join the mesh: {causes}; check the addresses, and that the key and the cluster are the same")
         self.reasons = dict(reasons)
         self.refused = refused
 

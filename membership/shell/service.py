@@ -191,7 +191,7 @@ class Membership:
         """Says goodbye: datagrams to many, a call to a few, within a second. Nothing is sent after that; `run` idles on."""
         now = trio.current_time()
         self._carry_out(self._core.leave(now))
-        told = self._core.farewell_peers()
+        farewell_addresses = self._core.farewell_peers()
         tail = sync.encode(self._core.farewell(now))
 
         async def tell(address: Address) -> None:
@@ -202,7 +202,7 @@ class Membership:
 
         with trio.move_on_after(FAREWELL_TIMEOUT_S, shield=True):
             async with trio.open_nursery() as nursery:
-                for address in dict.fromkeys(told):
+                for address in dict.fromkeys(farewell_addresses):
                     nursery.start_soon(tell, address)
 
     def dump_trace(self) -> bytes | None:

@@ -134,7 +134,7 @@ class RecordedCore(MembershipCore):
     def _checkpoint(self, now: float) -> None:
         """What a newcomer would be told, and the rest that a successor of this core needs."""
         me = self.swim.myself
-        known = told_to_a_newcomer(self, now)
+        known = answer_to_newcomer(self, now)
         links = tuple(node for node, count in sorted(self.swim.state.linked.items()) for _ in range(count))
         self._kept.begin_segment()
         words, seed = me.alive_claim(), self._sown(self.rng)
@@ -146,7 +146,7 @@ class RecordedCore(MembershipCore):
         return seed
 
 
-def told_to_a_newcomer(core: MembershipCore, now: float) -> Synced:
+def answer_to_newcomer(core: MembershipCore, now: float) -> Synced:
     """All that goes into one answer. A replay asks for it too: what is told first next time depends on it."""
     me = core.swim.myself
     own = DigestEntry(core.me, me.epoch, me.incarnation, PeerState.ALIVE, *core.facts.known(core.me))

@@ -64,7 +64,7 @@ def test_one_that_lost_its_epoch_where_no_call_gets_through_is_not_told_so_as_fa
 
 def test_two_who_are_deaf_to_accusations_do_not_shout_at_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """As peers of another version may be: each takes the other for dead, hears so, and changes nothing."""
-    monkeypatch.setattr(Refutation, "hear", lambda *_: [])
+    monkeypatch.setattr(Refutation, "apply", lambda *_: [])
     one, other = core_of(alive(1), CONFIG, Random(1)), core_of(alive(2), CONFIG, Random(2))
     one.receive(address_of(2), gossip(2, alive(2)), 0.0)
     other.receive(address_of(1), gossip(1, alive(1)), 0.0)

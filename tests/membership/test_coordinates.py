@@ -49,7 +49,7 @@ def measure(nodes: list[Position], truth: Matrix, cycles: int, rng: Random, *, w
     for _ in range(cycles):
         for number, node in enumerate(nodes):
             if (other := rng.randrange(len(nodes))) != number:
-                theirs = nodes[other].told(pack(nodes[other].point)) if wire else nodes[other].point
+                theirs = nodes[other].decoded(pack(nodes[other].point)) if wire else nodes[other].point
                 assert theirs is not None
                 assert node.observe(NodeId(f"{other:016x}"), theirs, truth[number][other])
 
@@ -164,7 +164,7 @@ def packed(*numbers: float) -> bytes:
 )
 def test_a_point_that_cannot_be_is_refused_and_counted(raw: bytes) -> None:
     node = Position(Random(1))
-    assert node.told(raw) is None and node.refused == 1
+    assert node.decoded(raw) is None and node.refused == 1
 
 
 @settings(max_examples=300)

@@ -44,7 +44,7 @@ def test_a_node_that_knows_its_place_or_has_only_near_peers_tells_it_on_few_ping
     for number in range(samples):
         which = number % len(rtts_s)
         distances.measured(core.swim.members[peer_id(1 + which)], rtts_s[which], pack(Coordinate()), lagging=False)
-    assert sum(distances.told_with_ping() is not None for _ in range(160)) == told
+    assert sum(distances.point_for_ping() is not None for _ in range(160)) == told
 
 
 def test_an_ack_says_where_its_sender_is_exactly_when_the_ping_did() -> None:
@@ -59,8 +59,8 @@ def test_what_is_told_of_its_place_moves_with_the_node() -> None:
     distances, told = Distances(Random(1)), []
     for rtt_s in (0.06, 0.09, 0.03):
         distances.measured(node_among(1).swim.members[peer_id(1)], rtt_s, pack(THERE), lagging=False)
-        told.append(distances.told_with_ack(b""))
-        assert told[-1] == distances.told_with_ping() == pack(distances.position.point)
+        told.append(distances.point_for_ack(b""))
+        assert told[-1] == distances.point_for_ping() == pack(distances.position.point)
     assert len(set(told)) == 3
 
 
@@ -94,7 +94,7 @@ def test_a_point_that_cannot_be_is_counted_and_the_ack_still_counts_as_an_answer
     number = answered(core, 0.01, raw)
     distances = core.swim.state.distances
     assert (distances.position.refused, distances.position.samples) == (1, 0)
-    assert core.swim.members[peer_id(number)].heard_at > 0
+    assert core.swim.members[peer_id(number)].last_message_at > 0
 
 
 def test_an_answer_that_was_late_for_another_reason_than_the_way_moves_nothing() -> None:

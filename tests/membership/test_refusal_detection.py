@@ -103,7 +103,7 @@ def test_a_mesh_of_two_has_no_relays_and_of_three_has_one() -> None:
     core.receive(address_of(relay), ConnectChecked(sender(relay), number, True), 1.002)
     assert state(core, 2) is PeerState.DEAD
     core, number = a_lost_link(2, to=1)
-    core.swim.claims.hear(Dead(peer_id(2), 1, 0, peer_id(2), REFUSED), 1.0)
+    core.swim.claims.apply(Dead(peer_id(2), 1, 0, peer_id(2), REFUSED), 1.0)
     core.tried(number, True, 1.001)
     assert state(core, 1) is PeerState.DEAD
 

@@ -81,7 +81,7 @@ def test_a_doubted_death_of_one_that_is_forgotten_in_the_same_breath_ends_nothin
 def test_nothing_is_kept_of_a_tombstone_that_made_room() -> None:
     core = node_among(2, config=MembershipConfig(members_max=3))
     core.swim.state.distances.measured(
-        core.swim.members[peer_id(1)], 0.01, core.swim.state.distances.told_with_ack(b""), lagging=False
+        core.swim.members[peer_id(1)], 0.01, core.swim.state.distances.point_for_ack(b""), lagging=False
     )
     core.receive(address_of(2), gossip(2, left(peer_id(1), 1, 0)), 1.0)
     core.receive(address_of(2), gossip(2, alive(9)), 1.0)

@@ -59,26 +59,26 @@ def test_of_two_twins_exactly_one_stops_whoever_asks_first_and_however_long_answ
 
 def test_words_from_another_place_are_looked_into_once_before_they_are_outbid() -> None:
     twins = twins_at(HERE, 0.0)
-    assert twins.hear(THERE, 1.0) == (False, [FindTwin(THERE)])
-    assert twins.hear(THERE, 2.0) == (False, []), "it is being asked already"
-    assert twins.hear(THERE, 1.0 + ASKING_S) == (False, [FindTwin(THERE)]), "no answer is to be expected any more"
+    assert twins.own_claim_received(THERE, 1.0) == (False, [FindTwin(THERE)])
+    assert twins.own_claim_received(THERE, 2.0) == (False, []), "it is being asked already"
+    assert twins.own_claim_received(THERE, 1.0 + ASKING_S) == (False, [FindTwin(THERE)]), "no answer is to be expected any more"
     assert twins.found(THERE, None, 7.0) == []
-    assert twins.hear(THERE, 8.0) == (True, []), "a former run: nobody lives there"
-    assert twins.hear(THERE, 7.0 + ASK_AGAIN_S) == (False, [FindTwin(THERE)])
-    assert twins.hear(HERE, 8.0) == (True, []), "a former run at the same place needs no look"
+    assert twins.own_claim_received(THERE, 8.0) == (True, []), "a former run: nobody lives there"
+    assert twins.own_claim_received(THERE, 7.0 + ASK_AGAIN_S) == (False, [FindTwin(THERE)])
+    assert twins.own_claim_received(HERE, 8.0) == (True, []), "a former run at the same place needs no look"
 
 
 def test_a_process_that_answers_itself_by_another_way_is_no_twin() -> None:
     twins = twins_at(HERE, 0.0)
     answer, effects = twins.asked(twins.run(1.0), 1.0)
     assert effects == [] and twins.found(THERE, answer, 1.0) == []
-    assert twins.hear(THERE, 2.0) == (True, [])
+    assert twins.own_claim_received(THERE, 2.0) == (True, [])
 
 
 def test_the_older_goes_on_and_speaks_up_against_the_younger() -> None:
     older = twins_at(THERE, 0.0)
     assert older.found(HERE, TwinAnswer(run_at(HERE, 3.0), ANSWERER), 100.0) == [TwinSeen(run_at(HERE, 3.0))]
-    assert older.hear(HERE, 101.0) == (True, [])
+    assert older.own_claim_received(HERE, 101.0) == (True, [])
     assert older.found(HERE, TwinAnswer(run_at(HERE, 3.0), ASKER), 102.0)[-1] == ProcessDisplaced(run_at(HERE, 3.0)), (
         "as its judge says"
     )
@@ -87,9 +87,9 @@ def test_the_older_goes_on_and_speaks_up_against_the_younger() -> None:
 def test_many_places_are_kept_within_bounds() -> None:
     twins = twins_at(HERE, 0.0)
     for port in range(1, 200):
-        twins.hear(("10.0.0.9", port), 1.0)
+        twins.own_claim_received(("10.0.0.9", port), 1.0)
         twins.found(("10.0.0.9", port), TwinAnswer(run_at(("10.0.0.9", port), 0.5), ""), 1.0)
-    sizes = (twins._asked_at, twins._nobody_at, twins._yields_at, twins._verdicts)
+    sizes = (twins._asked_at, twins._no_twin_at, twins._yields_at, twins._verdicts)
     assert all(len(kept) <= 16 for kept in sizes)
 
 

@@ -210,7 +210,7 @@ MUTANTS: list[tuple[str, Mutation, Callable[[], bool]]] = [
         "stalled means dead",
         mutant(
             swim.Swim,
-            "_convict",
+            "_suspicion_ended",
             lambda self, member, now: self.claims.declare(Dead(member.node, member.epoch, member.incarnation, self.me), now),
         ),
         block_of_ten_seconds_kills_nobody,

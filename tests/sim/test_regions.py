@@ -121,7 +121,7 @@ def test_relays_are_asked_in_as_many_regions_as_there_are() -> None:
     for _ in range(20):
         relays = regions.some_relays(swim.members, 3, network.rng, ids[3])
         assert {swim.members[relay].region for relay in relays} == set(REGIONS) and ids[3] not in relays
-    told = [regions.some_to_tell(swim.members, 3, network.rng) for _ in range(20)]
+    told = [regions.some_gossip_peers(swim.members, 3, network.rng) for _ in range(20)]
     assert all(sorted(swim.members[node].region == "asia" for node in some) == [False, True, True] for some in told)
     assert all(len(set(some)) == 3 for some in told)
 
