@@ -34,7 +34,7 @@ class ClaimVerifier:
         return Left(node, epoch, incarnation, self._signer.sign(left_statement(bare)))
 
     def verifies(self, own: Alive | Left, key: bytes) -> bool:
-        """Returns whether `own` is signed by the node that it is about; counts forgeries. `key`: the stored or the received one."""
+        """Returns whether the node that `own` is about signed it; counts forgeries. `key`: the stored or received one."""
         verifier = self._signer.verifier
         other_key = isinstance(own, Alive) and own.key not in (b"", key)
         statement = alive_statement(own) if isinstance(own, Alive) else left_statement(own)

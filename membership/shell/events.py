@@ -95,7 +95,7 @@ def statistics_of(
         counts["calls_failed"],
         counts["calls_skipped"],
         core.facts.rejected,
-        core.outlook.cuts,
+        core.outlook.loss_batches,
         counts["freezes"],
         view.frozen,
         core.swim.statistics(now),

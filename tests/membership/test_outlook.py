@@ -47,7 +47,7 @@ def test_a_rack_lost_within_a_while_is_one_cut() -> None:
         assert not stage.core.outlook.settled
     assert stage.wait(100.3) == []
     assert stage.wait(101) == [LossBatch((peer_id(1), peer_id(3), peer_id(7)))]
-    assert stage.core.outlook.settled and stage.core.outlook.cuts == 1
+    assert stage.core.outlook.settled and stage.core.outlook.loss_batches == 1
 
 
 def test_a_cut_waits_for_open_suspicions_but_not_for_ever() -> None:
@@ -155,7 +155,7 @@ def test_a_core_sees_itself_cut_off() -> None:
         accusation = Suspect(peer_id(number), 1, 0, peer_id(4))
         told += core.receive(address_of(4), gossip(4, accusation), 5.0)
     assert only(ViewFrozen, told) == [ViewFrozen(True)] and core.outlook.frozen
-    assert ME not in core.outlook._doubted
+    assert ME not in core.outlook._suspected
 
 
 states = st.sampled_from([ALIVE, SUSPECT, DEAD, PeerState.LEFT])
@@ -184,7 +184,7 @@ def test_counted_by_steps_it_is_as_counted_anew(steps: list[tuple[int, PeerState
             told += [*cut.lost, *cut.left]
             assert set(cut.lost) | set(cut.left) <= fallen
             fallen -= {*cut.lost, *cut.left}
-        if not (outlook._doubted or outlook._lost or outlook._fresh) and not members.suspects:
+        if not (outlook._suspected or outlook._lost or outlook._newcomers) and not members.suspects:
             roster = {member.node for member in members if member.live}
         missing = {node for node in roster if members[node].state in (SUSPECT, DEAD)}
         assert outlook.stable_count == len(roster)
