@@ -41,6 +41,11 @@ class Allowance:
         self._accounts: dict[Address, Account] = {}
         self.dropped: Counter[str] = Counter()  # "strangers": no account was free; "uncovered": an answer not sent
 
+    @property
+    def accounts(self) -> int:
+        """The number of unproven addresses with an account."""
+        return len(self._accounts)
+
     def credit(self, source: Address, message: Message, now: float) -> bool:
         """Credits a received datagram to its address. Returns False if all accounts are taken: the datagram must be dropped."""
         member = self._members.get(message.sender.node)

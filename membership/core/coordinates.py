@@ -105,6 +105,10 @@ class Position:
         """This node's point predicts the round trips that it measures."""
         return self._miss < SETTLED_MISS
 
+    def has_samples(self, node: NodeId) -> bool:
+        """Returns whether round trips to this node are kept."""
+        return node in self._latest_s
+
     def decoded(self, raw: bytes) -> Coordinate | None:
         """Decodes a peer's point; counts an invalid one in `refused` and returns None."""
         point = unpack(raw)

@@ -65,6 +65,11 @@ class RefusalDetection:
         self._probe_number = 0
         self.refused_deaths = 0
 
+    @property
+    def connect_probes(self) -> int:
+        """The number of connect probes under way, for this node and for others."""
+        return len(self._probes)
+
     def after_changes(self, effects: list[MembershipEffect], now: float) -> list[MembershipEffect]:
         """Returns the follow-ups of changes: checks of reported deaths and of new suspects, and the links to keep."""
         more = self._check_reported_deaths(now) if self._claims.doubted else []

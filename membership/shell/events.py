@@ -1,4 +1,4 @@
-"""What membership tells the rest of the node: events of members, figures, and why a join failed."""
+"""Events of members, statistics, and the error of a failed join."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ class JoinFailed(MeshError):
 
 @dataclass(frozen=True, slots=True)
 class MemberEvent:
-    """A member came, went, or came back as another run (`restarted`: what ran there is gone). `before` None: a newcomer."""
+    """A member joined, was lost, or restarted (what ran there is lost). `before` None: a newcomer."""
 
     node: NodeId
     before: PeerState | None
     after: PeerState
     restarted: bool = False
-    stalled: bool = False  # silent, but its process exists: what runs there may come back, or be dead later
+    stalled: bool = False  # silent, but its process exists: what runs there may recover, or be declared dead later
 
     @property
     def down(self) -> bool:
-        """What ran on that node is lost: it died, left, or restarted."""
+        """What ran on the node is lost: it died, left, or restarted."""
         return self.after in (PeerState.DEAD, PeerState.LEFT) or self.restarted
 
 

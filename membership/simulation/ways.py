@@ -1,4 +1,4 @@
-"""The ways between simulated nodes: how long each takes, which are cut, and what went from one region to another."""
+"""Latencies between simulated nodes, blocked routes, and the bytes sent between regions."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from random import Random
 from mesh.ids import NodeId
 
 TimeSpan = tuple[float, float]
+"""(shortest, longest), in seconds."""
 
 
 class LatencyModel:
-    """`near_s`: of one way within a region, `far_s`: between two, each drawn evenly between its ends."""
+    """Draws latencies uniformly: `near_s` of one way within a region, `far_s` between two."""
 
     def __init__(self, rng: Random, near_s: TimeSpan, far_s: TimeSpan | None) -> None:
         self._rng = rng
@@ -40,7 +41,7 @@ class LatencyModel:
             self.bytes_abroad += size_bytes
 
     def cut(self, some: Iterable[NodeId], others: Iterable[NodeId], *, one_way: bool) -> None:
-        """Nothing gets from `some` to `others`, nor back unless `one_way`."""
+        """Blocks all messages from `some` to `others`, and back unless `one_way`."""
         others = list(others)
         for one in some:
             for other in others:

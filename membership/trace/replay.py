@@ -1,4 +1,4 @@
-"""A core led through a trace again: the events it sees, and whether it answered each input as it did the first time."""
+"""Replays a trace on a new core: the changes of its view, and whether it answers each input as recorded."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Replay:
 
 @dataclass(slots=True)
 class RecordedSigner:
-    """Gives out the signatures that the trace holds; it has no key."""
+    """Returns the signatures that the trace holds; it has no key."""
 
     public_key: bytes
     verifier: SignatureVerifier
@@ -58,7 +58,7 @@ class RecordedSigner:
 
 
 def replay(records: list[TraceRecord], verifier: SignatureVerifier | None = None) -> Replay:
-    """Leads a new core through them. `verifier`: of the signatures in it, unless they are the nodes' real ones.
+    """Replays the records on a new core. `verifier`: of their signatures, unless they are real ones.
 
     Raises:
         BadTrace: it begins with neither a start nor a checkpoint, or holds what no core survives.
@@ -107,13 +107,13 @@ def _made(first: trace_format.Input, signer: RecordedSigner) -> MembershipCore:
 
 
 def _config(given: dict[str, float]) -> MembershipConfig:
-    """Raises TypeError for a field that this version does not know, ValueError for one out of bounds."""
+    """Builds the recorded config. Raises TypeError for an unknown field, ValueError for a value out of bounds."""
     whole = {name: int(value) if isinstance(getattr(MembershipConfig(), name), int) else value for name, value in given.items()}
     return MembershipConfig(**whole)  # type: ignore[arg-type]
 
 
 def _play(core: MembershipCore, given: trace_format.Input) -> tuple[object, list[MembershipEffect]]:
-    """What the core answers, and the effects in it."""
+    """Gives the core one input; returns its answer, and the effects in it."""
     answer: object = None
     effects: list[MembershipEffect] = []
     match given:

@@ -207,7 +207,7 @@ class HostileNode(RuleBasedStateMachine):
         count = sum(1 for _ in swim.members)
         assert count <= MAX_MEMBERS, f"M8: {count} members"
         assert len(swim.state.rumours) <= count, "M8: more rumours than members"
-        assert len(swim.refusals._probes) <= MAX_CONNECT_PROBES and len(self.core.allowance._accounts) <= MAX_ACCOUNTS, "M8"
+        assert swim.refusals.connect_probes <= MAX_CONNECT_PROBES and self.core.allowance.accounts <= MAX_ACCOUNTS, "M8"
         largest = Ping(swim.state.sender(self.now), 2**32 - 1, peer_id(1), where=bytes(32))
         for rumour in swim.state.rumours.by_node.values():
             assert len(datagram_codec.claim_bytes(rumour.claim)) == rumour.size_bytes, (

@@ -86,7 +86,7 @@ def test_nothing_is_kept_of_a_tombstone_that_made_room() -> None:
     core.receive(address_of(2), gossip(2, left(peer_id(1), 1, 0)), 1.0)
     core.receive(address_of(2), gossip(2, alive(9)), 1.0)
     assert state(core, 1) is None and state(core, 9) is PeerState.ALIVE
-    assert peer_id(1) not in core.swim.state.distances.position._latest_s
+    assert not core.swim.state.distances.position.has_samples(peer_id(1))
     assert peer_id(1) not in core.swim.state.rumours.by_node
 
 
