@@ -69,7 +69,7 @@ class HostileMesh(RuleBasedStateMachine):
         self.broken = False
         # What was seen, by whom and of whom.
         self.known: dict[tuple[int, NodeId], EpochIncarnation] = {}
-        self.said: dict[NodeId, EpochIncarnation] = {}  # the highest that its owner gave itself
+        self.claimed: dict[NodeId, EpochIncarnation] = {}  # the highest that its owner gave itself
         self.left_at: dict[tuple[int, NodeId], EpochIncarnation] = {}
         self.suspected_at: dict[tuple[int, NodeId], tuple[EpochIncarnation, float]] = {}
 
@@ -110,8 +110,8 @@ class HostileMesh(RuleBasedStateMachine):
 
     def _take(self, to: int, by: int, *claims: Claim) -> None:
         """A datagram of `by` that tells these."""
-        told = Gossip(self.cores[by].swim.state.sender(self.now), claims)
-        self._carry_out(to, self.cores[to].receive(address_of(by), told, self.now))
+        received = Gossip(self.cores[by].swim.state.sender(self.now), claims)
+        self._carry_out(to, self.cores[to].receive(address_of(by), received, self.now))
 
     def _deliver(self, source: Address, to: Address, datagram: bytes) -> None:
         if (number := number_at(to)) in self.up:
@@ -281,12 +281,13 @@ class HostileMesh(RuleBasedStateMachine):
     def m1_only_its_owner_raises_an_incarnation(self) -> None:
         for core in self.cores.values():
             me = core.swim.myself
-            self.said[core.me] = max(self.said.get(core.me, (0, 0)), (me.epoch, me.incarnation))
+            self.claimed[core.me] = max(self.claimed.get(core.me, (0, 0)), (me.epoch, me.incarnation))
         for number in sorted(self.up):
             for member in self.cores[number].swim.members:
-                said = self.said[member.node]
+                claimed = self.claimed[member.node]
                 self._must(
-                    (member.epoch, member.incarnation) <= said, f"M1: {member.node} said {said} at most, {number} holds {member}"
+                    (member.epoch, member.incarnation) <= claimed,
+                    f"M1: {member.node} claimed {claimed} at most, {number} holds {member}",
                 )
                 self._must(member.address[0] != "6.6.6.6", f"M1: {number} believes what {member.node} never said")
 

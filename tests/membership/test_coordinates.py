@@ -187,11 +187,11 @@ points = st.builds(
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), points, st.floats(0, RTT_MAX_S)), max_size=30))
-def test_whatever_sane_peers_say_this_nodes_point_stays_sane_and_no_word_carries_it_far(
-    said: list[tuple[int, Coordinate, float]],
+def test_any_valid_points_of_peers_keep_this_nodes_point_valid(
+    claimed: list[tuple[int, Coordinate, float]],
 ) -> None:
     node = Position(Random(1))
-    for number, theirs, rtt_s in said:
+    for number, theirs, rtt_s in claimed:
         before = node.point
         node.observe(NodeId(f"{number:016x}"), theirs, rtt_s)
         assert is_sane(node.point) and node.point.height_s >= HEIGHT_MIN_S

@@ -41,11 +41,11 @@ MESH = settings(max_examples=14, stateful_step_count=50, deadline=None)
 NODE = settings(max_examples=14, stateful_step_count=40, deadline=None)
 
 
-def test_a_mesh_keeps_m1_to_m7_and_m9_whatever_the_order_of_what_is_said() -> None:
+def test_a_mesh_keeps_m1_to_m7_and_m9_in_any_message_order() -> None:
     run_state_machine_as_test(HostileMesh, settings=MESH)
 
 
-def test_a_node_keeps_m8_to_m10_whatever_it_is_told() -> None:
+def test_a_node_keeps_m8_to_m10_for_any_input() -> None:
     run_state_machine_as_test(HostileNode, settings=NODE)
 
 

@@ -33,7 +33,7 @@ def run_at(place: Address, age_s: float) -> ProcessRun:
     st.booleans(),
     st.lists(st.tuples(st.booleans(), st.floats(0.001, 1.5)), min_size=1, max_size=6),
 )
-def test_of_two_twins_exactly_one_stops_whoever_asks_first_and_however_long_answers_take(
+def test_exactly_one_of_two_twins_stops_in_any_order_and_delay(
     began_one: float, began_other: float, swapped: bool, asks: list[tuple[bool, float]]
 ) -> None:
     """Each ask takes its time to go and to come back; ages are told on the way. The younger stops, but for what delays blur."""
@@ -57,7 +57,7 @@ def test_of_two_twins_exactly_one_stops_whoever_asks_first_and_however_long_answ
         assert stopped == {0 if began_one > began_other else 1}, "the younger"
 
 
-def test_words_from_another_place_are_looked_into_once_before_they_are_outbid() -> None:
+def test_a_claim_from_another_address_is_checked_once_before_it_is_refuted() -> None:
     twins = twins_at(HERE, 0.0)
     assert twins.own_claim_received(THERE, 1.0) == (False, [FindTwin(THERE)])
     assert twins.own_claim_received(THERE, 2.0) == (False, []), "it is being asked already"
@@ -98,7 +98,7 @@ def elsewhere(epoch: int, incarnation: int = 0) -> Alive:
     return signed(msgspec.structs.replace(alive(0, incarnation, epoch), host="10.0.0.77"))
 
 
-def test_words_of_another_process_are_held_until_it_is_known_whether_it_lives() -> None:
+def test_a_claim_of_another_process_is_held_until_its_address_is_checked() -> None:
     core = node_among(3)
     words = elsewhere(7)
     effects = core.receive(address_of(1), gossip(1, words), 1.0)
@@ -119,7 +119,7 @@ def test_a_displaced_process_falls_silent_without_a_goodbye() -> None:
     assert core.twin_asked(older, 6.0)[1] == []
 
 
-def test_an_accusation_cannot_be_kept_from_being_refuted_by_forged_words() -> None:
+def test_forged_claims_do_not_prevent_a_refutation() -> None:
     core = node_among(3)
     forged = msgspec.structs.replace(elsewhere(1), signature=b"lie", key=b"")
     record = msgspec.structs.replace(member_record(forged, PeerState.SUSPECT), signature=b"lie")
