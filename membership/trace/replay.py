@@ -21,7 +21,7 @@ _NOWHERE: Address = ("", 0)
 
 
 @dataclass(frozen=True, slots=True)
-class ReplayedChange:
+class TracedEvent:
     """A change in the node's view. `at_s`: by its own clock."""
 
     at_s: float
@@ -42,7 +42,7 @@ class Replay:
     differs_at: int | None = None
     began_s: float = 0.0
     ended_s: float = 0.0
-    events: list[ReplayedChange] = field(default_factory=list)
+    events: list[TracedEvent] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -155,11 +155,11 @@ def _play(core: MembershipCore, given: trace_format.Input) -> tuple[object, list
     return answer, effects
 
 
-def _events(core: MembershipCore, effects: list[MembershipEffect], at_s: float) -> list[ReplayedChange]:
+def _events(core: MembershipCore, effects: list[MembershipEffect], at_s: float) -> list[TracedEvent]:
     events = []
     for effect in effects:
         if isinstance(effect, MemberChanged) and (effect.before is not effect.after or effect.restarted or effect.stalled):
             member = core.swim.members.get(effect.node)
             name, cause = (member.name, member.cause) if member is not None else ("", "")
-            events.append(ReplayedChange(at_s, effect.node, name, effect.before, effect.after, cause))
+            events.append(TracedEvent(at_s, effect.node, name, effect.before, effect.after, cause))
     return events
