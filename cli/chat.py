@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PIPE_WAIT_S = 0.5
 TOO_LONG = ("context_length_exceeded", "body_too_large")  # error codes that a shorter conversation would not get
 
-Message = dict[str, Any]
+ChatMessage = dict[str, Any]
 
 
 def chat(
@@ -36,7 +36,7 @@ def chat(
 ) -> None:
     """Talk to a model. Ctrl-C stops an answer; at the prompt, Ctrl-C or Ctrl-D ends the conversation."""
     params = options.sampling(max_tokens, temperature, seed, model)
-    said: list[Message] = [{"role": "system", "content": system}] if system else []
+    said: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
     with options.client(node, api_key) as client:
         if message is None and not sys.stdin.isatty():
             message = sys.stdin.read()
@@ -61,7 +61,7 @@ def piped_beside() -> str:
     return sys.stdin.read() if ready else ""
 
 
-def converse(client: Client, said: list[Message], params: ChatParams) -> None:
+def converse(client: Client, said: list[ChatMessage], params: ChatParams) -> None:
     """A conversation until the end of input. A failed answer is not the end of it, and leaves no trace in it."""
     try:
         import readline  # noqa: F401  (makes input() editable)
@@ -82,13 +82,13 @@ def converse(client: Client, said: list[Message], params: ChatParams) -> None:
             output.error(str(error))
 
 
-def turn(client: Client, said: Sequence[Message], message: str, params: ChatParams) -> list[Message]:
+def turn(client: Client, said: Sequence[ChatMessage], message: str, params: ChatParams) -> list[ChatMessage]:
     """Answers a message; the conversation with both. Where it is too long for the model the oldest turns are left out.
 
     Raises:
         MeshError: there is no answer; the conversation is as it was. BadRequest: the message alone is too long.
     """
-    asked: list[Message] = [*said, {"role": "user", "content": message}]
+    asked: list[ChatMessage] = [*said, {"role": "user", "content": message}]
     while True:
         try:
             text = answer(client, asked, params)
@@ -110,7 +110,7 @@ def turn(client: Client, said: Sequence[Message], message: str, params: ChatPara
     return [*asked, {"role": "assistant", "content": text}]
 
 
-def without_oldest_turn(asked: Sequence[Message]) -> list[Message] | None:
+def without_oldest_turn(asked: Sequence[ChatMessage]) -> list[ChatMessage] | None:
     """The conversation without its first user message and what followed it; None: only the last message is left.
 
     What the model is told before the conversation stays.
@@ -121,7 +121,7 @@ def without_oldest_turn(asked: Sequence[Message]) -> list[Message] | None:
     return [*asked[: users[0]], *asked[users[1] :]]
 
 
-def answer(client: Client, said: Sequence[Message], params: ChatParams) -> str:
+def answer(client: Client, said: Sequence[ChatMessage], params: ChatParams) -> str:
     """Streams one answer to the screen; what of it came, when Ctrl-C stopped it."""
     text = ""
     with client.chat(said, stream=True, **params) as stream:

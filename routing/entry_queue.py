@@ -34,7 +34,7 @@ CREDIT_S = 1.5  # a grant is used by then or not at all; less than the stage res
 SEND_S = 0.02  # between two demands to one stage: what changes meanwhile goes with the next
 RATE_WINDOW_S, MIN_RATE_WINDOW_S = 10.0, 4.0  # over which the rate of starts is averaged; less soon after a time without any
 
-Lane = tuple[str, ...]  # model id, then what else keeps requests from sharing a queue
+QueueLane = tuple[str, ...]  # model id, then what else keeps requests from sharing a queue
 
 Place = Callable[[Ticket, frozenset[NodeId]], tuple[NodeId, ...] | None]
 """Finds a path for a ticket without these nodes, and begins to open it: its nodes. Empty: the ticket needs none any more.
@@ -76,7 +76,7 @@ class _Lane:
 
 @dataclass(slots=True)
 class _Opening:
-    lane: Lane
+    lane: QueueLane
     nodes: tuple[NodeId, ...]
 
 
@@ -85,8 +85,8 @@ class EntryQueue:
 
     def __init__(self, place: Place) -> None:
         self._place = place
-        self._lanes: dict[Lane, _Lane] = {}
-        self._lane_of: dict[int, Lane] = {}
+        self._lanes: dict[QueueLane, _Lane] = {}
+        self._lane_of: dict[int, QueueLane] = {}
         self._opening: dict[int, _Opening] = {}
         self._refused_by: dict[int, set[NodeId]] = {}  # since the ticket last waited
         self._unanswered: dict[NodeId, int] = {}
@@ -97,7 +97,7 @@ class EntryQueue:
 
     # --- what the entry does
 
-    def join(self, ticket: Ticket, lane: Lane, now: float) -> None:
+    def join(self, ticket: Ticket, lane: QueueLane, now: float) -> None:
         """Puts a ticket into the lane, or back to its place there after an open that failed; places it if it is first."""
         if self._lane_of.get(ticket.number, lane) != lane:
             self.leave(ticket, now)
@@ -227,12 +227,12 @@ class EntryQueue:
         while self._starts and self._starts[0] < now - RATE_WINDOW_S:
             self._starts.popleft()
 
-    def expected_wait_s(self, lane: Lane, priority: int, now: float) -> float:
+    def expected_wait_s(self, lane: QueueLane, priority: int, now: float) -> float:
         """Returns the time until a request that joins now would start: those before it, at the rate of the last starts."""
         waits = self._lanes.get(lane)
         return waits.queue.ahead_of(priority) / self.start_rate(now) if waits is not None else 0.0
 
-    def last(self, lane: Lane) -> Ticket | None:
+    def last(self, lane: QueueLane) -> Ticket | None:
         """The waiting ticket that would be served last."""
         return self._lanes[lane].queue.last() if lane in self._lanes else None
 
@@ -252,7 +252,7 @@ class EntryQueue:
         finally:
             self._dispatching = False
 
-    def _place_head(self, key: Lane, lane: _Lane, ticket: Ticket, now: float) -> None:
+    def _place_head(self, key: QueueLane, lane: _Lane, ticket: Ticket, now: float) -> None:
         model = key[0]
         without = {node for (node, of), full in self._full.items() if of == model and not full.credits}
         refused_by = self._refused_by.get(ticket.number, set())

@@ -26,15 +26,15 @@ class Ticket:
 
 MAX_TENANTS = 1024  # without a waiting request, whose shares are still remembered
 
-Rank = tuple[bool, int, float, int]
+ServiceRank = tuple[bool, int, float, int]
 
 
 class FairQueue:
     """Tickets in their order. A ticket that comes back after a refusal takes its old place."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Rank, Ticket]] = []
-        self._ranks: dict[int, Rank] = {}
+        self._waiting: list[tuple[ServiceRank, Ticket]] = []
+        self._ranks: dict[int, ServiceRank] = {}
         self._served_tag = 0.0  # the largest start tag that was served
         self._finish_tags: dict[str, float] = {}
 

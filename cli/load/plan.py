@@ -15,7 +15,7 @@ from mesh.files import text_of
 if TYPE_CHECKING:
     from random import Random
 
-Messages = tuple[dict[str, Any], ...]
+Conversation = tuple[dict[str, Any], ...]
 
 WORDS = tuple(
     [
@@ -63,7 +63,7 @@ class PlannedRequest:
     """One request. `at_s` after the start; None: as soon as a user is free."""
 
     number: int
-    messages: Messages
+    messages: Conversation
     at_s: float | None = None
 
 
@@ -71,34 +71,34 @@ def words(random: Random, number: int) -> str:
     return " ".join(random.choice(WORDS) for _ in range(number))
 
 
-def said(text: str) -> Messages:
+def said(text: str) -> Conversation:
     return ({"role": "user", "content": text},)
 
 
-def random_prompts(random: Random, length: int) -> Iterator[Messages]:
+def random_prompts(random: Random, length: int) -> Iterator[Conversation]:
     """Unrelated prompts of `length` words: nothing to be found in a prefix cache."""
     while True:
         yield said(words(random, length))
 
 
-def prefix_prompts(random: Random, length: int) -> Iterator[Messages]:
+def prefix_prompts(random: Random, length: int) -> Iterator[Conversation]:
     """Prompts that share one of `PREFIX_GROUPS` long beginnings, as with system prompts."""
     prefixes = [words(random, PREFIX_WORDS) for _ in range(PREFIX_GROUPS)]
     while True:
         yield said(f"{random.choice(prefixes)} {words(random, length)}")
 
 
-def chat_prompts(random: Random, length: int) -> Iterator[Messages]:
+def chat_prompts(random: Random, length: int) -> Iterator[Conversation]:
     """Conversations: each request repeats the one before and adds a turn, up to `CHAT_TURNS`."""
     while True:
-        conversation: Messages = ()
+        conversation: Conversation = ()
         for _ in range(CHAT_TURNS):
             conversation = (*conversation, {"role": "user", "content": words(random, length)})
             yield conversation
             conversation = (*conversation, {"role": "assistant", "content": words(random, length)})
 
 
-def file_prompts(path: Path) -> Iterator[Messages]:
+def file_prompts(path: Path) -> Iterator[Conversation]:
     """The lines of a file, over and over: JSON with `messages`, `prompt` or ShareGPT's `conversations`, or plain text.
 
     Raises:
@@ -115,7 +115,7 @@ def file_prompts(path: Path) -> Iterator[Messages]:
     return cycle([_line_prompt(path, number, line) for number, line in lines])
 
 
-def _line_prompt(path: Path, number: int, line: str) -> Messages:
+def _line_prompt(path: Path, number: int, line: str) -> Conversation:
     if not line.lstrip().startswith("{"):
         return said(line)
     try:
@@ -130,7 +130,7 @@ def _line_prompt(path: Path, number: int, line: str) -> Messages:
         raise BadRequest(f"--dataset: {path}, line {number}: expected {form}", "dataset") from None
 
 
-def prompts(dataset: str, random: Random, length: int) -> Iterator[Messages]:
+def prompts(dataset: str, random: Random, length: int) -> Iterator[Conversation]:
     """The prompts of a data set by its name, or of a file. Raises BadRequest as `file_prompts` does."""
     match dataset:
         case "random":
@@ -155,7 +155,7 @@ def arrivals_s(random: Random, rate: float, burstiness: float) -> Iterator[float
 
 
 def plan(
-    messages: Iterator[Messages], arrivals: Iterator[float] | None, requests: int | None, duration_s: float | None
+    messages: Iterator[Conversation], arrivals: Iterator[float] | None, requests: int | None, duration_s: float | None
 ) -> Iterator[PlannedRequest]:
     """The requests in order, until their number or their arrival is beyond the limit."""
     for number in count() if requests is None else range(requests):

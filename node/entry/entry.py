@@ -53,7 +53,7 @@ from node.requests import ChoiceDone, Finished, GenerateEvent, GenerateRequest, 
 from node.serving.stages import OpenStage, open_path
 from node.text.detokenize import Decode, TextState
 from routing.admission import Admission, AdmissionLimits
-from routing.entry_queue import Lane
+from routing.entry_queue import QueueLane
 from routing.fair_queue import Ticket
 from routing.path import PathStages
 
@@ -528,7 +528,7 @@ class Entry:
         self._runs: dict[str, RequestRun] = {}
         self._queue = queue
         self._admission = Admission(limits)
-        self._lanes: dict[str | None, Lane] = {}  # by the name that requests ask for a model by
+        self._lanes: dict[str | None, QueueLane] = {}  # by the name that requests ask for a model by
         self._nursery: trio.Nursery | None = None
         self._counters = EntryCounters()
 

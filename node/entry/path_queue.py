@@ -15,7 +15,7 @@ from mesh.ids import Address, NodeId
 from mesh.view import View
 from mesh.wire.calls import Header, Post
 from routing.admission import Queue
-from routing.entry_queue import Demand, EntryQueue, Lane
+from routing.entry_queue import Demand, EntryQueue, QueueLane
 from routing.fair_queue import Ticket
 
 
@@ -65,7 +65,7 @@ class PathQueue:
         self._last_number += 1
         return Ticket(self._last_number, arrived_at, priority, tenant, cost, continued)
 
-    def join(self, waiting: Waiting, ticket: Ticket, lane: Lane) -> None:
+    def join(self, waiting: Waiting, ticket: Ticket, lane: QueueLane) -> None:
         """Queues for a path, or again after an open that failed, in the same place."""
         self._waiting[ticket.number] = waiting
         self._core.join(ticket, lane, self._now())
@@ -115,7 +115,7 @@ class PathQueue:
 
     # --- what it looks like
 
-    def state(self, running: int, lane: Lane | None, priority: int) -> Queue:
+    def state(self, running: int, lane: QueueLane | None, priority: int) -> Queue:
         """As admission sees it. `lane` None: not known before the request is prepared."""
         now = self._now()
         expected_s = self._core.expected_wait_s(lane, priority, now) if lane is not None else 0.0

@@ -21,7 +21,7 @@ from mesh.errors import PeerLost
 from mesh.ids import Address
 from node.http import documents, generation, openapi, sse, surface
 from node.http.auth import OPEN_PATHS, ApiKeys, check_origin
-from node.http.connection import App, Message, Receive, Send
+from node.http.connection import App, AsgiMessage, Receive, Send
 from node.http.errors import ClientGone, ErrorAnswer, answer_of, is_expected, single_cause
 from node.http.services import NodeServices
 from node.http.site import Endpoint, HttpStatistics, Json, Route, Site
@@ -121,7 +121,7 @@ class _Outward:
         self.started = False
         self._is_stream = False
 
-    async def __call__(self, message: Message) -> None:
+    async def __call__(self, message: AsgiMessage) -> None:
         if message["type"] == "http.response.start":
             headers = [*message["headers"], *self._own]
             self.started = True

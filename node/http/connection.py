@@ -25,9 +25,9 @@ from mesh.errors import BadRequest, LocalError, Refused
 from node.http.errors import ClientGone, ErrorAnswer, answer_of
 from node.http.limits import Limits
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+AsgiMessage = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[AsgiMessage]]
+Send = Callable[[AsgiMessage], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 READ_BYTES = 16 << 10  # below the head limit, so that h11 sees an oversized head before it is whole
@@ -77,7 +77,7 @@ class HttpExchange:
         self._answered = trio.Event()
         self._head: bytes | None = None  # framed, waiting to go out with the first part of the body
 
-    async def receive(self) -> Message:
+    async def receive(self) -> AsgiMessage:
         """The next part of the body; after its end, waits until the client hangs up or the answer is complete.
 
         Raises:
@@ -96,7 +96,7 @@ class HttpExchange:
         self._counts.bodies_bytes -= self._body_bytes
         self._body_bytes = 0
 
-    async def _body_part(self) -> Message:
+    async def _body_part(self) -> AsgiMessage:
         limit = self._limits.body_bytes
         if self._announced_bytes > limit:
             raise BadRequest(f"expected a body of at most {limit} bytes, got {self._announced_bytes}", status=413)
@@ -147,7 +147,7 @@ class HttpExchange:
             ahead_bytes += len(received)
         await self._answered.wait()
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: AsgiMessage) -> None:
         """Frames and writes one ASGI message.
 
         Raises:

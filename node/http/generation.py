@@ -80,7 +80,7 @@ def ending(reason: str, parser: ToolCallParser | None, use: ToolUse | None) -> s
     return "tool_calls" if called and reason == "stop" else reason
 
 
-Chunk = dict[str, Any]
+CompletionChunk = dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -161,7 +161,7 @@ class AnswerBuilder:
             "prompt_tokens_details": {"cached_tokens": sum(end.cached_tokens for end in self._finished if end is not None)},
         }
 
-    def envelope(self, kind: str, choices: list[dict[str, Any]], mesh: dict[str, Any]) -> Chunk:
+    def envelope(self, kind: str, choices: list[dict[str, Any]], mesh: dict[str, Any]) -> CompletionChunk:
         return {
             "id": self.asked.id,
             "object": kind,
@@ -216,13 +216,13 @@ class ChunkStream:
         self._asked = answer.asked
         self._kind = "chat.completion.chunk" if answer.asked.chat else "text_completion"
         self._parsers: dict[int, ToolCallParser | None] = {}
-        self._held: Chunk | None = None
+        self._held: CompletionChunk | None = None
 
     @property
     def complete(self) -> bool:
         return self._answer.complete
 
-    def add(self, generation: int, event: GenerateEvent) -> list[Chunk]:
+    def add(self, generation: int, event: GenerateEvent) -> list[CompletionChunk]:
         index = self._answer.fold(generation, event)
         match event:
             case Started():
@@ -236,7 +236,7 @@ class ChunkStream:
             case Finished():
                 return self._closing() if self._answer.complete else []
 
-    def _opening(self, generation: int) -> list[Chunk]:
+    def _opening(self, generation: int) -> list[CompletionChunk]:
         """Chat streams begin with each choice's role; completions have nothing to say yet."""
         if not self._asked.chat:
             return []
@@ -263,7 +263,7 @@ class ChunkStream:
         logprobs: Sequence[TokenLogprob],
         delta: dict[str, Any],
         reason: str | None = None,
-    ) -> Chunk:
+    ) -> CompletionChunk:
         body: dict[str, Any] = {"delta": delta} if self._asked.chat else {"text": text}
         if self._asked.logprobs and (logprobs or reason is None):
             offset = self._answer.choices[index].chars
@@ -273,7 +273,7 @@ class ChunkStream:
         self._answer.choices[index].chars += len(text)
         return self._chunk([self._choice(index, body, reason)])
 
-    def _ending(self, index: int, event: ChoiceDone) -> list[Chunk]:
+    def _ending(self, index: int, event: ChoiceDone) -> list[CompletionChunk]:
         parser = self._parser(index)
         delta = delta_of(parser.finish()) if parser is not None else {}
         reason = ending(event.finish_reason, parser, self._asked.tools)
@@ -283,7 +283,7 @@ class ChunkStream:
             return []
         return [chunk]
 
-    def _closing(self) -> list[Chunk]:
+    def _closing(self) -> list[CompletionChunk]:
         """The held end, and the usage where it was asked for; the very last one carries the path."""
         chunks = [self._held] if self._held is not None else []
         if self._asked.include_usage or not chunks:
@@ -296,7 +296,7 @@ class ChunkStream:
     def _choice(self, index: int, body: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
         return {"index": index, **body, "logprobs": body.get("logprobs"), "finish_reason": reason}
 
-    def _chunk(self, choices: list[dict[str, Any]]) -> Chunk:
+    def _chunk(self, choices: list[dict[str, Any]]) -> CompletionChunk:
         chunk = self._answer.envelope(self._kind, choices, {"seq": self._answer.seq})
         if self._asked.continuous_usage:
             chunk["usage"] = self._answer.usage()
@@ -468,7 +468,7 @@ class GenerationResponse:
         Raises:
             PeerLost: this node cannot go on with the stream, another one may: it is cut, not ended.
         """
-        out: list[Chunk] = []
+        out: list[CompletionChunk] = []
         for generation, event in ready:
             if isinstance(event, PeerLost):
                 raise event

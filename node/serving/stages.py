@@ -42,11 +42,11 @@ log = structlog.get_logger()
 # Rows of one-way frames as peers send them: msgspec checks types and ranges before anything reads them.
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 EncodedKey = tuple[StreamId, Count, Count]  # a `SequenceKey`: stream, choice, attempt
-PageNames = tuple[Annotated[bytes, Meta(min_length=NAME_BYTES, max_length=NAME_BYTES)], ...]
+EncodedPageNames = tuple[Annotated[bytes, Meta(min_length=NAME_BYTES, max_length=NAME_BYTES)], ...]
 PositiveCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 DraftTokens = tuple[Count, ...]
 # Key, then the fields of `HiddenOut`, with the data's size in place of the data.
-HiddenRow = tuple[StreamId, Count, Count, Count, PositiveCount, Count, PageNames, DraftTokens, Count]
+HiddenRow = tuple[StreamId, Count, Count, Count, PositiveCount, Count, EncodedPageNames, DraftTokens, Count]
 TopLogprobs = tuple[tuple[Count, float], ...]
 TokenRow = tuple[StreamId, Count, Count, Count, Count, Literal["stop", "length"] | None, float | None, TopLogprobs, Count]
 

@@ -33,13 +33,13 @@ from node.weights.pull import (
     ASK_TIMEOUT_S,
     AskFailed,
     AskPiece,
-    Effect,
-    Event,
     HashMismatch,
     NotHeld,
     PieceKept,
     Pull,
     PullDone,
+    PullEffect,
+    PullEvent,
     PullStatistics,
     SourcesChanged,
 )
@@ -238,11 +238,11 @@ class _Run:
         if self._failure is not None:
             raise self._failure
 
-    def _receive(self, event: Event) -> None:
+    def _receive(self, event: PullEvent) -> None:
         self._carry_out(self._pull.receive(event, trio.current_time()))
         self._woken.set()  # the deadline may be another now
 
-    def _carry_out(self, effects: Iterable[Effect]) -> None:
+    def _carry_out(self, effects: Iterable[PullEffect]) -> None:
         for effect in effects:
             match effect:
                 case AskPiece():

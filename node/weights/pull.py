@@ -64,7 +64,7 @@ class AskFailed:
     rest_s: float | None = None
 
 
-Event = SourcesChanged | PieceKept | HashMismatch | NotHeld | AskFailed
+PullEvent = SourcesChanged | PieceKept | HashMismatch | NotHeld | AskFailed
 
 
 # What to do.
@@ -82,7 +82,7 @@ class PullDone:
     """All pieces are kept."""
 
 
-Effect = AskPiece | PullDone
+PullEffect = AskPiece | PullDone
 
 
 @dataclass(slots=True)
@@ -148,7 +148,7 @@ class Pull:
             times += [until for source in usable for until in source.lacks.values()]
         return min(times, default=float("inf"))
 
-    def receive(self, event: Event, now: float) -> list[Effect]:
+    def receive(self, event: PullEvent, now: float) -> list[PullEffect]:
         match event:
             case SourcesChanged(nodes):
                 self._told = nodes
@@ -167,7 +167,7 @@ class Pull:
                 self._end(number, now, rest_s=rest_s)
         return self._ask(now)
 
-    def tick(self, now: float) -> list[Effect]:
+    def tick(self, now: float) -> list[PullEffect]:
         for number in [number for number, asked in self._asked.items() if asked.until <= now]:
             late = self._asked[number]
             self._end(number, now)
@@ -219,13 +219,13 @@ class Pull:
         """Sources that tell of the model and never lied; some may rest."""
         return {node: self._sources[node] for node in self._told if not self._sources[node].lies}
 
-    def _ask(self, now: float) -> list[Effect]:
+    def _ask(self, now: float) -> list[PullEffect]:
         if not self._missing:
             if self._ended:
                 return []
             self._ended = True
             return [PullDone()]
-        effects: list[Effect] = []
+        effects: list[PullEffect] = []
         usable = {node: source for node, source in self._usable().items() if source.resting_until <= now}
         passed_over: list[WeightPiece] = []
         while self._waiting and len(self._asked) < ASKS_IN_ALL and any(each.asked < ASKS_PER_SOURCE for each in usable.values()):

@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from node.http.connection import Message
+from node.http.connection import AsgiMessage
 from node.http.errors import ClientGone
 from node.http.limits import Limits
 from node.requests import TextDelta
@@ -295,7 +295,7 @@ async def test_an_application_that_stops_in_the_middle_leaves_an_answer_that_is_
 
 
 async def test_the_application_hears_of_a_disconnect_and_can_send_no_more() -> None:
-    heard: list[Message] = []
+    heard: list[AsgiMessage] = []
     over = trio.Event()
 
     async def patient(scope: Any, receive: Any, send: Any) -> None:

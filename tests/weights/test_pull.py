@@ -17,13 +17,13 @@ from node.weights.pull import (
     MAX_REST_S,
     AskFailed,
     AskPiece,
-    Effect,
-    Event,
     HashMismatch,
     NotHeld,
     PieceKept,
     Pull,
     PullDone,
+    PullEffect,
+    PullEvent,
     SourcesChanged,
 )
 
@@ -36,7 +36,7 @@ def sources(*names: str) -> SourcesChanged:
     return SourcesChanged(tuple(map(NodeId, names)))
 
 
-def asks(effects: Sequence[Effect]) -> list[AskPiece]:
+def asks(effects: Sequence[PullEffect]) -> list[AskPiece]:
     return [effect for effect in effects if isinstance(effect, AskPiece)]
 
 
@@ -187,7 +187,7 @@ def test_whatever_happens_on_the_way_every_piece_arrives_once_an_honest_source_i
     under_way: dict[int, AskPiece] = {}
     now, pull = 0.0, Pull(every)
 
-    def took(effects: Sequence[Effect]) -> None:
+    def took(effects: Sequence[PullEffect]) -> None:
         for ask in asks(effects):
             assert ask.node not in lied and ask.piece not in kept
             under_way[ask.number] = ask
@@ -216,7 +216,7 @@ def test_whatever_happens_on_the_way_every_piece_arrives_once_an_honest_source_i
                 lied.add(ask.node)
                 took(pull.receive(HashMismatch(ask.number), now))
             else:
-                events: dict[str, Event] = {
+                events: dict[str, PullEvent] = {
                     "failed": AskFailed(ask.number),
                     "busy": AskFailed(ask.number, 1.0),
                     "lacks": NotHeld(ask.number),
