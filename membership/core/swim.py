@@ -93,7 +93,7 @@ class Swim:
         self.refusals = RefusalDetection(state, self.claims)
         self.me, self.members, self.myself = state.me, state.members, state.myself
         self._config, self._rng = config, rng
-        self._probes = Probes(rng)
+        self.probes = Probes(rng)  # those under way
         self._schedule = ProbeSchedule(rng)
         self._seeds: dict[Address, NodeId | None] = {}  # with the node that last answered there
         # A random phase: nodes started together do not probe in step.
@@ -114,8 +114,8 @@ class Swim:
         if self.state.left:
             return math.inf
         at = self._next_probe_at  # read after every datagram: what is absent costs nothing
-        if self._probes.under_way or self._probes.nacks_due:
-            at = min(at, self._probes.deadline)
+        if self.probes.under_way or self.probes.nacks_due:
+            at = min(at, self.probes.deadline)
         if self.members.gone or self._seeds:  # else the links are checked when the next probe is due
             at = min(at, self._next_redial_at)
         if self.state.rumours.by_node:
@@ -165,7 +165,7 @@ class Swim:
             case Ack(seq=seq):
                 rtt_s = self._on_ack(seq, sender.node, now, arrived_at, effects)
             case Nack(seq=seq):
-                self._probes.nacked(seq, sender.node)
+                self.probes.nacked(seq, sender.node)
             case PingReq(seq=seq, target=target):
                 effects += self._relay(source, seq, target, now)
             case ConnectCheck():
@@ -190,19 +190,19 @@ class Swim:
         if self.state.left:
             return []
         # Suspicions do not show a suspended process: a confirmation may move the end of one into the past.
-        due_at = min(self._next_probe_at, self._probes.deadline)
+        due_at = min(self._next_probe_at, self.probes.deadline)
         if (late_s := now - due_at) > self._config.lag_tolerance_s:
             self._extend_deadlines(late_s, now)
             self.state.health.lagged(late_s, now)
         # Failed probes first: they open the suspicions that the rest of this tick spreads.
         effects: list[MembershipEffect] = []
-        for probe in list(self._probes.under_way.values()):
+        for probe in list(self.probes.under_way.values()):
             if now >= probe.ends_at:
-                del self._probes.under_way[probe.seq]
+                del self.probes.under_way[probe.seq]
                 self._probe_failed(probe, now)
             elif now >= probe.indirect_at:
                 effects += self._ask_others(probe, now)
-        for relay in self._probes.take_nacks_due(now) if self._probes.nacks_due else ():
+        for relay in self.probes.take_nacks_due(now) if self.probes.nacks_due else ():
             effects.append(self._send(relay.asker, Nack(self.state.sender(now), relay.asker_seq), ()))
         for member in self.state.suspected():
             if member.suspicion is None or now >= member.suspicion.deadline:
@@ -232,8 +232,8 @@ class Swim:
 
     def stream_answered(self, seq: int, by: NodeId, now: float) -> list[MembershipEffect]:
         """Applies the answer to a `PingStream`: the node lives, though datagrams to it or from it are lost."""
-        probe = self._probes.under_way.get(seq)
-        if not self.state.left and probe is not None and by == probe.target and self._probes.answered(seq, by) is not None:
+        probe = self.probes.under_way.get(seq)
+        if not self.state.left and probe is not None and by == probe.target and self.probes.answered(seq, by) is not None:
             self._note_answered(probe, now)
         return self.spread(now)
 
@@ -248,7 +248,7 @@ class Swim:
         if self.state.left or member is None or not member.live or node == self.me:
             return []
         effects = self.refusals.open_case(member, now) if proven else []
-        if not any(p.target == node and p.indirect_at == math.inf for p in self._probes.under_way.values()):
+        if not any(p.target == node and p.indirect_at == math.inf for p in self.probes.under_way.values()):
             effects += self._probe(member, now, urgent=True)  # else relays are asked already
         return effects + self.spread(now)
 
@@ -325,7 +325,7 @@ class Swim:
             self._config.probe_timeout_s * factor + slack_s,
         )
         ends_at = now + (2 * timeout_s if urgent else round_s)
-        probe = self._probes.start(member.node, now, now if urgent else now + timeout_s, ends_at)
+        probe = self.probes.start(member.node, now, now if urgent else now + timeout_s, ends_at)
         first = [member.claim(self.me)] if member.state is PeerState.SUSPECT else []
         ping = Ping(self.state.sender(now), probe.seq, member.node, where=self.state.distances.point_for_ping())
         effects: list[MembershipEffect] = [self._send(member.address, ping, first)]
@@ -356,7 +356,7 @@ class Swim:
             return []
         nack_at = now + _NACK_SHARE * self._config.probe_timeout_s
         expires_at = now + self._config.probe_round_s + LAG_MAX_S
-        seq = self._probes.relay(target, asker, asker_seq, now, nack_at, expires_at)
+        seq = self.probes.relay(target, asker, asker_seq, now, nack_at, expires_at)
         if seq is None:
             return []
         first = [] if member.state is PeerState.ALIVE else [member.claim(self.me)]
@@ -364,11 +364,11 @@ class Swim:
 
     def _on_ack(self, seq: int, by: NodeId, now: float, arrived_at: float, effects: list[MembershipEffect]) -> float | None:
         """Ends the probe or relays the ack; returns the round trip in s if the target answered directly and time has passed."""
-        if (relay := self._probes.relayed(seq, by, now)) is not None:
+        if (relay := self.probes.relayed(seq, by, now)) is not None:
             first = [self.members[by].claim(self.me)] if by in self.members else []
             effects.append(self._send(relay.asker, Ack(self.state.sender(now), relay.asker_seq), first))
             return None
-        probe = self._probes.answered(seq, by)
+        probe = self.probes.answered(seq, by)
         if probe is None:
             return None
         self._note_answered(probe, arrived_at)
@@ -393,7 +393,7 @@ class Swim:
     def _extend_deadlines(self, late_s: float, now: float) -> None:
         """Extends all deadlines by the time for which this process was suspended (SIGSTOP, a starved machine)."""
         self._sleeps += 1
-        self._probes.delay(late_s, now)
+        self.probes.delay(late_s, now)
         for member in self.state.suspected():
             if member.suspicion is not None:
                 # A suspicion that began after the suspension, from input that had waited, must not start in the future.
@@ -424,6 +424,6 @@ class Swim:
             return effects
         if (choice := self._rng.randrange(choices)) < len(dead):
             member = self.members[dead[choice]]
-            ping = Ping(self.state.sender(now), self._probes.next_seq(), member.node)
+            ping = Ping(self.state.sender(now), self.probes.next_seq(), member.node)
             return [*effects, self._send(member.address, ping, [member.claim(self.me)])]
         return [*effects, StartSync(seeds[choice - len(dead)])]

@@ -32,6 +32,11 @@ class Twins:
         self._yields_at: dict[Address, float] = {}  # the twin there is the one to stop
         self._verdicts: dict[Address, tuple[float, bool]] = {}  # where this process judges: when, and whether it stops itself
 
+    @property
+    def remembered(self) -> int:
+        """The largest number of addresses that one of the tables holds; at most `MAX_ADDRESSES`."""
+        return max(len(kept) for kept in (self._asked_at, self._no_twin_at, self._yields_at, self._verdicts))
+
     def run(self, now: float) -> ProcessRun:
         """Returns the description of this process that its twins receive."""
         host, port = self._address

@@ -65,7 +65,7 @@ def test_a_silent_peer_is_probed_through_others_then_suspected_then_dead() -> No
 def test_a_relayed_ack_saves_the_target_and_a_late_or_foreign_one_changes_nothing() -> None:
     core = node_among(3)
     effects = run_to(core, core.deadline)
-    sent_at = core.swim._probes.under_way[messages(effects, Ping)[0][1].seq].sent_at
+    sent_at = core.swim.probes.under_way[messages(effects, Ping)[0][1].seq].sent_at
     [(_, ping)] = messages(effects, Ping)
     target = int(ping.target, 16)
     effects = run_to(core, sent_at + CONFIG.probe_timeout_s)
@@ -74,9 +74,9 @@ def test_a_relayed_ack_saves_the_target_and_a_late_or_foreign_one_changes_nothin
     stranger = Sender(peer_id(9), 1, 0, 0)
     core.receive(("10.9.9.9", 9), Ack(stranger, ping.seq), sent_at + 0.3)
     core.receive(address_of(relays[0]), Ack(sender(relays[0]), ping.seq + 1), sent_at + 0.3)
-    assert core.swim._probes.probing(ping.target), "neither may answer this probe"
+    assert core.swim.probes.probing(ping.target), "neither may answer this probe"
     core.receive(address_of(relays[0]), Ack(sender(relays[0]), ping.seq), sent_at + 0.3)
-    assert not core.swim._probes.probing(ping.target)
+    assert not core.swim.probes.probing(ping.target)
     run_to(core, sent_at + CONFIG.probe_period_s)
     assert state(core, target) is PeerState.ALIVE
 
@@ -97,7 +97,7 @@ def test_a_direct_ack_measures_the_round_trip_and_brings_the_load() -> None:
     core = node_among(1)
     effects = run_to(core, core.deadline)
     [(_, ping)] = messages(effects, Ping)
-    sent_at = core.swim._probes.under_way[ping.seq].sent_at
+    sent_at = core.swim.probes.under_way[ping.seq].sent_at
     by = Sender(peer_id(1), 1, 0, 0, Load(running=3), 40)
     [measured] = only(LoadMeasured, core.receive(address_of(1), Ack(by, ping.seq), sent_at + 0.004))
     assert measured.load == Load(running=3)
@@ -369,10 +369,10 @@ def test_a_suspect_that_sends_gets_its_suspicion_first() -> None:
 def test_a_member_that_sent_since_the_probe_is_not_suspected() -> None:
     core = node_among(1)
     [(_, ping)] = messages(run_to(core, core.deadline), Ping)
-    probe = core.swim._probes.under_way[ping.seq]
+    probe = core.swim.probes.under_way[ping.seq]
     core.receive(address_of(1), gossip(1), probe.sent_at + 0.1)
     run_to(core, probe.ends_at)
-    assert not core.swim._probes.under_way.get(ping.seq) and state(core, 1) is PeerState.ALIVE
+    assert not core.swim.probes.under_way.get(ping.seq) and state(core, 1) is PeerState.ALIVE
 
 
 def test_a_seed_given_by_host_name_is_not_dialled_while_the_node_met_there_lives() -> None:
