@@ -1,4 +1,4 @@
-"""How soon a mesh knows of its dead, what that costs, and whom it wrongs. In virtual time, and beside kinship on loopback.
+"""Measures detection times, their cost and false deaths of a mesh, in virtual time, and beside kinship on loopback.
 
 `python -m bench.membership [--quick] [--only PARTS] [--seconds S] [--out FILE]`; the last line is one JSON object. False deaths
 are unique (member, incarnation) pairs, with the rate that 95 % of repetitions would show more of. Quick leaves out 10,000 nodes

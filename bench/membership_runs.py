@@ -1,7 +1,7 @@
 """The simulations that `bench.membership` asks for, each by its name; and a process that runs those whose names it reads.
 
 `python -m bench.membership_runs` reads one name a line on stdin, and prints what came of it as one line of JSON; it ends with
-stdin, so none outlives whoever started it. A name says all: the same name is the same run, on any machine.
+stdin, so none outlives its parent. The name defines the run: the same name is the same run, on any machine.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ CUT_NODES = 50
 JOINS = (3, 30)
 JOINING = 100
 IDLE = (50, 200, 1000)
-IDLE_FROM_S = 10.0  # a node's first eight pings tell more: they find its place
-IDLE_OVER_S = 15.0  # every sixteenth ping tells more, and there is one each 0.8 s
+IDLE_FROM_S = 10.0  # a node's first eight pings carry its point
+IDLE_OVER_S = 15.0  # every sixteenth ping carries a point, and there is one ping each 0.8 s
 GIVEN_UP_S = 120.0
 WALL_S = 60.0  # virtual seconds of the mesh that is timed
 
@@ -104,7 +104,7 @@ def idle_bytes_s(nodes: int) -> float:
 
 
 def large_wall_s(nodes: int = 10_000) -> float:
-    """Wall seconds for `WALL_S` of the life of a mesh, in one process: made, one node killed, everybody told."""
+    """Wall seconds for `WALL_S` of the life of a mesh, in one process: made, one node killed, all informed."""
     began_s = time.perf_counter()
     with seldom_collecting():
         network = Network(1, loss=LOSS, encoded=False)

@@ -89,7 +89,7 @@ def mutated(seeds: list[bytes], rng: Random) -> bytes:
 
 
 def _with_other_values(raw: bytes, rng: Random) -> bytes | None:
-    """The message with a few of its values replaced and its claims signed by whom they name; None: that is no message."""
+    """Returns the message with a few values replaced and its claims signed by the nodes that they name; None: it is invalid."""
     try:
         parts = msgspec.to_builtins(datagram_codec.decode(raw))
         for _ in range(rng.randint(1, 4)):
@@ -121,7 +121,7 @@ def _replace_a_value(parts: list[Any], rng: Random) -> None:
 
 
 def _signed(message: GossipMessage) -> GossipMessage:
-    """A peer may have any key but those of others: what it says in a name, it says with the key that goes with it."""
+    """Signs each own claim with the key of the node that it names: an attacker may have any key but those of others."""
     claims: list[Claim] = []
     for claim in message.claims:
         if isinstance(claim, Alive | Left):
@@ -204,7 +204,7 @@ def nasty_messages() -> dict[str, bytes]:
     def head(kind: int, counters: bytes = b"\1\0", load: bytes = load) -> bytes:
         return bytes((kind,)) + node + bytes(8) + load + bytes(2) + counters
 
-    def said(*claims: object) -> bytes:
+    def gossip_of(*claims: object) -> bytes:
         return head(5) + pack([list(claims)])
 
     return {
@@ -216,30 +216,30 @@ def nasty_messages() -> dict[str, bytes]:
         "nasty-deep-map": head(5) + b"\x81\xa1a" * 400,
         "nasty-map-not-array": head(5) + pack({"claims": []}),
         "nasty-no-claims": head(5) + pack([]),
-        "nasty-extension": said(msgspec.msgpack.Ext(1, b"x" * 20)),
+        "nasty-extension": gossip_of(msgspec.msgpack.Ext(1, b"x" * 20)),
         "nasty-kind-0": head(0),
         "nasty-kind-255": head(255),
         "nasty-load-of-255": head(5, load=b"\xff" * len(load)),
         "nasty-counter-without-an-end": head(5, counters=b"\xff" * 20),
         "nasty-counter-longer-than-it-needs": head(5, counters=b"\x80\x00\0"),
-        "nasty-epoch-at-its-bound": said(["a", node, 2**48, 2**48, "n", "h", 1, ""]),
+        "nasty-epoch-at-its-bound": gossip_of(["a", node, 2**48, 2**48, "n", "h", 1, ""]),
         "nasty-sender-at-its-bound": head(5, counters=2 * (b"\xff" * 6 + b"\x3f")),
-        "nasty-about-the-reader": said(["d", reader, 1, 2**48, node], ["s", reader, 1, 5, node], ["l", reader, 9, 9]),
-        "nasty-own-word-for-the-reader": said(["a", reader, 7, 7, "me", "10.0.0.1", 1, ""]),
-        "nasty-surrogates": said(["a", node, 1, 1, "n", "h", 1, ""]).replace(b"\xa1n", b"\xa3\xed\xa0\x80"),
-        "nasty-host-of-nul": said(["a", node, 1, 1, "\0", "\0", 0, "\0"]),
-        "nasty-id-of-7": said(["l", node[:7], 1, 1]),
-        "nasty-id-is-text": said(["l", "a" * 16, 1, 1]),
-        "nasty-by-nobody": said(["s", node, 1, 1]),
-        "nasty-tag-is-a-list": said([[], node, 1, 1]),
-        "nasty-too-many-claims": said(*[["l", node, 1, 1]] * 50),
+        "nasty-about-the-reader": gossip_of(["d", reader, 1, 2**48, node], ["s", reader, 1, 5, node], ["l", reader, 9, 9]),
+        "nasty-own-word-for-the-reader": gossip_of(["a", reader, 7, 7, "me", "10.0.0.1", 1, ""]),
+        "nasty-surrogates": gossip_of(["a", node, 1, 1, "n", "h", 1, ""]).replace(b"\xa1n", b"\xa3\xed\xa0\x80"),
+        "nasty-host-of-nul": gossip_of(["a", node, 1, 1, "\0", "\0", 0, "\0"]),
+        "nasty-id-of-7": gossip_of(["l", node[:7], 1, 1]),
+        "nasty-id-is-text": gossip_of(["l", "a" * 16, 1, 1]),
+        "nasty-by-nobody": gossip_of(["s", node, 1, 1]),
+        "nasty-tag-is-a-list": gossip_of([[], node, 1, 1]),
+        "nasty-too-many-claims": gossip_of(*[["l", node, 1, 1]] * 50),
         "nasty-ping-without-target": head(1) + bytes(4),
         "nasty-ping-for-another": head(1) + b"\xff" * 4 + b"\xbb" * 8 + pack([[], b"\xff" * 22]),
         "nasty-where-too-long": head(2) + bytes(4) + pack([[], b"x" * 40]),
         "nasty-where-is-text": head(2) + bytes(4) + pack([[], "x" * 22]),
         "nasty-refused-is-7": head(7) + bytes(4) + b"\7",
         "nasty-one-byte-too-long": b"\xdc" * (MAX_MESSAGE_BYTES + 1),
-        "nasty-trailing": said() + b"\x00",
+        "nasty-trailing": gossip_of() + b"\x00",
     }
 
 
@@ -255,7 +255,7 @@ def write_corpus() -> int:
 
 
 def fuzz(seed: int, until: Callable[[int], bool], subject: Subject) -> bytes | None:
-    """The first input that breaks a rule, from `seed` on; None when `until`, told how many were tried, says enough."""
+    """Returns the first input that breaks a rule, from `seed` on; None once `until`, given the number of inputs, is true."""
     rng, corpus, tried = Random(seed), seeds(), 0
     while not until(tried):
         raw = mutated(corpus, rng)

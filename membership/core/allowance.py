@@ -1,9 +1,9 @@
-"""No more bytes go to an address that has proved nothing than came from it: no node is made to flood a stranger.
+"""Limits the bytes sent to an unproven address to the bytes received from it, so that no node amplifies a flood.
 
-Where a datagram says that it comes from can be made up, and answers carry news: a question of 40 bytes may draw 1,400. So an
-address is unproven unless some member says, under its signature, that it lives there. What comes from an unproven one is
-credited to it, whatever is sent there is debited, and news that its account does not cover is left out; an answer that
-does not fit at all is not sent. An honest node that is not known yet loses nothing it needs: an ack is shorter than its ping.
+The source address of a datagram can be forged, and answers carry claims: a ping of 40 bytes may draw 1,400. So an address is
+unproven unless a member has claimed it in a signed claim. Bytes received from an unproven address are credited to its account
+and bytes sent there are debited. Claims that the account does not cover are left out, and an answer that does not fit without
+claims is not sent. An honest node that is not a member yet loses nothing that it needs: an ack is shorter than its ping.
 Source: the anti-amplification limit of QUIC (RFC 9000, section 8.1), with a factor of 1.
 """
 
@@ -24,25 +24,30 @@ if TYPE_CHECKING:
     from mesh.wire.gossip import GossipMessage
 
 MAX_ACCOUNTS = 1024
-KEPT_S = 30.0  # longer than any answer takes that others are asked for first
+KEPT_S = 30.0  # longer than any answer takes, relayed answers included
 
 
 @dataclass(slots=True)
 class Account:
     left_bytes: int
-    at: float  # of the last datagram from there
+    at: float  # time of the last datagram from the address
 
 
 class Allowance:
-    """What each unproven address may still be sent."""
+    """Keeps an account of bytes for each unproven address."""
 
     def __init__(self, members: Members) -> None:
         self._members = members
         self._accounts: dict[Address, Account] = {}
-        self.dropped: Counter[str] = Counter()  # "strangers": from one address too many; "uncovered": an answer not sent
+        self.dropped: Counter[str] = Counter()  # "strangers": no account was free; "uncovered": an answer not sent
+
+    @property
+    def accounts(self) -> int:
+        """The number of unproven addresses with an account."""
+        return len(self._accounts)
 
     def credit(self, source: Address, message: GossipMessage, now: float) -> bool:
-        """False: too many unproven addresses have spoken of late; this one is not to be listened to."""
+        """Credits a received datagram to its address. Returns False if all accounts are taken: the datagram must be dropped."""
         member = self._members.get(message.sender.node)
         if member is not None and member.address == source:
             if self._accounts:
@@ -61,7 +66,7 @@ class Allowance:
         return True
 
     def covered(self, effects: list[MembershipEffect]) -> list[MembershipEffect]:
-        """The effects without what no account covers."""
+        """Returns the effects without the claims and datagrams that no account covers."""
         if not self._accounts:
             return effects
         return [kept for effect in effects if (kept := self._covered(effect)) is not None]

@@ -24,16 +24,17 @@ class ClaimVerifier:
         self.forged = 0
 
     def signed(self, claim: Alive) -> Alive:
-        """This node's own claim, signed. The key goes with the first claim of a run only."""
+        """Returns this node's own claim, signed. Only the first claim of a run carries the public key."""
         signature = self._signer.sign(alive_statement(claim))
         return alive_of(claim, signature, self.key)
 
     def farewell(self, node: NodeId, epoch: int, incarnation: int) -> Left:
+        """Returns this node's signed claim that it left."""
         bare = Left(node, epoch, incarnation)
         return Left(node, epoch, incarnation, self._signer.sign(left_statement(bare)))
 
     def verifies(self, own: Alive | Left, key: bytes) -> bool:
-        """Whether the node that `own` is about signed it. `key`: the known one, or the one that came along. Counts forgeries."""
+        """Returns whether the node that `own` is about signed it; counts forgeries. `key`: the stored or received one."""
         verifier = self._signer.verifier
         other_key = isinstance(own, Alive) and own.key not in (b"", key)
         statement = alive_statement(own) if isinstance(own, Alive) else left_statement(own)
@@ -49,15 +50,15 @@ def alive_of(claim: Alive, signature: bytes, key: bytes) -> Alive:
 
 
 def is_news(own: Alive | Left, member: Member) -> bool:
-    """Whether a node's own claim goes beyond what is known of it: only then is it worth a verification."""
+    """Returns whether a node's own claim is newer than its record: only then is it worth a verification."""
     return standing_of(own) > member.standing if isinstance(own, Left) else description_of(own) > member.description
 
 
 def limited_to_own(claim: Claim, member: Member, own: Alive | Left | None) -> Claim:
-    """An accusation, limited to the accused's own latest claim; `own`: an authentic one that came along."""
+    """Limits an accusation to the counts of the accused's latest own claim; `own`: an authentic one received with it."""
     if isinstance(claim, Alive | Left):
         return claim
-    said = max((member.epoch, member.incarnation), (own.epoch, own.incarnation) if own is not None else (0, 0))
-    if (claim.epoch, claim.incarnation) <= said:
+    own_counts = max((member.epoch, member.incarnation), (own.epoch, own.incarnation) if own is not None else (0, 0))
+    if (claim.epoch, claim.incarnation) <= own_counts:
         return claim
-    return msgspec.structs.replace(claim, epoch=said[0], incarnation=said[1])
+    return msgspec.structs.replace(claim, epoch=own_counts[0], incarnation=own_counts[1])

@@ -1,9 +1,9 @@
-"""Where a node is: a point of which the distance to another node's point is the round trip between them.
+"""Network coordinates: the distance between the points of two nodes estimates the round trip between them.
 
 Each measured round trip pulls or pushes this node's point a little, by how sure both ends are; so round trips to peers that
-were never probed can be told from points alone. A height stands for the way to the network's core, an adjustment for what no
+were never probed can be estimated from points alone. A height stands for the way to the network's core, an adjustment for what no
 geometry explains, gravity keeps the whole mesh from drifting away, and a median of three hides single late answers.
-What a peer says of its point is bounded before it is used; no single word of a peer moves us farther than `STEP_MAX_S`.
+A peer's point is checked against bounds before it is used; no single point moves this node's farther than `STEP_MAX_S`.
 Source: Dabek et al., "Vivaldi" (SIGCOMM 2004); Ledlie et al., "Network Coordinates in the Wild" (NSDI 2007) for the filter and
 gravity; Lee et al., "On Suitability of Euclidean Embedding" (2010) for the adjustment; constants as in Serf.
 """
@@ -31,7 +31,7 @@ FILTER_SAMPLES = 3
 HEIGHT_MIN_S = 10e-6
 GRAVITY_S = 150.0
 RTT_MAX_S = 10.0
-NOTABLE_S = 0.01  # shorter round trips need not be told apart: they are of one LAN
+NOTABLE_S = 0.01  # differences between shorter round trips do not matter: they are of one LAN
 SETTLED_MISS = 0.3
 _MISS_SHARE = 0.1
 STEP_MAX_S = 0.1
@@ -68,7 +68,7 @@ def pack(point: Coordinate) -> bytes:
 
 
 def unpack(raw: bytes) -> Coordinate | None:
-    """What a peer says of itself; None for anything that is no point of this network: wrong size, not finite, out of bounds."""
+    """Decodes a peer's point; None where it has the wrong size, is not finite, or is out of bounds."""
     if len(raw) != COORDINATE_BYTES:
         return None
     *vector_ms, height_ms, error, adjustment_ms = _PACKED.unpack(raw)
@@ -77,7 +77,7 @@ def unpack(raw: bytes) -> Coordinate | None:
 
 
 def is_sane(point: Coordinate) -> bool:
-    """Every number is one that honest measuring could have led to."""
+    """Returns whether each number is within the bounds that measurements can lead to."""
     return (
         len(point.vector_s) == DIMENSIONS
         and all([-RTT_MAX_S <= each_s <= RTT_MAX_S for each_s in point.vector_s])  # false for NaN
@@ -96,23 +96,27 @@ class Position:
         self.point = self._origin
         self.samples = 0
         self._miss = 0.0  # of the predictions of late, relative to what was measured, or to what is notable
-        self.refused = 0  # absurd round trips, and peers' points that could not be
+        self.refused = 0  # round trips and peers' points out of bounds
         self._latest_s: dict[NodeId, tuple[float, ...]] = {}  # a deque of three would take ten times the space
         self._off_s: deque[float] = deque([0.0] * ADJUSTMENT_SAMPLES, ADJUSTMENT_SAMPLES)
 
     @property
     def settled(self) -> bool:
-        """This node's place explains what it measures."""
+        """This node's point predicts the round trips that it measures."""
         return self._miss < SETTLED_MISS
 
-    def told(self, raw: bytes) -> Coordinate | None:
-        """The point that a peer says it has; counted when it is none."""
+    def has_samples(self, node: NodeId) -> bool:
+        """Returns whether round trips to this node are kept."""
+        return node in self._latest_s
+
+    def decoded(self, raw: bytes) -> Coordinate | None:
+        """Decodes a peer's point; counts an invalid one in `refused` and returns None."""
         point = unpack(raw)
         self.refused += point is None
         return point
 
     def observe(self, node: NodeId, theirs: Coordinate, rtt_s: float) -> bool:
-        """A round trip to `node`, which was at `theirs`, took so long. False: refused, and nothing has changed."""
+        """Moves this node's point by one round trip to `node`, whose point is `theirs`. False: out of bounds, no change."""
         if not 0 <= rtt_s <= RTT_MAX_S:
             self.refused += 1
             return False
@@ -124,7 +128,9 @@ class Position:
         self._off_s.append(max(-RTT_MAX_S, rtt_s - moved.raw_s(theirs)))
         adjustment_s = sum(self._off_s) / (2 * ADJUSTMENT_SAMPLES)
         moved = self._settled(Coordinate(moved.vector_s, moved.height_s, moved.error, adjustment_s))
-        if len(moved.vector_s) != DIMENSIONS or is_sane(moved):  # else at the edge already, where liars may push us
+        if len(moved.vector_s) != DIMENSIONS or is_sane(
+            moved
+        ):  # else the point is at the bounds already, where forged points may have moved it
             self.point = moved
         return True
 
@@ -132,7 +138,7 @@ class Position:
         self._latest_s.pop(node, None)
 
     def _filtered_s(self, node: NodeId, rtt_s: float) -> float:
-        """The median of the last three to this node: one answer that waited somewhere says nothing of the way."""
+        """The median of the last three to this node: a single answer that was delayed on a host does not count."""
         latest = self._latest_s[node] = (*self._latest_s.get(node, ()), rtt_s)[-FILTER_SAMPLES:]
         return sorted(latest)[len(latest) // 2]
 
@@ -160,7 +166,7 @@ class Position:
             rise_s = min(STEP_MAX_S, max(-STEP_MAX_S, (point.height_s + away_from.height_s) * share))
             height_s = max(HEIGHT_MIN_S, point.height_s + rise_s)
             return Coordinate(vector_s, height_s, point.error, point.adjustment_s)
-        # In one place there is no direction: any will do.
+        # Two equal points have no direction between them: a random one separates them.
         direction = [self._rng.random() - 0.5 for _ in point.vector_s]
         length = math.hypot(*direction) or 1.0
         vector_s = tuple(mine + each * force_s / length for mine, each in zip(point.vector_s, direction))

@@ -12,7 +12,7 @@ from membership.core.config import MembershipConfig
 from membership.core.effects import EpochRenewed, FactsChanged, MemberChanged, MemberForgotten, MembershipEffect, PushFacts
 from membership.core.members import SEVERITY, Member, Members
 from membership.core.outlook import LossBatching
-from membership.core.regions import some_to_tell
+from membership.core.regions import some_gossip_peers
 from membership.core.swim import Swim
 from membership.facts.facts import DELTAS_BYTES, FactsBook
 from membership.facts.fingerprint import Fingerprint
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     from random import Random
 
 _RECORD_BYTES = 280  # upper bound of one member record on the wire
-_MAX_MEMBERS = (MAX_SYNC_BYTES - DELTAS_BYTES - 400_000) // _RECORD_BYTES  # leaves room for deltas and the list of what is wanted
-# What the facts book and the outlook follow. Asked of every effect, so by its very type: `isinstance` costs ten times as much.
+_MAX_MEMBERS = (MAX_SYNC_BYTES - DELTAS_BYTES - 400_000) // _RECORD_BYTES  # leaves room for deltas and wanted facts
+# Followed by the facts book and the outlook. Compared by exact type: `isinstance` on every effect costs ten times as much.
 _FOLLOWED = frozenset((MemberChanged, MemberForgotten, EpochRenewed))
 FAREWELL_PUSHES = 3
 MAX_FAREWELL_PUSHES = 64
-_MAX_PASS_ON = 8  # records of one exchange passed on at once: more means that we, not the others, were behind
+_MAX_PASS_ON = 8  # records of one exchange passed on at once: more means that this node was behind, not the others
 
 
 class MembershipCore:
-    """One node's share of the mesh's common knowledge."""
+    """The membership state machine of one node."""
 
     def __init__(
         self, me: Alive, signer: Signer, config: MembershipConfig, rng: Random, now: float, table: type[Members] = Members
     ) -> None:
-        """`me`: as this run of the node is described; it is signed here. `table`: the kind of member table."""
+        """`me`: the description of this run of the node; it is signed here. `table`: the class of the member table."""
         fingerprint = Fingerprint()
         self.me: NodeId = me.node
         self.config = config
@@ -88,11 +88,11 @@ class MembershipCore:
         self.swim.remember_seed(address)
 
     def twin_asked(self, by: ProcessRun, now: float) -> tuple[TwinAnswer, list[MembershipEffect]]:
-        """A process with this node's identity asks: what to answer it."""
+        """Returns the answer to a process that claims this node's identity."""
         return self.swim.refutation.asked(by, now)
 
     def twin_found(self, place: Address, answer: TwinAnswer | None, now: float) -> list[MembershipEffect]:
-        """What came of a `FindTwin`: the proven answer of a process with this node's identity, or none."""
+        """Applies the outcome of a `FindTwin`: the verified answer of a process with this node's identity, or None."""
         return self._settled(self.swim.refutation.found(place, answer, now) + self.swim.spread(now), now)
 
     def leave(self, now: float) -> list[MembershipEffect]:
@@ -102,20 +102,20 @@ class MembershipCore:
         self.swim.state.set_load(load, now)
 
     def note_load(self, node: NodeId, load: Load, now: float) -> bool:
-        """Load heard by another way, in a peer's answer; True when it is newer than what was known."""
+        """Stores load from a peer's answer to a call. Returns whether the peer is a live member."""
         member = self.swim.members.get(node)
         if member is None or not member.live or node == self.me:
             return False
-        member.load, member.load_at, member.heard_at = load, now, now
+        member.load, member.load_at, member.last_message_at = load, now, now
         return True
 
     def publish(self, facts: Facts, now: float) -> list[MembershipEffect]:
-        """Raises LocalError when they are larger than peers accept."""
+        """Publishes this node's facts. Raises LocalError when they are larger than peers accept."""
         news = self.facts.publish(facts)
         return [] if news is None else [FactsChanged(self.me), *self._pushes((news,), now, ())]
 
     def peer(self, node: NodeId) -> Peer | None:
-        """The node as the view shows it; None once it was forgotten."""
+        """Returns the node as the view shows it; None once it was forgotten."""
         member = self.swim.members.get(node)
         if member is None:
             return None
@@ -139,16 +139,19 @@ class MembershipCore:
     # exchanges: ask -> answer -> learn -> answer -> learn
 
     def ask(self) -> Sync:
-        """The opening of an exchange: a digest of everything."""
+        """Returns the opening message of an exchange: a digest of all members."""
         return Sync(digest=tuple(self._entry(member) for member in self.swim.members))
 
     def answer(self, asker: NodeId, sync: Sync, now: float) -> tuple[Synced, list[MembershipEffect]]:
-        """A peer opened an exchange, brought what we wanted, or pushes news."""
+        """Answers a peer that opened an exchange, sends facts that this node requested, or pushes facts.
+
+        The answer carries the records and facts that the asker lacks, and names those that this node lacks.
+        """
         effects = self._learn(asker, sync.members, sync.deltas, now, pushed=not sync.digest)
         if not sync.digest or self.swim.state.left:
             return Synced(self.me), effects
         mine = {entry.node: entry for entry in sync.digest}
-        self._hear_verdict_on_me(asker, mine.get(self.me), now)
+        self._refute_verdict_on_me(asker, mine.get(self.me), now)
         effects += self._settled(self.swim.spread(now), now)
         wanted: list[FactsWanted] = []
         members: list[MemberRecord] = []
@@ -167,34 +170,34 @@ class MembershipCore:
         return Synced(self.me, tuple(members[:_MAX_MEMBERS]), tuple(deltas), tuple(wanted), more), effects
 
     def learn(self, source: Address, synced: Synced, now: float) -> tuple[Sync | None, list[MembershipEffect]]:
-        """The answer of `source` came: what it brings, and what to send next, if anything is wanted or there is more."""
+        """Applies the answer of `source`; returns the next message, if facts are requested or the answer was incomplete."""
         self.swim.met_seed(source, synced.node)
         effects = self._learn(synced.node, synced.members, synced.deltas, now, pushed=False)
         if self.swim.state.left or not (synced.wanted or synced.more):
             return None, effects
         behind = {want.node: (want.facts_epoch, want.facts_version) for want in synced.wanted if want.node in self.swim.members}
-        # With the question for the rest goes half as much.
+        # A message that also requests the rest carries a digest, so half the space is left.
         half = 2 if synced.more else 1
         members = tuple(self.swim.members[node].record(now) for node in list(behind)[: _MAX_MEMBERS // half])
         deltas, _ = self.facts.deltas(behind, DELTAS_BYTES // half)
         return Sync(self.ask().digest if synced.more else (), members, tuple(deltas)), effects
 
     def farewell_peers(self) -> list[Address]:
-        """The peers to tell of the departure by call, after `leave`: first those with a link, then some others at random.
+        """Returns the peers to inform of the departure by call, after `leave`: first those with a link, then some at random.
 
-        A peer with a link must know before it ends, or it would take its end for a death.
+        A peer with a link must be informed before the link ends, or it would take the end for a death.
         """
         peers = [member for member in self.swim.members if member.live and member.node != self.me]
         linked = [member.address for member in peers if member.node in self.swim.state.linked][:MAX_FAREWELL_PUSHES]
         return linked + [member.address for member in self.rng.sample(peers, min(FAREWELL_PUSHES, len(peers)))]
 
     def farewell(self, now: float) -> Sync:
-        """The push that tells a peer we left, for `leave` over a stream."""
+        """Returns the push that informs a peer, by call, that this node left."""
         return Sync(members=(self.swim.myself.record(now),))
 
     def _learn(
         self,
-        teller: NodeId,
+        source: NodeId,
         members: tuple[MemberRecord, ...],
         deltas: tuple[FactsDelta, ...],
         now: float,
@@ -205,20 +208,21 @@ class MembershipCore:
             return []
         newcomers = sum(member.node not in self.swim.members for member in members)
         for member in members:
-            tell = newcomers <= _MAX_PASS_ON or member.node == teller
-            self.swim.claims.hear_record(member, now, tell=tell)
+            # Many newcomers at once mean that this node was behind: the others have them already.
+            pass_on = newcomers <= _MAX_PASS_ON or member.node == source
+            self.swim.claims.apply_record(member, now, pass_on=pass_on)
         news, gap = self._accept(deltas)
-        if gap and teller in self.swim.members:
-            self.swim.state.want_exchange(self.swim.members[teller].address, now)
+        if gap and source in self.swim.members:
+            self.swim.state.request_exchange(self.swim.members[source].address, now)
         effects: list[MembershipEffect] = [FactsChanged(owner) for owner in news]
-        passed_on = news if pushed or len(news) <= _MAX_PASS_ON else {owner: news[owner] for owner in news if owner == teller}
+        passed_on = news if pushed or len(news) <= _MAX_PASS_ON else {owner: news[owner] for owner in news if owner == source}
         effects = self._settled(self.swim.spread(now), now) + effects
-        # A sender that was ahead of us about ourselves gets the outcome too; another knows what it sent.
+        # The source holds what it sent, except where it was ahead about this node's own facts: then it gets the outcome too.
         current = tuple(delta for owner, delta in passed_on.items() if delta is not None and self.swim.members[owner].live)
-        return effects + self._pushes(current, now, () if self.me in passed_on else (teller,))
+        return effects + self._pushes(current, now, () if self.me in passed_on else (source,))
 
     def _accept(self, deltas: tuple[FactsDelta, ...]) -> tuple[dict[NodeId, FactsDelta | None], bool]:
-        """Takes in what was told of members: the news of each owner, to pass on, and whether something before it is missing."""
+        """Applies deltas of members; returns the news of each owner, to pass on, and whether earlier writes are missing."""
         news: dict[NodeId, FactsDelta | None] = {}
         gap = False
         for delta in deltas:
@@ -229,13 +233,13 @@ class MembershipCore:
                     news[delta.owner] = passed_on
         return news, gap
 
-    def _hear_verdict_on_me(self, asker: NodeId, entry: DigestEntry | None, now: float) -> None:
-        """The asker's digest may call us dead: we refute before we answer, so that the answer sets it right."""
+    def _refute_verdict_on_me(self, asker: NodeId, entry: DigestEntry | None, now: float) -> None:
+        """Refutes an accusation of this node in the asker's digest before the answer is made, so that the answer corrects it."""
         if entry is not None and SEVERITY[entry.state] > 0:
-            self.swim.claims.hear(Suspect(self.me, entry.epoch, entry.incarnation, asker), now)
+            self.swim.claims.apply(Suspect(self.me, entry.epoch, entry.incarnation, asker), now)
 
     def _pushes(self, news: tuple[FactsDelta, ...], now: float, without: tuple[NodeId, ...]) -> list[MembershipEffect]:
-        """The news for a few peers, as far as one message should grow: exchanges bring the rest."""
+        """Returns pushes of the news to a few peers, within the size of one message: exchanges bring the rest."""
         kept: list[FactsDelta] = []
         left_bytes = DELTAS_BYTES
         for delta in news:
@@ -243,18 +247,18 @@ class MembershipCore:
                 kept.append(delta)
         if not kept:
             return []
-        # With its member record: news of a newcomer may overtake the datagram that announces it.
+        # With the member record: facts of a newcomer may overtake the datagram that announces it.
         members = tuple(self.swim.members[delta.owner].record(now) for delta in kept)
         sync = Sync(members=members, deltas=tuple(kept))
         owners = (kept[0].owner,) if len(kept) == 1 else ()
-        peers = some_to_tell(self.swim.members, self.config.push_peers, self.rng, (*without, *owners))
+        peers = some_gossip_peers(self.swim.members, self.config.push_peers, self.rng, (*without, *owners))
         return [PushFacts(self.swim.members.address_of(peer), sync) for peer in peers]
 
     def _entry(self, member: Member) -> DigestEntry:
         return DigestEntry(member.node, member.epoch, member.incarnation, member.state, *self.facts.known(member.node))
 
     def _settled(self, effects: list[MembershipEffect], now: float) -> list[MembershipEffect]:
-        """Lets the facts book and the outlook follow what happened to the members, and holds back what is not covered."""
+        """Applies changes of members to the facts book and the outlook, and drops what the allowance does not cover."""
         notices = [effect for effect in effects if type(effect) in _FOLLOWED]
         if not notices:
             return self.allowance.covered(effects)
@@ -274,6 +278,6 @@ def _facts_of(entry: DigestEntry) -> tuple[int, int]:
 
 
 def _is_ahead(one: DigestEntry, other: DigestEntry) -> bool:
-    """Does the first know something of the node that the second does not?"""
+    """Returns whether the first entry is newer than the second, in state or in facts."""
     standing = (one.epoch, one.incarnation, SEVERITY[one.state])
     return standing > (other.epoch, other.incarnation, SEVERITY[other.state]) or _facts_of(one) > _facts_of(other)

@@ -1,4 +1,4 @@
-"""Which claims ride on the next message: each a bounded number of times, the least told first.
+"""Selects the claims that the next message carries: each a bounded number of times, the least sent first.
 
 A claim about a node replaces an older one about the same node, so the queue holds one claim a member and
 cannot outgrow the member table. Eager copies of fresh news are not counted here: in a small mesh they would use
@@ -22,8 +22,8 @@ _MAX_FLOOR = 20
 def transmit_limit(multiplier: int, live: int) -> int:
     """How often one claim is sent: `multiplier` * ceil(log10(n + 1)), but at least 2 * ceil(log2(n)) + 4.
 
-    The floor is for small meshes, where the formula alone has been seen to miss members; it ends at 20 copies a teller, which
-    together miss a given member with a chance of e^-20.
+    The floor is for small meshes, where the formula alone has been seen to miss members; it ends at 20 copies from each
+    node, which together miss a given member with a probability of e^-20.
     Source: memberlist's `retransmitLimit`; the floor from our own simulations.
     """
     scaled = multiplier * math.ceil(math.log10(live + 1))
@@ -50,7 +50,7 @@ class Rumours:
         return len(self.by_node)
 
     def put(self, claim: Claim) -> None:
-        """Starts to tell `claim`, in place of whatever was told about its node before."""
+        """Queues `claim`, in place of an earlier claim about the same node."""
         self._arrivals += 1
         self.by_node[claim.node] = Rumour(claim, len(claim_bytes(claim)), 0, self._arrivals)
 
@@ -58,7 +58,7 @@ class Rumours:
         self.by_node.pop(node, None)
 
     def take(self, budget_bytes: int, limit: int, first: Iterable[Claim] = ()) -> tuple[Claim, ...]:
-        """Claims for one message: `first`, which are not counted, then the least told, within `budget_bytes`.
+        """Claims for one message: `first`, which are not counted, then the least sent, within `budget_bytes`.
 
         Drops a rumour once it was taken `limit` times.
         """

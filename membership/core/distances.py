@@ -1,6 +1,6 @@
-"""How far each member is: measured, else told from its point, else as far as its region is.
+"""Estimates the round trip to each member: measured, else from its point, else the average of its region.
 
-Points ride on pings, and on the acks of such pings: on each while this node's place does not explain what it measures, then on
+Points ride on pings, and on the acks of such pings: on each while this node's point does not predict what it measures, then on
 every sixteenth, which costs 6 bytes a second; in a LAN that is soon. An exchange brings the points of all to a newcomer at once.
 Source: Serf carries its coordinates in acks; the rest is our own.
 """
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 FIRST_SAMPLES = 8
 SETTLED_EVERY = 16  # pings
-LOST_EVERY = 4  # pings of a node that cannot find its place
-LOST_SAMPLES = 512  # after so many it is taken for one
-VAGUE_ERROR = 0.5  # relative; of points that tell less than the average of a named region
+LOST_EVERY = 4  # pings of a node whose point does not settle
+LOST_SAMPLES = 512  # after so many its point counts as one that does not settle
+VAGUE_ERROR = 0.5  # relative; points with a larger error are worse than the average of a named region
 _MAX_REGIONS = 256
 _REGION_SHARE = 0.125  # of one measured round trip in its region's average
 
 
 class Distances:
-    """This node's place, and what was measured of the ways to others."""
+    """This node's point, and the measured round trips to others."""
 
     def __init__(self, rng: Random) -> None:
         self.position = Position(rng)
@@ -33,32 +33,32 @@ class Distances:
         self._packed: tuple[Coordinate | None, bytes] = None, b""
         self._region_s: dict[str, float] = {}
 
-    def told_with_ping(self) -> bytes | None:
-        """What the next ping says of where this node is."""
+    def point_for_ping(self) -> bytes | None:
+        """Returns this node's point for the next ping, or None where the ping carries none."""
         self._pings += 1
         samples, settled = self.position.samples, self.position.settled
         every = 1 if samples < FIRST_SAMPLES else SETTLED_EVERY if settled else 1 if samples < LOST_SAMPLES else LOST_EVERY
         return None if self._pings % every else self._here()
 
-    def told_with_ack(self, asked: bytes | None) -> bytes | None:
-        """Our coordinate, for a message that carried the sender's."""
+    def point_for_ack(self, asked: bytes | None) -> bytes | None:
+        """Returns this node's point for the ack of a ping that carried one."""
         return None if asked is None else self._here()
 
     def _here(self) -> bytes:
         point, packed = self._packed
-        if point is not self.position.point:  # it stays where it is for several pings and acks
+        if point is not self.position.point:  # unchanged for several pings and acks
             point, packed = self._packed = self.position.point, pack(self.position.point)
         return packed
 
-    def heard(self, member: Member, where: bytes | None) -> None:
+    def store_point(self, member: Member, where: bytes | None) -> None:
         """Stores a member's coordinate, from its own message or another member's record."""
-        if where is not None and (point := self.position.told(where)) is not None:
+        if where is not None and (point := self.position.decoded(where)) is not None:
             member.point = point
 
     def measured(self, member: Member, rtt_s: float, where: bytes | None, *, lagging: bool) -> None:
-        """An ack came straight from the member. `lagging`: it, or we, were late for reasons other than the way."""
+        """Stores a round trip measured by a direct ack. `lagging`: the member or this node was delayed by its host."""
         member.rtt_s = rtt_s
-        self.heard(member, where)
+        self.store_point(member, where)
         if lagging:
             return
         if member.region in self._region_s or len(self._region_s) < _MAX_REGIONS:
@@ -68,7 +68,7 @@ class Distances:
             self.position.observe(member.node, member.point, rtt_s)
 
     def forget(self, member: Member) -> None:
-        """It runs elsewhere now, or is gone: nothing measured before holds."""
+        """Drops all measurements of a member that moved or is gone."""
         member.rtt_s = member.point = None
         self.position.forget(member.node)
 

@@ -1,4 +1,4 @@
-"""What the cores of membership ask of the shell. Frozen, so that a test compares them with `==`."""
+"""Effects: requests and notices of the membership core to its shell. Frozen, so that a test compares them with `==`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class SendDatagram(msgspec.Struct, frozen=True, gc=False):
 
 
 class StartSync(msgspec.Struct, frozen=True):
-    """Compare all knowledge with the node at `to`: a `membership.sync` call with a digest."""
+    """Compare all records with the node at `to`: a `membership.sync` call with a digest."""
 
     to: Address
 
 
 class PushFacts(msgspec.Struct, frozen=True):
-    """Tell news that no datagram holds: a `membership.sync` call without a digest."""
+    """Push facts that are too large for a datagram: a `membership.sync` call without a digest."""
 
     to: Address
     sync: Sync
@@ -39,7 +39,7 @@ class TryConnect(msgspec.Struct, frozen=True):
 
 
 class PingStream(msgspec.Struct, frozen=True):
-    """Ping over a link, where datagrams got no answer: an empty `membership.sync` call. Tell `stream_answered(seq, node)`."""
+    """Ping over a link, where datagrams got no answer: an empty `membership.sync` call. An answer goes to `stream_answered`."""
 
     seq: int
     to: Address
@@ -58,10 +58,10 @@ class FindTwin(msgspec.Struct, frozen=True):
 
 
 class MemberChanged(msgspec.Struct, frozen=True):
-    """A member is not as it was: state, standing, name, address or region. `before` is None for a newcomer.
+    """The state, precedence, name, address or region of a member changed. `before` is None for a newcomer.
 
-    `stalled`: silent for as long as a death takes, but its process exists.
-    `restarted`: it came back with a higher epoch, so whatever ran there is gone even if it was never seen dead.
+    `stalled`: silent for as long as a death takes, but its process still listens.
+    `restarted`: it returned with a higher epoch, so what ran there is lost even if it was never declared dead.
     """
 
     node: NodeId
@@ -72,17 +72,19 @@ class MemberChanged(msgspec.Struct, frozen=True):
 
 
 class MemberForgotten(msgspec.Struct, frozen=True):
-    """A tombstone was dropped: nothing is known of the node any more."""
+    """A tombstone was dropped: nothing is stored about the node any more."""
 
     node: NodeId
 
 
 class FactsChanged(msgspec.Struct, frozen=True):
+    """The facts of `node` changed."""
+
     node: NodeId
 
 
 class LoadMeasured(msgspec.Struct, frozen=True, gc=False):
-    """A datagram came straight from `node`: its load as of `load_at`, and the round trip if this one timed it."""
+    """A datagram came directly from `node`: its load as of `load_at`, and the round trip if this datagram measured it."""
 
     node: NodeId
     load: Load
@@ -104,19 +106,19 @@ class ViewFrozen(msgspec.Struct, frozen=True):
 
 
 class EpochRenewed(msgspec.Struct, frozen=True):
-    """A member knew a later run of this node than this one; it now counts as run `epoch`, which must be stored on disk."""
+    """A member holds a claim of a later run of this node; this process is now run `epoch`, which must be stored on disk."""
 
     epoch: int
 
 
 class TwinSeen(msgspec.Struct, frozen=True):
-    """Another live process has this node's identity. Its key answered for it."""
+    """Another live process has this node's identity; it proved that it holds the key."""
 
     run: ProcessRun
 
 
 class ProcessDisplaced(msgspec.Struct, frozen=True):
-    """This process is to stop, and has fallen silent: an older one has its identity."""
+    """This process must stop and sends nothing more: an older process has its identity."""
 
     by: ProcessRun
 

@@ -1,7 +1,7 @@
-"""Decides when to compare all knowledge with a peer, which costs a digest of all members.
+"""Decides when to exchange digests with a peer. A digest covers all members, so exchanges are limited in rate.
 
-Each peer, and this node, has one only so often. A difference alone is no reason while news is on its way: in a mesh of thousands
-every death would make all of them ask all others, and the rumour has reached them before the answer.
+The limits are for each peer and for this node. Different fingerprints alone start no exchange while rumours are spreading: in a
+mesh of thousands each death would start one on every node, and the rumour would arrive before the answer.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 from membership.core.config import MembershipConfig
 from mesh.ids import Address
 
-_REMEMBERED = 1024  # peers, and when each was asked
+_REMEMBERED = 1024  # peers whose last exchange is remembered
 _NEVER = -1e9
 
 
 class Exchanges:
+    """Limits the rate of exchanges of one node."""
+
     def __init__(self, config: MembershipConfig, now: float) -> None:
         self._config = config
         self._asked_at: dict[Address, float] = {}
@@ -21,7 +23,7 @@ class Exchanges:
         self._held, self._held_since = 0, now  # the fingerprint last noted, and since when it has not changed
 
     def take(self, address: Address, now: float) -> bool:
-        """Whether an exchange with this peer may begin; if so, it counts as begun."""
+        """Returns whether an exchange with this peer may begin; if so, it counts as begun."""
         if now - self._last_at < self._config.exchange_pace_s:
             return False
         if now - self._asked_at.get(address, _NEVER) < self._config.exchange_gap_s:
@@ -32,10 +34,10 @@ class Exchanges:
         return True
 
     def note(self, fingerprint: int, now: float) -> None:
-        """What this node's own fingerprint is now."""
+        """Records this node's own fingerprint."""
         if fingerprint != self._held:
             self._held, self._held_since = fingerprint, now
 
     def settled(self, live: int, now: float) -> bool:
-        """The fingerprint noted last has been what it is for so long that no rumour on its way will change it."""
+        """Returns whether the fingerprint has not changed for so long that no spreading rumour will change it."""
         return now - self._held_since >= self._config.exchange_patience_s * live

@@ -1,9 +1,9 @@
-"""The table of members and the order of claims: which of two statements about a node is the later one.
+"""The table of members and the order of claims: which of two claims about a node is the later one.
 
-(epoch, incarnation, severity) grows only: a restart beats anything said of the run before, a refutation beats
-any accusation of its incarnation, and among equals the graver claim wins. What a node is called and where
-it lives has an order of its own, that of its own Alive claims. Both are maxima, so members that heard the same
-claims agree whatever the order, the number of copies, or the way they came.
+(epoch, incarnation, severity) only grows: a restart overrides all claims about the earlier run, a refutation overrides all
+accusations of its incarnation, and among equals the more severe claim wins. Name and address of a node have an order of their
+own, that of its own Alive claims. Both are maxima, so members that received the same claims agree whatever the order, the
+number of copies, or the route of the claims.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ MemberPrecedence = tuple[int, int, int]
 """(epoch, incarnation, severity): compares as tuples do."""
 
 Description = tuple[int, int, str, str, int, str]
-"""(epoch, incarnation, name, host, port, region): likewise; the tail only breaks ties between liars."""
+"""(epoch, incarnation, name, host, port, region): likewise; the tail only breaks ties between contradictory claims."""
 
 
 def state_of(claim: Claim) -> PeerState:
+    """Returns the state that the claim asserts."""
     return _STATE_OF[type(claim)]
 
 
@@ -62,19 +63,19 @@ class Member:
     epoch: int
     incarnation: int
     state: PeerState
-    since: float  # when it came into this state, local monotonic seconds
-    heard_at: float = -math.inf  # last datagram or answer of its own
+    since: float  # start of this state, local monotonic seconds
+    last_message_at: float = -math.inf  # last datagram or answer that the member itself sent
     suspicion: Suspicion | None = None
     load: Load = ZERO_LOAD
     load_at: float = 0.0
     rtt_s: float | None = None  # last measured
-    point: Coordinate | None = None  # where it is, as it said last
-    cause: str = ""  # of its death, or of a suspicion that says more than silence
-    lag_s: float = 0.0  # as it admits
-    key: bytes = b""  # the first heard, for good
-    signature: bytes = b""  # its own: under its goodbye once it has left, else under its description
-    listed_in: str | None = None  # the region on whose list of the living it is
-    put_right: tuple[float, list[Claim]] | None = None  # when it was last told unasked that it is behind, and what
+    point: Coordinate | None = None  # its network coordinate, as it last reported
+    cause: str = ""  # of its death, or of a suspicion with other evidence than silence
+    lag_s: float = 0.0  # as it reports
+    key: bytes = b""  # public key: the first received, never replaced
+    signature: bytes = b""  # its own: of its Left claim once it has left, else of its description
+    listed_in: str | None = None  # the region whose list of live members contains it
+    corrected: tuple[float, list[Claim]] | None = None  # the last corrections sent to it, and when
 
     @property
     def standing(self) -> MemberPrecedence:
@@ -97,17 +98,17 @@ class Member:
         return self.state in LIVE
 
     def alive_claim(self) -> Alive:
-        """Its latest own words about itself, as far as they were heard."""
+        """Returns its latest own Alive claim that was received."""
         key = self.key if self.description[1] == 0 else b""
         return Alive(self.node, *self.description, self.signature, key)
 
     def claim(self, me: NodeId) -> Claim:
-        """What this node would tell of it now."""
+        """Returns the claim about the member that this node sends now."""
         match self.state:
             case PeerState.ALIVE:
                 return self.alive_claim()
             case PeerState.SUSPECT:
-                # Its own name stands for an accuser that is not known.
+                # The member's own id stands for an unknown accuser.
                 first = self.suspicion.first if self.suspicion else None
                 listens = self.suspicion is not None and self.suspicion.listens
                 return Suspect(self.node, self.epoch, self.incarnation, first or self.node, listens)
@@ -116,11 +117,13 @@ class Member:
             case PeerState.LEFT:
                 return Left(self.node, self.epoch, self.incarnation, self.signature)
 
-    def is_to_hear(self, corrections: list[Claim], now: float, gap_s: float) -> bool:
-        """Not if the same corrections were sent a moment ago: two nodes that correct each other in vain would fill the wire."""
-        if self.put_right is not None and self.put_right[1] == corrections and now - self.put_right[0] < gap_s:
+    def needs_corrections(self, corrections: list[Claim], now: float, gap_s: float) -> bool:
+        """Returns whether to send the corrections: not if the same were sent within `gap_s`. Two nodes that correct each other
+        without effect would otherwise send without end.
+        """
+        if self.corrected is not None and self.corrected[1] == corrections and now - self.corrected[0] < gap_s:
             return False
-        self.put_right = now, corrections
+        self.corrected = now, corrections
         return True
 
     def record(self, now: float) -> MemberRecord:
@@ -147,15 +150,15 @@ _NONE = MemberIds()
 
 
 class Members:
-    """All members by id, this node included, with what probing needs of them at hand."""
+    """All members by id, this node included, with the lists that probing draws from."""
 
     def __init__(self, myself: Member, fingerprint: Fingerprint) -> None:
         self.me = myself.node
         self.fingerprint = fingerprint
         self._by_id: dict[NodeId, Member] = {}
         self.region = myself.region
-        self.roster = self.near = _NONE  # the live, and those in this node's own region; this node included
-        self.abroad: dict[str, MemberIds] = {}  # those of other regions, by region; none is empty
+        self.roster = self.near = _NONE  # live members, and those of this node's region; this node included
+        self.abroad: dict[str, MemberIds] = {}  # live members of other regions, by region; no list is empty
         self.suspects: set[NodeId] = set()
         self.gone: set[NodeId] = set()  # dead, or left
         self.put(myself)
@@ -191,7 +194,7 @@ class Members:
         return member.address
 
     def put(self, member: Member) -> None:
-        """Records a newcomer, or that a known member's state, standing or region changed."""
+        """Stores a newcomer, or a member whose state, precedence or region changed, and updates the lists."""
         if (before := self.peek(member.node)) is not None:
             member.listed_in = before.listed_in
         self._by_id[member.node] = member
@@ -231,7 +234,7 @@ class Members:
         return some_of((self.roster,) if among is None else among, count, rng, (self.me, *without))
 
     def _list(self, member: Member, region: str | None) -> None:
-        """Puts the member on the list of this region, and on no other. None: it does not live."""
+        """Puts the member on the list of this region, and on no other. None: it is not live."""
         node, before = member.node, member.listed_in
         if before == region:
             return

@@ -1,4 +1,4 @@
-"""What one node knows and still has to send: itself, the members, and pending claims and changes.
+"""The shared state of one failure detector: this node, the members, and pending claims and changes.
 
 Refutation (`refutation.py`), claim processing (`claims.py`), refusal detection (`refusal_detection.py`) and probing (`swim.py`)
 share one `NodeState`. Changes of members are collected here until a call from outside ends with `flush`.
@@ -19,7 +19,7 @@ from membership.core.effects import MemberForgotten, MembershipEffect, SendDatag
 from membership.core.exchanges import Exchanges
 from membership.core.health import LAG_MAX_S, LocalHealth
 from membership.core.members import Member, Members, description_of
-from membership.core.regions import some_to_tell
+from membership.core.regions import some_gossip_peers
 from membership.facts.fingerprint import Fingerprint
 from mesh.ids import Address, NodeId
 from mesh.keys.signing import Signer
@@ -30,7 +30,7 @@ from mesh.wire.gossip import ZERO_LOAD, Alive, Claim, Gossip, GossipMessage, Sen
 if TYPE_CHECKING:
     from random import Random
 
-WAY_FACTOR = 3.0  # a probe waits for so many of the round trips that are to be expected
+WAY_FACTOR = 3.0  # a probe waits for so many expected round trips
 
 
 class NodeState:
@@ -46,11 +46,11 @@ class NodeState:
         fingerprint: Fingerprint,
         table: type[Members] = Members,
     ) -> None:
-        """`table`: the member table; the simulator has one of its own."""
+        """`table`: the class of the member table; the simulator has its own."""
         self.me: NodeId = me.node
         self.config = config
         self.rng = rng
-        self.left = False  # this node said goodbye or was displaced: it sends nothing more
+        self.left = False  # this node left or was displaced: it sends nothing more
         self.verifier = ClaimVerifier(signer)
         self.rumours = Rumours()
         self.myself = Member(me.node, description_of(me), me.epoch, me.incarnation, PeerState.ALIVE, now)
@@ -68,11 +68,11 @@ class NodeState:
 
     @property
     def is_pending(self) -> bool:
-        """There are changes or news that `flush` would send."""
+        """There are changes or claims that `flush` would send."""
         return bool(self._changes or self._news)
 
     def set_load(self, load: Load, now: float) -> None:
-        """This node's own load, sent with every message from here on."""
+        """Stores this node's own load, which every later message carries."""
         self.load, self.load_at = load, now
 
     def sender(self, now: float) -> Sender:
@@ -85,14 +85,14 @@ class NodeState:
         return [self.members[node] for node in sorted(self.members.suspects)] if self.members.suspects else []
 
     def filled(self, bare: GossipMessage, first: Sequence[Claim]) -> GossipMessage:
-        """`bare` with `first` and as many rumours as fit the datagram."""
+        """Returns `bare` with `first` and as many rumours as fit the datagram."""
         if not first and not self.rumours.by_node:
             return bare
         limit = transmit_limit(self.config.transmit_multiplier, self.members.live_count)
         claims = self.rumours.take(claim_budget_bytes(bare), limit, first)
         return msgspec.structs.replace(bare, claims=claims)
 
-    def tell(self, claim: Claim) -> None:
+    def queue_claim(self, claim: Claim) -> None:
         """Queues a claim: to a few peers with the next `flush`, then with whatever is sent."""
         self.rumours.put(claim)
         self._news[claim.node] = claim
@@ -105,7 +105,7 @@ class NodeState:
         return changes
 
     def flush(self, now: float, without: tuple[NodeId, ...] = ()) -> list[MembershipEffect]:
-        """Takes the pending changes, and sends the pending news to a few peers at once, not to those `without`."""
+        """Takes the pending changes, and sends the pending claims to a few peers at once, not to those `without`."""
         effects = self.take_changes()
         if effects:
             self._exchanges.note(self.members.fingerprint.value, now)
@@ -115,18 +115,18 @@ class NodeState:
                 self.next_gossip_at = now + self.config.gossip_period_s
             bare = Gossip(self.sender(now))
             claims = Rumours().take(claim_budget_bytes(bare), 1, list(news.values()))
-            for peer in some_to_tell(self.members, self.config.eager_peers, self.rng, without):
+            for peer in some_gossip_peers(self.members, self.config.eager_peers, self.rng, without):
                 effects.append(SendDatagram(self.members.address_of(peer), Gossip(bare.sender, claims)))
         return effects
 
     def forget(self, member: Member) -> None:
-        """Removes all that is known of a member that is gone."""
+        """Removes all that is stored about a member that is gone."""
         self.members.forget(member.node)
         self.distances.forget(member)
         self.rumours.forget(member.node)
         self.note(MemberForgotten(member.node))
 
-    def want_exchange(self, address: Address, now: float) -> bool:
+    def request_exchange(self, address: Address, now: float) -> bool:
         """Asks for an exchange, unless this peer, or this node, had one a moment ago."""
         if not self._exchanges.take(address, now):
             return False
@@ -134,11 +134,11 @@ class NodeState:
         return True
 
     def compare(self, fingerprint: int, address: Address, now: float) -> None:
-        """Compares with a peer's fingerprint. A difference is settled by an exchange, unless rumours will settle it soon."""
+        """Compares with a peer's fingerprint. A difference starts an exchange, unless rumours will remove it soon."""
         mine = self.members.fingerprint.value
         self._exchanges.note(mine, now)
         if fingerprint != mine and self._exchanges.settled(self.members.live_count, now):
-            self.want_exchange(address, now)
+            self.request_exchange(address, now)
 
     def slack_s(self, member: Member | None, now: float) -> float:
         """How much longer than usual an answer of `member` may take: its lag, ours, and a longer round trip."""

@@ -1,4 +1,4 @@
-"""The probes under way. Verdicts are `membership.core.swim`'s; which member is probed next, `membership.core.regions`'s.
+"""The probes under way, and the pings sent for others. Verdicts are in `swim.py`, the choice of targets in `regions.py`.
 
 Each probe has a number, so a late answer to an older one changes nothing.
 """
@@ -15,15 +15,17 @@ if TYPE_CHECKING:
     from random import Random
 
 _MAX_SEQUENCE = 2**32
-_MAX_RELAYS = 1024  # pings under way for others; an asker beyond that gets no answer and asks another relay
+_MAX_RELAYS = 1024  # pings under way for others; beyond it a request gets no answer, and its sender has other relays
 
 
 @dataclass(slots=True)
 class Probe:
+    """One probe of this node, with the relays asked and their nacks."""
+
     seq: int
     target: NodeId
     sent_at: float
-    indirect_at: float  # when others are asked; infinite once they were
+    indirect_at: float  # when relays are asked; infinite once they were
     ends_at: float
     relays: frozenset[NodeId] = frozenset()
     nacks: frozenset[NodeId] = frozenset()
@@ -40,10 +42,12 @@ class Relay:
 
 
 class Probes:
+    """Numbers and keeps the probes of this node, and the pings that it relays."""
+
     def __init__(self, rng: Random) -> None:
-        self._seq = rng.randrange(_MAX_SEQUENCE)  # a restarted node is not taken for its former self
+        self._seq = rng.randrange(_MAX_SEQUENCE)  # random, so that answers to a former run match no number
         self._relays: dict[int, Relay] = {}
-        self.nacks_due: dict[int, float] = {}  # of relays, by number: when the asker is told that nothing came yet
+        self.nacks_due: dict[int, float] = {}  # by number of the relayed ping: when the asker gets a nack
         self.under_way: dict[int, Probe] = {}
 
     @property
@@ -74,27 +78,27 @@ class Probes:
         return self.under_way.pop(seq)
 
     def delay(self, late_s: float, now: float) -> None:
-        """Moves the end of all probes: we slept up to `now`, and their answers had no chance."""
+        """Moves the ends of all probes: this process was suspended up to `now`, so their answers could not be read."""
         for probe in self.under_way.values():
             slept_s = min(late_s, now - probe.sent_at)
             probe.indirect_at += slept_s
             probe.ends_at += slept_s
 
     def nacked(self, seq: int, by: NodeId) -> None:
-        """A relay answers that it heard us, and nothing of the target."""
+        """Records a relay's nack: it received the request, but no answer of the target."""
         probe = self.under_way.get(seq)
         if probe is not None and by in probe.relays:
             probe.nacks |= {by}
 
     def take_nacks_due(self, now: float) -> list[Relay]:
-        """Relays whose target has kept silent; each once."""
+        """Returns the relayed pings whose target has not answered; each once."""
         due = [seq for seq, at in self.nacks_due.items() if at <= now]
         for seq in due:
             del self.nacks_due[seq]
         return [self._relays[seq] for seq in due if seq in self._relays]
 
     def relay(self, target: NodeId, asker: Address, asker_seq: int, now: float, nack_at: float, expires_at: float) -> int | None:
-        """A number for a ping sent for another member; None while too many are under way."""
+        """Returns a number for a ping sent for another member; None while too many are under way."""
         if len(self._relays) >= _MAX_RELAYS:
             self._relays = {seq: relay for seq, relay in self._relays.items() if relay.expires_at > now}
             if len(self._relays) >= _MAX_RELAYS:

@@ -1,11 +1,11 @@
 """Refusal detection: a member whose link ended and whose host refuses connections to its port is dead at once.
 
 A killed process takes its sockets with it: within milliseconds its links end and new connections are refused, while silence
-takes a failure detector seconds to believe. Rules that keep this safe: a case is opened only by the end of a link whose
-handshake had named the peer; this node must be refused itself, and two relays as well (fewer only where the mesh has fewer),
-since one firewall may lie to one of us; the verdict names the incarnation on which the case was opened, so a live member
-refutes it, and a restarted one has a higher epoch. A host that is gone refuses nothing: that is left to probing.
-A report of such a death is believed at once, except by members with a link to the dead: they check themselves.
+takes a failure detector seconds to confirm. Rules against false deaths: a case is opened only by the end of a link whose
+handshake named the peer; this node must be refused itself, and two relays as well (fewer only where the mesh has fewer), since
+a firewall may refuse connections from one host alone; the verdict names the incarnation on which the case was opened, so a live
+member refutes it, and a restarted one has a higher epoch. A host that is gone refuses nothing: that is left to probing.
+A report of such a death is accepted at once, except by members with a link to the dead member: they check themselves.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class RefusalCase:
     epoch: int
     incarnation: int
     opened_at: float
-    hearsay: bool  # another member's verdict exists: our own refusal is enough
+    hearsay: bool  # another member reported the death: a refusal of this node alone is enough
     refused_here: bool = False
     relays: set[NodeId] = field(default_factory=set)
     refusals: set[NodeId] = field(default_factory=set)
@@ -53,7 +53,7 @@ class ConnectProbe:
 
 
 class RefusalDetection:
-    """Watches ring neighbours over links, and judges what the end of a link means."""
+    """Watches ring neighbours over links, and decides whether the end of a link is a death."""
 
     def __init__(self, state: NodeState, claims: ClaimProcessing) -> None:
         self._state = state
@@ -65,8 +65,13 @@ class RefusalDetection:
         self._probe_number = 0
         self.refused_deaths = 0
 
+    @property
+    def connect_probes(self) -> int:
+        """The number of connect probes under way, for this node and for others."""
+        return len(self._probes)
+
     def after_changes(self, effects: list[MembershipEffect], now: float) -> list[MembershipEffect]:
-        """What the changes among `effects` call for: checks of reported deaths and new suspects, other links to watch."""
+        """Returns the follow-ups of changes: checks of reported deaths and of new suspects, and the links to keep."""
         more = self._check_reported_deaths(now) if self._claims.doubted else []
         changed = [effect for effect in effects if isinstance(effect, MemberChanged)]
         for change in changed:
@@ -76,13 +81,13 @@ class RefusalDetection:
         return more + self.watch() if changed else more
 
     def look_again(self, now: float) -> list[MembershipEffect]:
-        """Checks stalled suspects: one that has stopped listening is no longer given the benefit of the doubt."""
+        """Checks stalled suspects: a suspect that no longer listens gets no more time."""
         self._drop_old(now)
         stalled = [m for m in self._state.suspected() if m.suspicion and m.suspicion.stalled and self._watches(m, now)]
         return [effect for member in stalled for effect in self._look(member, now)]
 
     def ring_successors(self, count: int) -> list[NodeId]:
-        """The live members that follow this node in the order of ids, which are random: neighbours share no rack."""
+        """Returns the live members that follow this node in the order of ids. Ids are random, so few share a rack."""
         return self._state.members.roster.after(self._state.me, count)
 
     def watch(self, *, again: bool = False) -> list[MembershipEffect]:
@@ -98,11 +103,11 @@ class RefusalDetection:
         return [WatchLinks(tuple(address for _, address in watched))]
 
     def link_made(self, node: NodeId) -> None:
-        """A link with `node` is open, its handshake done."""
+        """Counts a link with `node` that is open, its handshake done."""
         self._state.linked[node] = self._state.linked.get(node, 0) + 1
 
     def open_case(self, member: Member, now: float, *, hearsay: bool = False) -> list[MembershipEffect]:
-        """A link ended, or another member reports a death: see whether the node's host refuses us."""
+        """Tries to connect after a link ended or another member reported a death (`hearsay`)."""
         if (case := self._open_case(member, now)) is not None:
             case.hearsay |= hearsay
             self._judge(case, now)
@@ -114,11 +119,11 @@ class RefusalDetection:
         return [TryConnect(number, member.address)]
 
     def close_case(self, node: NodeId) -> None:
-        """The node answered a question sent after its case was opened: it lives."""
+        """Closes the case of a node that answered a message sent after the case was opened."""
         self.cases.pop(node, None)
 
     def tried(self, number: int, refused: bool | None, now: float) -> list[MembershipEffect]:
-        """The connection of a `TryConnect` was refused (True), came about (False), or got no answer (None)."""
+        """Applies the outcome of a `TryConnect`: refused (True), connected (False), or no answer (None)."""
         state = self._state
         probe = self._probes.pop(number, None)
         if probe is None:
@@ -133,8 +138,10 @@ class RefusalDetection:
         if refused is not True:
             del self.cases[probe.node]
             return []
+        # This node was refused: relays have to confirm it, unless another member already reported the death.
         case.refused_here = True
         relays = [] if case.hearsay else state.members.some_peers(RELAYS_ASKED, state.rng, without=(probe.node,))
+        assert probe.node not in relays, "the accused is no relay in its own case"
         case.relays = set(relays)
         self._judge(case, now)
         check = ConnectCheck(state.sender(now), number, probe.node)
@@ -153,7 +160,7 @@ class RefusalDetection:
         for case in self.cases.values():
             if case.number == message.seq and by in case.relays and message.refused:
                 case.refusals.add(by)
-                assert case.refusals <= case.relays, "only relays that were asked may testify"
+                assert case.refusals <= case.relays, "only relays that were asked count"
                 self._judge(case, now)
                 return
 
@@ -161,13 +168,13 @@ class RefusalDetection:
         return member.node in self._state.linked and self._open_case(member, now) is None
 
     def _open_case(self, member: Member, now: float) -> RefusalCase | None:
-        """The case on what the member is now: one of a former run, or too old to prove anything, is none."""
+        """Returns the case of the member's current epoch and incarnation that has not expired."""
         case = self.cases.get(member.node)
         fits = case is not None and now - case.opened_at < CASE_S and (case.epoch, case.incarnation) == member.standing[:2]
         return case if fits else None
 
     def _look(self, member: Member, now: float) -> list[MembershipEffect]:
-        """A member with a link to a new suspect asks: does its process exist at all?"""
+        """Tries to connect to a suspect that has a link with this node, to see whether its process exists."""
         number = self._start_probe(member.node, None, 0, now)
         return [TryConnect(number, member.address)] if number is not None else []
 
@@ -189,7 +196,7 @@ class RefusalDetection:
         if member.suspicion.stalled:
             member.suspicion.stalled = member.suspicion.listens = False
         if refused is None and node in state.linked and state.health.factor == 1 and not state.health.lag_s(now):
-            # Not even its kernel answers this node, which is well and has a link: an accuser that does not go by datagrams.
+            # Its kernel does not answer either, while this node is healthy and has a link: evidence independent of datagrams.
             self._claims.declare(Suspect(node, member.epoch, member.incarnation, state.me), now)
 
     def _judge(self, case: RefusalCase, now: float) -> None:
@@ -203,7 +210,7 @@ class RefusalDetection:
             self._claims.declare(Dead(case.node, case.epoch, case.incarnation, self._state.me, REFUSED), now)
 
     def _start_probe(self, node: NodeId, asker: Address | None, asker_seq: int, now: float) -> int | None:
-        """A number for a connection to be tried; None while too many are."""
+        """Registers a connection to be tried and returns its number; None while too many are under way."""
         if len(self._probes) >= MAX_CONNECT_PROBES:
             self._drop_old(now)
             if len(self._probes) >= MAX_CONNECT_PROBES:
@@ -213,6 +220,6 @@ class RefusalDetection:
         return self._probe_number
 
     def _drop_old(self, now: float) -> None:
-        """Forgets cases and connect probes that prove nothing any more."""
+        """Drops cases and connect probes that have expired."""
         self._probes = {number: probe for number, probe in self._probes.items() if now - probe.started_at < CASE_S}
         self.cases = {node: case for node, case in self.cases.items() if now - case.opened_at < CASE_S}

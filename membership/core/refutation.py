@@ -1,7 +1,7 @@
 """Refutation: what a node does with claims about itself (SWIM, section 4.2).
 
 It answers an accusation with a higher incarnation. A claim that is signed with its own key and that this run never made comes
-from a former run whose count was lost, or from a live twin (`membership.core.twins`): until that is known, nothing is refuted.
+from a former run whose epoch was lost, or from a live twin (`membership.core.twins`): until that is decided, nothing is refuted.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ MAX_COUNTER = 2**48 - 1  # one less than the wire's bound, so that a refutation 
 
 
 class Refutation:
-    """Keeps this node alive in the claims of others, and finds out about twins. `state`: of the same node."""
+    """Refutes accusations of this node, and starts the search for twins. `state`: of the same node."""
 
     def __init__(self, state: NodeState, me: Alive, now: float) -> None:
         self._state = state
         self.twins = Twins(me, now)
         self.refutations = 0  # since the start
         self.conflicts = 0  # claims in this node's name that this run did not make, or that leave no room for a refutation
-        self._held: Alive | None = None  # a claim of another run, until it is known whether that run lives
+        self._held: Alive | None = None  # a claim of another run, until it is decided whether that process lives
         self._last_renewal_at = -1e9
 
     def asked(self, by: ProcessRun, now: float) -> tuple[TwinAnswer, list[MembershipEffect]]:
-        """A process that claims to be this node asks for this one's run."""
+        """Answers a process that claims this node's identity and asks for this process's run."""
         answer, effects = self.twins.asked(by, now)
         return answer, [] if self._state.left else effects
 
     def found(self, place: Address, answer: TwinAnswer | None, now: float) -> list[MembershipEffect]:
-        """The outcome of a `FindTwin`. A displaced process falls silent: its goodbye would be taken for the other's."""
+        """Applies the outcome of a `FindTwin`. A displaced process sends no Left claim: it would be taken for the other's."""
         if self._state.left:
             return []
         effects = self.twins.found(place, answer, now)
@@ -45,47 +45,48 @@ class Refutation:
         if any(isinstance(effect, ProcessDisplaced) for effect in effects):
             self._state.left = True
         elif held is not None:
-            self.hear(held, held, now)
+            self.apply(held, held, now)
         return effects
 
-    def hear(self, claim: Claim, own: Alive | Left | None, now: float) -> list[Claim]:
-        """Takes in a claim about this node; returns what its sender should be told.
+    def apply(self, claim: Claim, own: Alive | Left | None, now: float) -> list[Claim]:
+        """Applies a claim about this node; returns the corrections for its sender.
 
-        `own`: the claim signed with this node's key that came along, if one did.
+        `own`: the claim signed with this node's key that was received with it, if any.
         """
         state, me = self._state, self._state.myself
-        told, mine = (claim.epoch, claim.incarnation), (me.epoch, me.incarnation)
-        if told < mine:
+        claimed, mine = (claim.epoch, claim.incarnation), (me.epoch, me.incarnation)
+        if claimed < mine:
             if not isinstance(claim, Alive):
-                state.tell(me.alive_claim())  # a stale accusation still travels, so its answer must too
+                state.queue_claim(me.alive_claim())  # a stale accusation is still spreading, so its refutation must spread too
             return [me.alive_claim()]
-        if told > mine and (own is None or (own.epoch, own.incarnation) != told):
-            # The accusation goes beyond every claim of ours that we know: an exchange with its sender will show that claim.
+        if claimed > mine and (own is None or (own.epoch, own.incarnation) != claimed):
+            # The accusation is above every own claim known here: an exchange with its sender brings that claim.
             state.behind = True
             return [me.alive_claim()]
         # From here on the claim is at our own count, or comes with an own claim at its count, which must be authentic.
-        if (told > mine or isinstance(claim, Left)) and not (own and state.verifier.verifies(own, state.verifier.key)):
+        if (claimed > mine or isinstance(claim, Left)) and not (own and state.verifier.verifies(own, state.verifier.key)):
             return []
         if isinstance(claim, Alive):
-            if told == mine and description_of(claim) == me.description:
+            if claimed == mine and description_of(claim) == me.description:
                 return []
-            if told == mine and not state.verifier.verifies(claim, state.verifier.key):
+            if claimed == mine and not state.verifier.verifies(claim, state.verifier.key):
                 return []
-            # A run of this node that this one knows nothing of: a lost epoch file, or a copy of the data directory.
+            # Another run of this node: the epoch file was lost, or the data directory was copied.
             self.conflicts += 1
         if self._is_of_another_run(own) and not self._goes_beyond(own, now):
             return []
         if isinstance(claim, Alive):
             if now - self._last_renewal_at < state.config.probe_period_s:
-                return []  # two copies would otherwise outbid one another as fast as the network allows
+                return []  # two twins would otherwise raise their epochs as fast as the network allows
             self._last_renewal_at = now
         if claim.epoch >= MAX_COUNTER or claim.incarnation >= MAX_COUNTER:
             self.conflicts += 1
             return []
+        assert (claim.epoch, claim.incarnation) >= mine, "only claims at this run's count or above it are refuted"
         return [self._refuted(claim)]
 
     def _refuted(self, claim: Claim) -> Alive:
-        """Raises this node's incarnation, or its epoch, above the claim's, and tells everyone."""
+        """Raises this node's incarnation, or its epoch, above the claim's, and queues the new claim."""
         state, me = self._state, self._state.myself
         before = me.epoch, me.incarnation
         self.refutations += 1
@@ -100,11 +101,11 @@ class Refutation:
         me.signature = state.verifier.signed(me.alive_claim()).signature
         state.members.put(me)
         state.note(MemberChanged(state.me, PeerState.ALIVE, PeerState.ALIVE))
-        state.tell(me.alive_claim())
+        state.queue_claim(me.alive_claim())
         return me.alive_claim()
 
     def _is_of_another_run(self, own: Alive | Left | None) -> TypeGuard[Alive]:
-        """Whether this node's key signed that at this run's count or beyond it, and this run did not."""
+        """Returns whether `own` is authentic, at or above this run's count, and not made by this run."""
         state, me = self._state, self._state.myself
         return (
             isinstance(own, Alive)
@@ -114,8 +115,8 @@ class Refutation:
         )
 
     def _goes_beyond(self, own: Alive, now: float) -> bool:
-        """Whether to refute this claim now; otherwise it is held until it is known which process made it."""
-        beyond, effects = self.twins.hear(own.address, now)
+        """Returns whether to refute this claim now; else it is held until it is decided which process made it."""
+        beyond, effects = self.twins.own_claim_received(own.address, now)
         for effect in effects:
             self._state.note(effect)
         self._held = None if beyond else own

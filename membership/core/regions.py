@@ -1,10 +1,10 @@
 """Which members to probe and inform when the mesh spans regions: mostly neighbours, and each other region by a few nodes.
 
-A probe across an ocean costs more and says less, so three of four go to the own region. Towards each other region a few
-nodes of every region stand watch, and the others look there now and then to know how far it is, newcomers at once; that keeps
-watch on a region that is lost as a whole, from which no report comes. As soon as a member there is suspected, all probe there
+A probe across an ocean costs more and shows less, so three of four go to the own region. A few nodes of each region probe each
+other region regularly; the others probe there now and then, newcomers at once, to measure the round trip. So the loss of a whole
+region, from which no report comes, is detected. As soon as a member there is suspected, all probe there
 at every second probe. News goes to neighbours first, but always abroad as well.
-A mesh whose nodes name no region, or one, is probed and told as if there were none.
+A mesh whose nodes name no region, or one, is probed and informed as if there were none.
 Source: the budget and the neighbour's turn are our own; round-robin in random order is SWIM's (section 4.3).
 """
 
@@ -29,11 +29,11 @@ ABROAD_EVERY = 4  # of a watcher's probes
 MEASURE_EVERY = 16  # of the other nodes' probes: so that all have measured the round trip
 DOUBT_EVERY = 2  # of every node's probes, while a member abroad is suspected
 NEIGHBOURS = 4  # on the ring; the first of them that is not suspected already is probed
-NEAR_OF_THREE = 2  # of the peers that are told something at once
+NEAR_OF_THREE = 2  # of the peers to which news is sent at once
 
 
 class ProbeRound:
-    """Every member once, then again: this bounds the time until each is probed, as drawing at random does not.
+    """Visits every member once a round: this bounds the time until each is probed, as drawing at random does not.
 
     The order is that of the multiples of a stride that has no divisor with their number in common. So it takes no list of its
     own, and neither do ten thousand of them in a simulated mesh.
@@ -48,13 +48,13 @@ class ProbeRound:
         self._known_newcomers: set[NodeId] = set()
 
     def joined(self, node: NodeId) -> None:
-        """A newcomer gets a random place in the round that is under way."""
+        """Gives a newcomer a random place in the round that is under way."""
         if node not in self._known_newcomers:
             self._known_newcomers.add(node)
             self._newcomers.append(node)
 
     def following(self, rosters: Sequence[MemberIds], me: NodeId) -> NodeId | None:
-        """The next one of these; others are passed over, and so is `me`. None: there are none."""
+        """Returns the next member of these lists, never `me`; None if there is none."""
         as_begun = self._length > 0 and self._rosters == tuple(rosters)
         if not as_begun and sum(len(roster) - (me in roster) for roster in rosters) == 0:
             return None
@@ -76,7 +76,7 @@ class ProbeRound:
             self._stride = self._rng.randrange(1, length)
 
     def _next(self) -> NodeId | None:
-        """None: that was the last."""
+        """Returns the next member of the round; None at its end."""
         waiting = len(self._newcomers)
         if waiting and self._rng.random() * (self._left + waiting) < waiting:
             return self._newcomers.pop(self._rng.randrange(waiting))
@@ -92,10 +92,10 @@ class ProbeRound:
 
 
 class ProbeSchedule:
-    """Whose turn it is to be probed by this node.
+    """Chooses the member that this node probes next.
 
-    At home every other turn is that of the next one on the ring: so each is probed by its neighbour every two periods, whatever
-    chance does. Without that, one host in a hundred that falls silent would wait for its first probe for five periods.
+    In the own region every other probe goes to the next member on the ring: so each is probed by its neighbour every two
+    periods. Without that, one in a hundred silent hosts would wait for its first probe for five periods.
     """
 
     def __init__(self, rng: Random) -> None:
@@ -108,7 +108,7 @@ class ProbeSchedule:
         (self._near if member.region == members.region else self._abroad).joined(member.node)
 
     def next_target(self, members: Members) -> NodeId | None:
-        """None: there is no member to probe."""
+        """Returns the next member to probe; None if there is none."""
         if not members.abroad:
             return self._at_home(members)
         self._turn += 1
@@ -118,7 +118,7 @@ class ProbeSchedule:
         if len(members.near) < 2:
             return self._abroad.following(members.in_regions(members.abroad), members.me)
         if self._turn < MEASURE_EVERY and self._turn % 2 == 0 and (unseen := sorted(set(members.abroad) - self._looked)):
-            self._looked.add(unseen[0])  # a newcomer first sees how far each region is
+            self._looked.add(unseen[0])  # a newcomer first measures the round trip to each region
             return self._abroad.following(members.in_regions(unseen[:1]), members.me)
         mine = watched(members)
         if mine and self._turn % ABROAD_EVERY == 0:
@@ -140,13 +140,13 @@ class ProbeSchedule:
 
 
 def watched(members: Members) -> set[str]:
-    """The regions that this node watches for its own: of the ids here, `WATCHERS` from a place set by the region's name."""
+    """Returns the regions that this node watches: `WATCHERS` of the ids of its region, from a place set by each region's name."""
     here, place = len(members.near), bisect_left(members.near.ids, members.me)
     return {region for region in members.abroad if (place - crc32(region.encode())) % here < WATCHERS}
 
 
-def some_to_tell(members: Members, count: int, rng: Random, without: tuple[NodeId, ...] = ()) -> list[NodeId]:
-    """Up to `count` peers at random, two of three in the own region where both kinds exist."""
+def some_gossip_peers(members: Members, count: int, rng: Random, without: tuple[NodeId, ...] = ()) -> list[NodeId]:
+    """Returns up to `count` peers at random, two of three in the own region where both kinds exist."""
     if not members.abroad:
         return members.some_peers(count, rng, without)
     here, elsewhere = (members.near,), members.in_regions(members.abroad)
@@ -158,7 +158,7 @@ def some_to_tell(members: Members, count: int, rng: Random, without: tuple[NodeI
 
 
 def some_relays(members: Members, count: int, rng: Random, target: NodeId) -> list[NodeId]:
-    """Up to `count` peers to ask about `target`, of as many regions as can be: what is broken here may not be broken there."""
+    """Returns up to `count` relays for a probe of `target`, of as many regions as possible: their routes fail independently."""
     if not members.abroad:
         return members.some_peers(count, rng, without=(target,))
     regions = [members.near, *members.in_regions(members.abroad)]

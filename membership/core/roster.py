@@ -1,8 +1,8 @@
 """The live members in the order of ids: one immutable list, and one more for each list with a node more or fewer.
 
-A list remembers the lists with, and without, a node. So all simulated nodes that know the same share one list, however each came
-to it: a mesh of ten thousand simulated nodes holds a few lists and not ten thousand copies, and a node's own probing may keep
-the list that its round began with for nothing.
+Each list refers to the lists with, and without, a node. So all simulated nodes with the same members share one list, in whatever
+order their members changed: a mesh of ten thousand simulated nodes holds a few lists and not ten thousand copies, and a probe
+round keeps the list that it began with at no cost.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class MemberIds:
-    """`ids`: ascending, each once."""
+    """An immutable set of node ids. `ids`: ascending, each once."""
 
     __slots__ = ("__weakref__", "_next", "ids")
 
@@ -35,15 +35,15 @@ class MemberIds:
         return at < len(self.ids) and self.ids[at] == node
 
     def having(self, node: NodeId) -> MemberIds:
-        """With `node`."""
+        """Returns the list with `node`."""
         return self if node in self else self._other(node)
 
     def lacking(self, node: NodeId) -> MemberIds:
-        """Without `node`."""
+        """Returns the list without `node`."""
         return self._other(node) if node in self else self
 
     def _other(self, node: NodeId) -> MemberIds:
-        """The list that differs from this one in `node` alone."""
+        """Returns the list that differs from this one in `node` alone."""
         other = self._next.get(node)
         if other is None:
             at = bisect_left(self.ids, node)

@@ -1,4 +1,4 @@
-"""How long a suspect may take to speak up: Lifeguard's dynamic suspicion.
+"""How long a suspect may take to refute: Lifeguard's dynamic suspicion time-out.
 
 Source: Dadgar, Phillips, Currey, "Lifeguard: SWIM-ing with Situational Awareness" (arXiv 1707.00788), section IV-B.
 """
@@ -26,7 +26,7 @@ def remaining_s(confirmations: int, expected: int, elapsed_s: float, min_s: floa
 
 
 def minimum_s(multiplier: float, live: int, unit_s: float) -> float:
-    """The shortest suspicion in a mesh of `live` members: rumours need time in log(n) to reach everyone, and back.
+    """The shortest suspicion in a mesh of `live` members: rumours need time in log(n) to reach all members, and back.
 
     Source: memberlist's `suspicionTimeout`: multiplier * max(1, log10(n)) * unit, which is its probe period.
     """
@@ -34,13 +34,13 @@ def minimum_s(multiplier: float, live: int, unit_s: float) -> float:
 
 
 def expected_confirmations(wanted: int, live: int) -> int:
-    """How many others could confirm at all: not the accuser, not the suspect."""
+    """Returns how many members can confirm a suspicion: all but the accuser and the suspect, at most `wanted`."""
     return max(0, min(wanted, live - 2))
 
 
 @dataclass(slots=True)
 class Suspicion:
-    """One member's running suspicion at one node. A named accuser counts once, however often it is heard."""
+    """One member's running suspicion at one node. A named accuser counts once, however often its claim arrives."""
 
     started_at: float
     expected: int
@@ -48,11 +48,11 @@ class Suspicion:
     max_s: float
     first: NodeId | None  # the first accuser, which exports of this suspicion name; None: an exchange did not contain it
     accusers: set[NodeId] = field(default_factory=set)
-    slack_s: float = 0.0  # lag that it, or we, admitted to
+    slack_s: float = 0.0  # reported lag of the member and of this node
     stall_patience_s: float = 0.0
     listens: bool = False  # its process exists
-    stalled: bool = False  # and it has been silent for as long as another's death takes
-    cap_s: float = math.inf  # another member's verdict exists: ours follows no later than so long after the start
+    stalled: bool = False  # its process exists, but it was silent until the deadline
+    cap_s: float = math.inf  # bound on the wait once another member declared the death
 
     def __post_init__(self) -> None:
         if self.first is not None:
@@ -70,7 +70,7 @@ class Suspicion:
         return self.started_at + (max(wait_s, self.stall_patience_s) if self.stalled else wait_s)
 
     def confirm(self, accusers: Iterable[NodeId]) -> bool:
-        """Takes independent accusers in; True when one of them is new and still counts, so it is worth passing on."""
+        """Adds accusers; returns whether one of them is new and still counts, so that the claim is worth passing on."""
         news = set(accusers) - self.accusers
         if not news or self.confirmations >= self.expected:
             return False

@@ -1,9 +1,9 @@
-"""Failure detection and the spread of news: SWIM as a state machine. Datagrams and time in, effects out.
+"""Failure detection and dissemination: SWIM as a state machine. Datagrams and time in, effects out.
 
-One member is probed each period; one that does not answer is probed through others; one that answers no member is suspected, and
-declared dead when its suspicion runs out. An accused node refutes with a higher incarnation. News goes to a few peers at once,
-then with whatever is sent, a bounded number of times. What this node knows is in `node_state.py`; how a claim changes it, in
-`claims.py`, and about itself, in `refutation.py`; deaths that a host's refusal proves, in `refusal_detection.py`.
+One member is probed each period; a member that does not answer is probed through relays; if it answers none of them it is
+suspected, and declared dead when its suspicion ends. An accused node refutes with a higher incarnation. A new claim is sent to a
+few peers at once, then with other messages, a bounded number of times. The shared state is in `node_state.py`; how a claim
+changes it, in `claims.py`, and about this node, in `refutation.py`; deaths that a refused port proves, in `refusal_detection.py`.
 Source: SWIM (DSN 2002), section 4; Lifeguard (arXiv 1707.00788) for suspicion and the buddy on the ping.
 """
 
@@ -23,7 +23,7 @@ from membership.core.node_state import NodeState
 from membership.core.probing import Probe, Probes
 from membership.core.refusal_detection import RefusalDetection
 from membership.core.refutation import Refutation
-from membership.core.regions import ProbeSchedule, some_relays, some_to_tell
+from membership.core.regions import ProbeSchedule, some_gossip_peers, some_relays
 from membership.facts.fingerprint import Fingerprint
 from mesh.ids import Address, NodeId
 from mesh.keys.signing import Signer
@@ -49,10 +49,10 @@ if TYPE_CHECKING:
     from random import Random
 
 _MAX_SEEDS = 64
-_NACK_SHARE = 0.8  # of the probe timeout, after which a relay says that it heard us at least (Lifeguard, section IV-A)
-_RELAYED_FACTOR = 1.25  # a relayed answer waits so much longer than what is to be expected
-_REDIALLERS = 16  # nodes that try the gone each period, and one more for each of the gone
-_FAREWELLS = 32  # peers told directly when this node leaves; they tell the others
+_NACK_SHARE = 0.8  # of the probe timeout, after which a relay sends a nack (Lifeguard, section IV-A)
+_RELAYED_FACTOR = 1.25  # a relayed answer may take so much longer than expected
+_REDIALLERS = 16  # nodes that redial each period, and one more for each dead member
+_FAREWELLS = 32  # peers that get the Left claim directly; they spread it
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class SwimStatistics:
     rumours: int
     suspects: int
     refused_deaths_total: int
-    health_score: int  # 0: well, 8: what this node sees of others is not to be trusted
+    health_score: int  # 0: healthy, 8: this node's observations of others are unreliable
     lag_s: float
 
 
@@ -93,16 +93,16 @@ class Swim:
         self.refusals = RefusalDetection(state, self.claims)
         self.me, self.members, self.myself = state.me, state.members, state.myself
         self._config, self._rng = config, rng
-        self._probes = Probes(rng)
+        self.probes = Probes(rng)  # those under way
         self._schedule = ProbeSchedule(rng)
-        self._seeds: dict[Address, NodeId | None] = {}  # with the node that was last met there
+        self._seeds: dict[Address, NodeId | None] = {}  # with the node that last answered there
         # A random phase: nodes started together do not probe in step.
         self._next_probe_at = now + config.probe_period_s * rng.random()
         self._next_redial_at = now + config.redial_period_s * (0.5 + rng.random())
         self._probed = self._failed = self._sleeps = 0
 
     def spread(self, now: float, without: tuple[NodeId, ...] = ()) -> list[MembershipEffect]:
-        """Ends every call from outside: the changes, this call's news to a few peers at once, and what the changes call for."""
+        """Ends every call from outside: returns the changes, the new claims to a few peers, and the follow-ups of changes."""
         if not (self.state.is_pending or self.claims.doubted):
             return []  # as after nearly every datagram
         effects = self.state.flush(now, without)
@@ -113,10 +113,10 @@ class Swim:
         """When `tick` next has something to do, in local monotonic seconds; infinite after `leave`."""
         if self.state.left:
             return math.inf
-        at = self._next_probe_at  # asked after every datagram: what is not there costs nothing
-        if self._probes.under_way or self._probes.nacks_due:
-            at = min(at, self._probes.deadline)
-        if self.members.gone or self._seeds:  # else links are looked after when the next probe is due anyway
+        at = self._next_probe_at  # read after every datagram: what is absent costs nothing
+        if self.probes.under_way or self.probes.nacks_due:
+            at = min(at, self.probes.deadline)
+        if self.members.gone or self._seeds:  # else the links are checked when the next probe is due
             at = min(at, self._next_redial_at)
         if self.state.rumours.by_node:
             at = min(at, self.state.next_gossip_at)
@@ -125,49 +125,49 @@ class Swim:
         return at
 
     def remember_seed(self, address: Address) -> None:
-        """Keeps trying this address for as long as no live member has it."""
+        """Adds an address that is tried for as long as no live member has it."""
         if len(self._seeds) < _MAX_SEEDS:
             self._seeds.setdefault(address, None)
 
     def met_seed(self, address: Address, node: NodeId) -> None:
-        """This node answered there. A seed may be a host name, so its address alone does not say whose it is."""
+        """Records which node answered at a seed. A seed may be a host name, so the address alone does not identify the node."""
         if address in self._seeds:
             self._seeds[address] = node
 
     def receive(
         self, source: Address, message: GossipMessage, now: float, arrived_at: float | None = None
     ) -> list[MembershipEffect]:
-        """One datagram that came from `source`; `arrived_at`: when it reached this host, by the kernel's stamp, if earlier."""
+        """Applies one datagram from `source`; `arrived_at`: when it reached this host, by the kernel's timestamp, if earlier."""
         sender = message.sender
         if self.state.left or sender.node == self.me:
             return []
         arrived_at = now if arrived_at is None else min(now, arrived_at)
         if arrived_at < now:
-            self.state.health.lagged(now - arrived_at, now)
+            self.state.health.lagged(now - arrived_at, now)  # this process was too slow to read it
         peer = self.members.get(sender.node)
-        corrections = self._greet(peer, source, sender, now, arrived_at)
+        corrections = self._note_sender(peer, source, sender, now, arrived_at)
         if message.claims:
-            corrections += self.claims.hear_all(source, message.claims, now)
-            peer = self.members.get(sender.node)
+            corrections += self.claims.apply_all(source, message.claims, now)
+            peer = self.members.get(sender.node)  # the claims may have added or removed the sender
         if peer is not None and peer.live:
-            self.state.compare(sender.fingerprint, peer.address, now)  # after what came along: it may be the difference
+            self.state.compare(sender.fingerprint, peer.address, now)  # after the claims: they may have removed the difference
         effects: list[MembershipEffect] = []
-        rtt_s = None  # of the ack, if it times one
+        rtt_s: float | None = None  # measured, if this is a direct ack
         match message:
             case Ping(seq=seq, target=target, where=where):
-                # Another node had this address before us: the asker is sent our claim, and gets no ack.
+                # The ping is meant for another node that had this address: the sender gets this node's claim, and no ack.
                 wanted = target == self.me
                 claims = corrections if wanted else [self.myself.alive_claim(), *corrections]
-                answer = self.state.distances.told_with_ack(where)
+                answer = self.state.distances.point_for_ack(where)
                 bare = Ack(self.state.sender(now), seq, where=answer) if wanted else Gossip(self.state.sender(now))
                 if peer is not None:
-                    self.state.distances.heard(peer, where)
+                    self.state.distances.store_point(peer, where)
                 effects.append(self._send(source, bare, claims))
                 corrections = []
             case Ack(seq=seq):
                 rtt_s = self._on_ack(seq, sender.node, now, arrived_at, effects)
             case Nack(seq=seq):
-                self._probes.nacked(seq, sender.node)
+                self.probes.nacked(seq, sender.node)
             case PingReq(seq=seq, target=target):
                 effects += self._relay(source, seq, target, now)
             case ConnectCheck():
@@ -177,8 +177,8 @@ class Swim:
             case Gossip():
                 pass
         if corrections and (
-            peer is None or peer.is_to_hear(corrections, now, self._config.exchange_gap_s)
-        ):  # strangers: as bytes allow
+            peer is None or peer.needs_corrections(corrections, now, self._config.exchange_gap_s)
+        ):  # a sender that is no member: within its allowance
             effects.append(self._send(source, Gossip(self.state.sender(now)), corrections))
         if peer is not None and peer.live:
             if rtt_s is not None and isinstance(message, Ack):
@@ -188,33 +188,34 @@ class Swim:
         return effects + self.spread(now, without=(sender.node,))
 
     def tick(self, now: float) -> list[MembershipEffect]:
-        """Does all that is due at `now` and moves the deadline past it."""
+        """Does all that is due at `now`, in a fixed order, and moves the deadline past it."""
         if self.state.left:
             return []
-        # Not measured by suspicions: a confirmation may move the end of one into the past.
-        due_at = min(self._next_probe_at, self._probes.deadline)
+        # Suspicions do not show a suspended process: a confirmation may move the end of one into the past.
+        due_at = min(self._next_probe_at, self.probes.deadline)
         if (late_s := now - due_at) > self._config.lag_tolerance_s:
-            self._forgive(late_s, now)
+            self._extend_deadlines(late_s, now)
             self.state.health.lagged(late_s, now)
+        # Failed probes first: they open the suspicions that the rest of this tick spreads.
         effects: list[MembershipEffect] = []
-        for probe in list(self._probes.under_way.values()):
+        for probe in list(self.probes.under_way.values()):
             if now >= probe.ends_at:
-                del self._probes.under_way[probe.seq]
+                del self.probes.under_way[probe.seq]
                 self._probe_failed(probe, now)
             elif now >= probe.indirect_at:
                 effects += self._ask_others(probe, now)
-        for relay in self._probes.take_nacks_due(now) if self._probes.nacks_due else ():
+        for relay in self.probes.take_nacks_due(now) if self.probes.nacks_due else ():
             effects.append(self._send(relay.asker, Nack(self.state.sender(now), relay.asker_seq), ()))
         for member in self.state.suspected():
             if member.suspicion is None or now >= member.suspicion.deadline:
-                self._convict(member, now)
+                self._suspicion_ended(member, now)
         if now >= self._next_probe_at:
             self._next_probe_at = now + self._config.probe_period_s * self.state.health.factor
             if (target := self._schedule.next_target(self.members)) is not None:
                 effects += self._probe(self.members[target], now)
         if now >= self.state.next_gossip_at and self.state.rumours.by_node:
             self.state.next_gossip_at = now + self._config.gossip_period_s
-            for peer in some_to_tell(self.members, self._config.gossip_peers, self._rng):
+            for peer in some_gossip_peers(self.members, self._config.gossip_peers, self._rng):
                 effects.append(self._send(self.members.address_of(peer), Gossip(self.state.sender(now)), ()))
         if now >= self._next_redial_at:
             self._next_redial_at = now + self._config.redial_period_s * (0.75 + 0.5 * self._rng.random())
@@ -222,8 +223,8 @@ class Swim:
             effects += self.refusals.watch(again=True) + self.refusals.look_again(now)
         return effects + self.spread(now)
 
-    def _convict(self, member: Member, now: float) -> None:
-        """Its suspicion ran out. One whose process exists is stalled, and gets more time."""
+    def _suspicion_ended(self, member: Member, now: float) -> None:
+        """Declares a suspect dead whose suspicion ended; a suspect that listens is stalled instead, and gets more time."""
         suspicion = member.suspicion
         if suspicion is not None and suspicion.listens and not suspicion.stalled and suspicion.stall_patience_s > 0:
             suspicion.stalled, member.cause = True, STALLED
@@ -232,16 +233,16 @@ class Swim:
             self.claims.declare(Dead(member.node, member.epoch, member.incarnation, self.me), now)
 
     def stream_answered(self, seq: int, by: NodeId, now: float) -> list[MembershipEffect]:
-        """A `PingStream` was answered: datagrams to that node, or from it, get lost, but it lives."""
-        probe = self._probes.under_way.get(seq)
-        if not self.state.left and probe is not None and by == probe.target and self._probes.answered(seq, by) is not None:
-            self._alive_after_all(probe, now)
+        """Applies the answer to a `PingStream`: the node lives, though datagrams to it or from it are lost."""
+        probe = self.probes.under_way.get(seq)
+        if not self.state.left and probe is not None and by == probe.target and self.probes.answered(seq, by) is not None:
+            self._note_answered(probe, now)
         return self.spread(now)
 
     def lost(self, node: NodeId, now: float, *, proven: bool = False) -> list[MembershipEffect]:
-        """A link to `node` broke: probe it now, directly and through others at once.
+        """Probes a node whose link broke, directly and through relays at once.
 
-        `proven`: its handshake had named `node`, and it was told by `link_made`; its end may be the end of a process.
+        `proven`: the link's handshake named `node`, and `link_made` reported it; its end may be the end of a process.
         """
         if proven and (left := self.state.linked.pop(node, 1) - 1) > 0:
             self.state.linked[node] = left
@@ -249,16 +250,16 @@ class Swim:
         if self.state.left or member is None or not member.live or node == self.me:
             return []
         effects = self.refusals.open_case(member, now) if proven else []
-        if not any(p.target == node and p.indirect_at == math.inf for p in self._probes.under_way.values()):
-            effects += self._probe(member, now, urgent=True)  # else that question is being asked already
+        if not any(p.target == node and p.indirect_at == math.inf for p in self.probes.under_way.values()):
+            effects += self._probe(member, now, urgent=True)  # else relays are asked already
         return effects + self.spread(now)
 
     def tried(self, number: int, refused: bool | None, now: float) -> list[MembershipEffect]:
-        """What came of a `TryConnect`."""
+        """Applies the outcome of a `TryConnect`."""
         return [] if self.state.left else self.refusals.tried(number, refused, now) + self.spread(now)
 
     def leave(self, now: float) -> list[MembershipEffect]:
-        """Says goodbye to live peers and falls silent for good."""
+        """Sends the Left claim to live peers; nothing is sent after that."""
         if self.state.left:
             return []
         me = self.myself
@@ -294,18 +295,18 @@ class Swim:
     def _on_newcomer(self, node: NodeId) -> None:
         self._schedule.joined(self.members[node], self.members)
 
-    def _greet(self, member: Member | None, source: Address, sender: Sender, now: float, arrived_at: float) -> list[Claim]:
-        """Notes that the sender is alive; returns the claim about it that it should see, if it is not seen as alive."""
+    def _note_sender(self, member: Member | None, source: Address, sender: Sender, now: float, arrived_at: float) -> list[Claim]:
+        """Records that the sender is alive; returns the claim about it that it must refute, if it is not recorded as alive."""
         if member is None or (sender.epoch, sender.incarnation) > (member.epoch, member.incarnation):
-            self.state.want_exchange(source, now)
+            self.state.request_exchange(source, now)
             return []
         if (sender.epoch, sender.incarnation) == (member.epoch, member.incarnation):
-            member.heard_at = max(member.heard_at, arrived_at)
+            member.last_message_at = max(member.last_message_at, arrived_at)
             member.lag_s = sender.lag_ms / 1000
         if member.state is PeerState.ALIVE:
             return []
-        # Lifeguard's buddy system: a suspect learns of its suspicion with the next message. One that has lost its epoch is
-        # shown its own later claim: it believes no other node's, and only with it can it refute.
+        # Lifeguard's buddy system: a suspect receives its suspicion with the next message. A node that has lost its epoch
+        # receives its own later claim: it accepts no other node's count, and refutes only above its own claim.
         behind = (sender.epoch, sender.incarnation) < member.description[:2]
         return [member.alive_claim() if behind else member.claim(self.me)]
 
@@ -326,9 +327,9 @@ class Swim:
             self._config.probe_timeout_s * factor + slack_s,
         )
         ends_at = now + (2 * timeout_s if urgent else round_s)
-        probe = self._probes.start(member.node, now, now if urgent else now + timeout_s, ends_at)
+        probe = self.probes.start(member.node, now, now if urgent else now + timeout_s, ends_at)
         first = [member.claim(self.me)] if member.state is PeerState.SUSPECT else []
-        ping = Ping(self.state.sender(now), probe.seq, member.node, where=self.state.distances.told_with_ping())
+        ping = Ping(self.state.sender(now), probe.seq, member.node, where=self.state.distances.point_for_ping())
         effects: list[MembershipEffect] = [self._send(member.address, ping, first)]
         return effects + self._ask_others(probe, now) if urgent else effects
 
@@ -344,64 +345,64 @@ class Swim:
         return [*asked, PingStream(probe.seq, self.members[probe.target].address)] if probe.target in self.members else asked
 
     def _relay_s(self, relays: list[NodeId], target: NodeId) -> float:
-        """How long an answer through relays, or their nack, may take: their way to the target is no longer than by here."""
+        """How long an answer through relays, or their nack, may take: the detour over this node bounds it."""
         way_s = max((self.state.distances.expected_s(self.members[relay]) for relay in relays), default=0.0)
         there_s = self.state.distances.expected_s(self.members[target]) if target in self.members else 0.0
         nack_s = way_s + _NACK_SHARE * self._config.probe_timeout_s
         return min(LAG_MAX_S, _RELAYED_FACTOR * max(2 * way_s + there_s, nack_s))
 
     def _relay(self, asker: Address, asker_seq: int, target: NodeId, now: float) -> list[MembershipEffect]:
-        # Only to members, at the address we know: no sender can make this node ping strangers.
+        # Only to members, at the stored address: no sender can make this node ping an arbitrary address.
         member = self.members.get(target)
         if member is None or target == self.me:
             return []
         nack_at = now + _NACK_SHARE * self._config.probe_timeout_s
         expires_at = now + self._config.probe_round_s + LAG_MAX_S
-        seq = self._probes.relay(target, asker, asker_seq, now, nack_at, expires_at)
+        seq = self.probes.relay(target, asker, asker_seq, now, nack_at, expires_at)
         if seq is None:
             return []
         first = [] if member.state is PeerState.ALIVE else [member.claim(self.me)]
         return [self._send(member.address, Ping(self.state.sender(now), seq, target), first)]
 
     def _on_ack(self, seq: int, by: NodeId, now: float, arrived_at: float, effects: list[MembershipEffect]) -> float | None:
-        """The round trip in seconds when the target itself answered a probe of ours; a clock that stood still timed none."""
-        if (relay := self._probes.relayed(seq, by, now)) is not None:
+        """Ends the probe or relays the ack; returns the round trip in s if the target answered directly and time has passed."""
+        if (relay := self.probes.relayed(seq, by, now)) is not None:
             first = [self.members[by].claim(self.me)] if by in self.members else []
             effects.append(self._send(relay.asker, Ack(self.state.sender(now), relay.asker_seq), first))
             return None
-        probe = self._probes.answered(seq, by)
+        probe = self.probes.answered(seq, by)
         if probe is None:
             return None
-        self._alive_after_all(probe, arrived_at)
+        self._note_answered(probe, arrived_at)
         rtt_s = arrived_at - probe.sent_at
         return rtt_s if by == probe.target and rtt_s > 0 else None
 
-    def _alive_after_all(self, probe: Probe, at: float) -> None:
+    def _note_answered(self, probe: Probe, at: float) -> None:
         self.state.health.note(-1)
         if (target := self.members.get(probe.target)) is not None:
-            target.heard_at = max(target.heard_at, at)
+            target.last_message_at = max(target.last_message_at, at)
         if (case := self.refusals.cases.get(probe.target)) is not None and probe.sent_at >= case.opened_at:
             self.refusals.close_case(probe.target)
 
     def _probe_failed(self, probe: Probe, now: float) -> None:
         member = self.members.get(probe.target)
-        if member is None or not member.live or member.heard_at > probe.sent_at:
+        if member is None or not member.live or member.last_message_at > probe.sent_at:
             return
         self._failed += 1
         self.state.health.note(missed_nacks(len(probe.relays), len(probe.nacks)))
         self.claims.declare(Suspect(member.node, member.epoch, member.incarnation, self.me), now)
 
-    def _forgive(self, late_s: float, now: float) -> None:
-        """We slept (SIGSTOP, a starved machine): time did not pass for what we wait for."""
+    def _extend_deadlines(self, late_s: float, now: float) -> None:
+        """Extends all deadlines by the time for which this process was suspended (SIGSTOP, a starved machine)."""
         self._sleeps += 1
-        self._probes.delay(late_s, now)
+        self.probes.delay(late_s, now)
         for member in self.state.suspected():
             if member.suspicion is not None:
-                # What began since we woke up, from input that had waited, has not slept.
+                # A suspicion that began after the suspension, from input that had waited, must not start in the future.
                 member.suspicion.started_at = min(now, member.suspicion.started_at + late_s)
 
     def _absent_seeds(self) -> list[Address]:
-        """Seeds where no live member is known to be."""
+        """Returns the seeds where no live member is known."""
         met = {address: node for address, node in self._seeds.items() if node is None or not self._lives(node)}
         taken = {m.address for m in self.members if m.live} if met else set()
         return sorted(address for address in met if address not in taken)
@@ -410,14 +411,14 @@ class Swim:
         return (member := self.members.get(node)) is not None and member.live
 
     def _redial(self, now: float) -> list[MembershipEffect]:
-        """Tries one address of a lost member or a seed, so that a mesh that was split becomes one again."""
+        """Tries one address of a dead member or a seed, so that a mesh that was split merges again."""
         effects: list[MembershipEffect] = []
         gone = [self.members[node] for node in sorted(self.members.gone)]
         for member in gone:
             if member.node != self.me and now - member.since > self._config.forget_s:
                 self.state.forget(member)
         dead = [member.node for member in gone if member.state is PeerState.DEAD and member.node in self.members]
-        # In a large mesh some of us are enough: one dead host would hear from ten thousand. A seed may be known to us alone.
+        # In a large mesh a few nodes are enough: else ten thousand would try one dead host. A seed may be known here alone.
         if self._rng.random() * self.members.live_count > len(dead) + _REDIALLERS:
             dead = []
         seeds = self._absent_seeds()
@@ -425,6 +426,6 @@ class Swim:
             return effects
         if (choice := self._rng.randrange(choices)) < len(dead):
             member = self.members[dead[choice]]
-            ping = Ping(self.state.sender(now), self._probes.next_seq(), member.node)
+            ping = Ping(self.state.sender(now), self.probes.next_seq(), member.node)
             return [*effects, self._send(member.address, ping, [member.claim(self.me)])]
         return [*effects, StartSync(seeds[choice - len(dead)])]

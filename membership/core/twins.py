@@ -1,11 +1,11 @@
-"""Two live processes with one identity: the copy of a data directory, a cloned image. Finds them, and says which one stops.
+"""Twins: two live processes with one identity, from a copied data directory or image. Finds them, and decides which one stops.
 
-Words of this node that this process never said are of a former run, or of a twin. Only the place where they say that they live
-tells: a process that answers there, with the identity's own key, is a twin; where none answers, it was a former run and this one
-goes beyond its words. Until that is known nothing is said against them: two twins would otherwise outbid each other without end.
+An own claim that this process did not make comes from a former run or from a twin. The address in the claim decides: a process
+that answers there with the identity's key is a twin; if none answers, it was a former run, and this process refutes its claim.
+Until then nothing is refuted: two twins would otherwise raise their counts against each other without end.
 
-Of two twins the younger stops. Both must come to the same verdict although ages are measured at two places, so one of them
-judges, the one with the lower address, once; the other is told when it asks. Each believes only what it has asked for itself.
+Of two twins the younger stops. Both must reach the same decision although ages are measured at two places, so the process with
+the lower address decides, once, and the other receives the decision with an answer. Each accepts only answers to its own calls.
 """
 
 from __future__ import annotations
@@ -15,38 +15,46 @@ from mesh.ids import Address
 from mesh.wire.gossip import Alive
 from mesh.wire.twin import ANSWERER, ASKER, ProcessRun, TwinAnswer
 
-ASK_AGAIN_S = 10.0  # an address where no twin answered is not asked again sooner: stale words come many times
-ASKING_S = 5.0  # longer than a call may take: then its answer is not to be expected any more
+ASK_AGAIN_S = 10.0  # an address where no twin answered is not asked again sooner: stale claims arrive many times
+ASKING_S = 5.0  # longer than a call may take
 REMEMBERED_S = 60.0  # a verdict; a twin that has stopped by then may have been started again
 MAX_ADDRESSES = 16
 
 
 class Twins:
-    """What one process knows of others with its identity."""
+    """The search of one process for others with its identity, and its decisions about them."""
 
     def __init__(self, me: Alive, now: float) -> None:
         self._address, self._name = me.address, me.name
         self._began = now
         self._asked_at: dict[Address, float] = {}  # not answered yet
-        self._nobody_at: dict[Address, float] = {}  # no twin answered there
+        self._no_twin_at: dict[Address, float] = {}  # no twin answered there
         self._yields_at: dict[Address, float] = {}  # the twin there is the one to stop
         self._verdicts: dict[Address, tuple[float, bool]] = {}  # where this process judges: when, and whether it stops itself
 
+    @property
+    def remembered(self) -> int:
+        """The largest number of addresses that one of the tables holds; at most `MAX_ADDRESSES`."""
+        return max(len(kept) for kept in (self._asked_at, self._no_twin_at, self._yields_at, self._verdicts))
+
     def run(self, now: float) -> ProcessRun:
-        """This process, as it tells a twin of itself."""
+        """Returns the description of this process that its twins receive."""
         host, port = self._address
         return ProcessRun(host, port, self._name, max(0.0, now - self._began))
 
-    def hear(self, place: Address, now: float) -> tuple[bool, list[MembershipEffect]]:
-        """Words of this identity that another process said at `place`. Whether to go beyond them now, and what to find out."""
+    def own_claim_received(self, place: Address, now: float) -> tuple[bool, list[MembershipEffect]]:
+        """Handles a claim of this identity made by another process at `place`.
+
+        Returns whether to refute it now, and the calls that decide it otherwise.
+        """
         if place == self._address or self._lately(self._yields_at, place, now, REMEMBERED_S):
             return True, []
-        if self._lately(self._nobody_at, place, now, ASK_AGAIN_S):
+        if self._lately(self._no_twin_at, place, now, ASK_AGAIN_S):
             return True, []
         return False, self._ask(place, now)
 
     def asked(self, by: ProcessRun, now: float) -> tuple[TwinAnswer, list[MembershipEffect]]:
-        """A process that claims this identity asks: it may be a twin, so it is asked in turn."""
+        """Answers a process that claims this identity; it may be a twin, so it is called in turn."""
         if by.address == self._address:
             return TwinAnswer(self.run(now), ""), []
         stops = ""
@@ -55,10 +63,10 @@ class Twins:
         return TwinAnswer(self.run(now), stops), [TwinSeen(by), *self._ask(by.address, now)]
 
     def found(self, place: Address, answer: TwinAnswer | None, now: float) -> list[MembershipEffect]:
-        """What came of a `FindTwin`: the answer of a process with this identity's key; None: there is none."""
+        """Applies the outcome of a `FindTwin`: the answer of a process with this identity's key; None: no twin answered."""
         self._asked_at.pop(place, None)
         if answer is None or answer.run.address == self._address:  # no process, or this one by another address
-            self._note(self._nobody_at, place, now)
+            self._note(self._no_twin_at, place, now)
             return []
         twin = answer.run
         stops = self._stops(twin, now) if self._judges(twin) else answer.stops == ASKER
@@ -78,7 +86,7 @@ class Twins:
         return self._address < twin.address
 
     def _stops(self, twin: ProcessRun, now: float) -> bool:
-        """This process's verdict, which stands for a while: the younger stops, of equals the one with the higher address."""
+        """Returns whether this process stops: the younger does, of equals the one with the higher address. Kept for a while."""
         at, verdict = self._verdicts.get(twin.address, (0.0, False))
         if twin.address not in self._verdicts or now - at > REMEMBERED_S:
             verdict = now - self._began < twin.age_s

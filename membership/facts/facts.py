@@ -1,7 +1,7 @@
-"""What each node tells of itself beyond a datagram: a map an owner (`membership.facts.owner_map`), shown as `Facts`.
+"""What each node publishes beyond a datagram: one map per owner (`membership.facts.owner_map`), shown as `Facts`.
 
 Only the owner writes, so there is nothing to merge. Copies of an earlier run of their owner are kept but not
-shown: its spans and models died with it. Repair is by exchange (`membership.core.core`), spread by pushes.
+shown: its spans and models died with it. Exchanges repair copies (`membership.core.core`); pushes spread changes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from mesh.wire.sync import MAX_OWNER_BYTES, MAX_VERSION, FactsDelta, Known
 
 NO_FACTS = Facts()
 DELTAS_BYTES = 2 * MAX_OWNER_BYTES  # of one message
-_OTHERS_SHARE = 4  # the nth part of a message that the owner at the head leaves to the others
+_OTHERS_SHARE = 4  # the nth part of a message that the first owner leaves to the others
 REPEATED_BYTES = 2048  # of older writes in each push, for pushes overtake one another
 
 
 class FactsBook:
-    """All maps, this node's own included."""
+    """The maps of all owners, this node's own included."""
 
     def __init__(self, me: NodeId, epoch: int, fingerprint: Fingerprint) -> None:
         self.me = me
@@ -36,7 +36,7 @@ class FactsBook:
         return len(self._maps)
 
     def publish(self, facts: Facts) -> FactsDelta | None:
-        """What this node tells from now on; the news of it, or None when nothing changed.
+        """Publishes this node's facts; returns the delta to push, or None when nothing changed.
 
         Raises:
             LocalError: it is larger than peers accept. All stays as it was.
@@ -50,14 +50,14 @@ class FactsBook:
         return self._news(mine, before)
 
     def renew(self, epoch: int) -> FactsDelta | None:
-        """This node counts as another run now: what it published holds for that one."""
+        """Moves this node's facts to another epoch; returns the delta to push."""
         mine = self._maps[self.me]
         mine.renew(epoch)
         self._note(mine)
         return self._news(mine, 0)
 
     def accept(self, delta: FactsDelta) -> tuple[DeltaOutcome, FactsDelta | None]:
-        """Takes a peer's news in; with what to pass on of it. What breaks the rules is counted and left out."""
+        """Applies a peer's delta; returns the outcome and the delta to pass on. An invalid delta is counted and dropped."""
         if delta.owner == self.me:
             return self._defend(delta)
         held = self._maps.get(delta.owner)
@@ -76,37 +76,37 @@ class FactsBook:
         return outcome, self._news(copy, before)
 
     def of(self, node: NodeId, epoch: int) -> Facts:
-        """What the run `epoch` of `node` tells; nothing when only an earlier run was heard."""
+        """Returns the facts of the run `epoch` of `node`; empty facts when only an earlier run's are held."""
         held = self._maps.get(node)
         return self._shown[node].facts if held is not None and held.epoch == epoch else NO_FACTS
 
     def known(self, node: NodeId) -> Known:
-        """(epoch, version) of the copy held; (0, 0) without one."""
+        """Returns (epoch, version) of the copy held; (0, 0) without one."""
         held = self._maps.get(node)
         return held.known if held is not None and held.version else (0, 0)
 
     def deltas(self, behind: Mapping[NodeId, Known], budget_bytes: int = DELTAS_BYTES) -> tuple[list[FactsDelta], bool]:
-        """What a peer lacks that holds these copies, and whether that is not all of it for want of space.
+        """Returns the deltas that a peer with the copies `behind` lacks, and whether some did not fit.
 
-        When space is short every owner gets an even share first, so that no large map and no churn keeps small news
-        waiting; one owner is at the head and may take all it needs, another one each time, so that no large map waits for ever.
+        When space is short every owner gets an even share first, so that neither a large map nor churn delays small changes.
+        One owner is served first and may take all it needs, another owner each time, so that a large map is sent at some time.
         """
         owners = [node for node in sorted(behind) if behind[node] < self.known(node)]
         first = next((i for i, node in enumerate(owners) if node > self._head), 0)
         owners = owners[first:] + owners[:first]
         others_bytes = budget_bytes // _OTHERS_SHARE
         head_bytes, share_bytes = budget_bytes - others_bytes, others_bytes // max(1, len(owners) - 1)
-        told: dict[NodeId, FactsDelta] = {}
+        selected: dict[NodeId, FactsDelta] = {}
         left_bytes = budget_bytes
         for limits_bytes in ((head_bytes, share_bytes), (budget_bytes, budget_bytes)):
             for place, node in enumerate(owners):
-                spare_bytes = left_bytes + (told[node].size_bytes if node in told else 0)
+                spare_bytes = left_bytes + (selected[node].size_bytes if node in selected else 0)
                 delta = self._maps[node].delta(behind[node], min(spare_bytes, limits_bytes[place > 0]))
                 if delta is not None:
-                    told[node], left_bytes = delta, spare_bytes - delta.size_bytes
-        cut = any(self._is_short(node, told.get(node)) for node in owners)
+                    selected[node], left_bytes = delta, spare_bytes - delta.size_bytes
+        cut = any(self._is_short(node, selected.get(node)) for node in owners)
         self._head = owners[0] if cut else self._head
-        return list(told.values()), cut
+        return list(selected.values()), cut
 
     def forget(self, node: NodeId) -> None:
         self._maps.pop(node, None)
@@ -115,12 +115,12 @@ class FactsBook:
     def map_of(self, node: NodeId) -> OwnerMap | None:
         return self._maps.get(node)
 
-    def _is_short(self, node: NodeId, told: FactsDelta | None) -> bool:
+    def _is_short(self, node: NodeId, selected: FactsDelta | None) -> bool:
         held = self._maps[node]
-        return not held.overgrown and (told is None or told.upto < held.version)
+        return not held.overgrown and (selected is None or selected.upto < held.version)
 
     def _defend(self, delta: FactsDelta) -> tuple[DeltaOutcome, FactsDelta | None]:
-        """Facts of ours that we never wrote: our count was lost, or they are forged. Our own version is raised above them."""
+        """Raises this node's version above facts in its name that it never wrote: its version was lost, or they are forged."""
         mine = self._maps[self.me]
         if (
             delta.epoch != mine.epoch

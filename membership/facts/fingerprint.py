@@ -1,6 +1,6 @@
-"""Eight bytes that are equal on two nodes when both know the same of everyone alive.
+"""Fingerprint of the live members: eight bytes that are equal on two nodes with the same records of them.
 
-The exclusive or of one hash a live member, so a change costs two hashes, whatever the size of the mesh. It covers
+The exclusive or of one hash per live member, so a change costs two hashes, whatever the size of the mesh. It covers
 incarnations too: a refutation that got lost is repaired by the same exchange as a lost facts record.
 """
 
@@ -21,13 +21,13 @@ class Fingerprint:
         """`standings`: of the live members."""
         self._common: Mapping[NodeId, FactsPrecedence] = {}
         self._standing: dict[NodeId, FactsPrecedence | None] = {}  # beyond the common ones; None: not alive
-        self._facts: dict[NodeId, tuple[int, int]] = {}  # of all known: epoch, version
+        self._facts: dict[NodeId, tuple[int, int]] = {}  # of all nodes with facts: epoch, version
         self.value = 0
         for node, standing in (standings or {}).items():
             self.live(node, *standing)
 
     def found(self, standings: Mapping[NodeId, FactsPrecedence], value: int) -> None:
-        """These live, and as long as nothing else is heard of one, its entry is shared. `value`: their fingerprint."""
+        """Starts with these live members, sharing their entries until one changes. `value`: their fingerprint."""
         self._standing.clear()
         self._common, self.value = standings, value
 
@@ -59,7 +59,7 @@ class Fingerprint:
 
 @lru_cache(maxsize=65_536)
 def _hash_of(node: NodeId, standing: tuple[int, int] | None, facts: tuple[int, int] | None) -> int:
-    """One member's share; 0 for one that is not alive. Facts of an earlier run count for nothing."""
+    """Returns one member's hash; 0 if it is not alive. Facts of an earlier run are not included."""
     if standing is None:
         return 0
     version = facts[1] if facts is not None and facts[0] == standing[0] else 0

@@ -30,7 +30,7 @@ from mesh.wire.sync import (
 )
 
 TOMBSTONES_KEPT = 256  # of one owner; the older half goes when there are more
-TOLERATED = 4  # times the owner's bound: a copy in the middle of catching up may hold old values beside new ones
+TOLERATED = 4  # times the owner's bound: an incomplete copy may hold old values beside new ones
 
 
 class DeltaOutcome(Enum):
@@ -49,7 +49,7 @@ class OwnerMap:
         self.version = 0
         self.collected = 0
         self.size_bytes = 0
-        self.overgrown = False  # its owner broke the bounds: it is not shown until that owner is another run
+        self.overgrown = False  # its owner exceeded the bounds: it is not shown until the owner restarts
         self._entries: dict[str, FactsEntry] = {}  # in version order
 
     @property
@@ -61,7 +61,7 @@ class OwnerMap:
         return sum(entry.value is None for entry in self._entries.values())
 
     def live(self) -> dict[str, bytes]:
-        """Keys and values as they stand."""
+        """Returns the current keys and values."""
         return {entry.key: entry.value for entry in self._entries.values() if entry.value is not None}
 
     def __len__(self) -> int:
@@ -70,7 +70,7 @@ class OwnerMap:
     # the owner's side
 
     def write(self, wanted: Mapping[str, bytes]) -> dict[str, bytes | None]:
-        """Makes the map hold exactly this; the changes, None for a key that went. Deletions come first, so that a copy
+        """Replaces the content of the map; returns the changes, None for a deleted key. Deletions come first, so that a copy
         that is cut off never holds more than before and after together.
 
         Raises:
@@ -103,13 +103,13 @@ class OwnerMap:
         self.version = max(self.version, self.collected)
 
     def renew(self, epoch: int) -> None:
-        """The owner counts as another run: all it wrote holds for that one."""
+        """Moves the map to another epoch of its owner, with all its writes."""
         self.epoch = epoch
 
     # the copies' side
 
     def apply(self, delta: FactsDelta) -> tuple[DeltaOutcome, dict[str, bytes | None]]:
-        """Takes a delta of this epoch in, and tells which keys changed."""
+        """Applies a delta of this epoch; returns the outcome and the changed keys."""
         if not is_sound(delta):
             return DeltaOutcome.REFUSED, {}
         if self.overgrown or delta.upto <= self.version:
@@ -117,7 +117,7 @@ class OwnerMap:
         if delta.since > self.version or (delta.since and delta.collected > self.version):
             return DeltaOutcome.GAP, {}
         before: dict[str, bytes] = {}
-        if delta.collected > self.version:  # it starts over
+        if delta.collected > self.version:  # the copy starts over
             before, self._entries, self.size_bytes, self.version = self.live(), {}, 0, 0
         changes: dict[str, bytes | None] = dict.fromkeys(before)
         for entry in delta.entries:
@@ -132,7 +132,7 @@ class OwnerMap:
         return DeltaOutcome.NEWS, changes
 
     def differs(self, delta: FactsDelta) -> bool:
-        """Whether the delta claims keys that this map does not hold. For the owner, which alone knows that they are false."""
+        """Returns whether the delta differs from this map. For the owner, which alone can tell that a write is false."""
         held = (self._entries.get(entry.key) for entry in delta.entries)
         return delta.upto > self.version or any(
             mine is None or (mine.version <= entry.version and mine != entry)
@@ -143,7 +143,7 @@ class OwnerMap:
     # both
 
     def delta(self, known: Known, budget_bytes: int) -> FactsDelta | None:
-        """What a copy at `known` lacks, as far as the budget goes; None when nothing, or when not even the first piece fits."""
+        """Returns what a copy at `known` lacks, within the budget; None when nothing, or when the first piece does not fit."""
         epoch, version = known
         starts_over = epoch != self.epoch or version < self.collected
         since = 0 if starts_over else version
@@ -187,7 +187,7 @@ class OwnerMap:
         self.version = max(self.version, entry.version)
 
     def _collect(self, upto: int) -> None:
-        """Drops the tombstones up to a version."""
+        """Drops the tombstones up to `version`."""
         self.collected = upto
         for entry in [e for e in self._entries.values() if e.value is None and e.version <= upto]:
             del self._entries[entry.key]

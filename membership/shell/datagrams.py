@@ -23,7 +23,7 @@ MAX_DRAIN = 512  # datagrams read in one go before timers and other tasks get a 
 
 
 class Datagrams:
-    """Closed at first: `open` and `close` may be called in turns."""
+    """A datagram socket of sealed messages. Closed at first; may be opened again after `close`."""
 
     def __init__(self, socket: trio.socket.SocketType, seal: Seal) -> None:
         self._bound = socket
@@ -34,7 +34,7 @@ class Datagrams:
         self.refusals = Refusals()
 
     def open(self) -> None:
-        """Takes a second descriptor of the bound socket."""
+        """Duplicates the descriptor of the bound socket."""
         self._socket = stdlib_socket.socket(fileno=os.dup(self._bound.fileno()))
         self._socket.setblocking(False)
         stamp_arrivals(self._socket)
@@ -45,7 +45,7 @@ class Datagrams:
             self._socket = None
 
     def refused(self, fault: SealFault) -> int:
-        """How many were not opened for this reason, since the start."""
+        """Returns how many datagrams were not opened for this reason, since the start."""
         return self.dropped[fault.value]
 
     async def wait_readable(self) -> None:
@@ -53,10 +53,10 @@ class Datagrams:
         await trio.lowlevel.wait_readable(self._socket)
 
     def send(self, to: Address, message: gossip.GossipMessage) -> None:
-        """A full socket buffer, or no route, loses it, as a network would."""
+        """Sends a datagram without waiting. A full socket buffer or a missing route loses it."""
         if self._socket is None:
             return
-        if not is_ip(to[0]):  # a node claims the address of its socket; a name would be looked up while the loop stands still
+        if not is_ip(to[0]):  # claims hold IP addresses; a host name would block the event loop in a look-up
             self.dropped["unsent"] += 1
             return
         datagram = self._seal.seal(datagram_codec.encode(message))
@@ -70,7 +70,7 @@ class Datagrams:
         self.bytes_sent += len(datagram)
 
     def drain(self) -> Iterator[tuple[Address, gossip.GossipMessage, float]]:
-        """Source, message, and how many seconds it had lain here, of all that is ready; up to `MAX_DRAIN` reads."""
+        """Yields source, message and seconds spent in the socket of each ready datagram; up to `MAX_DRAIN` reads."""
         for _ in range(MAX_DRAIN):
             if self._socket is None:
                 return
@@ -79,7 +79,7 @@ class Datagrams:
             except BlockingIOError:
                 return
             except OSError:
-                # An ICMP error about something sent earlier; the datagram it stands for was lost.
+                # An ICMP error about a datagram sent earlier, which was lost.
                 self.dropped["network"] += 1
                 continue
             self.received += 1

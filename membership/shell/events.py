@@ -1,4 +1,4 @@
-"""What membership tells the rest of the node: events of members, figures, and why a join failed."""
+"""Events of members, statistics, and the error of a failed join."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ class JoinFailed(MeshError):
     """
 
     def __init__(self, reasons: Mapping[Address, str], *, refused: bool = False) -> None:
-        told = "; ".join(f"{format_address(seed)}: {reason}" for seed, reason in reasons.items())
-        super().__init__(f"could not join the mesh: {told}; check the addresses, and that the key and the cluster are the same")
+        causes = "; ".join(f"{format_address(seed)}: {reason}" for seed, reason in reasons.items())
+        super().__init__(f"could not join the mesh: {causes}; check the addresses, and that the key and the cluster are the same")
         self.reasons = dict(reasons)
         self.refused = refused
 
 
 @dataclass(frozen=True, slots=True)
 class MemberEvent:
-    """A member came, went, or came back as another run (`restarted`: what ran there is gone). `before` None: a newcomer."""
+    """A member joined, was lost, or restarted (what ran there is lost). `before` None: a newcomer."""
 
     node: NodeId
     before: PeerState | None
     after: PeerState
     restarted: bool = False
-    stalled: bool = False  # silent, but its process exists: what runs there may come back, or be dead later
+    stalled: bool = False  # silent, but its process exists: what runs there may recover, or be declared dead later
 
     @property
     def down(self) -> bool:
-        """What ran on that node is lost: it died, left, or restarted."""
+        """What ran on the node is lost: it died, left, or restarted."""
         return self.after in (PeerState.DEAD, PeerState.LEFT) or self.restarted
 
 
@@ -95,7 +95,7 @@ def statistics_of(
         counts["calls_failed"],
         counts["calls_skipped"],
         core.facts.rejected,
-        core.outlook.cuts,
+        core.outlook.loss_batches,
         counts["freezes"],
         view.frozen,
         core.swim.statistics(now),

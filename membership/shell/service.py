@@ -1,8 +1,8 @@
 """The I/O of membership: a datagram socket, a clock and peer calls around one `MembershipCore`.
 
-Decides nothing. The core is called and its effects are carried out with no `await` in between, so no other task ever
+Makes no decisions. The core is called and its effects are carried out with no `await` in between, so no other task
 sees a half-applied change.
-All input that is ready is read before a timer may fire: a starved process must not take its own sleep for others' silence.
+All input that is ready is read before a timer may fire: a starved process must not take its own delay for others' silence.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ STREAM_PING_TIMEOUT_S = 1.0
 FAREWELL_TIMEOUT_S = 1.0
 RECALLED_AT_ONCE = 8
 MAX_ROUNDS = 8  # calls of one exchange: what does not fit into one answer comes in the next
-MAX_CALLS = 32  # exchanges and pushes under way; beyond it they are dropped, for the fingerprints will ask again
+MAX_CALLS = 32  # exchanges and pushes under way; beyond it they are dropped: different fingerprints start them again
 
-# What a peer call may end in without being our own bug.
+# Errors of a peer call that are no bug of this node.
 _CALL_FAILED = (PeerLost, DeadlineExceeded, RemoteError, Refused, BadRequest)
 
 
@@ -81,10 +81,11 @@ class Membership:
         keep_links: Callable[[tuple[Address, ...]], None] = lambda addresses: None,
         trace_bytes: int = 0,
     ) -> None:
-        """`socket`: bound, UDP; stays the caller's to close, after `run` ended. `address`: what peers reach this node by,
-        by datagram and by call. `epoch`: higher than that of any former run on the same data directory. `signer`: with the key
-        that `me` is made from. `knock`: does the host at this address refuse connections? `keep_links`: is asked to hold links
-        to these, and tells `linked` and `lost` of them. `trace_bytes`: keeps so much of what comes in, for `dump_trace`.
+        """`socket`: bound, UDP; the caller closes it after `run` ended. `address`: where peers reach this node, by datagram and
+        call. `epoch`: higher than that of any former run on the same data directory. `signer`: with the key from which `me` is
+        derived. `knock`: returns whether the host at this address refuses connections. `keep_links`: is called with the
+        addresses to keep links with; `linked` and `lost` report these links. `trace_bytes`: the size of the record of inputs, for
+        `dump_trace`.
 
         Raises:
             ValueError: a name, host or region that fits no claim.
@@ -101,12 +102,12 @@ class Membership:
         self.view = View(me)
         self.twins = TwinCalls(me, signer, call, lambda: self.view, self._core, self._start_call, self._carry_out)
         self.handlers: Handlers = MappingProxyType({sync.SYNC_KIND: self._answer_sync, **self.twins.handlers})
-        self.on_renewed: Callable[[int], None] = lambda epoch: None  # a higher epoch to keep on disk
+        self.on_renewed: Callable[[int], None] = lambda epoch: None  # called with a higher epoch to store on disk
         self._subscribers: list[Callable[[MemberEvent], None]] = []
-        self.on_loss_batch: Callable[[LossBatch], None] = lambda cut: None  # must not block or raise
+        self.on_loss_batch: Callable[[LossBatch], None] = lambda batch: None  # must not block or raise
         self._view_changed = trio.Event()
         self._deadline_moved = trio.Event()
-        self._armed_for = -math.inf  # when `_keep_time` wakes by itself; it need only hear of earlier deadlines
+        self._armed_for = -math.inf  # when `_keep_time` wakes by itself; only an earlier deadline has to wake it
         self._nursery: trio.Nursery | None = None
         self._datagrams = Datagrams(socket, seal)
         self.refusals, self.refused = self._datagrams.refusals, self._datagrams.refused
@@ -115,7 +116,7 @@ class Membership:
         self._refresh([me])
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Takes part in the mesh until cancelled."""
+        """Receives datagrams and keeps time until cancelled."""
         self._datagrams.open()
         try:
             async with trio.open_nursery() as self._nursery:
@@ -127,7 +128,7 @@ class Membership:
             self._datagrams.close()
 
     async def join(self, seeds: list[Address]) -> int:
-        """Exchanges all knowledge with every seed at once; returns how many answered. Seeds are retried while no member is there.
+        """Exchanges all records with every seed at once; returns how many answered. Seeds without a live member are retried.
 
         Raises:
             JoinFailed: there were seeds, and none answered.
@@ -155,7 +156,7 @@ class Membership:
         return len(others) - len(reasons)
 
     def recall(self, addresses: list[Address]) -> None:
-        """Tries peers' addresses from an earlier run, now and again while no member is known there. Absence is no error."""
+        """Tries peers' addresses from an earlier run, repeatedly while no member is known there. No answer is no error."""
         for address in addresses:
             if address != self._address:
                 self._core.remember_seed(address)
@@ -164,7 +165,7 @@ class Membership:
                 self._start_call(self._exchange, address)
 
     def publish(self, facts: Facts) -> None:
-        """This node's facts from now on, here at once and everywhere within milliseconds.
+        """Publishes this node's facts: in its own view at once, on all nodes within milliseconds.
 
         Raises:
             LocalError: the record is larger than peers accept; the old one stays.
@@ -172,29 +173,29 @@ class Membership:
         self._carry_out(self._core.publish(facts, trio.current_time()))
 
     def linked(self, node: NodeId) -> None:
-        """A link with this peer is open, either way, its handshake done."""
+        """Reports that a link with this peer is open, in either direction, its handshake done."""
         self._core.linked(node)
 
     def lost(self, node: NodeId, *, proven: bool = False) -> None:
-        """A link to this peer broke: it is probed at once. Cheap; safe to call for every broken link.
+        """Reports that a link to this peer broke: the peer is probed at once. Cheap; safe to call for every broken link.
 
-        `proven`: `linked` had told of it. Then its host is asked too whether the port is still open.
+        `proven`: `linked` had reported the link. Then a connect probe also checks whether the port is still open.
         """
         self._carry_out(self._core.lost(node, trio.current_time(), proven=proven))
 
     def note_load(self, node: NodeId, load: Load) -> None:
-        """A peer told its load in an answer: newer than what gossip brought."""
+        """Stores a peer's load from its answer to a call: newer than the load in gossip."""
         if gossip.load_is_sane(load) and self._core.note_load(node, load, trio.current_time()):
             self._show(node)
 
     async def leave(self) -> None:
-        """Says goodbye: datagrams to many, a call to a few, within a second. Nothing is sent after that; `run` idles on."""
+        """Announces the departure: datagrams to many peers, calls to a few, within a second. Nothing is sent after that."""
         now = trio.current_time()
         self._carry_out(self._core.leave(now))
-        told = self._core.farewell_peers()
+        farewell_addresses = self._core.farewell_peers()
         tail = sync.encode(self._core.farewell(now))
 
-        async def tell(address: Address) -> None:
+        async def send_farewell(address: Address) -> None:
             try:
                 await self._call(address, sync.SYNC_KIND, {}, tail, timeout_s=FAREWELL_TIMEOUT_S)
             except _CALL_FAILED:
@@ -202,15 +203,15 @@ class Membership:
 
         with trio.move_on_after(FAREWELL_TIMEOUT_S, shield=True):
             async with trio.open_nursery() as nursery:
-                for address in dict.fromkeys(told):
-                    nursery.start_soon(tell, address)
+                for address in dict.fromkeys(farewell_addresses):
+                    nursery.start_soon(send_farewell, address)
 
     def dump_trace(self) -> bytes | None:
-        """What came in of late, as a file for `mesh simulate --replay`; None: it was not asked for at the start."""
+        """Returns the recorded inputs as a file for `mesh simulate --replay`; None without `trace_bytes`."""
         return self._trace.dump() if self._trace is not None else None
 
     async def changed(self, since_version: int) -> View:
-        """The first view after `since_version`: at once if there is one already."""
+        """Waits for, and returns, a view newer than `since_version`."""
         while self.view.version <= since_version:
             await self._view_changed.wait()
         return self.view
@@ -261,7 +262,7 @@ class Membership:
     def _carry_out(self, effects: list[MembershipEffect]) -> None:
         changed: list[NodeId] = []
         events: list[MemberEvent] = []
-        cuts: list[LossBatch] = []
+        batches: list[LossBatch] = []
         for effect in effects:
             match effect:
                 case SendDatagram(to=to, message=message):
@@ -289,23 +290,23 @@ class Membership:
                 case EpochRenewed(epoch=epoch):
                     self.on_renewed(epoch)
                 case LossBatch():
-                    cuts.append(effect)
+                    batches.append(effect)
                 case ViewFrozen():
                     self._counts["freezes"] += effect.frozen
                 case other:
                     self.twins.carry_out(other)
-        if changed or cuts or self.view.frozen is not self._core.outlook.frozen:
+        if changed or batches or self.view.frozen is not self._core.outlook.frozen:
             self._refresh(changed)
         for event in events:
             for callback in list(self._subscribers):
                 callback(event)
-        for cut in cuts:
-            self.on_loss_batch(cut)
+        for batch in batches:
+            self.on_loss_batch(batch)
         if self._core.deadline < self._armed_for:
             self._deadline_moved.set()
 
     def _refresh(self, nodes: list[NodeId]) -> None:
-        """A new view, in which these peers are as the core has them."""
+        """Makes a new view with these peers as the core records them."""
         peers = dict(self._peers)
         for node in nodes:
             if (peer := self._core.peer(node)) is not None:
@@ -318,7 +319,7 @@ class Membership:
         self._view_changed = trio.Event()
 
     def _show(self, node: NodeId) -> None:
-        """Puts fresh load and round trip into the view that is out: soft state, which changes no version and copies nothing."""
+        """Updates load and round trip of a peer in the current view: soft state, without a new version or a copy."""
         peer = self._core.peer(node) if node in self._peers else None
         if peer is not None:
             self._peers[node] = peer
@@ -351,14 +352,14 @@ class Membership:
         self._carry_out(self._core.tried(number, refused, trio.current_time()))
 
     async def _exchange(self, to: Address) -> None:
-        """Raises what a call may, and RemoteError for an answer that is none."""
+        """Runs one exchange. Raises the errors of a call, and RemoteError for an answer that cannot be decoded."""
         self._counts["exchanges"] += 1
         ask: sync.Sync | None = self._core.ask()
         for _ in range(MAX_ROUNDS):
             if ask is not None:
-                ask = await self._tell(to, ask)
+                ask = await self._ask_sync(to, ask)
 
-    async def _tell(self, to: Address, ask: sync.Sync) -> sync.Sync | None:
+    async def _ask_sync(self, to: Address, ask: sync.Sync) -> sync.Sync | None:
         _, tail = await self._call(to, sync.SYNC_KIND, {}, sync.encode(ask), timeout_s=EXCHANGE_TIMEOUT_S)
         try:
             synced = sync.decode_synced(tail)

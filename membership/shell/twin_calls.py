@@ -1,4 +1,4 @@
-"""Asks and answers the calls of `mesh.wire.twin`: the shell around `membership.core.twins`."""
+"""Makes and answers the calls of `mesh.wire.twin`: the shell around `membership.core.twins`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from mesh.wire.calls import Call, CallReply, Handlers, Header
 from mesh.wire.twin import CHALLENGE_BYTES, TWIN_KIND, WHERE_KIND, ProcessRun, SignedAnswer, TwinAnswer, TwinQuestion, statement
 
 CALL_TIMEOUT_S = 2.0
-ASKED_AT_START = 8  # seeds; more would know nothing else
+ASKED_AT_START = 8  # seeds; more would give no other answer
 
 
 class TwinCalls:
     """`start`: runs a call in the background; `settle`: carries out what the core answers.
 
-    `on_seen` is told of every other live process with this identity; `on_displaced` of the one for which this process is to end.
+    `on_seen` is called with every other live process of this identity; `on_displaced` with the one that displaces this.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class TwinCalls:
         self.on_displaced: Callable[[ProcessRun], None] = lambda by: None
 
     def carry_out(self, effect: MembershipEffect) -> None:
-        """The effects of `membership.core.twins`; any other is not for this class."""
+        """Carries out the effects of `membership.core.twins`; ignores any other."""
         match effect:
             case FindTwin(to=place):
                 self._start(self._find, place)
@@ -61,7 +61,7 @@ class TwinCalls:
         return self._core.swim.refutation.twins.run(trio.current_time())
 
     async def ask(self, place: Address) -> TwinAnswer | None:
-        """Of a process with this node's key that answers at `place`; None: there is none."""
+        """Returns the verified answer of a process with this node's key at `place`; None: there is none."""
         challenge = secrets.token_bytes(CHALLENGE_BYTES)
         question = msgspec.to_builtins(TwinQuestion(challenge, self._run()), builtin_types=(bytes,))
         try:
@@ -73,7 +73,7 @@ class TwinCalls:
         return signed.answer if self._signer.verifier.holds(self._signer.public_key, said, signed.signature) else None
 
     async def older_elsewhere(self, seeds: Iterable[Address]) -> ProcessRun | None:
-        """A process of this node that lives already, as one of the `seeds` knows it: to be asked before anything is said."""
+        """Returns a live process of this identity known to one of the `seeds`. Called at the start, before anything is sent."""
         own = self._run().address
         places: set[Address] = set()
         found: list[ProcessRun] = []
@@ -97,7 +97,7 @@ class TwinCalls:
         try:
             header, _ = await self._call(seed, WHERE_KIND, {"node": self._me}, timeout_s=CALL_TIMEOUT_S)
         except MeshError:
-            return None  # the join will tell why
+            return None  # the join reports why
         host, port = header.get("host"), header.get("port")
         return (host, port) if isinstance(host, str) and type(port) is int and 0 < port < 65536 else None
 

@@ -1,4 +1,4 @@
-"""What must hold of a simulated mesh, apart from how it came about."""
+"""Checks of a simulated mesh that hold for any scenario."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mesh.view import PeerState
 
 
 def converged(network: Network) -> bool:
-    """Every running node sees exactly the running ones alive, at the standing they claim, and all fingerprints are equal."""
+    """Every running node records exactly the running ones as alive, at the counts they claim; all fingerprints are equal."""
     up = {node: network.nodes[node].core for node in network.up}
     if len({core.fingerprint for core in up.values()}) > 1:
         return False
@@ -32,14 +32,14 @@ def all_see(network: Network, node: NodeId, state: PeerState) -> bool:
 
 
 def deaths_of(network: Network, nodes: Iterable[NodeId], since: float = 0.0) -> list[tuple[float, NodeId, NodeId]]:
-    """(time, by, node) of each time one of these nodes was declared or heard dead."""
+    """Returns (time, by, node) of each time a node recorded one of these nodes as dead."""
     wanted = set(nodes)
     fell = (s for s in network.seen if s.after is PeerState.DEAD and s.before is not PeerState.DEAD)
     return [(s.at, s.by, s.node) for s in fell if s.node in wanted and s.at >= since]
 
 
 def detection_s(network: Network, node: NodeId, killed_at: float) -> list[float]:
-    """How long after its death each observer first had it dead, ascending."""
+    """Returns how long after its death each observer first recorded it as dead, ascending."""
     first: dict[NodeId, float] = {}
     for at, by, _ in deaths_of(network, [node], killed_at):
         first.setdefault(by, at - killed_at)
@@ -47,7 +47,7 @@ def detection_s(network: Network, node: NodeId, killed_at: float) -> list[float]
 
 
 def fallen_s(network: Network, node: NodeId, killed_at: float) -> list[float]:
-    """How long after its death each observer first had it anything but alive, ascending."""
+    """Returns how long after its death each observer first recorded it as not alive, ascending."""
     first: dict[NodeId, float] = {}
     for seen in network.seen:
         if seen.node == node and seen.at >= killed_at and seen.after is not PeerState.ALIVE:
@@ -56,7 +56,7 @@ def fallen_s(network: Network, node: NodeId, killed_at: float) -> list[float]:
 
 
 def nobody_raises_anothers_incarnation(network: Network) -> bool:
-    """No view holds a standing of a running node that it did not give itself."""
+    """No view holds counts of a running node that the node did not claim."""
     for by in network.up:
         for member in network.nodes[by].core.swim.members:
             itself = network.nodes[member.node].core.swim.myself
@@ -66,8 +66,8 @@ def nobody_raises_anothers_incarnation(network: Network) -> bool:
 
 
 def overridden_goodbyes(network: Network) -> list[tuple[NodeId, NodeId]]:
-    """(by, node): one run of `by` had it that `node` left, and later that the same run of it, or an earlier one, was dead."""
-    left: dict[tuple[NodeId, int, NodeId], int] = {}  # the epoch of the latest goodbye that was seen
+    """Returns (by, node) where `by` recorded that `node` left, and later that the same or an earlier run of it died."""
+    left: dict[tuple[NodeId, int, NodeId], int] = {}  # the epoch of the latest recorded departure
     found = []
     for seen in network.seen:
         key = (seen.by, seen.by_epoch, seen.node)
@@ -79,10 +79,10 @@ def overridden_goodbyes(network: Network) -> list[tuple[NodeId, NodeId]]:
 
 
 def queues_are_bounded(network: Network) -> bool:
-    """No node has more rumours to tell than there are members."""
+    """No node queues more rumours than there are members."""
     return all(len(it.core.swim.state.rumours) <= len(it.core.swim.members) for it in network.nodes.values())
 
 
 def percentile(ordered: list[float], share: float) -> float:
-    """The value below which `share` of an ascending list lies; not a number for an empty one."""
+    """Returns the quantile `share` of an ascending list; not a number for an empty one."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan

@@ -1,4 +1,4 @@
-"""Python's search for cycles, kept rare while a mesh is simulated: it finds next to none and took a fifth of the time.
+"""Makes Python's garbage collector rare while a mesh is simulated: it found almost no cycles and took a fifth of the time.
 
 Thousands of nodes are a million objects that live as long as the run, and every event leaves a few more of them: what a node
 has measured of a peer. By default each 700 of those start a search.

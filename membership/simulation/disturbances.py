@@ -1,4 +1,4 @@
-"""What goes on in a simulated mesh besides the deaths that are timed: nodes that come and go, ways that are cut."""
+"""Disturbances of a simulated mesh besides the timed deaths: churn and blocked routes."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from random import Random
 from membership.simulation.network import Network
 from mesh.ids import NodeId
 
-AWAY_S = 2.0  # between a node's going and its coming back
-CALM_S = 5.0  # at the end of each stretch no node leaves, so that what is checked then is settled
+AWAY_S = 2.0  # between the stop and the restart of a node
+CALM_S = 5.0  # at the end of each stretch no node leaves, so that the mesh has converged when it is checked
 
 
 class Churn:
-    """`a_minute` of `nodes` go, in turn by a crash and with a goodbye, and come back as another run of the same node."""
+    """Stops `a_minute` of `nodes`, in turn by a crash and by leaving, and restarts each as another run."""
 
     def __init__(self, network: Network, nodes: list[NodeId], a_minute: float, rng: Random) -> None:
         self._network, self._nodes, self._rng = network, nodes, rng
         self._every_s = 60.0 / a_minute if a_minute and nodes else float("inf")
         self._next_at = network.now + self._every_s
-        self._away: list[tuple[float, NodeId]] = []  # and when it comes back
+        self._away: list[tuple[float, NodeId]] = []  # with the time of the restart
         self.goings = 0
 
     def run(self, duration_s: float) -> None:
-        """Lets time pass, with its comings and goings."""
+        """Lets time pass, with churn."""
         network = self._network
         end = network.now + duration_s
         while True:
@@ -57,7 +57,7 @@ class Churn:
 
 
 def cut_some_ways(network: Network, nodes: list[NodeId], count: int, rng: Random) -> None:
-    """`count` ways from one node to another carry nothing any more; the ways back do."""
+    """Blocks `count` routes from one node to another in one direction."""
     ways = len(nodes) * (len(nodes) - 1)
     for way in rng.sample(range(ways), min(count, ways)):
         one, other = divmod(way, len(nodes) - 1)
@@ -65,7 +65,7 @@ def cut_some_ways(network: Network, nodes: list[NodeId], count: int, rng: Random
 
 
 class Partition:
-    """The mesh falls into two halves; what one half claims about the other meanwhile is no error."""
+    """Splits the mesh into two halves; claims of one half about the other are no errors meanwhile."""
 
     def __init__(self, network: Network) -> None:
         self._network = network

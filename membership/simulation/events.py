@@ -1,7 +1,7 @@
-"""What is going to happen in a simulated mesh, in order: by time, and of what falls on one moment the first scheduled first.
+"""The scheduled events of a simulated mesh, in order of time, then of scheduling.
 
-Events wait in buckets of half a millisecond, each sorted when its time comes: in a mesh of ten thousand there are always tens
-of thousands of timers ahead, and a heap of them would be the dearest part of a datagram's way.
+Events wait in buckets of half a millisecond, each sorted when its time comes: a mesh of ten thousand always has tens of
+thousands of timers ahead, and a heap of them would cost more than anything else about a datagram.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections.abc import Callable
-from typing import Any
 
 _BUCKETS_A_SECOND = 2000
 
-ScheduledEvent = tuple[float, int, Callable[..., None], tuple[Any, ...]]
-"""(when, number, what, with what); the numbers are all different."""
+ScheduledEvent = tuple[float, int, Callable[..., None], tuple[object, ...]]
+"""(time, number, callback, its arguments); the numbers are all different, so callbacks are never compared."""
 
 
 class Events:
+    """A queue of scheduled events."""
+
     def __init__(self) -> None:
         self.taken = 0
         self._count = 0
@@ -28,7 +29,7 @@ class Events:
         self._next = 0  # in that bucket
 
     def put(self, at: float, what: Callable[..., None], with_what: tuple[object, ...]) -> None:
-        """`at`: not before the last one taken."""
+        """Schedules a callback. `at`: not before the time of the last event taken."""
         self._count += 1
         event = (at, self._count, what, with_what)
         number = int(at * _BUCKETS_A_SECOND)
@@ -41,7 +42,7 @@ class Events:
             heapq.heappush(self._numbers, number)
 
     def take(self, until: float) -> ScheduledEvent | None:
-        """The next one, if it is due by `until`."""
+        """Returns and removes the next event, if it is due by `until`."""
         if self._next == len(self._bucket):
             if not self._numbers or self._numbers[0] > until * _BUCKETS_A_SECOND:
                 return None

@@ -48,12 +48,12 @@ MAX_ROUNDS = 8  # as in the service
 
 
 def sharing_core(me: Alive, signer: Signer, config: MembershipConfig, rng: Random, now: float) -> MembershipCore:
-    """A membership core whose member table shares what all nodes know alike."""
+    """A membership core whose member table shares the records that all nodes have in common."""
     return MembershipCore(me, signer, config, rng, now, SharedMembers)
 
 
 class Network(VirtualTime):
-    """All nodes, the wires between them, and what has been seen."""
+    """All simulated nodes, the network between them, and the record of changes."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Network(VirtualTime):
         self._encoded = encoded
         self._trace = hashlib.blake2b(digest_size=16)
 
-    # what a test does to the mesh
+    # disturbances by a test
 
     def add(
         self,
@@ -122,14 +122,14 @@ class Network(VirtualTime):
         return node
 
     def grow(self, count: int, *, settle_s: float = 3.0) -> list[NodeId]:
-        """A mesh of `count` nodes, all joined at once through the first, and settled."""
+        """Makes a mesh of `count` nodes, all joined at once through the first, and lets it converge."""
         first = self.add()
         ids = [first, *(self.add([first]) for _ in range(count - 1))]
         self.run(settle_s)
         return ids
 
     def found(self, count: int) -> list[NodeId]:
-        """A mesh of `count` nodes that know one another from the start, and their links: for sizes where joining takes long."""
+        """Makes a mesh of `count` nodes with complete views and links from the start: for sizes where joining takes long."""
         ids = [self.add() for _ in range(count)]
         records = SharedRecords(copy(self.nodes[node].core.swim.myself) for node in ids)
         for node in ids:
@@ -142,18 +142,18 @@ class Network(VirtualTime):
         return ids
 
     def kill(self, node: NodeId) -> None:
-        """Silently, as when its host or its cable is gone."""
+        """Stops a node silently, as when its host or its cable fails."""
         self.nodes[node].running = False
 
     def crash(self, node: NodeId) -> None:
-        """Like kill -9 on a host that stays up: its links end within milliseconds, and new connections are refused."""
+        """Stops a node as by kill -9 on a host that stays up: its links end within milliseconds; connections are refused."""
         it = self.nodes[node]
         it.running, it.refuses = False, True
         for other in sorted(it.links):
             self._break_link(it, self.nodes[other])
 
     def break_links(self, node: NodeId) -> None:
-        """The links of a living node end, as when a firewall forgets them."""
+        """Ends the links of a live node, as when a firewall drops them."""
         it = self.nodes[node]
         for other in sorted(it.links):
             self._break_link(it, self.nodes[other])
@@ -163,11 +163,11 @@ class Network(VirtualTime):
         self.nodes[node].paused = True
 
     def starve(self, node: NodeId, late_s: tuple[float, float] = (0.5, 2.5)) -> None:
-        """Its process gets too little of the machine: what arrives lies in the socket, while timers fire on time."""
+        """Starves a process: inputs wait in the socket, while timers fire on time."""
         self.nodes[node].starved_s = late_s
 
     def resume(self, node: NodeId) -> None:
-        """Like SIGCONT: everything that waits in the buffer is read before any timer is looked at."""
+        """Continues a process as by SIGCONT: all input in the buffer is read before any timer fires."""
         it = self.nodes[node]
         it.paused = False
         waiting, it.buffer = it.buffer, []
@@ -177,7 +177,7 @@ class Network(VirtualTime):
         self._arm(it)
 
     def cut(self, some: Iterable[NodeId], others: Iterable[NodeId], *, one_way: bool = False) -> None:
-        """Nothing gets from `some` to `others`, nor back unless `one_way`."""
+        """Blocks all messages from `some` to `others`, and back unless `one_way`."""
         self.ways.cut(some, others, one_way=one_way)
 
     def heal(self) -> None:
@@ -192,7 +192,7 @@ class Network(VirtualTime):
         self.carry_out(it, it.core.lost(node, self.now))
 
     def leave(self, node: NodeId) -> None:
-        """Says goodbye over datagrams and to three peers by call, then stops."""
+        """Makes a node leave, by datagrams and by calls to three peers, and stops it."""
         it = self.nodes[node]
         peers = it.core.swim.members.some_peers(3, self.rng) + sorted(it.core.swim.state.linked)
         self.carry_out(it, it.core.leave(self.now))
@@ -200,7 +200,7 @@ class Network(VirtualTime):
             self._call(it, it.core.swim.members.address_of(peer), it.core.farewell(self.now), lambda _: None)
         self.crash(node)
 
-    # what a test asks of it
+    # queries of a test
 
     @property
     def up(self) -> list[NodeId]:
@@ -211,10 +211,10 @@ class Network(VirtualTime):
         return member.state if member is not None else None
 
     def trace(self) -> str:
-        """Equal for two runs exactly when the same things happened in the same order at the same times."""
+        """Returns a digest that is equal for two runs with the same events in the same order at the same times."""
         return self._trace.hexdigest()
 
-    # the wires
+    # the network
 
     def _arm(self, it: SimNode) -> None:
         it.due_at = deadline = it.core.deadline
@@ -266,7 +266,7 @@ class Network(VirtualTime):
                 twins.carry_out(self, it, effect)
 
     def connects(self, it: SimNode, to: Address) -> SimNode | None:
-        """The node with a socket at `to`, if it can be reached; a paused process still has its kernel."""
+        """Returns the node with a socket at `to`, if it can be reached; the kernel of a paused process still answers."""
         target = self._at.get(to)
         if target is None or not self.ways.passes(it.id, target) or not self.ways.passes(target, it.id):
             return None
@@ -304,14 +304,14 @@ class Network(VirtualTime):
         self.later(4 * self.ways.delay_s(it.id, peer.id), opened)
 
     def _break_link(self, gone: SimNode, other: SimNode) -> None:
-        """`other` hears of the end, unless the way between them is cut: then nothing ever comes."""
+        """Reports the end of a link to `other`, unless the route between them is blocked: then nothing arrives."""
         other.links.discard(gone.id)
 
-        def hear() -> None:
+        def link_ended() -> None:
             if other.running and not other.paused and self.ways.passes(gone.id, other.id):
                 self.carry_out(other, other.core.lost(gone.core.me, self.now, proven=True))
 
-        self.later(self.rng.uniform(0.001, 0.006) + self.ways.delay_s(gone.id, other.id), hear)
+        self.later(self.rng.uniform(0.001, 0.006) + self.ways.delay_s(gone.id, other.id), link_ended)
 
     def _send(self, it: SimNode, to: Address, message: GossipMessage) -> None:
         carried: Carried
@@ -346,7 +346,7 @@ class Network(VirtualTime):
             self._when_read(peer, lambda arrived_at: self._receive(peer, it.address, carried, arrived_at))
 
     def _when_read(self, it: SimNode, take: Callable[[float], None]) -> None:
-        """Input has arrived at `it`: taken at once, or as late as a starved process reads."""
+        """Delivers an input to `it`: at once, or as late as a starved process reads."""
         if it.starved_s is None:
             take(self.now)
             return
@@ -364,7 +364,7 @@ class Network(VirtualTime):
     def _exchange(self, it: SimNode, to: Address) -> None:
         rounds = iter(range(MAX_ROUNDS))
 
-        def tell(ask: sync.Sync) -> None:
+        def exchange_round(ask: sync.Sync) -> None:
             if next(rounds, None) is not None:
                 self._call(it, to, ask, answered)
 
@@ -372,12 +372,12 @@ class Network(VirtualTime):
             ask, effects = it.core.learn(to, sync.decode_synced(tail), self.now)
             self.carry_out(it, effects)
             if ask is not None:
-                tell(ask)
+                exchange_round(ask)
 
-        tell(it.core.ask())
+        exchange_round(it.core.ask())
 
     def _call(self, it: SimNode, to: Address, ask: sync.Sync, answered: Callable[[bytes], None]) -> None:
-        """A peer call over a stream: never lost in part, so it fails only where there is no route or no process."""
+        """Makes a peer call over a stream: it fails only where there is no route or no process."""
         tail = sync.encode(ask)
         it.bytes_sent += len(tail)
 

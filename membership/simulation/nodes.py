@@ -1,4 +1,4 @@
-"""A node of a simulated mesh, and what is noted of each change in one node's view."""
+"""A node of a simulated mesh, and the record of each change in a node's view."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ class SimNode:
     running: bool = True
     paused: bool = False
     buffer: list[tuple[Address, Carried]] = field(default_factory=list)
-    due_at: float = float("inf")  # its core's deadline, as of the last time anything was asked of it
+    due_at: float = float("inf")  # its core's deadline after the last input
     armed_for: float = float("inf")
     bytes_sent: int = 0
     datagrams_sent: int = 0
     links: set[NodeId] = field(default_factory=set)  # open with these, in either direction
-    starved_s: tuple[float, float] | None = None  # reads each input so late, in order; its timers fire on time
+    starved_s: tuple[float, float] | None = (
+        None  # range of the delay with which it reads inputs, in order; its timers fire on time
+    )
     read_until: float = 0.0
-    refuses: bool = False  # dead, but its host is up and says so
-    refuses_all: bool = False  # alive behind a firewall that resets what comes in by TCP
+    refuses: bool = False  # dead, but its host is up and refuses connections
+    refuses_all: bool = False  # alive behind a firewall that resets incoming TCP connections
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +47,9 @@ class ObservedChange:
     after: PeerState
     restarted: bool
     cause: str
-    incarnation: int = 0  # of `node`, as `by` knew it then
-    runs: bool = False  # the run of `node` that `by` means did run then
-    epoch: int = 0  # of `node`, as `by` knew it then
+    incarnation: int = 0  # of `node`, as `by` recorded it then
+    runs: bool = False  # the run of `node` to which the change refers was running then
+    epoch: int = 0  # of `node`, as `by` recorded it then
     by_epoch: int = 0  # which run of `by` it was
 
     @classmethod

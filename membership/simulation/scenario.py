@@ -1,4 +1,4 @@
-"""One scenario for a simulated mesh: some nodes die; how soon do all know, and was a live node declared dead?"""
+"""One scenario for a simulated mesh: the detection times of some deaths, and the false deaths of live nodes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mesh.view import PeerState
 SETTLE_S = 3.0
 WATCH_S = 15.0  # after each death
 HEAL_MAX_S = 60.0
-MAX_JOINED = 50  # larger meshes start with everyone known: joining is measured apart, and a hundred take seconds over it
+MAX_JOINED = 50  # larger meshes start with all members known: joining is measured apart, and takes seconds for a hundred
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,40 +48,40 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """Seconds from the kill until the first, half, 99 % and all of the nodes that learned of it had learned."""
+    """Seconds from the kill until the first, half, 99 % and all of the informed nodes were informed."""
 
     node: str
     first_s: float
     p50_s: float
     p99_s: float
     last_s: float
-    passed_over_s: float  # when the last of them had at least suspected it, and so gave it no new work
+    passed_over_s: float  # until the last of them at least suspected it, and so gave it no new work
     heard: int
     observers: int
 
 
 @dataclass(frozen=True, slots=True)
 class ScenarioResult:
-    """`heal_s`: from the end of the partition until all saw one mesh; None where there was none, or they never did."""
+    """`heal_s`: from the end of the partition until all views were equal; None without a partition, or if they never were."""
 
     deaths: tuple[Death, ...]
-    false_deaths: int  # unique (member, incarnation) of nodes that lived, and could be heard
+    false_deaths: int  # unique (member, incarnation) of nodes that were running and reachable
     idle_bytes_node_s: float
     virtual_s: float
     wall_s: float
     trace: str
     heal_s: float | None = None
-    whole: bool = True  # all saw one mesh after the partition
+    whole: bool = True  # all views were equal after the partition
     goings: int = 0
 
     @property
     def well(self) -> bool:
-        """No live node was declared dead, every survivor knows every death, and the mesh is one."""
+        """No live node was declared dead, every survivor recorded every death, and all views are equal."""
         return self.whole and not self.false_deaths and all(death.heard == death.observers for death in self.deaths)
 
 
 def simulate(scenario: Scenario, died: Callable[[Death], None] = lambda _: None) -> ScenarioResult:
-    """Runs it: the same scenario gives the same outcome, but for `wall_s`. `died` is told of each death once it was watched."""
+    """Runs the scenario: equal scenarios give equal outcomes, but for `wall_s`. `died` is called with each watched death."""
     with seldom_collecting():
         return _lived(scenario, died)
 
@@ -120,7 +120,7 @@ def _lived(scenario: Scenario, died: Callable[[Death], None]) -> ScenarioResult:
 
 
 def _death(network: Network, node: NodeId, scenario: Scenario, churn: Churn) -> Death:
-    """Kills it, and watches."""
+    """Kills the node, and watches until its death has spread."""
     killed_at = network.now
     (network.kill if scenario.silent else network.crash)(node)
     churn.run(scenario.watch_s)
@@ -133,7 +133,7 @@ def _death(network: Network, node: NodeId, scenario: Scenario, churn: Churn) -> 
 
 
 def _heal_s(network: Network) -> float | None:
-    """Seconds until all see one mesh again; None when they do not within `HEAL_MAX_S`."""
+    """Returns the seconds until all views are equal again; None if they are not within `HEAL_MAX_S`."""
     try:
         return network.run_until(lambda: converged(network), within_s=HEAL_MAX_S)
     except AssertionError:
@@ -141,7 +141,7 @@ def _heal_s(network: Network) -> float | None:
 
 
 def _wronged(network: Network, partition: Partition | None) -> set[tuple[NodeId, int]]:
-    """The nodes declared dead while they ran, by a node that could reach them; each incarnation once."""
+    """Returns the nodes declared dead while they ran, by a node that could reach them; each incarnation once."""
     return {
         (seen.node, seen.incarnation)
         for seen in network.seen

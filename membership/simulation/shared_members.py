@@ -1,4 +1,4 @@
-"""A member table for simulated meshes of thousands: what all nodes know alike from the start is stored once.
+"""A member table for simulated meshes of thousands: the records that all nodes share from the start are stored once.
 
 Each node copies a shared record when it first looks at that member, so memory grows with what the nodes experience, not with
 the square of their number.
@@ -15,10 +15,10 @@ from mesh.ids import NodeId
 
 
 class SharedRecords:
-    """Members that many nodes know alike; their records are never changed."""
+    """Records of members that many nodes share; never changed."""
 
     def __init__(self, members: Iterable[Member]) -> None:
-        """`members`: alive."""
+        """`members`: all alive."""
         self.members = {member.node: member for member in members}
         by_region: dict[str, list[NodeId]] = {}
         for member in self.members.values():
@@ -35,7 +35,7 @@ class SharedMembers(Members):
 
     def __init__(self, myself: Member, fingerprint: Fingerprint) -> None:
         self._shared: dict[NodeId, Member] = {}
-        self._forgotten: set[NodeId] = set()  # of the shared ones
+        self._forgotten: set[NodeId] = set()  # of the shared members
         super().__init__(myself, fingerprint)
 
     def found(self, records: SharedRecords) -> None:

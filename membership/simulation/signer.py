@@ -1,6 +1,6 @@
 """A stand-in for Ed25519 where thousands of nodes share one process: a checksum in place of a signature.
 
-It keeps what the protocol relies on, that words changed on the way, or said under another's key, do not hold, at a
+It keeps what the protocol relies on, that claims changed on the way, or signed with another key, do not verify, at a
 hundredth of the price. It stops no attacker, so no real node uses it.
 """
 

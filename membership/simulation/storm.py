@@ -1,4 +1,4 @@
-"""One small mesh through a storm drawn from a seed, and what must be true of it afterwards: made to be run by the thousand.
+"""One small mesh through a storm drawn from a seed, and the checks afterwards: cheap enough for thousands of runs.
 
 Three to eight nodes are killed, crashed, stopped, starved, restarted, cut off and sent away while datagrams are lost. Then the
 faults end, and all running nodes must soon see one mesh in which no live node stays dead.
@@ -30,7 +30,7 @@ class FaultStorm:
         self.blows: list[str] = []
 
     def faults(self) -> list[str]:
-        """Runs it. What does not hold, in words; empty when all is well."""
+        """Runs the storm; returns a description of each failed check."""
         found: list[str] = []
         for _ in range(self._draw.randint(*BLOWS)):
             self._blow()

@@ -1,4 +1,4 @@
-"""Virtual time: it stands still while things happen, and moves from one to the next."""
+"""Virtual time: it moves from one event to the next."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class VirtualTime:
 
     @property
     def happened(self) -> int:
-        """Events so far."""
+        """The number of events so far."""
         return self._events.taken
 
     def run(self, duration_s: float) -> None:
@@ -29,7 +29,7 @@ class VirtualTime:
         self.now = end
 
     def run_until(self, condition: Callable[[], bool], within_s: float, *, step_s: float = 0.05) -> float:
-        """Lets time pass until `condition` holds; how long that took, in virtual seconds.
+        """Lets time pass until `condition` holds; returns how long that took, in virtual seconds.
 
         Raises:
             AssertionError: it did not hold within `within_s`.

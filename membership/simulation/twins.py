@@ -12,7 +12,7 @@ from mesh.wire.twin import TwinAnswer
 if TYPE_CHECKING:
     from membership.simulation.network import Network
 
-NO_ANSWER_S = 2.0  # as long as the real call waits
+NO_ANSWER_S = 2.0  # the timeout of the real call
 
 
 def carry_out(network: Network, it: SimNode, effect: MembershipEffect) -> None:
@@ -20,7 +20,7 @@ def carry_out(network: Network, it: SimNode, effect: MembershipEffect) -> None:
         case FindTwin(to=place):
             _ask(network, it, place)
         case ProcessDisplaced():
-            network.crash(it.id)  # its process ends at once, without a goodbye
+            network.crash(it.id)  # its process ends at once, without leaving
         case _:
             pass
 

@@ -1,4 +1,4 @@
-"""A membership core that writes down what comes in, for `membership.trace.replay`. It decides nothing of its own."""
+"""A membership core that records its inputs for `membership.trace.replay`. It makes no decisions of its own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class RecordedSigner:
-    """Signs as another does, and keeps the signatures until they are taken."""
+    """Signs with another signer, and keeps the signatures until they are taken."""
 
     def __init__(self, signer: Signer) -> None:
         self._signer = signer
@@ -49,7 +49,7 @@ class RecordedSigner:
 
 
 class RecordedCore(MembershipCore):
-    """`rng` is sown anew, with a seed that the trace tells, here and at the start of each segment."""
+    """`rng` is seeded anew, with a seed that the trace records, here and at the start of each segment."""
 
     def __init__(self, me: Alive, signer: Signer, config: MembershipConfig, rng: Random, now: float, kept: Trace) -> None:
         self._kept, self._signer = kept, RecordedSigner(signer)
@@ -134,9 +134,9 @@ class RecordedCore(MembershipCore):
         self._kept.add(TraceRecord(given, self._signer.taken(), answer_hash(answer)))
 
     def _checkpoint(self, now: float) -> None:
-        """What a newcomer would be told, and the rest that a successor of this core needs."""
+        """Records the answer that a newcomer would get, and the rest of the state that a replay needs."""
         me = self.swim.myself
-        known = told_to_a_newcomer(self, now)
+        known = answer_to_newcomer(self, now)
         links = tuple(node for node, count in sorted(self.swim.state.linked.items()) for _ in range(count))
         self._kept.begin_segment()
         words, seed = me.alive_claim(), self._sown(self.rng)
@@ -148,8 +148,8 @@ class RecordedCore(MembershipCore):
         return seed
 
 
-def told_to_a_newcomer(core: MembershipCore, now: float) -> Synced:
-    """All that goes into one answer. A replay asks for it too: what is told first next time depends on it."""
+def answer_to_newcomer(core: MembershipCore, now: float) -> Synced:
+    """Returns the answer to a newcomer's digest. A replay calls it too: the order of later deltas depends on it."""
     me = core.swim.myself
     own = DigestEntry(core.me, me.epoch, me.incarnation, PeerState.ALIVE, *core.facts.known(core.me))
     return MembershipCore.answer(core, core.me, Sync(digest=(own,)), now)[0]

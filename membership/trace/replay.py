@@ -1,4 +1,4 @@
-"""A core led through a trace again: the events it sees, and whether it answered each input as it did the first time."""
+"""Replays a trace on a new core: the changes of its view, and whether it answers each input as recorded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from membership.core.config import MembershipConfig
 from membership.core.core import MembershipCore
 from membership.core.effects import MemberChanged, MembershipEffect
 from membership.trace import trace_format
-from membership.trace.recording import told_to_a_newcomer
+from membership.trace.recording import answer_to_newcomer
 from membership.trace.trace_format import BadTrace, TraceRecord, answer_hash
 from mesh.errors import MeshError
 from mesh.ids import Address, NodeId
@@ -46,19 +46,19 @@ class Replay:
 
 
 @dataclass(slots=True)
-class ToldSigner:
-    """Gives out the signatures that the trace holds; it has no key."""
+class RecordedSigner:
+    """Returns the signatures that the trace holds; it has no key."""
 
     public_key: bytes
     verifier: SignatureVerifier
-    told: deque[bytes] = field(default_factory=deque)
+    signatures: deque[bytes] = field(default_factory=deque)
 
     def sign(self, statement: bytes) -> bytes:
-        return self.told.popleft() if self.told else bytes(64)
+        return self.signatures.popleft() if self.signatures else bytes(64)
 
 
 def replay(records: list[TraceRecord], verifier: SignatureVerifier | None = None) -> Replay:
-    """Leads a new core through them. `verifier`: of the signatures in it, unless they are the nodes' real ones.
+    """Replays the records on a new core. `verifier`: of their signatures, unless they are real ones.
 
     Raises:
         BadTrace: it begins with neither a start nor a checkpoint, or holds what no core survives.
@@ -71,11 +71,11 @@ def replay(records: list[TraceRecord], verifier: SignatureVerifier | None = None
 
 def _replayed(records: list[TraceRecord], verifier: SignatureVerifier) -> Replay:
     first = records[0]
-    signer = ToldSigner(b"", verifier, deque(first.signatures))
+    signer = RecordedSigner(b"", verifier, deque(first.signatures))
     core = _made(first.input, signer)
     found = Replay(isinstance(first.input, trace_format.StartInput), 1, 1, None, first.input.now, first.input.now)
     for number, record in enumerate(records[1:], 1):
-        signer.told = deque(record.signatures)
+        signer.signatures = deque(record.signatures)
         answer, effects = _play(core, record.input)
         found.inputs += 1
         if answer_hash(answer) == record.answer:
@@ -87,7 +87,7 @@ def _replayed(records: list[TraceRecord], verifier: SignatureVerifier) -> Replay
     return found
 
 
-def _made(first: trace_format.Input, signer: ToldSigner) -> MembershipCore:
+def _made(first: trace_format.Input, signer: RecordedSigner) -> MembershipCore:
     match first:
         case trace_format.StartInput(now=now, me=me, public_key=public_key, config=config, seed=seed):
             signer.public_key = public_key
@@ -106,14 +106,14 @@ def _made(first: trace_format.Input, signer: ToldSigner) -> MembershipCore:
             raise BadTrace("expected a trace that begins with a start or a checkpoint")
 
 
-def _config(told: dict[str, float]) -> MembershipConfig:
-    """Raises TypeError for a field that this version does not know, ValueError for one out of bounds."""
-    whole = {name: int(value) if isinstance(getattr(MembershipConfig(), name), int) else value for name, value in told.items()}
+def _config(given: dict[str, float]) -> MembershipConfig:
+    """Builds the recorded config. Raises TypeError for an unknown field, ValueError for a value out of bounds."""
+    whole = {name: int(value) if isinstance(getattr(MembershipConfig(), name), int) else value for name, value in given.items()}
     return MembershipConfig(**whole)  # type: ignore[arg-type]
 
 
 def _play(core: MembershipCore, given: trace_format.Input) -> tuple[object, list[MembershipEffect]]:
-    """What the core answers, and the effects in it."""
+    """Gives the core one input; returns its answer, and the effects in it."""
     answer: object = None
     effects: list[MembershipEffect] = []
     match given:
@@ -148,7 +148,7 @@ def _play(core: MembershipCore, given: trace_format.Input) -> tuple[object, list
         case trace_format.LeaveInput(now=now):
             answer = effects = core.leave(now)
         case trace_format.CheckpointInput(now=now, seed=seed):
-            told_to_a_newcomer(core, now)
+            answer_to_newcomer(core, now)
             core.rng.seed(seed)
         case trace_format.StartInput():
             raise BadTrace("expected one start, at the beginning")

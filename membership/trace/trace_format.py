@@ -1,9 +1,9 @@
-"""What came into one node's membership core, in order, so that the same core can be led through it again.
+"""The trace format: the inputs of one node's membership core, in order, for a replay.
 
 A bounded ring of inputs in memory, each with the signatures made for it and a hash of what the core answered; a dump of it
 is a file for `mesh simulate --replay`. The ring is made of segments: when it is full its oldest segment goes, and each segment
 begins with a checkpoint of what was known. From the node's first input on a replay is exact, from a checkpoint it is close.
-No key is in it, and nothing of any request: membership knows of neither. Names, addresses, loads and facts are.
+No key is in it, and nothing of any request: membership holds neither. Names, addresses, loads and facts are.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Signatures = tuple[bytes, ...]
 
 
 class BadTrace(ValueError):
-    """The file is no trace of ours, or of another version; the text says why."""
+    """The file is no trace, or has another version; the text names the reason."""
 
 
 class _Input(msgspec.Struct, frozen=True, array_like=True):
@@ -41,7 +41,7 @@ class _Input(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StartInput(_Input, frozen=True, array_like=True, tag="start"):
-    """The node as it began, and the seed of all its chance."""
+    """The node at its start, and the seed of its random numbers."""
 
     me: Alive
     public_key: bytes
@@ -50,7 +50,7 @@ class StartInput(_Input, frozen=True, array_like=True, tag="start"):
 
 
 class CheckpointInput(_Input, frozen=True, array_like=True, tag="check"):
-    """A segment begins: what was known, in case all before it is gone. Chance goes on from `seed`."""
+    """The start of a segment: the state of the node, in case earlier segments were dropped. `seed`: of its random numbers."""
 
     me: Alive
     seed: Seed
@@ -148,7 +148,7 @@ Input = (
 
 
 class TraceRecord(msgspec.Struct, frozen=True, array_like=True):
-    """One input, the signatures that were made while it was dealt with, and the hash of the answer."""
+    """One input, the signatures made while it was processed, and the hash of the answer."""
 
     input: Input
     signatures: Signatures
@@ -181,7 +181,7 @@ _RENAMED = re.compile(rf"\b({'|'.join(_HASHED_NAMES)})\(")
 
 
 def answer_hash(answer: object) -> bytes:
-    """Eight bytes of what the core returned: effects and other frozen values, which print the same on every run."""
+    """Returns an eight-byte hash of the core's answer: effects and other frozen values print the same on every run."""
     printed = _RENAMED.sub(lambda found: f"{_HASHED_NAMES[found[1]]}(", repr(answer))
     return hashlib.blake2b(printed.encode(), digest_size=8).digest()
 
@@ -193,7 +193,7 @@ class TraceSegment:
 
 
 class Trace:
-    """The latest `limit_bytes` of records, by segment."""
+    """Keeps the latest `limit_bytes` of records, by segment."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._segment_bytes = max(1, limit_bytes // SEGMENTS)
@@ -202,7 +202,7 @@ class Trace:
 
     @property
     def full(self) -> bool:
-        """The segment under way is; the next record must begin another one with a checkpoint."""
+        """The current segment is full; the next record must be a checkpoint, which begins another one."""
         return self._segments[-1].size_bytes >= self._segment_bytes
 
     def begin_segment(self) -> None:
@@ -217,7 +217,7 @@ class Trace:
         segment.size_bytes += len(raw) + 4
 
     def dump(self) -> bytes:
-        """The file: a line that says what it is, then each record after its length in four bytes."""
+        """Returns the file: a line with format and version, then each record after its length in four bytes."""
         records = (raw for segment in self._segments for raw in segment.records)
         return MAGIC + b"".join(part for raw in records for part in (len(raw).to_bytes(4, "big"), raw))
 

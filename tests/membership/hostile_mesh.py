@@ -40,7 +40,7 @@ QUIET_S = 10.0
 QUIET_BYTES_A_SECOND = 400  # a node; of four, some of whom may be dialled in vain
 MAX_ANSWERS = 100  # one after another, before time goes on
 
-Standing = tuple[int, int]
+EpochIncarnation = tuple[int, int]
 numbers = st.integers(0, NODES - 1)
 picks = st.integers(0, 10_000)
 aheads = st.sampled_from(((0, 0), (0, 0), (0, 1), (0, 3), (1, 0)))
@@ -68,10 +68,10 @@ class HostileMesh(RuleBasedStateMachine):
         self.bytes_sent = 0
         self.broken = False
         # What was seen, by whom and of whom.
-        self.known: dict[tuple[int, NodeId], Standing] = {}
-        self.said: dict[NodeId, Standing] = {}  # the highest that its owner gave itself
-        self.left_at: dict[tuple[int, NodeId], Standing] = {}
-        self.suspected_at: dict[tuple[int, NodeId], tuple[Standing, float]] = {}
+        self.known: dict[tuple[int, NodeId], EpochIncarnation] = {}
+        self.claimed: dict[NodeId, EpochIncarnation] = {}  # the highest that its owner gave itself
+        self.left_at: dict[tuple[int, NodeId], EpochIncarnation] = {}
+        self.suspected_at: dict[tuple[int, NodeId], tuple[EpochIncarnation, float]] = {}
 
     @initialize(seed=st.integers(0, 2**16))
     def start(self, seed: int) -> None:
@@ -110,8 +110,8 @@ class HostileMesh(RuleBasedStateMachine):
 
     def _take(self, to: int, by: int, *claims: Claim) -> None:
         """A datagram of `by` that tells these."""
-        told = Gossip(self.cores[by].swim.state.sender(self.now), claims)
-        self._carry_out(to, self.cores[to].receive(address_of(by), told, self.now))
+        received = Gossip(self.cores[by].swim.state.sender(self.now), claims)
+        self._carry_out(to, self.cores[to].receive(address_of(by), received, self.now))
 
     def _deliver(self, source: Address, to: Address, datagram: bytes) -> None:
         if (number := number_at(to)) in self.up:
@@ -249,7 +249,7 @@ class HostileMesh(RuleBasedStateMachine):
                 self.cores[other].linked(peer_id(number))
 
     @rule(by=numbers, to=numbers, about=numbers, ahead=aheads, dead=st.booleans(), gone=st.booleans())
-    def one_lies(self, by: int, to: int, about: int, ahead: Standing, dead: bool, gone: bool) -> None:
+    def one_lies(self, by: int, to: int, about: int, ahead: EpochIncarnation, dead: bool, gone: bool) -> None:
         """That another is silent, or dead: it, or runs of it that never were. `gone`: one that is not there, if any is not."""
         down = sorted(set(range(NODES)) - self.up)
         about = down[about % len(down)] if gone and down else about
@@ -281,12 +281,13 @@ class HostileMesh(RuleBasedStateMachine):
     def m1_only_its_owner_raises_an_incarnation(self) -> None:
         for core in self.cores.values():
             me = core.swim.myself
-            self.said[core.me] = max(self.said.get(core.me, (0, 0)), (me.epoch, me.incarnation))
+            self.claimed[core.me] = max(self.claimed.get(core.me, (0, 0)), (me.epoch, me.incarnation))
         for number in sorted(self.up):
             for member in self.cores[number].swim.members:
-                said = self.said[member.node]
+                claimed = self.claimed[member.node]
                 self._must(
-                    (member.epoch, member.incarnation) <= said, f"M1: {member.node} said {said} at most, {number} holds {member}"
+                    (member.epoch, member.incarnation) <= claimed,
+                    f"M1: {member.node} claimed {claimed} at most, {number} holds {member}",
                 )
                 self._must(member.address[0] != "6.6.6.6", f"M1: {number} believes what {member.node} never said")
 

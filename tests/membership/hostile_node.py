@@ -65,7 +65,7 @@ claims: st.SearchStrategy[Claim] = st.one_of(
 bundles = st.lists(claims, max_size=6).map(tuple)
 senders = st.builds(sender, anybody, counters)
 targets = st.sampled_from([ME, *(peer_id(number) for number in range(1, 10))])
-said: st.SearchStrategy[GossipMessage] = st.one_of(
+claimed: st.SearchStrategy[GossipMessage] = st.one_of(
     st.builds(Ping, senders, seqs, targets, bundles),
     st.builds(PingReq, senders, seqs, targets, bundles),
     st.builds(ConnectCheck, senders, seqs, targets, bundles),
@@ -119,12 +119,12 @@ class HostileNode(RuleBasedStateMachine):
 
     def _picture(self) -> object:
         swim = self.core.swim
-        told = [(rumour.claim, rumour.sent) for rumour in swim.state.rumours.by_node.values()]
-        return [member.claim(ME) for member in swim.members], told, self.core.deadline, self.core.fingerprint
+        received = [(rumour.claim, rumour.sent) for rumour in swim.state.rumours.by_node.values()]
+        return [member.claim(ME) for member in swim.members], received, self.core.deadline, self.core.fingerprint
 
     # what the adversary may do
 
-    @rule(by=members, message=said)
+    @rule(by=members, message=claimed)
     def a_member_speaks(self, by: int, message: GossipMessage) -> None:
         """From its own address; in anybody's name."""
         self._arrive(address_of(by), datagram_codec.encode(message))
@@ -134,11 +134,11 @@ class HostileNode(RuleBasedStateMachine):
         for number in range(first, first + count, 5):
             self._arrive(address_of(by), datagram_codec.encode(Gossip(sender(by), tuple(map(wordy, range(number, number + 5))))))
 
-    @rule(source=st.sampled_from(STRANGERS), message=said)
+    @rule(source=st.sampled_from(STRANGERS), message=claimed)
     def a_stranger_speaks(self, source: Address, message: GossipMessage) -> None:
         self._arrive(source, datagram_codec.encode(message))
 
-    @rule(source=st.sampled_from([address_of(1), STRANGERS[0]]), message=said, wound=wounds)
+    @rule(source=st.sampled_from([address_of(1), STRANGERS[0]]), message=claimed, wound=wounds)
     def a_wounded_message_comes(self, source: Address, message: GossipMessage, wound: Wound) -> None:
         overwritten, cut_bytes, more = wound
         raw = bytearray(datagram_codec.encode(message))
@@ -147,7 +147,7 @@ class HostileNode(RuleBasedStateMachine):
         self._arrive(source, bytes(raw[: len(raw) - cut_bytes] + more)[:MAX_MESSAGE_BYTES])
 
     @rule(
-        message=said,
+        message=claimed,
         at=st.sampled_from((0, 9, 17, 21, 25, 29, 33, 37, 39, 41)),
         bad=st.sampled_from([b"\xff\xff", b"\x7f\x80\x00\x00", b"\x7c\x00", b"\x80\x00", bytes(4)]),
     )
@@ -207,10 +207,8 @@ class HostileNode(RuleBasedStateMachine):
         count = sum(1 for _ in swim.members)
         assert count <= MAX_MEMBERS, f"M8: {count} members"
         assert len(swim.state.rumours) <= count, "M8: more rumours than members"
-        assert len(swim.refusals._probes) <= MAX_CONNECT_PROBES and len(self.core.allowance._accounts) <= MAX_ACCOUNTS, "M8"
+        assert swim.refusals.connect_probes <= MAX_CONNECT_PROBES and self.core.allowance.accounts <= MAX_ACCOUNTS, "M8"
         largest = Ping(swim.state.sender(self.now), 2**32 - 1, peer_id(1), where=bytes(32))
         for rumour in swim.state.rumours.by_node.values():
-            assert len(datagram_codec.claim_bytes(rumour.claim)) == rumour.size_bytes, (
-                "M8: a rumour is as long as it is said to be"
-            )
-            assert rumour.size_bytes <= datagram_codec.claim_budget_bytes(largest), f"M8: {rumour.claim} can never be told"
+            assert len(datagram_codec.claim_bytes(rumour.claim)) == rumour.size_bytes, "M8: a rumour has its recorded size"
+            assert rumour.size_bytes <= datagram_codec.claim_budget_bytes(largest), f"M8: {rumour.claim} can never be sent"

@@ -36,7 +36,7 @@ def alive(number: int, incarnation: int = 0, epoch: int = 1, name: str | None = 
 
 
 def signed(claim: Alive) -> Alive:
-    """As its owner says it; with the key, so that it is believed also of one who was not known."""
+    """Returns an own claim with the key, so that it is accepted for an unknown node too."""
     key = claim.node.encode()
     signature = StandInSigner(claim.node).sign(alive_statement(claim))
     return msgspec.structs.replace(claim, signature=signature, key=key if claim.incarnation == 0 else b"")
@@ -48,7 +48,7 @@ def left(node: NodeId, epoch: int, incarnation: int) -> Left:
 
 
 def member_record(words: Alive, state: PeerState = PeerState.ALIVE, age_s: float = 0.0, cause: str = "") -> MemberRecord:
-    """What somebody else holds of a node that said `words`."""
+    """Returns another node's record of a node whose own claim is `words`."""
     key, signature = words.node.encode(), words.signature
     if state is PeerState.LEFT:
         signature = left(words.node, words.epoch, words.incarnation).signature
@@ -65,7 +65,7 @@ def sender(number: int, incarnation: int = 0, epoch: int = 1, fingerprint: int =
 
 
 def node_among(peers: int, *, seed: int = 1, config: MembershipConfig = CONFIG, numbered: int = 0) -> MembershipCore:
-    """A node that has heard of `peers` others, numbered from 1, and has told all it had to tell."""
+    """Returns a node with `peers` members, numbered from 1, and no queued rumours."""
     core = core_of(alive(numbered), config, Random(seed))
     for number in range(1, peers + 1):
         core.receive(address_of(number), gossip(number, alive(number)), 0.0)

@@ -1,4 +1,4 @@
-"""No address that has proved nothing is ever sent more than came from it, whatever is said from there."""
+"""No unproven address is ever sent more bytes than came from it, whatever is received from there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ claims: st.SearchStrategy[Claim] = st.one_of(
 )
 bundles = st.lists(claims, max_size=4).map(tuple)
 seqs = st.integers(0, 5)
-said: st.SearchStrategy[GossipMessage] = st.one_of(
+claimed: st.SearchStrategy[GossipMessage] = st.one_of(
     st.builds(Ping, numbers.map(sender), seqs, numbers.map(peer_id), bundles),
     st.builds(PingReq, numbers.map(sender), seqs, numbers.map(peer_id), bundles),
     st.builds(ConnectCheck, numbers.map(sender), seqs, numbers.map(peer_id), bundles),
@@ -34,7 +34,7 @@ said: st.SearchStrategy[GossipMessage] = st.one_of(
     st.builds(Gossip, numbers.map(sender), bundles),
 )
 steps = st.one_of(
-    st.tuples(st.sampled_from(STRANGERS), said),  # a datagram from there
+    st.tuples(st.sampled_from(STRANGERS), claimed),  # a datagram from there
     st.floats(0.01, 3.0),  # time passes
     st.just("answer"),  # whoever was asked on somebody's behalf answers
 )
@@ -86,7 +86,7 @@ def test_never_more_bytes_go_to_an_unproven_address_than_came_from_it(
             assert went[stranger] <= came[stranger], f"{went[stranger]} bytes for {came[stranger]}"
 
 
-def test_a_member_at_its_address_gets_all_there_is_to_tell_and_a_stranger_its_ack_alone() -> None:
+def test_a_member_gets_claims_and_an_unproven_address_only_its_ack() -> None:
     core = full_of_news()
     ping = Ping(sender(1), 5, ME)
     ((_, to_stranger),) = messages(core.receive(STRANGERS[0], ping, 1.0), Ack)
@@ -109,7 +109,7 @@ def test_a_newcomer_that_is_not_known_here_yet_is_not_taken_for_silent() -> None
     assert newcomer.swim.members[NodeId(one.me)].state is PeerState.ALIVE
 
 
-def test_one_that_speaks_from_where_it_signed_that_it_lives_is_a_stranger_no_more() -> None:
+def test_a_sender_at_its_signed_address_is_no_longer_unproven() -> None:
     core = full_of_news()
     there = address_of(60)
     ((_, first),) = messages(core.receive(there, Ping(sender(60), 1, ME), 1.0), Ack)
@@ -120,7 +120,7 @@ def test_one_that_speaks_from_where_it_signed_that_it_lives_is_a_stranger_no_mor
     assert len(second.claims) >= 8
 
 
-def test_accounts_are_bounded_and_no_further_stranger_is_listened_to_until_they_age() -> None:
+def test_accounts_are_bounded_and_further_addresses_are_dropped_until_they_expire() -> None:
     core = node_among(6)
     for number in range(1, 7):
         core.receive(address_of(number), gossip(number), 0.0)

@@ -1,4 +1,4 @@
-"""What is answered to one who is behind, and that answers end."""
+"""Corrections to a node that is behind, and that they end."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def datagrams_between(one: MembershipCore, other: MembershipCore, now: float, un
     return sent
 
 
-def test_one_that_lost_its_epoch_where_no_call_gets_through_is_not_told_so_as_fast_as_the_wire_allows() -> None:
+def test_corrections_to_a_node_that_lost_its_epoch_are_limited_in_rate() -> None:
     """It knows no words of its later run, and calls would bring them; each word of its earlier one earns the same answer."""
     lost, other = core_of(alive(1), CONFIG, Random(1)), core_of(alive(2), CONFIG, Random(2))
     lost.receive(address_of(2), gossip(2, alive(2)), 0.0)
@@ -62,9 +62,9 @@ def test_one_that_lost_its_epoch_where_no_call_gets_through_is_not_told_so_as_fa
     assert datagrams_between(lost, other, 30.0, 40.0) < 10 * 12
 
 
-def test_two_who_are_deaf_to_accusations_do_not_shout_at_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_nodes_that_ignore_accusations_do_not_correct_each_other_endlessly(monkeypatch: pytest.MonkeyPatch) -> None:
     """As peers of another version may be: each takes the other for dead, hears so, and changes nothing."""
-    monkeypatch.setattr(Refutation, "hear", lambda *_: [])
+    monkeypatch.setattr(Refutation, "apply", lambda *_: [])
     one, other = core_of(alive(1), CONFIG, Random(1)), core_of(alive(2), CONFIG, Random(2))
     one.receive(address_of(2), gossip(2, alive(2)), 0.0)
     other.receive(address_of(1), gossip(1, alive(1)), 0.0)
@@ -74,7 +74,7 @@ def test_two_who_are_deaf_to_accusations_do_not_shout_at_one_another(monkeypatch
     assert datagrams_between(one, other, 30.0, 40.0) < 10 * 12
 
 
-def test_one_that_lost_count_of_its_runs_is_shown_its_own_later_words_by_whoever_takes_it_for_dead() -> None:
+def test_a_node_that_lost_its_epoch_receives_its_own_later_claim() -> None:
     lost, other = core_of(alive(1), CONFIG, Random(1)), core_of(alive(2), CONFIG, Random(2))
     other.receive(address_of(1), gossip(1, alive(1, epoch=3)), 0.0)
     run_to(other, 30.0)
@@ -88,8 +88,14 @@ def test_the_same_correction_goes_to_one_peer_once_a_while_and_another_at_once()
     core = node_among(3)
     core.receive(address_of(1), gossip(1, alive(2, incarnation=4), alive(3, incarnation=4)), 0.0)
 
-    def told(by: int, about: int, now: float) -> int:
+    def received(by: int, about: int, now: float) -> int:
         effects = core.receive(address_of(by), gossip(by, alive(about)), now)
         return sum(alive(about, incarnation=4) in message.claims for to, message in messages(effects, Gossip))
 
-    assert [told(1, 2, 1.0), told(1, 2, 1.1), told(3, 2, 1.2), told(1, 3, 1.3), told(1, 3, 1.9)] == [1, 0, 1, 1, 1]
+    assert [received(1, 2, 1.0), received(1, 2, 1.1), received(3, 2, 1.2), received(1, 3, 1.3), received(1, 3, 1.9)] == [
+        1,
+        0,
+        1,
+        1,
+        1,
+    ]

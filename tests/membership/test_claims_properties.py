@@ -43,15 +43,15 @@ def known(core: MembershipCore) -> dict[NodeId, tuple[object, ...]]:
     return {m.node: (m.epoch, m.incarnation, verdicts.get(m.state, m.state), m.name, m.address) for m in members}
 
 
-def after(told: list[Claim], numbered: int = 0) -> MembershipCore:
+def after(received: list[Claim], numbered: int = 0) -> MembershipCore:
     core = node_among(3, numbered=numbered)
-    for claim in told:
+    for claim in received:
         core.receive(address_of(9), Gossip(sender(9), (claim,)), 1.0)
     return core
 
 
 @given(claims, claims, claims)
-def test_standing_is_a_total_order_in_which_epoch_goes_before_incarnation_before_severity(a: Claim, b: Claim, c: Claim) -> None:
+def test_precedence_orders_by_epoch_then_incarnation_then_severity(a: Claim, b: Claim, c: Claim) -> None:
     x, y, z = standing_of(a), standing_of(b), standing_of(c)
     assert (x <= y) or (y <= x)
     assert not (x <= y <= z) or x <= z
@@ -61,30 +61,30 @@ def test_standing_is_a_total_order_in_which_epoch_goes_before_incarnation_before
 
 @given(st.lists(claims, max_size=12), st.randoms(use_true_random=False), st.data())
 def test_order_and_repetition_of_claims_make_no_difference_once_notes_are_compared(
-    told: list[Claim], rng: Random, data: st.DataObject
+    received: list[Claim], rng: Random, data: st.DataObject
 ) -> None:
     """An accusation that came before the words it accuses counts against older ones: the exchange sets that right."""
-    repeated = st.lists(st.sampled_from(told), max_size=5) if told else st.just([])
-    shuffled = told + data.draw(repeated)
+    repeated = st.lists(st.sampled_from(received), max_size=5) if received else st.just([])
+    shuffled = received + data.draw(repeated)
     rng.shuffle(shuffled)
-    one, other = after(told), after(shuffled, numbered=8)
+    one, other = after(received), after(shuffled, numbered=8)
     exchange(one, other, 1.0)
     assert known(one) == known(other)
 
 
 @given(st.lists(claims, max_size=12), st.randoms(use_true_random=False))
-def test_among_those_who_heard_the_words_the_order_of_accusations_makes_no_difference(told: list[Claim], rng: Random) -> None:
-    words = [claim for claim in told if isinstance(claim, Alive)]
-    shuffled = list(told)
+def test_the_order_of_accusations_makes_no_difference_once_claims_are_known(received: list[Claim], rng: Random) -> None:
+    words = [claim for claim in received if isinstance(claim, Alive)]
+    shuffled = list(received)
     rng.shuffle(shuffled)
-    assert known(after(words + told)) == known(after(words + shuffled))
+    assert known(after(words + received)) == known(after(words + shuffled))
 
 
 @given(st.lists(claims, max_size=12))
-def test_what_is_known_of_a_node_never_goes_back(told: list[Claim]) -> None:
+def test_what_is_known_of_a_node_never_goes_back(received: list[Claim]) -> None:
     core = node_among(3)
     standings = {m.node: m.standing for m in core.swim.members}
-    for claim in told:
+    for claim in received:
         core.receive(address_of(9), Gossip(sender(9), (claim,)), 1.0)
         for member in core.swim.members:
             assert member.standing >= standings.get(member.node, member.standing)
@@ -92,19 +92,19 @@ def test_what_is_known_of_a_node_never_goes_back(told: list[Claim]) -> None:
 
 
 @given(st.lists(claims, max_size=12))
-def test_nobody_but_its_owner_raises_an_incarnation(told: list[Claim]) -> None:
-    core = after(told)
+def test_only_the_owner_raises_an_incarnation(received: list[Claim]) -> None:
+    core = after(received)
     for member in core.swim.members:
-        said = [(c.epoch, c.incarnation) for c in told if c.node == member.node and isinstance(c, Alive | Left)] + [(1, 0)]
-        assert (member.epoch, member.incarnation) == max(said)
+        claimed = [(c.epoch, c.incarnation) for c in received if c.node == member.node and isinstance(c, Alive | Left)] + [(1, 0)]
+        assert (member.epoch, member.incarnation) == max(claimed)
 
 
 @given(st.lists(claims, max_size=12))
-def test_the_dead_and_departed_rise_only_by_a_higher_incarnation_or_epoch(told: list[Claim]) -> None:
+def test_the_dead_and_departed_rise_only_by_a_higher_incarnation_or_epoch(received: list[Claim]) -> None:
     core = node_among(3)
     for number in (1, 2, 3):
         core.swim.claims.declare(Dead(peer_id(number), 1, 0, ME), 0.0)
-    for claim in told:
+    for claim in received:
         gone = {m.node: (m.epoch, m.incarnation) for m in core.swim.members if not m.live}
         core.receive(address_of(9), Gossip(sender(9), (claim,)), 1.0)
         for node, before in gone.items():
@@ -113,8 +113,8 @@ def test_the_dead_and_departed_rise_only_by_a_higher_incarnation_or_epoch(told: 
 
 
 @given(st.lists(claims, max_size=20), st.lists(st.integers(0, 2**16), min_size=1, max_size=20))
-def test_the_fingerprint_kept_up_by_steps_equals_the_one_made_anew(told: list[Claim], versions: list[int]) -> None:
-    core = after(told)
+def test_the_fingerprint_kept_up_by_steps_equals_the_one_made_anew(received: list[Claim], versions: list[int]) -> None:
+    core = after(received)
     for number, version in enumerate(versions):
         core.swim.members.fingerprint.facts(peer_id(number % 5), 1 + version % 3, version)
     anew = Fingerprint()

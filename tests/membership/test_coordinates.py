@@ -49,7 +49,7 @@ def measure(nodes: list[Position], truth: Matrix, cycles: int, rng: Random, *, w
     for _ in range(cycles):
         for number, node in enumerate(nodes):
             if (other := rng.randrange(len(nodes))) != number:
-                theirs = nodes[other].told(pack(nodes[other].point)) if wire else nodes[other].point
+                theirs = nodes[other].decoded(pack(nodes[other].point)) if wire else nodes[other].point
                 assert theirs is not None
                 assert node.observe(NodeId(f"{other:016x}"), theirs, truth[number][other])
 
@@ -164,7 +164,7 @@ def packed(*numbers: float) -> bytes:
 )
 def test_a_point_that_cannot_be_is_refused_and_counted(raw: bytes) -> None:
     node = Position(Random(1))
-    assert node.told(raw) is None and node.refused == 1
+    assert node.decoded(raw) is None and node.refused == 1
 
 
 @settings(max_examples=300)
@@ -187,11 +187,11 @@ points = st.builds(
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), points, st.floats(0, RTT_MAX_S)), max_size=30))
-def test_whatever_sane_peers_say_this_nodes_point_stays_sane_and_no_word_carries_it_far(
-    said: list[tuple[int, Coordinate, float]],
+def test_any_valid_points_of_peers_keep_this_nodes_point_valid(
+    claimed: list[tuple[int, Coordinate, float]],
 ) -> None:
     node = Position(Random(1))
-    for number, theirs, rtt_s in said:
+    for number, theirs, rtt_s in claimed:
         before = node.point
         node.observe(NodeId(f"{number:016x}"), theirs, rtt_s)
         assert is_sane(node.point) and node.point.height_s >= HEIGHT_MIN_S

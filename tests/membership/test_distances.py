@@ -1,4 +1,4 @@
-"""How far members are: who says where it is and when, what is measured and what only estimated."""
+"""Distances of members: when points are sent, what is measured and what is estimated."""
 
 from __future__ import annotations
 
@@ -36,18 +36,16 @@ def answered(core: MembershipCore, rtt_s: float, where: bytes | None = None, lag
     ("samples", "rtts_s", "told"),
     [(0, [0.06], 160), (7, [0.06], 160), (60, [0.06], 10), (8, [0.002], 10), (60, [0.01, 0.9], 160), (512, [0.01, 0.9], 40)],
 )
-def test_a_node_that_knows_its_place_or_has_only_near_peers_tells_it_on_few_pings(
-    samples: int, rtts_s: list[float], told: int
-) -> None:
+def test_a_settled_node_sends_its_point_on_few_pings(samples: int, rtts_s: list[float], told: int) -> None:
     distances = Distances(Random(1))
     core = node_among(2)
     for number in range(samples):
         which = number % len(rtts_s)
         distances.measured(core.swim.members[peer_id(1 + which)], rtts_s[which], pack(Coordinate()), lagging=False)
-    assert sum(distances.told_with_ping() is not None for _ in range(160)) == told
+    assert sum(distances.point_for_ping() is not None for _ in range(160)) == told
 
 
-def test_an_ack_says_where_its_sender_is_exactly_when_the_ping_did() -> None:
+def test_an_ack_carries_a_point_exactly_when_the_ping_did() -> None:
     core = node_among(1)
     for where in (None, pack(THERE)):
         ((_, ack),) = messages(core.receive(address_of(1), Ping(sender(1), 1, ME, where=where), 1.0), Ack)
@@ -55,16 +53,16 @@ def test_an_ack_says_where_its_sender_is_exactly_when_the_ping_did() -> None:
     assert core.swim.members[peer_id(1)].point is not None, "and the asker's own word is kept"
 
 
-def test_what_is_told_of_its_place_moves_with_the_node() -> None:
+def test_the_sent_point_follows_the_nodes_own_point() -> None:
     distances, told = Distances(Random(1)), []
     for rtt_s in (0.06, 0.09, 0.03):
         distances.measured(node_among(1).swim.members[peer_id(1)], rtt_s, pack(THERE), lagging=False)
-        told.append(distances.told_with_ack(b""))
-        assert told[-1] == distances.told_with_ping() == pack(distances.position.point)
+        told.append(distances.point_for_ack(b""))
+        assert told[-1] == distances.point_for_ping() == pack(distances.position.point)
     assert len(set(told)) == 3
 
 
-def test_a_measured_round_trip_moves_this_node_and_is_shown_and_never_probed_peers_are_estimated() -> None:
+def test_round_trips_move_the_point_and_unprobed_peers_are_estimated() -> None:
     core = node_among(3)
     number = answered(core, 0.060, pack(THERE))
     measured = core.peer(peer_id(number))
@@ -89,15 +87,15 @@ def test_without_any_measurement_there_is_no_estimate_and_none_to_itself() -> No
 
 
 @pytest.mark.parametrize("raw", [b"", b"x" * 22, b"\xff" * 22, b"\x00" * 32])
-def test_a_point_that_cannot_be_is_counted_and_the_ack_still_counts_as_an_answer(raw: bytes) -> None:
+def test_an_invalid_point_is_counted_and_the_ack_still_ends_the_probe(raw: bytes) -> None:
     core = node_among(1)
     number = answered(core, 0.01, raw)
     distances = core.swim.state.distances
     assert (distances.position.refused, distances.position.samples) == (1, 0)
-    assert core.swim.members[peer_id(number)].heard_at > 0
+    assert core.swim.members[peer_id(number)].last_message_at > 0
 
 
-def test_an_answer_that_was_late_for_another_reason_than_the_way_moves_nothing() -> None:
+def test_an_answer_delayed_by_a_lagging_host_does_not_move_the_point() -> None:
     core = node_among(1)
     answered(core, 0.15, pack(THERE), lag_ms=100)
     assert core.swim.state.distances.position.samples == 0
@@ -124,7 +122,7 @@ def test_a_far_member_gets_as_much_more_time_as_its_way_is_longer(rtt_s: float, 
 
 
 def test_an_ack_that_took_no_time_is_no_measurement() -> None:
-    """Zero milliseconds is what a broken clock says (mesh-llm #417)."""
+    """Zero milliseconds come from a broken clock (mesh-llm #417)."""
     core = node_among(1)
     number = answered(core, 0.0, pack(THERE))
     assert core.swim.members[peer_id(number)].rtt_s is None and core.swim.state.distances.position.samples == 0

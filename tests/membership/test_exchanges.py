@@ -35,8 +35,8 @@ def test_news_that_comes_along_is_taken_in_before_fingerprints_are_compared() ->
     assert teller.fingerprint == listener.fingerprint
     teller.leave(2.0)
     [farewell] = [m.claim(ME) for m in teller.swim.members if m.node == teller.me]
-    told = Gossip(teller.swim.state.sender(2.0), (farewell,))
-    assert only(StartSync, listener.receive(address_of(0), told, 2.0)) == []
+    received = Gossip(teller.swim.state.sender(2.0), (farewell,))
+    assert only(StartSync, listener.receive(address_of(0), received, 2.0)) == []
     assert only(StartSync, listener.receive(address_of(1), Gossip(sender(1, fingerprint=1)), 3.0)) == [StartSync(address_of(1))]
 
 

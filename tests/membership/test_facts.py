@@ -1,4 +1,4 @@
-"""Facts and exchanges: who may write, what travels, what is refused."""
+"""Facts and exchanges: only owners write, deltas are sent, invalid ones are refused."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ from tests.membership.pieces import (
 FACTS = Facts(http="http://x", spans=(Span(ModelId("m"), 0, 4),), models=(ModelCard(ModelId("m"), 8, 64, "w", "n"),))
 
 
-def told(number: int, version: int, facts: Facts = FACTS, epoch: int = 1) -> FactsDelta:
-    """All that a node tells, at `version`."""
+def received(number: int, version: int, facts: Facts = FACTS, epoch: int = 1) -> FactsDelta:
+    """Returns all facts of a node at `version`."""
     keys = keys_of(facts)
     first = version - len(keys) + 1
     entries = tuple(FactsEntry(key, first + place, value) for place, (key, value) in enumerate(keys.items()))
@@ -78,23 +78,23 @@ def test_facts_too_large_for_peers_are_our_own_fault_and_change_nothing() -> Non
 
 def test_pushed_news_is_passed_on_to_others_and_old_news_is_not() -> None:
     core = node_among(5)
-    push = Sync(deltas=(told(1, 3),))
+    push = Sync(deltas=(received(1, 3),))
     _, effects = core.answer(peer_id(2), push, 1.0)
     assert only(FactsChanged, effects) == [FactsChanged(peer_id(1))]
     passed_on = only(PushFacts, effects)
     assert len(passed_on) == 2
     assert {push.to for push in passed_on} <= {address_of(n) for n in (3, 4, 5)}, "not to its owner, nor back"
-    for stale in (told(1, 3), told(1, 2, Facts(http="x", pid=1)), told(1, 9, epoch=0)):
+    for stale in (received(1, 3), received(1, 2, Facts(http="x", pid=1)), received(1, 9, epoch=0)):
         assert core.answer(peer_id(2), Sync(deltas=(stale,)), 1.1)[1] == []
     assert facts_of(core, 1) == FACTS
 
 
 def test_facts_of_an_earlier_run_are_not_shown() -> None:
     core = node_among(2)
-    core.answer(peer_id(1), Sync(deltas=(told(1, 3),)), 1.0)
+    core.answer(peer_id(1), Sync(deltas=(received(1, 3),)), 1.0)
     core.receive(address_of(1), gossip(1, alive(1, epoch=2)), 2.0)
     assert facts_of(core, 1) == Facts()
-    core.answer(peer_id(1), Sync(deltas=(told(1, 3, epoch=2),)), 3.0)
+    core.answer(peer_id(1), Sync(deltas=(received(1, 3, epoch=2),)), 3.0)
     assert facts_of(core, 1) == FACTS
 
 
@@ -111,7 +111,7 @@ def test_facts_of_strangers_and_records_that_do_not_decode_are_left_out() -> Non
     }
     entries = tuple(FactsEntry(key, version, body) for version, (key, body) in enumerate(bodies.items(), 1))
     delta = FactsDelta(peer_id(1), 1, 0, 6, 0, entries)
-    _, effects = core.answer(peer_id(1), Sync(deltas=(told(7, 3), delta)), 1.0)
+    _, effects = core.answer(peer_id(1), Sync(deltas=(received(7, 3), delta)), 1.0)
     assert only(FactsChanged, effects) == [FactsChanged(peer_id(1))] and core.facts.rejected == 5
     assert facts_of(core, 1) == Facts()
     assert len(core.facts.map_of(peer_id(1)) or ()) == 6, "kept all the same: a newer version may know what it means"
@@ -130,14 +130,14 @@ def test_facts_of_strangers_and_records_that_do_not_decode_are_left_out() -> Non
 )
 def test_facts_that_no_node_has_are_left_out(facts: Facts) -> None:
     core = node_among(1)
-    core.answer(peer_id(1), Sync(deltas=(told(1, 5, facts),)), 1.0)
+    core.answer(peer_id(1), Sync(deltas=(received(1, 5, facts),)), 1.0)
     assert core.facts.rejected == 1 and facts_of(core, 1) == Facts()
 
 
 def test_a_copy_of_our_own_record_that_is_ahead_makes_ours_go_further_ahead() -> None:
     core = node_among(1)
     core.publish(FACTS, 1.0)
-    _, effects = core.answer(peer_id(1), Sync(deltas=(told(0, 9, Facts(http="forged")),)), 2.0)
+    _, effects = core.answer(peer_id(1), Sync(deltas=(received(0, 9, Facts(http="forged")),)), 2.0)
     assert core.facts.known(ME) == (1, 12) and facts_of(core, 0) == FACTS
     assert only(PushFacts, effects), "the mesh must hear ours"
 
@@ -148,7 +148,7 @@ def test_after_one_exchange_both_sides_know_the_same() -> None:
     other = core_of(alive(8), one.config, one.rng)
     other.publish(Facts(http="other"), 0.0)
     one.publish(FACTS, 0.0)
-    one.answer(peer_id(2), Sync(deltas=(told(2, 4),)), 0.0)
+    one.answer(peer_id(2), Sync(deltas=(received(2, 4),)), 0.0)
     exchange(other, one, 1.0)
     assert one.fingerprint == other.fingerprint
     assert facts_of(one, 8).http == "other" and facts_of(other, 2) == FACTS and facts_of(other, 0) == FACTS
@@ -156,7 +156,7 @@ def test_after_one_exchange_both_sides_know_the_same() -> None:
     assert synced == Synced(ME) and effects == [], "nothing is left to say"
 
 
-def test_an_asker_that_takes_us_for_dead_hears_at_once_that_we_live() -> None:
+def test_an_asker_that_records_this_node_dead_gets_its_refutation() -> None:
     one, other = node_among(1), node_among(3)
     mistaken = core_of(alive(1), one.config, one.rng)
     mistaken.receive(address_of(0), gossip(0, alive(0)), 0.0)
@@ -185,7 +185,7 @@ def test_an_exchange_is_no_independent_confirmation() -> None:
     assert suspicion is not None and suspicion.confirmations == 0
 
 
-def test_one_who_left_learns_and_tells_nothing_more() -> None:
+def test_a_node_that_left_applies_and_sends_nothing_more() -> None:
     core = node_among(2)
     core.leave(1.0)
     synced, effects = core.answer(peer_id(1), Sync(digest=node_among(5).ask().digest), 2.0)
@@ -196,7 +196,7 @@ def test_an_answer_stops_at_its_limit_and_the_next_one_goes_on() -> None:
     teller = node_among(10)
     big = Facts(documents={str(n): "y" * 30_000 for n in range(33)})
     for number in range(1, 11):
-        teller.answer(peer_id(number), Sync(deltas=(told(number, 33, big),)), 0.0)
+        teller.answer(peer_id(number), Sync(deltas=(received(number, 33, big),)), 0.0)
     asker = core_of(alive(50), teller.config, teller.rng)
     ask: Sync | None = asker.ask()
     rounds = 0
@@ -219,7 +219,7 @@ def test_any_bytes_are_a_sync_or_a_bad_sync(raw: bytes) -> None:
             pass
 
 
-def test_news_of_one_exchange_is_told_on_but_not_a_whole_mesh() -> None:
+def test_few_news_of_an_exchange_are_passed_on_a_whole_mesh_not() -> None:
     few, many = node_among(0), node_among(0)
     members = tuple(member_record(alive(n)) for n in range(1, 30))
     few.answer(peer_id(1), Sync(members=members[:4]), 1.0)

@@ -1,4 +1,4 @@
-"""A peer that holds the mesh key and lies: what it can say of others, and what nobody believes."""
+"""A peer that holds the mesh key and forges claims: what it can claim about others, and what is rejected."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ accusations: st.SearchStrategy[Claim] = st.one_of(
 
 
 def as_record(claim: Claim) -> MemberRecord:
-    """The same lie, told in an exchange."""
+    """The same forged claim, in an exchange."""
     states = {Alive: PeerState.ALIVE, Suspect: PeerState.SUSPECT, Dead: PeerState.DEAD, Left: PeerState.LEFT}
     place = (claim.name, claim.host, claim.port) if isinstance(claim, Alive) else ("evil", "6.6.6.6", 6)
     signature = claim.signature if isinstance(claim, Alive | Left) else b"lie"
@@ -64,7 +64,7 @@ def as_record(claim: Claim) -> MemberRecord:
 
 @settings(max_examples=150)
 @given(st.lists(forged_words | accusations, max_size=10), st.lists(st.booleans(), min_size=10, max_size=10))
-def test_whatever_a_key_holder_says_a_node_stays_where_and_what_it_said_itself(lies: list[Claim], by_call: list[bool]) -> None:
+def test_no_other_key_holder_changes_a_nodes_address_or_name(lies: list[Claim], by_call: list[bool]) -> None:
     core = node_among(3)
     for lie, called in zip(lies, by_call, strict=False):
         if called:
@@ -80,7 +80,7 @@ def test_whatever_a_key_holder_says_a_node_stays_where_and_what_it_said_itself(l
     assert state(core, 1) is PeerState.ALIVE, "its next word beats them all"
 
 
-def test_words_in_anothers_name_are_counted_and_end_the_datagram() -> None:
+def test_a_forged_claim_is_counted_and_ends_the_datagram() -> None:
     core = node_among(3)
     forged = msgspec.structs.replace(alive(1, incarnation=1), name="evil")
     core.receive(address_of(2), gossip(2, forged, alive(7)), 1.0)
@@ -88,7 +88,7 @@ def test_words_in_anothers_name_are_counted_and_end_the_datagram() -> None:
     assert state(core, 7) is None, "no honest node passes forged words on, so none of the rest is looked at"
 
 
-def test_nobody_takes_the_id_of_a_node_that_is_known_not_even_with_a_second_key_for_it() -> None:
+def test_no_second_key_takes_over_the_id_of_a_known_node() -> None:
     class AnyKey:
         """As if a second key with the same id had been found."""
 
@@ -115,7 +115,7 @@ def test_a_newcomer_without_its_key_is_asked_after_not_believed() -> None:
     assert only(StartSync, effects) == [StartSync(address_of(2))]
 
 
-def test_an_accusation_that_aims_above_what_was_heard_counts_and_asks_for_the_words() -> None:
+def test_an_accusation_above_the_known_claim_counts_and_requests_an_exchange() -> None:
     core = node_among(3)
     effects = core.receive(address_of(2), gossip(2, Dead(VICTIM, 3, 9, peer_id(2), REFUSED)), 1.0)
     member = core.swim.members[VICTIM]
@@ -123,7 +123,7 @@ def test_an_accusation_that_aims_above_what_was_heard_counts_and_asks_for_the_wo
     assert only(StartSync, effects) == [StartSync(address_of(2))]
 
 
-def test_a_record_brings_words_and_verdict_together() -> None:
+def test_a_record_carries_own_claim_and_verdict_together() -> None:
     core = node_among(3)
     words = alive(1, epoch=2, incarnation=4)
     core.answer(peer_id(2), Sync(members=(member_record(words, PeerState.SUSPECT),)), 1.0)
@@ -144,7 +144,7 @@ def test_a_goodbye_counts_with_its_signature_and_is_passed_on_with_it() -> None:
     assert state(other, 1) is PeerState.LEFT
 
 
-def test_a_node_whose_disk_went_back_in_time_hears_its_own_later_words_and_goes_beyond_them() -> None:
+def test_a_node_with_a_restored_disk_refutes_above_its_later_claim() -> None:
     """Restored from a backup, it starts with an epoch that the mesh has seen; peers that suspect it hold the proof."""
     restored, peer = node_among(3), node_among(3, numbered=8)
     peer.receive(address_of(2), gossip(2, alive(0, epoch=7)), 1.0)
@@ -168,9 +168,9 @@ def test_with_real_keys_a_node_is_believed_and_a_liar_is_not(forge: bool) -> Non
     core.receive(("10.0.0.3", 3), Gossip(sender(9), (words,)), 1.0)
     assert (peer.node in core.swim.members) is not forge
     bye = Left(peer.node, 1, 0)
-    told = msgspec.structs.replace(bye, signature=speaker.sign(left_statement(bye)))
-    core.receive(("10.0.0.3", 3), Gossip(sender(9), (told,)), 1.0)
+    received = msgspec.structs.replace(bye, signature=speaker.sign(left_statement(bye)))
+    core.receive(("10.0.0.3", 3), Gossip(sender(9), (received,)), 1.0)
     if not forge:
         assert core.swim.members[peer.node].state is PeerState.LEFT
     farewells = messages(core.leave(2.0), Gossip)
-    assert all(isinstance(claim, Left) and len(claim.signature) == 64 for _, told in farewells for claim in told.claims)
+    assert all(isinstance(claim, Left) and len(claim.signature) == 64 for _, received in farewells for claim in received.claims)

@@ -1,4 +1,4 @@
-"""A slow node distrusts itself and says so; peers that are told are patient."""
+"""A slow node raises its health score and reports its lag; its peers lengthen their time-outs."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_lag_is_the_worst_of_late_fades_and_is_bounded() -> None:
 
 
 @pytest.mark.parametrize(("asked", "nacks", "expected"), [(0, 0, 1), (3, 3, 0), (3, 1, 2), (3, 0, 3)])
-def test_a_failed_probe_speaks_against_us_for_every_nack_that_did_not_come(asked: int, nacks: int, expected: int) -> None:
+def test_each_missing_nack_of_a_failed_probe_raises_the_health_score(asked: int, nacks: int, expected: int) -> None:
     assert missed_nacks(asked, nacks) == expected
 
 
-def test_a_node_that_hears_nobody_slows_down_and_one_that_hears_its_relays_does_not() -> None:
+def test_a_node_without_answers_slows_down_unless_its_relays_answer() -> None:
     deaf, hearing = node_among(8), node_among(8)
     run_to(deaf, 3.0)
     while hearing.deadline <= 3.0:
@@ -49,7 +49,7 @@ def test_a_node_that_hears_nobody_slows_down_and_one_that_hears_its_relays_does_
     assert hearing.swim.state.health.score == 0
 
 
-def test_a_relay_says_so_when_the_target_has_not_answered_yet_and_not_when_it_has() -> None:
+def test_a_relay_sends_a_nack_only_while_the_target_has_not_answered() -> None:
     core = node_among(6)
     [(_, ping)] = messages(core.receive(address_of(1), PingReq(sender(1), 77, peer_id(2)), 1.0), Ping)
     nacks = messages(run_to(core, 1.19), Nack)
@@ -74,11 +74,11 @@ def test_a_member_that_admits_a_lag_gets_so_much_longer() -> None:
     assert suspected_at(10**9) < suspected_at(0) + LAG_MAX_S + 1, "a liar does not live for ever"
 
 
-def test_what_lay_in_the_socket_is_our_own_lag_which_we_tell() -> None:
+def test_time_in_the_socket_is_reported_as_lag() -> None:
     core = node_among(3)
     core.receive(address_of(1), gossip(1), 5.0, 3.5)
-    told = [message.sender.lag_ms for _, message in messages(core.receive(address_of(2), Ping(sender(2), 1, ME), 5.0), Ack)]
-    assert told == [1500]
+    received = [message.sender.lag_ms for _, message in messages(core.receive(address_of(2), Ping(sender(2), 1, ME), 5.0), Ack)]
+    assert received == [1500]
 
 
 def test_an_answer_over_a_link_counts_where_datagrams_get_lost() -> None:

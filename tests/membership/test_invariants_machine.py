@@ -41,11 +41,11 @@ MESH = settings(max_examples=14, stateful_step_count=50, deadline=None)
 NODE = settings(max_examples=14, stateful_step_count=40, deadline=None)
 
 
-def test_a_mesh_keeps_m1_to_m7_and_m9_whatever_the_order_of_what_is_said() -> None:
+def test_a_mesh_keeps_m1_to_m7_and_m9_in_any_message_order() -> None:
     run_state_machine_as_test(HostileMesh, settings=MESH)
 
 
-def test_a_node_keeps_m8_to_m10_whatever_it_is_told() -> None:
+def test_a_node_keeps_m8_to_m10_for_any_input() -> None:
     run_state_machine_as_test(HostileNode, settings=NODE)
 
 
@@ -77,7 +77,7 @@ def believes_the_past(self: claims.ClaimProcessing, claim: Claim, now: float, ow
         or not isinstance(claim, Suspect)
         or claim.incarnation >= member.incarnation
     ):
-        return _hear(self, claim, now, own)
+        return _apply(self, claim, now, own)
     self._become(member, claim, now, by=claim.by)
     return []
 
@@ -106,7 +106,7 @@ def planted(target: object, name: str, value: object) -> Mutation:
 
 
 _live = fingerprint.Fingerprint.live
-_hear = claims.ClaimProcessing.hear
+_apply = claims.ClaimProcessing.apply
 FAULTS: list[tuple[str, str, type[RuleBasedStateMachine], Mutation]] = [
     ("M1", "accusations go as high as anybody says", HostileMesh, planted(claims, "limited_to_own", as_it_is_said)),
     ("M1", "signatures are not looked at", HostileMesh, planted(claim_verifier.ClaimVerifier, "verifies", lambda *_: True)),
@@ -114,9 +114,9 @@ FAULTS: list[tuple[str, str, type[RuleBasedStateMachine], Mutation]] = [
         "M2|standing never goes back",
         "a stale suspicion is believed",
         HostileMesh,
-        planted(claims.ClaimProcessing, "hear", believes_the_past),
+        planted(claims.ClaimProcessing, "apply", believes_the_past),
     ),
-    ("M3", "nobody refutes", HostileMesh, planted(refutation.Refutation, "hear", deaf)),
+    ("M3", "nobody refutes", HostileMesh, planted(refutation.Refutation, "apply", deaf)),
     ("M4: ended", "a failed probe accuses nobody", HostileMesh, planted(swim.Swim, "_probe_failed", lambda *_: None)),
     ("M4: .* ended,", "suspicions never end", HostileMesh, planted(suspicion.Suspicion, "deadline", property(lambda self: 1e9))),
     ("M[35]", "nothing is told or compared afterwards", HostileMesh, silenced),
@@ -127,7 +127,7 @@ FAULTS: list[tuple[str, str, type[RuleBasedStateMachine], Mutation]] = [
         planted(fingerprint.Fingerprint, "live", keeps_to_the_first),
     ),
     ("M6", "a verdict overrides a goodbye", HostileMesh, swapped),
-    ("M7", "hearsay kills", HostileMesh, planted(claims.ClaimProcessing, "_hear_of_death", believes)),
+    ("M7", "hearsay kills", HostileMesh, planted(claims.ClaimProcessing, "_apply_reported_death", believes)),
     (
         "M7: no host",
         "an end of a link is proof enough",

@@ -12,7 +12,7 @@ from tests.membership.pieces import CONFIG, address_of, alive, gossip, messages,
 HOUR_S = 3600.0
 
 
-def test_eager_copies_do_not_count_against_those_that_a_rumour_is_told() -> None:
+def test_eager_copies_do_not_count_towards_a_rumours_transmit_limit() -> None:
     core = node_among(6)
     accusation = Suspect(peer_id(2), 1, 0, peer_id(1))
     eager = only(SendDatagram, core.receive(address_of(1), gossip(1, accusation), 0.0))

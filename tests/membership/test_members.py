@@ -43,7 +43,7 @@ def two_tables(regions: list[str]) -> tuple[Members, SharedMembers, SharedRecord
 
 
 def shown(members: Members) -> object:
-    """All that can be asked of a table, looking at nobody any closer."""
+    """Returns all that a table reports without reading a record."""
     return (
         sorted((m.node, m.standing, m.description, m.key, m.signature) for m in members),
         len(members),
@@ -102,7 +102,7 @@ def test_tables_that_learn_of_the_same_death_hold_the_same_list() -> None:
     assert one.peek(peer_id(3)) is other.peek(peer_id(3)), "nobody has looked at this one"
 
 
-def test_an_address_is_told_without_a_look_and_that_of_a_stranger_not_at_all() -> None:
+def test_an_address_is_returned_for_members_only() -> None:
     _, sharing, common = two_tables([""] * COUNT)
     assert sharing.address_of(peer_id(2)) == alive(2).address
     assert sharing.peek(peer_id(2)) is common.members[peer_id(2)]

@@ -21,17 +21,17 @@ class Stage:
 
     def __init__(self, peers: int) -> None:
         self.core = node_among(peers)
-        self.told: list[MembershipEffect] = self.wait(100.0)  # from here on all of them are the last stable view
-        self.told = []
+        self.received: list[MembershipEffect] = self.wait(100.0)  # from here on all of them are the last stable view
+        self.received = []
 
     def wait(self, until: float) -> list[MembershipEffect]:
-        told: list[MembershipEffect] = []
+        received: list[MembershipEffect] = []
         outlook = self.core.outlook
         while outlook.deadline <= until:
             now = outlook.deadline
-            told += outlook.tick(now)
+            received += outlook.tick(now)
             assert outlook.deadline > now, "it used its deadline up"
-        return told
+        return received
 
     def set(self, number: int, state: PeerState, now: float, *, restarted: bool = False) -> list[MembershipEffect]:
         member = self.core.swim.members[peer_id(number)]
@@ -47,7 +47,7 @@ def test_a_rack_lost_within_a_while_is_one_cut() -> None:
         assert not stage.core.outlook.settled
     assert stage.wait(100.3) == []
     assert stage.wait(101) == [LossBatch((peer_id(1), peer_id(3), peer_id(7)))]
-    assert stage.core.outlook.settled and stage.core.outlook.cuts == 1
+    assert stage.core.outlook.settled and stage.core.outlook.loss_batches == 1
 
 
 def test_a_cut_waits_for_open_suspicions_but_not_for_ever() -> None:
@@ -63,7 +63,7 @@ def test_a_cut_waits_for_open_suspicions_but_not_for_ever() -> None:
     assert stage.wait(110 + PATIENCE_S) == [LossBatch((peer_id(4),))]
 
 
-def test_a_cut_in_a_frozen_view_waits_for_the_slow_probes_of_one_that_doubts_itself() -> None:
+def test_a_batch_in_a_frozen_view_waits_for_slow_probes() -> None:
     stage = Stage(6)
     for number in (1, 2, 3):
         stage.set(number, SUSPECT, 100)
@@ -75,7 +75,7 @@ def test_a_cut_in_a_frozen_view_waits_for_the_slow_probes_of_one_that_doubts_its
     assert stage.wait(104 + PATIENCE_S / 2 + FROZEN_SETTLE_S) == [LossBatch(tuple(peer_id(n) for n in (1, 2, 3, 4)))]
 
 
-def test_who_comes_back_meanwhile_is_in_no_cut_and_who_said_goodbye_did_not_get_lost() -> None:
+def test_returned_members_are_in_no_batch_and_left_members_not_lost() -> None:
     stage = Stage(10)
     stage.set(1, DEAD, 100)
     stage.set(1, ALIVE, 100.1)
@@ -86,12 +86,12 @@ def test_who_comes_back_meanwhile_is_in_no_cut_and_who_said_goodbye_did_not_get_
     assert stage.wait(103) == [LossBatch((peer_id(2), peer_id(4)), (peer_id(3),))]
 
 
-def test_the_view_freezes_while_more_than_a_third_of_it_is_silent_and_thaws_when_enough_are_back() -> None:
+def test_the_view_is_frozen_while_more_than_a_third_is_silent() -> None:
     stage = Stage(8)  # nine with this node
     for number in (1, 2, 3):
         assert stage.set(number, SUSPECT, 100) == [], "a third is not more than a third"
     assert stage.set(4, DEAD, 100) == [ViewFrozen(True)]
-    assert stage.set(5, DEAD, 100) == [], "told once"
+    assert stage.set(5, DEAD, 100) == [], "reported once"
     assert stage.set(1, ALIVE, 101) == []
     assert stage.set(2, ALIVE, 101) == [ViewFrozen(False)]
 
@@ -103,7 +103,7 @@ def test_one_silent_node_freezes_no_mesh_however_small() -> None:
     assert stage.set(1, DEAD, 100) == [] and stage.set(2, DEAD, 100) == [ViewFrozen(True)]
 
 
-def test_those_whose_hosts_say_that_they_are_dead_are_not_missing() -> None:
+def test_members_with_refused_ports_are_not_missing() -> None:
     stage = Stage(8)
     for number in range(1, 8):
         stage.core.swim.members[peer_id(number)].cause = REFUSED
@@ -112,7 +112,7 @@ def test_those_whose_hosts_say_that_they_are_dead_are_not_missing() -> None:
     assert only(LossBatch, stage.wait(101)) == [LossBatch(tuple(peer_id(number) for number in range(1, 8)))]
 
 
-def test_losses_one_after_another_do_not_freeze_and_those_at_once_thaw_when_nothing_more_happens_for_long() -> None:
+def test_separate_losses_do_not_freeze_and_simultaneous_ones_thaw_later() -> None:
     stage = Stage(9)
     for step, number in enumerate(range(1, 8)):
         assert only(ViewFrozen, stage.set(number, DEAD, 100 + 3 * step)) == []
@@ -126,7 +126,7 @@ def test_losses_one_after_another_do_not_freeze_and_those_at_once_thaw_when_noth
     assert stage.core.outlook.deadline == math.inf
 
 
-def test_those_who_leave_are_no_reason_to_freeze_nor_are_those_who_never_belonged() -> None:
+def test_left_members_and_newcomers_do_not_freeze_the_view() -> None:
     stage = Stage(9)
     for number in range(1, 8):
         assert only(ViewFrozen, stage.set(number, PeerState.LEFT, 100)) == []
@@ -140,8 +140,8 @@ def test_those_who_leave_are_no_reason_to_freeze_nor_are_those_who_never_belonge
 def test_the_core_follows_its_members_by_itself() -> None:
     core = node_among(3)
     run_to(core, 4.0, answers=True)
-    told = core.receive(address_of(1), gossip(1, Dead(peer_id(2), 1, 0, peer_id(1), REFUSED), left(peer_id(3), 1, 0)), 5.0)
-    assert only(LossBatch, told) == []
+    received = core.receive(address_of(1), gossip(1, Dead(peer_id(2), 1, 0, peer_id(1), REFUSED), left(peer_id(3), 1, 0)), 5.0)
+    assert only(LossBatch, received) == []
     assert only(LossBatch, run_to(core, 6.0, answers=True)) == [LossBatch((peer_id(2),), (peer_id(3),))]
     core.leave(7.0)
     assert core.deadline == math.inf
@@ -150,12 +150,12 @@ def test_the_core_follows_its_members_by_itself() -> None:
 def test_a_core_sees_itself_cut_off() -> None:
     core = node_among(4)
     run_to(core, 4.0, answers=True)
-    told = []
+    received = []
     for number in (1, 2, 3):
         accusation = Suspect(peer_id(number), 1, 0, peer_id(4))
-        told += core.receive(address_of(4), gossip(4, accusation), 5.0)
-    assert only(ViewFrozen, told) == [ViewFrozen(True)] and core.outlook.frozen
-    assert ME not in core.outlook._doubted
+        received += core.receive(address_of(4), gossip(4, accusation), 5.0)
+    assert only(ViewFrozen, received) == [ViewFrozen(True)] and core.outlook.frozen
+    assert ME not in core.outlook._suspected
 
 
 states = st.sampled_from([ALIVE, SUSPECT, DEAD, PeerState.LEFT])
@@ -168,7 +168,7 @@ def test_counted_by_steps_it_is_as_counted_anew(steps: list[tuple[int, PeerState
     stage = Stage(6)
     members, outlook, now = stage.core.swim.members, stage.core.outlook, 200.0
     roster = {member.node for member in members}
-    told: list[str] = []
+    received: list[str] = []
     fallen: set[str] = set()
     for number, state, wait_s in steps:
         node, before = peer_id(number), members[peer_id(number)].state
@@ -181,10 +181,10 @@ def test_counted_by_steps_it_is_as_counted_anew(steps: list[tuple[int, PeerState
         roster -= {member.node for member in members if member.state is PeerState.LEFT}
         now += wait_s
         for cut in only(LossBatch, stage.wait(now)):
-            told += [*cut.lost, *cut.left]
+            received += [*cut.lost, *cut.left]
             assert set(cut.lost) | set(cut.left) <= fallen
             fallen -= {*cut.lost, *cut.left}
-        if not (outlook._doubted or outlook._lost or outlook._fresh) and not members.suspects:
+        if not (outlook._suspected or outlook._lost or outlook._newcomers) and not members.suspects:
             roster = {member.node for member in members if member.live}
         missing = {node for node in roster if members[node].state in (SUSPECT, DEAD)}
         assert outlook.stable_count == len(roster)

@@ -85,7 +85,7 @@ def test_a_copy_older_than_the_collected_deletions_starts_over_and_keeps_no_ghos
     assert outcome is DeltaOutcome.NEWS and changes["ghost"] is None and copy.live() == owner.live()
 
 
-def test_what_starts_over_comes_in_one_piece_as_far_as_deletions_were_collected_or_not_at_all() -> None:
+def test_a_restarted_copy_gets_the_map_up_to_collected_in_one_piece() -> None:
     owner, copy = written({"ghost": b"1", "large": b"x" * 5000}), OwnerMap(OWNER, 1)
     take(copy, owner)
     for number in range(2 * TOMBSTONES_KEPT):
@@ -94,7 +94,7 @@ def test_what_starts_over_comes_in_one_piece_as_far_as_deletions_were_collected_
     assert copy.live() == {"ghost": b"1", "large": b"x" * 5000}
 
 
-def test_what_was_said_of_an_owner_beyond_its_own_words_is_outbid_everywhere() -> None:
+def test_forged_writes_above_an_owners_version_are_overridden_everywhere() -> None:
     owner, copy = written({"a": b"1", "b": b"2"}), OwnerMap(OWNER, 1)
     forged = FactsDelta(OWNER, 1, 0, 90, 0, (FactsEntry("a", 89, b"lie"), FactsEntry("z", 90, b"lie")))
     assert copy.apply(forged)[0] is DeltaOutcome.NEWS and owner.differs(forged)
@@ -106,7 +106,7 @@ def test_what_was_said_of_an_owner_beyond_its_own_words_is_outbid_everywhere() -
     assert take(liar, empty) is DeltaOutcome.NEWS and liar.live() == {}
 
 
-def test_an_owners_own_words_do_not_differ_from_it_however_old() -> None:
+def test_an_owners_own_old_deltas_do_not_differ_from_its_map() -> None:
     owner = written({"a": b"1", "b": b"2"})
     old = owner.delta((1, 0), PLENTY_BYTES)
     owner.write({"b": b"3"})
@@ -127,7 +127,7 @@ def test_an_owners_own_words_do_not_differ_from_it_however_old() -> None:
         FactsDelta(OWNER, 1, 0, 2, 3, (FactsEntry("a", 2, b""),)),
     ],
 )
-def test_a_delta_that_no_honest_teller_makes_is_refused(delta: FactsDelta) -> None:
+def test_a_delta_that_no_honest_owner_makes_is_refused(delta: FactsDelta) -> None:
     copy = OwnerMap(OWNER, 1)
     assert copy.apply(delta) == (DeltaOutcome.REFUSED, {}) and copy.known == (1, 0)
 
@@ -164,7 +164,7 @@ states = st.dictionaries(st.sampled_from("abcdef"), st.binary(max_size=3), max_s
 
 
 @given(st.lists(st.tuples(states, st.integers(0, 2), st.integers(0, 2), st.integers(60, 200)), max_size=25))
-def test_copies_that_tell_one_another_in_any_order_hold_a_prefix_and_agree_in_the_end(
+def test_copies_that_exchange_in_any_order_hold_prefixes_and_converge(
     steps: list[tuple[dict[str, bytes], int, int, int]],
 ) -> None:
     """The prefix: of every key the newest write up to the copy's version, and no key whose deletion is before it."""
@@ -181,8 +181,8 @@ def test_copies_that_tell_one_another_in_any_order_hold_a_prefix_and_agree_in_th
         source = owner if teller == hearer else copies[teller]
         take(copies[hearer], source, budget_bytes)
         for copy in copies:
-            told = {entry.key: entry.version for entry in copy._entries.values()}
-            for key, version in told.items():
+            received = {entry.key: entry.version for entry in copy._entries.values()}
+            for key, version in received.items():
                 assert history[copy.version].get(key, version) >= version
             current = {entry.key: entry for entry in owner._entries.values()}
             for key, value in copy.live().items():
@@ -230,9 +230,9 @@ facts = st.builds(
 
 @settings(max_examples=50)
 @given(st.lists(facts, min_size=1, max_size=3))
-def test_facts_become_keys_and_come_back_the_same_through_any_changes(told: list[Facts]) -> None:
+def test_facts_become_keys_and_come_back_the_same_through_any_changes(received: list[Facts]) -> None:
     owner, shown = OwnerMap(OWNER, 1), DecodedFacts()
-    for each in told:
+    for each in received:
         assert shown.update(owner.write(keys_of(each))) == 0
         assert shown.facts == each
 

@@ -36,7 +36,7 @@ def test_a_link_that_never_came_about_proves_nothing() -> None:
     assert only(TryConnect, node_among(6).lost(peer_id(2), 1.0)) == []
 
 
-def test_refused_here_and_at_two_relays_is_death_at_once_and_everyone_is_told_why() -> None:
+def test_a_refusal_here_and_at_two_relays_is_a_death_with_its_cause() -> None:
     core, number = a_lost_link()
     relays = knocks(core.tried(number, True, 1.001))
     assert len(relays) == 3 and 2 not in relays
@@ -44,8 +44,8 @@ def test_refused_here_and_at_two_relays_is_death_at_once_and_everyone_is_told_wh
     assert state(core, 2) is PeerState.ALIVE, "one relay is not enough"
     effects = core.receive(address_of(relays[1]), ConnectChecked(sender(relays[1]), number, True), 1.003)
     assert state(core, 2) is PeerState.DEAD
-    told = [claim for _, message in messages(effects, type(gossip(1))) for claim in message.claims]
-    assert Dead(peer_id(2), 1, 0, ME, REFUSED) in told
+    received = [claim for _, message in messages(effects, type(gossip(1))) for claim in message.claims]
+    assert Dead(peer_id(2), 1, 0, ME, REFUSED) in received
     assert (peer := core.peer(peer_id(2))) is not None and peer.cause == "refused"
 
 
@@ -59,7 +59,7 @@ def test_fewer_than_two_relays_that_are_refused_leave_it_to_the_probes(answers: 
     assert state(core, 2) is PeerState.ALIVE
 
 
-def test_only_those_who_were_asked_count_and_only_under_the_number_asked() -> None:
+def test_only_requested_relays_count_and_only_under_the_request_number() -> None:
     core, number = a_lost_link(12)
     relays = knocks(core.tried(number, True, 1.001))
     strangers = [other for other in range(1, 13) if other not in (*relays, 2)]
@@ -70,7 +70,7 @@ def test_only_those_who_were_asked_count_and_only_under_the_number_asked() -> No
     assert state(core, 2) is PeerState.ALIVE
 
 
-def test_relays_alone_do_not_kill_whom_we_can_reach_ourselves() -> None:
+def test_refusals_at_relays_alone_do_not_kill_a_reachable_member() -> None:
     core, number = a_lost_link()
     assert knocks(core.tried(number, False, 1.001)) == []
     for relay in (1, 3, 4):
@@ -103,18 +103,18 @@ def test_a_mesh_of_two_has_no_relays_and_of_three_has_one() -> None:
     core.receive(address_of(relay), ConnectChecked(sender(relay), number, True), 1.002)
     assert state(core, 2) is PeerState.DEAD
     core, number = a_lost_link(2, to=1)
-    core.swim.claims.hear(Dead(peer_id(2), 1, 0, peer_id(2), REFUSED), 1.0)
+    core.swim.claims.apply(Dead(peer_id(2), 1, 0, peer_id(2), REFUSED), 1.0)
     core.tried(number, True, 1.001)
     assert state(core, 1) is PeerState.DEAD
 
 
-def test_whoever_has_no_link_with_the_dead_believes_it_at_once() -> None:
+def test_a_node_without_a_link_accepts_a_refused_death_at_once() -> None:
     core = node_among(6)
     core.receive(address_of(3), gossip(3, Dead(peer_id(2), 1, 0, peer_id(4), REFUSED)), 1.0)
     assert state(core, 2) is PeerState.DEAD
 
 
-def test_whoever_has_a_link_looks_for_itself_and_finds_it_dead_or_alive() -> None:
+def test_a_node_with_a_link_checks_a_refused_death_itself() -> None:
     for refused, expected in ((True, PeerState.DEAD), (False, PeerState.SUSPECT)):
         core = node_among(6)
         core.linked(peer_id(2))
@@ -133,14 +133,14 @@ def test_a_refused_death_is_undone_by_the_next_incarnation() -> None:
     assert core.swim.members[peer_id(2)].cause == ""
 
 
-def test_a_node_knocks_for_others_on_members_only_and_tells_what_it_found() -> None:
+def test_a_relay_connects_to_members_only_and_reports_the_outcome() -> None:
     core = node_among(6)
     knock = ConnectCheck(sender(1), 77, peer_id(2))
     [attempt] = only(TryConnect, core.receive(address_of(1), knock, 1.0))
     assert attempt.to == address_of(2)
     [(to, found)] = messages(core.tried(attempt.number, True, 1.001), ConnectChecked)
     assert (to, found.seq, found.refused) == (address_of(1), 77, True)
-    assert core.tried(attempt.number, True, 1.002) == [], "it is told once"
+    assert core.tried(attempt.number, True, 1.002) == [], "the death is declared once"
     for target in (peer_id(99), ME):
         assert only(TryConnect, core.receive(address_of(1), ConnectCheck(sender(1), 78, target), 1.0)) == []
 
@@ -155,7 +155,7 @@ def test_errands_for_others_are_bounded_and_free_themselves() -> None:
     assert only(TryConnect, core.receive(address_of(1), ConnectCheck(sender(1), 1, peer_id(2)), 60.0)) != []
 
 
-def test_links_are_kept_to_the_next_in_the_ring_and_asked_for_again_when_they_are_missing() -> None:
+def test_links_to_ring_successors_are_kept_and_requested_again_when_missing() -> None:
     core = node_among(9)
     assert [node for node, _ in core.swim.refusals.watched] == [peer_id(n) for n in (1, 2, 3, 4)]
     effects = core.receive(address_of(5), gossip(5, Dead(peer_id(2), 1, 0, peer_id(4), REFUSED)), 1.0)
@@ -177,7 +177,7 @@ def test_two_links_with_a_peer_end_one_by_one() -> None:
     assert core.swim.state.linked == {}
 
 
-def test_a_suspicion_of_silence_says_timeout_in_the_end() -> None:
+def test_a_suspicion_without_answer_ends_in_a_timeout_death() -> None:
     core = node_among(6)
     core.receive(address_of(3), gossip(3, Suspect(peer_id(2), 1, 0, peer_id(3))), 1.0)
     while state(core, 2) is PeerState.SUSPECT:
@@ -208,7 +208,7 @@ def test_a_host_that_answers_no_connection_either_has_one_more_accuser() -> None
     assert not suspicion.confirm([ME]), "this node has been counted"
 
 
-def test_one_that_has_no_link_with_a_suspect_or_is_not_well_itself_accuses_nobody_for_a_silent_host() -> None:
+def test_a_silent_host_is_accused_only_by_healthy_nodes_with_a_link() -> None:
     assert a_suspect_that_is_looked_at(linked=False)[1] == []
     core, [attempt] = a_suspect_that_is_looked_at()
     before_s = suspicion_of(core).deadline

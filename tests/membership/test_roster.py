@@ -27,7 +27,7 @@ def test_a_roster_is_an_ascending_list_of_what_came_and_did_not_go(first: set[in
         assert all((peer_id(n) in roster) is (n in there) for n in range(31))
 
 
-def test_all_who_learn_the_same_hold_the_same_list() -> None:
+def test_equal_members_share_one_list() -> None:
     base = MemberIds(peer_id(n) for n in range(5))
     one, other = base.lacking(peer_id(3)), base.lacking(peer_id(3))
     assert one is other
@@ -35,7 +35,7 @@ def test_all_who_learn_the_same_hold_the_same_list() -> None:
 
 
 @given(st.sets(NUMBERS, min_size=1), st.integers(0, 40), st.data())
-def test_those_who_follow_are_the_next_round_the_ring_and_never_oneself(ids: set[int], count: int, data: st.DataObject) -> None:
+def test_successors_follow_round_the_ring_without_the_node_itself(ids: set[int], count: int, data: st.DataObject) -> None:
     me = data.draw(st.sampled_from(sorted(ids)))
     ring = sorted(ids)
     at = ring.index(me)

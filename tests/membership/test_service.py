@@ -148,7 +148,7 @@ async def test_joined_nodes_see_one_another_with_names_facts_and_loads(autojump_
                 assert peer.rtt_s is None, "a clock that stands still times nothing"
 
 
-async def test_a_killed_node_is_down_at_all_others_and_subscribers_hear_it_after_the_view_shows_it(
+async def test_subscribers_are_called_about_a_killed_node_after_the_view_shows_it(
     autojump_clock: trio.abc.Clock,
 ) -> None:
     async with a_mesh() as mesh:
@@ -176,7 +176,7 @@ async def test_a_killed_node_is_down_at_all_others_and_subscribers_hear_it_after
         assert len(heard) == 2
 
 
-async def test_nodes_lost_together_are_one_cut_and_while_most_are_missing_the_view_is_frozen(
+async def test_nodes_lost_together_are_one_batch_and_freeze_the_view(
     autojump_clock: trio.abc.Clock,
 ) -> None:
     async with a_mesh() as mesh:
@@ -221,7 +221,7 @@ async def test_a_view_once_taken_keeps_its_members_while_loads_stay_fresh_in_it(
             taken.peers[other] = taken.peers[other]  # type: ignore[index]
 
 
-async def test_those_who_leave_are_left_not_dead_and_soon(autojump_clock: trio.abc.Clock) -> None:
+async def test_nodes_that_leave_are_soon_recorded_as_left_not_dead(autojump_clock: trio.abc.Clock) -> None:
     async with a_mesh() as mesh:
         members = await mesh.grow(3)
         began = trio.current_time()
@@ -235,7 +235,7 @@ async def test_those_who_leave_are_left_not_dead_and_soon(autojump_clock: trio.a
         assert states(members[0]) == states(members[2]) == ["alive", "alive", "left"]
 
 
-async def test_a_restarted_node_is_one_member_and_an_event_says_restarted(
+async def test_a_restarted_node_is_one_member_and_its_event_is_marked_restarted(
     autojump_clock: trio.abc.Clock,
 ) -> None:
     async with a_mesh() as mesh:
@@ -254,22 +254,22 @@ async def test_a_restarted_node_is_one_member_and_an_event_says_restarted(
         assert len(members[0].membership.view.peers) == 3
 
 
-async def test_when_no_seed_answers_the_error_names_each_and_why_and_they_are_tried_again(autojump_clock: trio.abc.Clock) -> None:
+async def test_the_join_error_names_each_seed_and_seeds_are_tried_again(autojump_clock: trio.abc.Clock) -> None:
     async with a_mesh() as mesh:
         lonely = await mesh.start(1)
         late = await mesh.start(2)
         del mesh.at[late.address]
         with pytest.raises(JoinFailed) as failed:
             await lonely.membership.join([late.address, ("127.0.0.1", 1)])
-        for told in (format_address(late.address), "127.0.0.1:1", "connection refused", "key"):
-            assert told in str(failed.value)
+        for received in (format_address(late.address), "127.0.0.1:1", "connection refused", "key"):
+            assert received in str(failed.value)
         mesh.at[late.address] = late.membership
         with trio.fail_after(20):
             await until_state(lonely, late.membership.me, PeerState.ALIVE)
         assert await late.membership.join([lonely.address, ("127.0.0.1", 1), late.address]) == 1
 
 
-async def test_recalled_peers_are_found_now_or_when_they_are_back_and_their_absence_is_no_error(
+async def test_recalled_peers_are_found_when_they_return_and_absence_is_no_error(
     autojump_clock: trio.abc.Clock,
 ) -> None:
     async with a_mesh() as mesh:
@@ -283,7 +283,7 @@ async def test_recalled_peers_are_found_now_or_when_they_are_back_and_their_abse
             await until_state(other, late.membership.me, PeerState.ALIVE)
 
 
-async def test_joining_nobody_is_no_error_and_joining_before_run_is_our_own(autojump_clock: trio.abc.Clock) -> None:
+async def test_joining_without_seeds_succeeds_and_joining_before_run_is_a_local_error(autojump_clock: trio.abc.Clock) -> None:
     async with a_mesh() as mesh:
         running = await mesh.start(1)
         assert await running.membership.join([]) == 0
@@ -322,7 +322,7 @@ async def test_nothing_is_looked_up_for_a_claimed_host_and_none_ends_the_node(ho
         assert statistics.datagrams_sent_total == 0 < statistics.datagrams_dropped_total["unsent"]
 
 
-async def test_nodes_with_one_key_form_a_mesh_and_nothing_of_it_is_plain_on_the_wire(autojump_clock: trio.abc.Clock) -> None:
+async def test_nodes_with_one_key_form_a_mesh_with_encrypted_datagrams(autojump_clock: trio.abc.Clock) -> None:
     async with a_mesh() as mesh:
         first = await mesh.start(1, seal=KeySeal([b"k" * 32]))
         second = await mesh.start(2, seal=KeySeal([b"k" * 32]))
@@ -332,7 +332,7 @@ async def test_nodes_with_one_key_form_a_mesh_and_nothing_of_it_is_plain_on_the_
         assert not dict(first.membership.statistics().datagrams_dropped_total)
 
 
-async def test_a_malformed_sync_is_the_callers_fault_and_a_malformed_answer_the_peers(
+async def test_malformed_syncs_are_bad_requests_and_malformed_answers_remote_errors(
     autojump_clock: trio.abc.Clock,
 ) -> None:
     async with a_mesh() as mesh:

@@ -32,7 +32,7 @@ def suspecting(number: int = 2) -> MembershipCore:
     return core
 
 
-def test_a_verdict_read_on_waking_does_not_count_the_sleep_as_silence_of_the_suspect() -> None:
+def test_a_verdict_read_after_a_suspension_does_not_count_it_as_silence() -> None:
     core = suspecting()
     woken_at = 61.0
     effects = core.receive(address_of(3), gossip(3, Dead(peer_id(2), 1, 0, peer_id(3))), woken_at)
@@ -50,7 +50,7 @@ def test_a_verdict_that_comes_with_an_exchange_on_waking_does_not_either() -> No
     assert state(core, 2) is PeerState.SUSPECT
 
 
-def test_a_sleep_is_forgiven_once_and_a_suspect_that_stays_silent_dies_all_the_same() -> None:
+def test_a_suspension_extends_deadlines_once_and_a_silent_suspect_dies() -> None:
     core = suspecting()
     for number in (3, 4):
         core.receive(address_of(number), gossip(number), 61.0)
@@ -81,16 +81,16 @@ def test_a_doubted_death_of_one_that_is_forgotten_in_the_same_breath_ends_nothin
 def test_nothing_is_kept_of_a_tombstone_that_made_room() -> None:
     core = node_among(2, config=MembershipConfig(members_max=3))
     core.swim.state.distances.measured(
-        core.swim.members[peer_id(1)], 0.01, core.swim.state.distances.told_with_ack(b""), lagging=False
+        core.swim.members[peer_id(1)], 0.01, core.swim.state.distances.point_for_ack(b""), lagging=False
     )
     core.receive(address_of(2), gossip(2, left(peer_id(1), 1, 0)), 1.0)
     core.receive(address_of(2), gossip(2, alive(9)), 1.0)
     assert state(core, 1) is None and state(core, 9) is PeerState.ALIVE
-    assert peer_id(1) not in core.swim.state.distances.position._latest_s
+    assert not core.swim.state.distances.position.has_samples(peer_id(1))
     assert peer_id(1) not in core.swim.state.rumours.by_node
 
 
-def test_a_case_that_is_over_keeps_nobody_from_looking_at_the_next_run() -> None:
+def test_a_closed_case_does_not_prevent_checks_of_the_next_run() -> None:
     """A peer crashed, came back, and falls silent: those who watch it look whether its process exists, as they always do."""
     core = node_among(5)
     run_to(core, 1.0, answers=True)

@@ -59,7 +59,7 @@ def test_small_meshes_get_more_copies_than_the_formula_alone(live: int, limit: i
     assert transmit_limit(16, live) >= 16 * math.ceil(math.log10(live + 1))
 
 
-def test_the_least_told_rumour_goes_first_and_each_only_so_often() -> None:
+def test_the_least_sent_rumour_goes_first_and_each_is_limited() -> None:
     rumours = Rumours()
     rumours.put(alive(1))
     rumours.put(alive(2))
@@ -78,7 +78,7 @@ def test_a_later_claim_takes_the_place_of_an_earlier_one_about_the_same_node() -
     assert rumours.take(1000, 9) == (suspect,)
 
 
-def test_claims_that_must_go_first_are_not_counted_nor_told_twice_in_one_message() -> None:
+def test_first_claims_are_not_counted_nor_repeated_in_one_message() -> None:
     rumours = Rumours()
     rumours.put(dead := Dead(peer_id(1), 1, 0, peer_id(2)))
     assert rumours.take(1000, 1, [dead]) == (dead,)

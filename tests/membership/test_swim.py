@@ -34,12 +34,12 @@ def test_a_ping_is_acknowledged_to_where_it_came_from() -> None:
     assert (to, ack.seq, ack.sender.node) == (("10.9.9.9", 1), 7, ME)
 
 
-def test_a_ping_for_the_former_tenant_of_the_address_is_told_who_lives_here_now() -> None:
+def test_a_ping_for_the_former_node_of_an_address_gets_this_nodes_claim() -> None:
     core = node_among(3)
     effects = core.receive(address_of(1), Ping(sender(1), 7, peer_id(9)), 1.0)
     assert messages(effects, Ack) == []
-    [(_, told)] = messages(effects, Gossip)
-    assert told.claims[0] == alive(0)
+    [(_, received)] = messages(effects, Gossip)
+    assert received.claims[0] == alive(0)
 
 
 def test_every_peer_is_probed_once_a_round() -> None:
@@ -65,7 +65,7 @@ def test_a_silent_peer_is_probed_through_others_then_suspected_then_dead() -> No
 def test_a_relayed_ack_saves_the_target_and_a_late_or_foreign_one_changes_nothing() -> None:
     core = node_among(3)
     effects = run_to(core, core.deadline)
-    sent_at = core.swim._probes.under_way[messages(effects, Ping)[0][1].seq].sent_at
+    sent_at = core.swim.probes.under_way[messages(effects, Ping)[0][1].seq].sent_at
     [(_, ping)] = messages(effects, Ping)
     target = int(ping.target, 16)
     effects = run_to(core, sent_at + CONFIG.probe_timeout_s)
@@ -74,14 +74,14 @@ def test_a_relayed_ack_saves_the_target_and_a_late_or_foreign_one_changes_nothin
     stranger = Sender(peer_id(9), 1, 0, 0)
     core.receive(("10.9.9.9", 9), Ack(stranger, ping.seq), sent_at + 0.3)
     core.receive(address_of(relays[0]), Ack(sender(relays[0]), ping.seq + 1), sent_at + 0.3)
-    assert core.swim._probes.probing(ping.target), "neither may answer this probe"
+    assert core.swim.probes.probing(ping.target), "neither may answer this probe"
     core.receive(address_of(relays[0]), Ack(sender(relays[0]), ping.seq), sent_at + 0.3)
-    assert not core.swim._probes.probing(ping.target)
+    assert not core.swim.probes.probing(ping.target)
     run_to(core, sent_at + CONFIG.probe_period_s)
     assert state(core, target) is PeerState.ALIVE
 
 
-def test_a_ping_on_behalf_of_another_goes_to_members_only_and_its_ack_back_under_the_askers_number() -> None:
+def test_a_relayed_ping_goes_to_members_only_and_its_ack_to_the_asker() -> None:
     core = node_among(2)
     effects = core.receive(address_of(1), PingReq(sender(1), 77, peer_id(2)), 1.0)
     [(to, ping)] = messages(effects, Ping)
@@ -97,7 +97,7 @@ def test_a_direct_ack_measures_the_round_trip_and_brings_the_load() -> None:
     core = node_among(1)
     effects = run_to(core, core.deadline)
     [(_, ping)] = messages(effects, Ping)
-    sent_at = core.swim._probes.under_way[ping.seq].sent_at
+    sent_at = core.swim.probes.under_way[ping.seq].sent_at
     by = Sender(peer_id(1), 1, 0, 0, Load(running=3), 40)
     [measured] = only(LoadMeasured, core.receive(address_of(1), Ack(by, ping.seq), sent_at + 0.004))
     assert measured.load == Load(running=3)
@@ -113,7 +113,7 @@ def test_an_older_load_does_not_replace_a_newer_one() -> None:
     assert peer is not None and peer.load == Load(running=3)
 
 
-def test_the_accused_refutes_with_a_higher_incarnation_and_tells_its_accuser_at_once() -> None:
+def test_the_accused_refutes_with_a_higher_incarnation_to_its_accuser_at_once() -> None:
     core = node_among(3)
     accusation = Suspect(ME, 1, 0, peer_id(2))
     effects = core.receive(address_of(1), Ping(sender(1), 5, ME, (accusation,)), 1.0)
@@ -131,7 +131,7 @@ def test_one_that_slept_and_learns_that_it_is_dead_lives_on_with_a_higher_incarn
     core = node_among(3)
     effects = core.receive(address_of(1), gossip(1, Dead(ME, 1, 0, peer_id(2))), 1.0)
     assert core.swim.myself.incarnation == 1
-    assert (address_of(1), alive(0, incarnation=1)) in [(to, told.claims[0]) for to, told in messages(effects, Gossip)]
+    assert (address_of(1), alive(0, incarnation=1)) in [(to, received.claims[0]) for to, received in messages(effects, Gossip)]
     assert only(MemberChanged, effects) == [MemberChanged(ME, PeerState.ALIVE, PeerState.ALIVE)]
 
 
@@ -201,12 +201,12 @@ def test_the_dead_stay_dead_until_they_speak_with_a_higher_incarnation_or_epoch(
         assert change == MemberChanged(peer_id(3), PeerState.DEAD, PeerState.ALIVE, restarted=revival.epoch == 2)
 
 
-def test_a_dead_member_that_speaks_is_told_so() -> None:
+def test_a_dead_member_that_sends_gets_a_correction() -> None:
     core = node_among(4)
     core.receive(address_of(1), gossip(1, Dead(peer_id(3), 1, 0, peer_id(1))), 0.0)
     run_to(core, 2.0, answers=True)
-    told = [m for to, m in messages(core.receive(address_of(3), gossip(3), 2.6), Gossip) if to == address_of(3)]
-    assert told[0].claims[0] == Dead(peer_id(3), 1, 0, ME)
+    received = [m for to, m in messages(core.receive(address_of(3), gossip(3), 2.6), Gossip) if to == address_of(3)]
+    assert received[0].claims[0] == Dead(peer_id(3), 1, 0, ME)
 
 
 def test_the_departed_are_never_called_dead() -> None:
@@ -237,7 +237,7 @@ def test_an_independent_confirmation_shortens_the_wait_and_an_echo_does_not() ->
     assert math.isclose(suspicion.deadline, 4.0)
 
 
-def test_a_suspect_hears_of_it_in_the_next_ping() -> None:
+def test_a_suspect_receives_its_suspicion_with_the_next_ping() -> None:
     core = node_among(1)
     core.receive(address_of(1), gossip(1), 0.0)
     accusation = Suspect(peer_id(1), 1, 0, ME)
@@ -275,7 +275,7 @@ def test_what_is_heard_on_waking_gets_no_extra_time() -> None:
     assert suspicion is not None and suspicion.deadline <= 100.0 + suspicion.max_s
 
 
-def test_an_unknown_or_newer_speaker_and_a_foreign_fingerprint_ask_for_an_exchange_but_not_too_often() -> None:
+def test_unknown_senders_and_other_fingerprints_start_rate_limited_exchanges() -> None:
     core = node_among(2)
     assert only(StartSync, core.receive(address_of(7), gossip(7), 10.0)) == [StartSync(address_of(7))]
     assert only(StartSync, core.receive(address_of(7), gossip(7), 10.1)) == []
@@ -300,7 +300,7 @@ def test_dead_addresses_and_absent_seeds_are_dialled_now_and_then() -> None:
     assert len(messages(effects, Ping)) <= 54 / (0.75 * CONFIG.redial_period_s) + 1
 
 
-def test_in_a_large_mesh_some_dial_the_dead_for_all_but_each_its_own_absent_seed() -> None:
+def test_in_a_large_mesh_few_nodes_redial_the_dead_and_all_their_seeds() -> None:
     core = node_among(400)
     core.receive(address_of(2), gossip(2, Suspect(peer_id(1), 1, 0, peer_id(2))), 0.0)
     core.receive(address_of(2), gossip(2, Dead(peer_id(1), 1, 0, peer_id(2))), 9.0)
@@ -331,10 +331,10 @@ def test_a_full_table_lets_newcomers_in_for_tombstones_only() -> None:
     assert state(core, 8) is PeerState.ALIVE and state(core, 2) is None
 
 
-def test_one_who_left_says_goodbye_and_is_silent_for_good() -> None:
+def test_a_node_that_leaves_sends_its_farewell_and_nothing_more() -> None:
     core = node_among(3)
     effects = core.leave(1.0)
-    assert {to for to, told in messages(effects, Gossip) if told.claims == (left(ME, 1, 0),)} == {
+    assert {to for to, received in messages(effects, Gossip) if received.claims == (left(ME, 1, 0),)} == {
         address_of(n) for n in (1, 2, 3)
     }
     assert core.deadline == math.inf
@@ -342,7 +342,7 @@ def test_one_who_left_says_goodbye_and_is_silent_for_good() -> None:
     assert only(PushFacts, core.leave(3.0)) == []
 
 
-def test_own_words_that_come_back_are_no_news() -> None:
+def test_own_claims_that_return_change_nothing() -> None:
     core = node_among(2)
     assert core.receive(("10.9.9.9", 1), Gossip(sender(0), (alive(5),)), 1.0) == []
     assert state(core, 5) is None
@@ -352,27 +352,27 @@ def test_a_stale_accusation_is_answered_to_others_too_for_it_still_travels() -> 
     core = node_among(4)
     refutes(core, 5)
     effects = core.receive(address_of(2), gossip(2, Suspect(ME, 1, 2, peer_id(3))), 50.0)
-    told = {to for to, told in messages(effects, Gossip) if alive(0, incarnation=5) in told.claims}
-    assert address_of(2) in told and len(told) == 1 + CONFIG.eager_peers
+    received = {to for to, received in messages(effects, Gossip) if alive(0, incarnation=5) in received.claims}
+    assert address_of(2) in received and len(received) == 1 + CONFIG.eager_peers
 
 
-def test_a_suspect_that_speaks_to_us_hears_of_it_first_of_all() -> None:
+def test_a_suspect_that_sends_gets_its_suspicion_first() -> None:
     core = node_among(3)
     accusation = Suspect(peer_id(2), 1, 0, peer_id(1))
     core.receive(address_of(1), gossip(1, accusation), 1.0)
     [(_, ack)] = messages(core.receive(address_of(2), Ping(sender(2), 1, ME), 1.1), Ack)
     assert ack.claims[0] == accusation
-    answers = [told for to, told in messages(core.receive(address_of(2), gossip(2), 1.2), Gossip) if to == address_of(2)]
+    answers = [received for to, received in messages(core.receive(address_of(2), gossip(2), 1.2), Gossip) if to == address_of(2)]
     assert answers[0].claims[0] == accusation
 
 
-def test_one_that_spoke_since_it_was_asked_is_not_suspected_for_a_lost_ack() -> None:
+def test_a_member_that_sent_since_the_probe_is_not_suspected() -> None:
     core = node_among(1)
     [(_, ping)] = messages(run_to(core, core.deadline), Ping)
-    probe = core.swim._probes.under_way[ping.seq]
+    probe = core.swim.probes.under_way[ping.seq]
     core.receive(address_of(1), gossip(1), probe.sent_at + 0.1)
     run_to(core, probe.ends_at)
-    assert not core.swim._probes.under_way.get(ping.seq) and state(core, 1) is PeerState.ALIVE
+    assert not core.swim.probes.under_way.get(ping.seq) and state(core, 1) is PeerState.ALIVE
 
 
 def test_a_seed_given_by_host_name_is_not_dialled_while_the_node_met_there_lives() -> None:

@@ -67,18 +67,18 @@ def test_a_recorded_run_is_replayed_to_the_last_effect(seed: int) -> None:
     found = replayed(kept)
     assert found.exact and found.inputs == found.agreed > 300, f"seed {seed}: differs at {found.differs_at}"
     lived = [(s.at, s.node, s.before, s.after) for s in network.seen if s.by == ids[2] and s.before is not s.after]
-    told = [(event.at_s, event.node, event.before, event.after) for event in found.events if event.before is not event.after]
-    assert told == lived and {event.after for event in found.events} == set(PeerState)
+    received = [(event.at_s, event.node, event.before, event.after) for event in found.events if event.before is not event.after]
+    assert received == lived and {event.after for event in found.events} == set(PeerState)
 
 
-def test_a_core_with_another_rule_is_told_apart_at_the_first_input_it_answers_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replay_reports_the_first_input_that_is_answered_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     kept, _, _ = recorded_run(1)
     monkeypatch.setattr("membership.core.swim._NACK_SHARE", 0.5)
     found = replayed(kept)
     assert found.differs_at is not None and 0 < found.differs_at < found.inputs and found.agreed < found.inputs
 
 
-def test_a_ring_that_lost_its_beginning_stays_in_bounds_and_is_replayed_from_a_checkpoint() -> None:
+def test_a_trace_without_its_beginning_is_bounded_and_replayed_from_a_checkpoint() -> None:
     kept, _, ids = recorded_run(1, ring_bytes=30_000)
     raw = kept.dump()
     assert kept.dropped_records > 0 and len(raw) < 60_000
@@ -96,7 +96,7 @@ def test_segments_do_not_break_an_exact_replay() -> None:
     assert sum(isinstance(record.input, trace_format.CheckpointInput) for record in read(kept.dump())) >= 1
 
 
-def test_a_checkpoint_changes_no_answer_of_the_replay_when_not_everything_fits_into_one() -> None:
+def test_a_checkpoint_changes_no_answer_when_facts_exceed_one_message() -> None:
     """Whose facts are told first next time depends on what was told before, to the checkpoint too."""
     kept = Trace(4 * 3_000_000)
     core = RecordedCore(alive(0), StandInSigner(ME), MembershipConfig(), Random(1), 0.0, kept)

@@ -24,7 +24,7 @@ from tests.membership.test_service import a_mesh, arrivals_take_no_time, until_s
 __all__ = ["arrivals_take_no_time"]  # a fixture for all tests here
 
 
-async def test_a_copy_finds_the_running_node_before_it_says_anything(autojump_clock: trio.abc.Clock) -> None:
+async def test_a_copy_finds_the_running_node_before_it_sends_anything(autojump_clock: trio.abc.Clock) -> None:
     async with a_mesh() as mesh:
         seed, running = await mesh.start(1), await mesh.start(2)
         await running.membership.join([seed.address])
@@ -62,7 +62,7 @@ async def test_a_copy_that_joined_another_way_is_displaced_and_the_mesh_keeps_th
         assert not running.membership.statistics().swim.health_score > 4
 
 
-async def test_only_a_process_of_the_same_node_is_answered_and_an_answer_needs_the_identitys_signature(
+async def test_only_the_same_identity_is_answered_and_answers_are_signed(
     autojump_clock: trio.abc.Clock,
 ) -> None:
     async with a_mesh() as mesh:
@@ -89,14 +89,14 @@ async def test_only_a_process_of_the_same_node_is_answered_and_an_answer_needs_t
         assert await one.membership.twins.ask(("127.0.0.1", 9)) is None, "an answer to another challenge"
 
 
-async def test_a_member_tells_where_a_live_node_is_and_nothing_of_others(autojump_clock: trio.abc.Clock) -> None:
+async def test_a_member_returns_the_address_of_a_live_node_to_itself_only(autojump_clock: trio.abc.Clock) -> None:
     async with a_mesh() as mesh:
         one, other = await mesh.start(1), await mesh.start(2)
         await one.membership.join([other.address])
         await until_state(one, other.membership.me, PeerState.ALIVE)
         where = one.membership.handlers[WHERE_KIND]
-        told, _ = await where(other.membership.me, {"node": other.membership.me}, b"")
-        assert (told["host"], told["port"]) == other.address
+        received, _ = await where(other.membership.me, {"node": other.membership.me}, b"")
+        assert (received["host"], received["port"]) == other.address
         for strange in ({}, {"node": 7}, {"node": "f" * 16}):
             assert await where(other.membership.me, strange, b"") == ({}, b"")
 

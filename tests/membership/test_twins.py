@@ -33,7 +33,7 @@ def run_at(place: Address, age_s: float) -> ProcessRun:
     st.booleans(),
     st.lists(st.tuples(st.booleans(), st.floats(0.001, 1.5)), min_size=1, max_size=6),
 )
-def test_of_two_twins_exactly_one_stops_whoever_asks_first_and_however_long_answers_take(
+def test_exactly_one_of_two_twins_stops_in_any_order_and_delay(
     began_one: float, began_other: float, swapped: bool, asks: list[tuple[bool, float]]
 ) -> None:
     """Each ask takes its time to go and to come back; ages are told on the way. The younger stops, but for what delays blur."""
@@ -57,28 +57,28 @@ def test_of_two_twins_exactly_one_stops_whoever_asks_first_and_however_long_answ
         assert stopped == {0 if began_one > began_other else 1}, "the younger"
 
 
-def test_words_from_another_place_are_looked_into_once_before_they_are_outbid() -> None:
+def test_a_claim_from_another_address_is_checked_once_before_it_is_refuted() -> None:
     twins = twins_at(HERE, 0.0)
-    assert twins.hear(THERE, 1.0) == (False, [FindTwin(THERE)])
-    assert twins.hear(THERE, 2.0) == (False, []), "it is being asked already"
-    assert twins.hear(THERE, 1.0 + ASKING_S) == (False, [FindTwin(THERE)]), "no answer is to be expected any more"
+    assert twins.own_claim_received(THERE, 1.0) == (False, [FindTwin(THERE)])
+    assert twins.own_claim_received(THERE, 2.0) == (False, []), "it is being asked already"
+    assert twins.own_claim_received(THERE, 1.0 + ASKING_S) == (False, [FindTwin(THERE)]), "no answer is to be expected any more"
     assert twins.found(THERE, None, 7.0) == []
-    assert twins.hear(THERE, 8.0) == (True, []), "a former run: nobody lives there"
-    assert twins.hear(THERE, 7.0 + ASK_AGAIN_S) == (False, [FindTwin(THERE)])
-    assert twins.hear(HERE, 8.0) == (True, []), "a former run at the same place needs no look"
+    assert twins.own_claim_received(THERE, 8.0) == (True, []), "a former run: nobody lives there"
+    assert twins.own_claim_received(THERE, 7.0 + ASK_AGAIN_S) == (False, [FindTwin(THERE)])
+    assert twins.own_claim_received(HERE, 8.0) == (True, []), "a former run at the same place needs no look"
 
 
 def test_a_process_that_answers_itself_by_another_way_is_no_twin() -> None:
     twins = twins_at(HERE, 0.0)
     answer, effects = twins.asked(twins.run(1.0), 1.0)
     assert effects == [] and twins.found(THERE, answer, 1.0) == []
-    assert twins.hear(THERE, 2.0) == (True, [])
+    assert twins.own_claim_received(THERE, 2.0) == (True, [])
 
 
 def test_the_older_goes_on_and_speaks_up_against_the_younger() -> None:
     older = twins_at(THERE, 0.0)
     assert older.found(HERE, TwinAnswer(run_at(HERE, 3.0), ANSWERER), 100.0) == [TwinSeen(run_at(HERE, 3.0))]
-    assert older.hear(HERE, 101.0) == (True, [])
+    assert older.own_claim_received(HERE, 101.0) == (True, [])
     assert older.found(HERE, TwinAnswer(run_at(HERE, 3.0), ASKER), 102.0)[-1] == ProcessDisplaced(run_at(HERE, 3.0)), (
         "as its judge says"
     )
@@ -87,10 +87,9 @@ def test_the_older_goes_on_and_speaks_up_against_the_younger() -> None:
 def test_many_places_are_kept_within_bounds() -> None:
     twins = twins_at(HERE, 0.0)
     for port in range(1, 200):
-        twins.hear(("10.0.0.9", port), 1.0)
+        twins.own_claim_received(("10.0.0.9", port), 1.0)
         twins.found(("10.0.0.9", port), TwinAnswer(run_at(("10.0.0.9", port), 0.5), ""), 1.0)
-    sizes = (twins._asked_at, twins._nobody_at, twins._yields_at, twins._verdicts)
-    assert all(len(kept) <= 16 for kept in sizes)
+    assert twins.remembered <= 16
 
 
 def elsewhere(epoch: int, incarnation: int = 0) -> Alive:
@@ -98,7 +97,7 @@ def elsewhere(epoch: int, incarnation: int = 0) -> Alive:
     return signed(msgspec.structs.replace(alive(0, incarnation, epoch), host="10.0.0.77"))
 
 
-def test_words_of_another_process_are_held_until_it_is_known_whether_it_lives() -> None:
+def test_a_claim_of_another_process_is_held_until_its_address_is_checked() -> None:
     core = node_among(3)
     words = elsewhere(7)
     effects = core.receive(address_of(1), gossip(1, words), 1.0)
@@ -119,7 +118,7 @@ def test_a_displaced_process_falls_silent_without_a_goodbye() -> None:
     assert core.twin_asked(older, 6.0)[1] == []
 
 
-def test_an_accusation_cannot_be_kept_from_being_refuted_by_forged_words() -> None:
+def test_forged_claims_do_not_prevent_a_refutation() -> None:
     core = node_among(3)
     forged = msgspec.structs.replace(elsewhere(1), signature=b"lie", key=b"")
     record = msgspec.structs.replace(member_record(forged, PeerState.SUSPECT), signature=b"lie")

@@ -1,4 +1,4 @@
-"""One event a cut, and who may act while a mesh is in two: seen in whole meshes."""
+"""One event per loss batch, and which side may act while a mesh is split: in whole meshes."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def test_one_seed_is_one_trace_in_any_process() -> None:
         "from membership.simulation.scenario import *; "
         "print(simulate(Scenario(8, 1, 0.05, 1, True, 1, 6.0, one_way=4, churn_a_minute=240, partition_s=4)).trace)"
     )
-    told = {
+    received = {
         subprocess.run(
             [sys.executable, "-c", program],
             env={**os.environ, "PYTHONHASHSEED": hash_seed},
@@ -126,4 +126,4 @@ def test_one_seed_is_one_trace_in_any_process() -> None:
         ).stdout
         for hash_seed in ("1", "2", "3")
     }
-    assert len(told) == 1
+    assert len(received) == 1

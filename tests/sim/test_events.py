@@ -43,7 +43,7 @@ def test_what_falls_on_one_moment_comes_in_the_order_of_scheduling() -> None:
     for name in "abc":
         events.put(1.0, nothing, (name,))
     assert events.take(0.5) is None
-    order: list[str] = []
+    order: list[object] = []
     while (event := events.take(1.0)) is not None:
         order.append(event[3][0])
         if event[3][0] == "a":

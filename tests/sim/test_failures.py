@@ -1,4 +1,4 @@
-"""Nodes die, sleep, leave and come back; the mesh notices, and is wrong about nobody."""
+"""Nodes die, are suspended, leave and return; the mesh detects it without false deaths."""
 
 from __future__ import annotations
 

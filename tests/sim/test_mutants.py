@@ -88,8 +88,8 @@ def rack_is_one_cut(seed: int = 1) -> bool:
     for node in ids[6:]:
         network.kill(node)  # in silence: their deaths are told one by one
     network.run(14)
-    told = [(by, cut.lost) for _, by, cut in network.cuts]
-    return sorted(told) == [(by, tuple(ids[6:])) for by in sorted(ids[:6])]
+    received = [(by, cut.lost) for _, by, cut in network.cuts]
+    return sorted(received) == [(by, tuple(ids[6:])) for by in sorted(ids[:6])]
 
 
 def smaller_side_holds_still(seed: int = 1) -> bool:
@@ -123,8 +123,8 @@ def nobody_speaks_for_another(seed: int = 1) -> bool:
     ids = network.grow(5)
     forged = Alive(ids[4], 1, 7, "evil", "6.6.6.6", 6, "", b"forged", b"")
     it, liar = network.nodes[ids[0]], network.nodes[ids[1]]
-    said = Gossip(liar.core.swim.state.sender(network.now), (forged,))
-    network.carry_out(it, it.core.receive(liar.address, said, network.now))
+    claimed = Gossip(liar.core.swim.state.sender(network.now), (forged,))
+    network.carry_out(it, it.core.receive(liar.address, claimed, network.now))
     network.run(0.05)
     return all(member.address[0] != "6.6.6.6" for by in ids for member in network.nodes[by].core.swim.members)
 
@@ -134,8 +134,8 @@ def nobody_accuses_beyond_what_was_said(seed: int = 1) -> bool:
     network = Network(seed)
     ids = network.grow(5)
     it, liar = network.nodes[ids[0]], network.nodes[ids[1]]
-    said = Gossip(liar.core.swim.state.sender(network.now), (Suspect(ids[4], 1, 2**40, ids[1]),))
-    network.carry_out(it, it.core.receive(liar.address, said, network.now))
+    claimed = Gossip(liar.core.swim.state.sender(network.now), (Suspect(ids[4], 1, 2**40, ids[1]),))
+    network.carry_out(it, it.core.receive(liar.address, claimed, network.now))
     network.run(1.0)
     return network.nodes[ids[4]].core.swim.myself.incarnation <= 1 and converged(network)
 
@@ -210,7 +210,7 @@ MUTANTS: list[tuple[str, Mutation, Callable[[], bool]]] = [
         "stalled means dead",
         mutant(
             swim.Swim,
-            "_convict",
+            "_suspicion_ended",
             lambda self, member, now: self.claims.declare(Dead(member.node, member.epoch, member.incarnation, self.me), now),
         ),
         block_of_ten_seconds_kills_nobody,
@@ -223,7 +223,11 @@ MUTANTS: list[tuple[str, Mutation, Callable[[], bool]]] = [
         mutant(coordinates.Position, "observe", lambda self, node, theirs, rtt_s: True),
         round_trips_are_told_without_asking,
     ),
-    ("all words hold", mutant(claim_verifier.ClaimVerifier, "verifies", lambda self, said, key: True), nobody_speaks_for_another),
+    (
+        "all words hold",
+        mutant(claim_verifier.ClaimVerifier, "verifies", lambda self, claimed, key: True),
+        nobody_speaks_for_another,
+    ),
     (
         "accusations count as far as they are aimed",
         mutant(claims, "limited_to_own", lambda claim, *known: claim),

@@ -12,7 +12,7 @@
 | consul 2430: two nodes at one address | test_two_nodes_at_one_address_cost_nobody_else_anything |
 | weaviate 10698, serf 605, ringpop 42: no heal | test_a_partition_of_any_length_heals_by_itself |
 | memberlist 311: restarted without memory, stays dead | test_a_node_restarted_without_its_memory_is_back_in_seconds |
-| memberlist PR 345: a stale Alive gets no answer | test_a_dead_member_that_speaks_is_told_so |
+| memberlist PR 345: a stale Alive gets no answer | test_a_dead_member_that_sends_gets_a_correction |
 | memberlist PR 345: deaths of strangers are lost | test_an_exchange_brings_the_dead_with_their_age_so_that_ghosts_end |
 | al8n 197: a stale Alive resurrects | test_an_old_word_of_the_dead_does_not_raise_them |
 | consul 3217: a foreign version poisons the mesh | test_strangers_garbage_and_other_keys_are_dropped_and_counted |
@@ -65,10 +65,10 @@ def test_every_bug_in_the_table_has_its_test() -> None:
 
 
 def tell(network: Network, to: NodeId, by: NodeId, *claims: Suspect | Dead) -> None:
-    """`by` says so to `to`, whether or not it has reason to."""
+    """Sends these claims from `by` to `to`, with or without reason."""
     it, teller = network.nodes[to], network.nodes[by]
-    said = Gossip(teller.core.swim.state.sender(network.now), claims)
-    network.carry_out(it, it.core.receive(teller.address, said, network.now))
+    claimed = Gossip(teller.core.swim.state.sender(network.now), claims)
+    network.carry_out(it, it.core.receive(teller.address, claimed, network.now))
 
 
 def test_seeds_that_restart_together_open_one_anothers_datagrams() -> None:
@@ -141,8 +141,8 @@ def test_an_old_word_of_the_dead_does_not_raise_them(seed: int) -> None:
     network.run_until(lambda: all_see(network, ids[3], PeerState.DEAD), within_s=2)
     for by in ids[4:]:
         it = network.nodes[by]
-        said = Gossip(network.nodes[ids[0]].core.swim.state.sender(network.now), (old,))
-        network.carry_out(it, it.core.receive(network.nodes[ids[0]].address, said, network.now))
+        claimed = Gossip(network.nodes[ids[0]].core.swim.state.sender(network.now), (old,))
+        network.carry_out(it, it.core.receive(network.nodes[ids[0]].address, claimed, network.now))
     network.run(5)
     assert all_see(network, ids[3], PeerState.DEAD), f"seed {seed}"
 
@@ -197,8 +197,8 @@ def test_facts_reach_everybody_while_nodes_come_and_go(seed: int) -> None:
         network.add([ids[0]], number=number, epoch=2)
         network.run(0.15)
     network.run(0.7)
-    told = [(peer := network.nodes[by].core.peer(ids[1])) is not None and peer.facts.http for by in network.up]
-    assert set(told) == {"http://step-7"}, f"seed {seed}: {told}"
+    received = [(peer := network.nodes[by].core.peer(ids[1])) is not None and peer.facts.http for by in network.up]
+    assert set(received) == {"http://step-7"}, f"seed {seed}: {received}"
 
 
 def test_a_mesh_of_more_than_127_joins_within_its_datagrams() -> None:

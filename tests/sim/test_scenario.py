@@ -42,8 +42,8 @@ def test_the_command_prints_a_table_or_json_and_says_by_its_exit_code_whether_al
     runner = CliRunner()
     shown = runner.invoke(app, ["simulate", "--nodes", "8", "--kill", "1"])
     assert shown.exit_code == 0 and "7/7" in shown.output and "SUSPECT S" in shown.output and "false deaths: 0" in shown.output
-    told = json.loads(runner.invoke(app, ["simulate", "--nodes", "8", "--kill", "1", "--json"]).output)
-    assert told["deaths"][0]["heard"] == 7 and told["false_deaths"] == 0
+    received = json.loads(runner.invoke(app, ["simulate", "--nodes", "8", "--kill", "1", "--json"]).output)
+    assert received["deaths"][0]["heard"] == 7 and received["false_deaths"] == 0
     assert runner.invoke(app, ["simulate", "--nodes", "3", "--kill", "3"]).exit_code == 1
 
 
@@ -91,9 +91,9 @@ def test_a_trace_of_a_real_node_is_replayed_by_the_command(tmp_path: Path, monke
     shown = runner.invoke(app, ["simulate", "--replay", str(path)])
     assert shown.exit_code == 0, shown.output
     assert "node-1" in shown.output and "suspect" in shown.output and "timeout" in shown.output
-    told = json.loads(runner.invoke(app, ["simulate", "--replay", str(path), "--json"]).output)
-    assert told["exact"] and told["inputs"] == told["agreed"]
-    assert [event["after"] for event in told["events"]] == ["alive", "suspect", "dead"]
+    received = json.loads(runner.invoke(app, ["simulate", "--replay", str(path), "--json"]).output)
+    assert received["exact"] and received["inputs"] == received["agreed"]
+    assert [event["after"] for event in received["events"]] == ["alive", "suspect", "dead"]
     monkeypatch.setattr("membership.core.claims.minimum_s", lambda *given: 1.0)
     otherwise = runner.invoke(app, ["simulate", "--replay", str(path)])
     assert otherwise.exit_code == 1 and "answered otherwise" in otherwise.output

@@ -1,4 +1,4 @@
-"""Joins, cuts and facts: everybody comes to know the same, soon, and the same way for the same seed."""
+"""Joins, splits and facts: all nodes converge soon, and equally for equal seeds."""
 
 from __future__ import annotations
 

@@ -15,13 +15,13 @@ LARGE = Facts(
 
 
 def agree(network: Network) -> bool:
-    """Everybody who is up shows of everybody who is up what that one shows of itself."""
+    """Every running node shows the facts that each running node publishes."""
     cores = [network.nodes[node].core for node in network.up]
-    told = {core.me: core.peer(core.me) for core in cores}
+    received = {core.me: core.peer(core.me) for core in cores}
     return all(
         (peer := core.peer(node)) is not None and own is not None and peer.facts == own.facts
         for core in cores
-        for node, own in told.items()
+        for node, own in received.items()
     )
 
 

@@ -30,7 +30,7 @@ def test_storms_catch_a_node_that_never_refutes(monkeypatch: pytest.MonkeyPatch)
     def deaf(self: refutation.Refutation, claim: Claim, words: object, now: float) -> list[Claim]:
         return []
 
-    monkeypatch.setattr(refutation.Refutation, "hear", deaf)
+    monkeypatch.setattr(refutation.Refutation, "apply", deaf)
     assert any(FaultStorm(seed).faults() for seed in range(20))
 
 
