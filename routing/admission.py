@@ -20,6 +20,7 @@ MAX_RETRY_S = 60.0
 """The official clients obey `Retry-After` to the letter, and some give up on more than two minutes."""
 
 
+MIN_WAITING = 16  # so many may wait however long it seems: the rate of starts is not known before some have started
 WAIT_SHARES = (0.6, 1.0, 2.0)  # of `AdmissionLimits.wait_s`: for a new client, one that was refused once, and one more often
 
 
@@ -27,7 +28,7 @@ WAIT_SHARES = (0.6, 1.0, 2.0)  # of `AdmissionLimits.wait_s`: for a new client, 
 class AdmissionLimits:
     running: int = 4096  # requests that this entry drives at once: each holds text, a core and a connection
     waiting: int = 2048  # of them, those without a token yet
-    wait_s: float = 5.0  # longest expected wait for room (`WAIT_SHARES`); after overload the mesh is back to normal that soon
+    wait_s: float = 4.0  # longest expected wait for room (`WAIT_SHARES`); after overload the mesh is back to normal that soon
 
     def __post_init__(self) -> None:
         if self.running < 1 or self.waiting < 0 or not self.wait_s > 0.0:
@@ -67,7 +68,7 @@ class Admission:
                 self._appointment(queue, now),
             )
         longest_s = limits.wait_s * WAIT_SHARES[min(max(retries, 0), len(WAIT_SHARES) - 1)]
-        if expected_s > longest_s:
+        if expected_s > longest_s and queue.waiting >= MIN_WAITING:
             raise Refused(
                 f"the mesh is overloaded: the expected wait is {expected_s:.1f} s, the limit {longest_s:.1f} s; try later",
                 self._appointment(queue, now),

@@ -242,18 +242,23 @@ class EntryQueue:
     # --- placing
 
     def _dispatch(self, now: float) -> None:
-        """Places first tickets until each lane is empty or finds no path."""
+        """Places first tickets, of all lanes in their order, until each lane is empty or finds no path."""
         assert not self._dispatching, "`place` called the queue back"
         self._dispatching = True
         try:
-            for key, lane in list(self._lanes.items()):
-                while not lane.blocked and (ticket := lane.queue.head()) is not None:
-                    self._place_head(key, lane, ticket, now)
+            while heads := [
+                (ticket.rank, key)
+                for key, lane in self._lanes.items()
+                if not lane.blocked and (ticket := lane.queue.head()) is not None
+            ]:
+                _, key = min(heads)
+                self._place_head(key, self._lanes[key], now)
         finally:
             self._dispatching = False
 
-    def _place_head(self, key: QueueLane, lane: _Lane, ticket: Ticket, now: float) -> None:
-        model = key[0]
+    def _place_head(self, key: QueueLane, lane: _Lane, now: float) -> None:
+        model, ticket = key[0], lane.queue.head()
+        assert ticket is not None
         without = {node for (node, of), full in self._full.items() if of == model and not full.credits}
         refused_by = self._refused_by.get(ticket.number, set())
         without |= refused_by
@@ -316,4 +321,4 @@ class EntryQueue:
         if len(lanes) == 1:
             return tuple(lanes[0].first(MAX_HEADS))
         first = [ticket for queue in lanes for ticket in queue.first(MAX_HEADS)]
-        return tuple(sorted(first, key=lambda ticket: (not ticket.continued, ticket.priority, ticket.arrived_at))[:MAX_HEADS])
+        return tuple(sorted(first, key=lambda ticket: ticket.rank)[:MAX_HEADS])

@@ -23,6 +23,11 @@ class Ticket:
     cost: float = 1.0  # tokens to compute, any unit
     continued: bool = False  # its client has tokens already: it goes before all others
 
+    @property
+    def rank(self) -> tuple[bool, int, float, int]:
+        """Its place among first tickets of other queues, where no shares are counted."""
+        return (not self.continued, self.priority, self.arrived_at, self.number)
+
 
 MAX_TENANTS = 1024  # without a waiting request, whose shares are still remembered
 

@@ -72,7 +72,7 @@ class RoomGrants:
         entry.heads = list(heads[on_the_way : on_the_way + MAX_HEADS])
         entry.demand_until = now + DEMAND_S
         if not heads:
-            entry.reserved_until = []
+            entry.reserved_until, entry.granted_total = [], 0  # the entry counts from 0 when it needs room again
 
     def forget(self, node: NodeId) -> None:
         """The entry is gone."""

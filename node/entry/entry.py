@@ -316,7 +316,6 @@ class RequestRun:
         except MeshError as error:
             self.enqueue(choice, NoPathFound(plan.attempt, error))
             return ()
-        self._numerics.add(planned.numerics)
         self._planned[choice] = planned
         self.record.why.append(
             PlanReport(
@@ -335,8 +334,9 @@ class RequestRun:
         """The fingerprint of the paths so far; empty where there was none yet, or several."""
         return next(iter(self._numerics)) if len(self._numerics) == 1 else ""
 
-    def _begin(self) -> None:
-        """A path has taken the request: the answer begins. Before that, a refusal is an HTTP status."""
+    def _begin(self, choice: int) -> None:
+        """A path has taken the choice: its numerics count, and the answer begins. Before that, a refusal is an HTTP status."""
+        self._numerics.add(self._planned[choice].numerics)
         if not self._has_begun:
             self._has_begun = True
             prompt = self._prompt
@@ -355,7 +355,7 @@ class RequestRun:
             if failure is None:
                 self._planning.opened(effect.path, self._names[choice])
                 self._queue.opened(ticket)
-                self._begin()
+                self._begin(choice)
                 self.enqueue(choice, Opened(effect.attempt))
                 return
             node = next(stage.node for stage in effect.path if stage.address == failure.address)
@@ -453,7 +453,7 @@ class RequestRun:
         self._events_in.send_nowait(event)
 
     def _on_token(self, choice: int, emit: EmitToken) -> None:
-        self._begin()  # a token may come before the answer to the open
+        self._begin(choice)  # a token may come before the answer to the open
         if not self._has_token:
             self._has_token = True
             self._counters.speaking += 1

@@ -182,6 +182,19 @@ def test_lanes_of_other_models_are_not_held_up() -> None:
     assert placing.numbers == [0, 7]
 
 
+def test_lanes_of_one_model_share_its_grants_by_age_and_continued_requests_go_first() -> None:
+    placing = Placing(A)
+    queue = EntryQueue(placing)
+    first, *others = (Ticket(number, float(number)) for number in range(5))
+    queue.join(first, LANE, 0.0)
+    refuse(queue, first, A, 0.0)
+    for ticket in others:
+        queue.join(ticket, (*LANE, "numerics") if ticket.number % 2 else LANE, 0.0)
+    queue.join(Ticket(9, 9.0, continued=True), (*LANE, "numerics"), 0.0)
+    queue.granted(A, "m", 6, 1.0)
+    assert placing.numbers == [0, 9, 0, 1, 2, 3, 4]
+
+
 def test_a_request_that_needs_no_path_any_more_holds_up_nobody() -> None:
     queue = EntryQueue(lambda ticket, without: () if ticket.number == 0 else None if without else (A,))
     first, second = tickets(2)

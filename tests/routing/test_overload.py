@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mesh.errors import BadRequest, Refused
 from mesh.ids import NodeId
-from routing.admission import MAX_RETRY_S, Admission, AdmissionLimits, Queue, retry_after_s
+from routing.admission import MAX_RETRY_S, MIN_WAITING, Admission, AdmissionLimits, Queue, retry_after_s
 from routing.breaker import FAILURES_TO_OPEN, MAX_OPEN_S, PROBE_S, Breakers, Circuit
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
@@ -23,12 +23,12 @@ A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
     ("wait_s", "retries", "deadline_s", "refused"),
     [
         (0.0, 0, None, False),
-        (3.0, 0, None, False),
-        (3.1, 0, None, True),
-        (3.1, 1, None, False),
-        (5.1, 1, None, True),
-        (10.0, 2, None, False),
-        (10.1, 9, None, True),
+        (2.4, 0, None, False),
+        (2.5, 0, None, True),
+        (2.5, 1, None, False),
+        (4.1, 1, None, True),
+        (8.0, 2, None, False),
+        (8.1, 9, None, True),
         (1.5, 0, 2.5, False),
         (1.5, 0, 1.4, True),
     ],
@@ -37,7 +37,7 @@ def test_a_request_is_refused_by_its_expected_wait_and_its_own_deadline(
     wait_s: float, retries: int, deadline_s: float | None, refused: bool
 ) -> None:
     def ask() -> None:
-        Admission().admit(Queue(3, 1, wait_s, 1.0), 0.0, retries=retries, deadline_s=deadline_s)
+        Admission().admit(Queue(30, 20, wait_s, 1.0), 0.0, retries=retries, deadline_s=deadline_s)
 
     if not refused:
         ask()
@@ -45,6 +45,12 @@ def test_a_request_is_refused_by_its_expected_wait_and_its_own_deadline(
         with pytest.raises(Refused) as caught:
             ask()
         assert (caught.value.retry_after_s, caught.value.quota) == (wait_s, False)
+
+
+def test_a_few_may_wait_however_long_it_seems() -> None:
+    Admission().admit(Queue(30, MIN_WAITING - 1, 100.0, 0.1), 0.0)
+    with pytest.raises(Refused):
+        Admission().admit(Queue(30, MIN_WAITING, 100.0, 0.1), 0.0)
 
 
 def test_a_full_entry_says_so() -> None:

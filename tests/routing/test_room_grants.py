@@ -71,6 +71,18 @@ def test_a_demand_sent_before_its_grant_arrived_does_not_get_it_twice() -> None:
     assert grants.grant(9, 3.0) == {A: 1}
 
 
+def test_counts_begin_anew_after_an_entry_needed_no_room() -> None:
+    grants = RoomGrants()
+    grants.demand(A, since(1.0), 0, 1.0)
+    assert grants.grant(1, 1.0) == {A: 1} and grants.admits(A, 1)
+    grants.demand(A, [], 1, 2.0)
+    grants.demand(A, since(3.0, 4.0), 0, 5.0)
+    assert grants.grant(1, 5.0) == {A: 1}
+    grants.demand(A, since(4.0), 1, 5.1)  # it has received the grant, and its open is on the way
+    grants.demand(B, since(4.5), 0, 5.1)
+    assert grants.grant(2, 5.1) == {A: 1}, "its request has waited longer than B's"
+
+
 def test_a_lost_grant_is_given_again_once_its_time_is_over() -> None:
     grants = RoomGrants()
     grants.demand(A, since(1.0), 0, 1.0)
