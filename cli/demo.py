@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import output
 from mesh.errors import MeshError
+from mesh.json_object import JsonObject
 
 if TYPE_CHECKING:
     import httpx
@@ -56,8 +57,8 @@ class DemoAnswer:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     times_s: list[float] = field(default_factory=list)
-    citations: list[dict[str, Any]] = field(default_factory=list)
-    mesh: dict[str, Any] = field(default_factory=dict)
+    citations: list[JsonObject] = field(default_factory=list)
+    mesh: JsonObject = field(default_factory=dict)
 
     @property
     def took_s(self) -> float:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from cli import options, output
 from cli.status import completeness, several_versions, short_hash
+from mesh.json_object import JsonObject
 
 
 def models(
@@ -44,7 +43,7 @@ def models(
         output.paragraph(line)
 
 
-def default_model() -> dict[str, Any]:
+def default_model() -> JsonObject:
     """The default model as `/mesh/status` would report it while no node serves it. Imports no torch."""
     from node.engine.default_model import LAYERS, MAX_MODEL_LEN, MODEL_ID
 

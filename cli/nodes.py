@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from cli import options, output
+from mesh.json_object import JsonObject
 
 WRAPS = ("STATE", "LAYERS")
 COLUMNS = ("NODE", "STATE", "HTTP", "LAYERS", "RUNNING", "WAITING", "KV BLOCKS", "RTT MS", "REGION", "ID")
@@ -19,7 +19,7 @@ def rtt(node: Mapping[str, object]) -> str:
     return f"{measured_ms:.1f}" if measured_ms is not None else f"~{estimate_ms:.1f}"
 
 
-def node_rows(seen: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+def node_rows(seen: JsonObject) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
     """Columns and rows for the nodes of a status."""
     rows: list[tuple[object, ...]] = []
     for node in seen["nodes"]:

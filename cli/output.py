@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+
+from mesh.json_object import JsonObject
 
 
 def printable(text: str) -> str:
@@ -77,7 +78,7 @@ def paragraph(text: str, indent: str = "") -> None:
         line(each)
 
 
-def spans(held: Iterable[Mapping[str, Any]]) -> str:
+def spans(held: Iterable[JsonObject]) -> str:
     """`model 0:4, 6:8`, as `--layers` writes them."""
     by_model: dict[str, list[str]] = {}
     for span in held:
@@ -85,7 +86,7 @@ def spans(held: Iterable[Mapping[str, Any]]) -> str:
     return "; ".join(f"{model} {', '.join(ranges)}" for model, ranges in by_model.items()) or "-"
 
 
-def citation_list(annotations: Sequence[Mapping[str, Any]]) -> None:
+def citation_list(annotations: Sequence[JsonObject]) -> None:
     """The sources of an answer, numbered as `[n]` in its text."""
     if not annotations:
         note("no citations: the answer names no passage")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from cli import options, output
 from cli.nodes import WRAPS, node_rows
+from mesh.json_object import JsonObject
 
 GIB = 1 << 30
 HASH_DIGITS = 8  # of the hash of a model's weights: enough to tell two apart
@@ -32,7 +32,7 @@ def several_versions(models: Sequence[Mapping[str, object]]) -> list[str]:
     return told
 
 
-def completeness(model: Mapping[str, Any]) -> str:
+def completeness(model: JsonObject) -> str:
     """Whether a model of a status can answer, and if not, what is to be waited for."""
     if model["complete"]:
         return "yes"
@@ -98,7 +98,7 @@ def status(
         output.table(("STORE", "DOCUMENTS", "SHARDS", "REPLICAS", "IN SYNC"), stores, empty="")
 
 
-def _why(choice: Mapping[str, Any]) -> str:
+def _why(choice: JsonObject) -> str:
     """Why a span's kernel was chosen, and what was measured, the fastest first."""
     if not choice["cpu_us"]:
         return str(choice["reason"])

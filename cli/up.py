@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import config_file, options, output
 from mesh.errors import BadRequest
+from mesh.json_object import JsonObject
 
 if TYPE_CHECKING:
     from node.config import NodeConfig
@@ -173,7 +174,7 @@ def join(
     start({**given, "join": address}, ctx)
 
 
-def start(given: dict[str, Any], ctx: typer.Context) -> None:
+def start(given: JsonObject, ctx: typer.Context) -> None:
     """Runs the node until it has left; then the process ends.
 
     Raises:
@@ -194,7 +195,7 @@ def start(given: dict[str, Any], ctx: typer.Context) -> None:
     run(config, output.line)
 
 
-def configuration(given: dict[str, Any]) -> NodeConfig:
+def configuration(given: JsonObject) -> NodeConfig:
     """What the options say. Raises BadRequest, naming the option."""
     from node.config import NodeConfig
 

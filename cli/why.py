@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from cli import options, output
+from mesh.json_object import JsonObject
 
 
 def why(
@@ -32,11 +33,11 @@ def why(
     output.table(columns, _rows(plans, names, terms), empty="no path was planned", keys=columns.index("COST_MS"))
 
 
-def _path(stages: Iterable[Mapping[str, Any]], names: Mapping[str, str]) -> str:
+def _path(stages: Iterable[JsonObject], names: Mapping[str, str]) -> str:
     return " -> ".join(f"{names.get(stage['node'], stage['node'])} [{stage['start']}:{stage['end']}]" for stage in stages)
 
 
-def _rows(plans: Iterable[Mapping[str, Any]], names: Mapping[str, str], terms: Iterable[str]) -> Iterator[list[object]]:
+def _rows(plans: Iterable[JsonObject], names: Mapping[str, str], terms: Iterable[str]) -> Iterator[list[object]]:
     for plan in plans:
         for candidate in plan["candidates"]:
             costs = candidate["terms_ms"]

@@ -5,8 +5,6 @@ Field names are part of the HTTP interface. Times are in the unit that the name 
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 from mesh.ids import ModelId, NodeId, StreamId
@@ -223,5 +221,5 @@ class RequestReport(msgspec.Struct, frozen=True):
     seq: int
     attempts: int
     path: list[StageReport]
-    journal: list[Any]
+    journal: list[object]
     why: list[PlanReport]

@@ -19,7 +19,7 @@ import trio
 from mesh.errors import BadRequest, Refused
 from mesh.ids import NodeId
 from mesh.view import View
-from mesh.wire.calls import Call, Handlers
+from mesh.wire.calls import Call, CallReply, Handler, Handlers, Header
 from rag import chunk, parse, search, wire
 from rag.answers import Answers
 from rag.embed import Embedder
@@ -74,8 +74,8 @@ class Documents:
     def handlers(self) -> Handlers:
         """Answers to peers' calls, by kind; those that come before `run` has opened the files are refused."""
 
-        def guarded(handler: Any) -> Any:
-            async def answer(sender: NodeId, header: dict[str, object], tail: bytes) -> object:
+        def guarded(handler: Handler) -> Handler:
+            async def answer(sender: NodeId, header: Header, tail: bytes) -> CallReply:
                 if not self._open.is_set():
                     raise Refused("this node is opening its documents", 1.0)
                 return await handler(sender, header, tail)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from random import Random
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import options, output
 from cli.load import plan, report
 from mesh.errors import BadRequest
+from mesh.json_object import JsonObject
 
 if TYPE_CHECKING:
     from mesh.client.params import ChatParams
@@ -68,7 +70,7 @@ def load(
 async def run(
     urls: list[str],
     api_key: str | None,
-    planned: Any,
+    planned: Iterator[plan.PlannedRequest],
     users: int,
     params: ChatParams,
     duration_s: float | None,
@@ -84,7 +86,7 @@ async def run(
             return await measure(client, planned, users, params, duration_s, lambda outcome: bar.advance("requests"))
 
 
-def show(figures: dict[str, Any]) -> None:
+def show(figures: JsonObject) -> None:
     """One row a figure."""
     rows = [
         (name, f"{value:.2f}" if isinstance(value, float) else str(value)) for name, value in figures.items() if name != "errors"

@@ -46,7 +46,7 @@ class Replay:
 
 
 @dataclass(slots=True)
-class RecordedSigner:
+class ReplaySigner:
     """Returns the signatures that the trace holds; it has no key."""
 
     public_key: bytes
@@ -71,7 +71,7 @@ def replay(records: list[TraceRecord], verifier: SignatureVerifier | None = None
 
 def _replayed(records: list[TraceRecord], verifier: SignatureVerifier) -> Replay:
     first = records[0]
-    signer = RecordedSigner(b"", verifier, deque(first.signatures))
+    signer = ReplaySigner(b"", verifier, deque(first.signatures))
     core = _made(first.input, signer)
     found = Replay(isinstance(first.input, trace_format.StartInput), 1, 1, None, first.input.now, first.input.now)
     for number, record in enumerate(records[1:], 1):
@@ -87,7 +87,7 @@ def _replayed(records: list[TraceRecord], verifier: SignatureVerifier) -> Replay
     return found
 
 
-def _made(first: trace_format.Input, signer: RecordedSigner) -> MembershipCore:
+def _made(first: trace_format.Input, signer: ReplaySigner) -> MembershipCore:
     match first:
         case trace_format.StartInput(now=now, me=me, public_key=public_key, config=config, seed=seed):
             signer.public_key = public_key

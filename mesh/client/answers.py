@@ -7,9 +7,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from mesh.client.api import encoded
-from mesh.client.event_stream import AnswerChunk, AnswerProgress, JsonObject
+from mesh.client.event_stream import AnswerChunk, AnswerProgress
 from mesh.client.flow import ClientCore, Flow, FlowOutcome, RetrySchedule, YieldChunk
 from mesh.client.transport import BlockingIo, TrioIo
+from mesh.json_object import JsonObject
 
 if TYPE_CHECKING:
     import httpx

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from mesh.client.event_stream import JsonObject
 from mesh.client.flow import ANSWER_S, LOOK_S, ClientCore, Flow
 from mesh.client.params import CHAT_PARAMS, COMPLETION_PARAMS, ChatParams, fields_of
 from mesh.errors import BadRequest
+from mesh.json_object import JsonObject
 
 ChatMessages = str | Sequence[Mapping[str, object]]
 

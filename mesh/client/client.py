@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Literal, TypeVar, Unpack, overload
 from mesh.client import api as api
 from mesh.client.answers import AnswerStream, AsyncAnswerStream
 from mesh.client.api import ChatMessages, DocumentAdded, DocumentFile
-from mesh.client.event_stream import JsonObject
 from mesh.client.flow import ClientCore, Flow, FlowOutcome, KnownNodes, RetryBudget
 from mesh.client.openai_sdk import arguments, openai_module
 from mesh.client.params import ChatParams, CompletionParams
 from mesh.client.transport import BlockingIo, TrioIo, connection_limits, proxied
 from mesh.errors import BadRequest
+from mesh.json_object import JsonObject
 
 if TYPE_CHECKING:
     import openai

@@ -8,12 +8,9 @@ choices, up to this chunk, so that a reader can detect a gap or a repetition.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from mesh.errors import RemoteError
-
-JsonObject = dict[str, Any]
-"""An object of parsed JSON, as a node sent it."""
+from mesh.json_object import JsonObject
 
 AnswerChunk = JsonObject
 """A chunk of a streamed answer, in OpenAI's form with the field `mesh`."""

@@ -17,8 +17,9 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from mesh.client.event_stream import AnswerChunk, AnswerProgress, EventDecoder, JsonObject
+from mesh.client.event_stream import AnswerChunk, AnswerProgress, EventDecoder
 from mesh.errors import BadRequest, DeadlineExceeded, MeshError, PeerLost, Refused, RemoteError
+from mesh.json_object import JsonObject
 
 T = TypeVar("T")
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import traceback
-from collections.abc import Mapping, MutableMapping
-from typing import Any
+from collections.abc import Mapping
 
 import structlog
 from starlette.requests import Request
@@ -21,7 +20,7 @@ from mesh.errors import PeerLost
 from mesh.ids import Address
 from node.http import documents, generation, openapi, sse, surface
 from node.http.auth import OPEN_PATHS, ApiKeys, check_origin
-from node.http.connection import App, AsgiMessage, Receive, Send
+from node.http.connection import App, AsgiMessage, Receive, Scope, Send
 from node.http.errors import ClientGone, ErrorAnswer, answer_of, is_expected, single_cause
 from node.http.services import NodeServices
 from node.http.site import Endpoint, HttpStatistics, Json, Route, Site
@@ -69,7 +68,7 @@ class NodeApp:
     def statistics(self) -> HttpStatistics:
         return self._site.statistics()
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         counts = self._site.counts
         counts.requests += 1
         request_id = _header(scope, b"x-request-id") or ""
@@ -86,16 +85,14 @@ class NodeApp:
         except Exception as error:  # noqa: BLE001  # supervised: per HTTP request
             await self._answer_failure(single_cause(error), scope, outward, request_id)
 
-    def _let_in(self, scope: MutableMapping[str, Any]) -> None:
+    def _let_in(self, scope: Scope) -> None:
         """Raises BadRequest, 401 or 403, for a client that may not send this."""
         if self._site.auth is None:
             check_origin(_header(scope, b"host"), _header(scope, b"origin"), self._site.bound)
         elif scope["path"] not in OPEN_PATHS:
             scope["state"]["tenant"] = self._site.auth.tenant(_header(scope, b"authorization"))
 
-    async def _answer_failure(
-        self, error: BaseException, scope: MutableMapping[str, Any], outward: _Outward, request_id: str
-    ) -> None:
+    async def _answer_failure(self, error: BaseException, scope: Scope, outward: _Outward, request_id: str) -> None:
         if isinstance(error, ClientGone):
             return
         if not is_expected(error):
@@ -144,14 +141,14 @@ class _Outward:
 
 
 def _starlette_route(site: Site, path: str, endpoints: Mapping[str, Endpoint]) -> StarletteRoute:
-    async def answer(request: Request) -> Any:
+    async def answer(request: Request) -> App:
         method = "GET" if request.method == "HEAD" else request.method
         return await endpoints[method](site, request)
 
     return StarletteRoute(path, answer, methods=list(endpoints))
 
 
-def _header(scope: MutableMapping[str, Any], name: bytes) -> str | None:
+def _header(scope: Scope, name: bytes) -> str | None:
     for known, value in scope["headers"]:
         if known == name:
             return str(value, "latin-1")

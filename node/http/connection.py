@@ -26,9 +26,10 @@ from node.http.errors import ClientGone, ErrorAnswer, answer_of
 from node.http.limits import Limits
 
 AsgiMessage = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]  # of ASGI: what a request's head says
 Receive = Callable[[], Awaitable[AsgiMessage]]
 Send = Callable[[AsgiMessage], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 READ_BYTES = 16 << 10  # below the head limit, so that h11 sees an oversized head before it is whole
 DISCONNECT = "http.disconnect"
@@ -330,7 +331,7 @@ class Connection:
             if name == b"expect" and value.lower() != b"100-continue":
                 raise BadRequest("expected no expectation but 100-continue", status=417)
 
-    def _scope(self, request: h11.Request) -> dict[str, Any]:
+    def _scope(self, request: h11.Request) -> Scope:
         raw_path, _, query = origin_form(bytes(request.target)).partition(b"?")
         transport = getattr(self.stream, "transport_stream", None)
         return {
@@ -436,7 +437,7 @@ def origin_form(target: bytes) -> bytes:
     return rest[slash:] if slash >= 0 else b"/"
 
 
-def _address(stream: Any, end: str) -> tuple[str, int] | None:
+def _address(stream: object, end: str) -> tuple[str, int] | None:
     """Host and port of one end of a TCP stream; None for any other stream."""
     if not isinstance(stream, trio.SocketStream):
         return None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import struct
 from base64 import b64encode
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from mesh.errors import BadRequest
+from mesh.json_object import JsonObject
 from node.http.connection import App
 from node.http.errors import unexpected_field
 from node.http.multipart import parse_multipart
@@ -181,7 +181,7 @@ def _weights(options: RankingOptions) -> tuple[float, float]:
     return weights
 
 
-def search_page(query: str, result: SearchResult, score_threshold: float | None) -> dict[str, Any]:
+def search_page(query: str, result: SearchResult, score_threshold: float | None) -> JsonObject:
     rows = [
         {
             "file_id": passage.file_id,
@@ -209,7 +209,7 @@ def search_page(query: str, result: SearchResult, score_threshold: float | None)
     }
 
 
-def file_object(file: FileInfo) -> dict[str, Any]:
+def file_object(file: FileInfo) -> JsonObject:
     return {
         "id": file.id,
         "object": "file",
@@ -221,7 +221,7 @@ def file_object(file: FileInfo) -> dict[str, Any]:
     }
 
 
-def store_file_object(store: StoreInfo, file: FileInfo) -> dict[str, Any]:
+def store_file_object(store: StoreInfo, file: FileInfo) -> JsonObject:
     return {
         "id": file.id,
         "object": "vector_store.file",
@@ -235,7 +235,7 @@ def store_file_object(store: StoreInfo, file: FileInfo) -> dict[str, Any]:
     }
 
 
-async def _store_object(site: Site, store: StoreInfo) -> dict[str, Any]:
+async def _store_object(site: Site, store: StoreInfo) -> JsonObject:
     usage_bytes = sum(file.size_bytes for file in await site.node.store_files(store.id))
     counts = {"in_progress": 0, "completed": store.documents, "failed": 0, "cancelled": 0, "total": store.documents}
     return {
@@ -252,7 +252,7 @@ async def _store_object(site: Site, store: StoreInfo) -> dict[str, Any]:
     }
 
 
-def _refuse(fields: dict[str, Any], *names: str) -> None:
+def _refuse(fields: JsonObject, *names: str) -> None:
     for name in names:
         if fields.get(name) not in (None, False, {"type": "auto"}):
             raise BadRequest(f"{name}: not supported here; leave it out", name)

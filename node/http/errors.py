@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 from starlette.exceptions import HTTPException
 
 from mesh.errors import BadRequest, DeadlineExceeded, ModelLoading, NoPath, PeerLost, Refused
+from mesh.json_object import JsonObject
 
 MESSAGE_CHARS = 8192  # an escaped character takes up to 6 bytes: the body stays below 64 KiB
 RETRY_AFTER_MAX_S = 60.0
@@ -65,7 +65,7 @@ class ClientGone(OSError):
 @dataclass(frozen=True, slots=True)
 class ErrorAnswer:
     status: int
-    body: dict[str, Any]
+    body: JsonObject
     headers: tuple[tuple[bytes, bytes], ...] = ()
 
     def encode(self) -> bytes:
@@ -120,7 +120,7 @@ def retry_headers(retry_after_s: float, jitter: float) -> tuple[tuple[bytes, byt
     return ((b"retry-after", b"%d" % math.ceil(wait_s)), (b"retry-after-ms", b"%d" % round(wait_s * 1000)))
 
 
-def loading_fields(layers: Iterable[tuple[int, int]], progress: float, eta_s: float) -> dict[str, Any]:
+def loading_fields(layers: Iterable[tuple[int, int]], progress: float, eta_s: float) -> JsonObject:
     """What an error `model_loading` tells beside its message: `layers` are `[start, end)`, `progress` is 0 to 1."""
     return {"progress": round(progress, 2), "layers": [list(run) for run in layers], "eta_s": round(eta_s, 1)}
 
@@ -131,7 +131,7 @@ def _answer(
     param: str | None = None,
     code: str | None = None,
     headers: tuple[tuple[bytes, bytes], ...] = (),
-    **more: Any,
+    **more: object,
 ) -> ErrorAnswer:
     """`more`: further fields of the error object."""
     if len(message) > MESSAGE_CHARS:

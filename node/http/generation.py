@@ -18,15 +18,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import trio
 from starlette.requests import Request
 
 from mesh.errors import BadRequest, LocalError, MeshError, PeerLost
 from mesh.ids import ModelId, StreamId
+from mesh.json_object import JsonObject
 from node.http import sse
-from node.http.connection import DISCONNECT, App, Receive, Send
+from node.http.connection import DISCONNECT, App, Receive, Scope, Send
 from node.http.errors import answer_of, is_expected, single_cause
 from node.http.openai import ParsedRequest, generation_ids, parse_chat, parse_completion
 from node.http.schema import ChatBody, CompletionBody
@@ -49,10 +49,10 @@ def parser_for(use: ToolUse | None, style: str, stream: str, choice: int) -> Too
     return ToolCallParser(known, use.names, id_of, most=most)
 
 
-def delta_of(events: Iterable[ToolEvent]) -> dict[str, Any]:
+def delta_of(events: Iterable[ToolEvent]) -> JsonObject:
     """What came of a piece of text, as one delta: text and calls side by side, each call once."""
-    delta: dict[str, Any] = {}
-    calls: dict[int, dict[str, Any]] = {}
+    delta: JsonObject = {}
+    calls: dict[int, JsonObject] = {}
     for event in events:
         match event:
             case PlainText(text):
@@ -64,7 +64,7 @@ def delta_of(events: Iterable[ToolEvent]) -> dict[str, Any]:
     return {**delta, "tool_calls": list(calls.values())} if calls else delta
 
 
-def message_of(parser: ToolCallParser | None, text: str) -> dict[str, Any]:
+def message_of(parser: ToolCallParser | None, text: str) -> JsonObject:
     """The fields of a whole message that its text makes."""
     if parser is None:
         return {"content": text}
@@ -80,7 +80,7 @@ def ending(reason: str, parser: ToolCallParser | None, use: ToolUse | None) -> s
     return "tool_calls" if called and reason == "stop" else reason
 
 
-CompletionChunk = dict[str, Any]
+CompletionChunk = JsonObject
 
 
 @dataclass(slots=True)
@@ -151,7 +151,7 @@ class AnswerBuilder:
         """Finds the tool calls in the text of choice `index`; None where none were offered."""
         return parser_for(self.asked.tools, self._tool_style, self.asked.id, index)
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> JsonObject:
         """Counts of the request, not of its attempts."""
         prompt_tokens, completion_tokens = sum(self._prompt_tokens), self.seq
         return {
@@ -161,7 +161,7 @@ class AnswerBuilder:
             "prompt_tokens_details": {"cached_tokens": sum(end.cached_tokens for end in self._finished if end is not None)},
         }
 
-    def envelope(self, kind: str, choices: list[dict[str, Any]], mesh: dict[str, Any]) -> CompletionChunk:
+    def envelope(self, kind: str, choices: list[JsonObject], mesh: JsonObject) -> CompletionChunk:
         return {
             "id": self.asked.id,
             "object": kind,
@@ -172,10 +172,10 @@ class AnswerBuilder:
             "mesh": mesh,
         }
 
-    def final_mesh(self) -> dict[str, Any]:
+    def final_mesh(self) -> JsonObject:
         """What the last chunk and a whole answer tell of how the answer came about."""
         ends = [finished for finished in self._finished if finished is not None]
-        mesh: dict[str, Any] = {
+        mesh: JsonObject = {
             "seq": self.seq,
             "numerics": "exact" if all(end.numerics == "exact" for end in ends) else "approximate",
             "attempts": max(end.attempts for end in ends),
@@ -191,7 +191,7 @@ class AnswerBuilder:
             mesh["annotations"] = self.annotations()
         return mesh
 
-    def annotations(self) -> list[dict[str, Any]]:
+    def annotations(self) -> list[JsonObject]:
         """The passages that `[number]` in the text stands for."""
         report = self._finished[0].retrieval if self._finished[0] else None
         return [
@@ -251,7 +251,7 @@ class ChunkStream:
             self._parsers[index] = self._answer.new_parser(index)
         return self._parsers[index]
 
-    def _delta(self, index: int, text: str) -> dict[str, Any]:
+    def _delta(self, index: int, text: str) -> JsonObject:
         parser = self._parser(index)
         return {"content": text} if parser is None else delta_of(parser.feed(text))
 
@@ -261,10 +261,10 @@ class ChunkStream:
         text: str,
         token_ids: Sequence[int],
         logprobs: Sequence[TokenLogprob],
-        delta: dict[str, Any],
+        delta: JsonObject,
         reason: str | None = None,
     ) -> CompletionChunk:
-        body: dict[str, Any] = {"delta": delta} if self._asked.chat else {"text": text}
+        body: JsonObject = {"delta": delta} if self._asked.chat else {"text": text}
         if self._asked.logprobs and (logprobs or reason is None):
             offset = self._answer.choices[index].chars
             body["logprobs"] = chat_logprobs(logprobs) if self._asked.chat else completion_logprobs(logprobs, offset)
@@ -293,10 +293,10 @@ class ChunkStream:
         chunks[-1]["mesh"] = self._answer.final_mesh()
         return chunks
 
-    def _choice(self, index: int, body: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+    def _choice(self, index: int, body: JsonObject, reason: str | None = None) -> JsonObject:
         return {"index": index, **body, "logprobs": body.get("logprobs"), "finish_reason": reason}
 
-    def _chunk(self, choices: list[dict[str, Any]]) -> CompletionChunk:
+    def _chunk(self, choices: list[JsonObject]) -> CompletionChunk:
         chunk = self._answer.envelope(self._kind, choices, {"seq": self._answer.seq})
         if self._asked.continuous_usage:
             chunk["usage"] = self._answer.usage()
@@ -305,7 +305,7 @@ class ChunkStream:
         return chunk
 
 
-def whole_answer(answer: AnswerBuilder) -> dict[str, Any]:
+def whole_answer(answer: AnswerBuilder) -> JsonObject:
     """The body of a request that did not stream, once all its generations have finished."""
     chat = answer.asked.chat
     choices = [_whole_choice(answer, index, choice) for index, choice in enumerate(answer.choices)]
@@ -314,9 +314,9 @@ def whole_answer(answer: AnswerBuilder) -> dict[str, Any]:
     return body
 
 
-def _whole_choice(answer: AnswerBuilder, index: int, choice: Choice) -> dict[str, Any]:
+def _whole_choice(answer: AnswerBuilder, index: int, choice: Choice) -> JsonObject:
     text = "".join(choice.text)
-    body: dict[str, Any] = {"index": index}
+    body: JsonObject = {"index": index}
     parser = answer.new_parser(index)
     if answer.asked.chat:
         body["message"] = {"role": "assistant", **message_of(parser, text), "refusal": None}
@@ -333,7 +333,7 @@ def _whole_choice(answer: AnswerBuilder, index: int, choice: Choice) -> dict[str
     return body
 
 
-def chat_logprobs(logprobs: Iterable[TokenLogprob]) -> dict[str, Any]:
+def chat_logprobs(logprobs: Iterable[TokenLogprob]) -> JsonObject:
     """OpenAI's chat form. `bytes` are those of the token's text."""
     content = []
     for item in logprobs:
@@ -343,9 +343,9 @@ def chat_logprobs(logprobs: Iterable[TokenLogprob]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(logprobs: Iterable[TokenLogprob], offset: int) -> dict[str, Any]:
+def completion_logprobs(logprobs: Iterable[TokenLogprob], offset: int) -> JsonObject:
     """The older form of plain completions: parallel lists; `offset` is where the first token's text begins."""
-    form: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    form: JsonObject = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for item in logprobs:
         form["tokens"].append(item.text)
         form["token_logprobs"].append(item.logprob)
@@ -406,7 +406,7 @@ class GenerationResponse:
     asked: ParsedRequest
     with_ids: bool = False
 
-    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answered = trio.Event()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_cancel_on_disconnect, receive, answered, nursery.cancel_scope)
@@ -419,7 +419,7 @@ class GenerationResponse:
                     await Json(body, headers={"x-mesh-stream": self.asked.id})(scope, receive, send)
             nursery.cancel_scope.cancel()
 
-    async def _whole(self, items: trio.MemoryReceiveChannel[Item]) -> dict[str, Any]:
+    async def _whole(self, items: trio.MemoryReceiveChannel[Item]) -> JsonObject:
         answer = self._new_answer()
         while not answer.complete:
             generation, event = await items.receive()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
@@ -66,7 +65,7 @@ def figures(name: str, value: object) -> Iterator[tuple[str, dict[str, Number]]]
                 yield from figures(f"{name}_{key}", inner)
 
 
-def _fields(value: object) -> dict[str, Any] | None:
+def _fields(value: object) -> dict[str, object] | None:
     """The fields of a dataclass or a struct, unconverted; None for anything else."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}

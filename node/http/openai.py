@@ -13,12 +13,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
 from mesh.errors import BadRequest
 from mesh.ids import ModelId, StreamId
+from mesh.json_object import JsonObject
 from node.http.errors import unexpected_field
 from node.http.schema import ChatBody, CompletionBody, GenerationBody, StructuredOutputs
 from node.requests import GenerateRequest, Grammar, Retrieval, SamplingParams, ToolUse
@@ -30,14 +31,14 @@ MAX_CALLS = 128  # of one assistant message
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def parse_messages(messages: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+def parse_messages(messages: list[JsonObject]) -> tuple[JsonObject, ...]:
     """Raises BadRequest with the field's path."""
     if not 1 <= len(messages) <= MAX_MESSAGES:
         raise BadRequest(f"messages: expected 1 to {MAX_MESSAGES} messages, got {len(messages)}", "messages")
     return tuple(_message(message, f"messages[{index}]") for index, message in enumerate(messages))
 
 
-def _message(message: Mapping[str, Any], param: str) -> dict[str, Any]:
+def _message(message: Mapping[str, object], param: str) -> JsonObject:
     """`developer` is the newer word for `system`."""
     role = message.get("role")
     if role not in ROLES:
@@ -45,7 +46,10 @@ def _message(message: Mapping[str, Any], param: str) -> dict[str, Any]:
     for field in ("function_call", "audio"):
         if message.get(field):
             raise BadRequest(f"{param}.{field}: not supported here", f"{param}.{field}")
-    cleaned = {"role": "system" if role == "developer" else role, "content": _content(message, role, f"{param}.content")}
+    cleaned: JsonObject = {
+        "role": "system" if role == "developer" else role,
+        "content": _content(message, role, f"{param}.content"),
+    }
     name = message.get("name")
     if name is not None:
         cleaned["name"] = _text(name, f"{param}.name")
@@ -56,7 +60,7 @@ def _message(message: Mapping[str, Any], param: str) -> dict[str, Any]:
     return cleaned
 
 
-def _tool_calls(calls: Any, role: str, param: str) -> list[dict[str, Any]]:
+def _tool_calls(calls: object, role: str, param: str) -> list[JsonObject]:
     if role != "assistant" or not isinstance(calls, list) or len(calls) > MAX_CALLS:
         raise unexpected_field(f"a list of at most {MAX_CALLS} calls in an assistant's message", calls, param)
     cleaned = []
@@ -73,13 +77,13 @@ def _tool_calls(calls: Any, role: str, param: str) -> list[dict[str, Any]]:
     return cleaned
 
 
-def _text(value: Any, param: str) -> str:
+def _text(value: object, param: str) -> str:
     if not isinstance(value, str):
         raise unexpected_field("a text", value, param)
     return value
 
 
-def _content(message: Mapping[str, Any], role: str, param: str) -> str:
+def _content(message: Mapping[str, object], role: str, param: str) -> str:
     """Text parts are joined by newlines, as vLLM does for models that take text."""
     content = message.get("content")
     if isinstance(content, str):
@@ -116,7 +120,7 @@ def parse_grammar(body: GenerationBody) -> Grammar | None:
     return asked[0] if asked else None
 
 
-def _response_format(form: Mapping[str, Any] | None) -> Grammar | None:
+def _response_format(form: Mapping[str, object] | None) -> Grammar | None:
     match (form or {}).get("type", "text") if form else "text":
         case "text":
             return None
@@ -139,7 +143,7 @@ def _extras(body: GenerationBody) -> list[Grammar]:
     return [_extra(param, name, value) for param, name, value in asked if value not in (None, False, "", [])]
 
 
-def _extra(param: str, name: str, value: Any) -> Grammar:
+def _extra(param: str, name: str, value: object) -> Grammar:
     match name:
         case "json":
             return json_grammar(_read_schema(value, param), param)
@@ -155,7 +159,7 @@ def _extra(param: str, name: str, value: Any) -> Grammar:
             raise BadRequest(f"{param}: not supported here; leave it out", param)
 
 
-def _read_schema(value: Any, param: str) -> Any:
+def _read_schema(value: object, param: str) -> object:
     """A schema may come as an object or as its text."""
     if not isinstance(value, str):
         return value
@@ -165,7 +169,7 @@ def _read_schema(value: Any, param: str) -> Any:
         raise unexpected_field("a JSON schema", value, param) from None
 
 
-def json_grammar(schema: Any, param: str, *, lenient: bool = False) -> Grammar:
+def json_grammar(schema: object, param: str, *, lenient: bool = False) -> Grammar:
     """Raises BadRequest: no schema, too large, too deep, or it refers to other documents."""
     if not isinstance(schema, (dict, bool)):
         raise unexpected_field("a JSON schema", schema, param)
@@ -173,14 +177,14 @@ def json_grammar(schema: Any, param: str, *, lenient: bool = False) -> Grammar:
     return Grammar("json", _bounded(msgspec.json.encode(schema).decode(), param), lenient=lenient, param=param)
 
 
-def choice_grammar(choices: Any, param: str) -> Grammar:
-    texts = isinstance(choices, list) and all(isinstance(choice, str) and choice for choice in choices)
-    if not texts or not 1 <= len(choices) <= MAX_CHOICE_TEXTS:
+def choice_grammar(choices: object, param: str) -> Grammar:
+    texts = choices if isinstance(choices, list) and all(isinstance(choice, str) and choice for choice in choices) else []
+    if not 1 <= len(texts) <= MAX_CHOICE_TEXTS:
         raise unexpected_field(f"1 to {MAX_CHOICE_TEXTS} texts that are not empty", choices, param)
-    return Grammar("choice", _bounded(msgspec.json.encode(choices).decode(), param), param=param)
+    return Grammar("choice", _bounded(msgspec.json.encode(texts).decode(), param), param=param)
 
 
-def _text_grammar(kind: Any, value: Any, param: str) -> Grammar:
+def _text_grammar(kind: Literal["regex", "lark"], value: object, param: str) -> Grammar:
     if not isinstance(value, str) or not value:
         raise unexpected_field("a text", value, param)
     return Grammar(kind, _bounded(value, param), param=param)
@@ -217,19 +221,19 @@ def parse_tools(body: ChatBody) -> ToolUse | None:
     if choice == "required":
         return ToolUse(tools, "required", parallel=parallel)
     named = _named(choice)
-    if named not in names:
+    if not isinstance(named, str) or named not in names:
         raise unexpected_field(f"a function among {', '.join(names)}", named, "tool_choice.function.name")
     return ToolUse(tools, "required", named, parallel)
 
 
-def _named(choice: Any) -> Any:
+def _named(choice: object) -> object:
     function = choice.get("function") if isinstance(choice, dict) else None
-    if not isinstance(function, dict) or choice.get("type", "function") != "function":
+    if not isinstance(choice, dict) or not isinstance(function, dict) or choice.get("type", "function") != "function":
         raise unexpected_field("none, auto, required, or an object that names a function", choice, "tool_choice")
     return function.get("name")
 
 
-def _tool(tool: Mapping[str, Any], param: str) -> dict[str, Any]:
+def _tool(tool: Mapping[str, object], param: str) -> JsonObject:
     if tool.get("type") != "function":
         raise unexpected_field("function", tool.get("type"), f"{param}.type")
     function = tool.get("function")
@@ -260,9 +264,9 @@ MAX_PRIORITY = 100
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
-NEUTRAL_OFF: tuple[Any, ...] = (None, False)
-NEUTRAL_EMPTY: tuple[Any, ...] = (None, [], {}, "")
-UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+NEUTRAL_OFF: tuple[object, ...] = (None, False)
+NEUTRAL_EMPTY: tuple[object, ...] = (None, [], {}, "")
+UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "echo": NEUTRAL_OFF,
     "suffix": (None, ""),
     "best_of": (None, 1),
@@ -312,7 +316,7 @@ class ParsedRequest:
         return self.n * len(self.generations)
 
 
-def decode_body(raw: bytes, kind: type[Body]) -> tuple[Body, dict[str, Any]]:
+def decode_body(raw: bytes, kind: type[Body]) -> tuple[Body, JsonObject]:
     """The JSON body as `kind`, and as the plain object it came as.
 
     Raises:
@@ -337,7 +341,7 @@ def decode_body(raw: bytes, kind: type[Body]) -> tuple[Body, dict[str, Any]]:
         raise BadRequest(text.replace("`$.", "`"), param or None) from error
 
 
-def _with_special_floats(raw: bytes, error: Exception) -> Any:
+def _with_special_floats(raw: bytes, error: Exception) -> object:
     """NaN and Infinity are no JSON, but Python's clients write them: read them, so that the answer can name the field."""
     malformed = BadRequest(f"expected JSON: {error}", code="invalid_json")
     if not (b"NaN" in raw or b"Infinity" in raw):
@@ -513,13 +517,14 @@ def _top_logprobs(body: ChatBody) -> int | None:
     return (top or 0) if body.logprobs else None
 
 
-def _prompts(prompt: str | list[Any]) -> list[str | tuple[int, ...]]:
+def _prompts(prompt: str | list[int | str | list[int]]) -> list[str | tuple[int, ...]]:
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
         raise BadRequest("prompt: expected a text, token ids, or a list of either, got an empty list", "prompt")
-    if all(isinstance(item, int) for item in prompt):
-        return [_token_ids("prompt", prompt) or ()]
+    tokens = [item for item in prompt if isinstance(item, int)]
+    if len(tokens) == len(prompt):
+        return [_token_ids("prompt", tokens) or ()]
     if len(prompt) > MAX_PROMPTS:
         raise BadRequest(f"prompt: expected at most {MAX_PROMPTS} prompts, got {len(prompt)}", "prompt")
     prompts: list[str | tuple[int, ...]] = []
@@ -539,7 +544,7 @@ def _retrieval(body: ChatBody) -> Retrieval | None:
     return Retrieval(body.mesh.store) if top_k is None else Retrieval(body.mesh.store, top_k)
 
 
-def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
+def _refuse_unsupported(fields: Mapping[str, object]) -> None:
     for name, neutral in UNSUPPORTED.items():
         if fields.get(name) not in neutral:
             raise BadRequest(f"{name}: not supported here; leave it out", name)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 import msgspec
 
+from mesh.json_object import JsonObject
 from node.http.site import Route
 
 ERROR_SCHEMA = {
@@ -33,20 +33,20 @@ FILE_FORM = {
 }
 
 
-def describe(routes: Iterable[Route], version: str, *, with_keys: bool, open_paths: Iterable[str]) -> dict[str, Any]:
+def describe(routes: Iterable[Route], version: str, *, with_keys: bool, open_paths: Iterable[str]) -> JsonObject:
     """The OpenAPI 3.1 document of `routes`."""
     routes = list(routes)
     bodies = [route.body for route in routes if route.body is not None]
     schemas, components = msgspec.json.schema_components(bodies, ref_template="#/components/schemas/{name}")
     schema_of = dict(zip(bodies, schemas))
-    paths: dict[str, dict[str, Any]] = {}
+    paths: dict[str, JsonObject] = {}
     for route in routes:
         path = re.sub(r":\w+\}", "}", route.path)
         operation = _operation(route, path, schema_of.get(route.body) if route.body else None)
         if with_keys and path not in open_paths:
             operation["security"] = [{"key": []}]
         paths.setdefault(path, {})[route.method.lower()] = operation
-    described: dict[str, Any] = {
+    described: JsonObject = {
         "openapi": "3.1.0",
         "info": {"title": "mesh node", "version": version},
         "paths": paths,
@@ -57,12 +57,12 @@ def describe(routes: Iterable[Route], version: str, *, with_keys: bool, open_pat
     return described
 
 
-def _operation(route: Route, path: str, schema: dict[str, Any] | None) -> dict[str, Any]:
+def _operation(route: Route, path: str, schema: JsonObject | None) -> JsonObject:
     error = {
         "description": "Refused or failed",
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
     }
-    operation: dict[str, Any] = {
+    operation: JsonObject = {
         "operationId": route.endpoint.__name__,
         "summary": route.summary,
         "responses": {"200": {"description": "Done"}, "default": error},

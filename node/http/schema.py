@@ -6,9 +6,9 @@ meaning of an answer and are not supported are listed in `openai.UNSUPPORTED`. `
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
+
+from mesh.json_object import JsonObject
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -28,12 +28,12 @@ class MeshOptions(msgspec.Struct, kw_only=True):
 class StructuredOutputs(msgspec.Struct, kw_only=True):
     """vLLM's: at most one of them."""
 
-    json: str | dict[str, Any] | bool | None = None
+    json: str | JsonObject | bool | None = None
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
-    structural_tag: Any = None
+    structural_tag: object = None
 
 
 class GenerationBody(msgspec.Struct, kw_only=True):
@@ -62,9 +62,9 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     include_stop_str_in_output: bool | None = None
     priority: int | None = None
     return_token_ids: bool | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: JsonObject | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: str | dict[str, Any] | bool | None = None
+    guided_json: str | JsonObject | bool | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
@@ -73,10 +73,10 @@ class GenerationBody(msgspec.Struct, kw_only=True):
 
 
 class ChatBody(GenerationBody, kw_only=True):
-    messages: list[dict[str, Any]]
+    messages: list[JsonObject]
     max_completion_tokens: int | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: list[JsonObject] | None = None
+    tool_choice: str | JsonObject | None = None
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -98,12 +98,12 @@ class EmbeddingBody(msgspec.Struct, kw_only=True):
 class StoreBody(msgspec.Struct, kw_only=True):
     name: str | None = None
     file_ids: list[str] | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: JsonObject | None = None
 
 
 class AttachBody(msgspec.Struct, kw_only=True):
     file_id: str
-    attributes: dict[str, Any] | None = None
+    attributes: JsonObject | None = None
 
 
 class HybridSearch(msgspec.Struct, kw_only=True):

@@ -11,7 +11,6 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import trio
 
@@ -70,7 +69,7 @@ class Server:
             bodies_bytes=self._counts.bodies_bytes,
         )
 
-    async def run(self, listeners: Sequence[trio.abc.Listener[Any]], task_status: trio.TaskStatus[Server]) -> None:
+    async def run(self, listeners: Sequence[trio.abc.Listener[trio.abc.Stream]], task_status: trio.TaskStatus[Server]) -> None:
         async with trio.open_nursery() as connections:
             async with trio.open_nursery() as accepting:
                 accepting.start_soon(partial(trio.serve_listeners, self._take, list(listeners), handler_nursery=connections))
@@ -115,7 +114,7 @@ class Server:
 
 async def serve(
     app: App,
-    listeners: Sequence[trio.abc.Listener[Any]],
+    listeners: Sequence[trio.abc.Listener[trio.abc.Stream]],
     limits: Limits | None = None,
     *,
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,

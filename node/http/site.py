@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -13,6 +12,7 @@ from starlette.responses import Response
 
 from mesh.errors import BadRequest
 from mesh.ids import Address
+from mesh.json_object import JsonObject
 from node.http.auth import ApiKeys
 from node.http.connection import App
 from node.http.errors import ClientGone, unexpected_field
@@ -80,7 +80,7 @@ class Route:
 class Json(Response):
     media_type = "application/json"
 
-    def render(self, content: Any) -> bytes:
+    def render(self, content: object) -> bytes:
         return msgspec.json.encode(content)
 
 
@@ -109,7 +109,7 @@ async def read_body(request: Request) -> bytes:
         raise ClientGone("the client hung up in mid-body") from gone
 
 
-def page_of(items: Sequence[dict[str, Any]], request: Request) -> dict[str, Any]:
+def page_of(items: Sequence[JsonObject], request: Request) -> JsonObject:
     """A page of `items` by OpenAI's `order`, `after`, `before` and `limit`; each item has `id` and `created_at`.
 
     Raises:

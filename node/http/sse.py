@@ -7,9 +7,10 @@ line after one; so ids come only on request and a keep-alive is `: ping` with on
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import msgspec
+
+from mesh.json_object import JsonObject
 
 PING = b": ping\n"
 PING_EVERY_S = 4.0  # the contract allows 5 s of silence; a busy loop may be late
@@ -24,7 +25,7 @@ HEADERS = (
 _encoder = msgspec.json.Encoder()
 
 
-def encode(chunks: Iterable[dict[str, Any]], *, with_ids: bool = False) -> bytes:
+def encode(chunks: Iterable[JsonObject], *, with_ids: bool = False) -> bytes:
     """One event a chunk; several of them are one write. With ids, each event's id is the chunk's `mesh.seq`."""
     parts = []
     for chunk in chunks:
@@ -34,6 +35,6 @@ def encode(chunks: Iterable[dict[str, Any]], *, with_ids: bool = False) -> bytes
     return b"".join(parts)
 
 
-def encode_error(body: dict[str, Any]) -> bytes:
+def encode_error(body: JsonObject) -> bytes:
     """The end of a stream that failed; nothing follows it, `[DONE]` least of all."""
     return b"data: " + _encoder.encode(body) + b"\n\n"

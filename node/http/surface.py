@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from mesh.errors import BadRequest
 from mesh.ids import ModelId
+from mesh.json_object import JsonObject
 from mesh.versions import plain_id
 from mesh.view import ModelCard
 from node.http import dashboard, metrics
@@ -31,7 +31,7 @@ async def get_model(site: Site, request: Request) -> App:
     raise BadRequest(f"model: this mesh does not serve {id[:80]!r}", "model", "model_not_found", 404)
 
 
-def model_object(card: ModelCard) -> dict[str, Any]:
+def model_object(card: ModelCard) -> JsonObject:
     return {
         "id": card.id,
         "object": "model",
@@ -53,7 +53,7 @@ async def ready(site: Site, request: Request) -> App:
     if reason is None:
         return Json({"status": "ready", "node": site.node.me})
     missing = {model: [list(gap) for gap in gaps] for model, gaps in site.node.missing_layers().items()}
-    error: dict[str, Any] = {"message": reason, "type": "service_unavailable_error", "param": None, "code": "not_ready"}
+    error: JsonObject = {"message": reason, "type": "service_unavailable_error", "param": None, "code": "not_ready"}
     retry_after_s = RETRY_AFTER_NO_PATH_S
     if loads := list(site.node.being_loaded().values()):
         first = min(loads, key=lambda each: each.eta_s)

@@ -12,11 +12,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import structlog
 
+from mesh.json_object import JsonObject
 from node.requests import SamplingParams
 
 FILE = "generation_config.json"
@@ -29,7 +29,7 @@ RANGES = {  # lowest and highest, as for a request; without the lowest where 0 i
     "repetition_penalty": (0.0, 10.0),
 }
 ABOVE_LOWEST = {"top_p", "repetition_penalty"}
-NOT_FOLLOWED: Mapping[str, tuple[Any, ...]] = {
+NOT_FOLLOWED: Mapping[str, tuple[object, ...]] = {
     "num_beams": (1,),
     "penalty_alpha": (0,),
     "typical_p": (1,),
@@ -73,14 +73,14 @@ def generation_config(directory: Path) -> dict[str, object]:
     return said
 
 
-def end_tokens(said: Mapping[str, object]) -> tuple[int, ...]:
+def end_tokens(said: JsonObject) -> tuple[int, ...]:
     """The end-of-sequence ids that the file names: one, or a list of them."""
     named = said.get("eos_token_id")
     listed = named if isinstance(named, list) else [named]
     return tuple(token for token in listed if isinstance(token, int) and not isinstance(token, bool) and token >= 0)
 
 
-def sampling_defaults(said: Mapping[str, Any], model: str) -> dict[str, float | int]:
+def sampling_defaults(said: JsonObject, model: str) -> dict[str, float | int]:
     """The fields of `SamplingParams` that the file sets. What it asks for in vain is logged under the model's name."""
     found: dict[str, float | int] = {}
     for name in RANGES:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from mesh.json_object import JsonObject
 from node.requests import Grammar, ToolUse
 from node.text.grammar import JSON_SPACING, lark_text
 
@@ -53,20 +53,20 @@ def knows_tools(template: str) -> bool:
     return "tools" in template
 
 
-def conversation(messages: Sequence[Mapping[str, object]], use: ToolUse | None, template: str) -> list[dict[str, Any]]:
-    """The messages as the template takes them: with calls' arguments as objects; told in text where it knows no tools."""
+def conversation(messages: Sequence[Mapping[str, object]], use: ToolUse | None, template: str) -> list[JsonObject]:
+    """Returns the messages as the template takes them: with calls' arguments as objects, or in text where it has no tools."""
     if knows_tools(template):
-        return [_with_objects(message) for message in messages]
-    told = [_as_text(message) for message in messages]
+        return [_with_objects(dict(message)) for message in messages]
+    as_text = [_as_text(dict(message)) for message in messages]
     if use is None or use.choice == "none":
-        return told
+        return as_text
     described = _description(use)
-    if told and told[0]["role"] == "system":
-        return [{**told[0], "content": f"{told[0]['content']}\n\n{described}"}, *told[1:]]
-    return [{"role": "system", "content": described}, *told]
+    if as_text and as_text[0]["role"] == "system":
+        return [{**as_text[0], "content": f"{as_text[0]['content']}\n\n{described}"}, *as_text[1:]]
+    return [{"role": "system", "content": described}, *as_text]
 
 
-def _with_objects(message: Mapping[str, Any]) -> dict[str, object]:
+def _with_objects(message: JsonObject) -> JsonObject:
     if "tool_calls" not in message:
         return dict(message)
     calls = []
@@ -83,7 +83,7 @@ def _object_of(arguments: str) -> object:
         return arguments
 
 
-def _as_text(message: Mapping[str, Any]) -> dict[str, Any]:
+def _as_text(message: JsonObject) -> JsonObject:
     """A tool's message as a user's, an assistant's calls as the text that makes them."""
     if message["role"] == "tool":
         return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
@@ -92,7 +92,7 @@ def _as_text(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in message.items() if key != "tool_calls"}, "content": text}
 
 
-def _call_text(function: Mapping[str, Any]) -> str:
+def _call_text(function: JsonObject) -> str:
     body = json.dumps({"name": function["name"], HERMES.arguments: _object_of(function["arguments"])}, ensure_ascii=False)
     return f"{HERMES.opening}\n{body}\n{HERMES.closing}"
 

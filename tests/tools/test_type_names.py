@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 
+from tools.definitions import source_files
 from tools.type_names import crossing_dicts, lines_of, names_defined_twice, uses_of_any
 
 
@@ -51,3 +52,10 @@ def test_an_untyped_dict_behind_an_alias_is_told_apart() -> None:
 
 def test_the_report_counts_per_package() -> None:
     assert "Any outside JSON's edge: 1 (node 1)" in list(lines_of(trees(a="x: Any = 1")))
+
+
+def test_each_type_of_the_product_has_one_meaning_and_few_types_are_open() -> None:
+    files = source_files()
+    assert names_defined_twice(files, aliases=True) == {}
+    outside, _ = uses_of_any(files)
+    assert len(outside) <= 60
