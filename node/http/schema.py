@@ -6,6 +6,8 @@ meaning of an answer and are not supported are listed in `openai.UNSUPPORTED`. `
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from mesh.json_object import JsonObject
@@ -33,7 +35,7 @@ class StructuredOutputs(msgspec.Struct, kw_only=True):
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
-    structural_tag: object = None
+    structural_tag: Any = None
 
 
 class GenerationBody(msgspec.Struct, kw_only=True):
