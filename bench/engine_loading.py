@@ -16,7 +16,7 @@ from typing import Any
 
 from node.engine.loading import load_stage
 from node.engine.model.checkpoint import read_checkpoint
-from node.engine.model.mapped import give_back_freed
+from node.engine.model.mapped import trim_heap
 
 CLEAR_PEAK = "5"  # proc(5), clear_refs: takes the peak down to what is resident now
 WITHIN_S = 300.0
@@ -39,7 +39,7 @@ def measure(directory: Path, kernel: str, quantize: str) -> dict[str, Any]:
     third = max(1, checkpoint.layers // 3)
     load_stage(checkpoint, third, third + 1, kernel, 1, quantize)  # what loading anything needs: modules, first allocations
     gc.collect()
-    give_back_freed()
+    trim_heap()
     before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
     loaded = load_stage(checkpoint, third, 2 * third, kernel, 1, quantize)

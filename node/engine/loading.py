@@ -1,4 +1,4 @@
-"""From a directory to a stage that has shown what it can do: kernel by kernel until one passes the self-check."""
+"""Loads a span from a checkpoint: tries kernel after kernel until one passes the self-check."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from node.engine.model.local_stage import LocalStage
 from node.engine.model.paged_stage import device_stage
 from node.engine.model.progress import LoadTracker
 from node.engine.model.stage import Stage
-from node.engine.model.structure import cannot_serve, require_span, structure_of, why_it_failed
+from node.engine.model.structure import failure_reason, not_servable, require_span, structure_of
 from node.engine.parallel.stage import ParallelStage
 
 
 @dataclass(frozen=True)
 class LoadedStage:
-    """A stage, what it may claim, and how its kernel was chosen."""
+    """A loaded stage, its numerics fingerprint, and how its kernel was chosen."""
 
     stage: Stage
     numerics: str
@@ -41,18 +41,18 @@ def load_stage(
     wanted: str,
     threads: int,
     quantize: str = "none",
-    watch: LoadTracker | None = None,
+    tracker: LoadTracker | None = None,
     ranks: int = 1,
     on: torch.device = device.CPU,
     graphs: bool = True,
 ) -> LoadedStage:
-    """Loads layers `[start, end)` with the best kernel that is right and exact here, else with the first that is right.
+    """Loads layers `[start, end)` with the first kernel that is correct and exact here, else with the first that is correct.
 
     `wanted`: auto, a dtype or a kernel; `quantize`: none, int8 or int4; `ranks`: worker processes that compute it together.
     `on`: the device; `graphs`: whether a GPU records its decoding steps.
 
     Raises:
-        BadRequest: layers out of range, no kernel computes what the plain model does, or the model has not so many parts.
+        BadRequest: layers out of range, no kernel matches the reference, or the model cannot be split over so many ranks.
         WorkersLost: a worker has ended.
     """
     if not 0 <= start < end <= checkpoint.layers:
@@ -62,30 +62,30 @@ def load_stage(
     inexact: Kernel | None = None
     stage: Stage | None
     reasons: list[str] = []
-    with ExitStack() as tried:  # ends what is not returned, whatever happens: its workers would stay
+    with ExitStack() as tried:  # closes every stage that is not returned, also after errors: its workers would live on
         for kernel in choice.kernels:
-            watch = watch or LoadTracker(end - start)
-            stage = None
-            stage = _alone(tried, checkpoint, start, end, kernel, threads, watch, ranks, on, graphs)
-            wrong = _packed_and_compared(stage, watch)
-            if wrong:
-                reasons.append(f"{kernel.name}: {wrong}")
+            tracker = tracker or LoadTracker(end - start)
+            stage = None  # frees the memory of the stage before, of which the next one needs as much
+            stage = _only_stage(tried, checkpoint, start, end, kernel, threads, tracker, ranks, on, graphs)
+            fault = _pack_and_compare(stage, tracker)
+            if fault:
+                reasons.append(f"{kernel.name}: {fault}")
                 continue
-            if not selfcheck.looks_through_its_window(stage):
+            if not selfcheck.uses_its_sliding_window(stage):
                 reasons.append(f"{kernel.name}: its sliding window does not reach the attention")
                 break
-            if not stage.loose and selfcheck.is_exact(stage):
+            if not stage.has_unpacked_weights and selfcheck.is_exact(stage):
                 tried.pop_all()
-                numerics = machine.fingerprint(checkpoint.weights, kernel, threads, ranks, on, stage.constants)
+                numerics = machine.fingerprint(checkpoint.weights, kernel, threads, ranks, on, stage.constants_digest)
                 return LoadedStage(stage, numerics, _settled(choice, kernel, reasons))
             inexact = inexact or kernel
             reasons.append(f"{kernel.name}: not exact")
-            if stage.loose:
-                break  # whatever the kernel
+            if stage.has_unpacked_weights:
+                break  # no other kernel packs them either
         if inexact is not None:
             if stage is None or stage.kernel is not inexact:
                 stage = None
-                stage = _alone(tried, checkpoint, start, end, inexact, threads, watch, ranks, on, graphs)
+                stage = _only_stage(tried, checkpoint, start, end, inexact, threads, tracker, ranks, on, graphs)
                 stage.pack()
             tried.pop_all()
             reasons = [*reasons[: choice.kernels.index(inexact)], "none that was tried is exact"]
@@ -99,7 +99,7 @@ def load_stage(
 
 
 def _choice(checkpoint: Checkpoint, wanted: str, quantize: str, ranks: int, on: torch.device) -> KernelChoice:
-    """The kernels to be tried. Raises BadRequest: there is none."""
+    """Returns the kernels to try. Raises BadRequest: there is none."""
     device.require_servable(on, checkpoint.directory.name, checkpoint.mixture, quantize, ranks)
     widest = int(config_value(checkpoint.config, "intermediate_size") or 4 * checkpoint.hidden_size)
     try:
@@ -113,34 +113,34 @@ def _choice(checkpoint: Checkpoint, wanted: str, quantize: str, ranks: int, on: 
 
 
 def _in_short(reasons: list[str]) -> str:
-    """`KERNEL: what` of several kernels, what is the same said once."""
+    """Joins reasons `KERNEL: FAULT`, each different fault once with the names of its kernels."""
     kernels: dict[str, list[str]] = {}
-    for kernel, _, what in (reason.partition(": ") for reason in reasons):
-        kernels.setdefault(what, []).append(kernel)
-    return "; ".join(f"{what} ({', '.join(names)})" for what, names in kernels.items())
+    for kernel, _, fault in (reason.partition(": ") for reason in reasons):
+        kernels.setdefault(fault, []).append(kernel)
+    return "; ".join(f"{fault} ({', '.join(names)})" for fault, names in kernels.items())
 
 
 def _settled(choice: KernelChoice, kernel: Kernel, refused: list[str]) -> KernelChoice:
-    """The choice as it came out: this kernel, after the self-check had refused those before it for these reasons."""
+    """Returns the final choice: this kernel, after the self-check refused those before it for these reasons."""
     return replace(choice, kernels=(kernel,), reason="; ".join(refused) or choice.reason)
 
 
-def _alone(
+def _only_stage(
     tried: ExitStack,
     checkpoint: Checkpoint,
     start: int,
     end: int,
     kernel: Kernel,
     threads: int,
-    watch: LoadTracker | None,
+    tracker: LoadTracker | None,
     ranks: int,
     on: torch.device,
     graphs: bool,
 ) -> Stage:
-    """A stage, not yet packed, that `tried` ends; the one before is ended, and its memory is free."""
+    """Closes the stage before and frees its memory; returns a new stage, not yet packed, that `tried` closes."""
     tried.close()
-    stage = _stage(checkpoint, start, end, kernel, threads, watch, ranks, on, graphs)
-    tried.callback(gc.collect)  # a stage refers to itself; a collection takes half a second, so only where one is to be freed
+    stage = _stage(checkpoint, start, end, kernel, threads, tracker, ranks, on, graphs)
+    tried.callback(gc.collect)  # a stage refers to itself; collecting takes half a second, so only where a stage is freed
     tried.callback(stage.close)
     return stage
 
@@ -151,7 +151,7 @@ def _stage(
     end: int,
     kernel: Kernel,
     threads: int,
-    watch: LoadTracker | None,
+    tracker: LoadTracker | None,
     ranks: int,
     on: torch.device,
     graphs: bool,
@@ -159,29 +159,29 @@ def _stage(
     if ranks > 1:
         return ParallelStage(checkpoint, start, end, kernel, threads, ranks)
     if on != device.CPU:
-        return device_stage(checkpoint, start, end, kernel, threads, watch, on, graphs)
-    return LocalStage(checkpoint, start, end, kernel, threads, watch)
+        return device_stage(checkpoint, start, end, kernel, threads, tracker, on, graphs)
+    return LocalStage(checkpoint, start, end, kernel, threads, tracker)
 
 
-def _packed_and_compared(stage: Stage, watch: LoadTracker) -> str:
-    """Packs the stage and compares it with the plain model; what is wrong with it, or nothing.
+def _pack_and_compare(stage: Stage, tracker: LoadTracker) -> str:
+    """Packs the stage and compares it with the reference; returns its fault, or an empty string.
 
     Raises:
         BadRequest: the model's own code fails, whatever the kernel.
         WorkersLost: a worker has ended.
     """
     try:
-        plain = selfcheck.pack_with_reference(stage)
-        watch.checks()
-        return "" if selfcheck.computes_like_the_plain_model(stage, plain) else "differs from the plain model"
+        reference = selfcheck.pack_with_reference(stage)
+        tracker.start_checking()
+        return "" if selfcheck.matches_reference(stage, reference) else "differs from the plain model"
     except (ValueError, RuntimeError) as error:  # no such kernel on this CPU, or not for these weights
         return " ".join(str(error).split())
     except (LookupError, AttributeError, TypeError, AssertionError, ArithmeticError) as error:
-        raise cannot_serve(stage.checkpoint, why_it_failed(error)) from error
+        raise not_servable(stage.checkpoint, failure_reason(error)) from error
 
 
 def bare_card(checkpoint: Checkpoint, model: ModelId) -> ModelCard:
-    """The card of a model of which no weights have been read: which ones they are is not known either.
+    """Returns the card of a model whose weights have not been read, without their identity and numerics.
 
     Raises:
         BadRequest: its layers cannot be served.
@@ -190,9 +190,9 @@ def bare_card(checkpoint: Checkpoint, model: ModelId) -> ModelCard:
 
 
 def card(checkpoint: Checkpoint, model: ModelId, numerics: str) -> ModelCard:
-    """The card of a model of which a span is loaded."""
-    told = checkpoint.layers, checkpoint.max_model_len, checkpoint.weights, numerics
-    return ModelCard(model, *told, whole_only=_whole_only(checkpoint))
+    """Returns the card of a model of which a span is loaded."""
+    fields = checkpoint.layers, checkpoint.max_model_len, checkpoint.weights, numerics
+    return ModelCard(model, *fields, whole_only=_whole_only(checkpoint))
 
 
 def _whole_only(checkpoint: Checkpoint) -> str:
@@ -200,5 +200,5 @@ def _whole_only(checkpoint: Checkpoint) -> str:
 
 
 def kv_token_bytes(checkpoint: Checkpoint, start: int, end: int, dtype: torch.dtype, copies: int = 1) -> int:
-    """Bytes of keys and values of one token in the layers `[start, end)`; `copies`: of each head, where ranks share one."""
-    return sum(structure_of(checkpoint).kv_numbers[start:end]) * dtype.itemsize * copies
+    """Returns the bytes of one token's keys and values in the layers `[start, end)`; `copies`: ranks that store each head."""
+    return sum(structure_of(checkpoint).kv_elements[start:end]) * dtype.itemsize * copies

@@ -19,13 +19,13 @@ from node.engine.kv.page_store import PageLayout, PageLost, PageStore, from_byte
 from node.engine.kv.prefix_index import PageName
 from node.engine.model.stage import Stage
 from node.engine.scheduling.kv_allocator import KvAllocator
-from node.engine.selfcheck import SelfcheckInput, run_together
+from node.engine.selfcheck import SelfcheckInput, run_batch
 
 
 def page_layout(stage: Stage) -> PageLayout:
     """Returns the layout of the stage's pages, from the keys and values of one token that it computes."""
     probe = SelfcheckInput(stage, 1, 1)
-    run_together(stage, [(probe, 1)])
+    run_batch(stage, [(probe, 1)])
     one_token = layout_of(probe.kv.page(0, 1, range(stage.start, stage.end)))
     shapes = tuple((layer, (*shape[:2], PREFIX_PAGE_TOKENS, *shape[3:])) for layer, shape in one_token.shapes)
     return PageLayout(one_token.dtype, shapes)

@@ -1,7 +1,7 @@
-"""What a stage must show before it serves: that it computes what the plain model does, and that it is exact.
+"""The self-check of a stage before it serves: it matches transformers' own code (the reference), and it is exact.
 
-Both are tried on the real weights of the span with a short made-up sequence. The first comparison is between
-different kernels, so it allows rounding; the second allows nothing.
+Both are tried on the real weights of the span with a short random sequence. The first comparison is between different
+kernels, so it allows rounding; the second requires equal bits.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from node.engine.model.stage import Stage
 
 PROBE_TOKENS = 41  # neither a multiple of 8 nor of any bucket
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-# Of one kernel, and of quantised weights, whose own rounding this cannot tell from an error: at 1 it finds noise only.
+# For one kernel, and for quantised weights, whose rounding looks like an error: a limit of 1 finds only unrelated results.
 ROUNDED_TOLERANCE = {"fbgemm-fp16": 2e-2, "int8": 0.2, "int4": 1.0}
 
 
 class SelfcheckInput:
-    """A made-up sequence as the stage's input: tokens for a first stage, else activations of unit size."""
+    """A random sequence as the stage's input: tokens for a first stage, else activations of unit size."""
 
     def __init__(self, stage: Stage, seed: int, count: int) -> None:
         numbers = torch.Generator().manual_seed(seed)
@@ -32,6 +32,7 @@ class SelfcheckInput:
         self.done = 0
 
     def take(self, count: int) -> tuple[list[int] | None, torch.Tensor | None, range]:
+        """Returns tokens, activations and positions of the next `count` rows."""
         span = slice(self.done, self.done + count)
         self.done += count
         ids = self.ids[span] if self.ids is not None else None
@@ -39,8 +40,8 @@ class SelfcheckInput:
         return ids, hidden, range(span.start, span.stop)
 
 
-def run_together(stage: Stage, probes: list[tuple[SelfcheckInput, int]]) -> torch.Tensor:
-    """One packed step of the given probes with the given counts: all output rows, in order."""
+def run_batch(stage: Stage, probes: list[tuple[SelfcheckInput, int]]) -> torch.Tensor:
+    """Runs one step over the given counts of rows of the given sequences; returns all output rows, in order."""
     segments: list[Segment] = []
     positions: list[int] = []
     ids: list[int] = []
@@ -62,49 +63,53 @@ def run_together(stage: Stage, probes: list[tuple[SelfcheckInput, int]]) -> torc
     )
 
 
-def plain_output(stage: LocalStage) -> torch.Tensor:
-    """The oracle's answer to the probe; before the stage is packed."""
+def reference_output(stage: LocalStage) -> torch.Tensor:
+    """Computes the reference for the probe; only before the stage is packed."""
     probe = SelfcheckInput(stage, seed=1, count=PROBE_TOKENS)
-    return stage.plain(probe.ids, probe.hidden).float()
+    return stage.reference(probe.ids, probe.hidden).float()
 
 
 def pack_with_reference(stage: Stage) -> torch.Tensor:
-    """Packs the stage; returns what the plain model computes for the probe, float32 `[rows, hidden_size or vocab]`."""
+    """Packs the stage; returns the reference for the probe, float32 `[rows, hidden_size or vocab]`."""
     probe = SelfcheckInput(stage, seed=1, count=PROBE_TOKENS)
     return stage.pack_with_reference(probe.ids, probe.hidden).float()
 
 
-def difference(stage: Stage, plain: torch.Tensor) -> float:
-    """The relative distance to the plain model that three rows in four keep; one in two where a rounding flips experts."""
+def distance_to_reference(stage: Stage, reference: torch.Tensor) -> float:
+    """Returns the relative distance to the reference that three rows in four keep; with experts, one row in two.
+
+    Rounding can change which experts a row uses, and then the row differs much.
+    """
     probe = SelfcheckInput(stage, seed=1, count=PROBE_TOKENS)
-    parts = [run_together(stage, [(probe, count)]) for count in (PROBE_TOKENS - 18, 16, 1, 1)]
+    parts = [run_batch(stage, [(probe, count)]) for count in (PROBE_TOKENS - 18, 16, 1, 1)]
     mine = torch.cat(parts).float()
-    distance = (mine - plain).norm(dim=1) / plain.norm(dim=1).clamp_min(1e-9)
+    distance = (mine - reference).norm(dim=1) / reference.norm(dim=1).clamp_min(1e-9)
     return float(distance.quantile(0.5 if stage.checkpoint.mixture else 0.75))
 
 
-def computes_like_the_plain_model(stage: Stage, plain: torch.Tensor) -> bool:
+def matches_reference(stage: Stage, reference: torch.Tensor) -> bool:
+    """Returns whether the packed stage computes the reference for the probe, within the rounding of its kernel."""
     kernel = stage.kernel
     rounded = ROUNDED_TOLERANCE.get(kernel.name, ROUNDED_TOLERANCE.get(kernel.quantize))
-    return difference(stage, plain) <= (TOLERANCE[kernel.dtype] if rounded is None else rounded)
+    return distance_to_reference(stage, reference) <= (TOLERANCE[kernel.dtype] if rounded is None else rounded)
 
 
-def looks_through_its_window(stage: Stage) -> bool:
-    """Whether attention was told of the window that the config speaks of: the probe is shorter than most and cannot show it.
+def uses_its_sliding_window(stage: Stage) -> bool:
+    """Returns whether attention got the sliding window of the config: the probe is shorter than most windows.
 
-    Some models know their window in their own mask alone, which we do not read. After another check, which runs the stage.
+    Some models apply their window in their own mask alone, which is not read here. Only after a check that has run the stage.
     """
     window = sliding_window(stage.checkpoint.config, stage.start, stage.end)
     return window is None or window >= stage.checkpoint.max_model_len or window in stage.windows
 
 
 def is_exact(stage: Stage) -> bool:
-    """Whether a sequence comes out bit-equal alone in one piece, and in pieces among others."""
-    alone = run_together(stage, [(SelfcheckInput(stage, 1, PROBE_TOKENS), PROBE_TOKENS)])
+    """Returns whether a sequence has the same bits computed alone in one step, and in chunks in batches with others."""
+    alone = run_batch(stage, [(SelfcheckInput(stage, 1, PROBE_TOKENS), PROBE_TOKENS)])
     probe, second, third = SelfcheckInput(stage, 1, PROBE_TOKENS), SelfcheckInput(stage, 2, 64), SelfcheckInput(stage, 3, 64)
-    parts = [run_together(stage, [(second, 5), (probe, 17)])[5:]]
-    parts.append(run_together(stage, [(third, 30), (probe, 16), (second, 1)])[30:46])
+    parts = [run_batch(stage, [(second, 5), (probe, 17)])[5:]]
+    parts.append(run_batch(stage, [(third, 30), (probe, 16), (second, 1)])[30:46])
     for _ in range(PROBE_TOKENS - 33 - 3):
-        parts.append(run_together(stage, [(second, 1), (third, 1), (probe, 1)])[2:])
-    parts += [run_together(stage, [(probe, 1)]) for _ in range(3)]
+        parts.append(run_batch(stage, [(second, 1), (third, 1), (probe, 1)])[2:])
+    parts += [run_batch(stage, [(probe, 1)]) for _ in range(3)]
     return torch.equal(torch.cat(parts), alone)

@@ -19,7 +19,7 @@ from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.linear import KERNELS
 from node.engine.model.local_stage import LocalStage
 from node.engine.model.paged_stage import DeviceStage
-from node.engine.paged.recorded import Recorder, as_it_is, cuda_graph
+from node.engine.paged.recorded import Recorder, cuda_graph, no_recording
 from tests.engine.offered import offered
 
 DEVICE = select(os.environ.get("MESH_TEST_DEVICE", "cpu"))
@@ -43,7 +43,7 @@ needs_gpu = pytest.mark.skipif(bool(no_gpu()), reason=no_gpu() or "there is a GP
 
 
 def recorder() -> Recorder:
-    return as_it_is if DEVICE == CPU else cuda_graph(DEVICE)
+    return no_recording if DEVICE == CPU else cuda_graph(DEVICE)
 
 
 def stage_on(directory: Path, start: int, end: int, kernel: str) -> LocalStage:

@@ -35,7 +35,7 @@ from bench.engine_sides import ForwardLoop, GenerateBatch, Ours, Step, best_dtyp
 from bench.llama_convert import Tensors, as_float32, turned
 from node.engine.loading import load_stage
 from node.engine.model import attention
-from node.engine.model.attention import Segment, _batch
+from node.engine.model.attention import Segment, tiles_of
 from node.engine.model.checkpoint import read_checkpoint
 from tests.engine.devices import no_gpu
 
@@ -121,9 +121,9 @@ def test_freed_from_exactness_a_row_meets_the_keys_that_exist_and_no_more(tiny: 
     stage = load_stage(read_checkpoint(tiny), 0, 3, "float32", 1).stage
     row = Segment(0, 1, 70, stage.sequence())
     with freed():
-        assert [tile.length for tile in _batch(row, 0)] == [71]
+        assert [tile.length for tile in tiles_of(row, 0)] == [71]
         assert attention.ROW_QUANTUM == 1
-    assert [tile.length for tile in _batch(row, 0)] == [128]
+    assert [tile.length for tile in tiles_of(row, 0)] == [128]
     cost = engine_exactness.overhead(stage, {}, 70, 1, 0.0)
     assert set(cost["cpu_ms"]) == {"exact", "freed"} and cost["cpu"] > -1
 

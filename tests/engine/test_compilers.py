@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from node.engine.native import build, product
-from node.engine.native.build import CannotBuild, Compiler, built, compiled, compilers
+from node.engine.native.build import CannotBuild, Compiler, built, compile_library, compilers
 from node.engine.native.library import NativeLibrary
 from node.engine.native.product import NativeProduct
 from node.host.uncompiled import remedy
@@ -42,7 +42,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def tried(monkeypatch: pytest.MonkeyPatch) -> dict[Compiler, str]:
-    """Compilers that are run, each with its complaint, which is empty at first: then it writes a library."""
+    """Compilers that are run, each with its error, which is empty at first: then it writes a library."""
     complaints: dict[Compiler, str] = {}
 
     def fake(compiler: Compiler, library: Path) -> str:
@@ -51,7 +51,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> dict[Compiler, str]:
 
     done = subprocess.CompletedProcess([], 0, stdout=b"a compiler 1.0")
     monkeypatch.setattr("subprocess.run", lambda *words, **more: done)
-    monkeypatch.setattr(build, "compiled", fake)
+    monkeypatch.setattr(build, "compile_library", fake)
     return complaints
 
 
@@ -115,7 +115,7 @@ def test_what_the_packages_compiler_keeps_for_itself_goes_with_the_folder_it_bui
             return None, "no"
 
     monkeypatch.setattr("subprocess.Popen", Started)
-    assert compiled(PACKAGE, tmp_path / "mesh.so") == "no"
+    assert compile_library(PACKAGE, tmp_path / "mesh.so") == "no"
     for environment in environments:
         assert environment["ZIG_GLOBAL_CACHE_DIR"] == environment["ZIG_LOCAL_CACHE_DIR"] == str(tmp_path / "zig")
         assert environment["PATH"] == os.environ["PATH"]
@@ -125,7 +125,7 @@ def test_what_the_packages_compiler_keeps_for_itself_goes_with_the_folder_it_bui
 @needs_compiled
 @pytest.mark.timeout(600)  # it compiles its own C library first: half a minute of CPU time
 def test_the_packages_compiler_gives_the_bits_of_the_machines_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not (complaint := compiled(PACKAGE, tmp_path / "mesh.so")), complaint
+    assert not (error := compile_library(PACKAGE, tmp_path / "mesh.so")), error
     theirs = NativeLibrary(tmp_path / "mesh.so")
     numbers = torch.Generator().manual_seed(3)
     weight, rows = torch.randn(100, 328, generator=numbers), torch.randn(70, 328, generator=numbers)

@@ -73,7 +73,7 @@ def test_spans_that_are_compiled_have_one_fingerprint_whatever_threads_and_instr
 
 def test_what_decides_bits_is_in_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     def fingerprint(weights: str = "w", name: str = "mesh-fp32", threads: int = 1, constants: str = "c") -> str:
-        return machine.fingerprint(weights, KERNELS[name], threads, constants=constants)
+        return machine.fingerprint(weights, KERNELS[name], threads, constants_digest=constants)
 
     monkeypatch.setattr(golden, "holds", lambda: True)
     alike = {fingerprint(), fingerprint(threads=2)}

@@ -60,7 +60,7 @@ def test_neighbouring_slots_share_an_attention_call_within_a_stretch_and_slab() 
     batch = PackedBatch(segments, 0, 1)
     batch.layer = 0
     batch.write(torch.randn(len(segments), 2, 2, 8))
-    runs = [[sequences.index(tile.kv) for tile in near.tiles] for near in batch.reading(0, torch.float32).decoding]
+    runs = [[sequences.index(tile.kv) for tile in near.tiles] for near in batch.reads_for(0, torch.float32).decoding]
     assert sorted(runs) == [[0, 1, 2], [4], [5], [SLOTS, SLOTS + 1]]
 
 

@@ -30,11 +30,11 @@ class Tried:
     kernel: Any
     fate: str
     closed: int = 0
-    constants: str = ""
+    constants_digest: str = ""
 
     @property
-    def loose(self) -> bool:
-        return self.fate == "loose"
+    def has_unpacked_weights(self) -> bool:
+        return self.fate == "unpacked"
 
     def pack(self) -> None:
         if self.fate == "unpackable":
@@ -53,7 +53,7 @@ class Tried:
         (("inexact", "exact"), 1, True),
         (("inexact", "inexact"), 2, False),  # the first one again
         (("inexact", "differs"), 2, False),
-        (("loose", "exact"), 0, False),
+        (("unpacked", "exact"), 0, False),
         (("differs", "differs"), None, BadRequest),
         (("blind", "exact"), None, BadRequest),
         (("dies", "exact"), None, WorkersLost),
@@ -79,8 +79,8 @@ def test_whatever_stage_is_not_returned_is_closed_once(
     monkeypatch.setattr(selfcheck, "pack_with_reference", Tried.pack)
     tries = KernelChoice(tuple(KERNELS[name] for name in NAMES), "")
     monkeypatch.setattr(kernel_choice, "choose", lambda *given: tries)
-    monkeypatch.setattr(selfcheck, "computes_like_the_plain_model", compared)
-    monkeypatch.setattr(selfcheck, "looks_through_its_window", lambda one: one.fate != "blind")
+    monkeypatch.setattr(selfcheck, "matches_reference", compared)
+    monkeypatch.setattr(selfcheck, "uses_its_sliding_window", lambda one: one.fate != "blind")
     monkeypatch.setattr(selfcheck, "is_exact", lambda one: one.fate == "exact")
     checkpoint = read_checkpoint(checkpoint_of("llama"))
     if kept is None:

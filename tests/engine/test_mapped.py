@@ -25,7 +25,7 @@ from node.engine.model.local_stage import LocalStage
 from node.engine.model.mapped import MappedTensors
 from node.engine.model.packing import SpanPacker
 from node.engine.native.library import absence
-from node.engine.selfcheck import SelfcheckInput, run_together
+from node.engine.selfcheck import SelfcheckInput, run_batch
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.offered import FLOAT32, needs_compiled, offered
 
@@ -44,7 +44,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mapped(wide: Path) -> Iterator[MappedTensors]:
-    held = MappedTensors(weight_files(wide), widens_late=False)
+    held = MappedTensors(weight_files(wide), widen_later=False)
     yield held
     held.close()
 
@@ -64,7 +64,7 @@ def resident_bytes(file: Path) -> int:
 def test_what_was_let_go_takes_no_memory_and_is_there_again_when_it_is_read(wide: Path, mapped: MappedTensors) -> None:
     tensors = [late.to(dtype=torch.float32) for late in mapped.tensors.values()]
     assert sum(float(tensor.sum()) for tensor in tensors) and resident_bytes(wide / "model.safetensors") > 4 * LAYER_BYTES
-    mapped.let_go(tensors)
+    mapped.release(tensors)
     assert resident_bytes(wide / "model.safetensors") < NEARBY_BYTES
     true = load_file(wide / "model.safetensors")
     assert all(torch.equal(tensor, true[name]) for name, tensor in zip(mapped.tensors, tensors))
@@ -72,12 +72,12 @@ def test_what_was_let_go_takes_no_memory_and_is_there_again_when_it_is_read(wide
 
 def test_what_is_no_part_of_a_file_is_never_let_go(mapped: MappedTensors) -> None:
     own = torch.ones(1 << 20)
-    mapped.let_go([own])
+    mapped.release([own])
     assert own.min() == 1
     next(iter(mapped.tensors.values())).to(dtype=torch.float32)
     mapped.close()
     other = torch.ones(1 << 20)  # may lie where the file was
-    mapped.let_go([other])
+    mapped.release([other])
     assert other.min() == 1
 
 
@@ -119,7 +119,7 @@ def test_weights_that_are_stored_narrower_are_widened_one_by_one_and_say_the_sam
     assert stages[0].model.get_input_embeddings().weight.dtype is torch.float32
     plain = [selfcheck.pack_with_reference(stage) for stage in stages]
     assert torch.equal(*plain)
-    assert torch.equal(*(run_together(stage, [(SelfcheckInput(stage, 1, 40), 40)]) for stage in stages))
+    assert torch.equal(*(run_batch(stage, [(SelfcheckInput(stage, 1, 40), 40)]) for stage in stages))
 
 
 def test_only_the_files_that_the_index_names_are_read(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_kernel_that_fails_is_gone_before_the_next_is_tried(
     wide: Path, built: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = [False, True]
-    monkeypatch.setattr(selfcheck, "computes_like_the_plain_model", lambda stage, plain: right.pop(0))
+    monkeypatch.setattr(selfcheck, "matches_reference", lambda stage, plain: right.pop(0))
     loaded = load_stage(read_checkpoint(wide), 0, 1, "auto", threads=1)
     assert [name for name, _ in built] == ["aten-fp32", "aten-bf16"] and loaded.stage.kernel.name == "aten-bf16"
     assert loaded.choice.reason == "aten-fp32: differs from the plain model"
@@ -170,4 +170,4 @@ def test_where_no_kernel_is_exact_the_first_that_is_right_serves(
     assert [name for name, _ in built] == ["aten-fp32", "aten-bf16", "aten-fp32"]
     assert loaded.stage.kernel.name == "aten-fp32" and not is_exact(loaded.numerics)
     assert loaded.choice.reason == "none that was tried is exact"
-    assert run_together(loaded.stage, [(SelfcheckInput(loaded.stage, 1, 5), 5)]).isfinite().all(), "it is packed"
+    assert run_batch(loaded.stage, [(SelfcheckInput(loaded.stage, 1, 5), 5)]).isfinite().all(), "it is packed"

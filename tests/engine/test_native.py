@@ -23,7 +23,7 @@ from node.engine.native import build, product
 from node.engine.native.build import CannotBuild, built
 from node.engine.native.library import Isa, NativeLibrary, WeightKind, native
 from node.engine.native.product import NativeProduct, int4_of, int8_of
-from node.engine.selfcheck import difference, plain_output
+from node.engine.selfcheck import distance_to_reference, reference_output
 from tests.engine.offered import FLOAT32, needs_compiled
 
 
@@ -121,10 +121,10 @@ def test_compiled_layers_compute_what_the_plain_model_does(name: str, checkpoint
         for parameter, tensor in stage.model.named_parameters():
             if "norm" in parameter:
                 tensor.copy_(1 + numbers(*tensor.shape) / 2)  # as made they are all ones
-        plain = plain_output(stage)
+        plain = reference_output(stage)
         stage.pack()
         assert isinstance(stage.fused, NativeLayers)
-        assert difference(stage, plain) < 1e-4
+        assert distance_to_reference(stage, plain) < 1e-4
 
 
 @needs_compiled
@@ -197,7 +197,7 @@ def test_a_quantised_model_computes_with_rounded_weights_and_rows_and_nothing_el
     for end in (1, checkpoint.layers):
         whole, rounded = (LocalStage(checkpoint, 0, end, KERNELS["mesh-fp32"], threads=1) for _ in range(2))
         round_linear_layers(rounded, quantize)
-        plain, meant = (stage.plain(ids, None).float() for stage in (whole, rounded))
+        plain, meant = (stage.reference(ids, None).float() for stage in (whole, rounded))
         loaded = load_stage(checkpoint, 0, end, "float32", 1, quantize)
         assert loaded.stage.kernel.quantize == quantize and is_exact(loaded.numerics)
         at = range(64) if end == checkpoint.layers else ()
@@ -266,7 +266,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> FakeCompiler:
     monkeypatch.setattr(build, "compilers", lambda: [("/usr/bin/cc",)])
     done = subprocess.CompletedProcess([], 0, stdout=b"a compiler 1.0")
     monkeypatch.setattr("subprocess.run", lambda *words, **more: done)
-    monkeypatch.setattr(build, "compiled", fake)
+    monkeypatch.setattr(build, "compile_library", fake)
     return fake
 
 

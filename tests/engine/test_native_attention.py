@@ -63,7 +63,7 @@ def logits(stage: LocalStage, counts: list[int]) -> torch.Tensor:
 
 def test_every_position_gets_what_the_plain_model_gives_it(checkpoint: Path) -> None:
     stage = LocalStage(read_checkpoint(checkpoint), 0, 2, KERNELS["mesh-fp32"], threads=1)
-    plain = stage.plain(tokens(), None)
+    plain = stage.reference(tokens(), None)
     stage.pack()
     assert isinstance(stage.fused, NativeLayers)
     mine = logits(stage, [300, 70, 185])

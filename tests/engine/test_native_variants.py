@@ -14,7 +14,7 @@ from node.engine.model.checkpoint import read_checkpoint
 from node.engine.model.linear import KERNELS
 from node.engine.model.local_stage import LocalStage
 from node.engine.native import build, product
-from node.engine.native.build import AVX2, AVX512, PARTS, ObjectFile, compiled, compilers
+from node.engine.native.build import AVX2, AVX512, PARTS, ObjectFile, compile_library, compilers
 from node.engine.native.library import Isa, NativeLibrary, native
 from node.engine.native.product import NativeProduct
 from tests.engine.checkpoints import make_checkpoint
@@ -27,7 +27,7 @@ REQUIRED = tuple(part for part in PARTS if not part.define)
 
 def variant(directory: Path, parts: tuple[ObjectFile, ...], entry_flags: tuple[str, ...]) -> NativeLibrary:
     compiler = compilers()[0]
-    complaint = compiled(compiler, directory / "mesh.so", parts, entry_flags)
+    complaint = compile_library(compiler, directory / "mesh.so", parts, entry_flags)
     assert not complaint, complaint
     return NativeLibrary(directory / "mesh.so")
 
@@ -113,4 +113,4 @@ def test_parts_that_an_older_compiler_does_not_know_are_left_out(tmp_path: Path,
     broken = (ObjectFile("pool", "pool.c", ("-mno-such-thing",)), *REQUIRED[:-1])
     (tmp_path / "broken").mkdir()
     compiler = compilers()[0]
-    assert "no-such-thing" in compiled(compiler, tmp_path / "broken" / "mesh.so", broken)
+    assert "no-such-thing" in compile_library(compiler, tmp_path / "broken" / "mesh.so", broken)

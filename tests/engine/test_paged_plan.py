@@ -18,7 +18,7 @@ from node.engine.model.linear import KERNELS
 from node.engine.paged.attention import PagedStep, flash, tiled
 from node.engine.paged.kv import PagedKV, PagedStore
 from node.engine.paged.plan import KV_PAGE_TOKENS, TILE_ROWS, PagedSegment, padded_decode, pages_for, plan_step, shapes
-from node.engine.paged.recorded import MAX_RECORDED, RecordedSteps, as_it_is
+from node.engine.paged.recorded import MAX_RECORDINGS, RecordedSteps, no_recording
 from node.engine.paged.staging import BUFFERS, Staging
 from tests.engine.devices import needs_gpu
 
@@ -43,22 +43,22 @@ def test_every_row_is_stored_once_and_answered_by_its_own_query(described: list[
     parts = parts_of(described)
     count = sum(part.count for part in parts)
     plan = plan_step(parts, range(100, 100 + count), [count - 1], count + padding, 3)
-    numbers, sizes = plan.numbers, plan.sizes
-    assert [len(getattr(numbers, name)) for name in shapes(sizes)] == [
+    arrays, sizes = plan.arrays, plan.sizes
+    assert [len(getattr(arrays, name)) for name in shapes(sizes)] == [
         torch.Size(shape).numel() for shape in shapes(sizes).values()
     ]
-    assert len(set(numbers.slots[:count])) == count and min(numbers.slots[:count]) >= KV_PAGE_TOKENS
-    assert max(numbers.slots[count:], default=0) < KV_PAGE_TOKENS, "padding writes into the page of nobody"
-    assert numbers.wanted == [count - 1] * 3 and numbers.starts[-1] == count
+    assert len(set(arrays.slots[:count])) == count and min(arrays.slots[:count]) >= KV_PAGE_TOKENS
+    assert max(arrays.slots[count:], default=0) < KV_PAGE_TOKENS, "padding writes into the page of nobody"
+    assert arrays.logit_rows == [count - 1] * 3 and arrays.starts[-1] == count
     for number, part in enumerate(parts):
         for offset in range(part.count):
             row, position = part.row + offset, part.position + offset
-            place = numbers.places[row]
-            assert numbers.tile_rows[place] == row and numbers.tile_positions[place] == position == numbers.positions[row]
-            assert numbers.tile_parts[place // TILE_ROWS] == number
-            page = numbers.tables[number * sizes.columns + position // KV_PAGE_TOKENS]
-            assert numbers.slots[row] == page * KV_PAGE_TOKENS + position % KV_PAGE_TOKENS
-        assert numbers.lengths[number] == part.position + part.count
+            place = arrays.answer_rows[row]
+            assert arrays.tile_rows[place] == row and arrays.tile_positions[place] == position == arrays.positions[row]
+            assert arrays.tile_segments[place // TILE_ROWS] == number
+            page = arrays.tables[number * sizes.table_pages + position // KV_PAGE_TOKENS]
+            assert arrays.slots[row] == page * KV_PAGE_TOKENS + position % KV_PAGE_TOKENS
+        assert arrays.lengths[number] == part.position + part.count
 
 
 @given(st.lists(st.integers(0, 600), min_size=1, max_size=7), st.integers(0, 5))
@@ -66,10 +66,10 @@ def test_recorded_steps_have_shapes_that_follow_from_the_bucket_and_the_longest_
     parts = parts_of([(1, position) for position in positions])
     plan = plan_step(padded_decode(parts, 8), [7] * len(parts), range(len(parts)), 8, 8)
     longest = max(len(part.pages) for part in parts)
-    assert (plan.sizes.rows, plan.sizes.tiles, plan.sizes.parts, plan.sizes.wanted) == (8, 8, 8, 8)
-    assert plan.sizes.columns in (1, 2, 4) and plan.sizes.columns >= longest
-    assert plan.numbers.starts == list(range(9)) and plan.longest_part == 1
-    assert plan.numbers.slots[len(parts) :] == [0] * (8 - len(parts))
+    assert (plan.sizes.rows, plan.sizes.tiles, plan.sizes.segments, plan.sizes.logit_rows) == (8, 8, 8, 8)
+    assert plan.sizes.table_pages in (1, 2, 4) and plan.sizes.table_pages >= longest
+    assert plan.arrays.starts == list(range(9)) and plan.longest_segment == 1
+    assert plan.arrays.slots[len(parts) :] == [0] * (8 - len(parts))
 
 
 # ---- attention
@@ -137,8 +137,8 @@ def test_both_kinds_of_attention_give_what_the_textbook_does(heads: int, window:
     plan = plan_step(parts, (), (), 32, 0)
     q = torch.randn(32, heads, 16, generator=numbers)
     kv_rows = torch.cat([*(whole[position:] for whole, (_, position) in zip(stored, lengths)), torch.zeros(4, 4, 16)])
-    for attend_by in (tiled, flash):
-        step = PagedStep.of(store, plan, torch.tensor(plan.numbers.flat()), attend_by)
+    for attention in (tiled, flash):
+        step = PagedStep.of(store, plan, torch.tensor(plan.arrays.flat()), attention)
         out = step.attend(0, q, kv_rows, 0.3, window)
         assert step.windows == {window} and out.shape == q.shape
         for part, whole in zip(parts, stored):
@@ -150,7 +150,7 @@ def test_both_kinds_of_attention_give_what_the_textbook_does(heads: int, window:
 def test_flash_attention_refuses_what_it_does_not_know() -> None:
     anything: Any = None
     for softcap, sinks in ((30.0, None), (None, torch.ones(2))):
-        with pytest.raises(ValueError, match="neither capped scores nor sinks"):
+        with pytest.raises(ValueError, match="neither soft-capped scores nor sinks"):
             flash(anything, anything, anything, anything, 1.0, 0, softcap, sinks)
 
 
@@ -197,27 +197,27 @@ def test_a_buffer_is_filled_again_only_behind_the_copy_out_of_it() -> None:
     CountingFence.made = []
     staging = Staging(CPU, CountingFence)
     sent = [torch.arange(number + 1, dtype=torch.int64) for number in range(3 * BUFFERS)]
-    arrived = [staging.up(each) for each in sent]
+    arrived = [staging.to_device(each) for each in sent]
     assert all(torch.equal(one, other) and one is not other for one, other in zip(sent, arrived))
     assert [fence.waited for fence in CountingFence.made] == [[0, 1, 2]] * BUFFERS, "waited for before each use, marked behind it"
     room = torch.zeros(2, 3, dtype=torch.bfloat16)
-    assert staging.up(torch.ones(2, 3, dtype=torch.bfloat16), room) is room and room.all()
-    kept = staging.down(room)
+    assert staging.to_device(torch.ones(2, 3, dtype=torch.bfloat16), room) is room and room.all()
+    kept = staging.to_host(room)
     room.zero_()
     assert kept.all()
 
 
 def test_a_recorded_step_reads_what_it_is_given_each_time() -> None:
-    steps = RecordedSteps(as_it_is, Staging(CPU))
+    steps = RecordedSteps(no_recording, Staging(CPU))
 
     def run(value: int, form: str = "a", generation: int = 0) -> Any:
         compute = lambda flat, taken: flat * 10 + taken  # noqa: E731
         return steps.run(form, generation, torch.tensor([value]), torch.tensor([value]), compute)
 
     assert [int(run(value)) for value in (1, 2, 3)] == [11, 22, 33] and len(steps) == 1
-    for number in range(2 * MAX_RECORDED):
+    for number in range(2 * MAX_RECORDINGS):
         assert int(run(number, f"form {number}")) == 11 * number
-    assert len(steps) == MAX_RECORDED
+    assert len(steps) == MAX_RECORDINGS
     assert int(run(5, generation=1)) == 55 and len(steps) == 1, "the addresses have changed"
 
 

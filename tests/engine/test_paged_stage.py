@@ -64,18 +64,18 @@ def test_windows_capped_scores_and_foreign_layers_are_those_of_the_plain_model(
 ) -> None:
     checkpoint = read_checkpoint(checkpoint_of(name))
     stage = DeviceStage(checkpoint, 0, 4, KERNELS["cuda-fp32"], 1, device=DEVICE)
-    plain = selfcheck.plain_output(stage)
+    plain = selfcheck.reference_output(stage)
     stage.pack()
-    assert selfcheck.difference(stage, plain) < 1e-5
-    assert selfcheck.looks_through_its_window(stage)
+    assert selfcheck.distance_to_reference(stage, plain) < 1e-5
+    assert selfcheck.uses_its_sliding_window(stage)
     assert selfcheck.is_exact(stage)
 
 
 def test_half_precision_is_as_near_the_plain_model_as_a_load_demands(checkpoint_of: Callable[[str], Path]) -> None:
     stage = DeviceStage(read_checkpoint(checkpoint_of("llama")), 0, 4, KERNELS["cuda-bf16-tiled"], 1, device=DEVICE)
-    plain = selfcheck.plain_output(stage)
+    plain = selfcheck.reference_output(stage)
     stage.pack()
-    assert selfcheck.computes_like_the_plain_model(stage, plain)
+    assert selfcheck.matches_reference(stage, plain)
 
 
 def test_attention_that_the_device_cannot_run_is_the_kernels_fault_alone(checkpoint_of: Callable[[str], Path]) -> None:

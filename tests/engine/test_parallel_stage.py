@@ -27,13 +27,13 @@ from node.engine.model.linear import KERNELS, Kernel
 from node.engine.model.local_stage import LocalStage
 from node.engine.model.tensor_shard import Shard, shard_plan_of
 from node.engine.parallel.messages import ForgetNumber, ForwardStep, KeepPage, RestoreSequence
-from node.engine.parallel.reference import plain_output
+from node.engine.parallel.reference import reference_output
 from node.engine.parallel.stage import ParallelStage, SharedPage
 from node.engine.parallel.worker_group import WorkersLost
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.offered import FLOAT32, offered
 from tests.engine.test_exactness import Sequence, assert_same, generate, load, prompt, step
-from tests.engine.worker_groups import ThreadCrew, parallel
+from tests.engine.worker_groups import ThreadWorkerGroup, parallel
 
 pytestmark = pytest.mark.torchs_kernel
 CUT = ("llama_tied", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "gpt_neox", "granite", "cohere", "smollm3")
@@ -70,19 +70,19 @@ def test_tokens_and_logits_are_bit_equal_however_a_sequence_is_computed(
             assert_same(alone, generate(Sequence(prompt(1, 70), [(again, 0, 4)]), chunk=512))
 
 
-def reference_output(checkpoint: Checkpoint, start: int, end: int, kernel: Kernel) -> torch.Tensor:
+def probe_reference(checkpoint: Checkpoint, start: int, end: int, kernel: Kernel) -> torch.Tensor:
     """Of the self-check's probe, float32."""
     probe = selfcheck.SelfcheckInput(LocalStage(checkpoint, start, start + 1, kernel, 1), 1, selfcheck.PROBE_TOKENS)
-    return plain_output(checkpoint, start, end, kernel, 1, probe.ids, probe.hidden).float()
+    return reference_output(checkpoint, start, end, kernel, 1, probe.ids, probe.hidden).float()
 
 
 @pytest.mark.parametrize("name", CUT)
 def test_architectures_that_can_be_cut_compute_what_the_plain_model_does(name: str, checkpoint_of: Callable[[str], Path]) -> None:
     directory, kernel = checkpoint_of(name), KERNELS[FLOAT32]
-    plain = reference_output(read_checkpoint(directory), 0, 4, kernel)
+    plain = probe_reference(read_checkpoint(directory), 0, 4, kernel)
     with ranks_of(directory, 2, FLOAT32) as stage:
-        assert selfcheck.difference(stage, plain) < 1e-5
-        assert selfcheck.looks_through_its_window(stage)
+        assert selfcheck.distance_to_reference(stage, plain) < 1e-5
+        assert selfcheck.uses_its_sliding_window(stage)
         assert stage.windows == {"mistral": {32}, "gemma2": {0, 32}, "gemma3": {32}}.get(name, {0})
         if name in ("gemma2", "gpt_neox"):  # through the model's own code, as no Llama-shaped one
             assert selfcheck.is_exact(stage)
@@ -91,8 +91,8 @@ def test_architectures_that_can_be_cut_compute_what_the_plain_model_does(name: s
 def test_the_oracle_computes_layer_by_layer_what_the_plain_stage_computes_at_once(checkpoint_of: Callable[[str], Path]) -> None:
     checkpoint, kernel = read_checkpoint(checkpoint_of("gemma2")), KERNELS["aten-bf16"]
     for start, end in ((0, 4), (1, 3)):
-        at_once = selfcheck.plain_output(LocalStage(checkpoint, start, end, kernel, 1))
-        assert torch.equal(reference_output(checkpoint, start, end, kernel), at_once)
+        at_once = selfcheck.reference_output(LocalStage(checkpoint, start, end, kernel, 1))
+        assert torch.equal(probe_reference(checkpoint, start, end, kernel), at_once)
 
 
 def test_other_numbers_of_ranks_round_otherwise(checkpoint_of: Callable[[str], Path]) -> None:
@@ -265,14 +265,14 @@ def test_a_rank_looks_up_its_own_tokens_and_gives_zeros_for_the_others() -> None
 
 
 def test_what_is_dropped_here_is_forgotten_by_the_ranks_with_the_next_step(checkpoint_of: Callable[[str], Path]) -> None:
-    crews: list[ThreadCrew] = []
+    groups: list[ThreadWorkerGroup] = []
 
-    def hire(ranks: int) -> Any:
-        crews.append(ThreadCrew(ranks))
-        return crews[0]
+    def start_workers(ranks: int) -> Any:
+        groups.append(ThreadWorkerGroup(ranks))
+        return groups[0]
 
     checkpoint = read_checkpoint(checkpoint_of("llama"))
-    stage: Any = ParallelStage(checkpoint, 0, 4, KERNELS[FLOAT32], 1, 2, hire=hire)
+    stage: Any = ParallelStage(checkpoint, 0, 4, KERNELS[FLOAT32], 1, 2, start_workers=start_workers)
     stage.pack()
 
     def run(kv: Any, ids: list[int], position: int) -> torch.Tensor:
@@ -294,7 +294,7 @@ def test_what_is_dropped_here_is_forgotten_by_the_ranks_with_the_next_step(check
     gc.collect()
     run(other, [7], 20)
     stage.close()
-    changes = [said.changes for said in crews[0].said if isinstance(said, ForwardStep)]
+    changes = [said.changes for said in groups[0].said if isinstance(said, ForwardStep)]
     assert changes == [
         (),
         (KeepPage(numbers[2], numbers[0], 0, 16, 0, 4),),

@@ -16,7 +16,7 @@ from node.engine import worker
 from node.engine.api import EngineConfig
 from node.engine.loading import load_stage
 from node.engine.model.checkpoint import read_checkpoint
-from node.engine.model.progress import BEGINS_AT, TELL_EVERY_S, LoadPhase, LoadProgress, LoadTracker
+from node.engine.model.progress import PHASE_START, REPORT_INTERVAL_S, LoadPhase, LoadProgress, LoadTracker
 from node.engine.worker import TorchEngine
 from tests.engine.offered import FLOAT32, offered
 
@@ -34,24 +34,24 @@ class Clock:
 def test_layers_and_bytes_count_up_and_are_told_at_each_phase_and_every_two_seconds() -> None:
     told: list[LoadProgress] = []
     clock = Clock()
-    watch = LoadTracker(2, told.append, clock)
-    watch.begins({"embed": 10, "h.7.a": 1, "h.7.b": 2, "h.8.a": 4})
+    tracker = LoadTracker(2, told.append, clock)
+    tracker.start_reading({"embed": 10, "h.7.a": 1, "h.7.b": 2, "h.8.a": 4})
     assert told == [LoadProgress(LoadPhase.READING, 0, 2, 0, 17, 0.0)]
-    watch.read("embed")
-    watch.read("h.7.b")
+    tracker.tensor_read("embed")
+    tracker.tensor_read("h.7.b")
     assert len(told) == 1
-    clock.now += TELL_EVERY_S
-    watch.read("h.7.a")
-    assert told[1:] == [LoadProgress(LoadPhase.READING, 1, 2, 13, 17, TELL_EVERY_S)]
-    watch.read("somebody's")
-    assert watch.now == told[1], "a tensor that nobody waits for counts for nothing"
+    clock.now += REPORT_INTERVAL_S
+    tracker.tensor_read("h.7.a")
+    assert told[1:] == [LoadProgress(LoadPhase.READING, 1, 2, 13, 17, REPORT_INTERVAL_S)]
+    tracker.tensor_read("somebody's")
+    assert tracker.now == told[1], "a tensor that nobody waits for counts for nothing"
     clock.now += 1.0
-    assert watch.now.seconds == TELL_EVERY_S + 1.0, "the seconds go on while nothing comes"
-    watch.read("h.8.a")
-    watch.packs()
-    watch.packed()
-    watch.packed()
-    watch.checks()
+    assert tracker.now.seconds == REPORT_INTERVAL_S + 1.0, "the seconds go on while nothing comes"
+    tracker.tensor_read("h.8.a")
+    tracker.start_packing()
+    tracker.layer_packed()
+    tracker.layer_packed()
+    tracker.start_checking()
     assert [(each.phase, each.layers_done, each.bytes_done) for each in told[2:]] == [
         (LoadPhase.PACKING, 0, 17),
         (LoadPhase.CHECKING, 2, 17),
@@ -60,31 +60,31 @@ def test_layers_and_bytes_count_up_and_are_told_at_each_phase_and_every_two_seco
 
 def test_the_share_that_is_done_grows_from_phase_to_phase() -> None:
     clock = Clock()
-    watch, shares = LoadTracker(2, clock=clock), []
-    watch.begins({"h.0.a": 4, "h.1.a": 4})
+    tracker, shares = LoadTracker(2, clock=clock), []
+    tracker.start_reading({"h.0.a": 4, "h.1.a": 4})
     steps: list[Callable[[], None]] = [
-        lambda: watch.read("h.0.a"),
-        lambda: watch.read("h.1.a"),
-        watch.packs,
-        watch.packed,
-        watch.packed,
-        watch.checks,
+        lambda: tracker.tensor_read("h.0.a"),
+        lambda: tracker.tensor_read("h.1.a"),
+        tracker.start_packing,
+        tracker.layer_packed,
+        tracker.layer_packed,
+        tracker.start_checking,
     ]
     for step in steps:
-        shares.append(watch.now.share)
+        shares.append(tracker.now.share)
         step()
-    shares.append(watch.now.share)
-    assert shares[0] == 0.0 and shares[-1] == BEGINS_AT[LoadPhase.CHECKING] < 1.0
+    shares.append(tracker.now.share)
+    assert shares[0] == 0.0 and shares[-1] == PHASE_START[LoadPhase.CHECKING] < 1.0
     assert shares == sorted(shares) and len(set(shares)) == 5
     assert LoadProgress(LoadPhase.READING, 0, 2, 0, 0, 0.0).share == 0.0, "before anything is known of its size"
 
 
 def test_a_load_that_begins_anew_with_another_kernel_counts_anew() -> None:
-    watch = LoadTracker(1)
+    tracker = LoadTracker(1)
     for size_bytes in (8, 4):
-        watch.begins({"h.0.a": size_bytes})
-        watch.read("h.0.a")
-        assert (watch.now.layers_done, watch.now.bytes_done, watch.now.bytes) == (1, size_bytes, size_bytes)
+        tracker.start_reading({"h.0.a": size_bytes})
+        tracker.tensor_read("h.0.a")
+        assert (tracker.now.layers_done, tracker.now.bytes_done, tracker.now.bytes) == (1, size_bytes, size_bytes)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -93,9 +93,9 @@ def test_a_load_is_seen_tensor_by_tensor_and_layer_by_layer(
     name: str, kernel: str, checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[LoadProgress] = []
-    monkeypatch.setattr("node.engine.model.progress.TELL_EVERY_S", 0.0)
-    watch = LoadTracker(2, told.append)
-    loaded = load_stage(read_checkpoint(checkpoint_of(name)), 1, 3, kernel, threads=1, watch=watch)
+    monkeypatch.setattr("node.engine.model.progress.REPORT_INTERVAL_S", 0.0)
+    tracker = LoadTracker(2, told.append)
+    loaded = load_stage(read_checkpoint(checkpoint_of(name)), 1, 3, kernel, threads=1, tracker=tracker)
 
     phases = [each.phase for each in told]
     assert list(dict.fromkeys(phases)) == [LoadPhase.READING, LoadPhase.PACKING, LoadPhase.CHECKING]
@@ -110,13 +110,13 @@ def test_a_load_is_seen_tensor_by_tensor_and_layer_by_layer(
 
 
 def test_what_others_read_in_this_process_is_no_load_of_ours(checkpoint_of: Callable[[str], Path]) -> None:
-    watch = LoadTracker(4)
-    with watch:
+    tracker = LoadTracker(4)
+    with tracker:
         AutoModelForCausalLM.from_pretrained(checkpoint_of("llama"))
-    assert watch.now.bytes_done == 0, "nothing of it was expected"
-    watch.begins({"model.layers.0.mlp.up_proj.weight": 1})
+    assert tracker.now.bytes_done == 0, "nothing of it was expected"
+    tracker.start_reading({"model.layers.0.mlp.up_proj.weight": 1})
     AutoModelForCausalLM.from_pretrained(checkpoint_of("llama"))
-    assert watch.now.bytes_done == 0
+    assert tracker.now.bytes_done == 0
 
 
 def test_the_engine_tells_in_its_statistics_and_in_the_log(

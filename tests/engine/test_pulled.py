@@ -41,7 +41,7 @@ def test_a_span_from_fetched_files_is_the_same_stage(
     loaded = [load_stage(checkpoint, start, end, "float32", 1) for checkpoint in (whole, part)]
     assert loaded[0].numerics == loaded[1].numerics, "one fingerprint, so a path may go over both"
     stages = [each.stage for each in loaded]
-    outputs = [selfcheck.run_together(stage, [(selfcheck.SelfcheckInput(stage, 1, 20), 20)]) for stage in stages]
+    outputs = [selfcheck.run_batch(stage, [(selfcheck.SelfcheckInput(stage, 1, 20), 20)]) for stage in stages]
     assert torch.equal(*outputs)
     assert stages[0].parameters == stages[1].parameters
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.errors import BadRequest
-from node.engine.model.shard_plan import ShardedModelShape, ShardPlan, TensorSplit, cutting_for
+from node.engine.model.shard_plan import ShardedModelShape, ShardPlan, TensorSplit, plan_shards
 
 pytestmark = pytest.mark.no_kernel
 
@@ -26,17 +26,24 @@ SHAPE = ShardedModelShape("toy", "llama", PLAN, heads=8, kv_heads=2, mixture=Fal
 
 
 def test_each_matrix_is_cut_as_the_plan_says() -> None:
-    shard_plan = cutting_for(SHAPE, 2)
+    shard_plan = plan_shards(SHAPE, 2)
     layer = "model.layers.11."
-    assert shard_plan.cut(layer + "self_attn.q_proj") is TensorSplit.OUTPUTS
-    assert shard_plan.cut(layer + "self_attn.k_proj") is shard_plan.cut(layer + "self_attn.v_proj") is TensorSplit.KV_HEADS
-    assert shard_plan.cut(layer + "self_attn.o_proj") is shard_plan.cut(layer + "mlp.down_proj") is TensorSplit.INPUTS
-    assert shard_plan.cut(layer + "self_attn.q_norm") is shard_plan.cut("lm_head") is shard_plan.cut("model.norm") is None
+    assert shard_plan.split_of(layer + "self_attn.q_proj") is TensorSplit.OUTPUTS
+    assert (
+        shard_plan.split_of(layer + "self_attn.k_proj") is shard_plan.split_of(layer + "self_attn.v_proj") is TensorSplit.KV_HEADS
+    )
+    assert shard_plan.split_of(layer + "self_attn.o_proj") is shard_plan.split_of(layer + "mlp.down_proj") is TensorSplit.INPUTS
+    assert (
+        shard_plan.split_of(layer + "self_attn.q_norm")
+        is shard_plan.split_of("lm_head")
+        is shard_plan.split_of("model.norm")
+        is None
+    )
 
 
 @pytest.mark.parametrize(("ranks", "copies"), [(1, 1), (2, 1), (4, 2), (8, 4)])
 def test_query_heads_meet_their_own_keys_on_every_rank(ranks: int, copies: int) -> None:
-    shard_plan = cutting_for(SHAPE, ranks)
+    shard_plan = plan_shards(SHAPE, ranks)
     assert shard_plan.kv_copies == copies
     dim = 16
     shared = SHAPE.heads // SHAPE.kv_heads
@@ -65,7 +72,7 @@ def test_inputs_and_outputs_are_cut_alike_and_whole(ranks: int, width: int) -> N
 
 def test_what_does_not_fall_into_equal_parts_is_an_error() -> None:
     with pytest.raises(ValueError, match="11 inputs cannot be cut into 2 equal parts"):
-        cutting_for(SHAPE, 2).part(TensorSplit.INPUTS, 11, 0)
+        plan_shards(SHAPE, 2).part(TensorSplit.INPUTS, 11, 0)
 
 
 @pytest.mark.parametrize(
@@ -84,10 +91,10 @@ def test_what_does_not_fall_into_equal_parts_is_an_error() -> None:
 )
 def test_a_model_that_cannot_be_cut_is_refused_by_name_and_reason(shape: ShardedModelShape, ranks: int, reason: str) -> None:
     with pytest.raises(BadRequest, match=rf"toy \(llama\) cannot be computed by {ranks} workers: {reason}; .* would|{reason}"):
-        cutting_for(shape, ranks)
+        plan_shards(shape, ranks)
 
 
 @pytest.mark.parametrize("ranks", [0, -1, 65])
 def test_a_senseless_number_of_workers_is_refused(ranks: int) -> None:
     with pytest.raises(BadRequest, match="expected 1 to 64 workers"):
-        cutting_for(SHAPE, ranks)
+        plan_shards(SHAPE, ranks)

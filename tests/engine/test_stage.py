@@ -86,16 +86,16 @@ def test_the_self_check_notices_attention_that_forgets(
     checkpoint_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = stage_of(checkpoint_of("llama"), 0, 4)
-    plain = selfcheck.plain_output(stage)
+    plain = selfcheck.reference_output(stage)
     stage.pack()
-    assert selfcheck.computes_like_the_plain_model(stage, plain) and selfcheck.is_exact(stage)
+    assert selfcheck.matches_reference(stage, plain) and selfcheck.is_exact(stage)
     write = SequenceKV.write
 
     def forgetful(self: SequenceKV, layer: int, position: int, kv: torch.Tensor) -> None:
         write(self, layer, position, kv * (position < 10))
 
     monkeypatch.setattr(SequenceKV, "write", forgetful)
-    assert not selfcheck.computes_like_the_plain_model(stage, plain)
+    assert not selfcheck.matches_reference(stage, plain)
     assert not selfcheck.is_exact(stage)
 
 
@@ -158,7 +158,7 @@ def test_a_window_that_does_not_reach_the_attention_is_refused_though_the_probe_
         return mesh_attention(*given, **more)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, forgetful)
-    monkeypatch.setattr("node.engine.model.packing.fused_form", lambda *span: None)
+    monkeypatch.setattr("node.engine.model.packing.fuse_llama", lambda *span: None)
     with pytest.raises(BadRequest, match=f"{name}.*its sliding window does not reach the attention"):
         load_stage(checkpoint, 0, 4, FLOAT32, threads=1)
 

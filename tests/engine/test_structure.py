@@ -112,7 +112,7 @@ def test_layers_that_return_tuples_are_known(config_of: Callable[[str], Path]) -
 )
 def test_what_a_token_keeps_is_counted_layer_by_layer(name: str, layers: list[int], config_of: Callable[[str], Path]) -> None:
     checkpoint = read_checkpoint(config_of(name))
-    assert structure_of(checkpoint).kv_numbers == tuple(layers)
+    assert structure_of(checkpoint).kv_elements == tuple(layers)
     assert kv_token_bytes(checkpoint, 1, 3, torch.float32) == 4 * sum(layers[1:3])
 
 

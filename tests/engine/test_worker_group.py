@@ -38,11 +38,11 @@ WAIT_S = 20.0
 
 @contextmanager
 def crew_of(ranks: int) -> Iterator[WorkerGroup]:
-    crew = WorkerGroup(ranks)
+    workers = WorkerGroup(ranks)
     try:
-        yield crew
+        yield workers
     finally:
-        crew.end()
+        workers.end()
 
 
 def assert_gone(pids: tuple[int, ...]) -> None:
@@ -51,15 +51,15 @@ def assert_gone(pids: tuple[int, ...]) -> None:
 
 
 def test_a_worker_that_is_killed_takes_the_others_along_and_is_told_of_once() -> None:
-    with crew_of(3) as crew:
+    with crew_of(3) as workers:
         told: queue.Queue[str] = queue.Queue()
-        crew.on_end(told.put)
-        os.kill(crew.processes[1], signal.SIGKILL)
+        workers.on_end(told.put)
+        os.kill(workers.processes[1], signal.SIGKILL)
         assert told.get(timeout=WAIT_S) == "rank 1 was killed by signal 9"
-        assert_gone(crew.processes)
+        assert_gone(workers.processes)
         with pytest.raises(WorkersLost, match="rank 1 was killed by signal 9"):
-            crew.hear(GroupJoined, WAIT_S)
-        crew.on_end(told.put)  # who asks too late is told at once
+            workers.receive_from_all(GroupJoined, WAIT_S)
+        workers.on_end(told.put)  # who asks too late is told at once
         assert told.get_nowait() == "rank 1 was killed by signal 9"
         assert told.empty()
 
@@ -80,22 +80,22 @@ def test_a_worker_whose_sums_failed_is_not_blamed_for_one_that_was_killed(rank: 
 
 
 def test_a_worker_that_hangs_is_given_up_at_the_deadline() -> None:
-    with crew_of(2) as crew:
-        for pid in crew.processes:
+    with crew_of(2) as workers:
+        for pid in workers.processes:
             os.kill(pid, signal.SIGSTOP)
         with pytest.raises(WorkersLost, match="rank 0 did not answer in time"):
-            crew.hear(GroupJoined, 0.05)
-        assert_gone(crew.processes)
+            workers.receive_from_all(GroupJoined, 0.05)
+        assert_gone(workers.processes)
 
 
 def test_workers_that_are_told_to_end_do_so_and_nobody_is_alarmed() -> None:
-    with crew_of(2) as crew:
+    with crew_of(2) as workers:
         told: list[str] = []
-        crew.on_end(told.append)
-        crew.end()
-        assert_gone(crew.processes)
+        workers.on_end(told.append)
+        workers.end()
+        assert_gone(workers.processes)
         with pytest.raises(WorkersLost, match="told to end"):
-            crew.hear(GroupJoined, WAIT_S)
+            workers.receive_from_all(GroupJoined, WAIT_S)
         assert not told
 
 
@@ -120,8 +120,8 @@ def test_workers_end_with_a_node_that_is_killed() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads what a process ignores from /proc")
 def test_workers_leave_the_signals_of_a_terminal_to_their_node() -> None:
-    with crew_of(1) as crew:
-        status = Path(f"/proc/{crew.processes[0]}/status")
+    with crew_of(1) as workers:
+        status = Path(f"/proc/{workers.processes[0]}/status")
 
         def ignored() -> set[int]:
             bits = next(int(line.split()[1], 16) for line in status.read_text().splitlines() if line.startswith("SigIgn"))

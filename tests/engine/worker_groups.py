@@ -20,7 +20,7 @@ from node.engine.parallel.stage import ParallelStage
 TIMEOUT_S = 20.0
 
 
-class ThreadCrew:
+class ThreadWorkerGroup:
     """Stands for `Crew`. Ranks load one after the other, for transformers' loader sets a default of the whole process."""
 
     processes = ()
@@ -43,17 +43,17 @@ class ThreadCrew:
         finally:
             channel.socket.close()
 
-    def tell(self, messages: Sequence[msgspec.Struct], timeout_s: float) -> None:
+    def send_to_each(self, messages: Sequence[msgspec.Struct], timeout_s: float) -> None:
         for channel, message in zip(self._channels, messages):
             channel.send(message)
             if isinstance(message, LoadShard):
                 self._loaded.append(channel.receive(ShardLoaded, time.monotonic() + TIMEOUT_S))
 
-    def tell_all(self, message: msgspec.Struct, timeout_s: float) -> None:
+    def send_to_all(self, message: msgspec.Struct, timeout_s: float) -> None:
         self.said.append(message)
-        self.tell([message] * len(self._channels), timeout_s)
+        self.send_to_each([message] * len(self._channels), timeout_s)
 
-    def hear(self, kind: Any, timeout_s: float) -> list[Any]:
+    def receive_from_all(self, kind: Any, timeout_s: float) -> list[Any]:
         if kind is ShardLoaded:
             return self._loaded
         return [channel.receive(kind, time.monotonic() + TIMEOUT_S) for channel in self._channels]
@@ -71,6 +71,6 @@ class ThreadCrew:
 def parallel(directory: Path, ranks: int, kernel: str, start: int = 0, end: int = 4) -> ParallelStage:
     """A stage of `ranks` threads, loaded. The caller closes it."""
     checkpoint = read_checkpoint(directory)
-    stage = ParallelStage(checkpoint, start, end, KERNELS[kernel], 1, ranks, hire=ThreadCrew)  # type: ignore[arg-type]
+    stage = ParallelStage(checkpoint, start, end, KERNELS[kernel], 1, ranks, start_workers=ThreadWorkerGroup)  # type: ignore[arg-type]
     stage.pack()
     return stage

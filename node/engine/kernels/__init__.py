@@ -1,1 +1,1 @@
-"""Chooses the kernels of a span by measuring them, and checks their bits."""
+"""Chooses the kernel of a span by measurements, and checks its bits."""

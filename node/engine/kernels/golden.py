@@ -1,8 +1,9 @@
-"""Golden vectors: logits and drawn tokens of a small made-up model, the same on every machine whose results may be relied on.
+"""Golden vectors: logits and drawn tokens of a small synthetic model, the same on every machine with correct arithmetic.
 
-Each kind of weights goes through the compiled layers and the sampler, in pieces and beside others, with both types of rows.
-The digest of all that comes out is a constant of the program. A machine that finds another one computes otherwise than the
-rest, for whatever reason: its results are then compared with those of its own kind alone (node.engine.kernels.machine).
+Each kind of weights goes through the compiled layers and the sampler, in chunks and in batches, with both types of rows.
+The digest of all results is a constant of the program. A machine that finds another digest computes differently, for
+whatever reason; its fingerprint then names its CPU and torch, so only equal machines are exact to it
+(node.engine.kernels.machine).
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from node.requests import SamplingParams
 log = structlog.get_logger()
 
 GOLDEN = "2be3dc820c0ba4ec"
-HIDDEN, HEADS, KV_HEADS, DIM, MIDDLE, VOCAB = 80, 4, 2, 40, 112, 130  # no whole numbers of panels, steps or vectors
+HIDDEN, HEADS, KV_HEADS, DIM, INTERMEDIATE, VOCAB = 80, 4, 2, 40, 112, 130  # no multiples of panels, steps or vectors
 WINDOW = 48
 POSITIONS = 128
-STEPS = (70, 1, 1, 33, 1)  # rows of the sequence; another of 5 rows stands beside each
+STEPS = (70, 1, 1, 33, 1)  # rows of the sequence in each step, in a batch with another sequence of 5 rows
 WEIGHTS = (  # the stored type, and how it is rounded
     (torch.bfloat16, "none"),
     (torch.float16, "none"),
@@ -48,7 +49,7 @@ DRAWS = (
 
 
 class _Numbers:
-    """Made-up numbers, exact and the same everywhere: 16-bit integers from a counter, times a power of two."""
+    """Pseudorandom numbers, exact and the same everywhere: 16-bit integers of a counter-based generator, times a power of two."""
 
     def __init__(self) -> None:
         self._counter = 0
@@ -62,12 +63,12 @@ class _Numbers:
 
 @dataclass(frozen=True)
 class _Model:
-    """Two layers, the second with norms of heads and a window, and a head; `kept` is what the layers point to."""
+    """Two layers, the second with norms of heads and a window, and a head; `kept` refers to the memory the layers point to."""
 
     layers: tuple[LayerParts, LayerParts]
     head: NativeProduct
     norm: torch.Tensor
-    turns: torch.Tensor
+    rotary: torch.Tensor
     kept: list[object]
 
 
@@ -91,22 +92,22 @@ def _model(stored: torch.dtype, quantize: str) -> _Model:
         products = (
             product((HEADS + 2 * KV_HEADS) * DIM, HIDDEN, biased=not second),
             product(HIDDEN, HEADS * DIM),
-            product(2 * MIDDLE, HIDDEN),
-            product(HIDDEN, MIDDLE),
+            product(2 * INTERMEDIATE, HIDDEN),
+            product(HIDDEN, INTERMEDIATE),
         )
-        sizes = (HIDDEN, HEADS, KV_HEADS, DIM, MIDDLE, WINDOW if second else 0)
+        sizes = (HIDDEN, HEADS, KV_HEADS, DIM, INTERMEDIATE, WINDOW if second else 0)
         parts = (each.parts for each in products)
         return LayerParts(norm(HIDDEN).data_ptr(), *heads, norm(HIDDEN).data_ptr(), *parts, 1e-5, 1e-6, 0.15625, *sizes)
 
-    assert MIDDLE % HALF_PANEL == 0  # gates and their ups in turns, without filling
+    assert INTERMEDIATE % HALF_PANEL == 0  # gates and ups are interleaved without padding
     frequencies = np.ldexp(1.0, -np.arange(DIM // 2) // 2).astype(np.float64)
     sines, cosines = sin_cos(np.arange(POSITIONS, dtype=np.float64)[:, None] * frequencies)
-    turns = torch.from_numpy(np.stack((cosines, sines), 1).astype(np.float32)).contiguous()
-    return _Model((layer(second=False), layer(second=True)), product(VOCAB, HIDDEN), norm(HIDDEN), turns, kept)
+    rotary = torch.from_numpy(np.stack((cosines, sines), 1).astype(np.float32)).contiguous()
+    return _Model((layer(second=False), layer(second=True)), product(VOCAB, HIDDEN), norm(HIDDEN), rotary, kept)
 
 
 def _logits(library: NativeLibrary, model: _Model, dtype: torch.dtype, threads: int) -> torch.Tensor:
-    """Of the last row of the sequence in each step, `[steps, vocab]` float32."""
+    """Computes the logits of the sequence's last row in each step, `[steps, vocab]` float32."""
     numbers = _Numbers()
     store = KVStore()
     mine, position, out = SequenceKV(store), 0, []
@@ -122,7 +123,7 @@ def _logits(library: NativeLibrary, model: _Model, dtype: torch.dtype, threads: 
             2,
             x.data_ptr(),
             where.data_ptr(),
-            model.turns.data_ptr(),
+            model.rotary.data_ptr(),
             5 + count,
             bf16,
             ctypes.byref(spans.parts),
@@ -139,7 +140,7 @@ def _logits(library: NativeLibrary, model: _Model, dtype: torch.dtype, threads: 
 
 
 def digest(library: NativeLibrary, threads: int = 1) -> str:
-    """Of all logits, drawn tokens and log probabilities, as 16 hex digits; takes a tenth of a second."""
+    """Returns the digest of all logits, drawn tokens and log probabilities, 16 hex digits; takes a tenth of a second."""
     found = hashlib.blake2b(digest_size=8)
     for stored, quantize in WEIGHTS:
         model = _model(stored, quantize)
@@ -156,7 +157,7 @@ def digest(library: NativeLibrary, threads: int = 1) -> str:
 
 @functools.cache
 def holds() -> bool:
-    """Whether this machine computes what every other one does. A machine without the compiled kernel does not."""
+    """Returns whether this machine computes the golden vectors; without the compiled kernel it does not."""
     library = native()
     if library is None:
         return False

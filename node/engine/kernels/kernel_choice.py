@@ -1,9 +1,9 @@
-"""Which kernel a span is computed with: the preferred one, unless another is so much faster that it must give way.
+"""Chooses the kernel of a span: the preferred one, unless another is faster by a large margin.
 
-The compiled kernels are *portable*: the same bits on every CPU and with any number of threads. Others round as the CPU at
-hand does, so a node that takes one is exact only with nodes of its own kind. A portable kernel therefore gives way only
-where another is PORTABLE_MARGIN times as fast, and any other only by MARGIN, for two machines of one kind must choose
-alike. Why these numbers: docs/decisions/0033.
+The compiled kernels are *portable*: the same bits on every CPU and with any number of threads. Others round as this CPU
+does, so a node that uses one is exact only with nodes of the same kind. Another kernel therefore replaces a portable one
+only where it is PORTABLE_MARGIN times as fast, and a kernel that is not portable by MARGIN, for two machines of one kind
+must choose alike. The reasons for these numbers are in docs/decisions/0033.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from node.engine.native.library import absence, native
 from node.host.environment import cache_home, onednn_cap
 from node.host.uncompiled import BY_NAME
 
-RULES_VERSION = 1  # of how kernels are timed: timings of another are measured anew
+RULES_VERSION = 1  # of how kernels are timed: timings of another version are measured anew
 PORTABLE_MARGIN = 4.0
 MARGIN = 2.0
 REASON_LETTERS = 300
-WORTH_TIMING_BYTES = 8 << 20  # smaller layers live in caches, where timings say little and matter less
+MIN_TIMED_BYTES = 8 << 20  # smaller layers stay in caches, where timings vary and matter little
 
 
 @dataclass(frozen=True, slots=True)
 class KernelChoice:
-    """The kernels to be tried, in this order, and why; once a span is loaded, the one that it is computed with."""
+    """The kernels to try, in this order, and the reason; for a loaded span, the one kernel that computes it."""
 
     kernels: tuple[Kernel, ...]
     reason: str
@@ -42,7 +42,7 @@ class KernelChoice:
 
 
 def uncompiled(choices: Iterable[KernelChoice]) -> str:
-    """Why one of them is for the CPU and not the compiled kernel; empty where there is none such."""
+    """Returns why one of the choices is a CPU kernel other than the compiled one; empty where none is."""
     for choice in choices:
         if not (choice.kernels[0].compiled or choice.kernels[0].attention):
             return absence() or choice.reason[:REASON_LETTERS]
@@ -51,7 +51,7 @@ def uncompiled(choices: Iterable[KernelChoice]) -> str:
 
 @functools.cache
 def choose(wanted: str, stored: torch.dtype, inputs: int, outputs: int, quantize: str = "none") -> KernelChoice:
-    """The choice for a model whose widest layer has this shape. `wanted`: a dtype, a kernel or "auto".
+    """Chooses kernels for a model whose widest layer has this shape. `wanted`: a dtype, a kernel or "auto".
 
     Raises:
         ValueError: no such dtype or kernel, or this machine has none of them.
@@ -61,7 +61,7 @@ def choose(wanted: str, stored: torch.dtype, inputs: int, outputs: int, quantize
         return KernelChoice(kernels, BY_NAME)
     if len(kernels) == 1:
         return KernelChoice(kernels, "no other kernel here computes in this type")
-    if inputs * outputs * stored.itemsize < WORTH_TIMING_BYTES:
+    if inputs * outputs * stored.itemsize < MIN_TIMED_BYTES:
         return KernelChoice(kernels, f"{_preferred(kernels[0])}; layers this small are not timed")
     names = [kernel.name for kernel in kernels]
     timings, remembered = kernel_record.timings(
@@ -74,7 +74,7 @@ def choose(wanted: str, stored: torch.dtype, inputs: int, outputs: int, quantize
 
 
 def decided(kernels: Sequence[Kernel], timings: Timings, remembered: bool = False) -> KernelChoice:
-    """The first kernel that no other beats by its margin; `kernels` in the order of preference."""
+    """Chooses the first kernel that no other beats by its margin; `kernels` in the order of preference."""
     times_us = {name: round(1e6 * math.prod(times) ** (1 / len(times)), 1) for name, times in timings.times_s.items() if times}
     if not timings.steady:
         reason = f"{_preferred(kernels[0])}; this machine was too busy to time kernels"
@@ -90,14 +90,14 @@ def decided(kernels: Sequence[Kernel], timings: Timings, remembered: bool = Fals
 def _reason(first: Kernel, passed_over: Sequence[Kernel], times_us: Mapping[str, float]) -> str:
     if not passed_over:
         return f"{_preferred(first)}; no other is {_margin(first):g} times as fast"
-    said = []
+    reasons = []
     for kernel in passed_over:
         if kernel.name not in times_us:
-            said.append(f"{kernel.name} cannot compute such layers here")
+            reasons.append(f"{kernel.name} cannot compute such layers here")
         else:
-            said.append(f"{kernel.name} takes {times_us[kernel.name] / times_us[first.name]:.1f} times as long")
+            reasons.append(f"{kernel.name} takes {times_us[kernel.name] / times_us[first.name]:.1f} times as long")
     apart = "" if first.compiled else "; exact only with nodes of this kind of CPU"
-    return ", ".join(said) + apart
+    return ", ".join(reasons) + apart
 
 
 def _preferred(kernel: Kernel) -> str:
@@ -109,7 +109,7 @@ def _margin(kernel: Kernel) -> float:
 
 
 def _key(stored: torch.dtype, inputs: int, outputs: int, names: Sequence[str]) -> dict[str, str]:
-    """All that a timing depends on."""
+    """Returns everything that a timing depends on."""
     library = native()
     return {
         "rules": str(RULES_VERSION),

@@ -1,8 +1,8 @@
-"""Keeps timings of kernels on disk, so that a node that starts again, and the next node on this machine, need not measure.
+"""Keeps timings of kernels on disk, so that later starts of nodes on this machine need not measure again.
 
-One file for each key, and the key names all that a timing depends on. The directory and the file must be the user's own
-and writable by no one else. A file that is not, cannot be read, or holds anything but the timings of exactly this key is
-measured anew. Nodes that start together measure once: the others wait for the lock.
+There is one file for each key, and the key holds everything that a timing depends on. The directory and the file must
+belong to this user and be writable by no other. Where the file does not, cannot be read, or holds anything but the timings
+of this key, kernels are measured anew. Of nodes that start together, one measures while the others wait for the lock.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from node.engine.kernels.kernel_timing import ROWS, Timings
 log = structlog.get_logger()
 
 MAX_FILE_BYTES = 16 << 10
-MAX_S = 600.0  # no product takes so long: a time beyond it was not measured
+MAX_S = 600.0  # no product takes so long: a greater value is not a measurement
 OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 Key = Mapping[str, str]
 
 
 def timings(directory: Path, key: Key, names: Sequence[str], measure: Callable[[], Timings]) -> tuple[Timings, bool]:
-    """The timings of the named kernels under `key`, and whether they were remembered; else `measure` is called.
+    """Returns the kept timings of the named kernels under `key` and True; otherwise those that `measure` returns and False.
 
-    Only steady timings are kept. Where nothing can be kept, that is logged, and all else goes on.
+    Only steady timings are kept. If they cannot be written, this is logged.
     """
     measured: Timings | None = None
     try:
@@ -52,18 +52,18 @@ def timings(directory: Path, key: Key, names: Sequence[str], measure: Callable[[
 
 
 def read(path: Path, key: Key, names: Sequence[str]) -> Timings | None:
-    """What the file says of `key`; None where it says nothing that can be trusted."""
+    """Reads the timings of `key`; None where the file is missing, unsafe, damaged or of another key."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_FILE_BYTES or not _is_mine_alone(about):
                 return None
-            told = json.loads(file.read(MAX_FILE_BYTES))
+            record = json.loads(file.read(MAX_FILE_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(told, dict) or told.get("key") != dict(key):
+    if not isinstance(record, dict) or record.get("key") != dict(key):
         return None
-    times_s = told.get("times_s")
+    times_s = record.get("times_s")
     if not isinstance(times_s, dict) or set(times_s) != set(names) or not all(map(_are_times, times_s.values())):
         return None
     return Timings({name: tuple(times) for name, times in times_s.items()}, steady=True)
@@ -79,7 +79,7 @@ def _text(key: Key) -> str:
 
 
 def _are_times(times: object) -> bool:
-    """Those of one kernel; empty for one that cannot compute here."""
+    """Returns whether these are valid times of one kernel; an empty list is valid: the kernel cannot compute here."""
     return (
         isinstance(times, list)
         and len(times) in (0, len(ROWS))
@@ -92,7 +92,7 @@ def _is_mine_alone(about: os.stat_result) -> bool:
 
 
 def _own(directory: Path) -> Path:
-    """Raises OSError: it cannot be made, or others could put a file there."""
+    """Makes the directory if needed. Raises OSError: it cannot be made, or other users may write to it."""
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not _is_mine_alone(directory.stat()):
         raise PermissionError(f"others may write to {directory}; make it yours alone (chmod 700)")

@@ -1,8 +1,8 @@
-"""How long each kernel takes for a layer's product here, in CPU time, so that what else the machine does counts little.
+"""Measures how long each kernel takes for a layer's product on this machine, in CPU time, which other load disturbs little.
 
-One thread computes, and its own CPU time is read: it leaves out the time that other processes had, and says nothing of
-threads that wait. Kernels take turns, round by round, so that a slow spell meets all of them. Interruptions only ever add
-time, so the least of all rounds counts, and rounds go on until every kernel has shown its least time twice.
+One thread computes, and its own CPU time is read, which excludes the time of other processes and of waiting. In each round
+every kernel is measured once, so that a slow period concerns all of them. Disturbances only add time, so the minimum over
+the rounds counts, and rounds go on until every kernel has reached its minimum twice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from node.engine.model.linear import Kernel, Rows
 
 ROWS = (2, 16)  # as in decoding with few and with many sequences
 MIN_ROUNDS, MAX_ROUNDS = 5, 25
-STEADY = 1.1  # the second least time is at most so many times the least
+STEADY = 1.1  # the second smallest time is at most so many times the smallest
 
 Take = Callable[[str, int], float]
 """CPU seconds of one product of the named kernel with that many rows."""
@@ -25,15 +25,15 @@ Take = Callable[[str, int], float]
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Least CPU seconds of one product for each of `ROWS`, by the kernel's name; empty for one that cannot compute here."""
+    """Minimum CPU seconds of one product for each of `ROWS`, by kernel name; empty for a kernel that cannot compute here."""
 
     times_s: dict[str, tuple[float, ...]]
     steady: bool
-    """Whether each of these was met twice; if not, the machine was too busy to tell."""
+    """Whether each minimum was reached twice; if not, the machine was too busy."""
 
 
 def rounds(names: Sequence[str], take: Take) -> Timings:
-    """The named kernels' timings, from as many rounds as it takes until they are steady, at most MAX_ROUNDS."""
+    """Measures the named kernels in rounds until their timings are steady, at most MAX_ROUNDS."""
     taken: dict[tuple[str, int], list[float]] = {(name, count): [] for name in names for count in ROWS}
     steady = False
     for number in range(1, MAX_ROUNDS + 1):
@@ -51,7 +51,7 @@ def _shown_twice(times_s: list[float]) -> bool:
 
 
 def of_layer(kernels: Sequence[Kernel], stored: torch.dtype, inputs: int, outputs: int) -> Timings:
-    """Times the kernels on a made-up layer whose weight is stored as `stored`."""
+    """Measures the kernels on a random layer whose weight is stored as `stored`."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -64,7 +64,7 @@ def of_layer(kernels: Sequence[Kernel], stored: torch.dtype, inputs: int, output
             try:
                 product = kernel.pack(weight if kernel.compiled else weight.to(kernel.dtype), None)
                 for some in given.values():
-                    product(some)  # the first call makes what the kernel keeps
+                    product(some)  # the first call allocates the kernel's buffers
             except (RuntimeError, ValueError, NotImplementedError):  # no such kernel on this CPU, or not for such weights
                 continue
             products[kernel.name] = product

@@ -1,4 +1,4 @@
-"""What the CPU can do, and which linear kernel that speaks for. Read once a process."""
+"""The CPU's kind and instructions, the linear kernels for it, and the numerics fingerprint. The CPU is read once a process."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ RULES_VERSION = 5  # of the exactness rules: rows in buckets, query rows by 8, K
 
 @functools.cache
 def isa() -> str:
-    """The vector instructions that torch may use here, e.g. `AVX512+bf16+vnni+amx`.
+    """Returns the vector instructions that torch may use here, e.g. `AVX512+bf16+vnni+amx`.
 
-    The extensions are asked of the CPU and belong to AVX-512: under a lower ATEN_CPU_CAPABILITY they do not count.
+    The extensions are read from the CPU and belong to AVX-512: with a lower ATEN_CPU_CAPABILITY they do not count.
     """
     name: str = torch.backends.cpu.get_cpu_capability()
     if name != "AVX512":
@@ -34,28 +34,29 @@ def isa() -> str:
 
 @functools.cache
 def cpu() -> str:
-    """The kind of CPU, as kernels tell kinds apart: vendor, family and model where the system says so."""
+    """Returns the kind of CPU: vendor, family and model where the system reports them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
-    said = {name.strip(): value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
-    wanted = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
-    return " ".join([platform.machine(), *(said[name] for name in wanted if name in said)])
+    fields = {name.strip(): value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
+    names = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
+    return " ".join([platform.machine(), *(fields[name] for name in names if name in fields)])
 
 
 def fingerprint(
-    weights: str, kernel: Kernel, threads: int, ranks: int = 1, on: torch.device = device.CPU, constants: str = ""
+    weights: str, kernel: Kernel, threads: int, ranks: int = 1, on: torch.device = device.CPU, constants_digest: str = ""
 ) -> str:
-    """Equal fingerprints promise equal tokens: all that is known to change a bit, in 16 hex digits.
+    """Returns a digest of everything that is known to change a bit, in 16 hex digits: equal ones promise equal tokens.
 
-    `constants`: of a span that is compiled as a whole, the digest of what it derived from its config (`NativeLayers`). Such a
-    span computes the same on every machine on which the golden vectors hold; else torch and the CPU decide bits too. Behind
-    the digits `-tp` and the number of ranks, where several compute a span together: sums over two parts round otherwise.
+    `constants_digest` is that of a span whose layers are compiled (`NativeLayers`). Such a span computes the same bits on
+    every machine on which the golden vectors hold; otherwise torch and the CPU decide bits too. Where several ranks compute
+    a span together, `-tp` and their number follow the digits, for sums over several parts round differently.
     """
+    assert threads > 0 and ranks > 0
     parts: tuple[object, ...] = (str(kernel.dtype), kernel.quantize, RULES_VERSION, weights)
-    if constants and golden.holds():
-        parts = (*parts, golden.GOLDEN, constants)
+    if constants_digest and golden.holds():
+        parts = (*parts, golden.GOLDEN, constants_digest)
     else:
         parts = (*parts, torch.__version__, isa(), cpu(), kernel.name, threads)
     if on != device.CPU:
@@ -65,7 +66,7 @@ def fingerprint(
 
 
 def named(kernel: Kernel) -> str:
-    """A kernel and the instructions its products run on, `mesh-bf16 on amx`: our own choice, or what torch may use."""
+    """Describes a kernel with the instructions that it uses, e.g. `mesh-bf16 on amx`; for torch's kernels, those allowed."""
     if kernel.attention:
         return f"{kernel.name}, attention {kernel.attention}"
     library = native() if kernel.compiled else None
@@ -73,12 +74,12 @@ def named(kernel: Kernel) -> str:
 
 
 def candidates(wanted: str, stored: torch.dtype, quantize: str = "none") -> list[Kernel]:
-    """Kernels for a checkpoint stored as `stored`, the one to prefer first. `wanted`: a dtype, kernel or "auto".
+    """Returns kernels for a checkpoint stored as `stored`, the preferred one first. `wanted`: a dtype, kernel or "auto".
 
     The first is the compiled kernel whose rows have the stored dtype: its bits are the same on every CPU, so all nodes
     that have it choose alike (docs/decisions/0033). Where it could not be built a rule of thumb decides: without bf16
-    instructions bf16 arithmetic is several times slower than fp32, and FBGEMM reads half the bytes of fp32. Nothing is
-    rounded that the checkpoint holds exactly, unless it was asked for.
+    instructions bf16 arithmetic is several times slower than fp32, and FBGEMM reads half the bytes of fp32. Weights are
+    rounded only on request.
 
     Raises:
         ValueError: no such dtype or kernel, or this machine has none of them; the message gives each one's reason.

@@ -1,8 +1,8 @@
-"""Sums over the ranks, in the order of the ranks: the same bits on every rank, for every row, however many stand beside it.
+"""All-reduce in the order of the ranks: the same bits on every rank and for every row, whatever the batch.
 
-A library's all-reduce adds in an order that depends on where in the buffer an element lies, so a row's bits would depend on
-its place in the batch once there are three summands. Here every rank gathers all parts and adds them one after the other,
-in float32. For the short buffers of decoding that is also the quickest: one exchange instead of two.
+A library's all-reduce adds in an order that depends on where in the buffer an element lies, so with three or more ranks
+a row's bits would depend on its place in the batch. Here every rank gathers all parts and adds them in the order of the
+ranks, in float32. For the short buffers of decoding this is also the fastest: one exchange instead of two.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ LOOPBACK = "127.0.0.1"
 
 class AllReduce(Protocol):
     def __call__(self, part: torch.Tensor) -> torch.Tensor:
-        """The sum of all ranks' parts, float32, of one shape.
+        """Returns the sum of all ranks' parts, float32; all have the shape of `part`.
 
         Raises:
-            RuntimeError: a rank is gone, or did not come in time.
+            RuntimeError: a rank has ended, or did not answer in time.
         """
 
 
 class GroupAllReduce:
-    """Sums over a process group of torch's."""
+    """All-reduce over a torch process group."""
 
     def __init__(self, group: Any, ranks: int) -> None:
         self._group = group
@@ -46,10 +46,10 @@ class GroupAllReduce:
 
 
 def join_group(meeting: Path, rank: int, ranks: int, device: torch.device, timeout_s: float) -> GroupAllReduce:
-    """Meets the other ranks through the file `meeting`; all traffic stays on the loopback interface, or between the GPUs.
+    """Connects to the other ranks through the store file `meeting`; traffic stays on the loopback interface or between GPUs.
 
     Raises:
-        RuntimeError: they did not all come in time.
+        RuntimeError: not all ranks connected in time.
     """
     store = torch._C._distributed_c10d.FileStore(str(meeting), ranks)
     store.set_timeout(timedelta(seconds=timeout_s))
@@ -59,51 +59,54 @@ def join_group(meeting: Path, rank: int, ranks: int, device: torch.device, timeo
         nccl._timeout = timedelta(seconds=timeout_s)
         group = dist.ProcessGroupNCCL(store, rank, ranks, nccl)
     else:
-        process_group: Any = dist.ProcessGroupGloo  # whose options have no type
+        process_group: Any = dist.ProcessGroupGloo  # torch's stubs lack its options
         gloo = process_group._Options()
         gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
         gloo._timeout = timedelta(seconds=timeout_s)
         group = dist.ProcessGroupGloo(store, rank, ranks, gloo)
-    summing = GroupAllReduce(group, ranks)
-    summing(torch.ones(1, device=device))  # all are here, and connected: the file is not needed any more
-    return summing
+    all_reduce = GroupAllReduce(group, ranks)
+    all_reduce(torch.ones(1, device=device))  # returns once all ranks are connected: the file is not needed any more
+    return all_reduce
 
 
 class SummedProduct:
-    """A product whose inputs are cut: each rank's is one summand of the answer, which is rounded once."""
+    """A product whose inputs are split over the ranks: each rank's part is summed in float32, and the sum is rounded once."""
 
-    def __init__(self, product: Rows, summing: AllReduce) -> None:
+    def __init__(self, product: Rows, all_reduce: AllReduce) -> None:
         self._wide: Rows = getattr(product, "wide", None) or (lambda rows: product(rows).float())
-        self._summing = summing
+        self._all_reduce = all_reduce
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        return self._summing(self._wide(rows)).to(rows.dtype)
+        return self._all_reduce(self._wide(rows)).to(rows.dtype)
 
     def plus(self, rows: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """`other + product`."""
-        return self._summing(self._wide(rows)).add_(other).to(rows.dtype)
+        """Returns `other + product`, rounded once."""
+        return self._all_reduce(self._wide(rows)).add_(other).to(rows.dtype)
 
 
 class SharedEmbedding(nn.Module):
-    """An embedding of which this rank holds the tokens `first …`: the others' rows come as sums with nothing but zeros."""
+    """An embedding whose vocabulary is split over the ranks; this rank holds the tokens from `first` on.
 
-    def __init__(self, held: nn.Module, first: int, summing: AllReduce) -> None:
+    A token's row is the sum of its own rank's row and zeros from all others, so it is exact.
+    """
+
+    def __init__(self, held: nn.Module, first: int, all_reduce: AllReduce) -> None:
         super().__init__()
         self.held = held
         self._first = first
-        self._summing = summing
+        self._all_reduce = all_reduce
 
     @property
     def weight(self) -> torch.Tensor:
-        """The rank's part; models read its dtype at most."""
+        """This rank's part of the weight; models only read its dtype."""
         weight = self.held.weight
         assert isinstance(weight, torch.Tensor)
         return weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """`[…] -> […, hidden]`."""
-        places = ids - self._first
+        local_ids = ids - self._first
         count = self.weight.shape[0]
-        here = (places >= 0) & (places < count)
-        rows = self.held(places.clamp(0, count - 1)) * here[..., None]
-        return self._summing(rows.float()).to(rows.dtype)
+        is_local = (local_ids >= 0) & (local_ids < count)
+        rows = self.held(local_ids.clamp(0, count - 1)) * is_local[..., None]
+        return self._all_reduce(rows.float()).to(rows.dtype)

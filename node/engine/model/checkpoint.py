@@ -1,7 +1,7 @@
-"""A model directory read without its weights: can it be served here, and what must peers know of it?
+"""Reads a model directory without its weights: decides whether it can be served, and finds what peers must know of it.
 
-Only local directories, only safetensors, never code from the checkpoint. What cannot be served exactly is refused
-by name and reason, before any weight is read.
+Only local directories, only safetensors, never code from the checkpoint. A model that cannot be served exactly is refused
+with its name and the reason, before any weight is read.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ KNOWN_GOOD = (
 )
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 STATEFUL_FIELDS = ("linear_num_value_heads", "mamba_d_state", "ssm_cfg", "state_size", "conv_L_cache", "time_step_rank")
-OTHER_SENSES = ("vision_config", "audio_config", "text_config")  # parts of the configs of models that see or hear
-# families whose causal class looks ahead unless their config says `is_decoder`
+MULTIMODAL_FIELDS = ("vision_config", "audio_config", "text_config")  # in configs of models of images or audio
+# Families whose causal class attends to later positions unless `is_decoder` is set in their config.
 ENCODERS = {"bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "electra", "data2vec-text", "roformer", "ernie"}
 ENCODERS |= {"bert-generation", "megatron-bert", "rembert", "roberta-prelayernorm", "big_bird", "xmod"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the config of a servable model says."""
+    """A servable model, as its config describes it."""
 
     directory: Path
     config: PretrainedConfig
@@ -49,19 +49,19 @@ class Checkpoint:
     end_ids: frozenset[int]  # the model's own end-of-sequence tokens
     tied: bool  # the head is the embedding
     mixture: bool  # has mixture-of-experts layers
-    told_weights: str = ""  # its identity, where that is known already
+    known_identity: str = ""  # empty: not known yet
 
     @cached_property
     def weights(self) -> str:
-        """The identity of the checkpoint (`mesh.manifest`); *blocking* where it was not told: every byte is hashed."""
-        return self.told_weights or identity_of(self.directory)
+        """The identity of the checkpoint (`mesh.manifest`); *blocking* where it is not known yet: every byte is hashed."""
+        return self.known_identity or identity_of(self.directory)
 
 
 def read_checkpoint(directory: Path, weights: str = "") -> Checkpoint:
-    """Reads and judges a checkpoint. `weights`: its identity, where it is known.
+    """Reads a checkpoint's config and checks that the model can be served. `weights`: its identity, where it is known.
 
     Raises:
-        BadRequest: with the reason and what would work.
+        BadRequest: it cannot be served; with the reason and what would work.
     """
     raw = require_checkpoint(directory)
     try:
@@ -69,9 +69,9 @@ def read_checkpoint(directory: Path, weights: str = "") -> Checkpoint:
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         raise _refusal(f"{_why_no_config(directory, raw, error)}; a {KNOWN_GOOD} checkpoint would work") from error
     model_class = _model_class(directory, config)
-    _refuse_what_cannot_be_exact(directory, config)
+    _refuse_inexact(directory, config)
     files = weight_files(directory)
-    layers, longest = config.num_hidden_layers, _longest(config)
+    layers, max_model_len = config.num_hidden_layers, _max_model_len(config)
     return Checkpoint(
         directory=directory,
         config=config,
@@ -79,17 +79,17 @@ def read_checkpoint(directory: Path, weights: str = "") -> Checkpoint:
         layers=layers,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        max_model_len=longest,
+        max_model_len=max_model_len,
         stored_dtype=_stored_dtype(config, files[0]),
         end_ids=_end_ids(directory, config),
         tied=bool(config_value(config, "tie_word_embeddings")),
         mixture=any(config_value(config, name) for name in ("num_local_experts", "num_experts", "n_routed_experts")),
-        told_weights=weights,
+        known_identity=weights,
     )
 
 
 def config_value(config: PretrainedConfig, name: str, default: object = None) -> Any:
-    """A field of the config; `default` where there is none, or where each layer has its own."""
+    """Returns a field of the config; `default` where it is missing, or where each layer has its own value."""
     try:
         return getattr(config, name, default)
     except AmbiguousGlobalPerLayerAttributeError:
@@ -101,7 +101,7 @@ def _refusal(message: str) -> BadRequest:
 
 
 def _why_no_config(directory: Path, raw: dict[str, object], error: Exception) -> str:
-    """Why transformers makes no config of what the file holds."""
+    """Returns why transformers cannot make a config of the file."""
     kind = str(raw.get("model_type"))[:100]
     if kind not in CONFIG_MAPPING_NAMES:
         code = ", and the Python code in its directory is never run" if raw.get("auto_map") else ""
@@ -129,21 +129,21 @@ def _model_class(directory: Path, config: PretrainedConfig) -> type:
         model_class = None
     if model_class is None or (declared and not causal):
         what = ", ".join(declared) or kind
-        _refuse_other_senses(directory, config, what)
+        _refuse_multimodal(directory, config, what)
         raise _refusal(f"{directory.name} is {what}, not a causal language model; a {KNOWN_GOOD} checkpoint would work")
     chosen = model_class[0] if isinstance(model_class, tuple) else model_class
     assert isinstance(chosen, type)
     return chosen
 
 
-def _refuse_other_senses(directory: Path, config: PretrainedConfig, what: str) -> None:
-    other = next((part for part in OTHER_SENSES if config_value(config, part) is not None), None)
+def _refuse_multimodal(directory: Path, config: PretrainedConfig, what: str) -> None:
+    other = next((part for part in MULTIMODAL_FIELDS if config_value(config, part) is not None), None)
     if other is not None:
         more = f"a model of more than text ({other}); only models of text are served"
         raise _refusal(f"{directory.name} is {what}, {more}, e.g. {KNOWN_GOOD}")
 
 
-def _refuse_what_cannot_be_exact(directory: Path, config: PretrainedConfig) -> None:
+def _refuse_inexact(directory: Path, config: PretrainedConfig) -> None:
     kind, name = config.model_type, directory.name
     if config_value(config, "attention_chunk_size") or "chunked_attention" in (config_value(config, "layer_types") or []):
         raise _refusal(f"{name} is {kind}, whose attention is cut into chunks, which we do not compute; try {KNOWN_GOOD}")
@@ -160,12 +160,12 @@ def _refuse_what_cannot_be_exact(directory: Path, config: PretrainedConfig) -> N
         raise _refusal(f"{name} is {kind} with ALiBi, positions that are biases of attention scores; try {KNOWN_GOOD}")
     missing = [field for field in ("num_hidden_layers", "hidden_size", "vocab_size") if not config_value(config, field)]
     if missing:
-        _refuse_other_senses(directory, config, kind)
+        _refuse_multimodal(directory, config, kind)
         raise _refusal(f"the config of {name} ({kind}) has no {', '.join(missing)}; a {KNOWN_GOOD} checkpoint would work")
 
 
 def sliding_window(config: PretrainedConfig, start: int, end: int) -> int | None:
-    """The window, in positions, that some of the layers `[start, end)` must look through; None where none must."""
+    """Returns the sliding window, in positions, of those layers in `[start, end)` that have one; None where none has."""
     window = config_value(config, "sliding_window")
     kinds = config_value(config, "layer_types")
     if not window or (kinds is None and not getattr(config, "use_sliding_window", True)):
@@ -183,8 +183,11 @@ def _rope_type(config: PretrainedConfig) -> str:
     return str(rope.get("rope_type") or rope.get("type") or "default")
 
 
-def _longest(config: PretrainedConfig) -> int:
-    """The context in tokens. LongRoPE switches its factors by the longest row of a batch: we stay below the switch."""
+def _max_model_len(config: PretrainedConfig) -> int:
+    """Returns the context in tokens, for LongRoPE that below which it uses its short factors.
+
+    Beyond it, LongRoPE chooses its factors by the longest sequence of a batch, so a token would depend on the others.
+    """
     longest = int(config_value(config, "max_position_embeddings") or config_value(config, "n_positions") or 2048)
     if _rope_type(config) == "longrope":
         original = _rope(config).get("original_max_position_embeddings")

@@ -1,10 +1,9 @@
-"""The layers of Llama-shaped models, compiled: one call for all layers of a step.
+"""The layers of Llama-shaped models, computed by the compiled kernel: one call for all layers of a step.
 
-Attention reads and writes the sequences' keys and values where they lie (node.engine.kv.cache). Norms, products, rotary
-positions, attention, activation and residual sums keep to one order of operations for each row, whatever stands beside
-it: rows need no padding here. What lies between the rounding of a layer's input and that of its sums stays float32 but
-for queries, keys, values and weights of attention, so these layers round less than the model's own; the self-check
-holds them against it.
+Attention reads and writes the sequences' keys and values in place (node.engine.kv.cache). Norms, products, rotary
+embedding, attention, activation and residual sums have one order of operations for each row, whatever the batch, so rows
+need no padding here. Intermediate values stay float32, except queries, keys, values and attention weights, so these layers
+round less than the model's own; the self-check compares both.
 """
 
 from __future__ import annotations
@@ -20,35 +19,36 @@ from torch import nn
 
 from node.engine.model.attention import PackedBatch
 from node.engine.model.linear import Kernel
-from node.engine.model.mapped import LetGo
+from node.engine.model.mapped import ReleaseMemory
 from node.engine.native.library import LayerParts, NativeLibrary, SpanParts, native
 from node.engine.native.portable import PortableMath
 from node.engine.native.product import NativeProduct
 
 Join = Callable[[list[torch.Tensor]], Any]
-"""Weights `[outputs, inputs]`, or biases, of layers that are given the same rows, as one."""
+"""Combines the weights `[outputs, inputs]`, or biases, of layers with the same input rows."""
 
 HALF_PANEL = 16
-FIRST_POSITIONS = 1024  # of the table of rotary positions, which doubles when a position lies beyond it
+INITIAL_POSITIONS = 1024  # of the rotary table, which doubles when a position lies beyond it
 
 
 @dataclass(frozen=True, slots=True)
 class NativeLayer:
-    """One layer. `kept` holds what `parts` points to."""
+    """One layer. `kept` holds references to the memory to which `parts` points."""
 
     parts: LayerParts
     kept: tuple[Any, ...]
 
 
 class KvSpans:
-    """Where the keys and values of a step's sequences lie, in all of its layers."""
+    """The addresses of the keys and values of a step's sequences, in all layers of the step."""
 
     def __init__(self, batch: PackedBatch, like: torch.Tensor) -> None:
-        """`like`: `[…, 2, kv_heads, dim]`, of the rows' dtype."""
+        """Collects the addresses. `like` `[…, 2, kv_heads, dim]` has the dtype of the rows."""
         layers = range(batch.start, batch.end)
         segments = batch.segments
+        assert layers, "a step computes at least one layer"
         places = [segment.kv.addresses(layers, segment.position + segment.count, like) for segment in segments]
-        self._told = torch.tensor(
+        self._columns = torch.tensor(
             [
                 [segment.row for segment in segments],
                 [segment.count for segment in segments],
@@ -57,19 +57,19 @@ class KvSpans:
             ]
         )
         self._addresses = torch.stack([addresses for addresses, _ in places], 2)  # [2, layers, spans]
-        told = (self._told[number].data_ptr() for number in range(4))
-        self.parts = SpanParts(len(segments), *told, *(side.data_ptr() for side in self._addresses))
+        columns = (self._columns[number].data_ptr() for number in range(4))
+        self.parts = SpanParts(len(segments), *columns, *(side.data_ptr() for side in self._addresses))
 
 
 class NativeLayers:
-    """A Llama-shaped model's layers `[start, end)`, and what stands around them: the interface of `lean.Lean`."""
+    """A Llama-shaped model's layers `[start, end)` with its embedding, last norm and head; the interface of `FusedLlama`."""
 
     def __init__(self, base: Any, head: NativeProduct | None, layers: dict[int, NativeLayer], dtype: torch.dtype) -> None:
         library = native()
         assert library is not None
         self._library: NativeLibrary = library
         self._base = base
-        with PortableMath():  # the model's own has torch's powers, which differ by machine
+        with PortableMath():  # the model's own frequencies come from torch's `pow`, which differs by machine
             self._rotary = type(base.rotary_emb)(config=base.rotary_emb.config)
         self._head = head
         self._layers = layers
@@ -80,18 +80,18 @@ class NativeLayers:
         self._norm = base.norm.weight.detach().float().contiguous()
         self._eps = float(base.norm.variance_epsilon)
         self._dtype = dtype
-        self._turns = self._turn_table(FIRST_POSITIONS)
+        self._rotary_table = self._make_rotary_table(INITIAL_POSITIONS)
 
     @property
-    def constants(self) -> str:
-        """A digest of what was derived from the config and decides bits: the same for every span of a model."""
+    def constants_digest(self) -> str:
+        """A digest of the values that were derived from the config and decide bits: the same for every span of a model."""
         parts = (layer.parts for layer in self._layers.values())
         scalars = sorted({(each.eps, each.head_eps, each.scale) for each in parts})
         derived = repr((scalars, float(self._rotary.attention_scaling), self._eps)).encode()
         return hashlib.blake2b(derived + self._rotary.inv_freq.numpy().tobytes(), digest_size=8).hexdigest()
 
-    def _turn_table(self, positions: int) -> torch.Tensor:
-        """`[positions, 2, dim / 2]` float32: cosines, then sines."""
+    def _make_rotary_table(self, positions: int) -> torch.Tensor:
+        """Returns cosines and sines of the rotary embedding, `[positions, 2, dim / 2]` float32."""
         like = torch.zeros(1, dtype=torch.float32)
         with PortableMath():
             cos, sin = self._rotary(like, torch.arange(positions)[None])
@@ -99,14 +99,15 @@ class NativeLayers:
         return torch.stack((cos[0, :, :half], sin[0, :, :half]), 1).contiguous()
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """`[rows] -> [rows, hidden]`."""
+        """Looks tokens up: `[rows] -> [rows, hidden]`."""
         out: torch.Tensor = self._base.embed_tokens(ids)
         return out
 
     def run(self, batch: PackedBatch, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The batch's layers over `x` `[rows, hidden]`."""
-        while len(self._turns) <= int(positions.max()):
-            self._turns = self._turn_table(2 * len(self._turns))
+        """Computes the batch's layers over `x` `[rows, hidden]` at `positions` `[rows]`; returns a new tensor."""
+        assert x.shape[0] == positions.shape[0], "one position a row"
+        while len(self._rotary_table) <= int(positions.max()):
+            self._rotary_table = self._make_rotary_table(2 * len(self._rotary_table))
         x = x.clone(memory_format=torch.contiguous_format)
         shape = self._layers[batch.start].parts
         spans = KvSpans(batch, x.new_empty(0, 2, shape.kv_heads, shape.dim))
@@ -115,7 +116,7 @@ class NativeLayers:
             batch.end - batch.start,
             x.data_ptr(),
             positions.data_ptr(),
-            self._turns.data_ptr(),
+            self._rotary_table.data_ptr(),
             x.shape[0],
             self._dtype is torch.bfloat16,
             ctypes.byref(spans.parts),
@@ -124,7 +125,7 @@ class NativeLayers:
         return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """`[rows, hidden] -> [rows, vocab]` in float32."""
+        """Computes the last norm and the head: `[rows, hidden] -> [rows, vocab]` in float32."""
         assert self._head is not None
         x = x.contiguous()
         out = torch.empty(x.shape[0], self._head.outputs)
@@ -134,8 +135,8 @@ class NativeLayers:
         return out
 
 
-def fits(model: Any, base: Any, slots: nn.ModuleList, start: int, end: int) -> bool:
-    """Whether the model's layers `[start, end)`, its last norm and its head have the form that is compiled."""
+def has_compiled_form(model: Any, base: Any, slots: nn.ModuleList, start: int, end: int) -> bool:
+    """Returns whether the layers `[start, end)`, the last norm and the head have the form that the compiled kernel computes."""
     head = model.get_output_embeddings() if end == len(slots) else None
     if head is not None and not isinstance(head, nn.Linear):
         return False
@@ -157,7 +158,10 @@ def fits(model: Any, base: Any, slots: nn.ModuleList, start: int, end: int) -> b
 
 
 def native_layers(model: Any, base: object, layers: dict[int, NativeLayer], kernel: Kernel) -> NativeLayers:
-    """The packed `layers` of a model that `fits`, with its head, whose own weights are freed if nothing else has them."""
+    """Returns the packed `layers` of a model that `has_compiled_form`, with its head packed.
+
+    The head's own weights are freed, unless the embedding shares them.
+    """
     head = None
     own = model.get_output_embeddings()
     if isinstance(own, nn.Linear):
@@ -167,20 +171,20 @@ def native_layers(model: Any, base: object, layers: dict[int, NativeLayer], kern
 
 
 def _take(parent: object, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A linear layer's weight and bias; the layer is gone afterwards."""
+    """Removes a linear layer from `parent`; returns its weight and bias."""
     layer = getattr(parent, name)
     setattr(parent, name, nn.Identity())
     return layer.weight.data, None if layer.bias is None else layer.bias.data
 
 
-def _packed(parent: object, names: tuple[str, ...], join: Join, quantize: str, let_go: LetGo) -> NativeProduct:
+def _packed(parent: object, names: tuple[str, ...], join: Join, quantize: str, release: ReleaseMemory) -> NativeProduct:
     taken = [_take(parent, name) for name in names]
     weights, biases = [weight for weight, _ in taken], [bias for _, bias in taken]
     bias = None
     if any(each is not None for each in biases):
         bias = join([weight.new_zeros(len(weight)) if own is None else own for weight, own in taken])
     product = NativeProduct(join(weights), bias, quantize)
-    let_go(weights)
+    release(weights)
     return product
 
 
@@ -189,7 +193,7 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 class Interleaved:
-    """Rows of two matrices in turns of 16, the first's first; both filled up with zeros to whole turns. Made where it is read."""
+    """Rows of several matrices interleaved in blocks of 16, each padded with zeros to whole blocks; computed where it is read."""
 
     def __init__(self, parts: list[torch.Tensor]) -> None:
         self._parts = parts
@@ -198,30 +202,30 @@ class Interleaved:
         self.dtype = parts[0].dtype
 
     def __getitem__(self, outputs: slice) -> torch.Tensor:
-        """`outputs` begins and ends with whole turns."""
-        turn = HALF_PANEL * len(self._parts)
-        first, end = outputs.start // turn * HALF_PANEL, outputs.stop // turn * HALF_PANEL
+        """Returns the rows `outputs`, which begins and ends at multiples of 16 rows of every matrix."""
+        block = HALF_PANEL * len(self._parts)
+        first, end = outputs.start // block * HALF_PANEL, outputs.stop // block * HALF_PANEL
         sides = [part[first:end] for part in self._parts]
         filled = [torch.cat((side, side.new_zeros(end - first - len(side), *side.shape[1:]))) for side in sides]
         return torch.stack([side.view(-1, HALF_PANEL, *side.shape[1:]) for side in filled], 1).flatten(0, 2)
 
 
 def _interleaved(parts: list[torch.Tensor]) -> torch.Tensor | Interleaved:
-    """Biases at once, weights as they are packed: they may be large."""
+    """Interleaves biases at once, and weights, which may be large, piece by piece as they are packed."""
     whole = Interleaved(parts)
     return whole if parts[0].dim() > 1 else whole[0 : whole.shape[0]]
 
 
-def native_layer(layer: Any, config: Any, quantize: str, let_go: LetGo) -> NativeLayer:
-    """Packs one layer; `let_go` is called with each product's own weights once they are."""
+def native_layer(layer: Any, config: Any, quantize: str, release: ReleaseMemory) -> NativeLayer:
+    """Packs one layer; `release` is called with the weights of each product once they are packed."""
     attention, mlp = layer.self_attn, layer.mlp
     dim = attention.head_dim
     heads, kv_heads = attention.q_proj.out_features // dim, attention.k_proj.out_features // dim
-    middle = mlp.gate_proj.out_features
-    qkv = _packed(attention, ("q_proj", "k_proj", "v_proj"), _joined, quantize, let_go)
-    out = _packed(attention, ("o_proj",), _joined, quantize, let_go)
-    gate_up = _packed(mlp, ("gate_proj", "up_proj"), _interleaved, quantize, let_go)
-    down = _packed(mlp, ("down_proj",), _joined, quantize, let_go)
+    intermediate = mlp.gate_proj.out_features
+    qkv = _packed(attention, ("q_proj", "k_proj", "v_proj"), _joined, quantize, release)
+    out = _packed(attention, ("o_proj",), _joined, quantize, release)
+    gate_up = _packed(mlp, ("gate_proj", "up_proj"), _interleaved, quantize, release)
+    down = _packed(mlp, ("down_proj",), _joined, quantize, release)
     modules = (layer.input_layernorm, getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
     norms = [None if norm is None else norm.weight.detach().float() for norm in (*modules, layer.post_attention_layernorm)]
     eps = float(layer.input_layernorm.variance_epsilon)
@@ -236,7 +240,7 @@ def native_layer(layer: Any, config: Any, quantize: str, let_go: LetGo) -> Nativ
         heads,
         kv_heads,
         dim,
-        middle,
+        intermediate,
         getattr(config if config.model_type == "mistral" else attention, "sliding_window", None) or 0,
     )
     return NativeLayer(parts, (norms, qkv, out, gate_up, down))

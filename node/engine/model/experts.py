@@ -1,9 +1,9 @@
-"""Mixture-of-experts layers, the same bits for a row whatever rows stand beside it.
+"""Mixture-of-experts layers that give a row the same bits in every batch.
 
-How many rows an expert is given depends on what else is in the batch, and so does the kernel that multiplies them: transformers'
-own loops give a row other bits in other company. Here each expert's weights are packed like any linear layer and its rows
-padded to the same buckets; a row's experts are summed in the order of their numbers, in float32. The router, a product with
-a weight of its own, is run on row counts for which trials found all of its answers, weights and choices, to agree.
+The number of rows of an expert depends on the batch, and with it the kernel that multiplies them: with transformers' own
+loops a row's bits depend on the other rows. Here each expert's weights are packed like any linear layer and its rows padded
+to the same buckets; a row's experts are summed in the order of their numbers, in float32. The router, a product with a
+weight of its own, is run on row counts for which trials found all of its outputs, weights and choices, to agree.
 """
 
 from __future__ import annotations
@@ -15,18 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from node.engine.model.attention import running_rows
+from node.engine.model.attention import running_sequence_rows
 from node.engine.model.linear import BUCKETS, VECTOR_ELEMENTS, Kernel, PackedLinear, agreeing_buckets, bucket_for, linear_modules
 
 Routed = tuple[torch.Tensor, ...]
-"""What a router answers, each `[rows, …]`."""
+"""The outputs of a router, each `[rows, …]`."""
 
 
 class PackedExperts(nn.Module):
     """Stands for a layer's experts in transformers' common form: weights `[experts, outputs, inputs]`, or transposed."""
 
     def __init__(self, experts: Any, kernel: Kernel) -> None:
-        """Raises ValueError: the kernel cannot hold these weights."""
+        """Packs the experts' weights.
+
+        Raises:
+            ValueError: the kernel cannot hold these weights.
+        """
         super().__init__()
         self._gated = experts.has_gate
         self._combine: Callable[[torch.Tensor], torch.Tensor] = experts._apply_gate if experts.has_gate else experts.act_fn
@@ -35,19 +39,21 @@ class PackedExperts(nn.Module):
 
     @property
     def products(self) -> list[PackedLinear]:
+        """The packed products of all experts."""
         return [*self._up, *self._down]
 
     def forward(self, rows: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """`rows` `[rows, hidden]`, each one's experts `chosen` and their `weights` `[rows, k]`, to `[rows, hidden]`.
+        """Returns the weighted sums `[rows, hidden]` of the experts `chosen` `[rows, k]` with `weights` `[rows, k]`.
 
-        The rows that pad the batch to a bucket belong to no sequence: they would only make experts read their weights.
+        Rows that pad the batch to a bucket are skipped: they would only make more experts read their weights.
         """
-        real = min(running_rows(), len(rows))
+        assert chosen.shape == weights.shape, "one weight for each chosen expert"
+        sequence_rows = min(running_sequence_rows(), len(rows))
         per_row = chosen.shape[1]
-        flat = chosen[:real].flatten()
+        flat = chosen[:sequence_rows].flatten()
         order = torch.argsort(flat, stable=True)
         counts = torch.bincount(flat, minlength=len(self._up))[: len(self._up)].tolist()  # numbers beyond are padding
-        shares = weights[:real].flatten()
+        shares = weights[:sequence_rows].flatten()
         out = torch.zeros(rows.shape, dtype=torch.float32)
         at = 0
         for expert, count in enumerate(counts):
@@ -60,7 +66,7 @@ class PackedExperts(nn.Module):
         return out.to(rows.dtype)
 
     def _expert(self, number: int, rows: torch.Tensor) -> torch.Tensor:
-        """`[count, hidden] -> [count, hidden]`, padded once for both products and what lies between."""
+        """Computes one expert: `[count, hidden] -> [count, hidden]`, padded once for both products and the activation."""
         up, down = self._up[number], self._down[number]
         largest, parts = up.buckets[-1], []
         for piece in rows.split(largest):
@@ -71,7 +77,7 @@ class PackedExperts(nn.Module):
 
 
 def _packed(experts: Any, name: str, kernel: Kernel) -> list[PackedLinear]:
-    """The named product of every expert; the parameter is gone afterwards."""
+    """Packs the named product of every expert and removes the parameter."""
     weights, biases = getattr(experts, name).data, getattr(experts, f"{name}_bias", None)
     packed = []
     for number, held in enumerate(weights):
@@ -83,7 +89,7 @@ def _packed(experts: Any, name: str, kernel: Kernel) -> list[PackedLinear]:
 
 
 def experts_modules(root: nn.Module) -> Iterable[tuple[nn.Module, str, object]]:
-    """Every set of experts below `root` that can be packed, as (parent, name, experts)."""
+    """Yields every set of experts below `root` that can be packed, as (parent, name, experts)."""
     for parent in list(root.modules()):
         for name, child in list(parent.named_children()):
             if (
@@ -95,7 +101,7 @@ def experts_modules(root: nn.Module) -> Iterable[tuple[nn.Module, str, object]]:
 
 
 def expert_widths(root: nn.Module) -> set[int]:
-    """The row widths that `PackedExperts` of the sets below `root` will meet."""
+    """Returns the widths of all rows that `PackedExperts` of the sets below `root` will compute."""
     found: set[int] = set()
     for _, _, experts in experts_modules(root):
         for name in ("gate_up_proj", "up_proj", "down_proj"):
@@ -104,7 +110,7 @@ def expert_widths(root: nn.Module) -> set[int]:
 
 
 def pack_experts(root: nn.Module, kernel: Kernel) -> list[PackedLinear]:
-    """Packs every set of experts below `root`: all their products, buckets not yet settled.
+    """Packs every set of experts below `root`; returns all their products, whose buckets are not yet found.
 
     Raises:
         ValueError: the kernel cannot hold these weights.
@@ -118,7 +124,7 @@ def pack_experts(root: nn.Module, kernel: Kernel) -> list[PackedLinear]:
 
 
 class Router:
-    """A router's own forward on settled numbers of rows."""
+    """Runs a router's own forward on row counts that give every row the same bits."""
 
     def __init__(self, route: Callable[..., Any], choices: int, threads: int) -> None:
         chunk = VECTOR_ELEMENTS * threads
@@ -127,9 +133,9 @@ class Router:
         self._buckets: tuple[int, ...] = ()
 
     def __call__(self, x: torch.Tensor, *further: torch.Tensor) -> object:
-        """What the router answers for `x` `[…, hidden]`. `further`: what it adds to every row's scores, if it is handed that.
+        """Returns the router's outputs for `x` `[…, hidden]`. `further`: vectors that some routers add to every row's scores.
 
-        A router of another form is left to itself: the self-check of a load says what comes of that.
+        A router of another form is called as it is; the self-check of a load finds out whether it is exact.
         """
         rows = x.reshape(-1, x.shape[-1])
         if not self._buckets and not self._settle(rows, further):
@@ -138,7 +144,7 @@ class Router:
         return tuple(torch.cat(parts) for parts in zip(*pieces))
 
     def _settle(self, rows: torch.Tensor, further: tuple[torch.Tensor, ...]) -> bool:
-        """Finds the row counts, on first use: only then is known what else the router is given."""
+        """Finds the row counts, at the first call, when the router's other arguments are known; False: another form."""
         probe = self._route(F.pad(rows[:1], (0, 0, 0, 1)), *further) if all(part.dim() == 1 for part in further) else None
         if not isinstance(probe, tuple) or not all(isinstance(part, torch.Tensor) and len(part) == 2 for part in probe):
             return False
@@ -154,7 +160,7 @@ class Router:
 
 
 def place_routers(root: nn.Module, threads: int) -> None:
-    """Puts a `Router` before every router below `root`: what has a matrix of its own without being a linear layer."""
+    """Wraps every router below `root` in a `Router`: every module with a matrix that is no linear layer or embedding."""
     linear = {id(layer) for _, _, layer in linear_modules(root)}
     for module in list(root.modules()):
         weight = module._parameters.get("weight")
@@ -163,5 +169,5 @@ def place_routers(root: nn.Module, threads: int) -> None:
 
 
 def _flat(answer: Routed) -> torch.Tensor:
-    """All that a router says of each row, side by side; float64 holds what the narrower kinds do."""
+    """Joins a router's outputs to one row each, as float64, which holds all narrower types exactly."""
     return torch.cat([part.reshape(len(part), -1).double() for part in answer], -1)

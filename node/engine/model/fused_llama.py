@@ -1,9 +1,9 @@
-"""The layers of Llama-shaped models in few operations: what remains of a decode step beside its matrix products.
+"""The layers of Llama-shaped models in few torch operations, for decode steps with few rows.
 
-At one row a step the Python and the small operations of a model's own forward take a third of the time (8 of 25 ms for
-100 million parameters: casts, decorators, masks that are never read, rotations in five operations). Models whose layers are all
-of one well-known form are run from here instead: norm, attention, add, norm, gated MLP, add. The self-check of a load
-holds what comes out against the model's own forward, so a form that is not what it seems is found out there.
+At one row a step, Python and the small operations of a model's own forward take a third of the time (8 of 25 ms for 100
+million parameters: casts, decorators, unused masks, a rotary embedding of five operations). Models whose layers all have
+one known form are computed here instead: norm, attention, add, norm, gated MLP, add. The self-check of a load compares the
+result with the model's own forward, so a model that only seems to have this form is not served by it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ FORMS = ("llama", "mistral", "qwen2", "qwen3")  # `model_type`s whose layers hav
 class RmsNorm:
     """RMSNorm over the last dimension: `x / sqrt(mean(x²) + eps) * weight`.
 
-    The root is that of `|x|² + size * eps`, a hypotenuse: five operations where `torch.rms_norm` takes eight, and
-    each costs 5 to 10 microseconds once a matrix product has swept the caches.
+    Computed as `x * sqrt(size) / hypot(|x|, sqrt(size * eps)) * weight`: five operations where `torch.rms_norm` takes
+    eight, each of 5 to 10 microseconds after a matrix product has evicted the caches.
     """
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
@@ -39,19 +39,19 @@ class RmsNorm:
 
 @dataclass(frozen=True, slots=True)
 class RotaryPositions:
-    """Rotary positions of a step's rows: `cos` and `sin` `[rows, 1, dim]`, the first half of `sin` negated."""
+    """The rotary embedding of a step's rows: `cos` and `sin` `[rows, 1, dim]`, the first half of `sin` negated."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Turns `[rows, heads, dim]` in place."""
+        """Rotates `x` `[rows, heads, dim]` in place."""
         return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1), self.sin, out=x)
 
 
 @dataclass(frozen=True, slots=True)
 class FusedLayer:
-    """One layer, its parts bound."""
+    """The parts of one layer."""
 
     before_attention: RmsNorm
     qkv: PackedLinear
@@ -68,15 +68,15 @@ class FusedLayer:
     activation: nn.Module
     down: PackedLinear
 
-    def run(self, batch: PackedBatch, x: torch.Tensor, turn: RotaryPositions) -> torch.Tensor:
-        """`[rows, hidden] -> [rows, hidden]`; the rows fill a bucket."""
+    def run(self, batch: PackedBatch, x: torch.Tensor, rotary: RotaryPositions) -> torch.Tensor:
+        """Computes the layer: `[rows, hidden] -> [rows, hidden]`; the rows fill a bucket."""
         rows = x.shape[0]
         qkv = self.qkv.full(self.before_attention(x)).view(rows, -1, self.dim)
         if self.query_norm is not None and self.key_norm is not None:
             queries, keys = qkv[:, : self.heads], qkv[:, self.heads : self.heads + self.kv_heads]
             queries.copy_(self.query_norm(queries))
             keys.copy_(self.key_norm(keys))
-        turn(qkv[:, : self.heads + self.kv_heads])
+        rotary(qkv[:, : self.heads + self.kv_heads])
         answer = attend(batch, qkv[:, : self.heads], qkv[:, self.heads :], self.scale, self.window)
         x = self.out.plus(answer.view(rows, -1), x)
         gate, up = self.gate_up.full(self.before_mlp(x)).chunk(2, -1)
@@ -84,7 +84,9 @@ class FusedLayer:
 
 
 class FusedLlama:
-    """A Llama-shaped model's layers `[start, end)`, and what stands around them."""
+    """A Llama-shaped model's layers `[start, end)` with its embedding, last norm and head."""
+
+    constants_digest = ""  # its bits depend on torch and the CPU too
 
     def __init__(self, base: Any, head: nn.Module, layers: dict[int, FusedLayer]) -> None:
         self._base = base
@@ -94,28 +96,28 @@ class FusedLlama:
         self.windows = frozenset(layer.window for layer in layers.values())
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """`[rows] -> [rows, hidden]`."""
+        """Looks tokens up: `[rows] -> [rows, hidden]`."""
         out: torch.Tensor = self._base.embed_tokens(ids)
         return out
 
     def run(self, batch: PackedBatch, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The batch's layers over `x` `[rows, hidden]`, which fills a bucket."""
+        """Computes the batch's layers over `x` `[rows, hidden]`, which fills a bucket."""
         cos, sin = self._base.rotary_emb(x, positions[None])
         half = sin.shape[-1] // 2
-        turn = RotaryPositions(cos[0, :, None], torch.cat((-sin[..., :half], sin[..., half:]), -1)[0, :, None])
+        rotary = RotaryPositions(cos[0, :, None], torch.cat((-sin[..., :half], sin[..., half:]), -1)[0, :, None])
         for number in range(batch.start, batch.end):
             batch.layer = number
-            x = self._layers[number].run(batch, x, turn)
+            x = self._layers[number].run(batch, x, rotary)
         return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """`[rows, hidden] -> [rows, vocab]` in float32; the rows fill a bucket."""
+        """Computes the last norm and the head: `[rows, hidden] -> [rows, vocab]` in float32; the rows fill a bucket."""
         out: torch.Tensor = self._head(self._norm(x))
         return out.float()
 
 
-def fused_form(model: Any, base: object, slots: nn.ModuleList, start: int, end: int) -> FusedLlama | None:
-    """The packed `model` in few operations, or None where its layers are not known to have the form."""
+def fuse_llama(model: Any, base: object, slots: nn.ModuleList, start: int, end: int) -> FusedLlama | None:
+    """Returns the packed `model` in few operations, or None where its layers are not known to have the form."""
     kind = model.config.model_type
     if kind not in FORMS:
         return None
@@ -131,7 +133,7 @@ def _norm(module: Any) -> RmsNorm:
 
 
 def _product(*siblings: nn.Module) -> PackedLinear:
-    """The one product behind all of `siblings`, in this order."""
+    """Returns the one product that computes all of `siblings`, in this order. Raises TypeError: there is none."""
     shared = [sibling.shared for sibling in siblings if isinstance(sibling, Sibling)]
     if len(shared) < len(siblings) or len(set(map(id, shared))) > 1:
         raise TypeError("not computed as one")
@@ -145,7 +147,7 @@ def _packed(module: nn.Module) -> PackedLinear:
 
 
 def _layer(layer: Any, kind: str, config: Any) -> FusedLayer:
-    """Raises AttributeError or TypeError: not of the form."""
+    """Collects the parts of one layer. Raises AttributeError or TypeError: the layer has another form."""
     attention, mlp = layer.self_attn, layer.mlp
     dim = attention.head_dim
     window = getattr(config if kind == "mistral" else attention, "sliding_window", None)

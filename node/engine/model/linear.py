@@ -1,9 +1,9 @@
-"""Linear layers in prepacked form, the same bits for a row whatever rows stand beside it.
+"""Linear layers with prepacked weights that give a row the same bits in every batch.
 
 `nn.Linear` reads its weights at a quarter to a third of the memory's bandwidth on CPUs; weights that oneDNN has
-reordered once were read at about 80 % where it was measured. But a matrix kernel is chosen by the number of rows, and
+reordered once were read at about 80 % where it was measured. But a library chooses its kernel by the number of rows, and
 kernels round differently. So rows are padded to a few row counts, the *buckets*, for which `agreeing_buckets` has found
-every row to come out bit-equal, wherever it stands. Which buckets agree differs from CPU to CPU, so it is measured.
+every row to be bit-equal, at any place. Which buckets agree differs from CPU to CPU, so it is measured.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from node.engine.device import CPU
 from node.engine.native.product import NativeProduct, int8_of
 
 BUCKETS = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-FP16_LARGEST = 65504.0
+MAX_FP16 = 65504.0
 TRIAL_ROWS = 16
-VECTOR_ELEMENTS = 64  # two AVX-512 vectors of bf16: what one turn of an elementwise kernel takes; its remainder rounds apart
-NARROW = 16  # fewer outputs come out with a gap behind each row
+VECTOR_ELEMENTS = (
+    64  # two AVX-512 vectors of bf16: an elementwise kernel's loop takes so many; its remainder loop rounds otherwise
+)
+FEW_OUTPUTS = 16  # products with fewer outputs pad each row of their result
 
 Rows = Callable[[torch.Tensor], torch.Tensor]
 """`[rows, inputs] -> [rows, outputs]`."""
 
 Pack = Callable[[torch.Tensor, torch.Tensor | None], Rows]
-"""Takes a weight `[outputs, inputs]` and a bias, gives the product with it."""
+"""Takes a weight `[outputs, inputs]` and a bias; returns the product with them."""
 
 
 class OneDnnProduct:
@@ -47,13 +49,13 @@ class OneDnnProduct:
         return out
 
     def plus(self, rows: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """`other + product`, rounded once: the sum is taken before the product leaves the kernel's registers."""
+        """Returns `other + product`, rounded once: the kernel adds before it stores the product."""
         out: torch.Tensor = self._product_plus(rows, other, self._packed, self._bias, "add")
         return out
 
 
 def _pack_fbgemm_fp16(weight: torch.Tensor, bias: torch.Tensor | None) -> Rows:
-    if weight.abs().max().item() > FP16_LARGEST:
+    if weight.abs().max().item() > MAX_FP16:
         raise ValueError("a weight is too large for float16")
     packed = torch.ops.quantized.linear_prepack_fp16(weight.float().contiguous(), None if bias is None else bias.float())
     product = torch.ops.quantized.linear_dynamic_fp16.default
@@ -61,7 +63,7 @@ def _pack_fbgemm_fp16(weight: torch.Tensor, bias: torch.Tensor | None) -> Rows:
 
 
 class AtenInt8Product:
-    """A product with weights of eight bits, one scale an output; the same bits for any number of rows."""
+    """A product with weights of eight bits and one scale per output; the same bits for any number of rows."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         numbers, scale = int8_of(weight)
@@ -81,10 +83,10 @@ def _pack_aten(weight: torch.Tensor, bias: torch.Tensor | None) -> Rows:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One way to multiply: `dtype` is that of the rows, and of everything else in the model.
+    """A kernel for linear layers; `dtype` is that of the rows and of all activations.
 
-    A `compiled` one is ours (node/engine/native), with layers of its own for Llama-shaped models. One with `attention` over
-    block tables (node/engine/paged) is for GPUs.
+    `compiled`: the kernel of node/engine/native, which also computes whole layers of Llama-shaped models. `attention`: the
+    kernel is for GPUs, with this attention over block tables (node/engine/paged).
     """
 
     name: str
@@ -118,7 +120,7 @@ KERNELS = {
 
 
 class PackedLinear(nn.Module):
-    """Stands for an `nn.Linear` or a GPT-2 `Conv1D`; has no parameters, for the packed weight is opaque."""
+    """Replaces an `nn.Linear` or a GPT-2 `Conv1D`; has no parameters, for the packed weight is opaque."""
 
     def __init__(self, product: Rows, in_features: int, out_features: int, buckets: tuple[int, ...]) -> None:
         super().__init__()
@@ -128,7 +130,7 @@ class PackedLinear(nn.Module):
         self.buckets = buckets
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[…, inputs] -> […, outputs]`, the rows padded to a bucket, or worked off in pieces of the largest one."""
+        """Computes `[…, inputs] -> […, outputs]`, with rows padded to a bucket, or in pieces of the largest bucket."""
         rows = x.reshape(-1, x.shape[-1])
         count = rows.shape[0]
         if count in self.buckets:
@@ -138,26 +140,26 @@ class PackedLinear(nn.Module):
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(*x.shape[:-1], self.out_features)
 
     def full(self, rows: torch.Tensor) -> torch.Tensor:
-        """`forward` for `[rows, inputs]` that fill a bucket or some of the largest."""
+        """Computes `forward` for `[rows, inputs]`, where `rows` is a bucket or a multiple of the largest."""
         return self.product(rows) if rows.shape[0] <= self.buckets[-1] else self.forward(rows)
 
     def plus(self, rows: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """`other + product` for `[rows, inputs]` that fill a bucket or some of the largest, in one call where the kernel can.
+        """Returns `other + product` for `[rows, inputs]`, where `rows` is as in `full`; in one call where the kernel can.
 
-        That spares each of a layer's two residual additions a pass of its own, 10 to 20 microseconds a step.
+        This saves each of a layer's two residual additions a separate pass, 10 to 20 microseconds a step.
         """
-        plus: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = getattr(self.product, "plus", self._added)
+        plus: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = getattr(self.product, "plus", self._product_then_add)
         largest = self.buckets[-1]
         count = rows.shape[0]
         if count <= largest:
             return plus(rows, other)
         return torch.cat([plus(rows[at : at + largest], other[at : at + largest]) for at in range(0, count, largest)])
 
-    def _added(self, rows: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    def _product_then_add(self, rows: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         return other + self.product(rows)
 
-    def twice(self, rows: torch.Tensor) -> torch.Tensor:
-        """The product added to itself: a trial of `plus` whose second operand depends on the row alone."""
+    def plus_itself(self, rows: torch.Tensor) -> torch.Tensor:
+        """Adds the product to itself: tries `plus` with a second operand that depends on the row alone."""
         return self.plus(rows, self.product(rows))
 
     def _padded(self, rows: torch.Tensor) -> torch.Tensor:
@@ -166,10 +168,11 @@ class PackedLinear(nn.Module):
         return self.product(F.pad(rows, (0, 0, 0, short)) if short else rows)[:count]
 
 
-class NarrowLinear(PackedLinear):
-    """A product with few outputs, e.g. the one that weighs a shared expert.
+class FewOutputsLinear(PackedLinear):
+    """A product with few outputs, e.g. the gate of a shared expert.
 
-    Whole vectors of such rows would take many rows. With a gap behind each row instead, an elementwise kernel takes row by row.
+    An elementwise kernel over such a result would mix rows within one vector, so that a row's rounding could depend on its
+    place. One column of padding behind each row makes the kernel process row by row.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -177,7 +180,7 @@ class NarrowLinear(PackedLinear):
 
 
 def bucket_for(rows: int, buckets: tuple[int, ...]) -> int:
-    """The least bucket that holds `rows`; beyond the largest one, a multiple of it."""
+    """Returns the smallest bucket that holds `rows`; beyond the largest bucket, a multiple of it."""
     for bucket in buckets:
         if rows <= bucket:
             return bucket
@@ -187,11 +190,11 @@ def bucket_for(rows: int, buckets: tuple[int, ...]) -> int:
 def agreeing_buckets(
     product: Rows, inputs: int, dtype: torch.dtype, candidates: tuple[int, ...] = BUCKETS, device: torch.device = CPU
 ) -> tuple[int, ...]:
-    """The row counts among `candidates` for which every row of a product has the same bits as in the others.
+    """Returns the row counts among `candidates` for which a product gives every row the same bits as for the others.
 
-    Distinct rows, enough to meet a rare rounding, are repeated to fill each count, from the end backwards, so every
-    row stands in many places and the small counts hold the first few. Each count is held against one of those with all
-    of them; the largest set that agrees wins, among equal ones the first.
+    `TRIAL_ROWS` distinct rows, enough to meet rare roundings, are repeated to fill each count, from the end backwards, so
+    every row stands at many places and small counts hold the first rows. Each count is compared with every count that
+    holds all distinct rows; the largest set that agrees is returned, the first of equally large ones, and none of one count.
     """
     distinct = torch.randn(TRIAL_ROWS, inputs, generator=torch.Generator().manual_seed(2024)).to(device, dtype)
     outputs: dict[int, torch.Tensor] = {}
@@ -202,7 +205,7 @@ def agreeing_buckets(
         if torch.equal(rows[order], out):
             outputs[count] = rows
     best: list[int] = []
-    compared: set[int] = set()  # what agrees with an earlier reference is the same reference: each class is compared once
+    compared: set[int] = set()  # a count that agrees with an earlier reference would find the same set
     for number, reference in outputs.items():
         if len(reference) < TRIAL_ROWS or number in compared:
             continue
@@ -214,30 +217,31 @@ def agreeing_buckets(
 
 
 class SharedInput:
-    """One product for sibling layers that are given the same rows, e.g. a layer's queries, keys and values.
+    """One product for sibling layers with the same input rows, e.g. a layer's queries, keys and values.
 
-    The first sibling called computes for all, the others find their columns ready; they are told by the very tensor
-    they are given. Fewer, larger products read the weights faster: half a dozen percent of a decode step.
+    The first sibling that is called computes all outputs; the others, called with the same tensor object, take their
+    columns. Fewer, larger products read the weights faster: half a dozen percent of a decode step.
     """
 
     def __init__(self, together: PackedLinear, widths: list[int]) -> None:
         self.together = together
         self.widths = widths
-        self._given: torch.Tensor | None = None
-        self._waiting: dict[int, torch.Tensor] = {}
+        self._last_input: torch.Tensor | None = None
+        self._pending_outputs: dict[int, torch.Tensor] = {}
 
     def take(self, sibling: int, x: torch.Tensor) -> torch.Tensor:
-        if self._given is not x or sibling not in self._waiting:
-            self._given = x
-            self._waiting = dict(enumerate(self.together(x).split(self.widths, -1)))
-        columns = self._waiting.pop(sibling)
-        if not self._waiting:
-            self._given = None
+        """Returns the columns of one sibling for the input `x` `[…, inputs]`."""
+        if self._last_input is not x or sibling not in self._pending_outputs:
+            self._last_input = x
+            self._pending_outputs = dict(enumerate(self.together(x).split(self.widths, -1)))
+        columns = self._pending_outputs.pop(sibling)
+        if not self._pending_outputs:
+            self._last_input = None
         return columns
 
 
 class Sibling(nn.Module):
-    """Stands for one of the layers behind a `SharedInput`."""
+    """Replaces one of the layers that a `SharedInput` computes together."""
 
     def __init__(self, shared: SharedInput, number: int) -> None:
         super().__init__()
@@ -254,7 +258,7 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def siblings(root: nn.Module) -> Iterable[tuple[nn.Module, tuple[str, ...]]]:
-    """Layers below `root` that by their names are given the same rows, and can be computed as one."""
+    """Yields layers below `root` that, by their names, have the same input rows and can be computed as one."""
     for parent in list(root.modules()):
         for names in SIBLINGS:
             layers = [getattr(parent, name, None) for name in names]
@@ -266,7 +270,7 @@ def siblings(root: nn.Module) -> Iterable[tuple[nn.Module, tuple[str, ...]]]:
 
 
 def pack_siblings(parent: nn.Module, names: tuple[str, ...], kernel: Kernel) -> PackedLinear:
-    """Puts one packed product in the place of the named layers.
+    """Replaces the named layers by one packed product, which is returned.
 
     Raises:
         ValueError: the kernel cannot hold these weights.
@@ -282,7 +286,7 @@ def pack_siblings(parent: nn.Module, names: tuple[str, ...], kernel: Kernel) -> 
 
 
 def linear_modules(root: nn.Module) -> Iterable[tuple[nn.Module, str, nn.Module]]:
-    """Every linear layer below `root` as (parent, name, layer); not those that go on to choose experts."""
+    """Yields every linear layer below `root` as (parent, name, layer), except routers of experts."""
     for parent in list(root.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, (nn.Linear, Conv1D)) and not hasattr(child, "top_k"):
@@ -290,16 +294,16 @@ def linear_modules(root: nn.Module) -> Iterable[tuple[nn.Module, str, nn.Module]
 
 
 def weight_of(layer: nn.Module, kernel: Kernel) -> torch.Tensor:
-    """The layer's weight as `[outputs, inputs]`, GPT-2 keeps it the other way round, for the kernel to pack."""
+    """Returns the layer's weight as `[outputs, inputs]`, for the kernel to pack; `Conv1D` of GPT-2 stores it transposed."""
     assert isinstance(layer, nn.Linear | Conv1D)
     weight: torch.Tensor = layer.weight.data
-    if not kernel.compiled:  # which takes it as it is stored
+    if not kernel.compiled:  # the compiled kernel packs the stored dtype
         weight = weight.to(kernel.dtype)
     return weight.t() if isinstance(layer, Conv1D) else weight
 
 
 def pack(layer: nn.Module, kernel: Kernel) -> PackedLinear:
-    """The packed form of one linear layer, its buckets not yet settled.
+    """Packs one linear layer; its buckets are not yet found.
 
     Raises:
         ValueError: the kernel cannot hold these weights.
@@ -308,5 +312,5 @@ def pack(layer: nn.Module, kernel: Kernel) -> PackedLinear:
     held = layer.bias
     bias = held.data if isinstance(held, torch.Tensor) else None
     outputs, inputs = weight.shape
-    form = NarrowLinear if outputs < NARROW else PackedLinear
-    return form(kernel.pack(weight, bias), inputs, outputs, BUCKETS)
+    packed_class = FewOutputsLinear if outputs < FEW_OUTPUTS else PackedLinear
+    return packed_class(kernel.pack(weight, bias), inputs, outputs, BUCKETS)

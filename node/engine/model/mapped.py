@@ -1,8 +1,8 @@
 """A checkpoint's tensors, mapped into memory rather than read: a page of a file is resident only while it is needed.
 
-What is computed with is held twice for a while, as it is stored and as it is packed. So that this concerns one layer at a
-time and not the whole span, each layer's pages are let go as soon as the layer is packed. No code writes to a mapped tensor:
-pages that were let go are read again from the system's cache, or the disk, where they are needed after all.
+While a span is packed, weights are held in their stored and in their packed form. So that both forms exist for one layer
+at a time and not for the whole span, each layer's pages are released as soon as the layer is packed. No code writes to a
+mapped tensor, so released pages can be read again, from the system's cache or the disk.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from torch import nn
 
 from node.engine.model.linear import linear_modules
 
-LetGo = Callable[[Iterable[torch.Tensor]], None]
-"""Gives back the memory of tensors that are not needed any more, or not for now."""
+ReleaseMemory = Callable[[Iterable[torch.Tensor]], None]
+"""Releases the memory of tensors that are not needed any more, or not for some time."""
 
 MADV_DONTNEED = 4  # madvise(2)
 
 
 class MappedTensors:
-    """All tensors of some safetensors files. Their pages can be let go as long as this object lives."""
+    """All tensors of some safetensors files. Their pages can be released until `close`."""
 
-    def __init__(self, files: Iterable[Path], widens_late: bool) -> None:
-        """`widens_late`: matrices that are stored narrower than they are wanted come as they are stored; see `widen`."""
-        self._widens_late = widens_late
+    def __init__(self, files: Iterable[Path], widen_later: bool) -> None:
+        """Maps the files. `widen_later`: matrices stored in fewer bits than requested stay as stored; see `widen`."""
+        self._widen_later = widen_later
         self._regions: list[tuple[int, int]] = []
-        self._held = [(path, safe_open(path, framework="pt")) for path in files]  # open handles keep the regions ours
+        self._held = [(path, safe_open(path, framework="pt")) for path in files]  # open handles keep the mappings
         self.tensors: dict[str, LazyTensor] = {}
         for path, handle in self._held:
             names = list(handle.keys())
             self._regions += [_region(path, handle.get_slice(names[0])[...].data_ptr())] if names else []
             self.tensors |= {name: LazyTensor(self, handle.get_slice(name)) for name in names}
 
-    def taken(self, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-        """A tensor of a file in the dtype that the model asks for, or for now as it is stored."""
-        if dtype is None or tensor.dtype is dtype or (self._widens_late and tensor.dim() == 2 and _wider(dtype, tensor)):
+    def in_dtype(self, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+        """Returns a file's tensor in the dtype that the model requests, or as stored if `widen` will convert it later."""
+        if dtype is None or tensor.dtype is dtype or (self._widen_later and tensor.dim() == 2 and _wider(dtype, tensor)):
             return tensor
         converted = tensor.to(dtype)
-        self.let_go([tensor])
+        self.release([tensor])
         return converted
 
-    def let_go(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Gives back the memory of these tensors' whole pages, where they are mapped ones; they can still be read."""
+    def release(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Releases the memory of these tensors' whole pages, where the tensors are mapped; they can still be read."""
         page = mmap.PAGESIZE
         for tensor in tensors:
             first = -(-tensor.data_ptr() // page) * page
@@ -57,14 +57,14 @@ class MappedTensors:
                 _madvise(first, end - first, MADV_DONTNEED)
 
     def close(self) -> None:
-        """Lets go of nothing any more. Tensors of the files stay good."""
+        """Closes the files; `release` does nothing from now on. Tensors of the files stay valid."""
         self._regions.clear()
         self._held.clear()
         self.tensors.clear()
 
 
 class LazyTensor:
-    """A tensor of a file as transformers' loader takes it: first all of it, `[...]`, then in a dtype."""
+    """A tensor of a file, with the two calls of transformers' loader: `[...]`, then `to` a dtype."""
 
     def __init__(self, mapped: MappedTensors, held: Any) -> None:
         self._mapped = mapped
@@ -74,11 +74,11 @@ class LazyTensor:
         return self
 
     def to(self, device: object = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self._mapped.taken(self._held[...], dtype)
+        return self._mapped.in_dtype(self._held[...], dtype)
 
 
-class _InUse:
-    """Widens a linear layer's weight for as long as it computes."""
+class _WidenedWhileUsed:
+    """Widens a linear layer's weight while the layer computes, by hooks around its forward."""
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -96,15 +96,15 @@ class _InUse:
 
 
 def widen(model: nn.Module, layers: nn.Module, dtype: torch.dtype) -> None:
-    """Brings what came narrower into `dtype`: linear weights below `layers` only while they compute, all others for good."""
-    late = {id(layer): layer for _, _, layer in linear_modules(layers)}
-    widened: dict[int, nn.Parameter] = {}  # tied ones once
+    """Converts narrower parameters to `dtype`: linear weights below `layers` only while they compute, all others for good."""
+    linear = {id(layer): layer for _, _, layer in linear_modules(layers)}
+    widened: dict[int, nn.Parameter] = {}  # by the narrow parameter's id, so that tied parameters stay tied
     for module in model.modules():
         for name, held in module._parameters.items():
             if held is None or not _wider(dtype, held):
                 continue
-            if id(module) in late and name == "weight":
-                _InUse(module, dtype)
+            if id(module) in linear and name == "weight":
+                _WidenedWhileUsed(module, dtype)
                 continue
             if id(held) not in widened:
                 widened[id(held)] = nn.Parameter(held.data.to(dtype), requires_grad=False)
@@ -116,7 +116,7 @@ def _wider(dtype: torch.dtype, tensor: torch.Tensor) -> bool:
 
 
 def _region(path: Path, address: int) -> tuple[int, int]:
-    """The mapping of the file that holds the address; an empty one where the system does not tell, or the tensor is a copy."""
+    """Returns the file's mapping (first, end) that contains the address; (0, 0) where there is none, or no /proc to read."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -129,8 +129,8 @@ def _region(path: Path, address: int) -> tuple[int, int]:
     return 0, 0
 
 
-def give_back_freed() -> None:
-    """Gives freed memory back to the system: layers are packed through large copies, whose room would else be kept in parts."""
+def trim_heap() -> None:
+    """Returns freed memory to the system: packing makes large temporary copies, whose memory the heap would keep."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)

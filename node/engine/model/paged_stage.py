@@ -1,8 +1,8 @@
 """A stage on another device than the CPU: the same model, layers and rules, with paged keys and values.
 
-Rows are padded to buckets that agree, as on the CPU, and what a step needs goes over in one copy. Decoding steps of
-well-known forms are recorded (`recorded`). Everything here runs on a CPU as well, where it is tested against the other stage;
-on a GPU it has not been run yet.
+Rows are padded to buckets that agree, as on the CPU, and a step's index arrays are copied to the device at once. Decoding
+steps with recurring shapes are recorded (`recorded`). All of this also runs on a CPU, where it is tested against
+`LocalStage`; on a GPU it has not been run yet.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from node.engine.paged.plan import PagedPlan, PagedSegment, padded_decode, plan_
 from node.engine.paged.recorded import RecordedSteps, Recorder, cuda_graph
 from node.engine.paged.staging import Staging
 
-MAX_RECORDED = 64  # rows; larger steps take so long that launches hide behind them
+MAX_RECORDED_ROWS = 64  # larger steps compute for so long that kernel launches cost nothing
 
 
 class DeviceStage(LocalStage):
-    """The loaded span on `device`. `forward` may be called by one thread at a time; it takes and gives tensors of the host."""
+    """A loaded span on `device`. `forward` takes and returns tensors in host memory; one thread at a time may call it."""
 
     def __init__(
         self,
@@ -39,22 +39,26 @@ class DeviceStage(LocalStage):
         end: int,
         kernel: Kernel,
         threads: int,
-        watch: LoadTracker | None = None,
+        tracker: LoadTracker | None = None,
         *,
         device: torch.device,
         record: Recorder | None = None,
     ) -> None:
-        """`record`: how decoding steps are recorded; None: not at all. Raises BadRequest, as `load_model`."""
-        super().__init__(checkpoint, start, end, kernel, threads, watch)
+        """Loads the span. `record`: how decoding steps are recorded; None: not at all.
+
+        Raises:
+            BadRequest: as `load_model`.
+        """
+        super().__init__(checkpoint, start, end, kernel, threads, tracker)
         self.device = device
         self.model.to(device)
         self._paged = PagedStore(device)
         self._staging = Staging(device)
-        self._attend = ATTENTION[kernel.attention]
+        self._attention = ATTENTION[kernel.attention]
         self.recorded = None if record is None else RecordedSteps(record, self._staging)
 
     def _finish(self, packing: SpanPacker) -> None:
-        """And runs a step, for what this device cannot compute is this kernel's fault: an error as of a weight it cannot hold."""
+        """Also runs one step, so that an operation that this device lacks is an error of `pack`, which refuses this kernel."""
         super()._finish(packing)
         ids = [0, 1, 2] if self.start == 0 else None
         hidden = None if ids else torch.zeros(3, self.checkpoint.hidden_size)
@@ -62,7 +66,7 @@ class DeviceStage(LocalStage):
         self.forward(self.start, self.end, [Segment(0, 3, 0, self.sequence())], range(3), ids=ids, hidden=hidden, logits_at=at)
 
     def sequence(self) -> Any:
-        """Keys and values of a new sequence: a `PagedKV`, which passes for a `SequenceKV`."""
+        """Returns the keys and values of a new sequence: a `PagedKV`, with the interface of `SequenceKV`."""
         return PagedKV(self._paged)
 
     @torch.inference_mode()
@@ -77,40 +81,50 @@ class DeviceStage(LocalStage):
         hidden: torch.Tensor | None = None,
         logits_at: Sequence[int] = (),
     ) -> torch.Tensor:
-        """As `LocalStage.forward`; the rows of `segments` stand one behind the other."""
+        """As `Stage.forward`; the rows of `segments` are consecutive from row 0 on."""
         rows = len(positions)
+        assert sum(segment.count for segment in segments) == rows, "every row belongs to a segment"
         bucket = bucket_for(rows, self.buckets)
-        last = end == self.layers and len(logits_at) > 0
-        short = bucket_for(len(logits_at), self.buckets) if last else 0
-        every = last and short == bucket and len(logits_at) == rows
-        parts = [_part(segment) for segment in segments]
-        recorded = self._recorder(parts, bucket) if every or not last else None
+        has_logits = end == self.layers and len(logits_at) > 0
+        logit_count = bucket_for(len(logits_at), self.buckets) if has_logits else 0
+        all_rows = has_logits and logit_count == bucket and len(logits_at) == rows
+        paged = [_paged_segment(segment) for segment in segments]
+        recorded = self._recorder(paged, bucket) if all_rows or not has_logits else None
         if recorded is not None:
-            parts = padded_decode(parts, bucket)
-        plan = plan_step(parts, ids or (), logits_at if last else (), bucket, short)
-        numbers = torch.tensor(plan.numbers.flat())
-        taken = None if hidden is None else F.pad(hidden.to(self.kernel.dtype), (0, 0, 0, bucket - rows))
-        compute = partial(self._on_device, start, end, plan, last, every)
+            paged = padded_decode(paged, bucket)  # a recording has fixed shapes
+        plan = plan_step(paged, ids or (), logits_at if has_logits else (), bucket, logit_count)
+        arrays = torch.tensor(plan.arrays.flat())
+        activations = None if hidden is None else F.pad(hidden.to(self.kernel.dtype), (0, 0, 0, bucket - rows))
+        compute = partial(self._on_device, start, end, plan, has_logits, all_rows)
         out = None
         if recorded is not None:
-            out = recorded.run((start, end, plan.sizes, every), self._paged.generation, numbers, taken, compute)
+            out = recorded.run((start, end, plan.sizes, all_rows), self._paged.generation, arrays, activations, compute)
         if out is None:
-            out = compute(self._staging.up(numbers), None if taken is None else self._staging.up(taken))
-        return self._staging.down(out[: len(logits_at) if last else rows])
+            out = compute(self._staging.to_device(arrays), None if activations is None else self._staging.to_device(activations))
+        return self._staging.to_host(out[: len(logits_at) if has_logits else rows])
 
-    def _recorder(self, parts: Sequence[PagedSegment], bucket: int) -> RecordedSteps | None:
-        """Where a step of these parts may be recorded: its shapes follow from few numbers, and the host asks nothing."""
-        if self.recorded is None or not self.recorded.works or self.fused is None or bucket > MAX_RECORDED:
+    def _recorder(self, segments: Sequence[PagedSegment], bucket: int) -> RecordedSteps | None:
+        """Returns the recorder of a step of these segments; None where its shapes vary or its code waits for the device."""
+        if self.recorded is None or not self.recorded.works or self.fused is None or bucket > MAX_RECORDED_ROWS:
             return None
-        return self.recorded if all(part.count == 1 for part in parts) else None
+        return self.recorded if all(segment.count == 1 for segment in segments) else None
 
     def _on_device(
-        self, start: int, end: int, plan: PagedPlan, last: bool, every: bool, flat: torch.Tensor, taken: torch.Tensor | None
+        self,
+        start: int,
+        end: int,
+        plan: PagedPlan,
+        has_logits: bool,
+        all_rows: bool,
+        arrays: torch.Tensor,
+        activations: torch.Tensor | None,
     ) -> torch.Tensor:
-        step = PagedStep.of(self._paged, plan, flat, self._attend)
-        given = step.tensors
-        batch = PackedBatch([], start, end, None if taken is None else taken[None], paged=step)
-        return self._compute(batch, given.positions, given.ids, taken, given.wanted if last else None, every)
+        """Computes the step from tensors on the device; `arrays`: the flat `StepArrays` of `plan`."""
+        step = PagedStep.of(self._paged, plan, arrays, self._attention)
+        tensors = step.tensors
+        batch = PackedBatch([], start, end, None if activations is None else activations[None], paged=step)
+        logit_rows = tensors.logit_rows if has_logits else None
+        return self._compute(batch, tensors.positions, tensors.ids, activations, logit_rows, all_rows)
 
 
 def device_stage(
@@ -119,16 +133,16 @@ def device_stage(
     end: int,
     kernel: Kernel,
     threads: int,
-    watch: LoadTracker | None,
+    tracker: LoadTracker | None,
     device: torch.device,
     graphs: bool,
 ) -> DeviceStage:
-    """A stage on a GPU; `graphs`: with recorded decoding steps."""
+    """Returns a stage on `device`; `graphs`: decoding steps are recorded as CUDA graphs."""
     record = cuda_graph(device) if graphs and device.type == "cuda" else None
-    return DeviceStage(checkpoint, start, end, kernel, threads, watch, device=device, record=record)
+    return DeviceStage(checkpoint, start, end, kernel, threads, tracker, device=device, record=record)
 
 
-def _part(segment: Segment) -> PagedSegment:
+def _paged_segment(segment: Segment) -> PagedSegment:
     kv = cast(PagedKV, segment.kv)
     kv.expect(segment.position + segment.count)
     return PagedSegment(segment.row, segment.count, segment.position, kv.pages)

@@ -1,4 +1,4 @@
-"""What the engine asks of a loaded span, whether this process, a GPU or a group of worker processes computes it.
+"""The interface of a loaded span, whether this process, a GPU or a group of worker processes computes it.
 
 Implementations: `LocalStage` (`local_stage.py`), `DeviceStage` (`paged_stage.py`), `ParallelStage` (`node.engine.parallel`).
 """
@@ -25,24 +25,24 @@ class Stage(Protocol):
     kernel: Kernel
     threads: int
     parameters: int
-    loose: bool
-    """There are weights that are not packed, whose products promise no equal bits."""
+    has_unpacked_weights: bool
+    """Some weights are not packed; their products may give a row other bits in another batch."""
 
     windows: set[int]
-    """The sliding windows that attention has used so far; 0: all positions."""
+    """The sliding windows, in positions, that attention has used so far; 0: all positions."""
 
     holds_kv: bool
     """Keys and values are in this process; otherwise worker processes keep them, and `sequence()` is a handle."""
 
     kv_copies: int
-    """How often each key and value is stored, where several ranks need the same head."""
+    """How many ranks store each key and value, where several need the same head."""
 
     @property
-    def constants(self) -> str:
-        """The digest of what a compiled span derived from its config; empty where its bits depend on more than that."""
+    def constants_digest(self) -> str:
+        """A digest of what a compiled span derived from its config; empty where its bits depend on more than that."""
 
     def sequence(self) -> Any:
-        """Keys and values of a new sequence: a `SequenceKV` or what stands for it."""
+        """Returns the keys and values of a new sequence: a `SequenceKV`, `PagedKV` or `SharedKV`."""
 
     def pack(self) -> None:
         """Packs the weights for the kernel.
@@ -52,7 +52,7 @@ class Stage(Protocol):
         """
 
     def pack_with_reference(self, ids: Sequence[int] | None, hidden: torch.Tensor | None) -> torch.Tensor:
-        """Packs the weights; returns what the plain model computes for `ids` `[rows]` or `hidden` `[rows, hidden_size]`.
+        """Packs the weights; returns what transformers' own code computes for `ids` `[rows]` or `hidden` `[rows, hidden_size]`.
 
         Raises:
             ValueError: as `pack`.
@@ -71,12 +71,12 @@ class Stage(Protocol):
     ) -> torch.Tensor:
         """Runs layers `[start, end)` over packed rows, `ids` (if `start` is 0) or `hidden` `[rows, hidden_size]`.
 
-        Returns the activations `[rows, hidden_size]` in the kernel's dtype, or behind the last layer the float32 logits
-        `[len(logits_at), vocab]` of those rows alone. The segments' keys and values are written on the way.
+        Returns the activations `[rows, hidden_size]` in the kernel's dtype, or after the last layer the float32 logits
+        `[len(logits_at), vocab]` of those rows alone. Writes the keys and values of `segments`.
         """
 
     def on_end(self, call: Callable[[str], None]) -> None:
-        """Calls `call` once with the reason, from any thread, when the stage ends by itself; a local one never does."""
+        """Calls `call` once with the reason, from any thread, when the stage's worker processes end by themselves."""
 
     def close(self) -> None:
-        """Ends what computes the stage (*blocking*)."""
+        """Ends the stage's worker processes, if it has any (*blocking*)."""

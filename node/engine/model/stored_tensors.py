@@ -1,7 +1,7 @@
-"""Whether a checkpoint's files hold the tensors that its architecture wants, in the shapes it wants: told by their headers.
+"""Checks by the files' headers that a checkpoint holds the tensors of its architecture, in the right shapes.
 
-transformers' own loader does the comparison, for it alone knows which names and shapes it converts; it is given shapes
-without storage. A load would find the same, but after the node was announced, and after it had read for minutes.
+transformers' own loader compares them, for its code alone defines which names and shapes it converts; it gets shapes
+without storage. A load would find the same faults, but after the node was announced and had read for minutes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from node.checkpoints.safetensors_header import StoredTensor, read_header, weight_files
 from node.engine.model.attention import NAME
 from node.engine.model.checkpoint import Checkpoint
-from node.engine.model.structure import META, cannot_serve
+from node.engine.model.structure import META, not_servable
 from node.weights.store import MARK
 
 MAX_NAMED = 3
@@ -23,7 +23,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 class HeaderTensor:
-    """A tensor of a file as transformers' loader takes it (`mapped.LateTensor`), without its numbers."""
+    """A tensor of a file for transformers' loader, like `mapped.LazyTensor`, with its shape and no data."""
 
     def __init__(self, stored: StoredTensor) -> None:
         self._stored = stored
@@ -36,7 +36,11 @@ class HeaderTensor:
 
 
 def require_tensors(checkpoint: Checkpoint) -> None:
-    """Raises BadRequest: the files lack tensors, or hold some of another shape. Of a model from peers only a part is here."""
+    """Checks the tensors of a checkpoint; of a model fetched from peers, only some files are here, and nothing is checked.
+
+    Raises:
+        BadRequest: the files lack tensors, or hold some of another shape.
+    """
     if (checkpoint.directory / MARK).is_file():
         return
     cls: Any = checkpoint.model_class
@@ -56,12 +60,12 @@ def require_tensors(checkpoint: Checkpoint) -> None:
         )
     except Exception as error:  # whatever the loader of some architecture raises
         reason = f"its tensors are not those of its config ({' '.join(str(error).split())[:200]})"
-        raise cannot_serve(checkpoint, reason) from error
+        raise not_servable(checkpoint, reason) from error
     if found["missing_keys"]:
-        raise cannot_serve(checkpoint, f"the checkpoint lacks {_some(sorted(found['missing_keys']))}")
+        raise not_servable(checkpoint, f"the checkpoint lacks {_some(sorted(found['missing_keys']))}")
     if found["mismatched_keys"]:
         shapes = [f"{name} is {list(stored)}, expected {list(wanted)}" for name, stored, wanted in found["mismatched_keys"]]
-        raise cannot_serve(checkpoint, f"tensors have other shapes than its config says: {_some(sorted(shapes))}")
+        raise not_servable(checkpoint, f"tensors have other shapes than its config says: {_some(sorted(shapes))}")
 
 
 def _some(things: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
-"""One rank's part of a model: smaller matrices put into the model's own modules, of which only these parts are read.
+"""One rank's shard of a model: the model's own modules with smaller matrices, for which only this rank's parts are read.
 
-The model's class is pruned to the span (`node.engine.model.local_stage`); then each module that is split gets its own,
-smaller shape. Weights come through the ordinary loader, which takes each tensor as a slice of its file; here the slice is the
-rank's. Biases of matrices that are cut by inputs belong to the sum once, so only the first rank has them.
+The model's class is pruned to the span (`node.engine.model.local_stage`); then each module that is split gets its smaller
+shape. Weights come through the ordinary loader, which indexes each tensor of a file; here the index returns the rank's part.
+Biases of matrices that are split by inputs belong to the sum once, so only the first rank has them.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from node.checkpoints.safetensors_header import weight_files
 from node.engine.model.all_reduce import AllReduce, SharedEmbedding, SummedProduct
 from node.engine.model.checkpoint import Checkpoint
 from node.engine.model.linear import PackedLinear
-from node.engine.model.shard_plan import ShardedModelShape, ShardPlan, TensorSplit, cutting_for
+from node.engine.model.shard_plan import ShardedModelShape, ShardPlan, TensorSplit, plan_shards
 
 
 @dataclass(frozen=True, slots=True)
 class ShardPart:
-    """What a rank holds of a tensor: `range` of dimension `dim`, or zeros in its place."""
+    """The part of a tensor that a rank holds: `range` of dimension `dim`; `absent`: zeros of that shape."""
 
     dim: int
     range: range
     absent: bool = False
 
     def of(self, stored: Any) -> torch.Tensor:
-        """Reads it from a slice of a safetensors file."""
+        """Reads the part from a slice of a safetensors file."""
         here = slice(self.range.start, self.range.stop)
         taken: torch.Tensor = stored[here] if self.dim == 0 else stored[:, here]
         return torch.zeros_like(taken) if self.absent else taken
 
 
 class StoredPart:
-    """Stands for a tensor in a file; the loader reads it by indexing, and gets the rank's part."""
+    """A tensor of a file for transformers' loader, which reads it by indexing and gets the rank's part."""
 
     def __init__(self, stored: Any, part: Callable[[], ShardPart | None]) -> None:
         self._stored = stored
@@ -63,10 +63,10 @@ class StoredPart:
 
 
 def shard_plan_of(checkpoint: Checkpoint, ranks: int) -> ShardPlan:
-    """Raises BadRequest, as `cutting_for`."""
+    """Plans how the checkpoint's model is split. Raises BadRequest, as `plan_shards`."""
     config: Any = checkpoint.config
     heads = int(getattr(config, "num_attention_heads", None) or 1)
-    return cutting_for(
+    return plan_shards(
         ShardedModelShape(
             name=checkpoint.directory.name,
             kind=config.model_type,
@@ -80,7 +80,7 @@ def shard_plan_of(checkpoint: Checkpoint, ranks: int) -> ShardPlan:
 
 
 class Shard:
-    """Rank `rank` of those that share a span."""
+    """The shard of rank `rank`; its methods are called in the order in which they stand."""
 
     def __init__(self, shard_plan: ShardPlan, rank: int) -> None:
         self.shard_plan = shard_plan
@@ -93,49 +93,50 @@ class Shard:
 
     # ---- before the weights are read
 
-    def narrow(self, model: Any) -> None:
-        """Gives the modules of a model without weights their shapes on this rank.
+    def split_modules(self, model: Any) -> None:
+        """Gives the modules of a model on the meta device their shapes on this rank.
 
         Raises:
-            BadRequest: a part of the model cannot be cut.
+            BadRequest: a module cannot be split.
         """
+        assert 0 <= self.rank < self.shard_plan.ranks
         self._prefix = model.base_model_prefix
         self._renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
         self._names = model.state_dict()
         edges = model.get_input_embeddings(), model.get_output_embeddings()
         for name, module in model.named_modules():
             if any(module is edge for edge in edges):
-                self._narrow_vocabulary(name, module)
-            elif isinstance(module, nn.Linear) and (cut := self.shard_plan.cut(name)) is not None:
-                self._narrow_linear(name, module, cut)
+                self._split_vocabulary(name, module)
+            elif isinstance(module, nn.Linear) and (split := self.shard_plan.split_of(name)) is not None:
+                self._split_linear(name, module, split)
             elif ".layers." in f".{name}" and any(tensor.dim() > 1 for tensor in module.parameters(recurse=False)):
-                raise self._uncut(name, f"it is a {type(module).__name__} that no plan names")
+                raise self._cannot_split(name, f"it is a {type(module).__name__} that no plan names")
 
-    def _narrow_linear(self, name: str, layer: nn.Linear, cut: TensorSplit) -> None:
+    def _split_linear(self, name: str, layer: nn.Linear, split: TensorSplit) -> None:
         try:
-            if cut is TensorSplit.INPUTS:
-                part = self.shard_plan.part(cut, layer.in_features, self.rank)
+            if split is TensorSplit.INPUTS:
+                part = self.shard_plan.part(split, layer.in_features, self.rank)
                 layer.in_features = len(part)
                 self._resize(name, layer, "weight", ShardPart(1, part))
                 if layer.bias is not None:
                     self._parts[f"{name}.bias"] = ShardPart(0, range(layer.out_features), absent=self.rank > 0)
             else:
-                part = self.shard_plan.part(cut, layer.out_features, self.rank)
+                part = self.shard_plan.part(split, layer.out_features, self.rank)
                 layer.out_features = len(part)
                 for tensor in ("weight", "bias"):
                     self._resize(name, layer, tensor, ShardPart(0, part))
         except ValueError as error:
-            raise self._uncut(name, str(error)) from None
+            raise self._cannot_split(name, str(error)) from None
 
-    def _narrow_vocabulary(self, name: str, module: object) -> None:
+    def _split_vocabulary(self, name: str, module: object) -> None:
         if not isinstance(module, (nn.Linear, nn.Embedding)):
-            return  # the span ends before it, or begins behind it
+            return  # absent: another stage has the embedding or the head
         part = self.shard_plan.vocabulary(module.weight.shape[0], self.rank)
         for tensor in ("weight", "bias"):
             self._resize(name, module, tensor, ShardPart(0, part))
         if isinstance(module, nn.Embedding):
             module.num_embeddings = len(part)
-            module.padding_idx = None  # of no use without training, and maybe in another rank's part
+            module.padding_idx = None  # used in training only, and it may lie in another rank's part
             self._first_token = part.start
         else:
             module.out_features = len(part)
@@ -148,7 +149,7 @@ class Shard:
         setattr(module, tensor, nn.Parameter(before.new_empty(shape), requires_grad=False))
         self._parts[f"{name}.{tensor}"] = part
 
-    def _uncut(self, module: str, reason: str) -> BadRequest:
+    def _cannot_split(self, module: str, reason: str) -> BadRequest:
         return BadRequest(
             f"{module} cannot be computed by {self.shard_plan.ranks} workers ({reason}); take another number, or leave "
             "--tensor-parallel out",
@@ -159,7 +160,7 @@ class Shard:
     # ---- as they are read
 
     def tensors(self, directory: Path) -> dict[str, StoredPart]:
-        """Every tensor of the checkpoint by its name; nothing is read yet."""
+        """Returns every tensor of the checkpoint by its name; nothing is read yet."""
         found: dict[str, StoredPart] = {}
         for file in weight_files(directory):
             opened: Any = safe_open(file, "pt")
@@ -168,17 +169,17 @@ class Shard:
         return found
 
     def _part_of(self, name: str) -> ShardPart | None:
-        """Checkpoints of some architectures have older names, or leave the base model's prefix out."""
+        """Returns this rank's part of a tensor; checkpoints may use older names, or omit the base model's prefix."""
         renamed, _ = rename_source_key(name, self._renamings, [], self._prefix, self._names)
         return self._parts.get(renamed)
 
     # ---- once they are packed
 
-    def join(self, model: Any, summing: AllReduce) -> None:
-        """Sums over the ranks behind what was cut by inputs, and in the embedding."""
+    def join(self, model: Any, all_reduce: AllReduce) -> None:
+        """Adds an all-reduce after every matrix that is split by inputs, and after the embedding."""
         for name, module in list(model.named_modules()):
-            if isinstance(module, PackedLinear) and self.shard_plan.cut(name) is TensorSplit.INPUTS:
-                module.product = SummedProduct(module.product, summing)
+            if isinstance(module, PackedLinear) and self.shard_plan.split_of(name) is TensorSplit.INPUTS:
+                module.product = SummedProduct(module.product, all_reduce)
         embedding = model.get_input_embeddings()
         if isinstance(embedding, nn.Embedding):
-            model.set_input_embeddings(SharedEmbedding(embedding, self._first_token, summing))
+            model.set_input_embeddings(SharedEmbedding(embedding, self._first_token, all_reduce))

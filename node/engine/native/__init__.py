@@ -1,1 +1,1 @@
-"""Our own CPU kernel: C sources, how they are built at first use, and how Python calls them (docs/decisions/0016)."""
+"""The compiled CPU kernel: its C sources, their build at first use, and their interface to Python (docs/decisions/0016)."""

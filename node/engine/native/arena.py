@@ -1,8 +1,8 @@
-"""Room for packed weights: mappings of their own, in large pages where the system has them, which several small weights share.
+"""Allocates memory for packed weights, in mappings outside the heap, with large pages where the system has them.
 
-What is allocated beside weights in a load goes, and would leave holes in a heap that they share. A weight of less than a
-large page has no large page to itself; beside others it is read 2 to 10 % faster (one to eight rows of bfloat16, an EPYC).
-A mapping goes when the last weight in it does.
+A load allocates and frees much other memory, which would fragment a heap shared with weights. Small weights share one
+mapping, for a weight smaller than a large page would get none: this makes reading them 2 to 10 % faster (one to eight rows of
+bfloat16, on an EPYC). A mapping is freed with the last weight in it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import threading
 import torch
 
 ALIGNMENT = 64
-SHARED_BYTES = 16 << 20  # a mapping that is shared
-MAX_SHARED_BYTES = 4 << 20  # larger weights have one each
+SHARED_BYTES = 16 << 20  # the size of a shared mapping
+MAX_SHARED_BYTES = 4 << 20  # a larger weight has a mapping of its own
 
 
 class _Shared:
-    """The mapping that the next small weight goes into."""
+    """The mapping in which the next small weight is allocated."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -39,15 +39,16 @@ _shared = _Shared()
 
 
 def zeroed(size_bytes: int) -> torch.Tensor:
-    """Zeros `[size_bytes]` uint8, aligned to a line of the cache; `size_bytes` above zero."""
+    """Returns zeros `[size_bytes]` uint8, aligned to a cache line; `size_bytes` is above zero."""
+    assert size_bytes > 0
     if size_bytes > MAX_SHARED_BYTES:
         return torch.frombuffer(mapped(size_bytes), dtype=torch.uint8)
     return _shared.take(size_bytes)
 
 
 def mapped(size_bytes: int) -> mmap.mmap:
-    """Zeros that cost nothing until they are written, in large pages where the system has them."""
+    """Returns a mapping of zeros, resident only where it is written, in large pages where the system has them."""
     mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(AttributeError, OSError):  # not on this system; not in this kernel
+    with contextlib.suppress(AttributeError, OSError):  # another system than Linux; a kernel without large pages
         mapping.madvise(mmap.MADV_HUGEPAGE)
     return mapping

@@ -1,4 +1,4 @@
-"""The compiled kernel as Python sees it: the structures of mesh.h and its functions. Calls release the interpreter's lock."""
+"""The Python interface of the compiled kernel: the structures of mesh.h and the functions of entry.c. Calls release the GIL."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = structlog.get_logger()
 
 
 class Isa(IntEnum):
-    """How panels are worked off; all give the same bits."""
+    """The instructions that compute products; all give the same bits."""
 
     NONE = 0
     AVX2 = 1
@@ -27,7 +27,7 @@ class Isa(IntEnum):
 
 
 class WeightKind(IntEnum):
-    """How weights are held."""
+    """How packed weights are stored."""
 
     BF16 = 0
     FP32 = 1
@@ -68,7 +68,7 @@ class LayerParts(ctypes.Structure):
         ("heads", c_int64),
         ("kv_heads", c_int64),
         ("dim", c_int64),
-        ("middle", c_int64),
+        ("intermediate", c_int64),
         ("window", c_int64),
     )
 
@@ -88,10 +88,10 @@ class SpanParts(ctypes.Structure):
 
 
 class NativeLibrary:
-    """The functions of entry.c. Pointers come from tensors, which the caller keeps alive."""
+    """The functions of entry.c. Pointers refer to tensors, which the caller must keep alive."""
 
-    def __init__(self, path: Path, most: Isa = Isa.AMX) -> None:
-        """`most`: of the instructions it may use.
+    def __init__(self, path: Path, max_isa: Isa = Isa.AMX) -> None:
+        """Loads the library. `max_isa`: the best instructions that it may use.
 
         Raises:
             OSError: it cannot be loaded.
@@ -110,22 +110,22 @@ class NativeLibrary:
         self.logits.argtypes = (POINTER(ProductParts), c_void_p, c_float, c_void_p, c_int64, c_int, c_void_p, c_int)
         for function in (self.pack, self.product, self.layers, self.logits):
             function.restype = None
-        self.isa = Isa(self.use(most))
+        self.isa = Isa(self.use(max_isa))
 
 
 def native() -> NativeLibrary | None:
-    """The compiled kernel, built at the first call of a user; None where there is none: `absence` says why."""
+    """Returns the compiled kernel, which the first call of a user builds; None where there is none (`absence`: why)."""
     return _opened()[0]
 
 
 def absence() -> str:
-    """Why there is no compiled kernel in this process; empty where there is one."""
+    """Returns why there is no compiled kernel in this process; empty where there is one."""
     return _opened()[1]
 
 
 @functools.cache
 def _opened() -> tuple[NativeLibrary | None, str]:
-    """The compiled kernel and "", or None and the reason, which is logged once."""
+    """Returns the compiled kernel and "", or None and the reason, which is logged once."""
     try:
         library: NativeLibrary | None = _open()
         reason = ""
@@ -136,10 +136,10 @@ def _opened() -> tuple[NativeLibrary | None, str]:
 
 
 def _open() -> NativeLibrary:
-    most = Isa[cpu_isa().upper()]
-    if most is Isa.NONE:
+    max_isa = Isa[cpu_isa().upper()]
+    if max_isa is Isa.NONE:
         raise CannotBuild(TURNED_OFF)
-    library = NativeLibrary(built(cache_home()), most)
+    library = NativeLibrary(built(cache_home()), max_isa)
     if library.isa is Isa.NONE:
         raise CannotBuild("this CPU lacks AVX2, FMA or F16C")
     return library

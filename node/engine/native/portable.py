@@ -1,9 +1,9 @@
-"""Elementary functions with the same bits on every machine: built of additions, products, quotients and roundings alone.
+"""Elementary functions with the same bits on every machine, made of additions, products, quotients and roundings alone.
 
-IEEE 754 fixes the result of those, and of no others: `exp`, `log`, `sin`, `cos` and powers of the C library, of numpy and of
-torch are chosen by the CPU's instructions and differ in their last bits. Whatever decides a token goes through these. Each
-operation is an array's own, so no compiler fuses two of them. Polynomials and constants: fdlibm (Sun Microsystems, 1993), but
-those of `exp32`, which is the compiled kernel's `v_exp` without fused multiply-adds.
+IEEE 754 fixes the results of these operations. `exp`, `log`, `sin`, `cos` and powers of the C library, numpy and torch have
+implementations for different CPU instructions, which differ in their last bits. Everything that decides a token uses this
+module instead. Each operation is a numpy call of its own, so no compiler fuses two of them. Polynomials and constants are
+those of fdlibm (Sun Microsystems, 1993), except `exp32`, which is the compiled kernel's `v_exp` without fused multiply-adds.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ MAX_ANGLE = 2.0**20  # so many quarter turns are exact in products with 33 bits
 
 
 def _polynomial(x: NDArray[Any], terms: tuple[float, ...]) -> NDArray[Any]:
-    """Horner's rule, the term of the least power first."""
+    """Evaluates a polynomial by Horner's rule; `terms` begins with the constant."""
     total = np.full_like(x, terms[-1])
     for term in reversed(terms[:-1]):
         total = total * x + x.dtype.type(term)
@@ -64,7 +64,7 @@ def _polynomial(x: NDArray[Any], terms: tuple[float, ...]) -> NDArray[Any]:
 
 
 def exp(x: Doubles) -> Doubles:
-    """Within some 1e-15 of its size, for `x` in [-708, 709]; infinities and NaN are not meant."""
+    """Computes e**x with a relative error of about 1e-15, for `x` in [-708, 709]; not for infinities and NaN."""
     whole = np.rint(x * LOG2_E)
     rest = (x - whole * LN2_HIGH) - whole * LN2_LOW
     series = _polynomial(rest, tuple(1.0 / math.factorial(power) for power in range(15)))
@@ -73,7 +73,7 @@ def exp(x: Doubles) -> Doubles:
 
 
 def exp32(x: Floats) -> Floats:
-    """Within some 2e-7 of its size; below -87 nearly nothing, above 88 huge but finite."""
+    """Computes e**x with a relative error of about 2e-7; `x` is limited to [-87, 88], so results are finite."""
     x = np.minimum(np.maximum(x, np.float32(-87.0)), np.float32(88.0))
     whole = np.rint(x * np.float32(1.44269504))
     rest = x - whole * np.float32(0.693359375)
@@ -84,7 +84,7 @@ def exp32(x: Floats) -> Floats:
 
 
 def log(x: Doubles) -> Doubles:
-    """Within about a unit in the last place, for finite `x` above zero."""
+    """Computes the natural logarithm to about a unit in the last place, for finite `x` above zero."""
     fraction, exponent = np.frexp(x)
     small = fraction < math.sqrt(0.5)
     fraction = np.where(small, fraction * 2.0, fraction) - 1.0
@@ -98,10 +98,10 @@ def log(x: Doubles) -> Doubles:
 
 
 def sin_cos(x: Doubles) -> tuple[Doubles, Doubles]:
-    """Both within some 1e-16, for angles of at most 2**20 quarter turns.
+    """Computes sine and cosine with an error of about 1e-16, for angles of at most 2**20 quarter turns.
 
     Raises:
-        ValueError: an angle is larger, or no number.
+        ValueError: an angle is larger, or NaN.
     """
     quarters = np.rint(x * (2.0 / math.pi))
     if not (np.abs(quarters) <= MAX_ANGLE).all():
@@ -110,19 +110,19 @@ def sin_cos(x: Doubles) -> tuple[Doubles, Doubles]:
     squared = rest * rest
     sine = rest + rest * squared * _polynomial(squared, SIN_TERMS)
     cosine = 1.0 - (0.5 * squared - squared * squared * _polynomial(squared, COS_TERMS))
-    turn = quarters.astype(np.int64) % 4
-    odd = turn % 2 == 1
+    quadrant = quarters.astype(np.int64) % 4
+    odd = quadrant % 2 == 1
     sines, cosines = np.where(odd, cosine, sine), np.where(odd, sine, cosine)
-    return np.where(turn >= 2, -sines, sines), np.where((turn == 1) | (turn == 2), -cosines, cosines)
+    return np.where(quadrant >= 2, -sines, sines), np.where((quadrant == 1) | (quadrant == 2), -cosines, cosines)
 
 
 def power(base: Doubles, exponent: Doubles) -> Doubles:
-    """`base ** exponent` for bases above zero, within some 1e-13 of its size."""
+    """Computes `base ** exponent` for bases above zero, with a relative error of about 1e-13."""
     return exp(exponent * log(base))
 
 
 class PortableMath(TorchDispatchMode):
-    """Within this, torch's elementary functions on the CPU are those of this module, rounded to the tensor's dtype."""
+    """A context in which torch's elementary functions on the CPU are those of this module, rounded to the tensor's dtype."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

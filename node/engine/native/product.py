@@ -1,8 +1,8 @@
-"""Products with weights in the compiled kernel's own order: any number of rows, the same bits for each, and on every CPU.
+"""Products by the compiled kernel, with packed weights: the same bits for a row in every batch and on every CPU.
 
-Weights are held as they are stored where that is exact: float32 arithmetic over a bfloat16 checkpoint reads two bytes a
-weight. INT8 keeps one scale an output, INT4 one for 32 inputs of an output; both round, and only when asked for. Their rows
-are rounded too, to whole numbers of eight bits with one scale for 32 inputs, so that products are sums of whole numbers.
+Weights are held in the smallest type that is exact: float32 arithmetic over a bfloat16 checkpoint reads two bytes a weight.
+INT8 has one scale per output, INT4 one per 32 inputs of an output; both round, and only on request. With them, rows are
+rounded too, to integers of eight bits with one scale per 32 inputs, so that products are sums of integers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from node.engine.native.library import NativeLibrary, ProductParts, WeightKind, 
 
 PANEL = 32  # outputs computed together, as in mesh.h
 STEP = 32  # inputs summed together
-PIECE_ELEMENTS = 1 << 18  # packed at a time,
-MIN_PANELS = 4  # but so many panels at least, for each thread takes whole ones
+PIECE_ELEMENTS = 1 << 18  # how many are packed at a time,
+MIN_PANELS = 4  # but at least so many panels, for each thread packs whole ones
 MAX_INT8 = 127
 MAX_INT4 = 7
 DTYPES = {WeightKind.BF16: torch.bfloat16, WeightKind.FP16: torch.float16, WeightKind.FP32: torch.float32}
@@ -28,7 +28,7 @@ BYTES = {WeightKind.BF16: 2.0, WeightKind.FP32: 4.0, WeightKind.FP16: 2.0, Weigh
 
 
 class WeightSource(Protocol):
-    """`[outputs, inputs]`: a tensor, or what is made of several as it is packed."""
+    """A weight `[outputs, inputs]`: a tensor, or rows of several tensors that are combined as they are read."""
 
     @property
     def shape(self) -> Sequence[int]: ...
@@ -43,7 +43,7 @@ class NativeProduct:
     """A product with one packed weight."""
 
     def __init__(self, weight: WeightSource, bias: torch.Tensor | None, quantize: str = "none") -> None:
-        """`weight` `[outputs, inputs]`, bfloat16, float16 or float32.
+        """Packs `weight` `[outputs, inputs]`, bfloat16, float16 or float32. `quantize`: none, int8 or int4.
 
         Raises:
             RuntimeError: there is no compiled kernel here.
@@ -68,7 +68,7 @@ class NativeProduct:
         self._at = ctypes.byref(self.parts)
 
     def _pack(self, weight: WeightSource) -> torch.Tensor | None:
-        """Packs some panels at a time; gives the scales as the kernel reads them."""
+        """Packs the weight piece by piece; returns the scales in the kernel's order, or None."""
         panel_bytes = self._packed.numel() // -(-self.outputs // PANEL)
         scales = []
         for first, piece in _pieces(weight):
@@ -85,18 +85,19 @@ class NativeProduct:
         return scale.view(-1, PANEL, scale.shape[1]).transpose(1, 2).contiguous()  # from [panels * 32, steps]
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """`[rows, inputs] -> [rows, outputs]`, in the rows' dtype."""
+        """Computes `[rows, inputs] -> [rows, outputs]`, in the rows' dtype."""
         return self._into(rows, None)
 
     def wide(self, rows: torch.Tensor) -> torch.Tensor:
-        """The product in float32, not rounded to the rows' dtype."""
+        """Returns the product in float32, not rounded to the rows' dtype."""
         return self._into(rows, None, wide=True)
 
     def plus(self, rows: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """`other + product`, rounded once."""
+        """Returns `other + product`, rounded once."""
         return self._into(rows, other.contiguous())
 
     def _into(self, rows: torch.Tensor, other: torch.Tensor | None, wide: bool = False) -> torch.Tensor:
+        assert rows.shape[1] == self.inputs
         rows = rows.contiguous()
         out = rows.new_empty(rows.shape[0], self.outputs, dtype=torch.float32 if wide else None)
         bf16 = rows.dtype is torch.bfloat16
@@ -108,7 +109,7 @@ class NativeProduct:
 
 
 def _pieces(weight: WeightSource) -> Iterator[tuple[int, torch.Tensor]]:
-    """Whole panels at a time, with the number of their first output: a copy of all of a weight would take much room."""
+    """Yields pieces of whole panels with the number of their first output: a copy of the whole weight would take much memory."""
     outputs, inputs = weight.shape
     step = max(MIN_PANELS, PIECE_ELEMENTS // inputs // PANEL) * PANEL
     for first in range(0, outputs, step):
@@ -116,7 +117,7 @@ def _pieces(weight: WeightSource) -> Iterator[tuple[int, torch.Tensor]]:
 
 
 def _kind(weight: WeightSource, quantize: str) -> WeightKind:
-    """How a weight is held: in the fewest bits that are exact, unless it is to be rounded."""
+    """Returns how a weight is stored: in the fewest bits that are exact, or as `quantize` requests."""
     if quantize != "none":
         return {"int8": WeightKind.INT8, "int4": WeightKind.INT4}[quantize]
     for kind, dtype in ((WeightKind.BF16, torch.bfloat16), (WeightKind.FP16, torch.float16)):
@@ -126,7 +127,7 @@ def _kind(weight: WeightSource, quantize: str) -> WeightKind:
 
 
 def _held(piece: torch.Tensor, kind: WeightKind) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The elements of some outputs as they are packed, and their scales."""
+    """Returns the elements of some outputs in the packed type, and their scales."""
     match kind:
         case WeightKind.INT8:
             return int8_of(piece)
@@ -137,14 +138,14 @@ def _held(piece: torch.Tensor, kind: WeightKind) -> tuple[torch.Tensor, torch.Te
 
 
 def int8_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole numbers `[outputs, inputs]` and scales `[outputs]`: the largest weight of each output becomes 127 or -127."""
+    """Rounds to integers `[outputs, inputs]` and scales `[outputs]`: the largest weight of each output becomes 127 or -127."""
     weight = weight.float()
     scale = weight.abs().amax(1).div_(MAX_INT8).clamp_min_(torch.finfo(torch.float32).tiny)
     return (weight / scale[:, None]).round_().to(torch.int8), scale
 
 
 def int4_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole numbers `[outputs, inputs]` from -7 to 7 and scales `[outputs, ceil(inputs / 32)]`."""
+    """Rounds to integers `[outputs, inputs]` from -7 to 7 and scales `[outputs, ceil(inputs / 32)]`."""
     outputs, inputs = weight.shape
     groups = F.pad(weight.float(), (0, -inputs % STEP)).view(outputs, -1, STEP)
     scale = groups.abs().amax(2).div_(MAX_INT4).clamp_min_(torch.finfo(torch.float32).tiny)
@@ -153,6 +154,6 @@ def int4_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _zeros(outputs: int, inputs: int, kind: WeightKind) -> torch.Tensor:
-    """Room for the packed weight, aligned."""
+    """Allocates the packed weight, aligned."""
     size_bytes = int(-(-outputs // PANEL) * PANEL * -(-inputs // STEP) * STEP * BYTES[kind])
     return zeroed(size_bytes)

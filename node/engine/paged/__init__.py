@@ -1,1 +1,1 @@
-"""A stage on another device than the CPU: paged keys and values, attention over block tables, recorded decode steps."""
+"""Parts of a stage on another device than the CPU: paged keys and values, attention over block tables, recorded steps."""

@@ -1,11 +1,11 @@
-"""Keys and values in pages that belong to any sequence, on any device: what attention over block tables reads.
+"""A paged store of keys and values, on any device, for attention over block tables.
 
-One pool a layer, `[pages, 256, kv_heads, dim]` each for keys and values; a sequence has the numbers of its pages. Page 0
-belongs to no sequence: padding writes there, and shorter tables end with it. A page's values are zero when it is given out,
-those of page 0 always, and those behind a sequence's end: what is masked is multiplied by zero, and zero times NaN is NaN.
+Each layer has one pool `[pages, 256, kv_heads, dim]` for keys and one for values; a sequence has a list of page numbers. Page
+0 belongs to no sequence: padding writes there, and shorter tables end with it. The values of a page are zero when it is
+allocated, and always in page 0 and after a sequence's end: masked values are multiplied by zero, and zero times NaN is NaN.
 
-Pools grow by doubling, a layer at a time, so that no more than one layer is held twice; a step that was recorded with
-the old addresses learns of it by `generation`. How many sequences there may be is the scheduler's business, in blocks.
+Pools grow by doubling, one layer at a time, so that no more than one layer is held twice; `generation` changes with their
+addresses, which recorded steps depend on. The scheduler limits the number of sequences, in blocks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FIRST_PAGES = 16
 
 
 class PagedStore:
-    """The pools of one stage. Touched by one thread at a time, as the sequences in it."""
+    """The pools of one stage. Only one thread at a time may use it and its sequences."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -32,7 +32,7 @@ class PagedStore:
         self._pools: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def pool(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `[pages, 256, kv_heads, dim]`, made on first use for such as `like` `[rows, kv_heads, dim]`."""
+        """Returns the pools of keys and values, each `[pages, 256, kv_heads, dim]`; makes them for rows like `like` if needed."""
         held = self._pools.get(layer)
         if held is None:
             shape = (self._capacity, KV_PAGE_TOKENS, *like.shape[1:])
@@ -40,28 +40,31 @@ class PagedStore:
         return held
 
     def held(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Returns the pools of a layer, or None where nothing was stored in it yet."""
         return self._pools.get(layer)
 
     @torch.inference_mode()
     def take(self, count: int) -> list[int]:
-        """`count` pages, their values zero."""
+        """Allocates `count` pages; their values are zero."""
         while len(self._free) < count:
             self._grow()
         taken = [self._free.pop() for _ in range(count)]
+        assert 0 not in taken, "page 0 is for padding"
         if taken and self._pools:
             at = torch.tensor(taken, device=self.device)
-            for _, values in self._pools.values():  # what the keys hold is masked before it counts
+            for _, values in self._pools.values():  # not the keys: their scores are replaced by the mask, even NaN
                 values.index_fill_(0, at, 0.0)
         return taken
 
     @torch.inference_mode()
     def clear(self, slots: Iterable[int]) -> None:
-        """Zeroes the values that lie there."""
+        """Sets the values in these slots to zero."""
         at = torch.tensor(list(slots), device=self.device)
         for _, values in self._pools.values():
             values.flatten(0, 1).index_fill_(0, at, 0.0)
 
     def release(self, pages: list[int]) -> None:
+        """Frees pages."""
         self._free += reversed(pages)
 
     def _grow(self) -> None:
@@ -79,7 +82,7 @@ class PagedStore:
 
 
 class PagedKV:
-    """Keys and values of one sequence: passes for a `SequenceKV`. Its pages are free again once no reference is left."""
+    """Keys and values of one sequence, with the interface of `SequenceKV`. Its pages are freed when the object is."""
 
     def __init__(self, store: PagedStore) -> None:
         self._store = store
@@ -88,8 +91,8 @@ class PagedKV:
         weakref.finalize(self, store.release, self.pages).atexit = False
 
     def expect(self, end: int) -> None:
-        """Says that positions up to `end` are about to be written, in every layer, and that nothing behind counts any more."""
-        if end < self._end:  # guesses that proved wrong: what is masked must be no NaN
+        """Allocates pages for the positions before `end`, which will be written in every layer; later positions are dropped."""
+        if end < self._end:  # rejected drafts: masked values must be no NaN
             self._store.clear(slots_of(self.pages, end, self._end - end))
         self._end = end
         self.pages += self._store.take(max(0, pages_for(end) - len(self.pages)))
@@ -99,7 +102,7 @@ class PagedKV:
 
     @torch.inference_mode()
     def page(self, position: int, count: int, layers: Iterable[int]) -> Page:
-        """As `SequenceKV.page`: a copy, on the same device."""
+        """As `SequenceKV.page`: returns a copy, on the same device."""
         slots = self._slots(position, count)
         copied = {}
         for layer in layers:
@@ -111,7 +114,7 @@ class PagedKV:
 
     @torch.inference_mode()
     def restore(self, pages: Sequence[Page]) -> None:
-        """Begins the sequence with what the pages hold, on any device, one after the other from position 0 on."""
+        """Begins the sequence with copied pages, from any device, in order from position 0 on."""
         counts = [next(iter(page.values())).shape[2] for page in pages]
         self.expect(sum(counts))
         slots = self._slots(0, sum(counts))

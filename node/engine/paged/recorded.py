@@ -1,8 +1,8 @@
-"""Decoding steps that are recorded once and played again: on a GPU a CUDA graph, which spares hundreds of launches a step.
+"""Decoding steps that are recorded once and replayed: on a GPU as CUDA graphs, which save hundreds of kernel launches a step.
 
-A recorded step reads its numbers and activations from tensors that stay where they are; each run fills these first. One
-is recorded for each form of a step (layers, rows, length of the tables); when the pools of keys and values have moved
-all are dropped. What cannot be recorded is computed as ever, and never tried again.
+A recorded step reads its arrays and activations from tensors with fixed addresses; each run fills these first. One step is
+recorded for each form (layers, rows, length of the tables); all recordings are dropped when the pools of keys and values
+have moved. If recording fails, steps are computed directly and recording is not tried again.
 """
 
 from __future__ import annotations
@@ -16,55 +16,55 @@ import torch
 
 from node.engine.paged.staging import Staging
 
-MAX_RECORDED = 32  # rows in ten buckets, tables in a few lengths; each holds the activations of a step
+MAX_RECORDINGS = 32  # ten buckets of rows by a few table lengths; each keeps the memory of a step's activations
 
 log = structlog.get_logger()
 
 Compute = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""(flat numbers, activations or None) -> the step's answer, without a look at any of them from the host."""
+"""(flat arrays, activations or None) -> the step's result; the host reads none of these tensors."""
 
 Recorder = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
-"""Takes a step over tensors that stay; gives what plays it again and returns its answer, always the same tensor."""
+"""Takes a step over tensors with fixed addresses; returns a function that replays it and returns its result, one tensor."""
 
 
 def cuda_graph(device: torch.device) -> Recorder:
-    """Records on a GPU. Other threads may use the GPU meanwhile: a model that is loaded beside the engine does."""
+    """Returns a recorder of CUDA graphs. Other threads may use the GPU meanwhile, e.g. to load another model."""
 
     def record(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         with torch.cuda.device(device):
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
+            side_stream = torch.cuda.Stream()
+            side_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side_stream):
                 run()  # libraries set themselves up on first use, which cannot be recorded
                 run()
-            torch.cuda.current_stream().wait_stream(aside)
+            torch.cuda.current_stream().wait_stream(side_stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 answer = run()
 
-        def play() -> torch.Tensor:
+        def replay() -> torch.Tensor:
             graph.replay()
             return answer
 
-        return play
+        return replay
 
     return record
 
 
-def as_it_is(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Records nothing: the step is computed anew. For devices without graphs."""
+def no_recording(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Records nothing: each replay computes the step anew. For devices without graphs."""
     return run
 
 
 @dataclass(slots=True)
 class _Recorded:
-    numbers: torch.Tensor
-    taken: torch.Tensor | None
-    play: Callable[[], torch.Tensor]
+    arrays: torch.Tensor
+    activations: torch.Tensor | None
+    replay: Callable[[], torch.Tensor]
 
 
 class RecordedSteps:
-    """Those of one stage. For one thread at a time."""
+    """The recorded steps of one stage. One thread at a time may use them."""
 
     def __init__(self, record: Recorder, staging: Staging) -> None:
         self._record = record
@@ -77,36 +77,38 @@ class RecordedSteps:
         return len(self._steps)
 
     def run(
-        self, form: Hashable, generation: int, numbers: torch.Tensor, taken: torch.Tensor | None, compute: Compute
+        self, form: Hashable, generation: int, arrays: torch.Tensor, activations: torch.Tensor | None, compute: Compute
     ) -> torch.Tensor | None:
-        """The answer of a step of this form, good until the next one of it; None: it cannot be recorded.
+        """Returns the result of a step of this form, valid until the next one of the form; None: it cannot be recorded.
 
-        `numbers`, `taken`: in the host's memory, of the same shapes for the same form. `generation`: of the addresses.
+        `arrays`, `activations`: in host memory, of the same shapes for the same form. `generation`: of the pools' addresses.
         """
         if generation != self._generation:
             self._steps.clear()
             self._generation = generation
         step = self._steps.get(form)
         if step is None:
-            step = self._begin(form, numbers, taken, compute)
-            return None if step is None else step.play()
+            step = self._begin(form, arrays, activations, compute)
+            return None if step is None else step.replay()
         self._steps.move_to_end(form)
-        self._staging.up(numbers, step.numbers)
-        if taken is not None:
-            self._staging.up(taken, step.taken)
-        return step.play()
+        self._staging.to_device(arrays, step.arrays)
+        if activations is not None:
+            self._staging.to_device(activations, step.activations)
+        return step.replay()
 
-    def _begin(self, form: Hashable, numbers: torch.Tensor, taken: torch.Tensor | None, compute: Compute) -> _Recorded | None:
-        held = self._staging.up(numbers)
-        activations = None if taken is None else self._staging.up(taken)
+    def _begin(
+        self, form: Hashable, arrays: torch.Tensor, activations: torch.Tensor | None, compute: Compute
+    ) -> _Recorded | None:
+        device_arrays = self._staging.to_device(arrays)
+        device_activations = None if activations is None else self._staging.to_device(activations)
         try:
-            step = _Recorded(held, activations, self._record(lambda: compute(held, activations)))
+            step = _Recorded(device_arrays, device_activations, self._record(lambda: compute(device_arrays, device_activations)))
         except (RuntimeError, NotImplementedError) as error:
             self.works = False
             self._steps.clear()
             log.warning("steps are not recorded", why=f"{type(error).__name__}: {error}"[:200])
             return None
-        if len(self._steps) >= MAX_RECORDED:
+        if len(self._steps) >= MAX_RECORDINGS:
             self._steps.popitem(last=False)
         self._steps[form] = step
         return step

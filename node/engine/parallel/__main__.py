@@ -1,7 +1,7 @@
-"""`python -m node.engine.parallel SOCKET PARENT`: a worker process, given two file descriptors by its node.
+"""`python -m node.engine.parallel SOCKET PARENT`: a worker process, with two file descriptors that its node passes to it.
 
-Signals that a terminal or a supervisor sends to all processes of a node at once are left to the node: it drains, and needs
-its workers for that. The watch on the parent begins before anything that takes time: the node may end while this process starts.
+A worker ignores signals that a terminal or a supervisor sends to all processes of a node: the node handles them, and needs
+its workers while it drains. Watching the parent begins before the slow imports, for the node may end during them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def main() -> None:
         try:
             serve(Channel(end))
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            pass  # the node is gone, or wants this rank no more
-    os._exit(0)  # with torch an orderly end takes seconds
+            pass  # the node has ended, or has closed this rank
+    os._exit(0)  # torch's own teardown takes seconds
 
 
 if __name__ == "__main__":

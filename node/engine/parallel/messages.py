@@ -1,7 +1,7 @@
-"""What a node and its worker processes say to each other: length-prefixed MessagePack over a socket pair.
+"""The messages between a node and its worker processes: length-prefixed MessagePack over a socket pair.
 
-The node says the same to every rank, in the same order; a rank that is asked for something answers once. What changes what
-a rank keeps (`Change`) rides with the next step, in the order in which it came about.
+The node sends every rank the same requests in the same order; a rank answers each once. Changes of the sequences and pages
+that a rank stores (`Change`) are sent with the next step, in the order in which they were made.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ M = TypeVar("M", bound=msgspec.Struct)
 
 
 class LoadShard(msgspec.Struct, frozen=True):
-    """The first message to a rank: load your part of the span."""
+    """The first message to a rank: load this part of the span."""
 
     directory: str
     start: int
@@ -29,12 +29,12 @@ class LoadShard(msgspec.Struct, frozen=True):
     rank: int
     ranks: int
     device: str
-    meeting: str  # the file through which ranks find each other
-    timeout_s: float  # of everything that ranks do together
+    meeting: str  # the store file by which the ranks connect to each other
+    timeout_s: float  # of each operation that the ranks do together
 
 
 class ShardLoaded(msgspec.Struct, frozen=True):
-    """The answer to `LoadShard`. `refused`: why this kernel will not do; `unservable`: nor will another one."""
+    """The answer to `LoadShard`. `refused`: why this kernel cannot be used; `unservable`: no other can be used either."""
 
     parameters: int = 0
     buckets: tuple[int, ...] = ()
@@ -43,7 +43,7 @@ class ShardLoaded(msgspec.Struct, frozen=True):
 
 
 class JoinGroup(msgspec.Struct, frozen=True):
-    """To all, once all are loaded: meet, and pad rows to these counts."""
+    """To all ranks, after all have loaded: connect to each other, and pad rows to these counts."""
 
     buckets: tuple[int, ...]
 
@@ -64,14 +64,14 @@ class KeepPage(msgspec.Struct, frozen=True, tag="Keep"):
 
 
 class RestoreSequence(msgspec.Struct, frozen=True, tag="Restore"):
-    """Begin a sequence with what these pages hold."""
+    """Begin a sequence with the contents of these pages."""
 
     sequence: int
     pages: tuple[int, ...]
 
 
 class ForgetNumber(msgspec.Struct, frozen=True, tag="Forget"):
-    """Drop a sequence, or a page; one that was never heard of is fine."""
+    """Drop a sequence or a page, if the rank has it."""
 
     number: int
     page: bool = False
@@ -81,7 +81,7 @@ Change = KeepPage | RestoreSequence | ForgetNumber
 
 
 class SegmentRows(msgspec.Struct, frozen=True, array_like=True):
-    """`Segment`, with the sequence by its number."""
+    """A `Segment` whose sequence is given by its number."""
 
     row: int
     count: int
@@ -90,7 +90,7 @@ class SegmentRows(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ForwardStep(msgspec.Struct, frozen=True):
-    """`Stage.forward`. `hidden`: the bytes of `[rows, hidden_size]` in the kernel's dtype; None: `ids` are given."""
+    """A call of `Stage.forward`. `hidden`: the bytes of `[rows, hidden_size]` in the kernel's dtype; None: `ids` are given."""
 
     number: int
     changes: tuple[Change, ...]
@@ -106,7 +106,7 @@ class ForwardStep(msgspec.Struct, frozen=True):
 class ForwardDone(msgspec.Struct, frozen=True):
     """The answer to `ForwardStep`: the rank's columns of the logits, float32; or, from the first rank alone, the activations.
 
-    `windows`: from the first rank, those through which attention was asked to look so far.
+    `windows`: from the first rank, the sliding windows that attention has used so far.
     """
 
     number: int
@@ -115,27 +115,28 @@ class ForwardDone(msgspec.Struct, frozen=True):
 
 
 class Channel:
-    """One end. A read or write that is not over by the deadline raises TimeoutError, as a socket does."""
+    """One end of a socket pair. A read or write that has not ended by its deadline raises TimeoutError."""
 
     def __init__(self, end: socket.socket) -> None:
         self.socket = end
 
     def send(self, message: msgspec.Struct, deadline_s: float | None = None) -> None:
+        """Sends one message. `deadline_s`: by the monotonic clock; None: waits without limit."""
         self.send_bytes(encoded(message), deadline_s)
 
     def send_bytes(self, framed: bytes, deadline_s: float | None = None) -> None:
-        """`framed`: from `encoded`, which many channels may share."""
+        """Sends one message that `encoded` returned; several channels may send the same bytes."""
         view = memoryview(framed)
         while view:
             self._arm(deadline_s)
             view = view[self.socket.send(view) :]
 
     def receive(self, kind: type[M], deadline_s: float | None = None) -> M:
-        """The next message.
+        """Receives the next message.
 
         Raises:
-            EOFError: the other side is gone.
-            msgspec.ValidationError: it is another message.
+            EOFError: the other side has closed its end.
+            msgspec.ValidationError: the message is of another kind, or too long.
         """
         size = int.from_bytes(self._exactly(LENGTH_BYTES, deadline_s), "little")
         if size > MAX_BYTES:
@@ -154,7 +155,7 @@ class Channel:
         return read
 
     def _arm(self, deadline_s: float | None) -> None:
-        """`deadline_s`: by the monotonic clock."""
+        """Sets the socket's timeout to the time left until `deadline_s`, by the monotonic clock."""
         if deadline_s is not None:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
@@ -163,6 +164,6 @@ class Channel:
 
 
 def encoded(message: msgspec.Struct) -> bytes:
-    """A message as it goes over a channel."""
+    """Returns a message with its length before it, as a channel sends it."""
     body = msgspec.msgpack.encode(message)
     return len(body).to_bytes(LENGTH_BYTES, "little") + body

@@ -1,6 +1,6 @@
-"""One rank of a span, in a worker process of its own: it does what its node says, step by step.
+"""One rank of a span, in a worker process of its own: it carries out the steps that its node sends.
 
-Whatever goes wrong in a step ends the process, for the ranks are out of step then; the node sees it end.
+Any error in a step ends the process, for the ranks would no longer compute the same steps; the node notices the end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from node.engine.parallel.messages import (
 
 
 class Rank:
-    """A loaded shard, and what is kept in it."""
+    """A loaded shard, with the sequences and pages stored in it."""
 
     def __init__(self, stage: LocalStage, first: bool) -> None:
         self._stage = stage
@@ -42,6 +42,8 @@ class Rank:
         self._pages: dict[int, Page] = {}
 
     def step(self, step: ForwardStep) -> ForwardDone:
+        """Applies the step's changes, computes it, and returns this rank's part of the result."""
+        assert (step.ids is None) != (step.hidden is None), "either tokens or activations"
         self._change(step.changes)
         segments = [Segment(each.row, each.count, each.position, self._sequence(each.sequence)) for each in step.segments]
         out = self._stage.forward(
@@ -78,13 +80,14 @@ class Rank:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
-    """The little-endian bytes of a tensor of any dtype."""
+    """Returns the little-endian bytes of a tensor of any dtype."""
     return bytes(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 def serve(channel: Channel) -> None:
-    """Loads, joins, then steps, until the node ends it."""
+    """Loads a shard, connects to the other ranks, then computes steps until the channel is closed."""
     begin = channel.receive(LoadShard)
+    assert 0 <= begin.rank < begin.ranks
     torch.set_num_threads(begin.threads)
     try:
         checkpoint = read_checkpoint(Path(begin.directory))
@@ -96,8 +99,8 @@ def serve(channel: Channel) -> None:
         return
     channel.send(ShardLoaded(stage.parameters, stage.buckets))
     join = channel.receive(JoinGroup)
-    summing = join_group(Path(begin.meeting), begin.rank, begin.ranks, torch.device(begin.device), begin.timeout_s)
-    stage.join(summing, join.buckets)
+    all_reduce = join_group(Path(begin.meeting), begin.rank, begin.ranks, torch.device(begin.device), begin.timeout_s)
+    stage.join(all_reduce, join.buckets)
     channel.send(GroupJoined())
     rank = Rank(stage, begin.rank == 0)
     while True:

@@ -1,4 +1,4 @@
-"""Computes what a span must give with the plain model, one layer at a time, so that no more than one layer is in memory."""
+"""Computes the reference of a span one layer at a time, so that no more than one layer is in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from node.engine.model.linear import Kernel
 from node.engine.model.local_stage import LocalStage
 
 
-def plain_output(
+def reference_output(
     checkpoint: Checkpoint,
     start: int,
     end: int,
@@ -20,9 +20,9 @@ def plain_output(
     ids: Sequence[int] | None,
     hidden: torch.Tensor | None,
 ) -> torch.Tensor:
-    """What `LocalStage.plain` of the layers `[start, end)` returns for `ids` or `hidden`, by transformers' own modules."""
+    """Returns what `LocalStage.reference` of the layers `[start, end)` would return for `ids` or `hidden`."""
     for number in range(start, end):
         layer = LocalStage(checkpoint, number, number + 1, kernel, threads)
-        hidden, ids = layer.plain(ids, hidden), None
+        hidden, ids = layer.reference(ids, hidden), None
     assert hidden is not None, "a span has at least one layer"
     return hidden

@@ -1,7 +1,7 @@
 """A stage whose span several worker processes compute together (`node.engine.model.stage`).
 
-Every rank does every step, on its part of the heads and of the MLP; what a step needs is told to all of them alike. Keys
-and values stay with the ranks: here are only their numbers, and what is dropped here is forgotten there with the next step.
+Every rank computes every step, with its part of the heads and of the MLP, from the same message. Keys and values stay in the
+ranks; this process holds handles, and what is dropped here is dropped by the ranks with the next step.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from node.engine.parallel.messages import (
     SegmentRows,
     ShardLoaded,
 )
-from node.engine.parallel.reference import plain_output
+from node.engine.parallel.reference import reference_output
 from node.engine.parallel.worker_group import WorkerGroup, WorkersLost
 
-LOAD_TIMEOUT_S = 1800.0  # a part of a large model from a slow disk; a rank that dies meanwhile is noticed at once
-STEP_TIMEOUT_S = 60.0  # of a step, and of each sum within it: far beyond any, for the node is passed over as stalled long before
+LOAD_TIMEOUT_S = 1800.0  # for a large model on a slow disk; a rank that ends meanwhile is noticed at once
+STEP_TIMEOUT_S = 60.0  # of a step, and of each all-reduce; long before, peers stop sending work to a stalled node
 
 
 class RankHandle:
-    """Something that the ranks keep under a number, until no reference to this is left."""
+    """A handle of a sequence or page that the ranks store under a number until this object is freed."""
 
     _numbers = itertools.count()
 
@@ -54,32 +54,32 @@ class RankHandle:
 
 
 class SharedKV(RankHandle):
-    """Keys and values of one sequence, cut over the ranks: stands for `SequenceKV`."""
+    """A handle of one sequence's keys and values, which are split over the ranks; the interface of `SequenceKV`."""
 
     def __init__(self, changes: deque[Change]) -> None:
         super().__init__(changes, page=False)
         self._changes = changes
 
     def page(self, position: int, count: int, layers: range) -> SharedPage:
-        """Has a copy kept of what is stored at `position … position + count - 1`."""
+        """Makes the ranks keep a copy of the positions `position … position + count - 1`; returns its handle."""
         page = SharedPage(self._changes, page=True)
         self._changes.append(KeepPage(page.number, self.number, position, count, layers.start, layers.stop))
         return page
 
     def restore(self, pages: Sequence[SharedPage]) -> None:
-        """Begins the sequence with what the pages hold."""
+        """Begins the sequence with the contents of the pages, in order from position 0 on."""
         self._changes.append(RestoreSequence(self.number, tuple(page.number for page in pages)))
 
 
 class SharedPage(RankHandle):
-    """A page that the ranks keep."""
+    """A handle of a page that the ranks keep."""
 
 
 class ParallelStage:
-    """A loaded span that `ranks` worker processes compute, from `pack` on; see `node.engine.model.stage`."""
+    """A span that `ranks` worker processes load and compute, from `pack` on; see `node.engine.model.stage`."""
 
     holds_kv = False
-    constants = ""
+    constants_digest = ""
 
     def __init__(
         self,
@@ -90,65 +90,66 @@ class ParallelStage:
         threads: int,
         ranks: int,
         step_timeout_s: float = STEP_TIMEOUT_S,
-        hire: Callable[[int], WorkerGroup] = WorkerGroup,
+        start_workers: Callable[[int], WorkerGroup] = WorkerGroup,
     ) -> None:
-        """Raises BadRequest: the model cannot be cut into so many parts. `threads`: of each rank; `hire`: starts that many."""
+        """Plans the split. `threads`: of each rank; `start_workers` starts that many. Raises BadRequest: it cannot be split."""
         self.shard_plan = shard_plan_of(checkpoint, ranks)
         self.checkpoint = checkpoint
         self.start, self.end, self.layers = start, end, checkpoint.layers
         self.kernel = kernel
         self.threads = threads
         self.ranks = ranks
-        self.loose = False  # what is cut is packed
+        self.has_unpacked_weights = False  # models with experts are not split
         self.kv_copies = self.shard_plan.kv_copies
         self.parameters = 0  # of all ranks together
-        self.windows: set[int] = set()  # as `Stage.windows`
+        self.windows: set[int] = set()
         self._step_timeout_s = step_timeout_s
-        self._hire = hire
-        self._changes: deque[Change] = deque()  # what came about since the last step; any thread may add to it
+        self._start_workers = start_workers
+        self._changes: deque[Change] = deque()  # since the last step; any thread may append
         self._lock = threading.Lock()
         self._steps = itertools.count()
         self._workers: WorkerGroup | None = None
 
     def pack(self) -> None:
-        """Starts the workers; each loads its part.
+        """Starts the workers, which load their parts and connect to each other.
 
         Raises:
             ValueError: this kernel cannot hold the weights.
-            BadRequest: the model cannot be computed so.
+            BadRequest: no kernel can compute the model on these ranks.
             WorkersLost: a worker has ended.
         """
-        workers = self._hire(self.ranks)
-        meeting = Path(tempfile.mkdtemp(prefix="mesh-ranks-"))  # for this user alone; of no use once the ranks have met
+        workers = self._start_workers(self.ranks)
+        directory = Path(tempfile.mkdtemp(prefix="mesh-ranks-"))  # readable by this user alone; until the ranks are connected
         try:
-            workers.tell([self._begin(rank, meeting / "file") for rank in range(self.ranks)], self._step_timeout_s)
-            loaded = workers.hear(ShardLoaded, LOAD_TIMEOUT_S)
+            workers.send_to_each([self._load_shard(rank, directory / "file") for rank in range(self.ranks)], self._step_timeout_s)
+            loaded = workers.receive_from_all(ShardLoaded, LOAD_TIMEOUT_S)
             for each in loaded:
                 if each.refused:
                     raise BadRequest(each.refused, "model", "model_not_servable") if each.unservable else ValueError(each.refused)
             buckets = tuple(count for count in loaded[0].buckets if all(count in each.buckets for each in loaded))
             if not buckets:
                 raise ValueError(f"{self.kernel.name}: the ranks have no number of rows in common")
-            workers.tell_all(JoinGroup(buckets), self._step_timeout_s)
-            workers.hear(GroupJoined, self._step_timeout_s)
+            workers.send_to_all(JoinGroup(buckets), self._step_timeout_s)
+            workers.receive_from_all(GroupJoined, self._step_timeout_s)
         except BaseException:
             workers.end()
             raise
         finally:
-            shutil.rmtree(meeting, ignore_errors=True)
+            shutil.rmtree(directory, ignore_errors=True)
+        assert len(loaded) == self.ranks
         self.parameters = sum(each.parameters for each in loaded)
         self._workers = workers
 
     def pack_with_reference(self, ids: Sequence[int] | None, hidden: torch.Tensor | None) -> torch.Tensor:
-        """Computes the reference whole and plain in this process, then packs.
+        """Computes the reference of the whole span in this process, then packs.
 
         Raises: as `pack`.
         """
-        plain = plain_output(self.checkpoint, self.start, self.end, self.kernel, self.threads, ids, hidden)
+        expected = reference_output(self.checkpoint, self.start, self.end, self.kernel, self.threads, ids, hidden)
         self.pack()
-        return plain
+        return expected
 
-    def _begin(self, rank: int, meeting: Path) -> LoadShard:
+    def _load_shard(self, rank: int, meeting: Path) -> LoadShard:
         directory = str(self.checkpoint.directory.resolve())
         where = self.start, self.end, self.kernel.name, self.threads
         return LoadShard(directory, *where, rank, self.ranks, "cpu", str(meeting), self._step_timeout_s)
@@ -159,7 +160,7 @@ class ParallelStage:
         return () if self._workers is None else self._workers.processes
 
     def sequence(self) -> object:
-        """Keys and values of a new sequence: a `SharedKV`, which passes for a `SequenceKV`."""
+        """Returns a handle of the keys and values of a new sequence: a `SharedKV`, with the interface of `SequenceKV`."""
         return SharedKV(self._changes)
 
     def forward(
@@ -176,7 +177,7 @@ class ParallelStage:
         """As `Stage.forward`.
 
         Raises:
-            WorkersLost: a worker has ended, or was not done in time; all of them are ended then.
+            WorkersLost: a worker has ended, or did not answer in time; then all of them have been ended.
         """
         with self._lock:
             if self._workers is None:
@@ -187,8 +188,8 @@ class ParallelStage:
             known = None if ids is None else tuple(ids)
             number = next(self._steps)
             step = ForwardStep(number, changes, start, end, rows, tuple(positions), known, data, tuple(logits_at))
-            self._workers.tell_all(step, self._step_timeout_s)
-            done = self._workers.hear(ForwardDone, self._step_timeout_s)
+            self._workers.send_to_all(step, self._step_timeout_s)
+            done = self._workers.receive_from_all(ForwardDone, self._step_timeout_s)
             if any(each.number != number for each in done):
                 self._workers.end("a rank is out of step")
                 raise WorkersLost("a rank is out of step")
@@ -199,12 +200,12 @@ class ParallelStage:
         return _tensor(done[0].data, self.kernel.dtype, len(positions))
 
     def on_end(self, call: Callable[[str], None]) -> None:
-        """Calls `call` once with the reason, from any thread, when the workers end and the stage was not closed."""
+        """Calls `call` once with the reason, from any thread, when the workers end before `close`."""
         assert self._workers is not None
         self._workers.on_end(call)
 
     def close(self) -> None:
-        """Ends the workers, after the step under way (*blocking*)."""
+        """Ends the workers, after the running step (*blocking*)."""
         with self._lock:
             workers, self._workers = self._workers, None
         if workers is not None:

@@ -1,8 +1,8 @@
-"""A node's side of its worker processes: starts them, sends all of them the same requests, ends all when one ends.
+"""The worker processes of a span, seen from the node: starts them, exchanges messages, and ends all when one ends.
 
-Ranks compute in step, so when one dies, fails or is late the others cannot go on: all are killed, and the caller drops the
-span. A watcher notices the end of a rank also between requests. The workers hold no state worth saving, so they are ended by
-SIGKILL; when the node ends in any other way they exit with it (`node.host.parent_watch`).
+Ranks compute in lockstep, so when one ends, fails or is late the others cannot continue: all are killed, and the caller
+drops the span. A thread notices the end of a rank also between requests. Workers hold no state worth saving, so they are
+ended by SIGKILL; when the node itself ends, they exit with it (`node.host.parent_watch`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from node.engine.parallel.messages import Channel, encoded
 
 ROOT = Path(__file__).resolve().parents[3]  # where the packages are
 MODULE = "node.engine.parallel"
-ENDING_S = 1.0  # how long workers that are about to end are waited for, so that it is known how they ended
+EXIT_WAIT_S = 1.0  # how long to wait for the exit code of a worker that has closed its socket
 
 log = structlog.get_logger()
 
@@ -37,17 +37,17 @@ T = TypeVar("T")
 
 
 class WorkersLost(MeshError):
-    """The workers of a span have ended, and with them whatever they computed. Load the span again."""
+    """The workers of a span have ended, and their sequences are lost. Load the span again."""
 
 
 class WorkerGroup:
-    """`ranks` worker processes. `ask` is for one thread at a time; the rest may be called by any."""
+    """`ranks` worker processes. One thread at a time may send and receive; any thread may call the other methods."""
 
     def __init__(self, ranks: int) -> None:
         self._parent_read, self._parent_write = os.pipe()  # not inheritable but by `pass_fds`
         self._lock = threading.Lock()
-        self._ended: str | None = None  # why
-        self._over = threading.Event()  # all are gone, and the callback has run
+        self._ended: str | None = None  # the reason, once ended
+        self._over = threading.Event()  # set when all have ended and the callback has run
         self._on_end: Callable[[str], None] | None = None
         self._channels: list[Channel] = []
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -63,7 +63,7 @@ class WorkerGroup:
 
     @property
     def processes(self) -> tuple[int, ...]:
-        """Their process ids, by rank."""
+        """The workers' process ids, by rank."""
         return tuple(process.pid for process in self._processes)
 
     def _start(self) -> None:
@@ -80,51 +80,53 @@ class WorkerGroup:
         self._channels.append(Channel(ours))
         self._processes.append(process)
 
-    def tell(self, messages: Sequence[msgspec.Struct], timeout_s: float) -> None:
-        """To each rank its own message.
+    def send_to_each(self, messages: Sequence[msgspec.Struct], timeout_s: float) -> None:
+        """Sends each rank its own message.
 
         Raises:
-            WorkersLost: one has ended, or does not listen.
+            WorkersLost: a worker has ended, or did not receive in time.
         """
+        assert len(messages) == len(self._channels), "one message for each rank"
         self._send([encoded(message) for message in messages], timeout_s)
 
-    def tell_all(self, message: msgspec.Struct, timeout_s: float) -> None:
-        """The same message to all; raises as `tell`."""
+    def send_to_all(self, message: msgspec.Struct, timeout_s: float) -> None:
+        """Sends all ranks the same message; raises as `send_to_each`."""
         self._send([encoded(message)] * len(self._channels), timeout_s)
 
     def _send(self, framed: Sequence[bytes], timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s
         for rank, message in enumerate(framed):
-            self._guarded(rank, partial(Channel.send_bytes, framed=message, deadline_s=deadline_s))
+            self._exchange(rank, partial(Channel.send_bytes, framed=message, deadline_s=deadline_s))
 
-    def hear(self, kind: type[M], timeout_s: float) -> list[M]:
-        """What each rank answers.
+    def receive_from_all(self, kind: type[M], timeout_s: float) -> list[M]:
+        """Receives one answer of each rank, by rank.
 
         Raises:
-            WorkersLost: one has ended, did not answer in time, or said something else.
+            WorkersLost: a worker has ended, did not answer in time, or sent another message.
         """
         deadline_s = time.monotonic() + timeout_s
-        return [self._guarded(rank, lambda channel: channel.receive(kind, deadline_s)) for rank in range(len(self._channels))]
+        return [self._exchange(rank, lambda channel: channel.receive(kind, deadline_s)) for rank in range(len(self._channels))]
 
-    def _guarded(self, rank: int, speak: Callable[[Channel], T]) -> T:
+    def _exchange(self, rank: int, operation: Callable[[Channel], T]) -> T:
+        """Returns the result of an operation on a rank's channel; an error ends all workers and raises WorkersLost."""
         try:
-            return speak(self._channels[rank])
+            return operation(self._channels[rank])
         except TimeoutError:
             reason = f"rank {rank} did not answer in time"
         except msgspec.MsgspecError as error:
             reason = f"rank {rank} answered something else: {error}"
         except (EOFError, OSError):
-            reason = self._how_ended(rank)
+            reason = self._reason_of_end(rank)
         self.end(reason)
         raise WorkersLost(f"the span's workers were ended: {self._ended}")
 
-    def _how_ended(self, rank: int) -> str:
-        """What became of the workers, `rank` being the one whose socket was seen to close first."""
-        deadline_s = time.monotonic() + ENDING_S
-        for process in (self._processes[rank], *self._processes):  # a socket closes a moment before its process has ended
+    def _reason_of_end(self, rank: int) -> str:
+        """Returns why the workers ended; `rank`: the first whose socket was seen closed."""
+        deadline_s = time.monotonic() + EXIT_WAIT_S
+        for process in (self._processes[rank], *self._processes):  # a socket closes a moment before its process ends
             try:
                 if process.wait(max(0.0, deadline_s - time.monotonic())) < 0:
-                    break  # killed: that explains the others
+                    break  # killed by a signal: the cause of the others' end
             except subprocess.TimeoutExpired:
                 break
         return cause_of_end(rank, [process.poll() for process in self._processes])
@@ -132,7 +134,7 @@ class WorkerGroup:
     # ---- the end
 
     def on_end(self, call: Callable[[str], None]) -> None:
-        """Has `call` called with the reason, once, by any thread, when the workers end before `end` is called; or now."""
+        """Calls `call` once with the reason, from any thread, when the workers end before `end`; now, if they already have."""
         with self._lock:
             if self._ended is None:
                 self._on_end = call
@@ -140,7 +142,7 @@ class WorkerGroup:
         call(self._ended)
 
     def end(self, reason: str = "") -> None:
-        """Ends all workers, and waits for that. `reason`: why, where the node did not ask for it."""
+        """Kills all workers and waits for their end. `reason`: why, where the caller did not want it; it reaches `on_end`."""
         with self._lock:
             first = self._ended is None
             if first:
@@ -162,18 +164,18 @@ class WorkerGroup:
         self._over.set()
 
     def _watch(self) -> None:
-        """Until a worker's end of its socket is closed, which happens when it ends, however it does."""
+        """Waits until a worker's socket closes, which happens whenever its process ends, then ends all workers."""
         poll = select.poll()
         for channel in self._channels:
-            poll.register(channel.socket, 0)  # hang-ups are told of always
+            poll.register(channel.socket, 0)  # POLLHUP is always reported
         numbers = {channel.socket.fileno(): rank for rank, channel in enumerate(self._channels)}
-        self.end(self._how_ended(numbers[poll.poll()[0][0]]))
+        self.end(self._reason_of_end(numbers[poll.poll()[0][0]]))
 
 
 def cause_of_end(rank: int, codes: Sequence[int | None]) -> str:
-    """Why a group of workers ended, by their exit codes; None: it still runs. `rank`: the first that was noticed.
+    """Returns why a group of workers ended, by their exit codes (None: it still runs). `rank`: the first that was noticed.
 
-    A worker that is killed makes the sums of the others fail, and one of those may be noticed before it.
+    When a worker is killed, the all-reduce of the others fails, and one of those may be noticed first.
     """
     killed = [number for number, code in enumerate(codes) if code is not None and code < 0]
     if killed and rank not in killed:
