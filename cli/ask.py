@@ -44,7 +44,7 @@ def ask(
         return
     output.line("\n")
     output.citation_list(cited)
-    asked = f" --node {node[0]}" if node else ""  # the entry alone knows the request
+    asked = f" --node {node[0]}" if node else ""  # only the entry keeps a record of the request
     output.note(f"(how it was routed: mesh why {stream.id}{asked})")
     shards_ok, shards_total = stream.mesh.get("shards_ok"), stream.mesh.get("shards_total")
     if shards_ok is not None and shards_ok != shards_total:

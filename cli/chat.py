@@ -36,16 +36,16 @@ def chat(
 ) -> None:
     """Talk to a model. Ctrl-C stops an answer; at the prompt, Ctrl-C or Ctrl-D ends the conversation."""
     params = options.sampling(max_tokens, temperature, seed, model)
-    said: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
+    history: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
     with options.client(node, api_key) as client:
         if message is None and not sys.stdin.isatty():
             message = sys.stdin.read()
         elif message is not None:
             message = "\n\n".join(part for part in (message, piped_beside()) if part.strip())
         if message is None:
-            converse(client, said, params)
+            converse(client, history, params)
         elif message.strip():
-            answer(client, [*said, {"role": "user", "content": message}], params)
+            answer(client, [*history, {"role": "user", "content": message}], params)
         else:
             raise BadRequest('expected a message, got none; type one: mesh chat "…"', "message")
 
@@ -61,7 +61,7 @@ def piped_beside() -> str:
     return sys.stdin.read() if ready else ""
 
 
-def converse(client: Client, said: list[ChatMessage], params: ChatParams) -> None:
+def converse(client: Client, history: list[ChatMessage], params: ChatParams) -> None:
     """A conversation until the end of input. A failed answer is not the end of it, and leaves no trace in it."""
     try:
         import readline  # noqa: F401  (makes input() editable)
@@ -76,19 +76,19 @@ def converse(client: Client, said: list[ChatMessage], params: ChatParams) -> Non
         if not message.strip():
             continue
         try:
-            said = turn(client, said, message, params)
+            history = turn(client, history, message, params)
         except MeshError as error:
             output.line()
             output.error(str(error))
 
 
-def turn(client: Client, said: Sequence[ChatMessage], message: str, params: ChatParams) -> list[ChatMessage]:
+def turn(client: Client, history: Sequence[ChatMessage], message: str, params: ChatParams) -> list[ChatMessage]:
     """Answers a message; the conversation with both. Where it is too long for the model the oldest turns are left out.
 
     Raises:
         MeshError: there is no answer; the conversation is as it was. BadRequest: the message alone is too long.
     """
-    asked: list[ChatMessage] = [*said, {"role": "user", "content": message}]
+    asked: list[ChatMessage] = [*history, {"role": "user", "content": message}]
     while True:
         try:
             text = answer(client, asked, params)
@@ -101,7 +101,7 @@ def turn(client: Client, said: Sequence[ChatMessage], message: str, params: Chat
                 what = "this message alone is too long; shorten it, or lower --max-tokens (what was said before is kept)"
                 raise BadRequest(f"{what}: {error}", error.param, error.code, error.status) from None
             asked = shorter
-    if left_out := len(said) + 1 - len(asked):
+    if left_out := len(history) + 1 - len(asked):
         output.note(
             f"(the conversation is longer than the model can read: its oldest {left_out} messages are left out from now on)"
         )
@@ -113,7 +113,7 @@ def turn(client: Client, said: Sequence[ChatMessage], message: str, params: Chat
 def without_oldest_turn(asked: Sequence[ChatMessage]) -> list[ChatMessage] | None:
     """The conversation without its first user message and what followed it; None: only the last message is left.
 
-    What the model is told before the conversation stays.
+    The system message stays.
     """
     users = [place for place, message in enumerate(asked) if message["role"] == "user"]
     if len(users) < 2:
@@ -121,10 +121,10 @@ def without_oldest_turn(asked: Sequence[ChatMessage]) -> list[ChatMessage] | Non
     return [*asked[: users[0]], *asked[users[1] :]]
 
 
-def answer(client: Client, said: Sequence[ChatMessage], params: ChatParams) -> str:
+def answer(client: Client, history: Sequence[ChatMessage], params: ChatParams) -> str:
     """Streams one answer to the screen; what of it came, when Ctrl-C stopped it."""
     text = ""
-    with client.chat(said, stream=True, **params) as stream:
+    with client.chat(history, stream=True, **params) as stream:
         try:
             for piece in stream.texts():
                 output.piece(piece)

@@ -1,6 +1,6 @@
-"""Reads `mesh.toml`: the options' names with their values, in the shapes that people write. A mistake is told with key and line.
+"""Reads `mesh.toml`: options and their values, in the shapes that people write. Mistakes are reported with key and line.
 
-A value may stand as TOML's own kind or as a text that says the same (`drain-s = "30"`), and one text where a list is meant is a
+A value may stand as TOML's own kind or as a text of the same value (`drain-s = "30"`), and one text where a list is meant is a
 list of one. Anything else is refused here, before an option is taken for something that it is not.
 """
 
@@ -73,11 +73,11 @@ def _plain(key: str) -> str:
     return key.lstrip("-").replace("-", "_")
 
 
-def _place(text: str, told: str) -> str:
-    """Where TOML breaks off, with the key of that line, and why: `told` says "why (at line 3, column 9)"."""
+def _place(text: str, reason: str) -> str:
+    """Where TOML breaks off, with the key of that line, and why: `reason` reads "why (at line 3, column 9)"."""
     lines = text.splitlines() or [""]
-    found = re.fullmatch(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", told, re.DOTALL)
-    why, line = (found[1], int(found[2] or len(lines))) if found else (told, len(lines))
+    found = re.fullmatch(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", reason, re.DOTALL)
+    why, line = (found[1], int(found[2] or len(lines))) if found else (reason, len(lines))
     key = re.match(r"\s*([\w-]+)\s*=", lines[min(line, len(lines)) - 1])
     return f'line {line}{", " + key[1] if key else ""}: expected TOML, such as name = "one": {why}'
 

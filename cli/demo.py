@@ -45,7 +45,7 @@ READY_TIMEOUT_S = 60.0
 
 
 class DemoFailed(MeshError):
-    """A step did not come out as the mesh promises; the message says which."""
+    """A step did not come out as the mesh promises; the message names it."""
 
 
 @dataclass(slots=True)

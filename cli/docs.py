@@ -40,8 +40,8 @@ def add(
         if added.outcome == "skipped":
             output.note(f"skipped {added.name}: {added.reason}")
     counts = Counter(added.outcome for added in outcomes)
-    told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
-    output.line(f"{store}: {told} in {time.monotonic() - begun:.1f} s")
+    counted = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+    output.line(f"{store}: {counted} in {time.monotonic() - begun:.1f} s")
 
 
 @app.command("list")

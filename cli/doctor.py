@@ -14,14 +14,15 @@ def doctor(
 ) -> None:
     """What is wrong with the mesh as one node sees it, and what to do: exit code 0 when it is well, 1 when not."""
     with options.client(node, api_key) as client:
-        told = client.doctor()
+        report = client.doctor()
     if json:
-        output.as_json(told)
+        output.as_json(report)
     else:
-        output.paragraph(f"asked {told['name']} ({told['node']}): {'all is well' if told['healthy'] else 'something is wrong'}")
-        for finding in told["findings"]:
+        verdict = "all is well" if report["healthy"] else "something is wrong"
+        output.paragraph(f"asked {report['name']} ({report['node']}): {verdict}")
+        for finding in report["findings"]:
             output.paragraph(f"{finding['severity']:7}  {finding['about']}: {finding['what']}", indent=" " * 9)
             if finding["do"]:
                 output.paragraph(f"{'':9}-> {finding['do']}", indent=" " * 12)
-    if not told["healthy"]:
+    if not report["healthy"]:
         raise typer.Exit(1)

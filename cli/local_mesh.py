@@ -31,7 +31,7 @@ LOG_TAIL_LINES = 15
 
 
 class NodeFailed(MeshError):
-    """A node's process ended, or said nothing in time; the message ends with the last lines of its log."""
+    """A node's process ended, or announced nothing in time; the message ends with the last lines of its log."""
 
 
 @dataclass(slots=True)

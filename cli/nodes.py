@@ -12,7 +12,7 @@ COLUMNS = ("NODE", "STATE", "HTTP", "LAYERS", "RUNNING", "WAITING", "KV BLOCKS",
 
 
 def rtt(node: Mapping[str, object]) -> str:
-    """The round trip from the node that was asked: measured, else told from coordinates with a `~`."""
+    """The round trip from the node that was asked: measured, else estimated from coordinates, marked with `~`."""
     measured_ms, estimate_ms = node.get("rtt_ms"), node.get("rtt_estimate_ms")
     if node["state"] not in ("alive", "suspect") or (measured_ms is None and estimate_ms is None):
         return "-"

@@ -55,7 +55,7 @@ def as_json(value: object) -> None:
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str, *, keys: int = 1, wraps: Collection[str] = ()
 ) -> None:
-    """Rows under their columns, as `cli.tables.table_lines`; `empty` is said where there are none."""
+    """Rows under their columns, as `cli.tables.table_lines`; `empty` is printed where there are none."""
     from rich.console import Console
     from rich.text import Text
 

@@ -37,7 +37,7 @@ def _section(command: Any, name: str) -> str:
         lines += [
             "| | | default |",
             "|---|---|---|",
-            *(f"| `{flag}` | {_cell(told)} | {default} |" for flag, told, default in rows),
+            *(f"| `{flag}` | {_cell(help_text)} | {default} |" for flag, help_text, default in rows),
             "",
         ]
     return "\n".join(lines)

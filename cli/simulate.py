@@ -55,7 +55,7 @@ def replayed(path: Path, json: bool) -> None:
         raise typer.Exit(1)
 
 
-def told(scenario: Scenario, outcome: ScenarioResult) -> None:
+def show(scenario: Scenario, outcome: ScenarioResult) -> None:
     """The deaths as a table, and what became of the rest. From "SUSPECT S" on no node gives it new work."""
     rows = [
         (
@@ -128,6 +128,6 @@ def simulate(
     if json:
         output.as_json(asdict(outcome))
     else:
-        told(scenario, outcome)
+        show(scenario, outcome)
     if not outcome.well:
         raise typer.Exit(1)

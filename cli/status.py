@@ -19,17 +19,17 @@ def short_hash(model: Mapping[str, object]) -> str:
 
 def several_versions(models: Sequence[Mapping[str, object]]) -> list[str]:
     """Says of each id that stands for several sets of weights which of them answers, by which rule, and the others' names."""
-    told = []
+    rows = []
     for answering in models:
         others = [each for each in models if each["id"] == answering["id"] and not each.get("answers", True)]
         if answering.get("answers", True) and others:
             names = ", ".join(f"{each['name']} (served by {each['nodes']})" for each in others)
-            told.append(
+            rows.append(
                 f"{1 + len(others)} sets of weights are called {answering['id']}, and they are no replicas of each other. "
                 f"{short_hash(answering)} answers to the name (served by {answering['nodes']}): first comes one whose layers "
                 f"are all held, then the one that more nodes serve, then the newer. Ask for another as {names}"
             )
-    return told
+    return rows
 
 
 def completeness(model: JsonObject) -> str:
@@ -59,9 +59,9 @@ def status(
         output.paragraph(f"{span} is computed by {kernel}", indent="  ")
         if choice := me.get("kernel_choices", {}).get(span):
             output.paragraph(f"  {_why(choice)}", indent="    ")
-    if told := me.get("uncompiled"):
-        do = f"; {told['do']}" if told["do"] else ""
-        output.paragraph(f"without the compiled kernel ({told['why']}): {told['costs']}{do}", indent="  ")
+    if uncompiled := me.get("uncompiled"):
+        do = f"; {uncompiled['do']}" if uncompiled["do"] else ""
+        output.paragraph(f"without the compiled kernel ({uncompiled['why']}): {uncompiled['costs']}{do}", indent="  ")
     for span, load in me.get("loading", {}).items():
         output.paragraph(
             f"{span} is loading for {load['seconds']:.0f} s: {load['phase']}, {load['layers_done']} of {load['layers']} layers, "

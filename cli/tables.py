@@ -1,7 +1,7 @@
 """Lays rows out under their columns in a given width, and never breaks an id, a URL or a name. Pure.
 
-What a person copies must stay in one piece: only the columns that are said to hold words wrap, and only between words. Rows that
-are too wide for one table are told in several, each with the key columns again; where not even that fits, row by row.
+What a person copies must stay in one piece: only the columns that are declared to hold words wrap, and only between words.
+Rows that are too wide for one table are printed in several, each with the key columns again; if that does not fit, row by row.
 """
 
 from __future__ import annotations

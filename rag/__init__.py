@@ -1,1 +1,1 @@
-"""What the mesh knows: parse, chunk, embed, store, search, replicate."""
+"""The replicated document index: parse, chunk, embed, store, search, replicate."""

@@ -1,7 +1,7 @@
 """Hybrid logical clock: time stamps that agree with wall time when clocks are good and with causality always.
 
 A stamp is 48 bits of Unix milliseconds and a 16-bit counter in one integer, with the node's id to break ties.
-A node that has seen a stamp issues greater ones, whatever its own clock says. A stamp far ahead of our clock is
+A node that has seen a stamp issues greater ones, whatever its own clock reads. A stamp far ahead of our clock is
 refused: accepted, it would win every later write until real time had caught up with it.
 Source: Kulkarni et al., "Logical Physical Clocks" (2014).
 """

@@ -1,7 +1,7 @@
 """What this node holds: the registry of stores and, for each store, its file, its heads and its index.
 
 The loop's side of the disk. SQLite works in threads, one writer and one reader at a time for each file; heads
-change only after their commit, so what is told to peers is always on disk. A damaged file is moved aside, never
+change only after their commit, so what peers are sent is always on disk. A damaged file is moved aside, never
 written to and never answered from: the node starts that store empty and peers' copies refill it.
 """
 

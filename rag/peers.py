@@ -4,7 +4,7 @@ Writes go to all live owners in parallel and stand once `WRITE_QUORUM` nodes hav
 fewer live). When owners are gone, the next nodes in rendezvous order hold the write for them: a hint is a copy
 kept by a node that does not own it, as durable as any other, and repair moves it home. Reads name one node for
 each shard, this one first, and move on to the next candidate for whatever was not answered, or was answered by a
-node that knows itself to be behind.
+node that reports itself to be behind.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Peers:
         self._now = now
         self._dead_since: dict[NodeId, float] = {}
         self._roster: list[NodeId] = []  # of the last view that was not frozen
-        self._told: dict[NodeId, tuple[object, Summary]] = {}  # by peer: what it gossiped, decoded
+        self._known: dict[NodeId, tuple[object, Summary]] = {}  # by peer: what it gossiped, decoded
         self._full: dict[NodeId, Summary] = {}  # by peer: asked for, as its gossip was too large
         self.doubted: set[tuple[NodeId, str, int]] = set()  # copies that missed a write of ours
         self.malformed = 0
@@ -91,27 +91,27 @@ class Peers:
             self.calls_failed += 1
             raise
 
-    # -- what peers have told
+    # -- what peers have published
 
     def summary(self, node: NodeId) -> Summary:
         """What a peer has gossiped of its stores; empty if nothing, or nothing that can be read."""
         peer = self._view().peers.get(node)
         if peer is None:
             return Summary()
-        told = self._told.get(node)
-        if told is None or told[0] is not peer.facts.documents:
+        known = self._known.get(node)
+        if known is None or known[0] is not peer.facts.documents:
             try:
                 summary = msgspec.convert(peer.facts.documents, Summary)
             except msgspec.ValidationError:
                 self.malformed += 1
                 summary = Summary()
-            told = self._told[node] = (peer.facts.documents, summary)
-        return self._full.get(node, told[1]) if told[1].brief else told[1]
+            known = self._known[node] = (peer.facts.documents, summary)
+        return self._full.get(node, known[1]) if known[1].brief else known[1]
 
     def brief_of(self, node: NodeId) -> str:
         """Names a summary too large for gossip; empty if what was gossiped is whole."""
         self.summary(node)
-        return self._told[node][1].brief if node in self._told else ""
+        return self._known[node][1].brief if node in self._known else ""
 
     def remember(self, node: NodeId, summary: Summary) -> None:
         """Keeps a summary that was asked for."""
@@ -120,7 +120,7 @@ class Peers:
     def forget_absent(self) -> None:
         """Keeps no record of nodes that the view no longer has."""
         known = self._view().peers
-        for table in (self._told, self._full, self._dead_since):
+        for table in (self._known, self._full, self._dead_since):
             for node in [node for node in table if node not in known]:
                 table.pop(node)
         self.doubted = {copy for copy in self.doubted if copy[0] in known}
@@ -133,7 +133,7 @@ class Peers:
         return self.digest_here(store, shard) if node == self.me else self.summary(node).digest(store, shard)
 
     def is_behind(self, store: str, shard: int) -> bool:
-        """Whether some live peer has told of a newer entry than any held here: writes come directly, gossip later."""
+        """Whether some live peer has published a newer entry than any held here: writes come directly, gossip later."""
         newest = self.digest_here(store, shard).newest
         return any(self.summary(node).digest(store, shard).newest > newest for node in self.others())
 
@@ -318,7 +318,7 @@ class Peers:
                 for line, head in zip(lines, heads):
                     found.take(node, line, head)
             except CALL_FAILURES:
-                pass  # counted by `ask`; `found` knows which owners did not answer
+                pass  # counted by `ask`; `found` records which owners did not answer
             waiting -= 1
             progress.set()
             progress = trio.Event()

@@ -1,4 +1,4 @@
-"""What comes of asking several nodes: a node's part of an answer, and what was heard of single documents. No I/O."""
+"""What comes of asking several nodes: a node's part of an answer, and what was reported of single documents. No I/O."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ A = TypeVar("A")
 
 
 class ShardReply(Generic[A]):
-    """One node's answer, and the shards it is good for: those asked less those it knows itself to be behind in."""
+    """One node's answer, and the shards it is good for: those asked less those in which it reports itself behind."""
 
     def __init__(self, answer: A, shards: Iterable[int]) -> None:
         self.answer = answer
@@ -27,14 +27,14 @@ Ask = Callable[[NodeId, list[int], bool], Awaitable[ShardReply[A]]]
 
 @dataclass(slots=True)
 class HeadsFound:
-    """What was found of some (store id, document id), and which owners have been heard of it."""
+    """What was found of some (store id, document id), and which owners have answered for it."""
 
     latest: dict[tuple[str, str], DocumentHead]
-    heard: dict[tuple[str, str], set[NodeId]]
+    answered: dict[tuple[str, str], set[NodeId]]
     owners: dict[tuple[str, str], set[NodeId]]
 
     def take(self, node: NodeId, item: tuple[str, str], head: DocumentHead | None) -> None:
-        self.heard[item].add(node)
+        self.answered[item].add(node)
         if head is not None and (item not in self.latest or head.stamp > self.latest[item].stamp):
             self.latest[item] = head
 
@@ -45,11 +45,11 @@ class HeadsFound:
     def certain(self) -> bool:
         """Whether no write that stood can have been missed: a read quorum meets every write quorum."""
         return all(
-            len(owners & self.heard[item]) > len(owners) - min(place.WRITE_QUORUM, len(owners))
+            len(owners & self.answered[item]) > len(owners) - min(place.WRITE_QUORUM, len(owners))
             for item, owners in self.owners.items()
         )
 
     @property
     def complete(self) -> bool:
-        """Whether every owner was heard, so that not even a write that failed half-way can have been missed."""
-        return all(owners <= self.heard[item] for item, owners in self.owners.items())
+        """Whether every owner answered, so that not even a write that failed half-way can have been missed."""
+        return all(owners <= self.answered[item] for item, owners in self.owners.items())

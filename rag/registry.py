@@ -58,7 +58,7 @@ def check_name(name: str) -> str:
 
 
 def joined(left: StoreEntry, right: StoreEntry) -> StoreEntry:
-    """The entry that knows what both know."""
+    """Returns the entry with the knowledge of both."""
     latest = max(
         left, right, key=lambda entry: (HybridTimestamp(entry.hlc, entry.node), entry.name, entry.embedder, entry.created_at)
     )

@@ -73,10 +73,10 @@ class Repair:
 
         Raises: as a call to the peer.
         """
-        told = self._peers.summary(node)
-        await self._local.register(told.stores)
+        summary = self._peers.summary(node)
+        await self._local.register(summary.stores)
         brief = self._peers.brief_of(node)
-        if not brief and not self._differing(node, told):
+        if not brief and not self._differing(node, summary):
             return
         _, tail = await self._peers.ask(node, "documents.summary", wire.SummaryCall())
         present = wire.decoded(wire.SUMMARY, tail)

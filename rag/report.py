@@ -1,4 +1,4 @@
-"""What the document service tells of itself: to clients, in gossip, and in figures."""
+"""Reports of the document service: to clients, in gossip, and as figures."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def fuse(answers: Sequence[ShardResult], top_k: int, *, embedding_weight: float 
 
 
 def diverse(ranked: Sequence[Ranked], top_k: int) -> list[Ranked]:
-    """The first `top_k`, without what the answer already says.
+    """The first `top_k`, without what the answer already contains.
 
     A passage is left out if its text, or over half its span, is in the answer; each further passage of one document
     counts a little less, so that another document's near equal goes first. Scores themselves are not changed.

@@ -54,7 +54,7 @@ class Documents:
         publish: Callable[[dict[str, object]], None],
         now: Callable[[], float],
     ) -> None:
-        """`now` gives Unix seconds; `publish` is told what goes into `Facts.documents`, whenever it changes."""
+        """`now` gives Unix seconds; `publish` gets what goes into `Facts.documents`, whenever it changes."""
         self._me = me
         self._embedder = embedder
         self._publish = publish
@@ -103,10 +103,10 @@ class Documents:
             self._local.close()
 
     async def _announce(self) -> None:
-        told = -1
+        published_changes = -1
         while True:
-            if self._local.changes != told:
-                told = self._local.changes
+            if self._local.changes != published_changes:
+                published_changes = self._local.changes
                 self._publish(published(self._local.summary()))
             await trio.sleep(PUBLISH_EVERY_S)
 
@@ -189,7 +189,7 @@ class Documents:
         heads = await self._peers.heads([(entry.id, file_id) for entry in entries])
         for entry in entries:
             held = heads.get(entry.id, file_id)
-            # An owner that was not heard may hold it: a tombstone where nothing was costs less than a ghost.
+            # An owner that did not answer may hold it: a tombstone where nothing was costs less than a ghost.
             if (held is not None and not held.deleted) or (held is None and not heads.complete):
                 await self._bury(entry, file_id)
         await self._bury(FILES, head.doc_id)

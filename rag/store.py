@@ -173,7 +173,7 @@ class StoreFile:
             connection.execute("INSERT INTO terms (rowid, text) VALUES (?, ?)", (cursor.lastrowid, text))
 
     def _remove(self, connection: sqlite3.Connection, doc_id: str) -> None:
-        # An external-content index is told the old text; it cannot look it up once the row is gone.
+        # An external-content index is given the old text; it cannot look it up once the row is gone.
         connection.execute(
             "INSERT INTO terms (terms, rowid, text) SELECT 'delete', id, text FROM passages WHERE doc_id = ?", (doc_id,)
         )

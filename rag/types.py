@@ -26,7 +26,7 @@ class StoreInfo:
     chunks: int
     shards: int
     replicas: int  # live owners of the least replicated shard
-    in_sync: bool  # all live owners' digests agree, as far as gossip has told
+    in_sync: bool  # all live owners' digests agree, as far as gossip has brought them
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """`shards_ok` below `shards_total` says that part of the index did not answer: never silently partial."""
+    """`shards_ok` below `shards_total` means that part of the index did not answer: never silently partial."""
 
     store: str
     passages: tuple[Passage, ...]

@@ -81,7 +81,7 @@ class RegisterCall(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """What a node tells of its stores: in gossip, and in full on request. `brief` set: too large, ask for it."""
+    """What a node publishes of its stores: in gossip, and in full on request. `brief` set: too large, ask for it."""
 
     stores: list[StoreEntry] = []
     digests: dict[str, dict[str, ShardDigest]] = {}  # by store id and shard number

@@ -71,21 +71,21 @@ def words(random: Random, number: int) -> str:
     return " ".join(random.choice(WORDS) for _ in range(number))
 
 
-def said(text: str) -> Conversation:
+def user_turn(text: str) -> Conversation:
     return ({"role": "user", "content": text},)
 
 
 def random_prompts(random: Random, length: int) -> Iterator[Conversation]:
     """Unrelated prompts of `length` words: nothing to be found in a prefix cache."""
     while True:
-        yield said(words(random, length))
+        yield user_turn(words(random, length))
 
 
 def prefix_prompts(random: Random, length: int) -> Iterator[Conversation]:
     """Prompts that share one of `PREFIX_GROUPS` long beginnings, as with system prompts."""
     prefixes = [words(random, PREFIX_WORDS) for _ in range(PREFIX_GROUPS)]
     while True:
-        yield said(f"{random.choice(prefixes)} {words(random, length)}")
+        yield user_turn(f"{random.choice(prefixes)} {words(random, length)}")
 
 
 def chat_prompts(random: Random, length: int) -> Iterator[Conversation]:
@@ -102,7 +102,7 @@ def file_prompts(path: Path) -> Iterator[Conversation]:
     """The lines of a file, over and over: JSON with `messages`, `prompt` or ShareGPT's `conversations`, or plain text.
 
     Raises:
-        BadRequest: no such file, nothing in it, or JSON of another form (the line's number is told).
+        BadRequest: no such file, nothing in it, or JSON of another form (with the line's number).
     """
     try:
         lines = [(number, line) for number, line in enumerate(text_of(path.read_bytes()).splitlines(), 1) if line.strip()]
@@ -117,14 +117,14 @@ def file_prompts(path: Path) -> Iterator[Conversation]:
 
 def _line_prompt(path: Path, number: int, line: str) -> Conversation:
     if not line.lstrip().startswith("{"):
-        return said(line)
+        return user_turn(line)
     try:
         row = json.loads(line)
         if "messages" in row:
             return tuple(dict(message) for message in row["messages"])
         if "prompt" in row:
-            return said(str(row["prompt"]))
-        return said(next(turn["value"] for turn in row["conversations"] if turn["from"] in ("human", "user")))
+            return user_turn(str(row["prompt"]))
+        return user_turn(next(turn["value"] for turn in row["conversations"] if turn["from"] in ("human", "user")))
     except (ValueError, KeyError, TypeError, StopIteration):
         form = '{"messages": [...]}, {"prompt": "..."} or {"conversations": [...]}'
         raise BadRequest(f"--dataset: {path}, line {number}: expected {form}", "dataset") from None

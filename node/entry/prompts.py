@@ -135,7 +135,7 @@ class Prompts:
 
     async def _check_grammar(self, grammar: Grammar) -> None:
         """Raises BadRequest if the grammar does not compile, or not in time."""
-        if self._grammars.knows(grammar):
+        if self._grammars.has(grammar):
             return
         with trio.move_on_after(COMPILE_TIMEOUT_S):
             await trio.to_thread.run_sync(self._grammars.check, grammar, limiter=self._compiling, abandon_on_cancel=True)

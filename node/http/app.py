@@ -109,7 +109,7 @@ class NodeApp:
 
 
 class _Outward:
-    """`send`, with the headers that every answer has; knows how far the answer has come."""
+    """`send`, with the headers that every answer has; records how far the answer has come."""
 
     def __init__(self, send: Send, request_id: str, site: Site) -> None:
         self._send = send

@@ -34,7 +34,7 @@ class ApiKeys:
         """The lines of a key file; empty ones and those that begin with # count for nothing.
 
         Raises:
-            BadRequest: a line of another form (its number is told, its text is not), or no key at all.
+            BadRequest: a line of another form (with its number, not its text), or no key at all.
         """
         labels: dict[bytes, str] = {}
         for number, line in enumerate(lines, 1):

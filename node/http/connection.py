@@ -26,7 +26,7 @@ from node.http.errors import ClientGone, ErrorAnswer, answer_of
 from node.http.limits import Limits
 
 AsgiMessage = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]  # of ASGI: what a request's head says
+Scope = MutableMapping[str, Any]  # of ASGI: a request's head
 Receive = Callable[[], Awaitable[AsgiMessage]]
 Send = Callable[[AsgiMessage], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -277,7 +277,7 @@ class Connection:
     async def _settle(self) -> bool:
         """After the application returned: whether both sides are ready for another request."""
         if self._wire.our_state not in (h11.DONE, h11.MUST_CLOSE):
-            return False  # given up before the end: the missing terminating chunk tells the client
+            return False  # given up before the end: the missing terminating chunk shows it to the client
         if self._wire.their_state in (h11.SEND_BODY, h11.ERROR) and not await self._skip_body():
             await self._linger()
             return False
@@ -288,7 +288,7 @@ class Connection:
         return True
 
     async def _next_request(self) -> h11.Request | None:
-        """The next head; None when the client closed, or said nothing, in time.
+        """Returns the next head; None when the client closed, or sent nothing in time.
 
         Raises:
             BadRequest: 408, a head began and did not end in time.
@@ -405,7 +405,7 @@ class Connection:
 
 
 def refusal(answer: ErrorAnswer, own_headers: tuple[tuple[bytes, bytes], ...], wire: h11.Connection | None = None) -> bytes:
-    """The bytes of a whole answer that ends its connection; `wire` is told, where there was enough of a request for one."""
+    """The bytes of a whole answer that ends its connection; `wire` is informed, where there was enough of a request for one."""
     wire = wire or h11.Connection(h11.SERVER)
     body = answer.encode()
     headers = [

@@ -1,6 +1,6 @@
 """Errors on the wire: every failure, in OpenAI's form `{"error": {message, type, param, code}}`.
 
-Pure: an exception and a jitter in, status, headers and body out. The class of an error says whose
+Pure: an exception and a jitter in, status, headers and body out. The class of an error shows whose
 fault it is; a message of our own errors is meant for the client, that of any other exception is not
 and never leaves the node.
 """
@@ -73,7 +73,7 @@ class ErrorAnswer:
 
 
 def answer_of(error: BaseException, jitter: float = 0.0) -> ErrorAnswer:
-    """What the client is told of `error`.
+    """Returns the client's answer for `error`.
 
     Args:
         error: a group with a single cause counts as that cause.
@@ -91,8 +91,8 @@ def answer_of(error: BaseException, jitter: float = 0.0) -> ErrorAnswer:
         return _answer(status, str(error), headers=retry_headers(error.retry_after_s, jitter))
     if isinstance(error, ModelLoading):
         headers = retry_headers(max(error.eta_s, RETRY_AFTER_LOADING_S), jitter)
-        told = loading_fields(error.gaps, error.progress, error.eta_s)
-        return _answer(503, str(error), code="model_loading", headers=headers, **told)
+        fields = loading_fields(error.gaps, error.progress, error.eta_s)
+        return _answer(503, str(error), code="model_loading", headers=headers, **fields)
     if isinstance(error, NoPath):
         return _answer(503, str(error), code="no_path", headers=retry_headers(RETRY_AFTER_NO_PATH_S, jitter))
     if isinstance(error, PeerLost):
@@ -121,7 +121,7 @@ def retry_headers(retry_after_s: float, jitter: float) -> tuple[tuple[bytes, byt
 
 
 def loading_fields(layers: Iterable[tuple[int, int]], progress: float, eta_s: float) -> JsonObject:
-    """What an error `model_loading` tells beside its message: `layers` are `[start, end)`, `progress` is 0 to 1."""
+    """The fields of an error `model_loading` beside its message: `layers` are `[start, end)`, `progress` is 0 to 1."""
     return {"progress": round(progress, 2), "layers": [list(run) for run in layers], "eta_s": round(eta_s, 1)}
 
 
@@ -148,6 +148,6 @@ def _answer(
 
 
 def unexpected_field(expected: str, got: object, param: str) -> BadRequest:
-    """A 400 that says what was expected, what came, and in which field."""
+    """A 400 with what was expected, what came, and in which field."""
     shown = repr(got)
     return BadRequest(f"{param}: expected {expected}, got {shown if len(shown) <= 80 else shown[:80] + '…'}", param)

@@ -75,7 +75,7 @@ def message_of(parser: ToolCallParser | None, text: str) -> JsonObject:
 
 
 def ending(reason: str, parser: ToolCallParser | None, use: ToolUse | None) -> str:
-    """The finish reason: that tools were called, unless they had to be by name; then OpenAI says stop."""
+    """The finish reason: that tools were called, unless they had to be by name; then OpenAI has stop."""
     called = parser is not None and parser.calls > 0 and use is not None and use.named is None
     return "tool_calls" if called and reason == "stop" else reason
 
@@ -451,7 +451,7 @@ class GenerationResponse:
             self.site.counts.streams -= 1
 
     async def _opening(self, items: trio.MemoryReceiveChannel[Item]) -> list[Item]:
-        """Events until every generation has started. A refusal before that is raised: a status tells more than an event."""
+        """Events until every generation has started. A refusal before that is raised: a status is clearer than an event."""
         ready: list[Item] = []
         starts = 0
         while starts < len(self.asked.generations):
@@ -493,7 +493,7 @@ def fingerprint(node: NodeServices, model: ModelId) -> str:
 
 
 def check_model(node: NodeServices, asked: ParsedRequest) -> ParsedRequest:
-    """`asked`, if its model is one that the mesh knows and that chats.
+    """`asked`, if its model is known in the mesh and chats.
 
     Raises:
         BadRequest: 404 for an unknown model, 400 for an embedder. A model with missing layers is left to the node.

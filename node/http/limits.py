@@ -15,7 +15,7 @@ class Limits:
     keep_alive_s: float = 75.0  # between two requests: longer than common clients and balancers keep theirs
     write_s: float = 30.0  # for one piece of at most `WRITE_PIECE_BYTES`: a reader that stalls longer is dropped
     connections: int = 2048  # one more gets 503; a stream costs some 50 KiB
-    refusals: int = 64  # connections that are being told so at the same time; one more is closed unheard
+    refusals: int = 64  # connections that are refused with an answer at the same time; one more is closed without
     pipelined_bytes: int = 64 << 10  # read ahead while a request is being answered; then the client must wait
     unread_body_bytes: int = 256 << 10  # of a body that the route did not want: thrown away to keep the connection
     linger_s: float = 2.0  # how long to read on after a refusal, so that a reset does not destroy the answer on its way

@@ -24,7 +24,7 @@ Number = int | float
 
 
 class _Families(Collector):
-    """A registry wants an object that collects; this one has already been given everything."""
+    """A registry needs an object with `collect`; this one holds all metrics already."""
 
     def __init__(self, families: list[Metric]) -> None:
         self._families = families

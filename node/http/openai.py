@@ -69,11 +69,11 @@ def _tool_calls(calls: object, role: str, param: str) -> list[JsonObject]:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or call.get("type", "function") != "function":
             raise unexpected_field("an object of type function", call, where)
-        told = {
+        function = {
             "name": _text(function.get("name"), f"{where}.function.name"),
             "arguments": _text(function.get("arguments"), f"{where}.function.arguments"),
         }
-        cleaned.append({"id": _text(call.get("id"), f"{where}.id"), "type": "function", "function": told})
+        cleaned.append({"id": _text(call.get("id"), f"{where}.id"), "type": "function", "function": function})
     return cleaned
 
 

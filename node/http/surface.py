@@ -1,4 +1,4 @@
-"""What a node tells about itself and the mesh: models, health, readiness, figures, why a request went where it went."""
+"""What a node reports of itself and the mesh: models, health, readiness, figures, why a request went where it went."""
 
 from __future__ import annotations
 
@@ -82,10 +82,10 @@ async def rotate_key(site: Site, request: Request) -> App:
 
 async def explain(site: Site, request: Request) -> App:
     id = request.path_params["id"]
-    told = site.node.explain(id)
-    if told is None:
+    report = site.node.explain(id)
+    if report is None:
         raise BadRequest(f"no request {id[:80]!r} is known here", "id", "request_not_found", 404)
-    return Json(told)
+    return Json(report)
 
 
 async def tell_version(site: Site, request: Request) -> App:

@@ -126,8 +126,8 @@ def _versions(view: View) -> Iterator[Finding]:
         if peer.facts.version:
             by_version.setdefault(peer.facts.version, []).append(peer.name)
     if len(by_version) > 1:
-        told = "; ".join(f"{version} on {', '.join(sorted(names))}" for version, names in sorted(by_version.items()))
-        yield Finding(PROBLEM, "versions", f"nodes run different releases: {told}", "run the same release on all of them")
+        releases = "; ".join(f"{version} on {', '.join(sorted(names))}" for version, names in sorted(by_version.items()))
+        yield Finding(PROBLEM, "versions", f"nodes run different releases: {releases}", "run the same release on all of them")
 
 
 def _clocks(look: Observations) -> Iterator[Finding]:
@@ -198,8 +198,8 @@ def _uncompiled(view: View) -> Iterator[Finding]:
             names.setdefault(peer.facts.uncompiled, []).append(peer.name)
     for why, some in sorted(names.items()):
         more = f" and {len(some) - MAX_NAMED} more" if len(some) > MAX_NAMED else ""
-        told = ", ".join(sorted(some)[:MAX_NAMED])
-        what = f"without the compiled kernel: {told}{more} ({why}); {COSTS}"
+        nodes = ", ".join(sorted(some)[:MAX_NAMED])
+        what = f"without the compiled kernel: {nodes}{more} ({why}); {COSTS}"
         yield Finding(NOTE, "nodes", what, remedy(why))
 
 
@@ -224,13 +224,13 @@ def _layers(look: Observations, version: ModelVersion) -> Iterator[Finding]:
 
 def _several(view: View, model: ModelId, found: Sequence[ModelVersion]) -> Finding:
     """Two or more sets of weights under one id: which nodes have which, and which of them answers."""
-    told = []
+    described = []
     for version in found:
         names = ", ".join(_name(view, node) for node in version.known_to[:MAX_NAMED])
         more = f" and {len(version.known_to) - MAX_NAMED} more" if len(version.known_to) > MAX_NAMED else ""
         answer = f"answers to {model}" if version.answers else f"is asked for as {version.name}"
-        told.append(f"{version.card.weights[:NAME_DIGITS]} (on {names}{more}; {len(version.holders)} serve it) {answer}")
-    what = f"{len(found)} sets of weights are called {model}, and they are no replicas of each other: {'; '.join(told)}"
+        described.append(f"{version.card.weights[:NAME_DIGITS]} (on {names}{more}; {len(version.holders)} serve it) {answer}")
+    what = f"{len(found)} sets of weights are called {model}, and they are no replicas of each other: {'; '.join(described)}"
     do = (
         "give all nodes the same files, or start those with others under another name: mesh up --model NAME=DIR. "
         "A version whose layers are all held comes first, then the one that more nodes serve, then the newer"

@@ -83,8 +83,8 @@ class Examination:
         except CALL_FAILURES:
             skews[peer.id] = None
             return
-        told = header.get("time")
-        skews[peer.id] = told - (asked_at + self._clock()) / 2 if isinstance(told, int | float) else None
+        peer_time = header.get("time")
+        skews[peer.id] = peer_time - (asked_at + self._clock()) / 2 if isinstance(peer_time, int | float) else None
 
     async def _answer(self, sender: NodeId, header: Header, tail: bytes) -> CallReply:
         return {"time": self._clock()}, b""

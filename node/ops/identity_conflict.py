@@ -1,4 +1,4 @@
-"""What a node does about another live process with its identity: it ends where it is the younger, else it tells the mesh.
+"""Reacts to another live process with this node's identity: the younger one ends, the older one reports it to the mesh.
 
 Which of the two is the younger is decided by `membership.core.twins`.
 """
@@ -21,7 +21,7 @@ log = structlog.get_logger()
 
 
 class IdentityInUse(MeshError):
-    """This process is to end: an older one is the same node. The message says where, and what to do."""
+    """This process is to end: an older one is the same node. The message names its address, and the remedy."""
 
     def __init__(self, me: NodeId, by: ProcessRun) -> None:
         super().__init__(
@@ -32,7 +32,7 @@ class IdentityInUse(MeshError):
 
 
 class IdentityWatch:
-    """`seen` and `displaced` are told by membership; `run` raises `IdentityInUse` when this process is to end."""
+    """`seen` and `displaced` are called by membership; `run` raises `IdentityInUse` when this process is to end."""
 
     def __init__(self, me: NodeId, facts: OwnFacts, clock: Callable[[], float] = trio.current_time) -> None:
         self._me, self._facts, self._clock = me, facts, clock

@@ -200,7 +200,7 @@ class MeshKeys:
         return key
 
     def _shown(self, asked: Header) -> CallReply:
-        """This ring, as it may be told; and to a peer that holds an older key, the newer ones, sealed under that."""
+        """This ring, as it may be published; and to a peer that holds an older key, the newer ones, sealed under that."""
         reply: dict[str, object] = {"ring": _told(self.ring), "saved": self.saved}
         theirs = _tags_in(asked.get("ring"))
         under = max((key for key in self.ring.keys if key.tag in theirs), key=lambda key: key.tag, default=None)
@@ -256,18 +256,18 @@ def _told(ring: Keyring) -> list[list[int | str]]:
     return [[tag.serial, tag.name] for tag in ring.tags]
 
 
-def _serial(told: object) -> int:
-    if type(told) is not int or not 0 <= told <= MAX_SERIAL:
-        raise RingError(f"a key's serial is a number up to {MAX_SERIAL}, got {str(told)[:20]!r}")
-    return told
+def _serial(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_SERIAL:
+        raise RingError(f"a key's serial is a number up to {MAX_SERIAL}, got {str(value)[:20]!r}")
+    return value
 
 
-def _tags_in(told: object) -> Tags:
-    """A ring as a peer told it; empty when that is none."""
-    if not isinstance(told, list) or len(told) > MAX_KEYS:
+def _tags_in(received: object) -> Tags:
+    """Returns the ring that a peer sent; empty when it is none."""
+    if not isinstance(received, list) or len(received) > MAX_KEYS:
         return ()
     tags = []
-    for entry in told:
+    for entry in received:
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) and len(entry[1]) == 8):
             return ()
         tags.append(KeyTag(_serial(entry[0]), entry[1]))

@@ -15,7 +15,7 @@ from mesh.ids import NodeId
 from mesh.keys.keyring import KeyTag
 
 Tags = tuple[KeyTag, ...]
-"""A ring as it may be told: the sealing key first."""
+"""A ring as it may be published: the sealing key first."""
 
 
 class RotationPhase(StrEnum):

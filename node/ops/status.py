@@ -1,4 +1,4 @@
-"""The body of `GET /mesh/status`: a pure function of the view and what the document service says of its stores."""
+"""The body of `GET /mesh/status`: a pure function of the view and the document service's report of its stores."""
 
 from __future__ import annotations
 
@@ -121,12 +121,12 @@ def numerics(view: View, card: ModelCard) -> str:
     Mixed: there are several kinds of node, each exact by itself. An answer is exact while one kind computes all of it.
     """
     servers = [peer for peer in view.live() if holds(peer, card) and any(span.model == card.id for span in peer.facts.spans)]
-    told = {own.numerics for peer in servers if (own := card_of(peer, card.id)) is not None}
-    if not told:
+    fingerprints = {own.numerics for peer in servers if (own := card_of(peer, card.id)) is not None}
+    if not fingerprints:
         return "unknown"
-    if not all(map(is_exact, told)):
+    if not all(map(is_exact, fingerprints)):
         return "approximate"
-    return "exact" if len(told) == 1 else "mixed"
+    return "exact" if len(fingerprints) == 1 else "mixed"
 
 
 def _choice(choice: KernelChoice) -> KernelReport:
@@ -162,9 +162,9 @@ def _being_loaded(loads: BeingLoaded | None) -> MissingLayersReport | None:
 def _loads(peer: Peer) -> list[LoadingReport]:
     """What the node announces that it is loading."""
     return [
-        LoadingReport(span.model, span.start, span.end, told.percent / 100, told.eta_s)
+        LoadingReport(span.model, span.start, span.end, progress.percent / 100, progress.eta_s)
         for span in sorted(peer.facts.intends)
-        for told in [peer.facts.loading.get(span.model, UNKNOWN)]
+        for progress in [peer.facts.loading.get(span.model, UNKNOWN)]
     ]
 
 

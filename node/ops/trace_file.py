@@ -1,4 +1,4 @@
-"""What membership heard of late, written beside the node's data when it is asked for by SIGUSR1, and when the node ends.
+"""What membership received of late, written beside the node's data when it is asked for by SIGUSR1, and when the node ends.
 
 `mesh simulate --replay FILE` leads the same core through it again.
 """

@@ -115,8 +115,8 @@ def _reason(error: str) -> str:
         if line.startswith(("<state>", "<non-verbose")):
             break
         kept.append(line.strip())
-    told = " ".join(kept)[:300]
-    return "no text fits this grammar" if told.startswith("NoExtension") else told or "the grammar does not compile"
+    reason = " ".join(kept)[:300]
+    return "no text fits this grammar" if reason.startswith("NoExtension") else reason or "the grammar does not compile"
 
 
 @cache
@@ -131,13 +131,13 @@ class GrammarCheck:
         self._passed: OrderedDict[Grammar, None] = OrderedDict()
         self._lock = Lock()
 
-    def knows(self, grammar: Grammar) -> bool:
+    def has(self, grammar: Grammar) -> bool:
         with self._lock:
             return grammar in self._passed
 
     def check(self, grammar: Grammar) -> None:
         """Raises BadRequest, as `compiled` (*blocking*)."""
-        if self.knows(grammar):
+        if self.has(grammar):
             return
         compiled(grammar, _bytes_alone())
         with self._lock:

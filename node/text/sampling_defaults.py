@@ -1,7 +1,7 @@
 """Reads a model's own `generation_config.json`: how it samples where a request leaves a field unset, and its end tokens.
 
 The names are transformers' (`GenerationConfig`), the way they are taken is vLLM's: only what the file names counts, and
-what the client names goes before it. `do_sample: false` means greedy decoding, so temperature 0; a file that says nothing
+what the client names goes before it. `do_sample: false` means greedy decoding, so temperature 0; a file without a value
 of `do_sample` leaves the temperature to the file, else to the API's default.
 
 The file may come from peers: a value counts within the range that a request's has, else it is passed over and logged.
@@ -61,42 +61,42 @@ def generation_config(directory: Path) -> dict[str, object]:
     try:
         if path.stat().st_size > FILE_MAX_BYTES:
             raise ValueError("too large")
-        said = json.loads(path.read_bytes())
+        config = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         log.warning("generation_config.ignored", model=directory.name, why=type(error).__name__)
         return {}
-    if not isinstance(said, dict):
+    if not isinstance(config, dict):
         log.warning("generation_config.ignored", model=directory.name, why="no object")
         return {}
-    return said
+    return config
 
 
-def end_tokens(said: JsonObject) -> tuple[int, ...]:
+def end_tokens(config: JsonObject) -> tuple[int, ...]:
     """The end-of-sequence ids that the file names: one, or a list of them."""
-    named = said.get("eos_token_id")
+    named = config.get("eos_token_id")
     listed = named if isinstance(named, list) else [named]
     return tuple(token for token in listed if isinstance(token, int) and not isinstance(token, bool) and token >= 0)
 
 
-def sampling_defaults(said: JsonObject, model: str) -> dict[str, float | int]:
+def sampling_defaults(config: JsonObject, model: str) -> dict[str, float | int]:
     """The fields of `SamplingParams` that the file sets. What it asks for in vain is logged under the model's name."""
     found: dict[str, float | int] = {}
     for name in RANGES:
-        value = said.get(name)
+        value = config.get(name)
         if value is None:
             continue
         if not _fits(name, value):
             log.warning("generation_config.ignored", model=model, field=name)
             continue
         found[name] = max(value, 0) if name == "top_k" else float(value)  # -1 means all, as 0 does
-    samples = said.get("do_sample")
+    samples = config.get("do_sample")
     if samples is False:
         found["temperature"] = 0.0
     elif samples is not None and samples is not True:
         log.warning("generation_config.ignored", model=model, field="do_sample")
-    if asked := [name for name, neutral in NOT_FOLLOWED.items() if said.get(name) is not None and said[name] not in neutral]:
+    if asked := [name for name, neutral in NOT_FOLLOWED.items() if config.get(name) is not None and config[name] not in neutral]:
         log.warning("generation_config.not_followed", model=model, fields=asked)
     return found
 

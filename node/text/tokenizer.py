@@ -34,10 +34,10 @@ class ModelText:
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # damaged files raise whatever the parser of their format does
             raise _no_tokenizer(directory, error) from error
-        said = generation_config(directory)
+        config = generation_config(directory)
         own = (tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ()
-        ids = tuple(sorted({*own, *end_tokens(said)}))
-        return cls(tokenizer, ids, len(tokenizer), sampling_defaults(said, directory.name))
+        ids = tuple(sorted({*own, *end_tokens(config)}))
+        return cls(tokenizer, ids, len(tokenizer), sampling_defaults(config, directory.name))
 
     @cached_property
     def longest_token(self) -> int:
@@ -100,11 +100,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 def _no_tokenizer(directory: Path, error: Exception) -> BadRequest:
     if any((directory / name).is_file() for name in TOKENIZER_FILES):
         why = " ".join(str(error).split())[:200] or type(error).__name__
-        said = f"the tokenizer of {directory.name} cannot be read: {why}"
+        reason = f"the tokenizer of {directory.name} cannot be read: {why}"
     else:
-        said = f"{directory.name} holds no tokenizer: expected tokenizer.json, or {', '.join(TOKENIZER_FILES[1:])}"
+        reason = f"{directory.name} holds no tokenizer: expected tokenizer.json, or {', '.join(TOKENIZER_FILES[1:])}"
     remedy = "copy its files from where the model came from, or save it there with tokenizer.save_pretrained"
-    return BadRequest(f"{said}; {remedy}", "model", "model_not_servable")
+    return BadRequest(f"{reason}; {remedy}", "model", "model_not_servable")
 
 
 def _first_line(error: BaseException) -> str:

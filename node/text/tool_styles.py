@@ -1,6 +1,6 @@
 """How model families write tool calls, read from their chat templates. Pure.
 
-Each family was trained on one way to write a call into the text. The template shows which; where it knows nothing of tools, we
+Each family was trained on one way to write a call into the text. The template shows which; where it does not mention tools, we
 tell the model of them in a system message, and ask for the way that most open models share.
 """
 
@@ -106,7 +106,7 @@ def _description(use: ToolUse) -> str:
 def grammar_for(
     use: ToolUse, style: ToolStyle, special_id: Callable[[str], int | None], answer: Grammar | None
 ) -> Grammar | None:
-    """What the text must be: calls where they are forced; else what the request says an answer must be, or calls.
+    """What the text must be: calls where they are forced; else what the request requires of an answer, or calls.
 
     `special_id`: the token that a marker is, where it has one of its own that is no text.
     """

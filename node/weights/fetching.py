@@ -130,8 +130,8 @@ class Fetching:
             BadRequest: the disk has no room, or cannot be written; the files are larger than `limit_bytes` together.
         """
         if not is_identity(card.weights):
-            told = "its nodes are hashing their files, or run an earlier release"
-            raise Refused(f"which weights {card.id} has is not known yet: {told}", RETRY_S)
+            reason = "its nodes are hashing their files, or run an earlier release"
+            raise Refused(f"which weights {card.id} has is not known yet: {reason}", RETRY_S)
         async with self._opening.setdefault(card.weights, trio.Lock()):
             files = self._files.get(card.weights) or await self._open(card)
             texts = files.manifest.files
@@ -308,8 +308,8 @@ def announced(view: View, name: ModelId) -> ModelCard | None:
     if version is None or not is_identity(weights := version.card.weights):
         return None
     cards = [card_of(peer, version.card.id) for peer in sources(view, version.card.id, weights)]
-    told = Counter(msgspec.structs.replace(card, numerics="", written_at_s=0) for card in cards if card is not None)
-    most = min(told, key=lambda card: (-told[card], card.layers, card.max_model_len), default=None)  # a peer may be wrong
+    votes = Counter(msgspec.structs.replace(card, numerics="", written_at_s=0) for card in cards if card is not None)
+    most = min(votes, key=lambda card: (-votes[card], card.layers, card.max_model_len), default=None)  # a peer may be wrong
     return None if most is None else msgspec.structs.replace(most, written_at_s=version.written_at_s)
 
 
@@ -323,7 +323,7 @@ def _fetched_before(directory: Path, weights: str) -> PulledModel | None:
 
 
 def _of_span(files: PulledModel, layers: int, start: int, end: int) -> list[TensorEntry]:
-    """By what the model's config says (*blocking*: it is a file)."""
+    """By the model's config (*blocking*: it is a file)."""
     manifest = files.manifest
     try:
         config: Any = msgspec.json.decode((files.directory / "config.json").read_bytes())

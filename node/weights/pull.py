@@ -44,7 +44,7 @@ class PieceKept:
 
 @dataclass(frozen=True, slots=True)
 class HashMismatch:
-    """The answer to ask `number` was other bytes than the manifest says."""
+    """The answer to ask `number` had other bytes than the manifest has."""
 
     number: int
 
@@ -58,7 +58,7 @@ class NotHeld:
 
 @dataclass(frozen=True, slots=True)
 class AskFailed:
-    """Ask `number` came to nothing. `rest_s`: how long its source wants to be left alone; None: as long as it deserves."""
+    """Ask `number` came to nothing. `rest_s`: for how long its source asked for a pause; None: the default pause."""
 
     number: int
     rest_s: float | None = None

@@ -21,7 +21,7 @@ from mesh.manifest import MAX_MANIFEST_BYTES
 
 RECORD = ".mesh-manifest"  # the file's name beside the model's files
 _PACKAGE = Path(__file__).resolve().parents[1]  # what pip installed is not ours to write to
-_READABLE_BY_ALL = 0o644  # it says less than the files themselves
+_READABLE_BY_ALL = 0o644  # it holds less than the files themselves
 
 
 class FileStamp(NamedTuple):

@@ -17,7 +17,7 @@ from node.weights.pace import RateLimit
 SERVING_BYTES_S = 64 << 20  # while sequences run here: half a Gbit/s, and one core in twenty to read it
 IDLE_BYTES_S = 2 << 30
 READS_AT_ONCE = 2  # threads; a disk gives little more to more
-MAX_WAITING = 64  # asks: what four peers have under way; beyond it a peer is told to come again
+MAX_WAITING = 64  # asks: what four peers have under way; beyond it a peer is asked to come again
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class SourceStatistics:
 
 
 class WeightsSource:
-    """`rate_bytes_s`: a bound told by the operator; None: by whether sequences run here."""
+    """`rate_bytes_s`: a bound set by the operator; None: by whether sequences run here."""
 
     def __init__(self, serving: Callable[[], bool], rate_bytes_s: float | None = None) -> None:
         self._serving = serving

@@ -2,11 +2,11 @@
 
 One safetensors file a layer, and one a tensor outside the layers, so that a span is a set of whole files and a loader can
 never take for weights what has not come: what is not here is in no file and in no index. A part lies beside the files under
-another ending, at its full size from the start, so a full disk is told before anything is fetched. After a restart
+another ending, at its full size from the start, so a full disk is reported before anything is fetched. After a restart
 the pieces of a part are hashed again: what matches is kept, whatever else is in it is fetched anew. So is a file that
 does not look as it did when it was completed: it becomes a part.
 
-What the whole model is, the manifest beside the files says: a part of a model has the identity of the whole.
+The manifest beside the files identifies the whole model: a part of a model has the identity of the whole.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SPARE_BYTES = 256 << 20  # of the disk, left to the documents and to other progr
 
 
 class WrongPiece(Exception):
-    """The bytes are not those that the manifest tells of."""
+    """The bytes are not those of the manifest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class PulledModel:
         """What an earlier start fetched.
 
         Raises:
-            BadRequest: which model it is of cannot be told any more.
+            BadRequest: its model cannot be identified any more.
             OSError: it cannot be read.
         """
         mark = _mark_in(directory)
@@ -251,7 +251,7 @@ def _layout(directory: Path, manifest: Manifest) -> list[_File]:
 
 
 def _mark_in(directory: Path) -> _Mark | None:
-    """What the mark says; None: there is none that can be read."""
+    """Returns the mark's content; None: there is none that can be read."""
     try:
         return msgspec.json.decode((directory / MARK).read_bytes(), type=_Mark)
     except (FileNotFoundError, msgspec.DecodeError):

@@ -1,6 +1,6 @@
 """Reads the files of a served model once more, slowly, and looks from time to time whether they are still the same files.
 
-A record says that files look as they did when they were hashed. It cannot say that their bytes are the same: a disk may
+A record shows that files look as they did when they were hashed. It cannot show that their bytes are the same: a disk may
 have damaged one, a program may have written one and set its time back. So at each start that trusts a record, and once a
 day, all bytes are read and compared with the manifest, at a pace that leaves disk and processor to the requests.
 """
@@ -60,7 +60,7 @@ class FileVerifier:
         return replace(self._counters)
 
     async def changed(self, catalogue: Catalogue, differs: Differs, *, verified: bool) -> FilesChanged:
-        """Waits until the files are others than the catalogue says. `verified`: every byte has just been hashed."""
+        """Waits until the files differ from the catalogue. `verified`: every byte has just been hashed."""
         read_at, change = trio.current_time() if verified else float("-inf"), None
         while change is None:
             if trio.current_time() - read_at >= READ_EVERY_S:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from cli.load.measure import measure
-from cli.load.plan import PREFIX_WORDS, PlannedRequest, arrivals_s, plan, prompts, said
+from cli.load.plan import PREFIX_WORDS, PlannedRequest, arrivals_s, plan, prompts, user_turn
 from cli.load.report import RequestOutcome, objectives, percentile, report
 from cli.main import app
 from mesh.client.client import AsyncClient
@@ -167,14 +167,14 @@ async def test_requests_spread_over_all_nodes_and_every_token_is_accounted_for()
 async def test_a_repeated_token_is_found() -> None:
     with fake_mesh(1, cut_after=[3], repeat=True) as mesh:
         async with AsyncClient([mesh.url(0)]) as client:
-            outcomes, _ = await measure(client, iter([PlannedRequest(0, said("x"))]), 1, {})
+            outcomes, _ = await measure(client, iter([PlannedRequest(0, user_turn("x"))]), 1, {})
     assert [(outcome.error, outcome.duplicate_tokens) for outcome in outcomes] == [("", 1)]
 
 
 async def test_a_failed_request_does_not_end_the_test() -> None:
     with fake_mesh(1, refusals=[error(400, "no")]) as mesh:
         async with AsyncClient([mesh.url(0)]) as client:
-            outcomes, _ = await measure(client, iter([PlannedRequest(number, said("x")) for number in range(3)]), 1, {})
+            outcomes, _ = await measure(client, iter([PlannedRequest(number, user_turn("x")) for number in range(3)]), 1, {})
     assert [outcome.error for outcome in outcomes] == ["BadRequest: no", "", ""]
 
 
@@ -182,7 +182,7 @@ async def test_a_request_that_had_to_wait_for_a_user_counts_its_wait() -> None:
     with fake_mesh(1) as mesh:
         async with AsyncClient([mesh.url(0)]) as client:
             await client.status()
-            planned = iter([PlannedRequest(number, said("x"), 0.0) for number in range(8)])
+            planned = iter([PlannedRequest(number, user_turn("x"), 0.0) for number in range(8)])
             outcomes, took_s = await measure(client, planned, 1, {})
     took = [outcome.took_s for outcome in outcomes]
     assert took == sorted(took)

@@ -73,7 +73,7 @@ REFUSED = {
 def test_ordinary_grammars_compile(name: str) -> None:
     check = GrammarCheck()
     check.check(COMPILE[name])
-    assert check.knows(COMPILE[name])
+    assert check.has(COMPILE[name])
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -84,7 +84,7 @@ def test_a_grammar_that_explodes_or_is_wrong_is_refused_by_its_field_and_soon(na
         check.check(REFUSED[name])
     assert time.thread_time() - began_s < SLOWEST_S
     assert refused.value.param == "response_format" and len(str(refused.value)) < 500
-    assert not check.knows(REFUSED[name])
+    assert not check.has(REFUSED[name])
 
 
 def test_a_refusal_does_not_tell_the_grammars_inner_state() -> None:
@@ -99,7 +99,7 @@ def test_the_check_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
     grammars = [Grammar("regex", text) for text in "abc"]
     for grammar in grammars:
         check.check(grammar)
-    assert [check.knows(grammar) for grammar in grammars] == [False, True, True]
+    assert [check.has(grammar) for grammar in grammars] == [False, True, True]
 
 
 def test_a_property_may_be_called_like_a_keyword() -> None:
